@@ -1,0 +1,79 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+/// What can go wrong when weights are described, quantized, packed or read.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A scheme string that the parser doesn't accept.
+    #[error("scheme \"{text}\": {reason}")]
+    Scheme {
+        /// The string as given.
+        text: String,
+        /// What was expected and what was found.
+        reason: String,
+    },
+    /// A path pattern that is not a regular expression.
+    #[error("pattern \"{pattern}\": {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// The regular-expression engine's words.
+        reason: String,
+    },
+    /// A tensor whose shape, type or content doesn't fit what it is used for.
+    #[error("tensor \"{name}\": expected {expected}, found {found}")]
+    Tensor {
+        /// The tensor's name, a checkpoint path where there is one.
+        name: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A weight that can't be quantized because it holds a value that is not finite.
+    #[error("weight \"{name}\": output {output}, input {input} is {value}, which is not finite")]
+    NotFinite {
+        /// The weight's name.
+        name: String,
+        /// The output row.
+        output: usize,
+        /// The input column.
+        input: usize,
+        /// The offending value.
+        value: f32,
+    },
+    /// A file that is not what its name or header says.
+    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, metadata key or header field.
+        field: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The operating system's refusal.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's error.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}

@@ -1,0 +1,468 @@
+//! Flex (CPU). Few rows: unpack and dot in registers, bound by memory. Many rows: unpack a tile that stays in the
+//! cache, then the matrix product that Flex itself uses. Parallel over outputs (forward) or inputs (backward).
+
+mod kernels;
+pub(crate) mod simd;
+
+use std::cell::RefCell;
+
+use burn::backend::{
+    flex::{Flex, FlexTensor},
+    ops::FloatTensorOps,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{DType, FloatDType, Shape, TensorData};
+use rayon::prelude::*;
+
+use self::kernels::{Levels, Tile, decode, row_times, row_times_transposed};
+use super::{PackedKernels, PackedOps, PackedSpec};
+use crate::packing::RUN;
+
+/// Up to this many rows are multiplied one by one with the fused kernel.
+pub(crate) const FEW_ROWS: usize = 4;
+/// Inputs of a tile; a multiple of [`RUN`].
+const TILE_INPUTS: usize = 256;
+/// Outputs of a tile: together 256 KiB, a quarter of a typical second-level cache.
+const TILE_OUTPUTS: usize = 256;
+/// Outputs of a task of the fused kernel, so that its sums stay in the first-level cache.
+const ROW_OUTPUTS: usize = 512;
+
+/// A mutable pointer that tasks may share; each writes its own part.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut(pub *mut f32);
+// SAFETY: every use hands disjoint ranges to different tasks, as said there.
+unsafe impl Send for SharedMut {}
+// SAFETY: as above.
+unsafe impl Sync for SharedMut {}
+impl SharedMut {
+    /// The pointer, moved on by `index` values.
+    pub fn at(self, index: usize) -> *mut f32 {
+        self.0.wrapping_add(index)
+    }
+}
+
+thread_local! {
+    /// One tile and its spread scales per thread, kept to save page faults.
+    static SCRATCH: RefCell<[Vec<f32>; 3]> = const { RefCell::new([const { Vec::new() }; 3]) };
+}
+
+/// Host view of a packed weight's parts.
+struct View<'a> {
+    codes: &'a [u32],
+    scales: &'a [f32],
+    offsets: Option<&'a [f32]>,
+    levels: Levels,
+    spec: PackedSpec,
+}
+
+impl<'a> View<'a> {
+    fn new(codes: &'a FlexTensor, scales: &'a FlexTensor, offsets: &'a FlexTensor, spec: PackedSpec) -> Self {
+        let [rows, columns] = spec.scale_shape();
+        let view = Self {
+            codes: words(codes),
+            scales: floats(scales),
+            offsets: spec.has_offsets().then(|| floats(offsets)),
+            levels: Levels::new(spec.value),
+            spec,
+        };
+        // The kernels read through pointers: these lengths are what makes that sound.
+        let expected = crate::packing::code_rows(spec.d_input, spec.value.bits()) * spec.d_output;
+        assert_eq!(view.codes.len(), expected, "words of a packed weight {spec:?}");
+        assert_eq!(view.scales.len(), rows * columns, "scales of a packed weight {spec:?}");
+        assert_eq!(view.offsets.map_or(rows * columns, <[f32]>::len), rows * columns, "offsets of {spec:?}");
+        view
+    }
+
+    /// Runs `f` on the rectangle `k0..k1` × `n0..n1`; scales shared by several outputs are spread into scratch first.
+    fn tile<R>(
+        &self,
+        (k0, k1): (usize, usize),
+        (n0, n1): (usize, usize),
+        scratch: &mut [Vec<f32>],
+        f: impl FnOnce(&Tile) -> R,
+    ) -> R {
+        let spec = &self.spec;
+        let [_, columns] = spec.scale_shape();
+        let (first, last) = (k0 / spec.inputs, (k1 - 1) / spec.inputs);
+        let mut tile = Tile {
+            words: self.codes[k0 / RUN * spec.value.bits() as usize * spec.d_output + n0..].as_ptr(),
+            word_stride: spec.d_output,
+            scales: self.scales[first * columns + n0 / spec.outputs..].as_ptr(),
+            offsets: self
+                .offsets
+                .map_or(std::ptr::null(), |offsets| offsets[first * columns + n0 / spec.outputs..].as_ptr()),
+            scale_stride: columns,
+            k0,
+            k1,
+            columns: n1 - n0,
+            inputs: spec.inputs,
+            levels: self.levels,
+        };
+        if spec.outputs > 1 {
+            let spread = |values: &[f32], into: &mut Vec<f32>| {
+                into.clear();
+                for block in first..=last {
+                    let row = &values[block * columns..][..columns];
+                    into.extend((n0..n1).map(|n| row[n / spec.outputs]));
+                }
+            };
+            let [scales, offsets] = scratch else { unreachable!("two scratch buffers") };
+            spread(self.scales, scales);
+            tile.scales = scales.as_ptr();
+            if let Some(values) = self.offsets {
+                spread(values, offsets);
+                tile.offsets = offsets.as_ptr();
+            }
+            tile.scale_stride = n1 - n0;
+        }
+        f(&tile)
+    }
+
+    /// Unpacks the rectangle and hands it to `f`, row-major with `n1 - n0` columns.
+    fn dense_tile(&self, k: (usize, usize), n: (usize, usize), f: impl FnOnce(&[f32])) {
+        SCRATCH.with_borrow_mut(|[dense, scratch @ ..]| {
+            let columns = n.1 - n.0;
+            let size = (k.1 - k.0) * columns;
+            if dense.len() < size {
+                dense.resize(size, 0.0);
+            }
+            self.tile(k, n, scratch, |tile| {
+                // SAFETY: `new` checked the parts against the spec; the rectangle lies inside it; `dense` holds it.
+                unsafe { decode(tile, dense.as_mut_ptr(), columns) }
+            });
+            f(&dense[..size]);
+        });
+    }
+
+    /// Whether blocks begin and end with runs, as the fused kernels need.
+    fn whole_runs(&self) -> bool {
+        self.spec.inputs.is_multiple_of(RUN) || self.spec.inputs >= self.spec.d_input
+    }
+
+    /// One row times the weight.
+    fn row_forward(&self, x: &[f32], y: &mut [f32]) {
+        let spec = &self.spec;
+        let mut padded = x.to_vec();
+        padded.resize(spec.d_input.next_multiple_of(RUN), 0.0);
+        let sums: Vec<f32> = x.chunks(spec.inputs).map(|block| block.iter().sum()).collect();
+        y.par_chunks_mut(ROW_OUTPUTS).enumerate().for_each(|(i, y)| {
+            let n = (i * ROW_OUTPUTS, i * ROW_OUTPUTS + y.len());
+            y.fill(0.0);
+            SCRATCH.with_borrow_mut(|[raw, scratch @ ..]| {
+                if raw.len() < y.len() {
+                    raw.resize(y.len(), 0.0);
+                }
+                self.tile((0, spec.d_input), n, scratch, |tile| {
+                    // SAFETY: parts were checked in `new`; `padded` holds whole runs, `sums` every block, `y` and
+                    // `raw` the tile's columns; the caller made sure of `whole_runs`.
+                    unsafe {
+                        row_times(tile, padded.as_ptr(), sums.as_ptr(), y.as_mut_ptr(), raw.as_mut_ptr());
+                    }
+                });
+            });
+        });
+    }
+
+    /// One row times the transposed weight.
+    fn row_backward(&self, dy: &[f32], dx: &mut [f32]) {
+        let inputs = self.spec.inputs;
+        dx.par_chunks_mut(inputs).enumerate().for_each(|(block, dx)| {
+            let k = (block * inputs, block * inputs + dx.len());
+            SCRATCH.with_borrow_mut(|[scaled, scratch @ ..]| {
+                if scaled.len() < dy.len() {
+                    scaled.resize(dy.len(), 0.0);
+                }
+                self.tile(k, (0, dy.len()), scratch, |tile| {
+                    // SAFETY: parts were checked in `new`; the tile is one block row; `dx` holds its inputs and
+                    // `scaled` its columns; the caller made sure of `whole_runs`.
+                    unsafe {
+                        row_times_transposed(tile, dy.as_ptr(), dx.as_mut_ptr(), scaled.as_mut_ptr());
+                    }
+                });
+            });
+        });
+    }
+
+    fn forward(&self, x: &[f32], rows: usize) -> Vec<f32> {
+        let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
+        let mut y = vec![0.0; rows * d_output];
+        if rows <= FEW_ROWS && self.whole_runs() {
+            for (x, y) in x.chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
+                self.row_forward(x, y);
+            }
+            return y;
+        }
+        let out = SharedMut(y.as_mut_ptr());
+        spans(d_output, TILE_OUTPUTS).for_each(|n| {
+            for k in (0..d_input).step_by(TILE_INPUTS) {
+                let k = (k, d_input.min(k + TILE_INPUTS));
+                self.dense_tile(k, n, |w| {
+                    let (x, w) = (Matrix::rows(&x[k.0..], d_input), Matrix::rows(w, n.1 - n.0));
+                    // SAFETY: tasks write disjoint columns of `y`.
+                    unsafe { matmul([rows, n.1 - n.0, k.1 - k.0], out.at(n.0), d_output, k.0 > 0, x, w) }
+                });
+            }
+        });
+        y
+    }
+
+    fn backward(&self, dy: &[f32], rows: usize) -> Vec<f32> {
+        let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
+        let mut dx = vec![0.0; rows * d_input];
+        if rows <= FEW_ROWS && self.whole_runs() {
+            for (dy, dx) in dy.chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
+                self.row_backward(dy, dx);
+            }
+            return dx;
+        }
+        let out = SharedMut(dx.as_mut_ptr());
+        spans(d_input, TILE_INPUTS).for_each(|k| {
+            for n in (0..d_output).step_by(TILE_OUTPUTS) {
+                let n = (n, d_output.min(n + TILE_OUTPUTS));
+                self.dense_tile(k, n, |w| {
+                    let (dy, w) = (Matrix::rows(&dy[n.0..], d_output), Matrix::columns(w, n.1 - n.0));
+                    // SAFETY: tasks write disjoint columns of `dx`.
+                    unsafe { matmul([rows, k.1 - k.0, n.1 - n.0], out.at(k.0), d_input, n.0 > 0, dy, w) }
+                });
+            }
+        });
+        dx
+    }
+
+    fn dense(&self) -> Vec<f32> {
+        let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
+        let mut dense = vec![0.0; d_input * d_output];
+        dense.par_chunks_mut(RUN * d_output).enumerate().for_each(|(i, rows)| {
+            let k = (i * RUN, d_input.min((i + 1) * RUN));
+            SCRATCH.with_borrow_mut(|[_, scratch @ ..]| {
+                self.tile(k, (0, d_output), scratch, |tile| {
+                    // SAFETY: parts were checked in `new`; `rows` holds these inputs of every output.
+                    unsafe { decode(tile, rows.as_mut_ptr(), d_output) }
+                });
+            });
+        });
+        dense
+    }
+
+    /// Adds the gradients of one block row, given `dw` of its inputs `[k1 - k0, d_output]`.
+    fn reduce_block(&self, (k0, k1): (usize, usize), dw: &[f32], d_scales: &mut [f32], d_offsets: &mut [f32]) {
+        let (d_output, bits) = (self.spec.d_output, self.spec.value.bits());
+        for k in k0..k1 {
+            let (row, shift) = crate::packing::position(k, bits);
+            for n in 0..d_output {
+                let mut code = self.codes[row * d_output + n] >> shift;
+                if shift + bits > 32 {
+                    code |= self.codes[(row + 1) * d_output + n] << (32 - shift);
+                }
+                let dw = dw[(k - k0) * d_output + n];
+                d_scales[n / self.spec.outputs] += dw * self.levels.of(code & ((1 << bits) - 1));
+                d_offsets[n / self.spec.outputs] += dw;
+            }
+        }
+    }
+
+    /// Gradients of scales and offsets, given a function that fills `dw` of some inputs.
+    fn parameter_gradients(&self, dw: impl Fn((usize, usize), &mut [f32]) + Sync) -> (Vec<f32>, Vec<f32>) {
+        let [rows, columns] = self.spec.scale_shape();
+        let (mut d_scales, mut d_offsets) = (vec![0.0; rows * columns], vec![0.0; rows * columns]);
+        d_scales.par_chunks_mut(columns).zip(d_offsets.par_chunks_mut(columns)).enumerate().for_each(
+            |(block, (d_scales, d_offsets))| {
+                let end = self.spec.d_input.min((block + 1) * self.spec.inputs);
+                // Long blocks (whole columns) in parts, so that `dw` stays small.
+                for k0 in (block * self.spec.inputs..end).step_by(TILE_INPUTS) {
+                    let k = (k0, end.min(k0 + TILE_INPUTS));
+                    let mut part = vec![0.0; (k.1 - k.0) * self.spec.d_output];
+                    dw(k, &mut part);
+                    self.reduce_block(k, &part, d_scales, d_offsets);
+                }
+            },
+        );
+        if !self.spec.has_offsets() {
+            d_offsets.fill(0.0);
+        }
+        (d_scales, d_offsets)
+    }
+}
+
+/// `0..size` in parts of at most `step`, in parallel, and evenly so that no thread waits for a remainder.
+fn spans(size: usize, step: usize) -> impl IndexedParallelIterator<Item = (usize, usize)> {
+    let parts = size.div_ceil(step).next_multiple_of(rayon::current_num_threads());
+    let step = size.div_ceil(parts).next_multiple_of(RUN);
+    (0..size.div_ceil(step)).into_par_iter().map(move |i| (i * step, size.min((i + 1) * step)))
+}
+
+/// A matrix in memory with its strides.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    data: &'a [f32],
+    row: isize,
+    column: isize,
+}
+
+impl<'a> Matrix<'a> {
+    /// Row-major.
+    pub fn rows(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row: stride as isize, column: 1 }
+    }
+    /// The transpose of a row-major matrix.
+    pub fn columns(data: &'a [f32], stride: usize) -> Self {
+        Self { data, row: 1, column: stride as isize }
+    }
+}
+
+/// `out (+)= lhs · rhs` on one thread; sizes are rows, columns and the summed size.
+///
+/// # Safety
+/// `out` must be writable for the rows, `stride` apart; the matrices must hold the sizes.
+pub(crate) unsafe fn matmul(
+    [m, n, k]: [usize; 3],
+    out: *mut f32,
+    stride: usize,
+    add: bool,
+    lhs: Matrix<'_>,
+    rhs: Matrix<'_>,
+) {
+    // SAFETY: this function's contract.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out,
+            1,
+            stride as isize,
+            add,
+            lhs.data.as_ptr(),
+            lhs.column,
+            lhs.row,
+            rhs.data.as_ptr(),
+            rhs.column,
+            rhs.row,
+            1.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
+    }
+}
+
+/// Contiguous f32, whatever the strides and float type.
+pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
+    let tensor =
+        if tensor.dtype() == DType::F32 { tensor } else { Flex::float_cast(tensor, FloatDType::F32) };
+    tensor.to_contiguous()
+}
+
+/// The values of a tensor made by [`contiguous`].
+pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
+    tensor.as_slice().expect("a contiguous f32 tensor")
+}
+
+/// The words of a contiguous integer tensor; U32 and I32 hold the same bits.
+fn words(tensor: &FlexTensor) -> &[u32] {
+    assert!(matches!(tensor.dtype(), DType::U32 | DType::I32), "codes must be U32, found {:?}", tensor.dtype());
+    bytemuck::cast_slice(tensor.bytes())
+}
+
+/// A tensor of `dtype` from f32 values.
+pub(crate) fn tensor(values: Vec<f32>, shape: impl Into<Shape>, dtype: DType) -> FlexTensor {
+    let tensor = FlexTensor::from_data(TensorData::new(values, shape.into()));
+    if dtype == DType::F32 { tensor } else { Flex::float_cast(tensor, FloatDType::from(dtype)) }
+}
+
+/// Makes the parts contiguous and runs `f` on a view of them.
+fn with_view<R>(
+    codes: FlexTensor,
+    scales: FlexTensor,
+    offsets: FlexTensor,
+    spec: PackedSpec,
+    f: impl FnOnce(&View) -> R,
+) -> R {
+    let (codes, scales) = (codes.to_contiguous(), contiguous(scales));
+    let offsets = if spec.has_offsets() { contiguous(offsets) } else { scales.clone() };
+    f(&View::new(&codes, &scales, &offsets, spec))
+}
+
+impl PackedOps for Flex {
+    fn packed_linear(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        spec: PackedSpec,
+    ) -> FloatTensor<Self> {
+        let (dtype, rows) = (x.dtype(), x.layout().shape()[0]);
+        let x = contiguous(x);
+        let y = with_view(codes, scales, offsets, spec, |view| view.forward(floats(&x), rows));
+        tensor(y, [rows, spec.d_output], dtype)
+    }
+
+    fn packed_dequantize(
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        spec: PackedSpec,
+    ) -> FloatTensor<Self> {
+        let dense = with_view(codes, scales, offsets, spec, |view| view.dense());
+        tensor(dense, [spec.d_input, spec.d_output], DType::F32)
+    }
+}
+
+impl PackedKernels for Flex {
+    fn packed_linear_dx(
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        spec: PackedSpec,
+    ) -> FloatTensor<Self> {
+        let (dtype, rows) = (dy.dtype(), dy.layout().shape()[0]);
+        let dy = contiguous(dy);
+        let dx = with_view(codes, scales, offsets, spec, |view| view.backward(floats(&dy), rows));
+        tensor(dx, [rows, spec.d_input], dtype)
+    }
+
+    fn packed_linear_dparams(
+        x: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        spec: PackedSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (scale_type, offset_type) = (scales.dtype(), offsets.dtype());
+        let rows = x.layout().shape()[0];
+        let (x, dy) = (contiguous(x), contiguous(dy));
+        let (x, dy) = (floats(&x), floats(&dy));
+        let (d_scales, d_offsets) = with_view(codes, scales, offsets, spec, |view| {
+            view.parameter_gradients(|(k0, k1), dw| {
+                let (x, dy) = (Matrix::columns(&x[k0..], spec.d_input), Matrix::rows(dy, spec.d_output));
+                // SAFETY: `dw` is the task's own.
+                unsafe { matmul([k1 - k0, spec.d_output, rows], dw.as_mut_ptr(), spec.d_output, false, x, dy) }
+            })
+        });
+        let shape = spec.scale_shape();
+        (tensor(d_scales, shape, scale_type), tensor(d_offsets, shape, offset_type))
+    }
+
+    fn packed_dequantize_dparams(
+        dw: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        spec: PackedSpec,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (scale_type, offset_type) = (scales.dtype(), offsets.dtype());
+        let dw = contiguous(dw);
+        let dw = floats(&dw);
+        let (d_scales, d_offsets) = with_view(codes, scales, offsets, spec, |view| {
+            view.parameter_gradients(|(k0, k1), part| {
+                part.copy_from_slice(&dw[k0 * spec.d_output..k1 * spec.d_output]);
+            })
+        });
+        let shape = spec.scale_shape();
+        (tensor(d_scales, shape, scale_type), tensor(d_offsets, shape, offset_type))
+    }
+}

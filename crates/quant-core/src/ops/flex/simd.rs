@@ -1,0 +1,235 @@
+//! Sixteen lanes of f32: AVX-512 where the processor has it, plain arrays otherwise.
+//!
+//! Kernels are written once, generic over [`Lanes`] and always inlined, and instantiated by [`dispatch!`] inside
+//! a function with the matching `target_feature`.
+
+/// Lanes per vector.
+pub const LANES: usize = 16;
+
+/// Sixteen f32 beside sixteen u32.
+pub trait Lanes: Copy {
+    /// Sixteen packed words.
+    type Words: Copy;
+    /// A table of sixteen levels, ready for lookups.
+    type Table: Copy;
+
+    /// # Safety
+    /// `at` must be readable for 16 values.
+    unsafe fn load(at: *const f32) -> Self;
+    /// # Safety
+    /// `at` must be writable for 16 values.
+    unsafe fn store(self, at: *mut f32);
+    /// # Safety
+    /// `at` must be readable for 16 words.
+    unsafe fn words(at: *const u32) -> Self::Words;
+    /// Prepares a lookup table.
+    fn table(levels: &[f32; LANES]) -> Self::Table;
+    /// The same value in every lane.
+    fn splat(value: f32) -> Self;
+    /// `table[(words >> shift) mod 16]`.
+    fn lookup(table: Self::Table, words: Self::Words, shift: u32) -> Self;
+    /// `(words >> shift) mod 256`, as floats; `shift` is a constant after inlining, as in the others.
+    fn byte(words: Self::Words, shift: u32) -> Self;
+    /// `low >> shift | high << (32 - shift)`, for `0 < shift < 32`.
+    fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words;
+    /// `self + other`.
+    fn add(self, other: Self) -> Self;
+    /// `self - other`.
+    fn sub(self, other: Self) -> Self;
+    /// `self * other`.
+    fn mul(self, other: Self) -> Self;
+    /// `self * other + plus`, rounded once where the processor can.
+    fn mul_add(self, other: Self, plus: Self) -> Self;
+    /// Sum of the lanes.
+    fn sum(self) -> f32;
+}
+
+/// Sixteen lanes in an array; the compiler turns loops over it into whatever vectors the function may use.
+#[derive(Clone, Copy)]
+pub struct Portable([f32; LANES]);
+
+impl Portable {
+    #[inline(always)]
+    fn zip(self, other: Self, f: impl Fn(f32, f32) -> f32) -> Self {
+        Self(std::array::from_fn(|i| f(self.0[i], other.0[i])))
+    }
+}
+
+impl Lanes for Portable {
+    type Words = [u32; LANES];
+    type Table = [f32; LANES];
+
+    #[inline(always)]
+    unsafe fn load(at: *const f32) -> Self {
+        // SAFETY: readable for 16 values by this function's contract; the read is unaligned.
+        Self(unsafe { at.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: writable for 16 values by this function's contract; the write is unaligned.
+        unsafe { at.cast::<[f32; LANES]>().write_unaligned(self.0) }
+    }
+    #[inline(always)]
+    unsafe fn words(at: *const u32) -> Self::Words {
+        // SAFETY: readable for 16 words by this function's contract; the read is unaligned.
+        unsafe { at.cast::<[u32; LANES]>().read_unaligned() }
+    }
+    #[inline(always)]
+    fn table(levels: &[f32; LANES]) -> Self::Table {
+        *levels
+    }
+    #[inline(always)]
+    fn splat(value: f32) -> Self {
+        Self([value; LANES])
+    }
+    #[inline(always)]
+    fn lookup(table: Self::Table, words: Self::Words, shift: u32) -> Self {
+        Self(std::array::from_fn(|i| table[(words[i] >> shift) as usize % LANES]))
+    }
+    #[inline(always)]
+    fn byte(words: Self::Words, shift: u32) -> Self {
+        Self(std::array::from_fn(|i| ((words[i] >> shift) & 255) as i32 as f32))
+    }
+    #[inline(always)]
+    fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {
+        std::array::from_fn(|i| low[i] >> shift | high[i] << (32 - shift))
+    }
+    #[inline(always)]
+    fn add(self, other: Self) -> Self {
+        self.zip(other, |a, b| a + b)
+    }
+    #[inline(always)]
+    fn sub(self, other: Self) -> Self {
+        self.zip(other, |a, b| a - b)
+    }
+    #[inline(always)]
+    fn mul(self, other: Self) -> Self {
+        self.zip(other, |a, b| a * b)
+    }
+    #[inline(always)]
+    fn mul_add(self, other: Self, plus: Self) -> Self {
+        self.mul(other).add(plus)
+    }
+    #[inline(always)]
+    fn sum(self) -> f32 {
+        self.0.iter().sum()
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    use super::{LANES, Lanes};
+
+    /// One 512-bit register. Only made inside functions that [`super::dispatch!`] guards.
+    #[derive(Clone, Copy)]
+    pub struct Avx512(__m512);
+
+    /// A shift that folds to an immediate once inlined.
+    #[inline(always)]
+    unsafe fn shr(words: __m512i, shift: u32) -> __m512i {
+        // SAFETY: called only from the methods below.
+        unsafe { _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)) }
+    }
+
+    // SAFETY (every block below): values of this type exist only in code that runs after AVX-512F was
+    // detected; pointers are valid by the trait's contracts.
+    impl Lanes for Avx512 {
+        type Words = __m512i;
+        type Table = __m512;
+
+        #[inline(always)]
+        unsafe fn load(at: *const f32) -> Self {
+            Self(unsafe { _mm512_loadu_ps(at) })
+        }
+        #[inline(always)]
+        unsafe fn store(self, at: *mut f32) {
+            unsafe { _mm512_storeu_ps(at, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn words(at: *const u32) -> Self::Words {
+            unsafe { _mm512_loadu_si512(at.cast()) }
+        }
+        #[inline(always)]
+        fn table(levels: &[f32; LANES]) -> Self::Table {
+            unsafe { _mm512_loadu_ps(levels.as_ptr()) }
+        }
+        #[inline(always)]
+        fn splat(value: f32) -> Self {
+            Self(unsafe { _mm512_set1_ps(value) })
+        }
+        #[inline(always)]
+        fn lookup(table: Self::Table, words: Self::Words, shift: u32) -> Self {
+            // The permutation reads only the low four bits of each index.
+            Self(unsafe { _mm512_permutexvar_ps(shr(words, shift), table) })
+        }
+        #[inline(always)]
+        fn byte(words: Self::Words, shift: u32) -> Self {
+            Self(unsafe {
+                let byte = _mm512_and_si512(shr(words, shift), _mm512_set1_epi32(255));
+                _mm512_cvtepi32_ps(byte)
+            })
+        }
+        #[inline(always)]
+        fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {
+            unsafe {
+                let left = _mm512_sll_epi32(high, _mm_cvtsi32_si128((32 - shift) as i32));
+                _mm512_or_si512(shr(low, shift), left)
+            }
+        }
+        #[inline(always)]
+        fn add(self, other: Self) -> Self {
+            Self(unsafe { _mm512_add_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn sub(self, other: Self) -> Self {
+            Self(unsafe { _mm512_sub_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul(self, other: Self) -> Self {
+            Self(unsafe { _mm512_mul_ps(self.0, other.0) })
+        }
+        #[inline(always)]
+        fn mul_add(self, other: Self, plus: Self) -> Self {
+            Self(unsafe { _mm512_fmadd_ps(self.0, other.0, plus.0) })
+        }
+        #[inline(always)]
+        fn sum(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+    }
+}
+#[cfg(target_arch = "x86_64")]
+pub use avx512::Avx512;
+
+/// Calls the generic function `$name::<L, ..>(args)` with the widest [`Lanes`] that the processor has, inside a
+/// function compiled for its instructions.
+macro_rules! dispatch {
+    ($name:ident $(::<$($generic:ident),*>)? ($($arg:ident : $type:ty),* $(,)?)) => {{
+        #[cfg(target_arch = "x86_64")]
+        {
+            #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn wide($($arg: $type),*) {
+                $name::<crate::ops::flex::simd::Avx512 $($(, $generic)*)?>($($arg),*)
+            }
+            #[target_feature(enable = "avx2,fma")]
+            #[allow(clippy::too_many_arguments)]
+            unsafe fn middle($($arg: $type),*) {
+                $name::<crate::ops::flex::simd::Portable $($(, $generic)*)?>($($arg),*)
+            }
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl") {
+                // SAFETY: the instructions were just detected.
+                return unsafe { wide($($arg),*) };
+            }
+            if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                // SAFETY: the instructions were just detected.
+                return unsafe { middle($($arg),*) };
+            }
+        }
+        $name::<crate::ops::flex::simd::Portable $($(, $generic)*)?>($($arg),*)
+    }};
+}
+pub(crate) use dispatch;

@@ -1,0 +1,49 @@
+//! The slot of a linear layer in a model.
+
+use burn::{
+    module::{Module, ModuleDisplay},
+    nn::Linear,
+    tensor::Tensor,
+};
+
+/// What a model needs of a linear layer, whatever stands behind it: dense, packed, or either with an adapter.
+///
+/// Models are generic over one projection (`Llama<P>`), so that quantizing, adapting and merging change the type and
+/// nothing else.
+pub trait Projection: Module + ModuleDisplay {
+    /// `x · W + b`.
+    ///
+    /// # Shapes
+    /// `[.., d_input]` → `[.., d_output]`.
+    ///
+    /// # Panics
+    /// If the last size of `x` is not `d_input`.
+    fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
+
+    /// The dense weight `[d_input, d_output]`, made on demand; the bias is not in it.
+    fn weight(&self) -> Tensor<2>;
+
+    /// The bias `[d_output]`, if there is one.
+    fn bias(&self) -> Option<Tensor<1>>;
+
+    /// `[d_input, d_output]`.
+    fn shape(&self) -> [usize; 2];
+}
+
+impl Projection for Linear {
+    fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        Linear::forward(self, x)
+    }
+
+    fn weight(&self) -> Tensor<2> {
+        self.weight.val()
+    }
+
+    fn bias(&self) -> Option<Tensor<1>> {
+        self.bias.as_ref().map(|bias| bias.val())
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        self.weight.lazy_shape().dims()
+    }
+}

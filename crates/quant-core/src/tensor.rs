@@ -1,0 +1,266 @@
+//! A packed weight on a device.
+
+use burn::{
+    module::{Module, Param, ParamId},
+    tensor::{DType, Device, Int, Tensor, TensorData},
+};
+
+use crate::{
+    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, dynamic_map::DYNAMIC_MAP,
+    ops::{self, PackedSpec},
+    scheme::DOUBLE_BLOCK,
+};
+
+/// A packed weight as a Burn module: recorded, moved between devices, never trained.
+///
+/// It stands for a dense `[d_input, d_output]`. Layouts as in [`packing`](crate::packing); codes are U32 words. The
+/// tensors are made outside autodiff, so that they mix with any autodiff context.
+///
+/// On a device that lacks the scheme's float type (bf16 under WGSL), scales and offsets are held in f32; their values
+/// stay those of the scheme.
+///
+/// ```
+/// use burn::tensor::{Device, Tensor};
+/// use kiln_quant_core::{HostQuantizer, MinMax, PackedTensor};
+/// let device = Device::flex();
+/// // Two outputs of 64 inputs, as checkpoints store them: `[d_output, d_input]`.
+/// let weight: Vec<f32> = (0..128).map(|i| (i as f32).sin()).collect();
+/// let packed = MinMax.quantize("w", &weight, 64, 2, &"affine4:64".parse()?)?;
+/// let packed = PackedTensor::new(&packed, &device);
+/// let y = packed.forward(Tensor::<2>::ones([1, 64], &device));
+/// assert_eq!(y.dims(), [1, 2]);
+/// # Ok::<(), kiln_quant_core::Error>(())
+/// ```
+#[derive(Module, Debug)]
+pub struct PackedTensor {
+    /// Words `[code_rows, d_output]`.
+    pub codes: Param<Tensor<2, Int>>,
+    /// Scales `[block_rows, block_columns]`; double-quantized: nested scales `[1, ceil(scales / 256)]`.
+    pub scales: Param<Tensor<2>>,
+    /// Offsets in the scales' shape.
+    pub offsets: Option<Param<Tensor<2>>>,
+    /// Double-quantized: four 8-bit scale codes per U32 word, output-major as in [`DoubleScales`].
+    pub scale_codes: Option<Param<Tensor<1, Int>>>,
+    /// Double-quantized: the offset of all scales, `[1]`.
+    pub scale_offset: Option<Param<Tensor<1>>>,
+    /// Packed row `k` stands for input `input_order[k]`.
+    pub input_order: Option<Param<Tensor<1, Int>>>,
+    #[module(skip)]
+    scheme: QuantScheme,
+    #[module(skip)]
+    size: [usize; 2],
+}
+
+fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    // `Param::from_tensor` would ask for gradients.
+    Param::initialized(ParamId::new(), tensor)
+}
+
+fn words<const D: usize>(words: Vec<u32>, shape: [usize; D], device: &Device) -> Param<Tensor<D, Int>> {
+    // The type must be named: by default Burn would convert to the device's integer type.
+    let tensor = Tensor::from_data(TensorData::new(words, shape), (device, DType::U32));
+    Param::initialized(ParamId::new(), tensor)
+}
+
+impl PackedTensor {
+    /// Moves `weight` to `device`.
+    ///
+    /// # Panics
+    /// If the parts of `weight` don't fit together; call [`PackedWeight::validate`] on weights from outside.
+    pub fn new(weight: &PackedWeight, device: &Device) -> Self {
+        weight.validate("weight").unwrap_or_else(|error| panic!("{error}"));
+        let device = &device.clone().without_autodiff();
+        let shape = weight.scheme.scale_shape(weight.d_input, weight.d_output);
+        let floats = |values: &[f32], shape: [usize; 2]| {
+            let dtype = match weight.scheme.scales {
+                ScaleType::F16 if device.supports_dtype(DType::F16) => DType::F16,
+                ScaleType::Bf16 if device.supports_dtype(DType::BF16) => DType::BF16,
+                _ => DType::F32,
+            };
+            let data = TensorData::new(values.to_vec(), shape).convert_dtype(dtype);
+            frozen(Tensor::from_data(data, (device, dtype)))
+        };
+        let (scales, scale_codes, scale_offset) = match &weight.scales {
+            Scales::Plain(scales) => (floats(scales, shape), None, None),
+            Scales::Double(double) => {
+                let packed: Vec<u32> = double
+                    .codes
+                    .chunks(4)
+                    .map(|chunk| chunk.iter().rev().fold(0, |word, &code| word << 8 | u32::from(code)))
+                    .collect();
+                let count = packed.len();
+                (
+                    floats(&double.nested, [1, double.nested.len()]),
+                    Some(words(packed, [count], device)),
+                    Some(frozen(Tensor::from_data([double.offset], device))),
+                )
+            }
+        };
+        Self {
+            codes: words(
+                weight.codes.clone(),
+                [weight.codes.len() / weight.d_output, weight.d_output],
+                device,
+            ),
+            scales,
+            offsets: weight.offsets.as_ref().map(|offsets| floats(offsets, shape)),
+            scale_codes,
+            scale_offset,
+            input_order: weight.input_order.as_ref().map(|order| {
+                let order: Vec<i64> = order.iter().map(|&input| i64::from(input)).collect();
+                Param::initialized(ParamId::new(), Tensor::from_data(order.as_slice(), device))
+            }),
+            scheme: weight.scheme,
+            size: [weight.d_input, weight.d_output],
+        }
+    }
+
+    /// The format.
+    pub fn scheme(&self) -> &QuantScheme {
+        &self.scheme
+    }
+
+    /// `[d_input, d_output]`.
+    pub fn shape(&self) -> [usize; 2] {
+        self.size
+    }
+
+    /// Bytes of codes, scales, offsets and input order in the scheme's types.
+    pub fn storage_bytes(&self) -> usize {
+        let order = if self.input_order.is_some() { 4 * self.size[0] } else { 0 };
+        self.scheme.storage_bytes(self.size[0], self.size[1]) + order
+    }
+
+    fn spec(&self) -> PackedSpec {
+        PackedSpec::new(&self.scheme, self.size[0], self.size[1])
+    }
+
+    /// Scales `[block_rows, block_columns]` as the arithmetic sees them.
+    pub fn effective_scales(&self) -> Tensor<2> {
+        let (Some(codes), Some(offset)) = (&self.scale_codes, &self.scale_offset) else {
+            return self.scales.val();
+        };
+        let [rows, columns] = self.scheme.scale_shape(self.size[0], self.size[1]);
+        let (count, codes) = (rows * columns, codes.val());
+        let device = self.scales.val().device();
+        let bytes: Vec<Tensor<2, Int>> = (0..4)
+            .map(|byte| {
+                codes.clone().bitwise_right_shift_scalar(8 * byte).bitwise_and_scalar(255).unsqueeze_dim(1)
+            })
+            .collect();
+        let ids = Tensor::cat(bytes, 1).cast(burn::tensor::IntDType::I32);
+        let ids = ids.clone().reshape([ids.shape().num_elements()]).slice([0..count]);
+        let nested = self.scales.val();
+        let blocks = nested.dims()[1];
+        let nested = nested.reshape([blocks, 1]).expand([blocks, DOUBLE_BLOCK]);
+        let nested = nested.reshape([blocks * DOUBLE_BLOCK]).slice([0..count]);
+        let scales = Tensor::<1>::from_floats(DYNAMIC_MAP, &device).select(0, ids) * nested + offset.val();
+        scales.reshape([columns, rows]).transpose()
+    }
+
+    fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {
+        let scales = self.effective_scales();
+        let offsets = self.offsets.as_ref().map_or_else(|| scales.clone(), |offsets| offsets.val());
+        (self.codes.val(), scales, offsets)
+    }
+
+    /// `x · W`: differentiable in `x`; the graph keeps references to the packed parts, no dense weight.
+    ///
+    /// # Shapes
+    /// `[.., d_input]` → `[.., d_output]`.
+    ///
+    /// # Panics
+    /// If the last size of `x` is not `d_input`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let x = match &self.input_order {
+            Some(order) => x.select(D - 1, order.val()),
+            None => x,
+        };
+        let (codes, scales, offsets) = self.parts();
+        ops::packed_linear(x, codes, scales, offsets, self.spec())
+    }
+
+    /// The dense weight `[d_input, d_output]`, inputs in their own order.
+    pub fn dequantize(&self) -> Tensor<2> {
+        let (codes, scales, offsets) = self.parts();
+        let dense = ops::packed_dequantize(codes, scales, offsets, self.spec());
+        match &self.input_order {
+            Some(order) => dense.select(0, order.val().argsort(0)),
+            None => dense,
+        }
+    }
+
+    /// [`Self::dequantize`] without kernels: what tests compare with, and what other backends would run.
+    pub fn dequantize_reference(&self) -> Tensor<2> {
+        let (codes, scales, offsets) = self.parts();
+        let dense = ops::reference::packed_dequantize(codes, scales, offsets, self.spec());
+        match &self.input_order {
+            Some(order) => dense.select(0, order.val().argsort(0)),
+            None => dense,
+        }
+    }
+
+    /// The dense rows of the given outputs, `[outputs, d_input]`: an embedding's lookup, unpacking only what is asked.
+    pub fn outputs(&self, outputs: Tensor<1, Int>) -> Tensor<2> {
+        let [count] = outputs.dims();
+        let blocks = outputs.clone().div_scalar(self.scheme.block.outputs as i64);
+        let (codes, scales, offsets) = self.parts();
+        let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
+        let dense = ops::packed_dequantize(
+            codes.select(1, outputs),
+            scales.select(1, blocks.clone()),
+            offsets.select(1, blocks),
+            spec,
+        );
+        match &self.input_order {
+            Some(order) => dense.select(0, order.val().argsort(0)),
+            None => dense,
+        }
+        .transpose()
+    }
+
+    /// Back to host memory, for saving or exporting.
+    ///
+    /// # Errors
+    /// If the device can't be read, or holds another type than was put there.
+    pub fn to_host(&self) -> Result<PackedWeight> {
+        fn read<E: burn::tensor::Element>(data: TensorData, part: &str) -> Result<Vec<E>> {
+            let found = format!("{:?}", data.dtype());
+            data.try_to_vec().map_err(|error| Error::Tensor {
+                name: part.into(),
+                expected: format!("{:?}", E::dtype()),
+                found: format!("{found} ({error})"),
+            })
+        }
+        let floats = |tensor: &Param<Tensor<2>>, part: &str| {
+            read::<f32>(tensor.val().into_data().convert::<f32>(), part)
+        };
+        let scales = match (&self.scale_codes, &self.scale_offset) {
+            (Some(codes), Some(offset)) => {
+                let [rows, columns] = self.scheme.scale_shape(self.size[0], self.size[1]);
+                let words = read::<u32>(codes.val().into_data(), "scale_codes")?;
+                Scales::Double(DoubleScales {
+                    codes: words.iter().flat_map(|word| word.to_le_bytes()).take(rows * columns).collect(),
+                    nested: floats(&self.scales, "scales_nested")?,
+                    offset: read::<f32>(offset.val().into_data(), "scale_offset")?[0],
+                })
+            }
+            _ => Scales::Plain(floats(&self.scales, "scales")?),
+        };
+        Ok(PackedWeight {
+            scheme: self.scheme,
+            d_input: self.size[0],
+            d_output: self.size[1],
+            codes: read(self.codes.val().into_data(), "codes")?,
+            scales,
+            offsets: self.offsets.as_ref().map(|offsets| floats(offsets, "offsets")).transpose()?,
+            input_order: match &self.input_order {
+                Some(order) => {
+                    let order: Vec<i64> = read(order.val().into_data().convert::<i64>(), "input_order")?;
+                    Some(order.into_iter().map(|input| input as u32).collect())
+                }
+                None => None,
+            },
+        })
+    }
+}

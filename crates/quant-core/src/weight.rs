@@ -1,0 +1,164 @@
+//! A packed weight in host memory: what quantizers and checkpoint readers make, and what becomes a
+//! `PackedTensor` on a device.
+
+use crate::{
+    Error, QuantScheme, Result, ScaleType, Value,
+    packing::{code_rows, unpack_column},
+    scheme::{DOUBLE_BLOCK, Grid},
+};
+
+/// Scales in host memory, by block: `[block_rows, block_columns]` as [`QuantScheme::scale_shape`] says.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Scales {
+    /// Values, already rounded to the scheme's [`ScaleType`].
+    Plain(Vec<f32>),
+    /// Double-quantized.
+    Double(DoubleScales),
+}
+
+/// QLoRA's double quantization: `scale = map[code] * nested[i / 256] + offset`, with `i` the scale's index in
+/// **output-major** order (`column * block_rows + row`), as bitsandbytes stores them.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DoubleScales {
+    /// One code per scale, output-major.
+    pub codes: Vec<u8>,
+    /// One scale per 256 codes.
+    pub nested: Vec<f32>,
+    /// Added to every scale.
+    pub offset: f32,
+}
+
+impl DoubleScales {
+    /// The scales, output-major.
+    pub fn decode(&self) -> Vec<f32> {
+        let map = crate::dynamic_map::DYNAMIC_MAP;
+        self.codes
+            .iter()
+            .enumerate()
+            .map(|(i, &code)| map[usize::from(code)] * self.nested[i / DOUBLE_BLOCK] + self.offset)
+            .collect()
+    }
+}
+
+/// Codes, scales and offsets of one linear layer; layouts as in [`packing`](crate::packing).
+///
+/// The dense value at (`input`, `output`) is `scale * code + offset` or `scale * level[code]`, with scale and
+/// offset of the block that holds it. With an `input_order`, packed row `k` stands for input `input_order[k]`.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PackedWeight {
+    /// The format.
+    pub scheme: QuantScheme,
+    /// Inputs.
+    pub d_input: usize,
+    /// Outputs.
+    pub d_output: usize,
+    /// Words `[code_rows, d_output]`.
+    pub codes: Vec<u32>,
+    /// Scales `[block_rows, block_columns]`.
+    pub scales: Scales,
+    /// Offsets in the scales' shape, exactly when [`QuantScheme::has_offsets`].
+    pub offsets: Option<Vec<f32>>,
+    /// A permutation of `0..d_input` (GPTQ's act-order).
+    pub input_order: Option<Vec<u32>>,
+}
+
+impl PackedWeight {
+    /// Checks that all parts fit together; call it on anything read from a file.
+    ///
+    /// # Errors
+    /// [`Error::Tensor`] naming the part of `name` that doesn't fit.
+    pub fn validate(&self, name: &str) -> Result<()> {
+        let check = |part: &str, expected: usize, found: usize| {
+            if expected == found {
+                return Ok(());
+            }
+            Err(Error::Tensor {
+                name: format!("{name}.{part}"),
+                expected: format!(
+                    "{expected} values for {} inputs, {} outputs, scheme {}",
+                    self.d_input, self.d_output, self.scheme
+                ),
+                found: found.to_string(),
+            })
+        };
+        let [rows, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
+        let count = rows * columns;
+        check("codes", code_rows(self.d_input, self.scheme.bits()) * self.d_output, self.codes.len())?;
+        match (&self.scales, self.scheme.scales) {
+            (Scales::Double(double), ScaleType::Double) => {
+                check("scales", count, double.codes.len())?;
+                check("scales_nested", count.div_ceil(DOUBLE_BLOCK), double.nested.len())?;
+            }
+            (Scales::Plain(scales), ScaleType::F32 | ScaleType::F16 | ScaleType::Bf16) => {
+                check("scales", count, scales.len())?;
+            }
+            (Scales::Plain(_), ScaleType::Double) => check("scales_nested", count.div_ceil(DOUBLE_BLOCK), 0)?,
+            (Scales::Double(double), _) => check("scales_nested", 0, double.nested.len().max(1))?,
+        }
+        let offsets = if self.scheme.has_offsets() { count } else { 0 };
+        check("offsets", offsets, self.offsets.as_ref().map_or(0, Vec::len))?;
+        if let Some(order) = &self.input_order {
+            check("input_order", self.d_input, order.len())?;
+            let mut seen = vec![false; self.d_input];
+            for &input in order {
+                match seen.get_mut(input as usize) {
+                    Some(seen) if !*seen => *seen = true,
+                    _ => {
+                        return Err(Error::Tensor {
+                            name: format!("{name}.input_order"),
+                            expected: format!("a permutation of 0..{}", self.d_input),
+                            found: format!("{input} twice or out of range"),
+                        });
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Scales `[block_rows, block_columns]` as the arithmetic sees them.
+    pub fn effective_scales(&self) -> Vec<f32> {
+        match &self.scales {
+            Scales::Plain(scales) => scales.clone(),
+            Scales::Double(double) => {
+                let [rows, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
+                let decoded = double.decode();
+                let mut scales = vec![0.0; rows * columns];
+                for column in 0..columns {
+                    for row in 0..rows {
+                        scales[row * columns + column] = decoded[column * rows + row];
+                    }
+                }
+                scales
+            }
+        }
+    }
+
+    /// The dense weight in the checkpoint's layout, `[d_output, d_input]` row-major, inputs in their own order.
+    pub fn dequantize(&self) -> Vec<f32> {
+        let [_, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
+        let inputs = self.scheme.block.inputs_of(self.d_input);
+        let scales = self.effective_scales();
+        let mut dense = vec![0.0; self.d_input * self.d_output];
+        let mut codes = vec![0; self.d_input];
+        for (output, row) in dense.chunks_exact_mut(self.d_input.max(1)).enumerate() {
+            unpack_column(&self.codes, self.d_output, self.scheme.bits(), output, &mut codes);
+            for (k, &code) in codes.iter().enumerate() {
+                let block = (k / inputs) * columns + output / self.scheme.block.outputs;
+                let scale = scales[block];
+                let value = match self.scheme.value {
+                    Value::Codebook(codebook) => scale * codebook.levels()[usize::from(code)],
+                    Value::Affine { bits, grid: Grid::Symmetric } => {
+                        scale * (f32::from(code) - f32::from(1u8 << (bits - 1)))
+                    }
+                    Value::Affine { .. } => {
+                        scale * f32::from(code) + self.offsets.as_ref().map_or(0.0, |offsets| offsets[block])
+                    }
+                };
+                let input = self.input_order.as_ref().map_or(k, |order| order[k] as usize);
+                row[input] = value;
+            }
+        }
+        dense
+    }
+}

@@ -1,0 +1,270 @@
+//! The packed operation against references: the host's unpacking, the plain tensor version (with Burn's own
+//! autodiff for gradients), and finite differences.
+
+use burn::tensor::{Device, Tensor};
+use kiln_quant_core::{
+    PackedTensor, PackedWeight, QuantScheme, Scales, ops,
+    packing::CodePacker,
+};
+use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
+
+/// Every kind of value, block and scale, with sizes that leave ragged runs, blocks, tiles and vectors.
+const CASES: &[(&str, usize, usize)] = &[
+    ("affine2:64", 128, 48),
+    ("affine3:32", 96, 33),
+    ("affine4:64", 128, 64),
+    ("affine8:64", 128, 17),
+    ("affine4:64", 100, 37),
+    ("affine3:40", 100, 20),
+    ("affine3:24", 70, 50),
+    ("affine2:col", 300, 40),
+    ("affine4:col:f16", 33, 5),
+    ("affine4:64:int", 128, 40),
+    ("affine4:64:sym", 128, 40),
+    ("affine8:32:sym:f16", 96, 24),
+    ("affine2:8x4", 40, 30),
+    ("affine4:16x64:sym:bf16", 130, 50),
+    ("nf4:64", 128, 65),
+    ("nf4:64:double", 320, 70),
+    ("nf3:64", 128, 16),
+    ("nf2:32", 64, 19),
+    ("fp4:64", 192, 32),
+    ("affine4:64", 600, 530),
+    ("nf4:32:bf16", 288, 270),
+];
+
+/// A packed weight with random codes, scales and offsets.
+pub fn random_weight(scheme: &str, d_input: usize, d_output: usize, seed: u64) -> PackedWeight {
+    let scheme: QuantScheme = scheme.parse().unwrap();
+    let [rows, columns] = scheme.scale_shape(d_input, d_output);
+    let count = rows * columns;
+    let mut packer = CodePacker::new(d_input, d_output, scheme.bits());
+    let levels = 1u32 << scheme.bits();
+    for output in 0..d_output {
+        let codes: Vec<u8> = values(seed + 7 * output as u64, d_input)
+            .iter()
+            .map(|v| (((v + 1.0) * 0.5 * levels as f32) as u32).min(levels - 1) as u8)
+            .collect();
+        packer.set_column(output, &codes);
+    }
+    let rounded = |seed: u64, scale: f32, shift: f32| -> Vec<f32> {
+        values(seed, count).iter().map(|v| scheme.scales.round(v * scale + shift)).collect()
+    };
+    let scales = if scheme.to_string().ends_with("double") {
+        Scales::Double(kiln_quant_core::DoubleScales {
+            codes: values(seed + 1, count).iter().map(|v| ((v + 1.0) * 127.9) as u8).collect(),
+            nested: values(seed + 2, count.div_ceil(256)).iter().map(|v| v.abs() * 0.1).collect(),
+            offset: 0.2,
+        })
+    } else {
+        Scales::Plain(rounded(seed + 1, 0.05, 0.1))
+    };
+    let offsets = scheme.has_offsets().then(|| rounded(seed + 3, 0.3, -0.2));
+    PackedWeight { scheme, d_input, d_output, codes: packer.into_words(), scales, offsets, input_order: None }
+}
+
+/// Row counts around the border between the regimes, and beyond a tile.
+const ROWS: [usize; 5] = [1, 3, 4, 5, 37];
+
+#[test]
+fn dequantize_equals_the_host_and_the_plain_version_bit_for_bit() {
+    let device = Device::flex();
+    for &(scheme, d_input, d_output) in CASES {
+        let host = random_weight(scheme, d_input, d_output, 1);
+        let packed = PackedTensor::new(&host, &device);
+        let kernel = read(packed.dequantize().transpose());
+        assert_eq!(kernel, host.dequantize(), "{scheme} {d_input}x{d_output}: host");
+        assert_eq!(kernel, read(packed.dequantize_reference().transpose()), "{scheme}: plain");
+        assert_eq!(packed.to_host().unwrap(), host, "{scheme}: back on the host");
+    }
+}
+
+#[test]
+fn forward_equals_a_dense_product() {
+    let device = Device::flex();
+    for &(scheme, d_input, d_output) in CASES {
+        let host = random_weight(scheme, d_input, d_output, 2);
+        let packed = PackedTensor::new(&host, &device);
+        let dense = packed.dequantize_reference();
+        for rows in ROWS {
+            let x = tensor::<2>(3, [rows, d_input], &device);
+            let found = relative_difference(&read(packed.forward(x.clone())), &read(x.matmul(dense.clone())));
+            assert!(found < 2e-6, "{scheme} {d_input}x{d_output}, {rows} rows: {found:e}");
+        }
+    }
+}
+
+#[test]
+fn input_gradient_equals_autodiff_through_the_dense_weight() {
+    let device = Device::flex();
+    for &(scheme, d_input, d_output) in CASES {
+        let host = random_weight(scheme, d_input, d_output, 4);
+        let packed = PackedTensor::new(&host, &device);
+        let dense = packed.dequantize_reference();
+        for rows in ROWS {
+            let gradient = |f: &dyn Fn(Tensor<2>) -> Tensor<2>| {
+                let x = tensor::<2>(5, [rows, d_input], &device.clone().autodiff()).require_grad();
+                let weight = tensor::<2>(6, [rows, d_output], &device);
+                let gradients = (f(x.clone()) * weight).sum().backward();
+                read(x.grad(&gradients).unwrap())
+            };
+            let found = relative_difference(
+                &gradient(&|x| packed.forward(x)),
+                &gradient(&|x| x.matmul(dense.clone())),
+            );
+            assert!(found < 2e-6, "{scheme} {d_input}x{d_output}, {rows} rows: {found:e}");
+        }
+    }
+}
+
+/// Central differences of `f` along each of a few coordinates of `at`.
+fn finite_differences(at: &[f32], step: f32, f: impl Fn(&[f32]) -> f64) -> Vec<(usize, f64)> {
+    let every = (at.len() / 7).max(1);
+    (0..at.len())
+        .step_by(every)
+        .map(|i| {
+            let mut moved = at.to_vec();
+            moved[i] = at[i] + step;
+            let up = f(&moved);
+            moved[i] = at[i] - step;
+            (i, (up - f(&moved)) / (2.0 * f64::from(step)))
+        })
+        .collect()
+}
+
+#[test]
+fn gradients_of_input_scales_and_offsets_equal_finite_differences() {
+    let device = Device::flex();
+    for &(scheme, d_input, d_output) in CASES.iter().filter(|case| case.1 * case.2 < 20_000) {
+        // Learned parameters are plain tensors, so double quantization is left to the input's gradient.
+        let host = random_weight(scheme, d_input, d_output, 8);
+        let spec = ops::PackedSpec::new(&host.scheme, d_input, d_output);
+        let packed = PackedTensor::new(&host, &device);
+        let shape = host.scheme.scale_shape(d_input, d_output);
+        for rows in [2, 5] {
+            let x = values(9, rows * d_input);
+            let scales = host.effective_scales();
+            let offsets = host.offsets.clone().unwrap_or_else(|| scales.clone());
+            let weight = values(10, rows * d_output);
+            // The loss is linear in each argument, so a wide step has no truncation error.
+            let loss = |x: &[f32], scales: &[f32], offsets: &[f32]| -> f64 {
+                let mut moved = host.clone();
+                moved.scheme.scales = kiln_quant_core::ScaleType::F32;
+                moved.scales = Scales::Plain(scales.to_vec());
+                moved.offsets = host.offsets.as_ref().map(|_| offsets.to_vec());
+                let dense = moved.dequantize();
+                let mut sum = 0.0;
+                for row in 0..rows {
+                    for (output, dense) in dense.chunks_exact(d_input).enumerate() {
+                        let x = &x[row * d_input..][..d_input];
+                        let y: f64 = x.iter().zip(dense).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                        sum += y * f64::from(weight[row * d_output + output]);
+                    }
+                }
+                sum
+            };
+            let learned = |values: &[f32], shape: [usize; 2]| {
+                let data = burn::tensor::TensorData::new(values.to_vec(), shape);
+                Tensor::<2>::from_data(data, &device.clone().autodiff()).require_grad()
+            };
+            let (tx, ts, to) =
+                (learned(&x, [rows, d_input]), learned(&scales, shape), learned(&offsets, shape));
+            let y = ops::packed_linear(tx.clone(), packed.codes.val(), ts.clone(), to.clone(), spec);
+            let gradients = (y * tensor::<2>(10, [rows, d_output], &device)).sum().backward();
+            let check = |what: &str, gradient: Option<Tensor<2>>, expected: Vec<(usize, f64)>| {
+                let gradient = read(gradient.unwrap_or_else(|| panic!("{scheme}: no gradient of {what}")));
+                let (found, expected): (Vec<f32>, Vec<f32>) =
+                    expected.iter().map(|&(i, d)| (gradient[i], d as f32)).unzip();
+                let difference = relative_difference(&found, &expected);
+                assert!(difference < 2e-4, "{scheme}, {rows} rows, {what}: {difference:e}");
+            };
+            check("x", tx.grad(&gradients), finite_differences(&x, 0.5, |x| loss(x, &scales, &offsets)));
+            check("scales", ts.grad(&gradients), finite_differences(&scales, 0.5, |s| loss(&x, s, &offsets)));
+            if host.offsets.is_some() {
+                let expected = finite_differences(&offsets, 0.5, |o| loss(&x, &scales, o));
+                check("offsets", to.grad(&gradients), expected);
+            } else {
+                assert!(to.grad(&gradients).is_none_or(|g| read(g).iter().all(|v| *v == 0.0)));
+            }
+        }
+    }
+}
+
+#[test]
+fn dequantize_passes_gradients_to_scales_and_offsets() {
+    let device = Device::flex();
+    for scheme in ["affine4:64", "affine3:24", "affine2:8x4", "affine8:32:sym", "nf4:64"] {
+        let host = random_weight(scheme, 72, 40, 11);
+        let spec = ops::PackedSpec::new(&host.scheme, 72, 40);
+        let packed = PackedTensor::new(&host, &device);
+        let gradients = |f: &dyn Fn(Tensor<2>, Tensor<2>) -> Tensor<2>| {
+            let device = device.clone().autodiff();
+            let scales = Tensor::from_inner(packed.effective_scales()).to_device(&device).require_grad();
+            let offsets = packed.offsets.as_ref().map_or_else(|| packed.effective_scales(), |o| o.val());
+            let offsets = Tensor::from_inner(offsets).to_device(&device).require_grad();
+            let loss = (f(scales.clone(), offsets.clone()) * tensor::<2>(12, [72, 40], &device)).sum();
+            let gradients = loss.backward();
+            (read(scales.grad(&gradients).unwrap()), offsets.grad(&gradients).map(read))
+        };
+        let codes = packed.codes.val();
+        let found = gradients(&|s, o| ops::packed_dequantize(codes.clone(), s, o, spec));
+        let expected = gradients(&|s, o| kiln_quant_core::ops::reference_dequantize(codes.clone(), s, o, spec));
+        assert_close("scales", &found.0, &expected.0, 2e-5);
+        if let Some(expected) = expected.1 {
+            assert_close("offsets", &found.1.unwrap(), &expected, 2e-5);
+        }
+    }
+}
+
+#[test]
+fn any_rank_and_any_strides_go_in() {
+    let device = Device::flex();
+    let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 13), &device);
+    let dense = packed.dequantize();
+    let x = tensor::<3>(14, [64, 2, 7], &device).permute([1, 2, 0]);
+    let expected = x.clone().reshape([14, 64]).matmul(dense.clone());
+    assert_close("rank 3, permuted", &read(packed.forward(x)), &read(expected), 1e-5);
+    let x = tensor::<2>(15, [9, 128], &device).slice([2..9, 64..128]);
+    assert_close("sliced", &read(packed.forward(x.clone())), &read(x.matmul(dense)), 1e-5);
+}
+
+#[test]
+fn input_order_gathers_the_input() {
+    let device = Device::flex();
+    let mut host = random_weight("affine3:32:int", 96, 10, 16);
+    host.input_order = Some((0..96).map(|k| (k * 37) % 96).collect());
+    let packed = PackedTensor::new(&host, &device);
+    assert_eq!(read(packed.dequantize().transpose()), host.dequantize());
+    let x = tensor::<2>(17, [6, 96], &device);
+    assert_close(
+        "forward",
+        &read(packed.forward(x.clone())),
+        &read(x.matmul(packed.dequantize())),
+        1e-5,
+    );
+}
+
+#[test]
+fn outputs_are_rows_of_the_checkpoint() {
+    let device = Device::flex();
+    for scheme in ["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double"] {
+        let host = random_weight(scheme, 96, 50, 18);
+        let packed = PackedTensor::new(&host, &device);
+        let ids = [49i64, 0, 7, 7, 31];
+        let found = read(packed.outputs(Tensor::from_data(ids, &device)));
+        let dense = host.dequantize();
+        let expected: Vec<f32> = ids.iter().flat_map(|&id| dense[id as usize * 96..][..96].to_vec()).collect();
+        assert_eq!(found, expected, "{scheme}");
+    }
+}
+
+#[test]
+fn half_precision_activations_keep_their_type() {
+    let device = Device::flex();
+    let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 19), &device);
+    let x = tensor::<2>(20, [5, 64], &device);
+    let y = packed.forward(x.clone().cast(burn::tensor::FloatDType::BF16));
+    assert_eq!(y.dtype(), burn::tensor::DType::BF16);
+    // bf16 keeps 8 bits: inputs and outputs are each off by up to 2^-9 of their size.
+    assert!(relative_difference(&read(y), &read(packed.forward(x))) < 1e-2);
+}
