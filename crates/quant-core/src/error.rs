@@ -14,6 +14,16 @@ pub enum Error {
         /// What was expected and what was found.
         reason: String,
     },
+    /// An option out of its range.
+    #[error("option {option}: expected {expected}, found {found}")]
+    Option {
+        /// Type and field, e.g. `Hqq.iters`.
+        option: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
     /// A path pattern that is not a regular expression.
     #[error("pattern \"{pattern}\": {reason}")]
     Pattern {

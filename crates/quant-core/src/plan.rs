@@ -5,7 +5,7 @@ use std::{fmt, hash, str::FromStr};
 use regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use crate::{Error, Result};
+use crate::Error;
 
 /// A regular expression over module paths with the meaning of PEFT's pattern keys: `key` matches a path when
 /// `^(.*\.)?(key)$` does, that is the whole path or what follows one of its dots.
@@ -28,7 +28,7 @@ pub struct PathPattern {
 impl PathPattern {
     /// # Errors
     /// [`Error::Pattern`] if `key` is not a regular expression.
-    pub fn new(key: impl Into<String>) -> Result<Self> {
+    pub fn new(key: impl Into<String>) -> Result<Self, Error> {
         let key = key.into();
         let compile = |regex: &str| {
             Regex::new(regex).map_err(|e| Error::Pattern { pattern: key.clone(), reason: e.to_string() })
@@ -53,7 +53,7 @@ impl PathPattern {
 impl FromStr for PathPattern {
     type Err = Error;
 
-    fn from_str(key: &str) -> Result<Self> {
+    fn from_str(key: &str) -> Result<Self, Error> {
         Self::new(key)
     }
 }
@@ -120,7 +120,7 @@ impl<T> Plan<T> {
     ///
     /// # Errors
     /// [`Error::Pattern`] if `pattern` is not a regular expression.
-    pub fn with_override(mut self, pattern: &str, value: T) -> Result<Self> {
+    pub fn with_override(mut self, pattern: &str, value: T) -> Result<Self, Error> {
         self.overrides.push((PathPattern::new(pattern)?, value));
         Ok(self)
     }
@@ -141,21 +141,6 @@ impl<T> Plan<T> {
     /// The overrides, strongest first.
     pub fn overrides(&self) -> &[(PathPattern, T)] {
         &self.overrides
-    }
-
-    /// The same plan with other values.
-    ///
-    /// # Errors
-    /// The first error of `map`.
-    pub fn try_map<U, E>(self, mut map: impl FnMut(T) -> Result<U, E>) -> Result<Plan<U>, E> {
-        Ok(Plan {
-            default: map(self.default)?,
-            overrides: self
-                .overrides
-                .into_iter()
-                .map(|(pattern, value)| Ok((pattern, map(value)?)))
-                .collect::<Result<_, E>>()?,
-        })
     }
 }
 
@@ -205,8 +190,6 @@ mod tests {
         assert_eq!(*plan.get("model.layers.17.mlp"), 2);
         assert_eq!(serde_json::to_string(&plan).unwrap(), text);
         assert_eq!(serde_json::from_str::<Plan<u32>>(r#"{"default":2}"#).unwrap(), Plan::uniform(2));
-        let doubled = plan.try_map(|bits| Ok::<_, ()>(2 * bits)).unwrap();
-        assert_eq!((*doubled.get("lm_head"), *doubled.default_value()), (16, 4));
     }
 
     #[test]

@@ -26,17 +26,6 @@ pub fn packed_dequantize(codes: Tensor<2, Int>, scales: Tensor<2>, offsets: Tens
     if spec.has_offsets() { dense + spread(offsets) } else { dense }
 }
 
-/// [`packed_linear`](super::packed_linear) without kernels, for rank 2.
-pub fn packed_linear(
-    x: Tensor<2>,
-    codes: Tensor<2, Int>,
-    scales: Tensor<2>,
-    offsets: Tensor<2>,
-    spec: PackedSpec,
-) -> Tensor<2> {
-    x.matmul(packed_dequantize(codes, scales, offsets, spec))
-}
-
 /// Codes `[d_input, d_output]`.
 fn unpack(words: Tensor<2, Int>, spec: PackedSpec) -> Tensor<2, Int> {
     let (bits, device) = (spec.value.bits(), words.device());

@@ -20,8 +20,11 @@ use crate::{Error, Grid, PackedWeight, QuantScheme, Result, Value};
 /// | --- | --- | --- | --- |
 /// | `lp_norm` | 0.7 | `p` | above 0, at most 1 |
 /// | `beta` | 10 | how closely the shrunken residual follows the residual | above 0 |
-/// | `kappa` | 1.01 | growth of `beta` | from 1 |
+/// | `kappa` | 1 | growth of `beta` per iteration | from 1 |
 /// | `iters` | 20 | iterations at most | from 1 |
+///
+/// The paper lets `beta` grow, and the package lists `kappa` 1.01 among its options; its solver never applies it,
+/// hence the default here.
 ///
 /// Takes affine schemes with float offset (`-zero * scale`) or integer zero point (the solver's, rounded at the
 /// end). Differences from the package: the zero point is solved for the scale as stored; blocks with a range of
@@ -41,7 +44,7 @@ pub struct Hqq {
 
 impl Default for Hqq {
     fn default() -> Self {
-        Self { lp_norm: 0.7, beta: 10.0, kappa: 1.01, iters: 20 }
+        Self { lp_norm: 0.7, beta: 10.0, kappa: 1.0, iters: 20 }
     }
 }
 
@@ -72,8 +75,11 @@ impl Hqq {
         for _ in 0..self.iters {
             let shrink = Shrink::new(beta, self.lp_norm);
             let steps = blocks.map(|i, values| {
-                // A block without a scale has no zero point.
-                if start[i].scale == 0.0 { (0.0, 0.0) } else { step(values, start[i].scale, zeros[i], top, &shrink) }
+                if has_zero_point(&start[i]) {
+                    step(values, start[i].scale, zeros[i], top, &shrink)
+                } else {
+                    (0.0, 0.0)
+                }
             });
             let error = steps.iter().map(|(_, error)| error).sum::<f64>() / blocks.weights() as f64;
             zeros = steps.into_iter().map(|(zero, _)| zero).collect();
@@ -108,13 +114,18 @@ impl HostQuantizer for Hqq {
         let mut params = blocks.map(|_, values| fit(scheme, range(values)));
         let zeros = self.solve(&blocks, &params, levels(bits));
         for (params, zero) in params.iter_mut().zip(zeros) {
-            if params.scale != 0.0 {
+            if has_zero_point(params) {
                 let zero = if grid == Grid::Integer { round_integer(zero) } else { zero };
                 *params = with_zero_point(params.scale, zero, scheme.scales);
             }
         }
         blocks.pack(&params)
     }
+}
+
+/// A constant block, or one within a few subnormal numbers, has none.
+fn has_zero_point(params: &Params) -> bool {
+    (1.0 / params.scale).is_finite()
 }
 
 /// One iteration on one block: its next zero point, and the sum of absolute errors before it.

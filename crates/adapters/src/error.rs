@@ -1,0 +1,63 @@
+//! The crate's one error type.
+
+use std::path::PathBuf;
+
+/// What can go wrong when adapters are described, attached, read or written.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file that is not what its name or header says, or that doesn't fit the model.
+    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, key or header field.
+        field: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A key that PEFT knows, with a value that would change the result and that Kiln doesn't implement.
+    #[error("{}: {key}: {value} is not supported; supported: {supported}", path.display())]
+    Unsupported {
+        /// The file.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+        /// What would be understood.
+        supported: String,
+    },
+    /// The operating system's refusal.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An option out of range, or one that doesn't fit the model.
+    #[error("{name}: expected {expected}, found {found}")]
+    Argument {
+        /// The option.
+        name: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}

@@ -1,0 +1,75 @@
+//! The architecture as a run-time choice.
+
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor},
+};
+use kiln_quant_core::Projection;
+
+use crate::{CausalLm, Context, KvCache, Llama, Opt, Slots, TokenBatch};
+
+/// A model of any supported architecture, for programs that learn which from a file.
+#[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // a program holds one or two of them
+pub enum AnyModel<P: Projection> {
+    /// The LLaMA family.
+    Llama(Llama<P>),
+    /// OPT.
+    Opt(Opt<P>),
+}
+
+/// The same call on whichever model it is.
+macro_rules! either {
+    ($self:expr, $model:ident => $call:expr) => {
+        match $self {
+            AnyModel::Llama($model) => $call,
+            AnyModel::Opt($model) => $call,
+        }
+    };
+}
+
+impl<P: Projection> CausalLm for AnyModel<P> {
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
+        either!(self, model => model.context(tokens, cache))
+    }
+    fn embed(&self, context: &Context) -> Tensor<3> {
+        either!(self, model => model.embed(context))
+    }
+    fn num_blocks(&self) -> usize {
+        either!(self, model => model.num_blocks())
+    }
+    fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
+        either!(self, model => model.block(index, x, context, cache))
+    }
+    fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        either!(self, model => model.final_norm(x))
+    }
+    fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        either!(self, model => model.lm_head(x))
+    }
+    fn vocab_size(&self) -> usize {
+        either!(self, model => model.vocab_size())
+    }
+    fn max_positions(&self) -> usize {
+        either!(self, model => model.max_positions())
+    }
+    fn device(&self) -> Device {
+        either!(self, model => model.device())
+    }
+}
+
+impl<P: Projection> Slots for AnyModel<P> {
+    type Slot = P;
+    type With<Q: Projection> = AnyModel<Q>;
+
+    fn try_map<Q: Projection, E>(self, f: impl FnMut(&str, P) -> Result<Q, E>) -> Result<AnyModel<Q>, E> {
+        Ok(match self {
+            Self::Llama(model) => AnyModel::Llama(model.try_map(f)?),
+            Self::Opt(model) => AnyModel::Opt(model.try_map(f)?),
+        })
+    }
+
+    fn for_each_slot(&self, f: impl FnMut(&str, &P)) {
+        either!(self, model => model.for_each_slot(f));
+    }
+}

@@ -1,0 +1,107 @@
+//! What trainers, evaluators and generators need of a language model.
+
+use burn::{
+    module::{Module, ModuleDisplay},
+    tensor::{Device, Tensor},
+};
+use kiln_quant_core::Projection;
+
+use crate::{Context, KvCache, TokenBatch};
+
+/// A decoder-only language model, block by block.
+///
+/// The residual stream goes `embed` → `block(0)` → .. → `block(n - 1)` → `final_norm` → `lm_head`. Drivers that hold
+/// one block at a time (recomputation, calibration, side tuning) call the steps; [`forward`](Self::forward) and
+/// [`hidden_states`](Self::hidden_states) are built on them.
+pub trait CausalLm: Module + ModuleDisplay {
+    /// Puts a batch on the model's device, with tables and masks for its positions; `cache` says what went before.
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context;
+
+    /// The residual stream before the first block, `[batch, length, width]`.
+    fn embed(&self, context: &Context) -> Tensor<3>;
+
+    /// Number of blocks.
+    fn num_blocks(&self) -> usize;
+
+    /// Runs block `index` on the residual stream `[batch, length, width]`.
+    ///
+    /// # Panics
+    /// If there is no such block, or `x` doesn't fit the context.
+    fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3>;
+
+    /// The norm between the last block and the head, `[.., width]` → `[.., width]`.
+    fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
+
+    /// Logits, `[.., width]` → `[.., vocabulary]`.
+    fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
+
+    /// Number of token ids.
+    fn vocab_size(&self) -> usize;
+
+    /// Positions the model was made for.
+    fn max_positions(&self) -> usize;
+
+    /// Where the parameters are.
+    fn device(&self) -> Device;
+
+    /// The residual stream after the last block, before the final norm.
+    fn residual(&self, context: &Context, mut cache: Option<&mut KvCache>) -> Tensor<3> {
+        let mut x = self.embed(context);
+        for index in 0..self.num_blocks() {
+            x = self.block(index, x, context, cache.as_deref_mut());
+        }
+        if let Some(cache) = cache {
+            cache.segments = context.key_segments().to_vec();
+            cache.length += context.length();
+        }
+        x
+    }
+
+    /// Logits of every position, `[batch, length, vocabulary]`.
+    fn forward(&self, context: &Context) -> Tensor<3> {
+        self.lm_head(self.final_norm(self.residual(context, None)))
+    }
+
+    /// Embedding, the output of every block but the last, and the final norm's output: `blocks + 1` tensors, as
+    /// transformers' `output_hidden_states`.
+    fn hidden_states(&self, context: &Context) -> Vec<Tensor<3>> {
+        let mut states = vec![self.embed(context)];
+        for index in 0..self.num_blocks() {
+            let x = self.block(index, states[index].clone(), context, None);
+            states.push(x);
+        }
+        if let Some(last) = states.pop() {
+            states.push(self.final_norm(last));
+        }
+        states
+    }
+}
+
+/// A model whose blocks' linears can be visited and replaced by name.
+///
+/// Paths are the checkpoint's: `model.layers.3.self_attn.q_proj`.
+pub trait Slots: CausalLm {
+    /// What stands in the slots now.
+    type Slot: Projection;
+    /// The same model with another projection.
+    type With<Q: Projection>: Slots<Slot = Q>;
+
+    /// Replaces every projection, in the order in which data flows.
+    ///
+    /// # Errors
+    /// The first error of `f`.
+    fn try_map<Q: Projection, E>(
+        self,
+        f: impl FnMut(&str, Self::Slot) -> Result<Q, E>,
+    ) -> Result<Self::With<Q>, E>;
+
+    /// Visits every projection, in the order in which data flows.
+    fn for_each_slot(&self, f: impl FnMut(&str, &Self::Slot));
+
+    /// Paths and shapes `[d_input, d_output]` of all slots.
+    fn slot_shapes(&self) -> Vec<(String, [usize; 2])> {
+        let mut shapes = Vec::new();
+        self.for_each_slot(|path, slot| shapes.push((path.to_string(), slot.shape())));
+        shapes
+    }
+}

@@ -1,0 +1,104 @@
+//! A checkpoint of any kind, opened by its path.
+
+use std::path::{Path, PathBuf};
+
+use crate::{
+    Error, Result,
+    chat::ChatTemplate,
+    config::{ModelConfig, SpecialTokens},
+    gguf::Gguf,
+    hf::HfFolder,
+    source::TensorSource,
+    tokenizer::Tokenizer,
+};
+
+/// An open checkpoint: a Hugging Face folder or a `.gguf` file. Tensors are read when a model is loaded.
+pub struct Checkpoint {
+    path: PathBuf,
+    files: Files,
+    config: ModelConfig,
+    special: SpecialTokens,
+}
+
+enum Files {
+    Folder(Box<HfFolder>),
+    Gguf(Box<Gguf>),
+}
+
+impl Checkpoint {
+    /// Opens a folder with `config.json` and safetensors, or a `.gguf` file, and checks headers and configuration.
+    ///
+    /// # Errors
+    /// Whatever is missing, malformed or not supported, by file and field.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref().to_path_buf();
+        let metadata = std::fs::metadata(&path).map_err(Error::io(&path))?;
+        if metadata.is_dir() {
+            let folder = HfFolder::open(&path)?;
+            let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
+            Ok(Self { path, files: Files::Folder(Box::new(folder)), config, special })
+        } else {
+            let gguf = Gguf::open(&path)?;
+            let (config, special) = (gguf.config()?, gguf.special_tokens()?);
+            Ok(Self { path, files: Files::Gguf(Box::new(gguf)), config, special })
+        }
+    }
+
+    /// The folder or file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Ids with a meaning.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.special
+    }
+
+    /// The tensors.
+    pub fn source(&self) -> &dyn TensorSource {
+        match &self.files {
+            Files::Folder(folder) => folder.as_ref(),
+            Files::Gguf(gguf) => gguf.as_ref(),
+        }
+    }
+
+    /// The tokenizer that comes with the checkpoint.
+    ///
+    /// # Errors
+    /// If there is none, or it can't be read.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        match &self.files {
+            Files::Folder(_) => Tokenizer::from_folder(&self.path),
+            Files::Gguf(gguf) => gguf.tokenizer(),
+        }
+    }
+
+    /// The chat template that comes with the checkpoint, if there is one.
+    ///
+    /// # Errors
+    /// If the tokenizer's files can't be read, or the template doesn't compile.
+    pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
+        let source = match &self.files {
+            Files::Folder(_) => self.tokenizer()?.chat_template().map(str::to_string),
+            Files::Gguf(gguf) => gguf.chat_template(),
+        };
+        source.map(|source| ChatTemplate::new(&source)).transpose()
+    }
+
+    /// Keys of the configuration that Kiln doesn't know, and other things a user may want to hear of.
+    pub fn notes(&self) -> Vec<String> {
+        let unknown = |key: &str| format!("unknown configuration key {key}");
+        match &self.files {
+            Files::Folder(folder) => {
+                let keys = folder.unknown_keys().iter().map(|key| unknown(key));
+                keys.chain(folder.notes().iter().cloned()).collect()
+            }
+            Files::Gguf(gguf) => gguf.unknown_keys().into_iter().map(unknown).collect(),
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Token embeddings, dense or packed as the file holds them, and the output head that may be the same matrix.
+
+use burn::{
+    module::{Module, Param},
+    tensor::{Int, Tensor},
+};
+use kiln_quant_core::PackedTensor;
+
+/// A table `[vocabulary, width]`.
+#[derive(Module, Debug)]
+pub enum Embedding {
+    /// Dense.
+    Dense(DenseEmbedding),
+    /// Packed along the width; a lookup unpacks only the rows asked for.
+    Packed(PackedTensor),
+}
+
+/// A dense table.
+#[derive(Module, Debug)]
+pub struct DenseEmbedding {
+    /// `[vocabulary, width]`.
+    pub weight: Param<Tensor<2>>,
+}
+
+impl Embedding {
+    /// Rows of the table.
+    ///
+    /// # Shapes
+    /// `[batch, length]` → `[batch, length, width]`.
+    pub fn forward(&self, ids: Tensor<2, Int>) -> Tensor<3> {
+        let [batch, length] = ids.dims();
+        let ids = ids.reshape([batch * length]);
+        let rows = match self {
+            Self::Dense(table) => table.weight.val().select(0, ids),
+            Self::Packed(table) => table.outputs(ids),
+        };
+        let [_, width] = rows.dims();
+        rows.reshape([batch, length, width])
+    }
+
+    /// The table as an output head.
+    ///
+    /// # Shapes
+    /// `[.., width]` → `[.., vocabulary]`.
+    pub fn project<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Dense(table) => {
+                let mut sizes = x.dims();
+                let [vocabulary, width] = table.weight.val().dims();
+                let rows = sizes[..D - 1].iter().product::<usize>();
+                sizes[D - 1] = vocabulary;
+                x.reshape([rows, width]).matmul(table.weight.val().transpose()).reshape(sizes)
+            }
+            Self::Packed(table) => table.forward(x),
+        }
+    }
+
+    /// `[vocabulary, width]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            Self::Dense(table) => table.weight.lazy_shape().dims(),
+            Self::Packed(table) => {
+                let [width, vocabulary] = table.shape();
+                [vocabulary, width]
+            }
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! The model's shape from `<architecture>.*` keys and from which tensors there are.
+
+use super::{Gguf, names::Architecture, rope, value::Metadata};
+use crate::{
+    Error, Result,
+    config::{LlamaConfig, ModelConfig, RopeConfig},
+    source::TensorSource,
+};
+
+/// Keys (without the architecture) that are read, or that change nothing.
+const KNOWN: [&str; 23] = [
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "attention.value_length",
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "expert_count",
+    "feed_forward_length",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.attn_factor",
+    "rope.scaling.factor",
+    "rope.scaling.finetuned",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_attn_factor",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+    "vocab_size",
+];
+
+/// Keys that change what the model computes, with the values (as numbers, booleans being 0 and 1) that don't.
+const REFUSED: [(&str, &[f64]); 17] = [
+    ("attention.causal", &[1.0]),
+    ("attention.clamp_kqv", &[0.0]),
+    ("attention.max_alibi_bias", &[0.0]),
+    ("attention.scale", &[0.0]),
+    ("attention.sliding_window_pattern", &[]),
+    ("attention.temperature_scale", &[0.0]),
+    ("attn_logit_softcapping", &[0.0]),
+    ("embedding_scale", &[0.0, 1.0]),
+    ("expert_count", &[0.0]),
+    ("expert_used_count", &[0.0]),
+    ("final_logit_softcapping", &[0.0]),
+    ("logit_scale", &[0.0, 1.0]),
+    ("residual_scale", &[0.0, 1.0]),
+    ("rope.dimension_sections", &[]),
+    ("rope.scaling.yarn_ext_factor", &[1.0]),
+    ("rope.scaling.yarn_log_multiplier", &[0.0]),
+    ("use_parallel_residual", &[0.0]),
+];
+
+/// `<architecture>.*` keys.
+pub(super) struct Keys<'a> {
+    pub metadata: &'a Metadata,
+    architecture: Architecture,
+}
+
+impl<'a> Keys<'a> {
+    fn new(metadata: &'a Metadata, architecture: Architecture) -> Self {
+        Self { metadata, architecture }
+    }
+
+    /// The whole key.
+    pub fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture.name())
+    }
+
+    /// A size; not zero.
+    pub fn size(&self, key: &str) -> Result<Option<usize>> {
+        let key = self.key(key);
+        let size = self.metadata.usize(&key)?;
+        if size == Some(0) {
+            return Err(self.metadata.error(&key, "a positive integer", "0".into()));
+        }
+        Ok(size)
+    }
+
+    fn required_size(&self, key: &str) -> Result<usize> {
+        let size = self.size(key)?;
+        self.metadata.require(&self.key(key), size)
+    }
+
+    /// A positive number.
+    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+        let key = self.key(key);
+        let value = self.metadata.f64(&key)?;
+        match value {
+            Some(value) if value <= 0.0 => {
+                Err(self.metadata.error(&key, "a positive number", value.to_string()))
+            }
+            _ => Ok(value),
+        }
+    }
+
+    fn refuse_what_changes_the_model(&self) -> Result<()> {
+        for (key, harmless) in REFUSED {
+            let key = self.key(key);
+            if self.metadata.get(&key).is_none() {
+                continue;
+            }
+            let number = match self.metadata.bool(&key) {
+                Ok(value) => value.map(|value| f64::from(u8::from(value))),
+                Err(_) => self.metadata.f64(&key).unwrap_or(None),
+            };
+            if !number.is_some_and(|number| harmless.contains(&number)) {
+                let supported = match harmless {
+                    [] => "models without this key".into(),
+                    _ => format!("{harmless:?}"),
+                };
+                return Err(self.metadata.unsupported_value(&key, &supported));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Query heads and key heads.
+pub(super) fn head_counts(metadata: &Metadata, architecture: Architecture) -> Result<(usize, usize)> {
+    let keys = Keys::new(metadata, architecture);
+    let query = keys.required_size("attention.head_count")?;
+    let key = keys.size("attention.head_count_kv")?.unwrap_or(query);
+    if !query.is_multiple_of(key) {
+        let field = keys.key("attention.head_count_kv");
+        return Err(metadata.error(
+            &field,
+            &format!("a divisor of the {query} query heads"),
+            key.to_string(),
+        ));
+    }
+    Ok((query, key))
+}
+
+pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
+    let known = |key: &str| KNOWN.contains(&key) || REFUSED.iter().any(|(refused, _)| *refused == key);
+    let prefix = file.architecture.name();
+    let rest = |key: &str| key.strip_prefix(prefix)?.strip_prefix('.').map(known);
+    file.metadata.keys().filter(|key| rest(key) == Some(false)).collect()
+}
+
+pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
+    let metadata = &file.metadata;
+    let keys = Keys::new(metadata, file.architecture);
+    keys.refuse_what_changes_the_model()?;
+    let hidden_size = keys.required_size("embedding_length")?;
+    let num_hidden_layers = keys.required_size("block_count")?;
+    let (num_attention_heads, num_key_value_heads) = head_counts(metadata, file.architecture)?;
+    let head_dim = head_dim(&keys, hidden_size, num_attention_heads)?;
+    check_layer_count(file, &keys, num_hidden_layers)?;
+    let max_position_embeddings = keys.required_size("context_length")?;
+    let theta = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
+    let factors = file.rope_factors.as_ref().map(|tensor| file.decode(&tensor.name, tensor)).transpose()?;
+    let scaling = match &factors {
+        Some(factors) => rope::from_factors(&keys, &factors.values, theta, head_dim)?,
+        None => rope::from_keys(&keys, max_position_embeddings)?,
+    };
+    let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
+    let bias = |modules: &[&str]| all_or_none(file, num_hidden_layers, modules);
+    Ok(ModelConfig::Llama(LlamaConfig {
+        vocab_size: vocab_size(file, &keys)?,
+        hidden_size,
+        intermediate_size: keys.required_size("feed_forward_length")?,
+        num_hidden_layers,
+        num_attention_heads,
+        num_key_value_heads,
+        head_dim,
+        max_position_embeddings,
+        rms_norm_eps: metadata.require(&keys.key("attention.layer_norm_rms_epsilon"), epsilon)?,
+        rope: RopeConfig { theta, scaling },
+        sliding_window: vec![keys.size("attention.sliding_window")?; num_hidden_layers],
+        qkv_bias: bias(&["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"])?,
+        o_bias: bias(&["self_attn.o_proj.bias"])?,
+        mlp_bias: bias(&["mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"])?,
+        qk_norm: bias(&["self_attn.q_norm.weight", "self_attn.k_norm.weight"])?,
+        tie_word_embeddings: !file.contains("lm_head.weight"),
+    }))
+}
+
+/// Width of a head; keys, values and rotated dimensions must agree on it.
+fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
+    let head_dim = match keys.size("attention.key_length")? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(heads) => hidden_size / heads,
+        None => {
+            let expected = format!("a divisor of the width {hidden_size}");
+            return Err(keys.metadata.error(&keys.key("attention.head_count"), &expected, heads.to_string()));
+        }
+    };
+    for key in ["attention.value_length", "rope.dimension_count"] {
+        if keys.size(key)?.is_some_and(|size| size != head_dim) {
+            let supported = format!("the width of a head, {head_dim}");
+            return Err(keys.metadata.unsupported_value(&keys.key(key), &supported));
+        }
+    }
+    Ok(head_dim)
+}
+
+/// The highest block among the tensors must be the last one that the metadata announces. This also bounds the count
+/// by the size of the file.
+fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
+    let layer = |name: &String| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+    let found = file.tensors.keys().filter_map(layer).max().map_or(0, |last| last.saturating_add(1));
+    if found == expected {
+        return Ok(());
+    }
+    let key = keys.key("block_count");
+    Err(keys.metadata.error(&key, &format!("{found}, as there are tensors for"), expected.to_string()))
+}
+
+/// Rows of the embedding, which the metadata must not contradict.
+fn vocab_size(file: &Gguf, keys: &Keys) -> Result<usize> {
+    let name = "model.embed_tokens.weight";
+    let shape = &file.find(name)?.shape;
+    let &[rows, _] = shape.as_slice() else {
+        return Err(keys.metadata.error("token_embd.weight", "2 dimensions", shape.len().to_string()));
+    };
+    match keys.size("vocab_size")? {
+        Some(size) if size != rows => {
+            let expected = format!("{rows}, the rows of token_embd.weight");
+            Err(keys.metadata.error(&keys.key("vocab_size"), &expected, size.to_string()))
+        }
+        _ => Ok(rows),
+    }
+}
+
+/// Whether every block has all of these tensors; an error if only some have.
+fn all_or_none(file: &Gguf, layers: usize, names: &[&str]) -> Result<bool> {
+    let all: Vec<String> = (0..layers)
+        .flat_map(|layer| names.iter().map(move |name| format!("model.layers.{layer}.{name}")))
+        .collect();
+    let missing = all.iter().find(|name| !file.contains(name));
+    let present = all.iter().find(|name| file.contains(name));
+    match (missing, present) {
+        (None, _) => Ok(true),
+        (Some(_), None) => Ok(false),
+        (Some(missing), Some(present)) => Err(Error::File {
+            path: file.path.clone(),
+            field: missing.clone(),
+            expected: format!("a tensor, since there is {present}"),
+            found: "none".into(),
+        }),
+    }
+}

@@ -1,0 +1,325 @@
+//! GGUF files: tensors, configuration, tokenizer and chat template from one file.
+//!
+//! Read are versions 2 and 3 with the architectures `llama` (LLaMA, Mistral, SmolLM2), `qwen2` and `qwen3`. Tensors
+//! of type Q4_0, Q4_1 and Q8_0 become packed weights code by code, without requantizing; all others are decoded. The
+//! file isn't mapped: a tensor's bytes are read when it is asked for, some at a time, so that peak memory is the
+//! result plus a small buffer.
+
+mod blocks;
+mod config;
+mod header;
+mod names;
+mod rope;
+#[cfg(test)]
+mod tests;
+mod tokenizer;
+mod value;
+#[cfg(test)]
+pub(crate) mod writer;
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{Read, Seek, SeekFrom},
+    path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
+};
+
+use kiln_quant_core::{PackedWeight, QuantScheme, Scales, packing::CodePacker};
+use rayon::prelude::*;
+
+use self::names::{Architecture, Heads};
+pub(crate) use self::tokenizer::build as build_tokenizer;
+pub use self::{
+    blocks::BlockType,
+    header::TensorInfo,
+    value::{Array, Metadata, Value},
+};
+use crate::{
+    Error, Result,
+    config::{ModelConfig, SpecialTokens},
+    source::{DenseTensor, StoredWeight, TensorSource},
+    tokenizer::Tokenizer,
+};
+
+/// Bytes of a tensor that are read at a time, rounded to whole rows (whole heads where rows are interleaved).
+const CHUNK: usize = 1 << 20;
+const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
+
+/// An open GGUF file; tensors go by their Hugging Face names.
+///
+/// ```no_run
+/// use kiln_models::{Gguf, TensorSource};
+/// let file = Gguf::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
+/// let config = file.config()?;
+/// let query = file.weight("model.layers.0.self_attn.q_proj")?;
+/// # Ok::<(), kiln_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct Gguf {
+    path: PathBuf,
+    file: Mutex<File>,
+    metadata: Metadata,
+    architecture: Architecture,
+    tensors: BTreeMap<String, TensorInfo>,
+    rope_factors: Option<TensorInfo>,
+}
+
+impl Gguf {
+    /// Reads the header of `path`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::File`] for a header that contradicts itself or the file's size; [`Error::Unsupported`]
+    /// for another version, architecture or tensor type, for a tensor that models of this architecture don't have,
+    /// and for a file that holds only a part of a model.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
+        let file = File::open(path).map_err(Error::io(path))?;
+        let header = header::read(path, &file)?;
+        let metadata = header.metadata;
+        let name = metadata.require("general.architecture", metadata.str("general.architecture")?)?;
+        let architecture = Architecture::parse(name)
+            .ok_or_else(|| metadata.unsupported_value("general.architecture", &Architecture::list()))?;
+        if metadata.str("general.type")?.is_some_and(|kind| kind != "model") {
+            return Err(metadata.unsupported_value("general.type", "model"));
+        }
+        if metadata.usize("split.count")?.is_some_and(|count| count > 1) {
+            return Err(metadata.unsupported_value("split.count", "files that hold the whole model"));
+        }
+        metadata.str(CHAT_TEMPLATE)?;
+        let (mut tensors, mut rope_factors) = (BTreeMap::new(), None);
+        for tensor in header.tensors {
+            if tensor.name == names::ROPE_FACTORS {
+                rope_factors = Some(tensor);
+            } else if let Some(name) = names::hugging_face(architecture, &tensor.name) {
+                tensors.insert(name, tensor);
+            } else {
+                let supported = format!("tensors of the architecture {}", architecture.name());
+                return Err(metadata.unsupported(&tensor.name, "this tensor", &supported));
+            }
+        }
+        Ok(Self { path: path.into(), file: Mutex::new(file), metadata, architecture, tensors, rope_factors })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All keys of the header.
+    pub fn metadata(&self) -> &Metadata {
+        &self.metadata
+    }
+
+    /// Shape and type of the tensor with this Hugging Face name.
+    pub fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.get(name)
+    }
+
+    /// The model's shape.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a missing or contradictory value, [`Error::Unsupported`] for one that changes the
+    /// mathematics in a way that isn't implemented.
+    pub fn config(&self) -> Result<ModelConfig> {
+        config::read(self)
+    }
+
+    /// The keys of the architecture that [`config`](Self::config) doesn't know, for a load report.
+    pub fn unknown_keys(&self) -> Vec<&str> {
+        config::unknown_keys(self)
+    }
+
+    /// Ids with a meaning.
+    ///
+    /// # Errors
+    /// [`Error::File`] for an id outside the vocabulary.
+    pub fn special_tokens(&self) -> Result<SpecialTokens> {
+        tokenizer::special_tokens(&self.metadata)
+    }
+
+    /// The tokenizer, made from the header.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::from_gguf`].
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        Tokenizer::from_gguf(self)
+    }
+
+    /// The chat template, if the file has one.
+    pub fn chat_template(&self) -> Option<String> {
+        match self.metadata.get(CHAT_TEMPLATE) {
+            Some(Value::String(template)) => Some(template.clone()),
+            _ => None,
+        }
+    }
+
+    fn find(&self, name: &str) -> Result<&TensorInfo> {
+        self.tensors.get(name).ok_or_else(|| self.metadata.error(name, "a tensor", "no such tensor".into()))
+    }
+
+    fn read_at(&self, start: u64, bytes: &mut [u8]) -> Result<()> {
+        // A reader that panicked leaves nothing half-done: every read seeks first.
+        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let read = file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(bytes));
+        read.map_err(Error::io(&self.path))
+    }
+
+    /// The tensor as a matrix of rows of whole blocks, with the order of its rows.
+    fn rows(&self, name: &str, tensor: &TensorInfo) -> Result<Rows> {
+        let heads = names::interleaved(self.architecture, name);
+        let width = match (heads, tensor.shape.len()) {
+            // The rows of a bias are single values.
+            (Some(_), 1) if tensor.kind.weights() == 1 => 1,
+            (Some(_), 1) => {
+                return Err(self.metadata.unsupported(
+                    &tensor.name,
+                    tensor.kind.name(),
+                    "F32, F16, BF16 for biases",
+                ));
+            }
+            _ => tensor.width(),
+        };
+        let count = tensor.len() / width;
+        let head_dim = heads.map(|heads| self.head_dim(&tensor.name, heads, count)).transpose()?;
+        let bytes = width / tensor.kind.weights() * tensor.kind.bytes();
+        Ok(Rows { count, width, bytes, head_dim })
+    }
+
+    fn head_dim(&self, name: &str, heads: Heads, rows: usize) -> Result<usize> {
+        let (query, key) = config::head_counts(&self.metadata, self.architecture)?;
+        let count = match heads {
+            Heads::Query => query,
+            Heads::Key => key,
+        };
+        if !rows.is_multiple_of(2 * count) {
+            return Err(self.metadata.error(name, &format!("rows for {count} even heads"), rows.to_string()));
+        }
+        Ok(rows / count)
+    }
+
+    /// Calls `visit` with the index of the first row and the bytes of some rows, for all rows in turn.
+    fn for_chunks(
+        &self,
+        tensor: &TensorInfo,
+        rows: &Rows,
+        mut visit: impl FnMut(usize, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let step = (CHUNK / rows.bytes).max(1).next_multiple_of(rows.head_dim.unwrap_or(1)).min(rows.count);
+        let mut buffer = vec![0; step * rows.bytes];
+        for first in (0..rows.count).step_by(step) {
+            let bytes = &mut buffer[..step.min(rows.count - first) * rows.bytes];
+            self.read_at(tensor.start + (first * rows.bytes) as u64, bytes)?;
+            visit(first, bytes)?;
+        }
+        Ok(())
+    }
+
+    fn decode(&self, name: &str, tensor: &TensorInfo) -> Result<DenseTensor> {
+        let rows = self.rows(name, tensor)?;
+        let mut values = vec![0.0; tensor.len()];
+        self.for_chunks(tensor, &rows, |first, bytes| {
+            let chunk = &mut values[first * rows.width..][..bytes.len() / rows.bytes * rows.width];
+            chunk.par_chunks_exact_mut(rows.width).enumerate().for_each(|(row, values)| {
+                tensor.kind.decode(rows.source(bytes, row), values);
+            });
+            self.check_finite(&tensor.name, chunk)
+        })?;
+        Ok(DenseTensor { shape: tensor.shape.clone(), values })
+    }
+
+    fn pack(&self, name: &str, tensor: &TensorInfo, scheme: QuantScheme) -> Result<PackedWeight> {
+        let rows = self.rows(name, tensor)?;
+        let (d_input, d_output) = (rows.width, rows.count);
+        let [groups, _] = scheme.scale_shape(d_input, d_output);
+        let mut packer = CodePacker::new(d_input, d_output, scheme.bits());
+        let mut codes = vec![0; d_input];
+        let mut scales = vec![0.0; groups * d_output];
+        let mut offsets = vec![0.0; if scheme.has_offsets() { scales.len() } else { 0 }];
+        let kind = tensor.kind;
+        self.for_chunks(tensor, &rows, |first, bytes| {
+            for row in 0..bytes.len() / rows.bytes {
+                let blocks = rows.source(bytes, row).chunks_exact(kind.bytes());
+                for (group, (block, codes)) in blocks.zip(codes.chunks_exact_mut(kind.weights())).enumerate()
+                {
+                    let (scale, offset) = kind.codes(block, codes);
+                    let index = group * d_output + first + row;
+                    scales[index] = scale;
+                    if let Some(slot) = offsets.get_mut(index) {
+                        *slot = offset;
+                    }
+                }
+                packer.set_column(first + row, &codes);
+            }
+            Ok(())
+        })?;
+        self.check_finite(&tensor.name, &scales)?;
+        self.check_finite(&tensor.name, &offsets)?;
+        Ok(PackedWeight {
+            scheme,
+            d_input,
+            d_output,
+            codes: packer.into_words(),
+            scales: Scales::Plain(scales),
+            offsets: scheme.has_offsets().then_some(offsets),
+            input_order: None,
+        })
+    }
+
+    fn check_finite(&self, name: &str, values: &[f32]) -> Result<()> {
+        match values.iter().find(|value| !value.is_finite()) {
+            Some(value) => Err(self.metadata.error(name, "finite values", value.to_string())),
+            None => Ok(()),
+        }
+    }
+}
+
+impl TensorSource for Gguf {
+    fn contains(&self, name: &str) -> bool {
+        self.tensors.contains_key(name)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.tensors.keys().cloned().collect()
+    }
+
+    fn dense(&self, name: &str) -> Result<DenseTensor> {
+        self.decode(name, self.find(name)?)
+    }
+
+    fn weight(&self, module: &str) -> Result<StoredWeight> {
+        let name = format!("{module}.weight");
+        let tensor = self.find(&name)?;
+        if tensor.shape.len() != 2 {
+            let found = format!("{} of sizes {:?}", tensor.shape.len(), tensor.shape);
+            return Err(self.metadata.error(&tensor.name, "2 dimensions", found));
+        }
+        match tensor.kind.packed_scheme() {
+            Some(scheme) => self.pack(&name, tensor, scheme).map(StoredWeight::Packed),
+            None => self.decode(&name, tensor).map(StoredWeight::Dense),
+        }
+    }
+}
+
+/// A tensor as rows of whole blocks.
+struct Rows {
+    count: usize,
+    /// Values in a row.
+    width: usize,
+    /// Bytes of a row.
+    bytes: usize,
+    /// Rows of a head, if they are interleaved within it.
+    head_dim: Option<usize>,
+}
+
+impl Rows {
+    /// The bytes of row `row` in Hugging Face's order, out of a chunk of whole heads in the file's order: there the
+    /// two halves of a head alternate, so that row `2j + h` is `h * half + j`.
+    fn source<'a>(&self, chunk: &'a [u8], row: usize) -> &'a [u8] {
+        let row = self.head_dim.map_or(row, |head_dim| {
+            let (half, within) = (head_dim / 2, row % head_dim);
+            row - within + within % half * 2 + within / half
+        });
+        &chunk[row * self.bytes..][..self.bytes]
+    }
+}

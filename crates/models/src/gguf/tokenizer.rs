@@ -1,0 +1,298 @@
+//! A tokenizer from `tokenizer.ggml.*` keys.
+//!
+//! Two models are read: `gpt2`, byte-level BPE with merges, whose splitting into words goes by the name in
+//! `tokenizer.ggml.pre`; and `llama`, SentencePiece's BPE, whose merges follow from the scores of the pieces.
+
+use std::collections::HashMap;
+
+use tokenizers::{
+    AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
+    decoders::{
+        byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip,
+    },
+    models::bpe::{BPE, BpeBuilder, Merges, Vocab},
+    normalizers::{Prepend, Replace, Sequence as NormalizerSequence, unicode::NFC},
+    pre_tokenizers::{
+        byte_level::ByteLevel,
+        digits::Digits,
+        sequence::Sequence as PreTokenizerSequence,
+        split::{Split, SplitPattern},
+    },
+    processors::template::{SpecialToken, TemplateProcessing},
+};
+
+use super::value::Metadata;
+use crate::{Error, Result, config::SpecialTokens};
+
+const MODEL: &str = "tokenizer.ggml.model";
+const PRE: &str = "tokenizer.ggml.pre";
+const TOKENS: &str = "tokenizer.ggml.tokens";
+const TYPES: &str = "tokenizer.ggml.token_type";
+const SCORES: &str = "tokenizer.ggml.scores";
+const MERGES: &str = "tokenizer.ggml.merges";
+
+/// Bytes of the longest token; looking for a piece's merges takes time in its square.
+const MAX_TOKEN: usize = 1024;
+
+/// SentencePiece's mark for a space.
+const SPACE: &str = "\u{2581}";
+
+/// Token types, as `tokenizer.ggml.token_type` numbers them.
+mod kind {
+    pub const NORMAL: i64 = 1;
+    pub const UNKNOWN: i64 = 2;
+    pub const CONTROL: i64 = 3;
+    pub const USER_DEFINED: i64 = 4;
+    pub const LAST: i64 = 6;
+}
+
+/// Words of LLaMA 3: contractions, letters with one leading sign, up to three digits, signs, line ends, spaces.
+const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Words of Qwen 2: as LLaMA 3's, but each digit alone.
+const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// How text becomes words before BPE.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Words {
+    Gpt2,
+    Smollm,
+    Llama3,
+    Qwen2,
+}
+
+impl Words {
+    fn parse(name: &str) -> Option<Self> {
+        match name {
+            "gpt-2" | "default" => Some(Self::Gpt2),
+            "smollm" => Some(Self::Smollm),
+            "llama-bpe" | "llama3" | "llama-v3" => Some(Self::Llama3),
+            "qwen2" => Some(Self::Qwen2),
+            _ => None,
+        }
+    }
+
+    fn pre_tokenizer(self) -> Result<PreTokenizerWrapper> {
+        let bytes = |split: bool| ByteLevel::new(false, true, split).into();
+        let words = |pattern: &str| {
+            let pattern = SplitPattern::Regex(pattern.into());
+            Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(error)
+        };
+        let parts = match self {
+            Self::Gpt2 => vec![bytes(true)],
+            Self::Smollm => vec![Digits::new(true).into(), bytes(true)],
+            Self::Llama3 => vec![words(LLAMA3_WORDS)?.into(), bytes(false)],
+            Self::Qwen2 => vec![words(QWEN2_WORDS)?.into(), bytes(false)],
+        };
+        Ok(PreTokenizerSequence::new(parts).into())
+    }
+}
+
+fn error(error: impl std::fmt::Display) -> Error {
+    Error::Tokenizer(error.to_string())
+}
+
+/// Ids with a meaning, checked against the vocabulary if there is one.
+pub(super) fn special_tokens(metadata: &Metadata) -> Result<SpecialTokens> {
+    let size = metadata.strings(TOKENS)?.map(<[String]>::len);
+    let id = |name: &str| {
+        let key = format!("tokenizer.ggml.{name}_token_id");
+        let id = metadata.u32(&key)?;
+        match (id, size) {
+            (Some(id), Some(size)) if id as usize >= size => {
+                Err(metadata.error(&key, &format!("an id below the {size} tokens"), id.to_string()))
+            }
+            _ => Ok(id),
+        }
+    };
+    let mut eos = Vec::new();
+    for name in ["eos", "eot", "eom"] {
+        if let Some(id) = id(name)?.filter(|id| !eos.contains(id)) {
+            eos.push(id);
+        }
+    }
+    Ok(SpecialTokens { bos: id("bos")?, eos, pad: id("padding")? })
+}
+
+/// The tokenizer of a file.
+pub(crate) fn build(metadata: &Metadata) -> Result<Tokenizer> {
+    let vocabulary = Vocabulary::read(metadata)?;
+    let (mut tokenizer, add_bos) = match metadata.require(MODEL, metadata.str(MODEL)?)? {
+        "gpt2" => byte_level(metadata, &vocabulary)?,
+        "llama" => sentence_piece(metadata, &vocabulary)?,
+        _ => return Err(metadata.unsupported_value(MODEL, "gpt2, llama")),
+    };
+    tokenizer.add_tokens(vocabulary.added()).map_err(error)?;
+    let flag = |name: &str, default| {
+        metadata.bool(&format!("tokenizer.ggml.add_{name}_token")).map(|flag| flag.unwrap_or(default))
+    };
+    if let Some(template) = template(metadata, &vocabulary, flag("bos", add_bos)?, flag("eos", false)?)? {
+        tokenizer.with_post_processor(Some(template));
+    }
+    Ok(tokenizer)
+}
+
+/// What puts begin- and end-of-sequence tokens around a text.
+fn template(
+    metadata: &Metadata,
+    vocabulary: &Vocabulary,
+    bos: bool,
+    eos: bool,
+) -> Result<Option<TemplateProcessing>> {
+    let special = special_tokens(metadata)?;
+    let token = |name: &str, id: Option<u32>| {
+        let id = metadata.require(&format!("tokenizer.ggml.{name}_token_id"), id)?;
+        let text = vocabulary.tokens[id as usize].clone();
+        SpecialToken::new(name.into(), vec![id], vec![text]).map_err(error)
+    };
+    let (mut pattern, mut tokens) = (String::from("$A"), Vec::new());
+    if bos {
+        tokens.push(token("bos", special.bos)?);
+        pattern.insert_str(0, "bos ");
+    }
+    if eos {
+        tokens.push(token("eos", special.eos.first().copied())?);
+        pattern.push_str(" eos");
+    }
+    if tokens.is_empty() {
+        return Ok(None);
+    }
+    let mut builder = TemplateProcessing::builder();
+    builder.try_single(pattern.as_str()).map_err(error)?.special_tokens(tokens);
+    builder.build().map(Some).map_err(error)
+}
+
+/// Texts and types of all tokens.
+struct Vocabulary<'a> {
+    tokens: &'a [String],
+    kinds: Vec<i64>,
+    ids: HashMap<&'a str, u32>,
+}
+
+impl<'a> Vocabulary<'a> {
+    fn read(metadata: &'a Metadata) -> Result<Self> {
+        let tokens = metadata.require(TOKENS, metadata.strings(TOKENS)?)?;
+        let kinds = metadata.ints(TYPES)?.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
+        if kinds.len() != tokens.len() {
+            return Err(metadata.error(TYPES, &format!("{} types", tokens.len()), kinds.len().to_string()));
+        }
+        if let Some(unknown) = kinds.iter().find(|kind| !(kind::NORMAL..=kind::LAST).contains(kind)) {
+            return Err(metadata.error(TYPES, "types in 1..=6", unknown.to_string()));
+        }
+        let mut ids = HashMap::with_capacity(tokens.len());
+        for (id, token) in (0..).zip(tokens) {
+            if token.len() > MAX_TOKEN {
+                let expected = format!("tokens of at most {MAX_TOKEN} bytes");
+                return Err(metadata.error(TOKENS, &expected, token.len().to_string()));
+            }
+            if ids.insert(token.as_str(), id).is_some() {
+                return Err(metadata.error(TOKENS, "each token once", format!("{token:?} twice")));
+            }
+        }
+        Ok(Self { tokens, kinds, ids })
+    }
+
+    /// The map the tokenizer's model takes.
+    fn map(&self) -> Vocab {
+        self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect()
+    }
+
+    /// Tokens that are found in a text before it is split: control tokens, and those a user defined.
+    fn added(&self) -> impl Iterator<Item = AddedToken> {
+        self.tokens.iter().zip(&self.kinds).filter_map(|(token, &kind)| {
+            let control = kind == kind::CONTROL;
+            (control || kind == kind::USER_DEFINED)
+                .then(|| AddedToken::from(token.as_str(), control).normalized(false))
+        })
+    }
+}
+
+/// BPE over bytes; also says whether a begin-of-sequence token is customary.
+fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
+    let name = metadata.str(PRE)?.unwrap_or("default");
+    let words = Words::parse(name)
+        .ok_or_else(|| metadata.unsupported_value(PRE, "gpt-2, default, smollm, llama-bpe, qwen2"))?;
+    let mut merges = Merges::new();
+    for merge in metadata.require(MERGES, metadata.strings(MERGES)?)? {
+        // The space between the two tokens; one that belongs to a token is spelled otherwise.
+        let (left, right) = merge
+            .split_once(' ')
+            .ok_or_else(|| metadata.error(MERGES, "two tokens and a space between", format!("{merge:?}")))?;
+        for token in [left, right, &format!("{left}{right}")] {
+            if !vocabulary.ids.contains_key(token) {
+                return Err(metadata.error(MERGES, "merges of tokens into tokens", format!("{merge:?}")));
+            }
+        }
+        merges.push((left.into(), right.into()));
+    }
+    let llama3 = words == Words::Llama3;
+    let model = build_model(BPE::builder().vocab_and_merges(vocabulary.map(), merges).ignore_merges(llama3))?;
+    let mut tokenizer = Tokenizer::new(model);
+    if words == Words::Qwen2 {
+        tokenizer.with_normalizer(Some(NFC)).map_err(error)?;
+    }
+    tokenizer.with_pre_tokenizer(Some(words.pre_tokenizer()?));
+    tokenizer.with_decoder(Some(ByteLevel::default()));
+    Ok((tokenizer, llama3))
+}
+
+fn build_model(builder: BpeBuilder) -> Result<BPE> {
+    builder.build().map_err(error)
+}
+
+/// BPE over characters with bytes as the way out; also says that a begin-of-sequence token is customary.
+fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
+    for key in ["tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.treat_whitespace_as_suffix"] {
+        if metadata.bool(key)?.unwrap_or(false) {
+            return Err(metadata.unsupported_value(key, "false"));
+        }
+    }
+    let charsmap = "tokenizer.ggml.precompiled_charsmap";
+    if metadata.ints(charsmap)?.is_some_and(|map| !map.is_empty()) {
+        return Err(metadata.unsupported_value(charsmap, "an empty one"));
+    }
+    let mut builder = BPE::builder()
+        .vocab_and_merges(vocabulary.map(), merges_by_score(metadata, vocabulary)?)
+        .byte_fallback(true)
+        .fuse_unk(true);
+    if let Some(unknown) = vocabulary.kinds.iter().position(|&kind| kind == kind::UNKNOWN) {
+        builder = builder.unk_token(vocabulary.tokens[unknown].clone());
+    }
+    let mut tokenizer = Tokenizer::new(build_model(builder)?);
+    let prefix = metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
+    let mut decoders: Vec<DecoderWrapper> =
+        vec![Replace::new(SPACE, " ").map_err(error)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+    if prefix {
+        normalizers.push(Prepend::new(SPACE.into()).into());
+        decoders.push(Strip::new(' ', 1, 0).into());
+    }
+    normalizers.push(Replace::new(" ", SPACE).map_err(error)?.into());
+    tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(error)?;
+    tokenizer.with_decoder(Some(DecoderSequence::new(decoders)));
+    Ok((tokenizer, true))
+}
+
+/// Merges in the order in which SentencePiece does them: whatever gives the piece of the highest score.
+fn merges_by_score(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Merges> {
+    let scores = metadata.require(SCORES, metadata.floats(SCORES)?)?;
+    if scores.len() != vocabulary.tokens.len() {
+        let expected = format!("{} scores", vocabulary.tokens.len());
+        return Err(metadata.error(SCORES, &expected, scores.len().to_string()));
+    }
+    let is_piece = |id: u32| vocabulary.kinds[id as usize] == kind::NORMAL;
+    let mut merges = Vec::new();
+    for (id, token) in (0..).zip(vocabulary.tokens).filter(|&(id, _)| is_piece(id)) {
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
+            let ids = (vocabulary.ids.get(left).copied(), vocabulary.ids.get(right).copied());
+            if let (Some(left_id), Some(right_id)) = ids
+                && is_piece(left_id)
+                && is_piece(right_id)
+            {
+                merges.push((scores[id as usize], left_id, right_id, left, right));
+            }
+        }
+    }
+    merges.sort_by(|a, b| b.0.total_cmp(&a.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+    Ok(merges.into_iter().map(|(.., left, right)| (left.to_owned(), right.to_owned())).collect())
+}

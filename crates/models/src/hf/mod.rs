@@ -1,0 +1,234 @@
+//! Folders as Hugging Face's libraries write them: `config.json`, `generation_config.json` and safetensors, with dense,
+//! bitsandbytes 4-bit or GPTQ weights.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use kiln_quant_core::{Codebook, PackedWeight};
+
+use crate::{
+    Error, Result,
+    config::{ModelConfig, SpecialTokens},
+    source::{DenseTensor, StoredWeight, TensorSource},
+};
+
+mod bnb;
+mod config;
+mod gptq;
+mod json;
+mod rope;
+mod safetensors;
+mod shards;
+#[cfg(test)]
+mod tests;
+
+use self::{config::FolderConfig, shards::SafetensorsSet};
+pub use self::{
+    gptq::{GptqConfig, GptqOverride, ZeroFormat},
+    safetensors::{Dtype, RawTensor, SafetensorsFile},
+};
+
+/// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Quantization {
+    /// Dense.
+    None,
+    /// bitsandbytes, 4 bits.
+    BitsAndBytes {
+        /// NF4 or FP4.
+        codebook: Codebook,
+        /// Whether scales are quantized too.
+        double: bool,
+    },
+    /// GPTQ.
+    Gptq(GptqConfig),
+}
+
+/// What stands behind a name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Dense,
+    BitsAndBytes,
+    Gptq,
+}
+
+/// An open checkpoint folder. Tensors are read from disk at every call, one at a time.
+///
+/// ```no_run
+/// # use kiln_models::{hf::HfFolder, TensorSource};
+/// let folder = HfFolder::open("SmolLM2-135M-Instruct")?;
+/// println!("{:?}, stored as {:?}", folder.config(), folder.storage());
+/// println!("not understood: {:?}", folder.unknown_keys());
+/// let weight = folder.weight("model.layers.0.self_attn.q_proj")?;
+/// # Ok::<(), kiln_models::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct HfFolder {
+    path: PathBuf,
+    config: FolderConfig,
+    tensors: SafetensorsSet,
+    /// Public names: plain tensors under their own, packed ones as `P.weight`.
+    names: BTreeMap<String, Stored>,
+    notes: Vec<String>,
+}
+
+impl HfFolder {
+    /// Opens a folder: reads its JSON files and the headers of its safetensors files, and no tensor but, where a GPTQ
+    /// configuration doesn't say how zero points are stored, one tensor of zero points to guess from.
+    ///
+    /// # Errors
+    /// [`Error::File`] for files that are truncated, malformed or contradictory, [`Error::Unsupported`] for
+    /// architectures, values and formats that Kiln doesn't implement, [`Error::Io`].
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        let mut config = config::read_folder(&path)?;
+        let tensors = SafetensorsSet::open_folder(&path)?;
+        let names = public_names(&tensors, &config.quantization)?;
+        let mut notes = Vec::new();
+        if let Quantization::Gptq(gptq) = &mut config.quantization
+            && gptq.zeros.is_none()
+        {
+            let first = names.iter().find(|(_, stored)| **stored == Stored::Gptq);
+            let zeros = match first {
+                Some((name, _)) => gptq::guess_zeros(&tensors, module_of(name), gptq)?,
+                None => ZeroFormat::V1,
+            };
+            gptq.zeros = Some(zeros);
+            notes.push(format!(
+                "quantization_config.checkpoint_format is absent: zero points taken for {zeros:?}"
+            ));
+        }
+        Ok(Self { path, config, tensors, names, notes })
+    }
+
+    /// Reads GPTQ's zero points as `zeros`, whatever the configuration says: some files are labelled wrongly. Nothing
+    /// happens to other folders.
+    #[must_use]
+    pub fn with_gptq_zeros(mut self, zeros: ZeroFormat) -> Self {
+        if let Quantization::Gptq(gptq) = &mut self.config.quantization {
+            gptq.zeros = Some(zeros);
+            self.notes.push(format!("zero points taken for {zeros:?} as asked"));
+        }
+        self
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config.model
+    }
+
+    /// Ids with a meaning; those of `generation_config.json` go first.
+    pub fn special_tokens(&self) -> &SpecialTokens {
+        &self.config.special_tokens
+    }
+
+    /// Keys of the configuration that Kiln doesn't know, for a load report.
+    pub fn unknown_keys(&self) -> &[String] {
+        &self.config.unknown_keys
+    }
+
+    /// How the linears are stored.
+    pub fn storage(&self) -> &Quantization {
+        &self.config.quantization
+    }
+
+    /// Guesses and overrides that a load report should show.
+    pub fn notes(&self) -> &[String] {
+        &self.notes
+    }
+
+    fn stored(&self, name: &str) -> Result<Stored> {
+        self.names.get(name).copied().ok_or_else(|| Error::File {
+            path: self.path.clone(),
+            field: name.into(),
+            expected: "a tensor".into(),
+            found: "none of that name".into(),
+        })
+    }
+
+    fn packed(&self, name: &str, stored: Stored) -> Result<Option<PackedWeight>> {
+        match (stored, &self.config.quantization) {
+            (Stored::Dense, _) => Ok(None),
+            (Stored::Gptq, Quantization::Gptq(config)) => {
+                gptq::weight(&self.tensors, module_of(name), config).map(Some)
+            }
+            _ => bnb::weight(&self.tensors, name).map(Some),
+        }
+    }
+
+    fn read_dense(&self, name: &str) -> Result<DenseTensor> {
+        let tensor = self.tensors.read_f32(name)?;
+        self.tensors.check_finite(name, &tensor.values)?;
+        Ok(tensor)
+    }
+}
+
+impl TensorSource for HfFolder {
+    fn contains(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.names.keys().cloned().collect()
+    }
+
+    fn dense(&self, name: &str) -> Result<DenseTensor> {
+        match self.packed(name, self.stored(name)?)? {
+            Some(packed) => {
+                Ok(DenseTensor { shape: vec![packed.d_output, packed.d_input], values: packed.dequantize() })
+            }
+            None => self.read_dense(name),
+        }
+    }
+
+    fn weight(&self, module: &str) -> Result<StoredWeight> {
+        let name = format!("{module}.weight");
+        match self.packed(&name, self.stored(&name)?)? {
+            Some(packed) => Ok(StoredWeight::Packed(packed)),
+            None => self.read_dense(&name).map(StoredWeight::Dense),
+        }
+    }
+}
+
+/// `P` of `P.weight`.
+fn module_of(name: &str) -> &str {
+    name.strip_suffix(".weight").unwrap_or(name)
+}
+
+/// The names a folder shows: the parts of packed weights stand behind one `P.weight`.
+fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result<BTreeMap<String, Stored>> {
+    let mut names: BTreeMap<String, Stored> =
+        tensors.names().map(|name| (name.to_owned(), Stored::Dense)).collect();
+    for name in tensors.names() {
+        if let Some((weight, _)) = name.split_once(bnb::STATE_INFIX) {
+            names.remove(name);
+            for part in bnb::COMPANIONS {
+                names.remove(&format!("{weight}{part}"));
+            }
+            names.insert(weight.into(), Stored::BitsAndBytes);
+        } else if let Some(module) = name.strip_suffix(".qweight") {
+            if !matches!(quantization, Quantization::Gptq(_)) {
+                return Err(tensors.wrong(name, "a quantization_config with quant_method gptq", "none"));
+            }
+            names.remove(name);
+            for part in gptq::COMPANIONS {
+                names.remove(&format!("{module}{part}"));
+            }
+            names.insert(format!("{module}.weight"), Stored::Gptq);
+        }
+    }
+    Ok(names)
+}
+
+/// Greatest common divisor.
+fn gcd(a: usize, b: usize) -> usize {
+    if b == 0 { a } else { gcd(b, a % b) }
+}

@@ -1,0 +1,207 @@
+//! The tensors of a folder: one safetensors file, or the shards that an index lists.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+};
+
+use safetensors::Dtype;
+
+use super::{
+    json::{Fields, read_object},
+    safetensors::{RawTensor, SafetensorsFile, missing},
+};
+use crate::{Error, Result, source::DenseTensor};
+
+/// Longest index of a sharded checkpoint.
+const MAX_INDEX_BYTES: u64 = 100_000_000;
+
+/// The tensors of one or several files, under one name space.
+#[derive(Debug)]
+pub(super) struct SafetensorsSet {
+    files: Vec<SafetensorsFile>,
+    /// File of each tensor.
+    index: BTreeMap<String, usize>,
+    /// What was opened, for messages.
+    path: PathBuf,
+}
+
+impl SafetensorsSet {
+    /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` lists.
+    pub fn open_folder(folder: &Path) -> Result<Self> {
+        let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
+        if single.exists() {
+            let file = SafetensorsFile::open(single)?;
+            let index = file.names().map(|name| (name.to_owned(), 0)).collect();
+            return Ok(Self { files: vec![file], index, path: folder.into() });
+        }
+        if index.exists() {
+            return Self::open_index(folder, &index);
+        }
+        Err(Error::File {
+            path: folder.into(),
+            field: "weights".into(),
+            expected: "model.safetensors or model.safetensors.index.json".into(),
+            found: "neither".into(),
+        })
+    }
+
+    fn open_index(folder: &Path, index_path: &Path) -> Result<Self> {
+        let object = read_object(index_path, MAX_INDEX_BYTES)?;
+        let fields = Fields::new(index_path, "", &object);
+        let weight_map = object
+            .get("weight_map")
+            .and_then(|map| map.as_object())
+            .ok_or_else(|| fields.wrong("weight_map", "an object from tensor names to file names"))?;
+        let fields = Fields::new(index_path, "weight_map.", weight_map);
+        let mut shards = BTreeSet::new();
+        for (name, shard) in weight_map {
+            // A path that leaves the folder must not be followed.
+            let plain = shard.as_str().filter(|shard| Path::new(shard).file_name() == Some(shard.as_ref()));
+            shards.insert(plain.ok_or_else(|| fields.wrong(name, "the name of a file beside the index"))?);
+        }
+        let mut set = Self { files: Vec::new(), index: BTreeMap::new(), path: folder.into() };
+        for shard in &shards {
+            set.add(SafetensorsFile::open(folder.join(shard))?)?;
+        }
+        for (name, shard) in weight_map {
+            let path = folder.join(shard.as_str().unwrap_or_default());
+            if set.index.get(name).is_none_or(|&file| set.files[file].path() != path) {
+                return Err(missing(&path, name));
+            }
+        }
+        Ok(set)
+    }
+
+    fn add(&mut self, file: SafetensorsFile) -> Result<()> {
+        for name in file.names() {
+            if let Some(other) = self.index.insert(name.to_owned(), self.files.len()) {
+                return Err(Error::File {
+                    path: file.path().into(),
+                    field: name.into(),
+                    expected: "each tensor in one shard".into(),
+                    found: format!("the same name in {}", self.files[other].path().display()),
+                });
+            }
+        }
+        self.files.push(file);
+        Ok(())
+    }
+
+    /// Names of all tensors, sorted.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.index.keys().map(String::as_str)
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// The file that holds the tensor `name`.
+    pub fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+        match self.index.get(name) {
+            Some(&file) => Ok(&self.files[file]),
+            None => Err(missing(&self.path, name)),
+        }
+    }
+
+    /// As [`SafetensorsFile::describe`].
+    pub fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        self.file_of(name)?.describe(name)
+    }
+
+    /// As [`SafetensorsFile::read`].
+    pub fn read(&self, name: &str) -> Result<RawTensor> {
+        self.file_of(name)?.read(name)
+    }
+
+    /// As [`SafetensorsFile::read_f32`].
+    pub fn read_f32(&self, name: &str) -> Result<DenseTensor> {
+        self.file_of(name)?.read_f32(name)
+    }
+
+    /// An [`Error::File`] about the tensor `name`, with the file that holds it.
+    pub fn wrong(&self, name: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+        let path = self.file_of(name).map_or(self.path.as_path(), SafetensorsFile::path);
+        Error::File { path: path.into(), field: name.into(), expected: expected.into(), found: found.into() }
+    }
+
+    /// Fails with the place of the first value that is infinite or not a number.
+    pub fn check_finite(&self, name: &str, values: &[f32]) -> Result<()> {
+        match values.iter().position(|value| !value.is_finite()) {
+            Some(i) => Err(self.wrong(name, "finite values", format!("{} at element {i}", values[i]))),
+            None => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// Two shards, `a` and `b` in the first, `c` in the second, and the given index.
+    fn sharded(index: &str) -> (tempfile::TempDir, Result<SafetensorsSet>) {
+        let folder = tempfile::tempdir().unwrap();
+        let one = br#"{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},
+                       "b":{"dtype":"U8","shape":[1],"data_offsets":[1,2]}}"#;
+        let two = br#"{"c":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}"#;
+        for (name, header, data) in
+            [("1.st", &one[..], &[1, 2][..]), ("2.st", two, &[3]), ("3.st", two, &[4])]
+        {
+            let bytes = [&(header.len() as u64).to_le_bytes(), header, data].concat();
+            std::fs::write(folder.path().join(name), bytes).unwrap();
+        }
+        std::fs::write(folder.path().join("model.safetensors.index.json"), index).unwrap();
+        let set = SafetensorsSet::open_folder(folder.path());
+        (folder, set)
+    }
+
+    #[test]
+    fn shards_are_one_name_space() {
+        let (_folder, set) = sharded(r#"{"weight_map":{"a":"1.st","b":"1.st","c":"2.st"}}"#);
+        let set = set.unwrap();
+        assert_eq!(set.names().collect::<Vec<_>>(), ["a", "b", "c"]);
+        assert_eq!(set.read("c").unwrap().bytes, [3]);
+    }
+
+    #[test]
+    fn wrong_indices_name_file_and_tensor() {
+        for (index, parts) in [
+            (r#"{"weight_map":{"a":"1.st","c":"4.st"}}"#, &["4.st"][..]),
+            (r#"{"weight_map":{"a":"1.st","d":"2.st"}}"#, &["2.st", "d:"]),
+            (r#"{"weight_map":{"a":"2.st","b":"1.st"}}"#, &["2.st", "a:"]),
+            (r#"{"weight_map":{"a":"1.st","c":"2.st","d":"3.st"}}"#, &["3.st", "c:", "2.st"]),
+            (r#"{"weight_map":{"a":"../1.st"}}"#, &["index.json", "weight_map.a", "../1.st"]),
+            (r#"{"weight_map":{"a":"/etc/passwd"}}"#, &["index.json", "weight_map.a"]),
+            (r#"{"weight_map":{"a":".."}}"#, &["index.json", "weight_map.a"]),
+            (r#"{"weight_map":{"a":7}}"#, &["index.json", "weight_map.a", "7"]),
+            (r#"{"weight_map":[]}"#, &["index.json", "weight_map"]),
+            (r#"{"weight"#, &["index.json"]),
+        ] {
+            let message = sharded(index).1.unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{index}: {message}");
+        }
+        let empty = tempfile::tempdir().unwrap();
+        let message = SafetensorsSet::open_folder(empty.path()).unwrap_err().to_string();
+        assert!(message.contains("model.safetensors"), "{message}");
+    }
+
+    proptest! {
+        #[test]
+        fn mutated_indices_never_panic(edits in prop::collection::vec((0usize..60, 32u8..127), 1..4)) {
+            let mut index = br#"{"weight_map":{"a":"1.st","b":"1.st","c":"2.st"}}"#.to_vec();
+            for (place, value) in edits {
+                let place = place % index.len();
+                index[place] = value;
+            }
+            let (_folder, set) = sharded(std::str::from_utf8(&index).unwrap());
+            if let Ok(set) = set {
+                for name in set.names() {
+                    prop_assert_eq!(set.read(name).unwrap().bytes.len(), 1);
+                }
+            }
+        }
+    }
+}

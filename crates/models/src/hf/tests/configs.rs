@@ -1,0 +1,284 @@
+//! `config.json` in its spellings, and what it must not hold.
+
+use super::*;
+use crate::config::{LlamaConfig, RopeConfig, RopeScaling};
+use proptest::prelude::*;
+
+/// Reads a configuration alone.
+fn read(config: &Value) -> Result<FolderConfig> {
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    config::read_folder(folder.path())
+}
+
+fn llama(config: &Value) -> LlamaConfig {
+    match read(config).unwrap().model {
+        ModelConfig::Llama(config) => config,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn tiny_file(folder: &str, file: &str) -> Value {
+    let path = testdata("tiny").join(folder).join(file);
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn both_spellings_are_the_same_model() {
+    for folder in [
+        "llama-rope3-headdim24-f32",
+        "llama-tied-f32-sharded",
+        "llama-untied-bf16",
+        "llama-untied-bnb-nf4-double",
+        "mistral-swa8-f32",
+        "qwen2-tied-f32",
+    ] {
+        let new = read(&tiny_file(folder, "config.json")).unwrap();
+        let old = read(&tiny_file(folder, "config.v4style.json")).unwrap();
+        assert_eq!(new, old, "{folder}");
+    }
+}
+
+#[test]
+fn the_fixtures_say_what_their_table_says() {
+    let rope = |folder| llama(&tiny_file(folder, "config.json")).rope;
+    assert_eq!(rope("llama-rope-linear").scaling, RopeScaling::Linear { factor: 2.0 });
+    assert_eq!(
+        rope("llama-rope-dynamic").scaling,
+        RopeScaling::Dynamic { factor: 2.0, original_max_position_embeddings: 16 }
+    );
+    let RopeScaling::Yarn { original_max_position_embeddings: 64, attention_factor, .. } =
+        rope("llama-rope-yarn").scaling
+    else {
+        panic!()
+    };
+    assert!((attention_factor - 1.138_629_436_111_989).abs() < 1e-15);
+    let llama3 = llama(&tiny_file("llama-rope3-headdim24-f32", "config.json"));
+    assert_eq!(
+        llama3.rope.scaling,
+        RopeScaling::Llama3 {
+            factor: 4.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 64
+        }
+    );
+    assert_eq!((llama3.head_dim, llama3.qkv_bias, llama3.o_bias, llama3.mlp_bias), (24, true, true, true));
+    let mistral = llama(&tiny_file("mistral-swa8-f32", "config.json"));
+    assert_eq!(mistral.sliding_window, [Some(8), Some(8)]);
+    let qwen2 = llama(&tiny_file("qwen2-tied-f32", "config.json"));
+    assert_eq!(
+        (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.tie_word_embeddings),
+        (true, false, false, true)
+    );
+    assert_eq!(qwen2.sliding_window, [None, None]);
+    let qwen3 = llama(&tiny_file("qwen3-untied-f32", "config.json"));
+    assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.tie_word_embeddings), (false, true, false));
+    let opt = read(&tiny_file("opt-f32", "config.json")).unwrap();
+    let ModelConfig::Opt(config) = opt.model else { panic!() };
+    assert_eq!((config.ffn_dim, config.max_position_embeddings, config.bias), (128, 64, true));
+    assert_eq!(opt.special_tokens, SpecialTokens { bos: Some(2), eos: vec![2], pad: Some(1) });
+}
+
+/// Defaults of transformers' configuration classes.
+#[test]
+fn absent_keys_take_the_defaults_of_the_class() {
+    let llama1 = llama(&with(tiny_config(), json!({"num_key_value_heads": null})));
+    assert_eq!((llama1.num_key_value_heads, llama1.head_dim, llama1.max_position_embeddings), (4, 16, 2048));
+    assert_eq!(llama1.rope, RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default });
+    assert_eq!((llama1.rms_norm_eps, llama1.tie_word_embeddings, llama1.qkv_bias), (1e-6, false, false));
+    let mut mistral = with(
+        tiny_config(),
+        json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_attention_heads": 8}),
+    );
+    mistral.as_object_mut().unwrap().remove("num_key_value_heads");
+    assert_eq!(llama(&mistral).sliding_window, [Some(4096), Some(4096)]);
+    assert_eq!(llama(&mistral).num_key_value_heads, 8);
+    assert_eq!(llama(&with(mistral, json!({"sliding_window": null}))).sliding_window, [None, None]);
+    let qwen3 = json!({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"});
+    assert_eq!(llama(&with(tiny_config(), qwen3)).head_dim, 128);
+    let mut by_type = tiny_config();
+    by_type.as_object_mut().unwrap().remove("architectures");
+    assert!(read(&by_type).is_ok());
+}
+
+#[test]
+fn qwen_windows_follow_layer_types_or_max_window_layers() {
+    let qwen = |extra| {
+        let qwen =
+            json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 3});
+        with(with(tiny_config(), qwen), extra)
+    };
+    let windows = |extra| llama(&qwen(extra)).sliding_window;
+    assert_eq!(windows(json!({"sliding_window": 8, "max_window_layers": 1})), [None; 3]);
+    let used = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1});
+    assert_eq!(windows(used.clone()), [None, Some(8), Some(8)]);
+    let types = json!({"layer_types": ["sliding_attention", "full_attention", "full_attention"]});
+    assert_eq!(windows(with(used.clone(), types.clone())), [Some(8), None, None]);
+    assert_eq!(windows(json!({"use_sliding_window": true, "max_window_layers": 0})), [Some(4096); 3]);
+    assert_error(read(&qwen(types)), &["sliding_window"]);
+    assert_error(read(&qwen(json!({"layer_types": ["full_attention"]}))), &["layer_types", "3 entries"]);
+    let chunked = json!({"layer_types": ["chunked_attention", "full_attention", "full_attention"]});
+    assert_error(read(&qwen(chunked)), &["layer_types", "chunked_attention"]);
+}
+
+#[test]
+fn what_changes_the_mathematics_is_refused_by_name() {
+    for (change, parts) in [
+        (json!({"architectures": ["GraniteForCausalLM"]}), &["architectures", "GraniteForCausalLM"][..]),
+        (json!({"architectures": ["LlamaModel"]}), &["architectures", "LlamaModel"]),
+        (json!({"architectures": ["Qwen2ForCausalLM"]}), &["model_type", "qwen2", "llama"]),
+        (json!({"architectures": [], "model_type": "granite"}), &["model_type", "granite"]),
+        (json!({"architectures": null, "model_type": null}), &["architectures"]),
+        (json!({"hidden_act": "gelu"}), &["hidden_act", "gelu", "silu"]),
+        (json!({"hidden_size": 0}), &["hidden_size", "found 0"]),
+        (json!({"hidden_size": -64}), &["hidden_size", "-64"]),
+        (json!({"hidden_size": 1e30}), &["hidden_size"]),
+        (json!({"hidden_size": null}), &["hidden_size", "null"]),
+        (json!({"num_hidden_layers": 1_000_000_000_000u64}), &["num_hidden_layers"]),
+        (json!({"vocab_size": u64::MAX}), &["vocab_size"]),
+        (json!({"num_key_value_heads": 3}), &["num_key_value_heads", "divisor"]),
+        (json!({"num_attention_heads": 6, "num_key_value_heads": 2}), &["num_attention_heads", "divisor"]),
+        (json!({"head_dim": 15}), &["head_dim", "even"]),
+        (json!({"rms_norm_eps": -1.0}), &["rms_norm_eps"]),
+        (json!({"tie_word_embeddings": "yes"}), &["tie_word_embeddings", "yes"]),
+        (json!({"eos_token_id": "</s>"}), &["eos_token_id"]),
+        (json!({"rope_scaling": {"rope_type": "su"}}), &["rope_scaling.rope_type", "su"]),
+        (json!({"quantization": {"bits": 4}}), &["quantization"]),
+        (
+            json!({"quantization_config": {"quant_method": "awq", "bits": 4}}),
+            &["quantization_config.quant_method", "awq"],
+        ),
+        (
+            json!({"quantization_config": {"bits": 4, "group_size": 64}}),
+            &["quantization_config.quant_method"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
+            &["quantization_config.load_in_8bit"],
+        ),
+        (
+            json!({"quantization_config": {"load_in_4bit": true, "bnb_4bit_quant_type": "nf3"}}),
+            &["quantization_config.bnb_4bit_quant_type", "nf3"],
+        ),
+    ] {
+        let message = read(&with(tiny_config(), change.clone())).unwrap_err().to_string();
+        assert!(message.contains("config.json: "), "{message}");
+        assert!(parts.iter().all(|part| message.contains(part)), "{change}: {message}");
+    }
+    let opt = tiny_file("opt-f32", "config.json");
+    for (change, part) in [
+        (json!({"do_layer_norm_before": false}), "do_layer_norm_before"),
+        (json!({"word_embed_proj_dim": 32}), "word_embed_proj_dim"),
+        (json!({"activation_function": "gelu"}), "activation_function"),
+        (json!({"_remove_final_layer_norm": true}), "_remove_final_layer_norm"),
+        (json!({"num_attention_heads": 5}), "num_attention_heads"),
+    ] {
+        assert_error(read(&with(opt.clone(), change)), &["config.json", part]);
+    }
+}
+
+#[test]
+fn gptq_settings_that_are_not_implemented_are_refused() {
+    for (change, part) in [
+        (json!({"bits": 5}), "quantization_config.bits"),
+        (json!({"bits": null}), "quantization_config.bits"),
+        (json!({"group_size": 0}), "quantization_config.group_size"),
+        (json!({"group_size": null}), "quantization_config.group_size"),
+        (json!({"group_size": -2}), "quantization_config.group_size"),
+        (json!({"checkpoint_format": "marlin"}), "quantization_config.checkpoint_format"),
+        (json!({"format": "bitblas"}), "quantization_config.format"),
+        (json!({"pack_dtype": "int16"}), "quantization_config.pack_dtype"),
+        (json!({"dynamic": {"a": {"bits": 7}}}), "quantization_config.dynamic.a.bits"),
+        (json!({"adapter": {"rank": 4}}), "quantization_config.adapter"),
+    ] {
+        let gptq = with(json!({"quant_method": "gptq", "bits": 4, "group_size": 32}), change);
+        assert_error(
+            read(&with(tiny_config(), json!({"quantization_config": gptq}))),
+            &["config.json", part],
+        );
+    }
+}
+
+#[test]
+fn unknown_keys_are_listed_with_their_place() {
+    let config = with(
+        tiny_config(),
+        json!({
+            "surprise": 1,
+            "rope_parameters": {"rope_type": "linear", "factor": 2.0, "colour": "red"},
+            "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1, "mood": "good"},
+        }),
+    );
+    assert_eq!(
+        read(&config).unwrap().unknown_keys,
+        ["surprise", "rope_parameters.colour", "quantization_config.mood"]
+    );
+}
+
+#[test]
+fn special_tokens_come_from_both_files() {
+    let folder = tempfile::tempdir().unwrap();
+    let write =
+        |name: &str, value: Value| std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    let tokens = || config::read_folder(folder.path()).unwrap().special_tokens;
+    write(
+        "config.json",
+        with(tiny_config(), json!({"bos_token_id": 5, "eos_token_id": 6, "pad_token_id": -1})),
+    );
+    assert_eq!(tokens(), SpecialTokens { bos: Some(5), eos: vec![6], pad: None });
+    write("generation_config.json", json!({"eos_token_id": [7, 8], "pad_token_id": 9, "temperature": 0.6}));
+    assert_eq!(tokens(), SpecialTokens { bos: Some(5), eos: vec![7, 8], pad: Some(9) });
+    write("config.json", tiny_config());
+    write("generation_config.json", json!({}));
+    assert_eq!(tokens(), SpecialTokens { bos: Some(1), eos: vec![2], pad: None });
+    write("config.json", with(tiny_config(), json!({"bos_token_id": null, "eos_token_id": null})));
+    assert_eq!(tokens(), SpecialTokens::default());
+    write("generation_config.json", json!({"eos_token_id": 1u64 << 40}));
+    assert_error(config::read_folder(folder.path()), &["generation_config.json", "eos_token_id"]);
+}
+
+/// Any JSON value of small depth.
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        (-4i64..300).prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[a-z0-9_:-]{0,9}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(2, 8, 3, |inner| {
+        let key =
+            prop::sample::select(vec!["rope_type", "factor", "bits", "group_size", "quant_method", "x"]);
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..3).prop_map(Value::from),
+            prop::collection::vec((key.prop_map(String::from), inner), 0..3)
+                .prop_map(|entries| Value::Object(entries.into_iter().collect())),
+        ]
+    })
+}
+
+proptest! {
+    #[test]
+    fn changed_configurations_never_panic(
+        folder in prop::sample::select(vec!["llama-rope-yarn", "llama-rope3-headdim24-f32", "qwen3-untied-f32", "opt-f32", "llama-untied-gptq4-v1", "llama-untied-bnb-nf4-double"]),
+        place in any::<prop::sample::Index>(), inner in any::<prop::sample::Index>(), value in any_json(),
+    ) {
+        let mut config = tiny_file(folder, "config.json");
+        let object = config.as_object_mut().unwrap();
+        let slot = object.values_mut().nth(place.index(30) % 24);
+        match slot {
+            Some(Value::Object(nested)) if !nested.is_empty() => {
+                let length = nested.len();
+                *nested.values_mut().nth(inner.index(length)).unwrap() = value;
+            }
+            Some(slot) => *slot = value,
+            None => {}
+        }
+        if let Ok(FolderConfig { model: ModelConfig::Llama(config), .. }) = read(&config) {
+            prop_assert_eq!(config.sliding_window.len(), config.num_hidden_layers);
+            prop_assert_eq!(config.num_attention_heads % config.num_key_value_heads, 0);
+        }
+    }
+}

@@ -1,0 +1,36 @@
+//! Language models on packed weights.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod any_model;
+mod attention;
+mod batch;
+mod causal_lm;
+pub mod chat;
+mod checkpoint;
+pub mod config;
+mod context;
+mod embedding;
+mod error;
+pub mod gguf;
+pub mod hf;
+pub mod llama;
+mod load;
+mod norm;
+pub mod opt;
+mod rope;
+mod source;
+mod tokenizer;
+
+pub use any_model::AnyModel;
+pub use batch::TokenBatch;
+pub use causal_lm::{CausalLm, Slots};
+pub use checkpoint::Checkpoint;
+pub use context::{Context, KvCache};
+pub use embedding::{DenseEmbedding, Embedding};
+pub use error::{Error, Result};
+pub use llama::Llama;
+pub use load::{LoadOptions, LoadReport};
+pub use norm::{LayerNorm, RmsNorm};
+pub use opt::Opt;
+pub use source::{DenseTensor, StoredWeight, TensorSource};
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,219 @@
+//! The LLaMA family: LLaMA 1–3, Mistral, Qwen2, Qwen3, SmolLM2.
+
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor, activation::silu},
+};
+use kiln_quant_core::{Projection, QuantLinear};
+
+use crate::{
+    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch, attention::attention,
+    config::LlamaConfig, rope,
+};
+
+/// A LLaMA-family model; every linear of every block is a `P`. Fields are named as in the checkpoint.
+#[derive(Module, Debug)]
+pub struct Llama<P: Projection> {
+    /// Everything below the head.
+    pub model: LlamaModel<P>,
+    /// The head; `None` when it is the embedding.
+    pub lm_head: Option<QuantLinear>,
+    #[module(skip)]
+    pub(crate) config: LlamaConfig,
+}
+
+/// Embedding, blocks and final norm.
+#[derive(Module, Debug)]
+pub struct LlamaModel<P: Projection> {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// Blocks.
+    pub layers: Vec<LlamaBlock<P>>,
+    /// Final norm.
+    pub norm: RmsNorm,
+}
+
+/// One block: attention and MLP, each behind a norm and beside a residual path.
+#[derive(Module, Debug)]
+pub struct LlamaBlock<P: Projection> {
+    /// Norm before attention.
+    pub input_layernorm: RmsNorm,
+    /// Attention.
+    pub self_attn: LlamaAttention<P>,
+    /// Norm before the MLP.
+    pub post_attention_layernorm: RmsNorm,
+    /// MLP.
+    pub mlp: LlamaMlp<P>,
+}
+
+/// Grouped-query attention with rotary positions.
+#[derive(Module, Debug)]
+pub struct LlamaAttention<P: Projection> {
+    /// Queries.
+    pub q_proj: P,
+    /// Keys.
+    pub k_proj: P,
+    /// Values.
+    pub v_proj: P,
+    /// Output.
+    pub o_proj: P,
+    /// Norm over each query head (Qwen3).
+    pub q_norm: Option<RmsNorm>,
+    /// Norm over each key head (Qwen3).
+    pub k_norm: Option<RmsNorm>,
+}
+
+/// SwiGLU: `down(silu(gate(x)) * up(x))`.
+#[derive(Module, Debug)]
+pub struct LlamaMlp<P: Projection> {
+    /// Gate.
+    pub gate_proj: P,
+    /// Up.
+    pub up_proj: P,
+    /// Down.
+    pub down_proj: P,
+}
+
+impl<P: Projection> LlamaAttention<P> {
+    fn forward(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        config: &LlamaConfig,
+    ) -> Tensor<3> {
+        let [batch, length, _] = x.dims();
+        let heads = |x: Tensor<3>, heads: usize, norm: &Option<RmsNorm>| {
+            let x = x.reshape([batch, length, heads, config.head_dim]);
+            match norm {
+                Some(norm) => norm.forward(x),
+                None => x,
+            }
+        };
+        let q = heads(self.q_proj.forward(x.clone()), config.num_attention_heads, &self.q_norm);
+        let k = heads(self.k_proj.forward(x.clone()), config.num_key_value_heads, &self.k_norm);
+        let v = heads(self.v_proj.forward(x), config.num_key_value_heads, &None);
+        let tables = context.rotary.as_ref().expect("a context made by this model");
+        let (q, k) = (rope::rotate(q, tables.clone()), rope::rotate(k, tables.clone()));
+        let [k, v] = match cache {
+            Some(cache) => cache.extend(index, k, v),
+            None => [k, v],
+        };
+        let scale = (config.head_dim as f64).powf(-0.5);
+        let y = attention(q, k, v, scale, config.sliding_window[index], context);
+        self.o_proj.forward(y.reshape([batch, length, config.num_attention_heads * config.head_dim]))
+    }
+}
+
+impl<P: Projection> LlamaMlp<P> {
+    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        self.down_proj.forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+    }
+}
+
+impl<P: Projection> Llama<P> {
+    /// The model's shape.
+    pub fn config(&self) -> &LlamaConfig {
+        &self.config
+    }
+}
+
+impl<P: Projection> CausalLm for Llama<P> {
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
+        let device = self.device();
+        let tables = rope::tables(&self.config.rope, self.config.head_dim, &tokens.positions, &device);
+        Context::new(tokens, cache.map_or(&[], |cache| &cache.segments), Some(tables), &device)
+    }
+
+    fn embed(&self, context: &Context) -> Tensor<3> {
+        self.model.embed_tokens.forward(context.ids.clone())
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.model.layers.len()
+    }
+
+    fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let block = &self.model.layers[index];
+        let normed = block.input_layernorm.forward(x.clone());
+        let x = x + block.self_attn.forward(index, normed, context, cache, &self.config);
+        let normed = block.post_attention_layernorm.forward(x.clone());
+        x + block.mlp.forward(normed)
+    }
+
+    fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.model.norm.forward(x)
+    }
+
+    fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => self.model.embed_tokens.project(x),
+        }
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn device(&self) -> Device {
+        self.model.norm.weight.val().device().without_autodiff()
+    }
+}
+
+impl<P: Projection> Slots for Llama<P> {
+    type Slot = P;
+    type With<Q: Projection> = Llama<Q>;
+
+    fn try_map<Q: Projection, E>(self, mut f: impl FnMut(&str, P) -> Result<Q, E>) -> Result<Llama<Q>, E> {
+        let map_block = |(index, block): (usize, LlamaBlock<P>)| {
+            let (attention, mlp) = (block.self_attn, block.mlp);
+            let mut slot = |name: &str, slot| f(&format!("model.layers.{index}.{name}"), slot);
+            Ok(LlamaBlock {
+                input_layernorm: block.input_layernorm,
+                self_attn: LlamaAttention {
+                    q_proj: slot("self_attn.q_proj", attention.q_proj)?,
+                    k_proj: slot("self_attn.k_proj", attention.k_proj)?,
+                    v_proj: slot("self_attn.v_proj", attention.v_proj)?,
+                    o_proj: slot("self_attn.o_proj", attention.o_proj)?,
+                    q_norm: attention.q_norm,
+                    k_norm: attention.k_norm,
+                },
+                post_attention_layernorm: block.post_attention_layernorm,
+                mlp: LlamaMlp {
+                    gate_proj: slot("mlp.gate_proj", mlp.gate_proj)?,
+                    up_proj: slot("mlp.up_proj", mlp.up_proj)?,
+                    down_proj: slot("mlp.down_proj", mlp.down_proj)?,
+                },
+            })
+        };
+        let layers = self.model.layers.into_iter().enumerate().map(map_block).collect::<Result<_, E>>()?;
+        Ok(Llama {
+            model: LlamaModel { embed_tokens: self.model.embed_tokens, layers, norm: self.model.norm },
+            lm_head: self.lm_head,
+            config: self.config,
+        })
+    }
+
+    fn for_each_slot(&self, mut f: impl FnMut(&str, &P)) {
+        for (index, block) in self.model.layers.iter().enumerate() {
+            let (attention, mlp) = (&block.self_attn, &block.mlp);
+            for (name, slot) in [
+                ("self_attn.q_proj", &attention.q_proj),
+                ("self_attn.k_proj", &attention.k_proj),
+                ("self_attn.v_proj", &attention.v_proj),
+                ("self_attn.o_proj", &attention.o_proj),
+                ("mlp.gate_proj", &mlp.gate_proj),
+                ("mlp.up_proj", &mlp.up_proj),
+                ("mlp.down_proj", &mlp.down_proj),
+            ] {
+                f(&format!("model.layers.{index}.{name}"), slot);
+            }
+        }
+    }
+}

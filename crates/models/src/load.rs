@@ -1,0 +1,358 @@
+//! From a checkpoint to a model, one tensor at a time: quantized as it is read.
+
+use burn::{
+    module::{Param, ParamId},
+    nn::Linear,
+    tensor::{Device, Tensor, TensorData},
+};
+use kiln_quant_core::{
+    HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError, QuantLinear, Scheme,
+    StorageReport, StorageRow, quantizers,
+};
+
+use crate::{
+    AnyModel, Checkpoint, Embedding, Error, LayerNorm, Llama, Opt, Result, RmsNorm,
+    config::{LlamaConfig, ModelConfig, OptConfig},
+    embedding::DenseEmbedding,
+    llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
+    opt::{OptAttention, OptBlock, OptDecoder},
+    source::{DenseTensor, StoredWeight, TensorSource},
+};
+
+/// How to load a model.
+pub struct LoadOptions<'a> {
+    /// `None` keeps every weight as stored. `Some` gives each linear of the blocks its scheme, by path; weights that
+    /// are stored packed are dequantized first. Embedding and head stay as stored, unless the plan's default is
+    /// [`Scheme::Dense`], which makes them dense too.
+    pub schemes: Option<Plan<Scheme>>,
+    /// Makes the packed weights.
+    pub quantizer: &'a dyn HostQuantizer,
+    /// Whether to measure the error of each quantized weight.
+    pub measure: bool,
+    /// Called after each tensor, with its path.
+    pub progress: Option<&'a dyn Fn(&str)>,
+}
+
+impl Default for LoadOptions<'_> {
+    fn default() -> Self {
+        Self { schemes: None, quantizer: &MinMax, measure: false, progress: None }
+    }
+}
+
+impl LoadOptions<'_> {
+    /// One scheme for all linears of the blocks.
+    pub fn uniform(scheme: Scheme) -> Self {
+        Self { schemes: Some(Plan::uniform(scheme)), ..Self::default() }
+    }
+}
+
+/// What was loaded.
+#[derive(Debug, Clone, Default)]
+pub struct LoadReport {
+    /// Bytes by tensor.
+    pub storage: StorageReport,
+    /// Errors of the weights quantized on the way, by path, if asked for.
+    pub errors: Vec<(String, QuantError)>,
+    /// Unknown configuration keys, tensors that the model doesn't use, guesses.
+    pub notes: Vec<String>,
+}
+
+impl Checkpoint {
+    /// Loads the model. Peak memory is the loaded model and one dense tensor, not the dense model.
+    ///
+    /// All parameters are frozen; make the ones to be trained require gradients
+    /// ([`Module::unfreeze`](burn::module::Module::unfreeze) for all of a dense model).
+    ///
+    /// # Errors
+    /// A missing tensor, a shape that contradicts the configuration, weights that are not finite, or whatever the file
+    /// refuses.
+    ///
+    /// # Example
+    /// ```no_run
+    /// use burn::tensor::Device;
+    /// use kiln_models::{Checkpoint, LoadOptions};
+    /// let checkpoint = Checkpoint::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
+    /// let (model, report) = checkpoint.load(&LoadOptions::default(), &Device::flex())?;
+    /// println!("{}", report.storage);
+    /// # Ok::<(), kiln_models::Error>(())
+    /// ```
+    pub fn load(&self, options: &LoadOptions, device: &Device) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
+        let mut loader = Loader {
+            checkpoint: self,
+            source: self.source(),
+            options,
+            device: device.clone().without_autodiff(),
+            report: LoadReport { notes: self.notes(), ..LoadReport::default() },
+            used: Vec::new(),
+        };
+        let model = match self.config() {
+            ModelConfig::Llama(config) => AnyModel::Llama(loader.llama(config)?),
+            ModelConfig::Opt(config) => AnyModel::Opt(loader.opt(config)?),
+        };
+        loader.note_unused();
+        Ok((model, loader.report))
+    }
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    source: &'a dyn TensorSource,
+    options: &'a LoadOptions<'a>,
+    device: Device,
+    report: LoadReport,
+    used: Vec<String>,
+}
+
+impl Loader<'_> {
+    fn llama(&mut self, config: &LlamaConfig) -> Result<Llama<QuantLinear>> {
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        let (query, key) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
+        let inner = config.intermediate_size;
+        let embed_tokens = self.embedding("model.embed_tokens", config.vocab_size, hidden)?;
+        let mut layers = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            let path = |name: &str| format!("model.layers.{index}.{name}");
+            let head_norm = |loader: &mut Self, name: &str| {
+                config.qk_norm.then(|| loader.rms_norm(&path(name), head_dim, config.rms_norm_eps)).transpose()
+            };
+            let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
+            layers.push(LlamaBlock {
+                input_layernorm: self.rms_norm(&path("input_layernorm"), hidden, config.rms_norm_eps)?,
+                self_attn: LlamaAttention {
+                    q_proj: self.linear(&path("self_attn.q_proj"), [hidden, query], qkv_bias)?,
+                    k_proj: self.linear(&path("self_attn.k_proj"), [hidden, key], qkv_bias)?,
+                    v_proj: self.linear(&path("self_attn.v_proj"), [hidden, key], qkv_bias)?,
+                    o_proj: self.linear(&path("self_attn.o_proj"), [query, hidden], config.o_bias)?,
+                    q_norm: head_norm(self, "self_attn.q_norm")?,
+                    k_norm: head_norm(self, "self_attn.k_norm")?,
+                },
+                post_attention_layernorm: self.rms_norm(
+                    &path("post_attention_layernorm"),
+                    hidden,
+                    config.rms_norm_eps,
+                )?,
+                mlp: LlamaMlp {
+                    gate_proj: self.linear(&path("mlp.gate_proj"), [hidden, inner], mlp_bias)?,
+                    up_proj: self.linear(&path("mlp.up_proj"), [hidden, inner], mlp_bias)?,
+                    down_proj: self.linear(&path("mlp.down_proj"), [inner, hidden], mlp_bias)?,
+                },
+            });
+        }
+        let norm = self.rms_norm("model.norm", hidden, config.rms_norm_eps)?;
+        let lm_head = self.head(config.tie_word_embeddings, hidden, config.vocab_size)?;
+        Ok(Llama { model: LlamaModel { embed_tokens, layers, norm }, lm_head, config: config.clone() })
+    }
+
+    fn opt(&mut self, config: &OptConfig) -> Result<Opt<QuantLinear>> {
+        let (width, bias, affine) = (config.hidden_size, config.bias, config.layer_norm_affine);
+        let embed_tokens = self.embedding("model.decoder.embed_tokens", config.vocab_size, width)?;
+        let rows = config.max_position_embeddings + 2;
+        let embed_positions = self.dense("model.decoder.embed_positions.weight", &[rows, width])?;
+        let embed_positions = frozen(self.tensor(embed_positions, [rows, width]));
+        let mut layers = Vec::new();
+        for index in 0..config.num_hidden_layers {
+            let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
+            layers.push(OptBlock {
+                self_attn_layer_norm: self.layer_norm(&path("self_attn_layer_norm"), width, affine)?,
+                self_attn: OptAttention {
+                    q_proj: self.linear(&path("self_attn.q_proj"), [width, width], bias)?,
+                    k_proj: self.linear(&path("self_attn.k_proj"), [width, width], bias)?,
+                    v_proj: self.linear(&path("self_attn.v_proj"), [width, width], bias)?,
+                    out_proj: self.linear(&path("self_attn.out_proj"), [width, width], bias)?,
+                },
+                final_layer_norm: self.layer_norm(&path("final_layer_norm"), width, affine)?,
+                fc1: self.linear(&path("fc1"), [width, config.ffn_dim], bias)?,
+                fc2: self.linear(&path("fc2"), [config.ffn_dim, width], bias)?,
+            });
+        }
+        let final_layer_norm = self.layer_norm("model.decoder.final_layer_norm", width, affine)?;
+        let lm_head = self.head(config.tie_word_embeddings, width, config.vocab_size)?;
+        let decoder = OptDecoder { embed_tokens, embed_positions, layers, final_layer_norm };
+        Ok(Opt { decoder, lm_head, config: config.clone() })
+    }
+
+    /// Whether everything is to be dense, embedding and head included.
+    fn all_dense(&self) -> bool {
+        self.options.schemes.as_ref().is_some_and(|plan| *plan.default_value() == Scheme::Dense)
+    }
+
+    fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
+        let stored = self.stored(path, [width, rows])?;
+        Ok(match stored {
+            StoredWeight::Packed(weight) if !self.all_dense() => {
+                self.record(path, Scheme::Packed(weight.scheme), &[width, rows], None);
+                Embedding::Packed(PackedTensor::new(&weight, &self.device))
+            }
+            stored => {
+                self.record(path, Scheme::Dense, &[rows, width], None);
+                let weight = frozen(self.tensor(dense(stored), [rows, width]));
+                Embedding::Dense(DenseEmbedding { weight })
+            }
+        })
+    }
+
+    fn head(&mut self, tied: bool, width: usize, vocabulary: usize) -> Result<Option<QuantLinear>> {
+        if tied {
+            // Some writers store the tied matrix twice.
+            self.used.push("lm_head.weight".into());
+            return Ok(None);
+        }
+        let stored = self.stored("lm_head", [width, vocabulary])?;
+        let scheme = match &stored {
+            StoredWeight::Packed(weight) if !self.all_dense() => Scheme::Packed(weight.scheme),
+            _ => Scheme::Dense,
+        };
+        self.place("lm_head", stored, scheme, [width, vocabulary], None).map(Some)
+    }
+
+    fn linear(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Result<QuantLinear> {
+        let bias = if bias {
+            let bias = self.dense(&format!("{path}.bias"), &[shape[1]])?;
+            Some(frozen(self.tensor(bias, [shape[1]])))
+        } else {
+            None
+        };
+        let stored = self.stored(path, shape)?;
+        let scheme = match (&self.options.schemes, &stored) {
+            (Some(plan), _) => *plan.get(path),
+            (None, StoredWeight::Packed(weight)) => Scheme::Packed(weight.scheme),
+            (None, StoredWeight::Dense(_)) => Scheme::Dense,
+        };
+        self.place(path, stored, scheme, shape, bias)
+    }
+
+    /// Brings a stored weight to `scheme` and onto the device.
+    fn place(
+        &mut self,
+        path: &str,
+        stored: StoredWeight,
+        scheme: Scheme,
+        [d_input, d_output]: [usize; 2],
+        bias: Option<Param<Tensor<1>>>,
+    ) -> Result<QuantLinear> {
+        let as_stored = self.options.schemes.is_none() || path == "lm_head";
+        let packed = match (stored, scheme) {
+            (StoredWeight::Packed(weight), Scheme::Packed(_)) if as_stored => weight,
+            (stored, Scheme::Packed(scheme)) => {
+                let values = dense(stored).values;
+                let packed = self.options.quantizer.quantize(path, &values, d_input, d_output, &scheme)?;
+                if self.options.measure {
+                    self.report.errors.push((path.to_string(), quantizers::error(&values, &packed)));
+                }
+                packed
+            }
+            (stored, Scheme::Dense) => {
+                self.record(path, scheme, &[d_input, d_output], None);
+                let values = transpose(&dense(stored).values, d_output, d_input);
+                let weight = Tensor::from_data(TensorData::new(values, [d_input, d_output]), &self.device);
+                return Ok(QuantLinear::Dense(Linear { weight: frozen(weight), bias }));
+            }
+        };
+        self.record(path, scheme, &[d_input, d_output], packed.input_order.as_ref());
+        Ok(QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &self.device), bias }))
+    }
+
+    fn rms_norm(&mut self, path: &str, width: usize, eps: f64) -> Result<RmsNorm> {
+        let weight = self.dense(&format!("{path}.weight"), &[width])?;
+        Ok(RmsNorm { weight: frozen(self.tensor(weight, [width])), eps })
+    }
+
+    fn layer_norm(&mut self, path: &str, width: usize, affine: bool) -> Result<LayerNorm> {
+        let mut part = |name: &str| -> Result<Option<Param<Tensor<1>>>> {
+            if !affine {
+                return Ok(None);
+            }
+            let values = self.dense(&format!("{path}.{name}"), &[width])?;
+            Ok(Some(frozen(self.tensor(values, [width]))))
+        };
+        Ok(LayerNorm { weight: part("weight")?, bias: part("bias")?, eps: 1e-5 })
+    }
+
+    /// The weight of a module as the file holds it, its shape checked.
+    fn stored(&mut self, path: &str, [d_input, d_output]: [usize; 2]) -> Result<StoredWeight> {
+        let stored = self.source.weight(path)?;
+        let found = match &stored {
+            StoredWeight::Dense(tensor) => tensor.shape.clone(),
+            StoredWeight::Packed(PackedWeight { d_input, d_output, .. }) => vec![*d_output, *d_input],
+        };
+        self.check_shape(&format!("{path}.weight"), &[d_output, d_input], &found)?;
+        self.used.push(format!("{path}.weight"));
+        Ok(stored)
+    }
+
+    /// A dense tensor, its shape checked.
+    fn dense(&mut self, name: &str, shape: &[usize]) -> Result<DenseTensor> {
+        let tensor = self.source.dense(name)?;
+        self.check_shape(name, shape, &tensor.shape)?;
+        self.used.push(name.to_string());
+        self.record(name, Scheme::Dense, shape, None);
+        Ok(tensor)
+    }
+
+    fn check_shape(&self, name: &str, expected: &[usize], found: &[usize]) -> Result<()> {
+        if expected == found {
+            return Ok(());
+        }
+        Err(Error::File {
+            path: self.checkpoint.path().to_path_buf(),
+            field: name.into(),
+            expected: format!("shape {expected:?}, as the configuration says"),
+            found: format!("{found:?}"),
+        })
+    }
+
+    fn tensor<const D: usize>(&self, tensor: DenseTensor, shape: [usize; D]) -> Tensor<D> {
+        Tensor::from_data(TensorData::new(tensor.values, shape), &self.device)
+    }
+
+    fn record(&mut self, path: &str, scheme: Scheme, shape: &[usize], order: Option<&Vec<u32>>) {
+        let bytes = match scheme {
+            Scheme::Dense => 4 * shape.iter().product::<usize>(),
+            Scheme::Packed(scheme) => scheme.storage_bytes(shape[0], shape[1]) + order.map_or(0, |o| 4 * o.len()),
+        };
+        self.report.storage.rows.push(StorageRow { path: path.into(), scheme, shape: shape.to_vec(), bytes });
+        if let Some(progress) = self.options.progress {
+            progress(path);
+        }
+    }
+
+    fn note_unused(&mut self) {
+        for name in self.source.names() {
+            // Rotary tables that old checkpoints store are derived from the configuration.
+            if !self.used.contains(&name) && !name.ends_with("rotary_emb.inv_freq") {
+                self.report.notes.push(format!("tensor {name} is not used by the model"));
+            }
+        }
+    }
+}
+
+fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    // `Param::from_tensor` would ask for gradients.
+    Param::initialized(ParamId::new(), tensor)
+}
+
+/// `[d_output, d_input]`, dequantized if need be.
+fn dense(stored: StoredWeight) -> DenseTensor {
+    match stored {
+        StoredWeight::Dense(tensor) => tensor,
+        StoredWeight::Packed(weight) => {
+            DenseTensor { shape: vec![weight.d_output, weight.d_input], values: weight.dequantize() }
+        }
+    }
+}
+
+/// A row-major matrix, transposed in squares that fit the cache.
+fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    const SQUARE: usize = 32;
+    let mut result = vec![0.0; values.len()];
+    for row in (0..rows).step_by(SQUARE) {
+        for column in (0..columns).step_by(SQUARE) {
+            for r in row..rows.min(row + SQUARE) {
+                for c in column..columns.min(column + SQUARE) {
+                    result[c * rows + r] = values[r * columns + c];
+                }
+            }
+        }
+    }
+    result
+}

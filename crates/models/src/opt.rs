@@ -1,0 +1,195 @@
+//! OPT, with pre-norm blocks.
+
+use burn::{
+    module::{Module, Param},
+    tensor::{Device, Tensor, activation::relu},
+};
+use kiln_quant_core::{Projection, QuantLinear};
+
+use crate::{
+    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch, attention::attention,
+    config::OptConfig,
+};
+
+/// The position table starts with two rows that no token uses.
+const POSITION_OFFSET: i64 = 2;
+
+/// An OPT model; every linear of every block is a `P`.
+#[derive(Module, Debug)]
+pub struct Opt<P: Projection> {
+    /// The decoder (`model.decoder` in the checkpoint).
+    pub decoder: OptDecoder<P>,
+    /// The head; `None` when it is the embedding.
+    pub lm_head: Option<QuantLinear>,
+    #[module(skip)]
+    pub(crate) config: OptConfig,
+}
+
+/// Embeddings, blocks and final norm.
+#[derive(Module, Debug)]
+pub struct OptDecoder<P: Projection> {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// Learned positions, `[max_position_embeddings + 2, width]`.
+    pub embed_positions: Param<Tensor<2>>,
+    /// Blocks.
+    pub layers: Vec<OptBlock<P>>,
+    /// Final norm.
+    pub final_layer_norm: LayerNorm,
+}
+
+/// One block. Fields are named as in the checkpoint.
+#[derive(Module, Debug)]
+pub struct OptBlock<P: Projection> {
+    /// Norm before attention.
+    pub self_attn_layer_norm: LayerNorm,
+    /// Attention.
+    pub self_attn: OptAttention<P>,
+    /// Norm before the MLP.
+    pub final_layer_norm: LayerNorm,
+    /// MLP, in.
+    pub fc1: P,
+    /// MLP, out.
+    pub fc2: P,
+}
+
+/// Multi-head attention.
+#[derive(Module, Debug)]
+pub struct OptAttention<P: Projection> {
+    /// Queries.
+    pub q_proj: P,
+    /// Keys.
+    pub k_proj: P,
+    /// Values.
+    pub v_proj: P,
+    /// Output.
+    pub out_proj: P,
+}
+
+impl<P: Projection> OptAttention<P> {
+    fn forward(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        heads: usize,
+    ) -> Tensor<3> {
+        let [batch, length, width] = x.dims();
+        let split = |x: Tensor<3>| x.reshape([batch, length, heads, width / heads]);
+        let q = split(self.q_proj.forward(x.clone()));
+        let (k, v) = (split(self.k_proj.forward(x.clone())), split(self.v_proj.forward(x)));
+        let [k, v] = match cache {
+            Some(cache) => cache.extend(index, k, v),
+            None => [k, v],
+        };
+        let y = attention(q, k, v, ((width / heads) as f64).powf(-0.5), None, context);
+        self.out_proj.forward(y.reshape([batch, length, width]))
+    }
+}
+
+impl<P: Projection> Opt<P> {
+    /// The model's shape.
+    pub fn config(&self) -> &OptConfig {
+        &self.config
+    }
+}
+
+impl<P: Projection> CausalLm for Opt<P> {
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
+        Context::new(tokens, cache.map_or(&[], |cache| &cache.segments), None, &self.device())
+    }
+
+    fn embed(&self, context: &Context) -> Tensor<3> {
+        let x = self.decoder.embed_tokens.forward(context.ids.clone());
+        let [batch, length, width] = x.dims();
+        let rows = context.positions.clone().add_scalar(POSITION_OFFSET).reshape([batch * length]);
+        x + self.decoder.embed_positions.val().select(0, rows).reshape([batch, length, width])
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.decoder.layers.len()
+    }
+
+    fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
+        let block = &self.decoder.layers[index];
+        let normed = block.self_attn_layer_norm.forward(x.clone());
+        let x = x + block.self_attn.forward(index, normed, context, cache, self.config.num_attention_heads);
+        let normed = block.final_layer_norm.forward(x.clone());
+        x + block.fc2.forward(relu(block.fc1.forward(normed)))
+    }
+
+    fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.decoder.final_layer_norm.forward(x)
+    }
+
+    fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => self.decoder.embed_tokens.project(x),
+        }
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn device(&self) -> Device {
+        self.decoder.embed_positions.val().device().without_autodiff()
+    }
+}
+
+impl<P: Projection> Slots for Opt<P> {
+    type Slot = P;
+    type With<Q: Projection> = Opt<Q>;
+
+    fn try_map<Q: Projection, E>(self, mut f: impl FnMut(&str, P) -> Result<Q, E>) -> Result<Opt<Q>, E> {
+        let map_block = |(index, block): (usize, OptBlock<P>)| {
+            let attention = block.self_attn;
+            let mut slot = |name: &str, slot| f(&format!("model.decoder.layers.{index}.{name}"), slot);
+            Ok(OptBlock {
+                self_attn_layer_norm: block.self_attn_layer_norm,
+                self_attn: OptAttention {
+                    q_proj: slot("self_attn.q_proj", attention.q_proj)?,
+                    k_proj: slot("self_attn.k_proj", attention.k_proj)?,
+                    v_proj: slot("self_attn.v_proj", attention.v_proj)?,
+                    out_proj: slot("self_attn.out_proj", attention.out_proj)?,
+                },
+                final_layer_norm: block.final_layer_norm,
+                fc1: slot("fc1", block.fc1)?,
+                fc2: slot("fc2", block.fc2)?,
+            })
+        };
+        let layers = self.decoder.layers.into_iter().enumerate().map(map_block).collect::<Result<_, E>>()?;
+        Ok(Opt {
+            decoder: OptDecoder {
+                embed_tokens: self.decoder.embed_tokens,
+                embed_positions: self.decoder.embed_positions,
+                layers,
+                final_layer_norm: self.decoder.final_layer_norm,
+            },
+            lm_head: self.lm_head,
+            config: self.config,
+        })
+    }
+
+    fn for_each_slot(&self, mut f: impl FnMut(&str, &P)) {
+        for (index, block) in self.decoder.layers.iter().enumerate() {
+            let attention = &block.self_attn;
+            for (name, slot) in [
+                ("self_attn.q_proj", &attention.q_proj),
+                ("self_attn.k_proj", &attention.k_proj),
+                ("self_attn.v_proj", &attention.v_proj),
+                ("self_attn.out_proj", &attention.out_proj),
+                ("fc1", &block.fc1),
+                ("fc2", &block.fc2),
+            ] {
+                f(&format!("model.decoder.layers.{index}.{name}"), slot);
+            }
+        }
+    }
+}

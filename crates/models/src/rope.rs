@@ -1,0 +1,108 @@
+//! Rotary position embedding: frequencies as transformers 5 computes them, half-split rotation.
+
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::config::{RopeConfig, RopeScaling};
+
+/// Inverse frequencies `[head_dim / 2]` and the factor on cos and sin, for a sequence whose last position is
+/// `length - 1` (only dynamic scaling looks at it).
+///
+/// Source: transformers `modeling_rope_utils.py`.
+pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> (Vec<f32>, f32) {
+    let plain = |theta: f64| -> Vec<f64> {
+        (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect()
+    };
+    let base = plain(rope.theta);
+    let (frequencies, factor) = match rope.scaling {
+        RopeScaling::Default => (base, 1.0),
+        RopeScaling::Linear { factor } => (base.iter().map(|f| f / factor).collect(), 1.0),
+        RopeScaling::Dynamic { factor, original_max_position_embeddings: original } => {
+            let (length, original) = (length.max(original) as f64, original as f64);
+            let stretch = factor * length / original - (factor - 1.0);
+            let d = head_dim as f64;
+            (plain(rope.theta * stretch.powf(d / (d - 2.0))), 1.0)
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate,
+        } => {
+            let (d, original) = (head_dim as f64, original_max_position_embeddings as f64);
+            // The dimension whose frequency makes this many rotations over the original context.
+            let dimension = |rotations: f64| {
+                d * (original / (rotations * std::f64::consts::TAU)).ln() / (2.0 * rope.theta.ln())
+            };
+            let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
+            if truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            (low, high) = (low.max(0.0), high.min(d - 1.0));
+            if low == high {
+                high += 0.001;
+            }
+            let blend = |(i, f): (usize, &f64)| {
+                let stretched = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                f / factor * stretched + f * (1.0 - stretched)
+            };
+            (base.iter().enumerate().map(blend).collect(), attention_factor)
+        }
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => {
+            let original = original_max_position_embeddings as f64;
+            let blend = |f: &f64| {
+                let wavelength = std::f64::consts::TAU / f;
+                if wavelength > original / low_freq_factor {
+                    f / factor
+                } else if wavelength < original / high_freq_factor {
+                    *f
+                } else {
+                    let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    (1.0 - kept) * f / factor + kept * f
+                }
+            };
+            (base.iter().map(blend).collect(), 1.0)
+        }
+    };
+    (frequencies.into_iter().map(|f| f as f32).collect(), factor as f32)
+}
+
+/// Cosines and sines `[tokens, head_dim / 2]` of the given positions.
+pub(crate) fn tables(rope: &RopeConfig, head_dim: usize, positions: &[u32], device: &Device) -> [Tensor<2>; 2] {
+    let length = positions.iter().max().map_or(1, |last| *last as usize + 1);
+    let (frequencies, factor) = frequencies(rope, head_dim, length);
+    let table = |f: fn(f32) -> f32| {
+        let values: Vec<f32> = positions
+            .iter()
+            .flat_map(|&position| frequencies.iter().map(move |w| f(position as f32 * w) * factor))
+            .collect();
+        Tensor::from_data(TensorData::new(values, [positions.len(), head_dim / 2]), device)
+    };
+    [table(f32::cos), table(f32::sin)]
+}
+
+/// Rotates heads: pairs are (`i`, `i + head_dim / 2`).
+///
+/// # Shapes
+/// `x` `[batch, length, heads, head_dim]`; tables `[batch * length, head_dim / 2]`.
+pub(crate) fn rotate(x: Tensor<4>, [cos, sin]: [Tensor<2>; 2]) -> Tensor<4> {
+    let [batch, length, heads, head_dim] = x.dims();
+    let half = head_dim / 2;
+    let spread = |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
+    let (cos, sin) = (spread(cos), spread(sin));
+    let low = x.clone().narrow(3, 0, half);
+    let high = x.narrow(3, half, half);
+    Tensor::cat(
+        vec![
+            low.clone() * cos.clone() - high.clone() * sin.clone(),
+            high * cos + low * sin,
+        ],
+        3,
+    )
+}

@@ -1,0 +1,45 @@
+//! The seam between file formats and models: a checkpoint's tensors, read one at a time.
+
+use kiln_quant_core::PackedWeight;
+
+use crate::Result;
+
+/// A dense tensor in host memory, converted to f32.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DenseTensor {
+    /// Sizes, outermost first, as in the checkpoint.
+    pub shape: Vec<usize>,
+    /// Row-major values.
+    pub values: Vec<f32>,
+}
+
+/// The weight of a linear or embedding as the file holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub enum StoredWeight {
+    /// `[d_output, d_input]` (an embedding: `[vocabulary, width]`).
+    Dense(DenseTensor),
+    /// Packed; `d_output` is the row count of the checkpoint's matrix.
+    Packed(PackedWeight),
+}
+
+/// Tensors by their Hugging Face names, whatever the file calls them. Nothing is kept resident: every call reads.
+pub trait TensorSource: Send + Sync {
+    /// Whether the tensor `name` (with `.weight` or `.bias`) can be read by [`dense`](Self::dense), or, for `P.weight`, the
+    /// module `P` by [`weight`](Self::weight).
+    fn contains(&self, name: &str) -> bool;
+
+    /// The names that [`contains`](Self::contains) accepts, sorted.
+    fn names(&self) -> Vec<String>;
+
+    /// The tensor `name` in f32; packed ones are dequantized.
+    ///
+    /// # Errors
+    /// A missing tensor, an unknown type, a lying header, or the operating system's refusal.
+    fn dense(&self, name: &str) -> Result<DenseTensor>;
+
+    /// The weight of the linear or embedding `module` (`model.layers.0.self_attn.q_proj`), packed where the file is.
+    ///
+    /// # Errors
+    /// As [`dense`](Self::dense).
+    fn weight(&self, module: &str) -> Result<StoredWeight>;
+}

@@ -1,0 +1,214 @@
+//! The tokenizer of a checkpoint folder in Hugging Face's layout.
+
+use std::{
+    collections::BTreeMap,
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
+
+use serde::Deserialize;
+use serde_json::Value;
+use tokenizers::AddedToken;
+
+use super::{Tokenizer, error};
+use crate::{Error, Result, config::SpecialTokens};
+
+pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
+        let path = folder.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+        let mut inner = parse(&path, &bytes)?;
+        let path = folder.join("tokenizer_config.json");
+        let config: FolderConfig = read_json(&path)?.unwrap_or_default();
+        config.add_tokens(&path, &mut inner)?;
+        let jinja = folder.join("chat_template.jinja");
+        let chat_template = match read(&jinja)? {
+            Some(bytes) => {
+                Some(String::from_utf8(bytes).map_err(|error| file_error(&jinja, "text", "UTF-8", error))?)
+            }
+            None => config.chat_template.as_ref().and_then(Templates::default_one),
+        };
+        let id = |token: &Option<Token>| {
+            let Some(token) = token else { return Ok(None) };
+            let id = inner.token_to_id(token.content());
+            id.map(Some)
+                .ok_or_else(|| file_error(&path, token.content(), "a token of tokenizer.json", "none"))
+        };
+        let mut eos = Vec::from_iter(id(&config.eos_token)?);
+        for id in end_ids(folder)? {
+            if !eos.contains(&id) {
+                eos.push(id);
+            }
+        }
+        let special = SpecialTokens { bos: id(&config.bos_token)?, eos, pad: id(&config.pad_token)? };
+        Ok(Self { inner, special, chat_template })
+    }
+
+fn file_error(path: &Path, field: &str, expected: &str, found: impl std::fmt::Display) -> Error {
+    Error::File {
+        path: path.into(),
+        field: field.into(),
+        expected: expected.into(),
+        found: found.to_string(),
+    }
+}
+
+fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
+    // The library indexes by lengths from the file in a few places; a bad file must be an error nonetheless.
+    let parsed = catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(bytes)));
+    let parsed =
+        parsed.map_err(|_| file_error(path, "model", "a consistent tokenizer", "one that can't be built"))?;
+    let mut tokenizer = parsed.map_err(|error| file_error(path, "JSON", "a tokenizer", error))?;
+    // A training script's truncation would silently cut texts.
+    tokenizer.with_truncation(None).map_err(error)?;
+    tokenizer.with_padding(None);
+    Ok(tokenizer)
+}
+
+/// The bytes of a file, or `None` if there is none.
+fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+    match std::fs::read(path) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::io(path)(error)),
+    }
+}
+
+fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>> {
+    let Some(bytes) = read(path)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| file_error(path, "JSON", "a valid file", error))
+}
+
+/// What is read of `tokenizer_config.json`.
+#[derive(Debug, Default, Deserialize)]
+struct FolderConfig {
+    bos_token: Option<Token>,
+    eos_token: Option<Token>,
+    pad_token: Option<Token>,
+    chat_template: Option<Templates>,
+    #[serde(default)]
+    added_tokens_decoder: std::collections::BTreeMap<String, Added>,
+}
+
+/// A token as text, or as an object with its text.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Token {
+    Text(String),
+    Object { content: String },
+}
+
+impl Token {
+    fn content(&self) -> &str {
+        match self {
+            Self::Text(content) | Self::Object { content } => content,
+        }
+    }
+}
+
+/// One chat template, or several with names.
+#[derive(Debug, Deserialize)]
+#[serde(untagged)]
+enum Templates {
+    One(String),
+    Named(Vec<NamedTemplate>),
+}
+
+#[derive(Debug, Deserialize)]
+struct NamedTemplate {
+    name: String,
+    template: String,
+}
+
+impl Templates {
+    fn default_one(&self) -> Option<String> {
+        match self {
+            Self::One(template) => Some(template.clone()),
+            Self::Named(named) => {
+                named.iter().find(|one| one.name == "default").map(|one| one.template.clone())
+            }
+        }
+    }
+}
+
+/// An entry of `added_tokens_decoder`.
+#[derive(Debug, Deserialize)]
+#[serde(default)]
+struct Added {
+    content: String,
+    special: bool,
+    lstrip: bool,
+    rstrip: bool,
+    single_word: bool,
+    normalized: bool,
+}
+
+impl Default for Added {
+    fn default() -> Self {
+        Self {
+            content: String::new(),
+            special: false,
+            lstrip: false,
+            rstrip: false,
+            single_word: false,
+            normalized: true,
+        }
+    }
+}
+
+impl FolderConfig {
+    /// Adds the tokens that `tokenizer.json` lacks; all must get the ids they have here.
+    fn add_tokens(&self, path: &Path, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
+        let mut missing = Vec::new();
+        for (id, added) in &self.added_tokens_decoder {
+            let number: u32 =
+                id.parse().map_err(|error| file_error(path, "added_tokens_decoder", "ids as keys", error))?;
+            match tokenizer.token_to_id(&added.content) {
+                Some(found) if found != number => {
+                    return Err(file_error(
+                        path,
+                        &added.content,
+                        &format!("id {found}, as in tokenizer.json"),
+                        number,
+                    ));
+                }
+                Some(_) => {}
+                None => missing.push((number, added)),
+            }
+        }
+        missing.sort_by_key(|&(id, _)| id);
+        for (id, added) in missing {
+            let token = AddedToken::from(added.content.as_str(), added.special)
+                .lstrip(added.lstrip)
+                .rstrip(added.rstrip)
+                .single_word(added.single_word)
+                .normalized(added.normalized);
+            tokenizer.add_tokens([token]).map_err(error)?;
+            let found = tokenizer.token_to_id(&added.content);
+            if found != Some(id) {
+                let expected = "the next free id of tokenizer.json, or a token it has";
+                return Err(file_error(path, &added.content, expected, id));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// `eos_token_id` of `generation_config.json`, or else of `config.json`: an id or several.
+fn end_ids(folder: &Path) -> Result<Vec<u32>> {
+    for name in ["generation_config.json", "config.json"] {
+        let path = folder.join(name);
+        let config: Option<Value> = read_json(&path)?;
+        let ids = match config.as_ref().and_then(|config| config.get("eos_token_id")) {
+            None | Some(Value::Null) => continue,
+            Some(Value::Array(ids)) => ids.as_slice(),
+            Some(id) => std::slice::from_ref(id),
+        };
+        let id = |id: &Value| {
+            let number = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            number.ok_or_else(|| file_error(&path, "eos_token_id", "token ids", id))
+        };
+        return ids.iter().map(id).collect();
+    }
+    Ok(Vec::new())
+}
+

@@ -1,0 +1,544 @@
+//! Batches of examples in an order that a small cursor describes exactly, so that a resumed run sees the same ones.
+
+use std::sync::Arc;
+
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
+use serde::{Deserialize, Serialize};
+
+use crate::data::{Dataset, Example};
+use crate::error::{Problem, Result};
+
+/// The order in which an epoch visits the examples.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Order {
+    /// A permutation that depends on seed and epoch only.
+    #[default]
+    Shuffled,
+    /// The file's order in every epoch.
+    Consecutive,
+}
+
+/// How examples become batches.
+///
+/// | name | default | purpose | range |
+/// | --- | --- | --- | --- |
+/// | `batch` | required | rows of a batch | at least 1 |
+/// | `packing` | false | several examples in one row | |
+/// | `order` | shuffled | order of the examples in an epoch | |
+/// | `seed` | 0 | of the permutations | |
+/// | `pad_id` | 0 | id at positions without a token; never seen by other positions | below the vocabulary's size |
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+#[non_exhaustive]
+pub struct BatchOptions {
+    /// Rows of a batch.
+    pub batch: usize,
+    /// Whether a row holds several examples.
+    pub packing: bool,
+    /// Order of the examples in an epoch.
+    pub order: Order,
+    /// Seed of the permutations.
+    pub seed: u64,
+    /// The id at positions without a token.
+    pub pad_id: u32,
+}
+
+impl BatchOptions {
+    /// `batch` rows, each with one example, shuffled with seed 0.
+    pub fn new(batch: usize) -> Self {
+        Self { batch, packing: false, order: Order::default(), seed: 0, pad_id: 0 }
+    }
+
+    fn validate(&self, dataset: &Dataset) -> Result<()> {
+        check_size(self.batch, dataset)?;
+        check_pad(self.pad_id, dataset)
+    }
+}
+
+/// Where [`Batches`] stands: the next batch begins with row `position` of `epoch`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Cursor {
+    /// Seed of the permutations.
+    pub seed: u64,
+    /// Epoch, counted from 0.
+    pub epoch: u64,
+    /// Rows of the epoch that were served.
+    pub position: usize,
+}
+
+/// Rows of token ids with what a model needs to read them and a loss to score them. Every vector is `[batch, seq_len]`,
+/// row by row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Batch {
+    /// Number of rows.
+    pub batch: usize,
+    /// Length of every row: of the longest one, or, when packing, of the data set's `seq_len`.
+    pub seq_len: usize,
+    /// Token ids.
+    pub input_ids: Vec<u32>,
+    /// Position of each token within its example, from 0; 0 for padding.
+    pub positions: Vec<u32>,
+    /// The example within the row that a position belongs to, from 1; 0 for padding. A position attends to those of its
+    /// own segment only.
+    pub segments: Vec<u32>,
+    /// The id that follows each position in its segment; 0 at a segment's last position and for padding.
+    pub targets: Vec<u32>,
+    /// Whether predicting the target is learned; false wherever there is no target.
+    pub weights: Vec<bool>,
+}
+
+impl Batch {
+    /// Number of targets that are learned: what a sum of losses is divided by.
+    pub fn target_count(&self) -> usize {
+        self.weights.iter().filter(|weight| **weight).count()
+    }
+
+    fn padding(batch: usize, seq_len: usize, pad_id: u32) -> Self {
+        let size = batch * seq_len;
+        Self {
+            batch,
+            seq_len,
+            input_ids: vec![pad_id; size],
+            positions: vec![0; size],
+            segments: vec![0; size],
+            targets: vec![0; size],
+            weights: vec![false; size],
+        }
+    }
+
+    /// `rows` of examples, each at least `min_width` and as long as the longest needs.
+    fn assemble(rows: &[Vec<&Example>], min_width: usize, pad_id: u32) -> Self {
+        let length = |row: &Vec<&Example>| row.iter().map(|example| example.ids.len()).sum::<usize>();
+        let width = rows.iter().map(length).max().unwrap_or(0).max(min_width);
+        let mut batch = Self::padding(rows.len(), width, pad_id);
+        for (index, row) in rows.iter().enumerate() {
+            let mut start = index * width;
+            for (segment, example) in (1..).zip(row) {
+                batch.place(start, segment, example);
+                start += example.ids.len();
+            }
+        }
+        batch
+    }
+
+    fn place(&mut self, start: usize, segment: u32, example: &Example) {
+        let length = example.ids.len();
+        let all = start..start + length;
+        self.input_ids[all.clone()].copy_from_slice(&example.ids);
+        self.segments[all.clone()].fill(segment);
+        for (position, index) in self.positions[all].iter_mut().zip(0..) {
+            *position = index;
+        }
+        let predicting = start..start + length - 1;
+        self.targets[predicting.clone()].copy_from_slice(&example.ids[1..]);
+        self.weights[predicting].copy_from_slice(&example.scored[1..]);
+    }
+}
+
+/// An endless iterator over batches of exactly `batch` rows; the rows that an epoch's end leaves over are served
+/// together with the first ones of the next epoch.
+///
+/// A row is one example, padded on the right, or, with `packing`, as many as fit: each epoch's examples are placed, in
+/// the epoch's order, in the first row that has room (first fit).
+///
+/// ```
+/// use std::sync::Arc;
+/// use kiln_training::{BatchOptions, Batches, DataOptions, Dataset};
+///
+/// let data = Arc::new(Dataset::from_ids((0..40).collect(), &DataOptions::new(8, 64))?);
+/// let mut batches = Batches::new(data.clone(), BatchOptions::new(2))?;
+/// batches.next();
+/// let mut resumed = Batches::resume(data, BatchOptions::new(2), batches.cursor())?;
+/// assert_eq!(resumed.next(), batches.next());
+/// # Ok::<(), kiln_training::Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Batches {
+    dataset: Arc<Dataset>,
+    options: BatchOptions,
+    cursor: Cursor,
+    /// The rows of the cursor's epoch, as indices of examples.
+    rows: Vec<Vec<usize>>,
+}
+
+impl Batches {
+    /// Starts at the first row of epoch 0.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for options out of range.
+    pub fn new(dataset: Arc<Dataset>, options: BatchOptions) -> Result<Self> {
+        let cursor = Cursor { seed: options.seed, epoch: 0, position: 0 };
+        Self::resume(dataset, options, cursor)
+    }
+
+    /// Goes on where `cursor` was taken, with the same data and options.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) for options out of range and for a cursor of another seed or beyond
+    /// the epoch's rows.
+    pub fn resume(dataset: Arc<Dataset>, options: BatchOptions, cursor: Cursor) -> Result<Self> {
+        options.validate(&dataset)?;
+        if cursor.seed != options.seed {
+            return Err(Problem::new("cursor.seed", options.seed.to_string(), cursor.seed).argument());
+        }
+        let rows = epoch_rows(&dataset, &options, cursor.epoch);
+        if cursor.position > rows.len() {
+            let expected = format!("at most the epoch's {} rows", rows.len());
+            return Err(Problem::new("cursor.position", expected, cursor.position).argument());
+        }
+        Ok(Self { dataset, options, cursor, rows })
+    }
+
+    /// Where the next batch begins.
+    pub fn cursor(&self) -> Cursor {
+        self.cursor
+    }
+
+    /// Rows of the current epoch; with packing and shuffling, epochs may differ.
+    pub fn rows_in_epoch(&self) -> usize {
+        self.rows.len()
+    }
+}
+
+impl Iterator for Batches {
+    type Item = Batch;
+
+    /// The next batch; never `None`.
+    fn next(&mut self) -> Option<Batch> {
+        let examples = self.dataset.examples();
+        let mut rows = Vec::with_capacity(self.options.batch);
+        while rows.len() < self.options.batch {
+            if self.cursor.position >= self.rows.len() {
+                self.cursor.epoch = self.cursor.epoch.wrapping_add(1);
+                self.cursor.position = 0;
+                self.rows = epoch_rows(&self.dataset, &self.options, self.cursor.epoch);
+            }
+            rows.push(self.rows[self.cursor.position].iter().map(|index| &examples[*index]).collect());
+            self.cursor.position += 1;
+        }
+        let min_width = if self.options.packing { self.dataset.options().seq_len } else { 0 };
+        Some(Batch::assemble(&rows, min_width, self.options.pad_id))
+    }
+}
+
+/// One pass over the data in the file's order, for evaluation: one example a row, the last batch may have fewer rows.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for `batch` 0 and a padding id outside the vocabulary.
+pub fn in_order(dataset: &Dataset, batch: usize, pad_id: u32) -> Result<impl Iterator<Item = Batch>> {
+    check_size(batch, dataset)?;
+    check_pad(pad_id, dataset)?;
+    Ok(dataset.examples().chunks(batch).map(move |examples| {
+        let rows: Vec<Vec<&Example>> = examples.iter().map(|example| vec![example]).collect();
+        Batch::assemble(&rows, 0, pad_id)
+    }))
+}
+
+fn check_size(batch: usize, dataset: &Dataset) -> Result<()> {
+    // Positions and targets are u32; a larger batch is a mistake, and its buffers would be allocated.
+    let size = batch.checked_mul(dataset.options().seq_len).filter(|size| u32::try_from(*size).is_ok());
+    if batch == 0 || size.is_none() {
+        return Err(Problem::new("batch", "at least 1 row and fewer than 2^32 tokens", batch).argument());
+    }
+    Ok(())
+}
+
+fn check_pad(pad_id: u32, dataset: &Dataset) -> Result<()> {
+    let vocab_size = dataset.options().vocab_size;
+    if pad_id as usize >= vocab_size {
+        return Err(Problem::new("pad_id", format!("an id below {vocab_size}"), pad_id).argument());
+    }
+    Ok(())
+}
+
+/// The rows of an epoch: a function of the data, the options and the epoch only.
+fn epoch_rows(dataset: &Dataset, options: &BatchOptions, epoch: u64) -> Vec<Vec<usize>> {
+    let examples = dataset.examples();
+    let order = match options.order {
+        Order::Consecutive => (0..examples.len()).collect(),
+        Order::Shuffled => permutation(examples.len(), options.seed, epoch),
+    };
+    if !options.packing {
+        return order.into_iter().map(|index| vec![index]).collect();
+    }
+    let lengths: Vec<usize> = order.iter().map(|index| examples[*index].ids.len()).collect();
+    let rows = first_fit(&lengths, dataset.options().seq_len);
+    rows.into_iter().map(|row| row.into_iter().map(|index| order[index]).collect()).collect()
+}
+
+/// Fisher–Yates with a generator keyed by seed and epoch. Written out, because a run must be resumable by a build with
+/// another version of the random-number library.
+fn permutation(length: usize, seed: u64, epoch: u64) -> Vec<usize> {
+    let mut key = [0; 32];
+    key[..8].copy_from_slice(&seed.to_le_bytes());
+    key[8..16].copy_from_slice(&epoch.to_le_bytes());
+    let mut random = ChaCha8Rng::from_seed(key);
+    let mut order: Vec<usize> = (0..length).collect();
+    for last in (1..length).rev() {
+        // The high half of the product is uniform up to length / 2^64.
+        let chosen = (u128::from(random.next_u64()) * (last as u128 + 1)) >> 64;
+        order.swap(last, chosen as usize);
+    }
+    order
+}
+
+/// Puts each item in the first row with room for it; rows hold indices into `lengths`, none of which is above
+/// `capacity`.
+///
+/// A tree whose nodes hold the most room below them finds that row in logarithmic time.
+fn first_fit(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+    let leaves = lengths.len().next_power_of_two();
+    let mut room = vec![capacity; 2 * leaves];
+    let mut rows = Vec::new();
+    for (item, length) in lengths.iter().enumerate() {
+        let mut node = 1;
+        while node < leaves {
+            node *= 2;
+            if room[node] < *length {
+                node += 1;
+            }
+        }
+        room[node] -= length;
+        let row = node - leaves;
+        if row == rows.len() {
+            rows.push(Vec::new());
+        }
+        rows[row].push(item);
+        while node > 1 {
+            node /= 2;
+            room[node] = room[2 * node].max(room[2 * node + 1]);
+        }
+    }
+    rows
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::data::DataOptions;
+
+    /// Examples of the given lengths whose ids are all different; of each the second token is learned, and of the later
+    /// ones those whose id isn't a multiple of 3.
+    fn dataset(lengths: &[usize], seq_len: usize) -> Arc<Dataset> {
+        let mut next = 1;
+        let examples = lengths.iter().map(|length| {
+            let ids: Vec<u32> = (next..).take(*length).collect();
+            next += *length as u32;
+            let scored = ids.iter().enumerate().map(|(index, id)| index == 1 || id % 3 != 0).collect();
+            Example { ids, scored }
+        });
+        Arc::new(
+            Dataset::from_examples(examples.collect::<Vec<_>>(), &DataOptions::new(seq_len, 1 << 20))
+                .unwrap(),
+        )
+    }
+
+    fn options(batch: usize, packing: bool, order: Order) -> BatchOptions {
+        BatchOptions { batch, packing, order, seed: 5, pad_id: 0 }
+    }
+
+    #[test]
+    fn rows_are_padded_on_the_right_to_the_longest() {
+        let data = dataset(&[3, 5], 8);
+        let batch = Batches::new(data, options(2, false, Order::Consecutive)).unwrap().next().unwrap();
+        assert_eq!((batch.batch, batch.seq_len), (2, 5));
+        assert_eq!(batch.input_ids, [1, 2, 3, 0, 0, 4, 5, 6, 7, 8]);
+        assert_eq!(batch.positions, [0, 1, 2, 0, 0, 0, 1, 2, 3, 4]);
+        assert_eq!(batch.segments, [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]);
+        assert_eq!(batch.targets, [2, 3, 0, 0, 0, 5, 6, 7, 8, 0]);
+        let weights = batch.weights.iter().map(|weight| u8::from(*weight)).collect::<Vec<_>>();
+        assert_eq!(weights, [1, 0, 0, 0, 0, 1, 0, 1, 1, 0]);
+        assert_eq!(batch.target_count(), 4);
+    }
+
+    #[test]
+    fn packed_rows_restart_positions_and_never_predict_across_examples() {
+        let data = dataset(&[3, 4, 2, 2], 6);
+        let batch = Batches::new(data, options(2, true, Order::Consecutive)).unwrap().next().unwrap();
+        assert_eq!(batch.seq_len, 6);
+        assert_eq!(batch.input_ids, [1, 2, 3, 8, 9, 0, 4, 5, 6, 7, 10, 11]);
+        assert_eq!(batch.positions, [0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 0, 1]);
+        assert_eq!(batch.segments, [1, 1, 1, 2, 2, 0, 1, 1, 1, 1, 2, 2]);
+        assert_eq!(batch.targets, [2, 3, 0, 9, 0, 0, 5, 6, 7, 0, 11, 0]);
+        let weights = batch.weights.iter().map(|weight| u8::from(*weight)).collect::<Vec<_>>();
+        assert_eq!(weights, [1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0]);
+    }
+
+    #[test]
+    fn an_epoch_visits_every_example_once_and_the_next_in_another_order() {
+        let data = dataset(&[2; 50], 4);
+        let mut batches = Batches::new(data, options(10, false, Order::Shuffled)).unwrap();
+        let mut epoch = || -> Vec<u32> {
+            batches
+                .by_ref()
+                .take(5)
+                .flat_map(|b| b.input_ids.chunks(2).map(|row| row[0]).collect::<Vec<_>>())
+                .collect()
+        };
+        let (first, second) = (epoch(), epoch());
+        assert_ne!(first, second);
+        for mut ids in [first, second] {
+            assert!(!ids.is_sorted());
+            ids.sort_unstable();
+            assert_eq!(ids, (0..50).map(|i| 2 * i + 1).collect::<Vec<u32>>());
+        }
+        assert_eq!(batches.cursor(), Cursor { seed: 5, epoch: 1, position: 50 });
+    }
+
+    #[test]
+    fn batches_cross_the_end_of_an_epoch() {
+        let data = dataset(&[2; 3], 4);
+        let mut batches = Batches::new(data, options(2, false, Order::Consecutive)).unwrap();
+        let firsts: Vec<_> = batches.by_ref().take(3).map(|b| (b.input_ids[0], b.input_ids[2])).collect();
+        assert_eq!(firsts, [(1, 3), (5, 1), (3, 5)]);
+        assert_eq!(batches.cursor(), Cursor { seed: 5, epoch: 1, position: 3 });
+        let mut one_large = Batches::new(dataset(&[2; 3], 4), options(8, false, Order::Shuffled)).unwrap();
+        assert_eq!(one_large.next().unwrap().batch, 8);
+        assert_eq!(one_large.cursor(), Cursor { seed: 5, epoch: 2, position: 2 });
+    }
+
+    #[test]
+    fn permutations_depend_on_seed_and_epoch_only() {
+        assert_eq!(permutation(100, 1, 2), permutation(100, 1, 2));
+        assert_ne!(permutation(100, 1, 2), permutation(100, 2, 1));
+        assert_ne!(permutation(100, 1, 2), permutation(100, 1, 3));
+        assert_eq!(permutation(1, 0, 0), [0]);
+    }
+
+    /// Each of the 6 orders of 3 comes up 1,000 times in 6,000 on average; 150 is five standard deviations.
+    #[test]
+    fn permutations_are_uniform() {
+        let mut counts = std::collections::BTreeMap::new();
+        for epoch in 0..6_000 {
+            *counts.entry(permutation(3, 9, epoch)).or_insert(0_i32) += 1;
+        }
+        assert_eq!(counts.len(), 6);
+        assert!(counts.values().all(|count| (count - 1_000).abs() < 150), "{counts:?}");
+    }
+
+    #[test]
+    fn one_pass_in_order_ends_with_a_short_batch() {
+        let data = dataset(&[2, 4, 3], 4);
+        let batches: Vec<_> = in_order(&data, 2, 9).unwrap().collect();
+        assert_eq!(batches.iter().map(|b| (b.batch, b.seq_len)).collect::<Vec<_>>(), [(2, 4), (1, 3)]);
+        assert_eq!(batches[0].input_ids, [1, 2, 9, 9, 3, 4, 5, 6]);
+        let targets: usize = batches.iter().map(Batch::target_count).sum();
+        assert_eq!(targets, data.report().targets);
+    }
+
+    #[test]
+    fn options_and_cursors_out_of_range_are_named() {
+        let data = dataset(&[2, 2], 4);
+        let cases = [
+            ("batch", options(0, false, Order::Shuffled)),
+            ("batch", options(usize::MAX, false, Order::Shuffled)),
+            ("batch", options(1 << 40, true, Order::Shuffled)),
+            ("pad_id", BatchOptions { pad_id: 1 << 20, ..options(1, false, Order::Shuffled) }),
+        ];
+        for (name, options) in cases {
+            let error = Batches::new(data.clone(), options).unwrap_err().to_string();
+            assert!(error.starts_with(name), "{error}");
+        }
+        assert!(in_order(&data, 0, 0).is_err());
+        for (name, cursor) in [
+            ("cursor.seed", Cursor { seed: 6, epoch: 0, position: 0 }),
+            ("cursor.position", Cursor { seed: 5, epoch: 0, position: 3 }),
+        ] {
+            let error =
+                Batches::resume(data.clone(), options(1, false, Order::Shuffled), cursor).unwrap_err();
+            assert!(error.to_string().starts_with(name), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_last_epoch_that_can_be_counted_is_followed_by_the_first() {
+        let far = Cursor { seed: 5, epoch: u64::MAX, position: 1 };
+        let mut batches =
+            Batches::resume(dataset(&[2, 2], 4), options(1, true, Order::Shuffled), far).unwrap();
+        assert_eq!(batches.next().unwrap().target_count(), 2);
+        assert_eq!(batches.cursor(), Cursor { seed: 5, epoch: 0, position: 1 });
+    }
+
+    /// First fit as its definition says, in quadratic time.
+    fn first_fit_by_definition(lengths: &[usize], capacity: usize) -> Vec<Vec<usize>> {
+        let mut rows: Vec<(usize, Vec<usize>)> = Vec::new();
+        for (item, length) in lengths.iter().enumerate() {
+            match rows.iter_mut().find(|(used, _)| used + length <= capacity) {
+                Some((used, row)) => {
+                    *used += length;
+                    row.push(item);
+                }
+                None => rows.push((*length, vec![item])),
+            }
+        }
+        rows.into_iter().map(|(_, row)| row).collect()
+    }
+
+    proptest! {
+        #[test]
+        fn packing_is_first_fit(lengths in prop::collection::vec(1usize..=16, 0..80)) {
+            prop_assert_eq!(first_fit(&lengths, 16), first_fit_by_definition(&lengths, 16));
+        }
+
+        #[test]
+        fn a_saved_cursor_gives_the_same_batches(
+            lengths in prop::collection::vec(2usize..9, 1..30), batch in 1usize..7, served in 0usize..20,
+            packing: bool, shuffled: bool,
+        ) {
+            let data = dataset(&lengths, 8);
+            let order = if shuffled { Order::Shuffled } else { Order::Consecutive };
+            let options = options(batch, packing, order);
+            let mut batches = Batches::new(data.clone(), options.clone()).unwrap();
+            batches.by_ref().take(served).for_each(drop);
+            let saved = serde_json::to_string(&batches.cursor()).unwrap();
+            let mut resumed = Batches::resume(data, options, serde_json::from_str(&saved).unwrap()).unwrap();
+            for _ in 0..10 {
+                prop_assert_eq!(resumed.next(), batches.next());
+                prop_assert_eq!(resumed.cursor(), batches.cursor());
+            }
+        }
+
+        #[test]
+        fn every_target_is_the_next_token_of_its_own_example(
+            lengths in prop::collection::vec(2usize..9, 1..30), packing: bool,
+        ) {
+            let data = dataset(&lengths, 8);
+            let mut batches = Batches::new(data.clone(), options(1, packing, Order::Shuffled)).unwrap();
+            let mut seen = Vec::new();
+            let mut targets = 0;
+            for _ in 0..batches.rows_in_epoch() {
+                let row = batches.next().unwrap();
+                targets += row.target_count();
+                for t in 0..row.seq_len {
+                    if row.segments[t] == 0 {
+                        prop_assert_eq!((row.input_ids[t], row.positions[t], row.weights[t]), (0, 0, false));
+                        continue;
+                    }
+                    seen.push(row.input_ids[t]);
+                    let same = row.segments.get(t + 1) == Some(&row.segments[t]);
+                    if same {
+                        prop_assert_eq!(row.targets[t], row.input_ids[t + 1]);
+                        prop_assert_eq!(row.positions[t + 1], row.positions[t] + 1);
+                        prop_assert_eq!(row.weights[t], row.positions[t] == 0 || !row.targets[t].is_multiple_of(3));
+                    } else {
+                        prop_assert!(!row.weights[t]);
+                    }
+                    if t == 0 || row.segments[t - 1] != row.segments[t] {
+                        prop_assert_eq!(row.positions[t], 0);
+                    }
+                }
+            }
+            seen.sort_unstable();
+            let all: Vec<u32> = data.examples().iter().flat_map(|example| example.ids.clone()).collect();
+            prop_assert_eq!(seen, all);
+            prop_assert_eq!(targets, data.report().targets);
+        }
+    }
+}

@@ -1,0 +1,103 @@
+//! The crate's one error type.
+
+use std::fmt::Display;
+use std::path::{Path, PathBuf};
+
+/// What can go wrong when data is read, or when a model is trained, saved or resumed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A file that is not what its name or header says, or that doesn't fit the run.
+    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// The tensor, key or part of the file.
+        field: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// A row of a data file that can't be used.
+    #[error("{}, line {line}: {field}: expected {expected}, found {found}", path.display())]
+    Data {
+        /// The file.
+        path: PathBuf,
+        /// The line, counted from 1.
+        line: usize,
+        /// The key of the row.
+        field: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// The operating system's refusal.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The operating system's error.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An option out of range, or one that doesn't fit the others.
+    #[error("{name}: expected {expected}, found {found}")]
+    Argument {
+        /// The option.
+        name: String,
+        /// What was expected.
+        expected: String,
+        /// What was found.
+        found: String,
+    },
+    /// Training that can't go on because a number is no longer finite.
+    #[error("step {step}: {quantity} is {value}; nothing was changed by this step")]
+    Diverged {
+        /// The step, counted from 0.
+        step: u64,
+        /// What is not finite: `loss` or `gradient norm`.
+        quantity: &'static str,
+        /// Its value.
+        value: f64,
+    },
+}
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// An [`Error::Io`] for `path`.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+}
+
+/// Something that isn't what it should be, before it is known whether a file, a line or an option holds it.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Problem {
+    field: String,
+    expected: String,
+    found: String,
+}
+
+impl Problem {
+    pub(crate) fn new(field: impl Into<String>, expected: impl Into<String>, found: impl Display) -> Self {
+        Self { field: field.into(), expected: expected.into(), found: found.to_string() }
+    }
+
+    pub(crate) fn in_file(self, path: &Path) -> Error {
+        Error::File { path: path.into(), field: self.field, expected: self.expected, found: self.found }
+    }
+
+    pub(crate) fn in_line(self, path: &Path, line: usize) -> Error {
+        let Self { field, expected, found } = self;
+        Error::Data { path: path.into(), line, field, expected, found }
+    }
+
+    pub(crate) fn argument(self) -> Error {
+        Error::Argument { name: self.field, expected: self.expected, found: self.found }
+    }
+}
