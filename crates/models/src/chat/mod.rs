@@ -306,7 +306,7 @@ mod tests {
                       {% for call in messages[0].tool_calls %}{{ call.arguments | tojson }}{% endfor %}|\
                       {{ messages[0].get('missing', 'none') }}|{{ tools is none }}";
         let text = ChatTemplate::new(source).unwrap().render(&[message], false, &TemplateContext::default());
-        assert_eq!(text.unwrap().to_lowercase(), " answer |{\"a\": 1}|none|true");
+        assert_eq!(text.unwrap(), " answer |{\"a\": 1}|none|True");
     }
 
     #[test]

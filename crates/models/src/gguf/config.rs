@@ -1,5 +1,7 @@
 //! The model's shape from `<architecture>.*` keys and from which tensors there are.
 
+use std::collections::BTreeSet;
+
 use super::{Gguf, names::Architecture, rope, value::Metadata};
 use crate::{
     Error, Result,
@@ -200,16 +202,19 @@ fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
     Ok(head_dim)
 }
 
-/// The highest block among the tensors must be the last one that the metadata announces. This also bounds the count
-/// by the size of the file.
+/// There must be tensors for exactly the blocks that the metadata announces; so the count is bounded by the file's size.
 fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
     let layer = |name: &String| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
-    let found = file.tensors.keys().filter_map(layer).max().map_or(0, |last| last.saturating_add(1));
-    if found == expected {
+    let found: BTreeSet<usize> = file.tensors.keys().filter_map(layer).collect();
+    if found.len() == expected && found.last().is_none_or(|&last| last + 1 == expected) {
         return Ok(());
     }
-    let key = keys.key("block_count");
-    Err(keys.metadata.error(&key, &format!("{found}, as there are tensors for"), expected.to_string()))
+    let found = format!("{expected}, with tensors for {} blocks up to {:?}", found.len(), found.last());
+    Err(keys.metadata.error(
+        &keys.key("block_count"),
+        "the number of blocks that there are tensors for",
+        found,
+    ))
 }
 
 /// Rows of the embedding, which the metadata must not contradict.

@@ -163,7 +163,7 @@ impl Reader<'_> {
         let mut bytes = vec![0; length as usize];
         self.input.read_exact(&mut bytes).map_err(Error::io(self.path))?;
         String::from_utf8(bytes)
-            .map_err(|error| self.error(field, "UTF-8 text", format!("{:?}", error.utf8_error().to_string())))
+            .map_err(|error| self.error(field, "UTF-8 text", error.utf8_error().to_string()))
     }
 
     fn metadata(&mut self, count: u64) -> Result<Metadata> {
@@ -242,7 +242,7 @@ impl Reader<'_> {
         if count > MAX_ARRAY {
             return Err(self.error(key, format!("at most {MAX_ARRAY} elements"), count.to_string()));
         }
-        // `collect` grows as elements are really read, so a lying count allocates nothing.
+        // The lists grow as elements are really read, so a lying count allocates nothing.
         let mut elements = 0..count;
         Ok(match kind {
             0 | 2 | 4 | 10 => {

@@ -49,7 +49,7 @@ const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 /// An open GGUF file; tensors go by their Hugging Face names.
 ///
 /// ```no_run
-/// use kiln_models::{Gguf, TensorSource};
+/// use kiln_models::{TensorSource, gguf::Gguf};
 /// let file = Gguf::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
 /// let config = file.config()?;
 /// let query = file.weight("model.layers.0.self_attn.q_proj")?;

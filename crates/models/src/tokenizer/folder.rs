@@ -13,35 +13,24 @@ use tokenizers::AddedToken;
 use super::{Tokenizer, error};
 use crate::{Error, Result, config::SpecialTokens};
 
+/// See [`Tokenizer::from_folder`].
 pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
-        let path = folder.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-        let mut inner = parse(&path, &bytes)?;
-        let path = folder.join("tokenizer_config.json");
-        let config: FolderConfig = read_json(&path)?.unwrap_or_default();
-        config.add_tokens(&path, &mut inner)?;
-        let jinja = folder.join("chat_template.jinja");
-        let chat_template = match read(&jinja)? {
-            Some(bytes) => {
-                Some(String::from_utf8(bytes).map_err(|error| file_error(&jinja, "text", "UTF-8", error))?)
-            }
-            None => config.chat_template.as_ref().and_then(Templates::default_one),
-        };
-        let id = |token: &Option<Token>| {
-            let Some(token) = token else { return Ok(None) };
-            let id = inner.token_to_id(token.content());
-            id.map(Some)
-                .ok_or_else(|| file_error(&path, token.content(), "a token of tokenizer.json", "none"))
-        };
-        let mut eos = Vec::from_iter(id(&config.eos_token)?);
-        for id in end_ids(folder)? {
-            if !eos.contains(&id) {
-                eos.push(id);
-            }
+    let path = folder.join("tokenizer.json");
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    let mut inner = parse(&path, &bytes)?;
+    let path = folder.join("tokenizer_config.json");
+    let config: FolderConfig = read_json(&path)?.unwrap_or_default();
+    config.add_tokens(&path, &mut inner)?;
+    let jinja = folder.join("chat_template.jinja");
+    let chat_template = match read_optional(&jinja)? {
+        Some(bytes) => {
+            Some(String::from_utf8(bytes).map_err(|error| file_error(&jinja, "text", "UTF-8", error))?)
         }
-        let special = SpecialTokens { bos: id(&config.bos_token)?, eos, pad: id(&config.pad_token)? };
-        Ok(Self { inner, special, chat_template })
-    }
+        None => config.chat_template.as_ref().and_then(Templates::default_one),
+    };
+    let special = config.special_tokens(&path, &inner, end_ids(folder)?)?;
+    Ok(Tokenizer { inner, special, chat_template })
+}
 
 fn file_error(path: &Path, field: &str, expected: &str, found: impl std::fmt::Display) -> Error {
     Error::File {
@@ -65,7 +54,7 @@ fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
 }
 
 /// The bytes of a file, or `None` if there is none.
-fn read(path: &Path) -> Result<Option<Vec<u8>>> {
+fn read_optional(path: &Path) -> Result<Option<Vec<u8>>> {
     match std::fs::read(path) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -74,7 +63,7 @@ fn read(path: &Path) -> Result<Option<Vec<u8>>> {
 }
 
 fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>> {
-    let Some(bytes) = read(path)? else { return Ok(None) };
+    let Some(bytes) = read_optional(path)? else { return Ok(None) };
     serde_json::from_slice(&bytes).map(Some).map_err(|error| file_error(path, "JSON", "a valid file", error))
 }
 
@@ -86,7 +75,7 @@ struct FolderConfig {
     pad_token: Option<Token>,
     chat_template: Option<Templates>,
     #[serde(default)]
-    added_tokens_decoder: std::collections::BTreeMap<String, Added>,
+    added_tokens_decoder: BTreeMap<String, Added>,
 }
 
 /// A token as text, or as an object with its text.
@@ -156,6 +145,27 @@ impl Default for Added {
 }
 
 impl FolderConfig {
+    /// Ids of the tokens that have a role; `ends` are further ids that end generation.
+    fn special_tokens(
+        &self,
+        path: &Path,
+        tokenizer: &tokenizers::Tokenizer,
+        ends: Vec<u32>,
+    ) -> Result<SpecialTokens> {
+        let id = |token: &Option<Token>| {
+            let Some(token) = token else { return Ok(None) };
+            let id = tokenizer.token_to_id(token.content());
+            id.map(Some).ok_or_else(|| file_error(path, token.content(), "a token of tokenizer.json", "none"))
+        };
+        let mut eos = Vec::from_iter(id(&self.eos_token)?);
+        for end in ends {
+            if !eos.contains(&end) {
+                eos.push(end);
+            }
+        }
+        Ok(SpecialTokens { bos: id(&self.bos_token)?, eos, pad: id(&self.pad_token)? })
+    }
+
     /// Adds the tokens that `tokenizer.json` lacks; all must get the ids they have here.
     fn add_tokens(&self, path: &Path, tokenizer: &mut tokenizers::Tokenizer) -> Result<()> {
         let mut missing = Vec::new();
@@ -211,4 +221,3 @@ fn end_ids(folder: &Path) -> Result<Vec<u32>> {
     }
     Ok(Vec::new())
 }
-

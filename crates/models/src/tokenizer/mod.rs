@@ -1,15 +1,13 @@
 //! Text to token ids and back.
 
-use std::{
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-    path::Path,
-};
+mod folder;
+mod stream;
+#[cfg(test)]
+mod tests;
 
-use serde::Deserialize;
-use serde_json::Value;
-use tokenizers::AddedToken;
+use std::{ops::Range, path::Path};
 
+pub use self::stream::DecodeStream;
 use crate::{Error, Result, config::SpecialTokens, gguf::Gguf};
 
 /// A tokenizer with its special tokens and its chat template.
@@ -68,7 +66,7 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// As [`encode`](Self::encode), with the bytes of `text` that each id stands for (empty for added tokens).
+    /// As [`encode`](Self::encode), with the bytes of `text` that each id stands for (none for what `add_special` adds).
     ///
     /// # Errors
     /// [`Error::Tokenizer`].
@@ -89,7 +87,7 @@ impl Tokenizer {
 
     /// A decoder that takes ids one by one.
     pub fn decode_stream(&self, skip_special: bool) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: self, skip_special, ids: Vec::new(), shown: 0 }
+        DecodeStream::new(self, skip_special)
     }
 
     /// Number of tokens, added ones included.
@@ -118,7 +116,7 @@ impl Tokenizer {
     }
 }
 
+/// The tokenizer library's refusal.
 fn error(error: impl std::fmt::Display) -> Error {
     Error::Tokenizer(error.to_string())
 }
-

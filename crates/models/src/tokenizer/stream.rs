@@ -31,11 +31,15 @@ pub struct DecodeStream<'a> {
     shown: usize,
 }
 
-impl DecodeStream<'_> {
+impl<'a> DecodeStream<'a> {
+    pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
+        Self { tokenizer, skip_special, ids: Vec::new(), shown: 0 }
+    }
+
     /// The text that `id` completes; empty if a character is still open.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// [`Error::Tokenizer`](crate::Error::Tokenizer).
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let text = self.held_back()?;
@@ -50,7 +54,7 @@ impl DecodeStream<'_> {
     /// What is still held back: incomplete characters, as U+FFFD.
     ///
     /// # Errors
-    /// [`Error::Tokenizer`].
+    /// [`Error::Tokenizer`](crate::Error::Tokenizer).
     pub fn finish(self) -> Result<String> {
         self.held_back()
     }
@@ -65,4 +69,3 @@ impl DecodeStream<'_> {
         }
     }
 }
-

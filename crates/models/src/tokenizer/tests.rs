@@ -1,5 +1,7 @@
 //! Tests of tokenizers from folders and from GGUF files.
 
+use serde_json::Value;
+
 use super::*;
 use crate::gguf::writer::Writer;
 
@@ -115,9 +117,8 @@ fn gguf_flags_say_what_goes_around_a_text() {
         let with =
             |bos: bool, eos: bool| [&[1][..usize::from(bos)], &plain, &[2][..usize::from(eos)]].concat();
         assert_eq!(tokenizer.encode("the whale", true).unwrap(), with(begins, false));
-        let both = gguf(entry)
-            .bool("tokenizer.ggml.add_bos_token", true)
-            .bool("tokenizer.ggml.add_eos_token", true);
+        let both =
+            gguf(entry).bool("tokenizer.ggml.add_bos_token", true).bool("tokenizer.ggml.add_eos_token", true);
         assert_eq!(from_gguf(&both).unwrap().encode("the whale", true).unwrap(), with(true, true));
         let none = from_gguf(&gguf(entry).bool("tokenizer.ggml.add_bos_token", false)).unwrap();
         assert_eq!(none.encode("the whale", true).unwrap(), plain);

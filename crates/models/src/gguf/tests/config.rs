@@ -1,0 +1,151 @@
+//! What metadata and tensors say about the model.
+
+use super::*;
+
+fn config(writer: &Writer) -> Result<LlamaConfig> {
+    match open(writer)?.config()? {
+        ModelConfig::Llama(config) => Ok(config),
+        other => panic!("{other:?}"),
+    }
+}
+
+#[test]
+fn configuration_comes_from_keys_and_tensors() {
+    let plain = config(&model("llama")).unwrap();
+    let expected = LlamaConfig {
+        vocab_size: 4,
+        hidden_size: 8,
+        intermediate_size: 16,
+        num_hidden_layers: 1,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 4,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-6,
+        rope: crate::config::RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default },
+        sliding_window: vec![None],
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        tie_word_embeddings: true,
+    };
+    assert_eq!(plain, expected);
+    let bias = [0.0; 8];
+    let qwen = model("qwen2")
+        .floats("output.weight", &[4, 8], &[0.5; 32])
+        .floats("blk.0.attn_q.bias", &[8], &bias)
+        .floats("blk.0.attn_k.bias", &[4], &bias[..4]);
+    let error = config(&qwen).unwrap_err().to_string();
+    assert!(error.contains("v_proj.bias"), "{error}");
+    let qwen = config(&qwen.floats("blk.0.attn_v.bias", &[4], &bias[..4])).unwrap();
+    assert!(qwen.qkv_bias && !qwen.o_bias && !qwen.tie_word_embeddings);
+    let qwen = model("qwen3")
+        .u32("qwen3.attention.key_length", 16)
+        .u32("qwen3.attention.value_length", 16)
+        .u32("qwen3.attention.sliding_window", 32)
+        .f32("qwen3.rope.freq_base", 1e6)
+        .floats("blk.0.attn_q_norm.weight", &[16], &[1.0; 16])
+        .floats("blk.0.attn_k_norm.weight", &[16], &[1.0; 16]);
+    let qwen = config(&qwen).unwrap();
+    assert!(qwen.qk_norm);
+    assert_eq!((qwen.head_dim, qwen.rope.theta), (16, 1e6));
+    assert_eq!(qwen.sliding_window, [Some(32)]);
+}
+
+#[test]
+fn what_changes_the_mathematics_is_refused_by_name() {
+    let cases = [
+        (model("llama").u32("llama.rope.dimension_count", 2), "llama.rope.dimension_count"),
+        (model("llama").u32("llama.expert_count", 8), "llama.expert_count"),
+        (model("llama").f32("llama.logit_scale", 2.0), "llama.logit_scale"),
+        (model("llama").bool("llama.use_parallel_residual", true), "llama.use_parallel_residual"),
+        (model("llama").str("llama.rope.scaling.type", "longrope"), "longrope"),
+        (model("llama").u32("llama.vocab_size", 5), "llama.vocab_size"),
+        (
+            model_of("llama", u32::MAX).floats("blk.4294967294.attn_norm.weight", &[8], &[1.0; 8]),
+            "block_count",
+        ),
+        (model("llama").floats("blk.1.attn_norm.weight", &[8], &[1.0; 8]), "llama.block_count"),
+        (model("llama").floats("rope_freqs.weight", &[3], &[1.0; 3]), "rope_freqs.weight"),
+        (model("llama").floats("rope_freqs.weight", &[2], &[3.0, 2.0]), "rope_freqs.weight"),
+        (model("llama").floats("rope_freqs.weight", &[2], &[0.0, -1.0]), "rope_freqs.weight"),
+        (Writer::default().str("general.architecture", "llama"), "llama.embedding_length"),
+    ];
+    for (writer, part) in cases {
+        let error = config(&writer).unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    let harmless =
+        model("llama").u32("llama.expert_count", 0).f32("llama.logit_scale", 1.0).u32("llama.new", 1);
+    config(&harmless).unwrap();
+    assert_eq!(open(&harmless).unwrap().unknown_keys(), ["llama.new"]);
+}
+
+#[test]
+fn rotary_scaling_comes_from_keys() {
+    let scaling = |writer: &Writer| config(writer).map(|config| config.rope.scaling);
+    let linear =
+        model("llama").str("llama.rope.scaling.type", "linear").f32("llama.rope.scaling.factor", 2.5);
+    assert_eq!(scaling(&linear).unwrap(), RopeScaling::Linear { factor: 2.5 });
+    let yarn = model("llama").str("llama.rope.scaling.type", "yarn").f32("llama.rope.scaling.factor", 4.0);
+    let yarn = scaling(&yarn.u32("llama.rope.scaling.original_context_length", 16)).unwrap();
+    // 0.1 ln 4 + 1, as YaRN's paper gives it.
+    let attention_factor = 1.138_629_436_111_989;
+    let expected = RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position_embeddings: 16,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor,
+        truncate: true,
+    };
+    assert_eq!(yarn, expected);
+    let missing = model("llama").str("llama.rope.scaling.type", "yarn");
+    assert!(scaling(&missing).unwrap_err().to_string().contains("llama.rope.scaling.factor"));
+}
+
+/// A model whose head has `2 * factors` dimensions and whose frequencies are divided by `ones` ones, `middle`, then `most`.
+fn with_factors(count: usize, ones: usize, middle: &[f32], most: f32) -> Writer {
+    let mut factors = vec![1.0; ones];
+    factors.extend(middle);
+    factors.resize(count, most);
+    model("llama")
+        .f32("llama.rope.freq_base", 500_000.0)
+        .u32("llama.attention.key_length", 2 * count as u32)
+        .floats("rope_freqs.weight", &[count], &factors)
+}
+
+// The factors are those that LLaMA 3's rule, written with wavelengths in NumPy's f32, gives for theta 500,000.
+#[test]
+fn frequency_factors_become_llama3_scaling() {
+    // Count of factors, ones among them, those between, the rest; low and high factor.
+    type Case<'a> = (usize, usize, &'a [f32], f64, f64, f64);
+    let cases: [Case; 3] = [
+        (32, 15, &[1.6513293, 3.2922628, 9.666731], 32.0, 1.0, 4.0),
+        (64, 29, &[1.2074839, 1.5534146, 2.026313, 2.69453, 3.6842532, 5.257327], 8.0, 1.0, 4.0),
+        (
+            64,
+            24,
+            &[
+                1.0453668, 1.2483239, 1.4828465, 1.7507918, 2.0529883, 2.3888836, 2.7562404, 3.150961,
+                3.5671034, 3.9971364,
+            ],
+            4.0,
+            1.5,
+            10.0,
+        ),
+    ];
+    for (count, ones, middle, factor, low_freq_factor, high_freq_factor) in cases {
+        let config = config(&with_factors(count, ones, middle, factor as f32)).unwrap();
+        let expected = RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings: 8192,
+        };
+        assert_eq!(config.rope.scaling, expected);
+    }
+    let config = config(&with_factors(32, 32, &[], 1.0)).unwrap();
+    assert_eq!(config.rope.scaling, RopeScaling::Default);
+}
