@@ -4,6 +4,7 @@
 mod codebook;
 mod dynamic_map;
 mod error;
+pub mod fused;
 mod linear;
 pub mod ops;
 pub mod packing;

@@ -5,8 +5,8 @@
 //! fusion. On other backends the functions here panic: Burn routes extensions only to listed backends.
 
 mod autodiff;
-//CUBE #[cfg(feature = "cube")]
-//CUBE mod cube;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
 pub(crate) mod reference;
@@ -20,6 +20,11 @@ use burn::backend::{
 use burn::tensor::{Int, Shape, Tensor};
 
 use crate::{Block, QuantScheme, Value, scheme::Grid};
+
+/// Up to this many rows are multiplied by kernels that unpack on the way; more, by a matrix product over an unpacked
+/// tile or weight.
+#[cfg(any(feature = "flex", feature = "cube"))]
+const FEW_ROWS: usize = 4;
 
 /// What the arithmetic needs to know about a packed weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -78,13 +83,13 @@ fn dense_shape(spec: &PackedSpec) -> Shape {
 /// Shapes as in [`PackedOps`]; `dy` is `[rows, d_output]`. Without offsets (see [`PackedSpec::has_offsets`]) the
 /// `offsets` argument is ignored and its gradient is zero.
 #[backend_extension(
-    //CUBE     Cube: cfg(feature = "cube"),
+    Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
-    //CUBE     Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "cube")
 )]
 pub trait PackedKernels: burn::backend::Backend {
     /// `dx = dy · Wᵀ`, `[rows, d_input]`.
-    //CUBE    #[fusion(dtype = dy, shape = backward_shape(dy, spec))]
+    #[fusion(dtype = dy, shape = backward_shape(dy, spec))]
     fn packed_linear_dx(
         dy: FloatTensor<Self>,
         codes: IntTensor<Self>,
@@ -94,7 +99,7 @@ pub trait PackedKernels: burn::backend::Backend {
     ) -> FloatTensor<Self>;
 
     /// Gradients with respect to scales and offsets, given `dW = xᵀ · dy` without ever holding all of it.
-    //CUBE    #[fusion(meta = |_x, _dy, _codes, scales, offsets, _spec| (scales.clone(), offsets.clone()))]
+    #[fusion(meta = |_x, _dy, _codes, scales, offsets, _spec| (scales.clone(), offsets.clone()))]
     fn packed_linear_dparams(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
@@ -105,7 +110,7 @@ pub trait PackedKernels: burn::backend::Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// Gradients with respect to scales and offsets, given the dense `dw` `[d_input, d_output]`.
-    //CUBE    #[fusion(meta = |_dw, _codes, scales, offsets, _spec| (scales.clone(), offsets.clone()))]
+    #[fusion(meta = |_dw, _codes, scales, offsets, _spec| (scales.clone(), offsets.clone()))]
     fn packed_dequantize_dparams(
         dw: FloatTensor<Self>,
         codes: IntTensor<Self>,
@@ -117,14 +122,14 @@ pub trait PackedKernels: burn::backend::Backend {
 
 /// Differentiable operations: with respect to `x`, `scales` and `offsets`; codes are constants.
 #[backend_extension(
-    //CUBE     Cube: cfg(feature = "cube"),
+    Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
     Autodiff,
-    //CUBE     Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "cube")
 )]
 pub trait PackedOps: burn::backend::Backend {
     /// `y = x · W`: `[rows, d_input]` → `[rows, d_output]`. No dense weight outlives the call.
-    //CUBE    #[fusion(dtype = x, shape = forward_shape(x, spec))]
+    #[fusion(dtype = x, shape = forward_shape(x, spec))]
     fn packed_linear(
         x: FloatTensor<Self>,
         codes: IntTensor<Self>,
@@ -134,7 +139,10 @@ pub trait PackedOps: burn::backend::Backend {
     ) -> FloatTensor<Self>;
 
     /// The dense weight `[d_input, d_output]`, always f32.
-    //CUBE    #[fusion(dtype = { let _ = (codes, scales, offsets); burn::tensor::DType::F32 }, shape = { let _ = (codes, scales, offsets); dense_shape(spec) })]
+    #[fusion(
+        dtype = { let _ = (codes, scales, offsets); burn::tensor::DType::F32 },
+        shape = { let _ = (codes, scales, offsets); dense_shape(spec) }
+    )]
     fn packed_dequantize(
         codes: IntTensor<Self>,
         scales: FloatTensor<Self>,

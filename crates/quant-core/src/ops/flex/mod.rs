@@ -15,11 +15,9 @@ use burn::tensor::{DType, FloatDType, Shape, TensorData};
 use rayon::prelude::*;
 
 use self::kernels::{Levels, Tile, decode, row_times, row_times_transposed};
-use super::{PackedKernels, PackedOps, PackedSpec};
+use super::{FEW_ROWS, PackedKernels, PackedOps, PackedSpec};
 use crate::packing::RUN;
 
-/// Up to this many rows are multiplied one by one with the fused kernel.
-pub(crate) const FEW_ROWS: usize = 4;
 /// Inputs of a tile; a multiple of [`RUN`].
 const TILE_INPUTS: usize = 256;
 /// Outputs of a tile: together 256 KiB, a quarter of a typical second-level cache.

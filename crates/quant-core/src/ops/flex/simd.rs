@@ -203,6 +203,66 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 pub use avx512::Avx512;
 
+/// Runs `f` compiled for the widest vectors the processor has; `f` must be small enough to be inlined.
+#[inline]
+pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+        unsafe fn wide<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        #[target_feature(enable = "avx2,fma")]
+        unsafe fn middle<R>(f: impl FnOnce() -> R) -> R {
+            f()
+        }
+        if avx512() {
+            // SAFETY: the instructions were just detected.
+            return unsafe { wide(f) };
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            // SAFETY: the instructions were just detected.
+            return unsafe { middle(f) };
+        }
+    }
+    f()
+}
+
+/// Whether the processor has the AVX-512 parts that the kernels use.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+pub fn avx512() -> bool {
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512dq")
+        && is_x86_feature_detected!("avx512vl")
+}
+
+/// `e^x` to about two units in the last place, without branches, so that loops over it become vectors.
+///
+/// Saturates at `e^±87`, the range of normal numbers.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    /// Adding it rounds to an integer in the low bits of the mantissa.
+    const ROUND: f32 = 12_582_912.0;
+    /// `ln 2` in two parts, the first exact in few bits.
+    const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
+    /// 1 / n! for n = 7 .. 2.
+    const TERMS: [f32; 6] =
+        [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];
+    let x = x.clamp(-87.0, 87.0);
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN_2[0] - n * LN_2[1];
+    let mut sum = TERMS[0];
+    for term in &TERMS[1..] {
+        sum = sum * r + term;
+    }
+    // The low bits of `shifted` hold `n`; those of `ROUND` itself fall off the left end.
+    let power = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    (sum * r * r + r + 1.0) * power
+}
+
 /// Calls the generic function `$name::<L, ..>(args)` with the widest [`Lanes`] that the processor has, inside a
 /// function compiled for its instructions.
 macro_rules! dispatch {
@@ -219,8 +279,7 @@ macro_rules! dispatch {
             unsafe fn middle($($arg: $type),*) {
                 $name::<crate::ops::flex::simd::Portable $($(, $generic)*)?>($($arg),*)
             }
-            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw")
-                && is_x86_feature_detected!("avx512dq") && is_x86_feature_detected!("avx512vl") {
+            if crate::ops::flex::simd::avx512() {
                 // SAFETY: the instructions were just detected.
                 return unsafe { wide($($arg),*) };
             }
@@ -233,3 +292,21 @@ macro_rules! dispatch {
     }};
 }
 pub(crate) use dispatch;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_agrees_with_the_standard_library() {
+        let mut worst = 0.0f64;
+        for i in -860_000..=860_000 {
+            let x = i as f32 * 1e-4;
+            let expected = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) / expected - 1.0).abs());
+        }
+        assert!(worst < 3e-7, "{worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 1e-37 && exp(f32::MIN) < 1e-37);
+    }
+}

@@ -1,0 +1,195 @@
+//! Backward passes of the fused operations on Flex.
+
+use std::sync::Arc;
+
+use burn::backend::{
+    autodiff::{
+        Autodiff,
+        checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+        grads::Gradients,
+        ops::{Backward, Ops, OpsKind},
+    },
+    flex::{Flex, FlexTensor},
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::DType;
+
+use super::{
+    AttentionSpec, FusedOps, attention,
+    flex::{
+        cross_entropy_rows, into_values, rms_norm_backward, rows_of, shape_of, swiglu_backward, targets_of,
+    },
+};
+use crate::ops::flex::{contiguous, floats, tensor};
+
+/// Declares a backward pass: `$op` with state `$state` and `$n` parents.
+macro_rules! backward {
+    ($op:ident, $n:literal, $state:ty, |$parents:ident, $st:pat_param, $dy:ident, $grads:ident| $body:block) => {
+        #[derive(Debug)]
+        struct $op;
+        impl Backward<Flex, $n> for $op {
+            type State = $state;
+            fn backward(self, ops: Ops<Self::State, $n>, $grads: &mut Gradients, _: &mut Checkpointer) {
+                let $parents = ops.parents;
+                let $dy = $grads.consume::<Flex>(&ops.node);
+                let $st = ops.state;
+                $body
+            }
+        }
+    };
+}
+
+impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        backward!(RmsNorm, 2, (FlexTensor, FlexTensor, f32), |parents, (x, weight, eps), dy, grads| {
+            let (shape, width) = (shape_of(&x), weight.layout().shape().num_elements());
+            let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
+            let (dx, d_weight) = rms_norm_backward(floats(&x), floats(&weight), floats(&dy), eps);
+            let [node_x, node_weight] = parents;
+            if let Some(node) = node_x {
+                grads.register::<Flex>(node.id, tensor(dx, shape, DType::F32));
+            }
+            if let Some(node) = node_weight {
+                grads.register::<Flex>(node.id, tensor(d_weight, [width], DType::F32));
+            }
+        });
+        match RmsNorm.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (x, weight) = (x.into_primitive(), weight.into_primitive());
+                prep.finish((x.clone(), weight.clone(), eps), Flex::rms_norm(x, weight, eps))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::rms_norm(x.into_primitive(), weight.into_primitive(), eps))
+            }
+        }
+    }
+
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        backward!(Swiglu, 2, (FlexTensor, FlexTensor), |parents, (gate, up), dy, grads| {
+            let shape = shape_of(&gate);
+            let (gate, up, mut dy) = (contiguous(gate), contiguous(up), into_values(dy));
+            let d_up = swiglu_backward(floats(&gate), floats(&up), &mut dy);
+            for (node, values) in parents.into_iter().zip([dy, d_up]) {
+                if let Some(node) = node {
+                    grads.register::<Flex>(node.id, tensor(values, shape.clone(), DType::F32));
+                }
+            }
+        });
+        match Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (gate, up) = (gate.into_primitive(), up.into_primitive());
+                prep.finish((gate.clone(), up.clone()), Flex::swiglu(gate, up))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::swiglu(gate.into_primitive(), up.into_primitive()))
+            }
+        }
+    }
+
+    fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+        backward!(Rotate, 1, (FlexTensor, FlexTensor, f32), |parents, (cos, sin, sign), dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                grads.register::<Flex>(node.id, Flex::rotate(dy, cos, sin, -sign));
+            }
+        });
+        let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
+        match Rotate.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let state = (cos.clone(), sin.clone(), sign);
+                prep.finish(state, Flex::rotate(x.into_primitive(), cos, sin, sign))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(Flex::rotate(x.into_primitive(), cos, sin, sign)),
+        }
+    }
+
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        backward!(
+            Attention,
+            3,
+            ([FlexTensor; 4], Arc<Vec<f32>>, AttentionSpec),
+            |parents, ([q, k, v, out], lse, spec), dy, grads| {
+                let gradients = attention::backward([q, k, v, out, dy], &lse, &spec);
+                for (node, gradient) in parents.into_iter().zip(gradients) {
+                    if let Some(node) = node {
+                        grads.register::<Flex>(node.id, gradient);
+                    }
+                }
+            }
+        );
+        match Attention.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
+                let (out, lse) = attention::forward(q.clone(), k.clone(), v.clone(), &spec);
+                prep.finish(([q, k, v, out.clone()], Arc::new(lse), spec), out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(Flex::attention(
+                q.into_primitive(),
+                k.into_primitive(),
+                v.into_primitive(),
+                spec,
+            )),
+        }
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        backward!(CrossEntropy, 1, FlexTensor, |parents, gradient, dy, grads| {
+            let [node] = parents;
+            let ([rows, classes], dy) = (rows_of(&gradient), contiguous(dy));
+            let mut values = into_values(gradient);
+            for (row, dy) in values.chunks_exact_mut(classes).zip(floats(&dy)) {
+                // The usual loss is a plain sum.
+                if *dy != 1.0 {
+                    row.iter_mut().for_each(|x| *x *= dy);
+                }
+            }
+            if let Some(node) = node {
+                grads.register::<Flex>(node.id, tensor(values, [rows, classes], DType::F32));
+            }
+        });
+        let [rows, classes] = rows_of(logits.primitive());
+        match CrossEntropy.prepare::<C>([logits.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let mut values = into_values(logits.into_primitive());
+                let nll = cross_entropy_rows(&mut values, &targets_of(&targets), classes);
+                prep.finish(tensor(values, [rows, classes], DType::F32), tensor(nll, [rows], DType::F32))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::cross_entropy(logits.into_primitive(), targets))
+            }
+        }
+    }
+
+    fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        use burn::backend::ops::FloatTensorOps;
+        backward!(AddMatmul, 3, (FlexTensor, FlexTensor), |parents, (a, b), dy, grads| {
+            let [node_y, node_a, node_b] = parents;
+            if let Some(node) = node_a {
+                let b = b.transpose(0, 1);
+                grads.register::<Flex>(node.id, Flex::float_matmul(dy.clone(), b));
+            }
+            if let Some(node) = node_b {
+                grads.register::<Flex>(node.id, Flex::float_matmul(a.transpose(0, 1), dy.clone()));
+            }
+            if let Some(node) = node_y {
+                grads.register::<Flex>(node.id, dy);
+            }
+        });
+        match AddMatmul.prepare::<C>([y.node(), a.node(), b.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (a, b) = (a.into_primitive(), b.into_primitive());
+                prep.finish((a.clone(), b.clone()), Flex::add_matmul(y.into_primitive(), a, b))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(Flex::add_matmul(
+                y.into_primitive(),
+                a.into_primitive(),
+                b.into_primitive(),
+            )),
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! Flex kernels: slices in, slices out, parallel over rows.
+
+use burn::backend::{
+    flex::{Flex, FlexTensor},
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{DType, Shape};
+use rayon::prelude::*;
+
+use super::{AttentionSpec, FusedOps, attention};
+use crate::ops::flex::{
+    Matrix, contiguous, floats, matmul,
+    simd::{exp, vectorize},
+    tensor,
+};
+
+/// Rows of a task.
+pub(super) const ROWS: usize = 32;
+
+/// The sizes of a tensor seen as rows of its last axis: `[rows, width]`.
+pub(super) fn rows_of(x: &FlexTensor) -> [usize; 2] {
+    let shape = x.layout().shape();
+    let width = shape[shape.num_dims() - 1];
+    [shape.num_elements() / width.max(1), width]
+}
+
+/// The values of a tensor as a vector of its own: moved where nobody else holds them.
+pub(super) fn into_values(x: FlexTensor) -> Vec<f32> {
+    let x = contiguous(x);
+    x.into_data().try_into_vec().expect("f32 values")
+}
+
+pub(super) fn shape_of(x: &FlexTensor) -> Shape {
+    x.layout().shape().clone()
+}
+
+/// `1 / sqrt(mean(x²) + eps)`.
+#[inline(always)]
+fn inverse_rms(x: &[f32], eps: f32) -> f32 {
+    (lanes_sum(x, |x| x * x) / x.len() as f32 + eps).sqrt().recip()
+}
+
+/// A sum in sixteen lanes, which the compiler may put in vectors.
+#[inline(always)]
+fn lanes_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
+    let chunks = x.chunks_exact(16);
+    let rest: f32 = chunks.remainder().iter().map(|&x| f(x)).sum();
+    let mut lanes = [0.0; 16];
+    for chunk in chunks {
+        for (lane, &x) in lanes.iter_mut().zip(chunk) {
+            *lane += f(x);
+        }
+    }
+    lanes.iter().sum::<f32>() + rest
+}
+
+pub(super) fn rms_norm_backward(
+    x: &[f32],
+    weight: &[f32],
+    dy: &[f32],
+    eps: f32,
+) -> (Vec<f32>, Vec<f32>) {
+    let width = weight.len();
+    let mut dx = vec![0.0; x.len()];
+    let d_weight = dx
+        .par_chunks_mut(ROWS * width)
+        .zip(x.par_chunks(ROWS * width).zip(dy.par_chunks(ROWS * width)))
+        .map(|(dx, (x, dy))| {
+            let mut d_weight = vec![0.0; width];
+            vectorize(|| {
+                for ((dx, x), dy) in
+                    dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width))
+                {
+                    let inverse = inverse_rms(x, eps);
+                    for (((dx, dw), (x, dy)), w) in
+                        dx.iter_mut().zip(&mut d_weight).zip(x.iter().zip(dy)).zip(weight)
+                    {
+                        *dw += dy * x * inverse;
+                        *dx = dy * w * x;
+                    }
+                    let along = lanes_sum(dx, |d| d) * inverse * inverse / width as f32;
+                    for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
+                        *dx = inverse * (dy * w - x * along);
+                    }
+                }
+            });
+            d_weight
+        })
+        // In order, so that the sum doesn't depend on the number of threads.
+        .collect::<Vec<_>>()
+        .into_iter()
+        .fold(vec![0.0; width], |mut sum, part| {
+            sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            sum
+        });
+    (dx, d_weight)
+}
+
+pub(super) fn swiglu_backward(gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+    let mut d_up = vec![0.0; dy.len()];
+    let size = 1 << 14;
+    dy.par_chunks_mut(size)
+        .zip(d_up.par_chunks_mut(size))
+        .zip(gate.par_chunks(size).zip(up.par_chunks(size)))
+        .for_each(|((dy, d_up), (gate, up))| {
+            vectorize(|| {
+                for (((dy, d_up), gate), up) in dy.iter_mut().zip(d_up).zip(gate).zip(up) {
+                    let sigmoid = 1.0 / (1.0 + exp(-gate));
+                    *d_up = *dy * gate * sigmoid;
+                    *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+                }
+            });
+        });
+    d_up
+}
+
+pub(super) fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, heads: usize, half: usize) {
+    x.par_chunks_mut(heads * 2 * half).zip(cos.par_chunks(half).zip(sin.par_chunks(half))).with_min_len(ROWS).for_each(
+        |(x, (cos, sin))| {
+            vectorize(|| {
+                for head in x.chunks_exact_mut(2 * half) {
+                    let (low, high) = head.split_at_mut(half);
+                    for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
+                        let (a, b, sin) = (*low, *high, sin * sign);
+                        *low = a * cos - b * sin;
+                        *high = b * cos + a * sin;
+                    }
+                }
+            });
+        },
+    );
+}
+
+/// Negative log-likelihoods; turns the logits into their gradients (`softmax - onehot`) on the way.
+pub(super) fn cross_entropy_rows(logits: &mut [f32], targets: &[i64], classes: usize) -> Vec<f32> {
+    let mut nll = vec![0.0; targets.len()];
+    logits.par_chunks_mut(classes).zip(targets).zip(&mut nll).for_each(|((row, &target), nll)| {
+        let target = usize::try_from(target).unwrap_or(usize::MAX);
+        assert!(target < classes, "cross_entropy: target {target} of {classes} classes");
+        vectorize(|| {
+            let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let chosen = row[target] - largest;
+            let mut sum = 0.0f64;
+            for part in row.chunks_mut(1024) {
+                part.iter_mut().for_each(|x| *x = exp(*x - largest));
+                sum += f64::from(lanes_sum(part, |x| x));
+            }
+            *nll = (sum.ln() - f64::from(chosen)) as f32;
+            let scale = (1.0 / sum) as f32;
+            row.iter_mut().for_each(|x| *x *= scale);
+            row[target] -= 1.0;
+        });
+    });
+    nll
+}
+
+/// Targets as i64, whatever integer type the device uses.
+pub(super) fn targets_of(targets: &FlexTensor) -> Vec<i64> {
+    let targets = targets.to_contiguous();
+    targets.into_data().convert::<i64>().try_into_vec().expect("integer values")
+}
+
+impl FusedOps for Flex {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        let (shape, [_, width]) = (shape_of(&x), rows_of(&x));
+        let (x, weight) = (contiguous(x), contiguous(weight));
+        let (x, weight) = (floats(&x), floats(&weight));
+        assert_eq!(weight.len(), width, "rms_norm: weights for rows of {width}");
+        let mut y = vec![0.0; x.len()];
+        y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(y, x)| {
+            vectorize(|| {
+                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                    let inverse = inverse_rms(x, eps);
+                    for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
+                        *y = x * inverse * w;
+                    }
+                }
+            });
+        });
+        tensor(y, shape, DType::F32)
+    }
+
+    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        let shape = shape_of(&gate);
+        let up = contiguous(up);
+        let mut y = into_values(gate);
+        let up = floats(&up);
+        assert_eq!(up.len(), y.len(), "swiglu: gate and up");
+        let size = 1 << 14;
+        y.par_chunks_mut(size).zip(up.par_chunks(size)).for_each(|(y, up)| {
+            vectorize(|| {
+                for (y, up) in y.iter_mut().zip(up) {
+                    *y = *y * up / (1.0 + exp(-*y));
+                }
+            });
+        });
+        tensor(y, shape, DType::F32)
+    }
+
+    fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+        let shape = shape_of(&x);
+        let (heads, half) = (shape[2], shape[3] / 2);
+        let (cos, sin) = (contiguous(cos), contiguous(sin));
+        let (cos, sin) = (floats(&cos), floats(&sin));
+        assert_eq!([cos.len(), sin.len()], [shape[0] * shape[1] * half; 2], "rotate: tables for {shape:?}");
+        let mut x = into_values(x);
+        rotate_rows(&mut x, cos, sin, sign, heads, half);
+        tensor(x, shape, DType::F32)
+    }
+
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        spec: AttentionSpec,
+    ) -> FloatTensor<Self> {
+        attention::forward(q, k, v, &spec).0
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        let [rows, classes] = rows_of(&logits);
+        let nll = cross_entropy_rows(&mut into_values(logits), &targets_of(&targets), classes);
+        tensor(nll, [rows], DType::F32)
+    }
+
+    fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ([rows, columns], [_, inner]) = (rows_of(&y), rows_of(&a));
+        let shape = shape_of(&y);
+        let (a, b) = (contiguous(a), contiguous(b));
+        let (a, b) = (floats(&a), floats(&b));
+        assert_eq!([a.len(), b.len()], [rows * inner, inner * columns], "add_matmul: sizes beside {shape:?}");
+        let mut y = into_values(y);
+        let step = rows.div_ceil(rayon::current_num_threads()).max(1);
+        y.par_chunks_mut(step * columns).zip(a.par_chunks(step * inner)).for_each(|(y, a)| {
+            let sizes = [y.len() / columns, columns, inner];
+            // SAFETY: `y` is the task's own and holds whole rows.
+            unsafe {
+                matmul(
+                    sizes,
+                    y.as_mut_ptr(),
+                    columns,
+                    true,
+                    Matrix::rows(a, inner),
+                    Matrix::rows(b, columns),
+                );
+            }
+        });
+        tensor(y, shape, DType::F32)
+    }
+}

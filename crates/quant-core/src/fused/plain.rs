@@ -1,0 +1,60 @@
+//! The operations of [`fused`](super) in plain tensor operations: differentiable, on any backend.
+
+use burn::tensor::{
+    Bool, Int, Tensor, TensorData,
+    activation::{log_softmax, silu, softmax},
+};
+
+use super::AttentionSpec;
+
+/// See [`rms_norm`](super::rms_norm).
+pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let scale = x.clone().square().mean_dim(D - 1).add_scalar(eps).sqrt().recip();
+    x * scale * weight.unsqueeze()
+}
+
+/// See [`swiglu`](super::swiglu).
+pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    silu(gate) * up
+}
+
+/// See [`rotate`](super::rotate).
+pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
+    let [batch, length, heads, head_dim] = x.dims();
+    let half = head_dim / 2;
+    let spread = |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
+    let (cos, sin) = (spread(cos), spread(sin));
+    let (low, high) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let first = low.clone() * cos.clone() - high.clone() * sin.clone();
+    Tensor::cat(vec![first, high * cos + low * sin], 3)
+}
+
+/// See [`attention`](super::attention).
+pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
+    let [batch, length, heads, head_dim] = q.dims();
+    let [_, keys, kv_heads, _] = k.dims();
+    let spread = |x: Tensor<4>| {
+        // `[batch, kv_heads, 1, keys, head_dim]` over the query heads of each group.
+        let group = heads / kv_heads;
+        x.swap_dims(1, 2)
+            .unsqueeze_dim::<5>(2)
+            .expand([batch, kv_heads, group, keys, head_dim])
+            .reshape([batch, heads, keys, head_dim])
+    };
+    let mut hidden = Vec::with_capacity(batch * length * keys);
+    for row in 0..batch {
+        for query in 0..length {
+            hidden.extend((0..keys).map(|key| !spec.sees(row, query, key, [length, keys])));
+        }
+    }
+    let hidden: Tensor<4, Bool> =
+        Tensor::from_data(TensorData::new(hidden, [batch, 1, length, keys]), &q.device().without_autodiff());
+    let scores = q.swap_dims(1, 2).mul_scalar(spec.scale).matmul(spread(k).swap_dims(2, 3));
+    let weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, keys]), f32::MIN), 3);
+    weights.matmul(spread(v)).swap_dims(1, 2)
+}
+
+/// See [`cross_entropy`](super::cross_entropy).
+pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
+    log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).squeeze_dim(1).neg()
+}
