@@ -35,6 +35,9 @@ impl<P: Projection> CausalLm for AnyModel<P> {
     fn embed(&self, context: &Context) -> Tensor<3> {
         either!(self, model => model.embed(context))
     }
+    fn trains_embedding(&self) -> bool {
+        either!(self, model => model.trains_embedding())
+    }
     fn num_blocks(&self) -> usize {
         either!(self, model => model.num_blocks())
     }

@@ -20,6 +20,9 @@ pub trait CausalLm: Module + ModuleDisplay {
     /// The residual stream before the first block, `[batch, length, width]`.
     fn embed(&self, context: &Context) -> Tensor<3>;
 
+    /// Whether [`embed`](Self::embed) has parameters that require gradients.
+    fn trains_embedding(&self) -> bool;
+
     /// Number of blocks.
     fn num_blocks(&self) -> usize;
 

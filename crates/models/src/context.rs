@@ -1,13 +1,14 @@
-//! What every block of one forward pass shares: rotary tables, masks and, when decoding, earlier keys and values.
+//! What every block of one forward pass shares: rotary tables, segments and, when decoding, earlier keys and values.
 
-use std::{cell::RefCell, collections::HashMap};
+use std::sync::Arc;
 
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use kiln_quant_core::fused::AttentionSpec;
 
 use crate::TokenBatch;
 
 /// Token ids on the device, and what attention needs to know about them.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Context {
     /// Ids `[batch, length]`.
     pub ids: Tensor<2, Int>,
@@ -15,16 +16,8 @@ pub struct Context {
     pub positions: Tensor<2, Int>,
     /// Cosines and sines `[batch * length, head_dim / 2]`, for models with rotary positions.
     pub rotary: Option<[Tensor<2>; 2]>,
-    /// Segments of the queries `[batch, length]`.
-    query_segments: Vec<u32>,
-    /// Segments of the keys `[batch, past + length]`.
-    key_segments: Vec<u32>,
-    batch: usize,
-    length: usize,
-    past: usize,
-    device: Device,
-    /// Masks already made, by window.
-    masks: RefCell<HashMap<Option<usize>, Tensor<4, Bool>>>,
+    query_segments: Arc<[u32]>,
+    key_segments: Arc<[u32]>,
 }
 
 impl Context {
@@ -50,24 +43,14 @@ impl Context {
             ids: ints(&tokens.ids),
             positions: ints(&tokens.positions),
             rotary,
-            query_segments: tokens.segments.clone(),
-            key_segments,
-            batch,
-            length,
-            past: past_length,
-            device: device.clone(),
-            masks: RefCell::default(),
+            query_segments: tokens.segments.as_slice().into(),
+            key_segments: key_segments.into(),
         }
-    }
-
-    /// Rows.
-    pub fn batch(&self) -> usize {
-        self.batch
     }
 
     /// Tokens in a row, earlier ones not counted.
     pub fn length(&self) -> usize {
-        self.length
+        self.ids.dims()[1]
     }
 
     /// Segments of the keys `[batch, past + length]`, to be kept with a cache.
@@ -75,28 +58,14 @@ impl Context {
         &self.key_segments
     }
 
-    /// Whether query `query` of `row` sees key `key` (counted with the past).
-    fn sees(&self, row: usize, query: usize, key: usize, window: Option<usize>) -> bool {
-        let at = query + self.past;
-        key <= at
-            && window.is_none_or(|window| at - key < window)
-            && self.query_segments[row * self.length + query]
-                == self.key_segments[row * (self.past + self.length) + key]
-    }
-
-    /// `true` where a query must not look, `[batch, 1, length, past + length]`.
-    pub(crate) fn hidden(&self, window: Option<usize>) -> Tensor<4, Bool> {
-        let make = || {
-            let keys = self.past + self.length;
-            let mut hidden = Vec::with_capacity(self.batch * self.length * keys);
-            for row in 0..self.batch {
-                for query in 0..self.length {
-                    hidden.extend((0..keys).map(|key| !self.sees(row, query, key, window)));
-                }
-            }
-            Tensor::from_data(TensorData::new(hidden, [self.batch, 1, self.length, keys]), &self.device)
-        };
-        self.masks.borrow_mut().entry(window).or_insert_with(make).clone()
+    /// What queries may see; the usual `1 / sqrt(head_dim)` as scale.
+    pub fn attention(&self, head_dim: usize, window: Option<usize>) -> AttentionSpec {
+        AttentionSpec {
+            scale: (head_dim as f32).powf(-0.5),
+            window,
+            query_segments: self.query_segments.clone(),
+            key_segments: self.key_segments.clone(),
+        }
     }
 }
 

@@ -55,6 +55,11 @@ impl Embedding {
         }
     }
 
+    /// Whether the table requires gradients; a packed one never does.
+    pub fn is_trained(&self) -> bool {
+        matches!(self, Self::Dense(table) if table.weight.val().is_require_grad())
+    }
+
     /// `[vocabulary, width]`.
     pub fn shape(&self) -> [usize; 2] {
         match self {

@@ -2,13 +2,13 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod any_model;
-mod attention;
 mod batch;
 mod causal_lm;
 pub mod chat;
 mod checkpoint;
 pub mod config;
 mod context;
+mod driver;
 mod embedding;
 mod error;
 pub mod gguf;
@@ -26,6 +26,7 @@ pub use batch::TokenBatch;
 pub use causal_lm::{CausalLm, Slots};
 pub use checkpoint::Checkpoint;
 pub use context::{Context, KvCache};
+pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients};
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
 pub use llama::Llama;

@@ -2,12 +2,12 @@
 
 use burn::{
     module::Module,
-    tensor::{Device, Tensor, activation::silu},
+    tensor::{Device, Tensor},
 };
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_quant_core::{Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch, attention::attention,
+    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch,
     config::LlamaConfig, rope,
 };
 
@@ -94,21 +94,22 @@ impl<P: Projection> LlamaAttention<P> {
         let q = heads(self.q_proj.forward(x.clone()), config.num_attention_heads, &self.q_norm);
         let k = heads(self.k_proj.forward(x.clone()), config.num_key_value_heads, &self.k_norm);
         let v = heads(self.v_proj.forward(x), config.num_key_value_heads, &None);
-        let tables = context.rotary.as_ref().expect("a context made by this model");
-        let (q, k) = (rope::rotate(q, tables.clone()), rope::rotate(k, tables.clone()));
+        let [cos, sin] = context.rotary.clone().expect("a context made by this model");
+        let (q, k) = (fused::rotate(q, cos.clone(), sin.clone()), fused::rotate(k, cos, sin));
         let [k, v] = match cache {
             Some(cache) => cache.extend(index, k, v),
             None => [k, v],
         };
-        let scale = (config.head_dim as f64).powf(-0.5);
-        let y = attention(q, k, v, scale, config.sliding_window[index], context);
+        let spec = context.attention(config.head_dim, config.sliding_window[index]);
+        let y = fused::attention(q, k, v, &spec);
         self.o_proj.forward(y.reshape([batch, length, config.num_attention_heads * config.head_dim]))
     }
 }
 
 impl<P: Projection> LlamaMlp<P> {
     fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        self.down_proj.forward(silu(self.gate_proj.forward(x.clone())) * self.up_proj.forward(x))
+        let (gate, up) = (self.gate_proj.forward(x.clone()), self.up_proj.forward(x));
+        self.down_proj.forward(fused::swiglu(gate, up))
     }
 }
 
@@ -128,6 +129,10 @@ impl<P: Projection> CausalLm for Llama<P> {
 
     fn embed(&self, context: &Context) -> Tensor<3> {
         self.model.embed_tokens.forward(context.ids.clone())
+    }
+
+    fn trains_embedding(&self) -> bool {
+        self.model.embed_tokens.is_trained()
     }
 
     fn num_blocks(&self) -> usize {

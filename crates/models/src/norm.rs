@@ -4,6 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
+use kiln_quant_core::fused;
 
 /// Root-mean-square norm over the last axis: `x / sqrt(mean(x²) + eps) * weight`.
 #[derive(Module, Debug)]
@@ -18,8 +19,7 @@ impl RmsNorm {
     /// # Shapes
     /// `[.., width]` → `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let scale = x.clone().square().mean_dim(D - 1).add_scalar(self.eps).sqrt().recip();
-        x * scale * self.weight.val().unsqueeze()
+        fused::rms_norm(x, self.weight.val(), self.eps)
     }
 }
 

@@ -4,10 +4,10 @@ use burn::{
     module::{Module, Param},
     tensor::{Device, Tensor, activation::relu},
 };
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_quant_core::{Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch, attention::attention,
+    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch,
     config::OptConfig,
 };
 
@@ -83,7 +83,7 @@ impl<P: Projection> OptAttention<P> {
             Some(cache) => cache.extend(index, k, v),
             None => [k, v],
         };
-        let y = attention(q, k, v, ((width / heads) as f64).powf(-0.5), None, context);
+        let y = fused::attention(q, k, v, &context.attention(width / heads, None));
         self.out_proj.forward(y.reshape([batch, length, width]))
     }
 }
@@ -105,6 +105,10 @@ impl<P: Projection> CausalLm for Opt<P> {
         let [batch, length, width] = x.dims();
         let rows = context.positions.clone().add_scalar(POSITION_OFFSET).reshape([batch * length]);
         x + self.decoder.embed_positions.val().select(0, rows).reshape([batch, length, width])
+    }
+
+    fn trains_embedding(&self) -> bool {
+        self.decoder.embed_tokens.is_trained() || self.decoder.embed_positions.val().is_require_grad()
     }
 
     fn num_blocks(&self) -> usize {

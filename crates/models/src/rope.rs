@@ -86,23 +86,3 @@ pub(crate) fn tables(rope: &RopeConfig, head_dim: usize, positions: &[u32], devi
     };
     [table(f32::cos), table(f32::sin)]
 }
-
-/// Rotates heads: pairs are (`i`, `i + head_dim / 2`).
-///
-/// # Shapes
-/// `x` `[batch, length, heads, head_dim]`; tables `[batch * length, head_dim / 2]`.
-pub(crate) fn rotate(x: Tensor<4>, [cos, sin]: [Tensor<2>; 2]) -> Tensor<4> {
-    let [batch, length, heads, head_dim] = x.dims();
-    let half = head_dim / 2;
-    let spread = |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
-    let (cos, sin) = (spread(cos), spread(sin));
-    let low = x.clone().narrow(3, 0, half);
-    let high = x.narrow(3, half, half);
-    Tensor::cat(
-        vec![
-            low.clone() * cos.clone() - high.clone() * sin.clone(),
-            high * cos + low * sin,
-        ],
-        3,
-    )
-}

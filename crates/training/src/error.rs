@@ -52,6 +52,9 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// An error of the model.
+    #[error(transparent)]
+    Model(#[from] kiln_models::Error),
     /// Training that can't go on because a number is no longer finite.
     #[error("step {step}: {quantity} is {value}; nothing was changed by this step")]
     Diverged {

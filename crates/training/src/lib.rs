@@ -1,1 +1,18 @@
-//! Placeholder.
+//! Fine-tuning.
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod batch;
+mod checkpoint;
+mod data;
+mod error;
+mod gradients;
+mod jsonl;
+mod schedule;
+mod trainable;
+mod trainer;
+
+pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, in_order};
+pub use data::{DataOptions, DataReport, Dataset, Example, LongSequences, Message, TokenizeText};
+pub use error::{Error, Result};
+pub use schedule::{Schedule, ScheduleKind};
+pub use trainer::{Observer, Place, RunOptions, StepReport, Trainer, TrainerConfig};

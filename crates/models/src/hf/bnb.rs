@@ -8,7 +8,7 @@
 use kiln_quant_core::{
     Block, Codebook, DoubleScales, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::CodePacker,
 };
-use safetensors::Dtype;
+use kiln_quant_core::safetensors_file::Dtype;
 use serde_json::Map;
 
 use super::{Quantization, gcd, json::Fields, shards::SafetensorsSet};

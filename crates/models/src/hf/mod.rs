@@ -6,6 +6,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+pub use kiln_quant_core::safetensors_file::{Dtype, RawTensor, SafetensorsFile};
 use kiln_quant_core::{Codebook, PackedWeight};
 
 use crate::{
@@ -19,16 +20,12 @@ mod config;
 mod gptq;
 mod json;
 mod rope;
-mod safetensors;
 mod shards;
 #[cfg(test)]
 mod tests;
 
 use self::{config::FolderConfig, shards::SafetensorsSet};
-pub use self::{
-    gptq::{GptqConfig, GptqOverride, ZeroFormat},
-    safetensors::{Dtype, RawTensor, SafetensorsFile},
-};
+pub use self::gptq::{GptqConfig, GptqOverride, ZeroFormat};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -5,12 +5,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use safetensors::Dtype;
+use kiln_quant_core::safetensors_file::{Dtype, RawTensor, SafetensorsFile};
 
-use super::{
-    json::{Fields, read_object},
-    safetensors::{RawTensor, SafetensorsFile, missing},
-};
+use super::json::{Fields, read_object};
 use crate::{Error, Result, source::DenseTensor};
 
 /// Longest index of a sharded checkpoint.
@@ -108,17 +105,18 @@ impl SafetensorsSet {
 
     /// As [`SafetensorsFile::describe`].
     pub fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
-        self.file_of(name)?.describe(name)
+        Ok(self.file_of(name)?.describe(name)?)
     }
 
     /// As [`SafetensorsFile::read`].
     pub fn read(&self, name: &str) -> Result<RawTensor> {
-        self.file_of(name)?.read(name)
+        Ok(self.file_of(name)?.read(name)?)
     }
 
     /// As [`SafetensorsFile::read_f32`].
     pub fn read_f32(&self, name: &str) -> Result<DenseTensor> {
-        self.file_of(name)?.read_f32(name)
+        let (shape, values) = self.file_of(name)?.read_f32(name)?;
+        Ok(DenseTensor { shape, values })
     }
 
     /// An [`Error::File`] about the tensor `name`, with the file that holds it.
@@ -133,6 +131,16 @@ impl SafetensorsSet {
             Some(i) => Err(self.wrong(name, "finite values", format!("{} at element {i}", values[i]))),
             None => Ok(()),
         }
+    }
+}
+
+/// The error about a tensor that `path` doesn't hold.
+fn missing(path: &Path, name: &str) -> Error {
+    Error::File {
+        path: path.into(),
+        field: name.into(),
+        expected: "a tensor".into(),
+        found: "none of that name".into(),
     }
 }
 

@@ -10,7 +10,7 @@ fn fixture(file: &str, name: &str) -> RawTensor {
 }
 
 fn fixture_f32(file: &str, name: &str) -> Vec<f32> {
-    SafetensorsFile::open(testdata(file)).unwrap().read_f32(name).unwrap().values
+    SafetensorsFile::open(testdata(file)).unwrap().read_f32(name).unwrap().1
 }
 
 fn fixture_words(file: &str, name: &str) -> Vec<u32> {

@@ -1,0 +1,172 @@
+//! Loss and gradients of one batch, holding as little as possible: logits a few rows at a time, blocks one at a time.
+
+use burn::{
+    optim::{GradientsAccumulator, GradientsParams},
+    tensor::{Int, Tensor, TensorData},
+};
+use kiln_quant_core::fused;
+use serde::{Deserialize, Serialize};
+
+use crate::{CausalLm, Context, Error, Result, TokenBatch};
+
+/// What the backward pass computes again instead of keeping.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Recompute {
+    /// Nothing: all blocks' intermediate values are kept. Fastest.
+    None,
+    /// Each block: only the blocks' inputs are kept, `[batch, length, width]` each; costs one more forward pass.
+    Block,
+}
+
+/// How [`loss_and_gradients`] trades memory for time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DriverOptions {
+    /// What is computed again.
+    pub recompute: Recompute,
+    /// Rows of logits held at once.
+    pub logit_rows: usize,
+}
+
+impl Default for DriverOptions {
+    fn default() -> Self {
+        Self { recompute: Recompute::None, logit_rows: 256 }
+    }
+}
+
+/// What the model should have said: `ids[i]` is the target of the logits at place `i` where `scored[i]`.
+#[derive(Debug, Clone, Copy)]
+pub struct Targets<'a> {
+    /// Target ids, `[batch * length]`; ignored where not scored.
+    pub ids: &'a [u32],
+    /// Places that count.
+    pub scored: &'a [bool],
+}
+
+/// Adds the gradients of the **sum** of the scored targets' negative log-likelihoods to `gradients`, and returns that
+/// sum in nats.
+///
+/// Sums, so that micro-batches add up: divide by the number of targets of all of them. `model` is the training model
+/// (after [`train`](burn::module::Module::train)); whatever requires gradients gets them. With [`Recompute::Block`]
+/// the gradients are those of plain autodiff to rounding, provided that blocks are deterministic (dropout included).
+///
+/// # Errors
+/// [`Error::Argument`] if targets don't fit the batch, none is scored, or an id is not in the vocabulary.
+pub fn loss_and_gradients<M: CausalLm>(
+    model: &M,
+    tokens: &TokenBatch,
+    targets: Targets,
+    options: &DriverOptions,
+    gradients: &mut GradientsAccumulator<M>,
+) -> Result<f64> {
+    check(model, tokens, targets)?;
+    let context = model.context(tokens, None);
+    match options.recompute {
+        Recompute::None => {
+            let mut x = model.embed(&context);
+            for index in 0..model.num_blocks() {
+                x = model.block(index, x, &context, None);
+            }
+            let (nll, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients);
+            backward(model, x, dx, gradients);
+            Ok(nll)
+        }
+        Recompute::Block => {
+            let inference = model.valid();
+            let mut inputs = vec![inference.embed(&context)];
+            for index in 0..model.num_blocks() {
+                inputs.push(inference.block(index, inputs[index].clone(), &context, None));
+            }
+            let top = inputs.pop().expect("the embedding at least");
+            let (nll, mut dx) = head(model, top, targets, options.logit_rows, gradients);
+            for index in (0..model.num_blocks()).rev() {
+                let input = inputs.pop().expect("an input for every block");
+                dx = block_backward(model, index, input, dx, &context, gradients);
+            }
+            if model.trains_embedding() {
+                backward(model, model.embed(&context), dx, gradients);
+            }
+            Ok(nll)
+        }
+    }
+}
+
+/// Runs one block again under autodiff; returns the gradient of its input.
+fn block_backward<M: CausalLm>(
+    model: &M,
+    index: usize,
+    input: Tensor<3>,
+    dy: Tensor<3>,
+    context: &Context,
+    gradients: &mut GradientsAccumulator<M>,
+) -> Tensor<3> {
+    let input = Tensor::from_inner(input).require_grad();
+    let y = model.block(index, input.clone(), context, None);
+    let mut found = (y * Tensor::from_inner(dy)).sum().backward();
+    let dx = input.grad_remove(&mut found).expect("a block passes gradients to its input");
+    gradients.accumulate(model, GradientsParams::from_grads(found, model));
+    dx
+}
+
+/// Sends `dx` down the graph that ends in `x`.
+fn backward<M: CausalLm>(
+    model: &M,
+    x: Tensor<3>,
+    dx: Tensor<3>,
+    gradients: &mut GradientsAccumulator<M>,
+) {
+    let found = (x * Tensor::from_inner(dx)).sum().backward();
+    gradients.accumulate(model, GradientsParams::from_grads(found, model));
+}
+
+/// Final norm, head and loss, a few rows at a time: the sum of the negative log-likelihoods and the gradient of `x`.
+fn head<M: CausalLm>(
+    model: &M,
+    x: Tensor<3>,
+    targets: Targets,
+    logit_rows: usize,
+    gradients: &mut GradientsAccumulator<M>,
+) -> (f64, Tensor<3>) {
+    let [batch, length, width] = x.dims();
+    let device = x.device();
+    let places: Vec<usize> = (0..batch * length).filter(|&place| targets.scored[place]).collect();
+    let rows = x.reshape([batch * length, width]);
+    let mut dx = Tensor::<2>::zeros([batch * length, width], &device);
+    let mut nll = 0.0;
+    for places in places.chunks(logit_rows.max(1)) {
+        let ints = |values: Vec<i64>| {
+            let count = values.len();
+            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
+        };
+        let index = ints(places.iter().map(|&place| place as i64).collect());
+        let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
+        let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();
+        let losses = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
+        let values = losses.clone().inner().into_data().convert::<f32>();
+        nll += values.iter::<f32>().map(f64::from).sum::<f64>();
+        let mut found = losses.sum().backward();
+        let d_part = part.grad_remove(&mut found).expect("the head passes gradients to its input");
+        dx = dx.select_assign(0, index, d_part, burn::tensor::IndexingUpdateOp::Add);
+        gradients.accumulate(model, GradientsParams::from_grads(found, model));
+    }
+    (nll, dx.reshape([batch, length, width]))
+}
+
+fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Result<()> {
+    let fail = |name: &str, expected: String, found: String| {
+        Err(Error::Argument { name: name.into(), expected, found })
+    };
+    let (count, vocabulary) = (tokens.ids.len(), model.vocab_size());
+    if targets.ids.len() != count || targets.scored.len() != count {
+        let found = format!("{} ids and {} flags", targets.ids.len(), targets.scored.len());
+        return fail("targets", format!("one for each of {count} tokens"), found);
+    }
+    if !targets.scored.contains(&true) {
+        return fail("targets", "at least one scored place".into(), "none".into());
+    }
+    let scored = targets.ids.iter().zip(targets.scored).filter(|(_, scored)| **scored).map(|(id, _)| id);
+    if let Some(id) = tokens.ids.iter().chain(scored).find(|id| **id as usize >= vocabulary) {
+        return fail("token ids", format!("ids below {vocabulary}"), id.to_string());
+    }
+    Ok(())
+}
