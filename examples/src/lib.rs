@@ -1,1 +1,133 @@
-//! Placeholder.
+//! What the example programs share: devices, checkpoints, tables of figures.
+
+use std::{
+    error::Error,
+    path::{Path, PathBuf},
+};
+
+use clap::{Args, ValueEnum};
+use kiln::{
+    LoraModel,
+    models::{AnyModel, Checkpoint, LoadOptions, LoadReport},
+    quant::{Plan, QuantLinear, Scheme},
+};
+
+/// `Result` with any error.
+pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+
+/// Where to compute.
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum DeviceName {
+    /// The CPU.
+    Flex,
+    /// Any GPU, through WGPU.
+    Wgpu,
+    /// NVIDIA GPUs.
+    Cuda,
+}
+
+impl DeviceName {
+    /// Opens the device.
+    ///
+    /// # Errors
+    /// If the program was built without it.
+    pub fn open(self) -> Result<burn::tensor::Device> {
+        match self {
+            #[cfg(feature = "flex")]
+            Self::Flex => Ok(burn::tensor::Device::flex()),
+            #[cfg(feature = "wgpu")]
+            Self::Wgpu => Ok(burn::tensor::Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
+            #[cfg(feature = "cuda")]
+            Self::Cuda => Ok(burn::tensor::Device::cuda(0)),
+            #[allow(unreachable_patterns)] // with every feature on
+            other => Err(format!("built without {other:?}: add --features to the command").into()),
+        }
+    }
+}
+
+/// Options of every program that loads a model.
+#[derive(Debug, Args)]
+pub struct ModelArgs {
+    /// A checkpoint folder or a .gguf file; the embedded model if left out.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// A PEFT adapter folder.
+    #[arg(long)]
+    pub adapter: Option<PathBuf>,
+    /// Scheme of the blocks' linears, e.g. affine4:64 or dense; as stored if left out.
+    #[arg(long)]
+    pub scheme: Option<Scheme>,
+    /// Where to compute.
+    #[arg(long, value_enum, default_value = "flex")]
+    pub device: DeviceName,
+}
+
+/// A folder below the repository's `testdata`.
+pub fn testdata(path: &str) -> PathBuf {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../testdata")).join(path)
+}
+
+/// The model that comes with the repository.
+pub fn embedded_model() -> PathBuf {
+    testdata("models/tiny-llama")
+}
+
+impl ModelArgs {
+    /// Opens the checkpoint.
+    ///
+    /// # Errors
+    /// Whatever the files refuse.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        Ok(Checkpoint::open(self.model.clone().unwrap_or_else(embedded_model))?)
+    }
+
+    /// Loads the model, without adapters.
+    ///
+    /// # Errors
+    /// Whatever the files refuse.
+    pub fn load(&self, checkpoint: &Checkpoint) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
+        let options = LoadOptions { schemes: self.scheme.map(Plan::uniform), ..LoadOptions::default() };
+        let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
+        for note in &report.notes {
+            eprintln!("note: {note}");
+        }
+        Ok((model, report))
+    }
+
+    /// Loads the model with the adapters of `--adapter`, or with empty slots.
+    ///
+    /// # Errors
+    /// Whatever the files refuse.
+    pub fn load_adapted(&self, checkpoint: &Checkpoint) -> Result<LoraModel> {
+        use kiln::{adapters::Adapted, models::Slots};
+        let (model, _) = self.load(checkpoint)?;
+        Ok(match &self.adapter {
+            Some(folder) => kiln::load_lora(model, folder, 0)?.0,
+            None => model.try_map(|_, base| Ok::<_, std::convert::Infallible>(Adapted::new(base, None)))?,
+        })
+    }
+}
+
+/// Writes figures for machines.
+///
+/// # Errors
+/// The operating system's refusal.
+pub fn write_json(path: Option<&Path>, figures: &serde_json::Value) -> Result<()> {
+    if let Some(path) = path {
+        std::fs::write(path, serde_json::to_vec_pretty(figures)?)
+            .map_err(|error| format!("{}: {error}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// Reads little-endian 16-bit token ids.
+///
+/// # Errors
+/// The operating system's refusal, or a file of odd length.
+pub fn read_u16le(path: &Path) -> Result<Vec<u32>> {
+    let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    if !bytes.len().is_multiple_of(2) {
+        return Err(format!("{}: expected an even number of bytes, found {}", path.display(), bytes.len()).into());
+    }
+    Ok(bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect())
+}

@@ -49,6 +49,9 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// Another error of the packed weights.
+    #[error(transparent)]
+    Quant(kiln_quant_core::Error),
 }
 
 /// `Result` with this crate's [`Error`].
@@ -59,5 +62,18 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+}
+
+/// An error about a file stays one, whichever crate opened the file.
+impl From<kiln_quant_core::Error> for Error {
+    fn from(error: kiln_quant_core::Error) -> Self {
+        match error {
+            kiln_quant_core::Error::File { path, field, expected, found } => {
+                Self::File { path, field, expected, found }
+            }
+            kiln_quant_core::Error::Io { path, source } => Self::Io { path, source },
+            other => Self::Quant(other),
+        }
     }
 }

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
+use kiln_quant_core::write_atomically;
 use serde_json::{Map, Value, json};
 
 use crate::error::{Error, Result};
@@ -351,16 +352,7 @@ impl PeftConfig {
         self.validate()?;
         let text = serde_json::to_vec_pretty(&self.to_json())
             .map_err(|error| Error::io(path)(std::io::Error::other(error)))?;
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut temporary = tempfile::Builder::new();
-        // Temporary files are private; what they become should be as readable as any new file.
-        #[cfg(unix)]
-        temporary.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
-        let mut file = temporary.tempfile_in(folder).map_err(Error::io(path))?;
-        file.write_all(&text).map_err(Error::io(path))?;
-        file.as_file().sync_all().map_err(Error::io(path))?;
-        file.persist(path).map_err(|error| Error::io(path)(error.error))?;
-        Ok(())
+        Ok(write_atomically(path, |file| file.write_all(&text))?)
     }
 
     /// The file's content: every key that PEFT 0.21 writes, sorted.

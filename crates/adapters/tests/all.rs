@@ -1,1 +1,4 @@
 //! Integration tests, one binary.
+
+mod adapters;
+mod peft_folders;

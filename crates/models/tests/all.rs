@@ -1,4 +1,6 @@
 //! Integration tests, one binary.
 
 mod driver;
+mod generate;
 mod golden;
+mod nll;

@@ -1,9 +1,11 @@
 //! Packed low-bit weights for [Burn](burn).
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod atomic_file;
 mod codebook;
 mod dynamic_map;
 mod error;
+pub mod file;
 pub mod fused;
 mod linear;
 pub mod ops;
@@ -11,11 +13,13 @@ pub mod packing;
 mod plan;
 mod projection;
 pub mod quantizers;
+pub mod safetensors_file;
 mod scheme;
 mod storage;
 mod tensor;
 mod weight;
 
+pub use atomic_file::write_atomically;
 pub use codebook::Codebook;
 pub use error::{Error, Result};
 pub use linear::{PackedLinear, QuantLinear};

@@ -1,6 +1,8 @@
 //! A packed weight in host memory: what quantizers and checkpoint readers make, and what becomes a
 //! `PackedTensor` on a device.
 
+use rayon::prelude::*;
+
 use crate::{
     Error, QuantScheme, Result, ScaleType, Value,
     packing::{code_rows, unpack_column},
@@ -82,8 +84,10 @@ impl PackedWeight {
             })
         };
         let [rows, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
-        let count = rows * columns;
-        check("codes", code_rows(self.d_input, self.scheme.bits()) * self.d_output, self.codes.len())?;
+        // A product beyond `usize` fits no vector either.
+        let count = rows.saturating_mul(columns);
+        let words = code_rows(self.d_input, self.scheme.bits()).saturating_mul(self.d_output);
+        check("codes", words, self.codes.len())?;
         match (&self.scales, self.scheme.scales) {
             (Scales::Double(double), ScaleType::Double) => {
                 check("scales", count, double.codes.len())?;
@@ -135,30 +139,64 @@ impl PackedWeight {
     }
 
     /// The dense weight in the checkpoint's layout, `[d_output, d_input]` row-major, inputs in their own order.
+    ///
+    /// Outputs are shared among threads; the result doesn't depend on their number.
     pub fn dequantize(&self) -> Vec<f32> {
-        let [_, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
-        let inputs = self.scheme.block.inputs_of(self.d_input);
         let scales = self.effective_scales();
         let mut dense = vec![0.0; self.d_input * self.d_output];
-        let mut codes = vec![0; self.d_input];
-        for (output, row) in dense.chunks_exact_mut(self.d_input.max(1)).enumerate() {
-            unpack_column(&self.codes, self.d_output, self.scheme.bits(), output, &mut codes);
-            for (k, &code) in codes.iter().enumerate() {
-                let block = (k / inputs) * columns + output / self.scheme.block.outputs;
-                let scale = scales[block];
-                let value = match self.scheme.value {
-                    Value::Codebook(codebook) => scale * codebook.levels()[usize::from(code)],
-                    Value::Affine { bits, grid: Grid::Symmetric } => {
-                        scale * (f32::from(code) - f32::from(1u8 << (bits - 1)))
-                    }
-                    Value::Affine { .. } => {
-                        scale * f32::from(code) + self.offsets.as_ref().map_or(0.0, |offsets| offsets[block])
-                    }
-                };
-                let input = self.input_order.as_ref().map_or(k, |order| order[k] as usize);
-                row[input] = value;
+        let rows = dense.par_chunks_exact_mut(self.d_input.max(1)).enumerate();
+        // Neighbouring outputs share cache lines of words.
+        rows.with_min_len(16).for_each_init(
+            || vec![0; self.d_input],
+            |codes, (output, row)| self.dequantize_output(output, &scales, codes, row),
+        );
+        dense
+    }
+
+    /// One row of [`Self::dequantize`]; `codes` is scratch for `d_input` codes.
+    fn dequantize_output(&self, output: usize, scales: &[f32], codes: &mut [u8], row: &mut [f32]) {
+        let [_, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
+        let inputs = self.scheme.block.inputs_of(self.d_input);
+        unpack_column(&self.codes, self.d_output, self.scheme.bits(), output, codes);
+        for (k, &code) in codes.iter().enumerate() {
+            let block = (k / inputs) * columns + output / self.scheme.block.outputs;
+            let scale = scales[block];
+            let value = match self.scheme.value {
+                Value::Codebook(codebook) => scale * codebook.levels()[usize::from(code)],
+                Value::Affine { bits, grid: Grid::Symmetric } => {
+                    scale * (f32::from(code) - f32::from(1u8 << (bits - 1)))
+                }
+                Value::Affine { .. } => {
+                    scale * f32::from(code) + self.offsets.as_ref().map_or(0.0, |offsets| offsets[block])
+                }
+            };
+            let input = self.input_order.as_ref().map_or(k, |order| order[k] as usize);
+            row[input] = value;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::{HostQuantizer, MinMax};
+
+    #[test]
+    fn dequantizing_gives_the_same_bits_on_any_number_of_threads() {
+        let weight: Vec<f32> = (0..77 * 99).map(|i| (i as f32 * 0.37).sin()).collect();
+        for scheme in ["affine3:32:int", "affine2:8x4", "nf4:64:double"] {
+            let packed = MinMax.quantize("w", &weight, 77, 99, &scheme.parse().unwrap()).unwrap();
+            let on = |threads: usize| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| packed.dequantize()).into_iter().map(f32::to_bits).collect::<Vec<_>>()
+            };
+            let one = on(1);
+            assert_eq!(one, on(5), "{scheme}");
+            // And with no pool at all, one output after another.
+            let (mut codes, mut row) = ([0; 77], [0.0; 77]);
+            for (output, expected) in one.chunks(77).enumerate() {
+                packed.dequantize_output(output, &packed.effective_scales(), &mut codes, &mut row);
+                assert_eq!(row.map(f32::to_bits), expected, "{scheme}");
             }
         }
-        dense
     }
 }

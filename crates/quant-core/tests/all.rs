@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
 
-mod fused;
 mod ops;
+#[cfg(feature = "wgpu")]
+mod wgpu;

@@ -8,6 +8,7 @@ mod error;
 mod gradients;
 mod jsonl;
 mod schedule;
+mod tokenize;
 mod trainable;
 mod trainer;
 
@@ -15,4 +16,5 @@ pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, in_order};
 pub use data::{DataOptions, DataReport, Dataset, Example, LongSequences, Message, TokenizeText};
 pub use error::{Error, Result};
 pub use schedule::{Schedule, ScheduleKind};
+pub use tokenize::ModelTokenizer;
 pub use trainer::{Observer, Place, RunOptions, StepReport, Trainer, TrainerConfig};

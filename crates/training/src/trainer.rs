@@ -3,7 +3,6 @@
 use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
 
 use burn::{
-    module::Module,
     optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer},
 };
 use kiln_models::{CausalLm, DriverOptions, Recompute, Targets, TokenBatch, loss_and_gradients};

@@ -7,8 +7,8 @@
 
 use kiln_quant_core::{
     Block, Codebook, DoubleScales, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::CodePacker,
+    safetensors_file::Dtype,
 };
-use kiln_quant_core::safetensors_file::Dtype;
 use serde_json::Map;
 
 use super::{Quantization, gcd, json::Fields, shards::SafetensorsSet};

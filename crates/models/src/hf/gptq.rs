@@ -11,8 +11,8 @@
 use kiln_quant_core::{
     Block, Grid, PackedWeight, QuantScheme, ScaleType, Scales, Value,
     packing::{CodePacker, code_rows, unpack_column},
+    safetensors_file::Dtype,
 };
-use kiln_quant_core::safetensors_file::Dtype;
 
 use super::{gcd, json::Fields, shards::SafetensorsSet};
 use crate::Result;

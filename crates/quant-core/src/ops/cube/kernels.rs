@@ -161,8 +161,7 @@ pub fn dequantize<S: Float, O: Float, F: Float>(
     if run * RUN >= d_input {
         terminate!();
     }
-    let weights =
-        run_weights::<S, O>(codes, scales, offsets, run, output, d_input, inputs, outputs, format);
+    let weights = run_weights::<S, O>(codes, scales, offsets, run, output, d_input, inputs, outputs, format);
     #[unroll]
     for input in 0..RUN {
         let k = run * RUN + input;

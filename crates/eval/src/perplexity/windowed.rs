@@ -1,0 +1,74 @@
+//! Non-overlapping windows, as papers on quantization report perplexity.
+
+use kiln_models::CausalLm;
+
+use super::{OnProgress, Perplexity, Window, check_ids, check_window, score};
+use crate::{Error, Result};
+
+/// The protocol of GPTQ and most papers after it: the text is cut into windows of equal length, what remains is dropped,
+/// nothing is put in front. In each window, tokens from the second on are scored, given those before them.
+///
+/// `perplexity = exp(mean nll)` over `windows * (window - 1)` tokens. Papers use windows of 2048 (LLM-Pruner: 128) over
+/// WikiText-2's test rows joined by blank lines; name the length beside the number.
+///
+/// | option | default | meaning | range |
+/// | --- | --- | --- | --- |
+/// | `window` | – | tokens in a window | from 2 to the model's positions |
+/// | `max_windows` | all | windows scored, from the start | from 1 |
+/// | `batch` | 1 | windows in a forward pass; changes results by rounding only | from 1 |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WindowedPerplexity {
+    /// Tokens in a window.
+    pub window: usize,
+    /// Windows scored.
+    pub max_windows: Option<usize>,
+    /// Windows in a forward pass.
+    pub batch: usize,
+}
+
+impl WindowedPerplexity {
+    /// All windows of `window` tokens, one at a time.
+    pub fn new(window: usize) -> Self {
+        Self { window, max_windows: None, batch: 1 }
+    }
+
+    /// Sets `max_windows`.
+    #[must_use]
+    pub fn with_max_windows(mut self, max_windows: usize) -> Self {
+        self.max_windows = Some(max_windows);
+        self
+    }
+
+    /// Sets `batch`.
+    #[must_use]
+    pub fn with_batch(mut self, batch: usize) -> Self {
+        self.batch = batch;
+        self
+    }
+
+    /// Scores the text `ids`.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for an option out of range, [`Error::Data`] for less than a window or ids beyond the
+    /// vocabulary, [`Error::Cancelled`], [`Error::NotFinite`].
+    pub fn evaluate<M: CausalLm>(
+        &self,
+        model: &M,
+        ids: &[u32],
+        on_progress: OnProgress,
+    ) -> Result<Perplexity> {
+        check_window(model, "WindowedPerplexity.window", self.window, 2, self.batch)?;
+        if self.max_windows == Some(0) {
+            return Err(Error::option("WindowedPerplexity.max_windows", "at least 1", 0));
+        }
+        check_ids(model, "", ids)?;
+        let total = (ids.len() / self.window).min(self.max_windows.unwrap_or(usize::MAX));
+        if total == 0 {
+            return Err(Error::data("tokens", format!("at least one window of {}", self.window), ids.len()));
+        }
+        let scored = self.window - 1;
+        let windows = ids.chunks_exact(self.window).take(total);
+        let windows = windows.map(|ids| Window::of_labels(ids, scored, scored));
+        Ok(score(model, windows, total, self.batch, on_progress)?.perplexity())
+    }
+}

@@ -1,0 +1,204 @@
+//! Text generation: one pass over the prompt, then one token at a time with cached keys and values.
+
+use std::ops::ControlFlow;
+
+use crate::{
+    CausalLm, Error, KvCache, Result, TokenBatch,
+    nll::{check_tokens, host_values},
+    sampling::Sampler,
+};
+
+/// How to generate.
+///
+/// | option | default | meaning | range |
+/// | --- | --- | --- | --- |
+/// | `max_new_tokens` | – | tokens to generate at most | from 1; with the prompt within the model's positions |
+/// | `temperature` | 0 | divisor of the logits; 0 takes the most likely token | finite, from 0 |
+/// | `top_k` | none | draw among the k most likely tokens (and ties with the k-th) | from 1 |
+/// | `top_p` | none | draw among the fewest tokens whose probabilities reach p | above 0, to 1 |
+/// | `seed` | 0 | of the draws | any |
+/// | `stop` | none | ids that end the text | any |
+///
+/// Temperature, top-k and top-p apply in this order, as in transformers; at temperature 0 the other two and the seed
+/// change nothing. The same options and logits give the same tokens.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerateOptions {
+    /// Tokens to generate at most.
+    pub max_new_tokens: usize,
+    /// Divisor of the logits; 0 takes the most likely token.
+    pub temperature: f64,
+    /// Tokens to draw among.
+    pub top_k: Option<usize>,
+    /// Probability to draw among.
+    pub top_p: Option<f64>,
+    /// Seed of the draws.
+    pub seed: u64,
+    /// Ids that end the text, as [`SpecialTokens::eos`](crate::config::SpecialTokens::eos).
+    pub stop: Vec<u32>,
+}
+
+impl GenerateOptions {
+    /// The most likely token each time, `max_new_tokens` times.
+    pub fn new(max_new_tokens: usize) -> Self {
+        Self { max_new_tokens, temperature: 0.0, top_k: None, top_p: None, seed: 0, stop: Vec::new() }
+    }
+
+    /// Sets `temperature`.
+    #[must_use]
+    pub fn with_temperature(mut self, temperature: f64) -> Self {
+        self.temperature = temperature;
+        self
+    }
+
+    /// Sets `top_k`.
+    #[must_use]
+    pub fn with_top_k(mut self, top_k: usize) -> Self {
+        self.top_k = Some(top_k);
+        self
+    }
+
+    /// Sets `top_p`.
+    #[must_use]
+    pub fn with_top_p(mut self, top_p: f64) -> Self {
+        self.top_p = Some(top_p);
+        self
+    }
+
+    /// Sets `seed`.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets `stop`.
+    #[must_use]
+    pub fn with_stop(mut self, stop: impl Into<Vec<u32>>) -> Self {
+        self.stop = stop.into();
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        let fail = |option: &str, expected: &str, found: String| {
+            Err(Error::Argument {
+                name: format!("GenerateOptions.{option}"),
+                expected: expected.into(),
+                found,
+            })
+        };
+        if self.max_new_tokens == 0 {
+            return fail("max_new_tokens", "at least 1", "0".into());
+        }
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return fail("temperature", "a finite number, not negative", self.temperature.to_string());
+        }
+        if self.top_k == Some(0) {
+            return fail("top_k", "at least 1", "0".into());
+        }
+        match self.top_p {
+            Some(p) if !(p > 0.0 && p <= 1.0) => fail("top_p", "above 0, at most 1", p.to_string()),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// What was generated.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Generation {
+    /// The new tokens, without the prompt; a stop token is the last of them.
+    pub ids: Vec<u32>,
+    /// Why there are no more.
+    pub finish: Finish,
+}
+
+/// Why generation ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Finish {
+    /// There are `max_new_tokens`.
+    Length,
+    /// The last token is one of `stop`.
+    Stop,
+    /// `on_token` said so.
+    Cancelled,
+}
+
+/// Continues `prompt_ids`; every new token, a stop token too, goes to `on_token` at once, which may end the text.
+///
+/// Works on a model that is being trained, and records no gradients.
+///
+/// ```no_run
+/// use std::ops::ControlFlow;
+/// use burn::tensor::Device;
+/// use kiln_models::{Checkpoint, GenerateOptions, LoadOptions, generate};
+/// let checkpoint = Checkpoint::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
+/// let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex())?;
+/// let options = GenerateOptions::new(64)
+///     .with_temperature(0.8)
+///     .with_top_p(0.95)
+///     .with_stop(checkpoint.special_tokens().eos.clone());
+/// let generation = generate(&model, &[504, 3575, 282], &options, &mut |id| {
+///     println!("{id}");
+///     ControlFlow::Continue(())
+/// })?;
+/// println!("{} tokens, {:?}", generation.ids.len(), generation.finish);
+/// # Ok::<(), kiln_models::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Argument`] for an option out of range, an empty prompt, ids beyond the vocabulary, more tokens than the
+/// model has positions, or a model whose logits are not numbers.
+pub fn generate<M: CausalLm>(
+    model: &M,
+    prompt_ids: &[u32],
+    options: &GenerateOptions,
+    on_token: &mut dyn FnMut(u32) -> ControlFlow<()>,
+) -> Result<Generation> {
+    options.check()?;
+    check_prompt(model, prompt_ids, options)?;
+    let model = model.valid();
+    let (mut cache, mut sampler) = (KvCache::new(), Sampler::new(options));
+    let (mut ids, mut fresh) = (Vec::new(), prompt_ids.to_vec());
+    loop {
+        let logits = next_logits(&model, fresh, &mut cache)?;
+        let id = sampler.choose(&logits)?;
+        ids.push(id);
+        let flow = on_token(id);
+        let finish = if options.stop.contains(&id) {
+            Finish::Stop
+        } else if flow.is_break() {
+            Finish::Cancelled
+        } else if ids.len() == options.max_new_tokens {
+            Finish::Length
+        } else {
+            fresh = vec![id];
+            continue;
+        };
+        return Ok(Generation { ids, finish });
+    }
+}
+
+/// Logits after the last of `ids`, which follow what is in the cache.
+fn next_logits<M: CausalLm>(model: &M, ids: Vec<u32>, cache: &mut KvCache) -> Result<Vec<f32>> {
+    let tokens = TokenBatch::continuing(ids, cache.length() as u32);
+    let context = model.context(&tokens, Some(&*cache));
+    let x = model.residual(&context, Some(cache));
+    // No other row's logits are needed.
+    let last = x.narrow(1, tokens.length - 1, 1);
+    host_values(model.lm_head(model.final_norm(last)))
+}
+
+fn check_prompt<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOptions) -> Result<()> {
+    let fail = |expected: String, found: String| {
+        Err(Error::Argument { name: "prompt_ids".into(), expected, found })
+    };
+    if prompt_ids.is_empty() {
+        return fail("at least one token".into(), "none".into());
+    }
+    let (limit, new) = (model.max_positions(), options.max_new_tokens);
+    if prompt_ids.len().checked_add(new).is_none_or(|total| total > limit) {
+        let expected = format!("at most {limit} tokens, the model's limit, with {new} new ones");
+        return fail(expected, format!("{} tokens", prompt_ids.len()));
+    }
+    check_tokens(model, &TokenBatch::continuing(prompt_ids.to_vec(), 0))
+}

@@ -1,0 +1,159 @@
+//! The same checks on a GPU, or on software Vulkan, where this file is about correctness only. Small and serial: it is
+//! slow there.
+//!
+//! Without an adapter the tests say so and pass, unless `KILN_REQUIRE_VULKAN=1`.
+
+use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+
+use burn::{
+    module::Module,
+    tensor::{Device, FloatDType, Tensor, activation, wgpu::WgpuBackend},
+};
+use kiln_quant_core::PackedTensor;
+use kiln_testkit::{assert_close, read, relative_difference, tensor};
+
+use crate::ops::{self, Case, random_weight};
+
+/// All kinds of values, blocks and scales once, ragged runs and blocks, and a last cube of outputs that is not full.
+const CASES: &[Case] = &[
+    ("affine4:64", 128, 64),
+    ("affine3:24", 70, 50),
+    ("affine2:8x4", 40, 30),
+    ("affine8:32:sym:f16", 96, 24),
+    ("affine4:col:f16", 33, 5),
+    ("affine3:32:int", 96, 33),
+    ("affine4:16x64:sym:bf16", 130, 50),
+    ("nf4:64:double", 320, 70),
+    ("nf3:64", 128, 16),
+    ("nf2:32", 64, 19),
+    ("fp4:64", 192, 32),
+];
+
+/// One row, the border between the regimes, and more.
+const ROWS: [usize; 4] = [1, 4, 5, 9];
+
+/// Products of f32, relatively: rounding of some hundred terms.
+const TOLERANCE: f64 = 2e-6;
+
+/// The device, and the right to use it alone.
+fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    static TURN: Mutex<()> = Mutex::new(());
+    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let required = std::env::var("KILN_REQUIRE_VULKAN").is_ok_and(|value| value == "1");
+    let device = DEVICE.get_or_init(|| {
+        let api = if required { WgpuBackend::Vulkan } else { WgpuBackend::Auto };
+        match Device::wgpu_options().graphics_api(api).init() {
+            Ok(device) => Some(device),
+            Err(error) => {
+                println!("no WGPU adapter: {error}");
+                None
+            }
+        }
+    });
+    assert!(device.is_some() || !required, "KILN_REQUIRE_VULKAN=1, but no Vulkan adapter was found");
+    if device.is_none() {
+        println!("skipped: no WGPU adapter");
+    }
+    device.clone().map(|device| (device, turn))
+}
+
+#[test]
+fn dequantize_equals_the_host_but_for_a_rounding() {
+    let Some((device, _turn)) = device() else { return };
+    ops::check_dequantize(&device, CASES, 1.0);
+}
+
+#[test]
+fn forward_equals_a_dense_product() {
+    let Some((device, _turn)) = device() else { return };
+    ops::check_forward(&device, CASES, &ROWS, TOLERANCE);
+}
+
+#[test]
+fn input_gradient_equals_autodiff_through_the_dense_weight() {
+    let Some((device, _turn)) = device() else { return };
+    ops::check_input_gradient(&device, CASES, &[1, 9], TOLERANCE);
+}
+
+#[test]
+fn gradients_of_input_scales_and_offsets_equal_finite_differences() {
+    let Some((device, _turn)) = device() else { return };
+    // The last one has more outputs than are reduced at a time.
+    let wide = [("affine4:64", 64, 1040), ("affine2:24x4", 12, 1050)];
+    ops::check_parameter_gradients(&device, &[CASES, &wide].concat(), &[3]);
+}
+
+#[test]
+fn dequantize_passes_gradients_to_scales_and_offsets() {
+    let Some((device, _turn)) = device() else { return };
+    let schemes = ["affine4:64", "affine3:24", "affine2:8x4", "affine8:32:sym", "nf4:64"];
+    ops::check_dequantize_gradients(&device, &schemes.map(|scheme| (scheme, 72, 40)));
+}
+
+#[test]
+fn any_rank_any_strides_and_any_input_order_go_in() {
+    let Some((device, _turn)) = device() else { return };
+    ops::check_strides(&device);
+    ops::check_input_order(&device);
+}
+
+#[test]
+fn outputs_are_rows_of_the_checkpoint() {
+    let Some((device, _turn)) = device() else { return };
+    ops::check_outputs(&device, &["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double"], 4e-6);
+}
+
+#[test]
+fn half_precision_activations_keep_their_type() {
+    let Some((device, _turn)) = device() else { return };
+    if device.supports_dtype(FloatDType::F16) {
+        // f16 keeps 11 bits: inputs, weights and outputs are each off by up to 2^-12 of their size.
+        ops::check_half_precision(&device, FloatDType::F16, &[3, 5], 2e-3);
+    }
+}
+
+#[test]
+fn elementwise_operations_fuse_around_the_product() {
+    let Some((device, _turn)) = device() else { return };
+    let host = random_weight("affine4:64", 128, 64, 21);
+    for rows in [2, 6] {
+        let run = |device: &Device| {
+            let packed = PackedTensor::new(&host, device);
+            let x = tensor::<2>(22, [rows, 128], &device.clone().autodiff()).require_grad();
+            let y = activation::gelu(packed.forward(x.clone().tanh() * 0.1 + 0.01)) + 1.0;
+            let gradients = (y.clone() * y.clone()).sum().backward();
+            (read(y.inner()), read(x.grad(&gradients).unwrap()))
+        };
+        let (found, expected) = (run(&device), run(&Device::flex()));
+        // Burn's own tanh and gelu differ a little between backends.
+        for (what, found, expected) in [("y", found.0, expected.0), ("dx", found.1, expected.1)] {
+            let difference = relative_difference(&found, &expected);
+            assert!(difference < 1e-5, "{rows} rows, {what}: {difference:e}");
+        }
+    }
+}
+
+#[test]
+fn packed_weights_move_between_devices_and_records_unchanged() {
+    let Some((device, _turn)) = device() else { return };
+    for scheme in ["affine3:32", "affine8:32:sym:f16", "nf4:64:double"] {
+        let host = random_weight(scheme, 96, 50, 23);
+        let there = PackedTensor::new(&host, &Device::flex()).to_device(&device);
+        assert_eq!(there.to_host().unwrap(), host, "{scheme}: there");
+        let x = tensor::<2>(24, [5, 96], &device);
+        let product = read(there.forward(x.clone()));
+        let blank = PackedTensor::new(&random_weight(scheme, 96, 50, 25), &device);
+        let loaded = blank.load_record(there.clone().into_record());
+        assert_close(scheme, &read(loaded.forward(x)), &product, 0.0);
+        let back = there.to_device(&Device::flex());
+        assert_eq!(back.to_host().unwrap(), host, "{scheme}: back");
+    }
+}
+
+#[test]
+fn no_rows_give_no_rows() {
+    let Some((device, _turn)) = device() else { return };
+    let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), &device);
+    assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], &device)).dims(), [0, 24]);
+}
