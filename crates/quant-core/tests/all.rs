@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 
+mod fused;
 mod ops;
 #[cfg(feature = "wgpu")]
 mod wgpu;

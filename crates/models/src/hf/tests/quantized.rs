@@ -185,7 +185,7 @@ fn damaged_bitsandbytes_layers_name_the_tensor() {
     assert_error(change("m.weight.absmax", None), &["m.weight.absmax", "none of that name"]);
     assert_error(change("m.weight.quant_map", None), &["m.weight.quant_map"]);
     assert_error(change("m.weight", None), &["m.weight:"]);
-    assert_error(change(STATE, None), &["m.weight", "type U8"]);
+    assert_error(change(STATE, None), &["m.weight", "found U8"]);
     assert_error(change("m.weight.absmax", Some(f32s(&[1.0; 511]))), &["m.weight.absmax", "512", "511"]);
     assert_error(change("m.weight.absmax", Some(f32s(&[f32::NAN; 512]))), &["m.weight.absmax", "NaN"]);
     assert_error(change("m.weight.quant_map", Some(f32s(&[0.5; 16]))), &["m.weight.quant_map", "0.5"]);
