@@ -131,3 +131,17 @@ pub fn read_u16le(path: &Path) -> Result<Vec<u32>> {
     }
     Ok(bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect())
 }
+
+/// Values of all parameters that require gradients.
+pub fn trainable_parameters<M: burn::module::Module>(model: &M) -> usize {
+    struct Count(usize);
+    impl burn::module::ModuleVisitor for Count {
+        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<burn::tensor::Tensor<D>>) {
+            let tensor = param.val();
+            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
+        }
+    }
+    let mut count = Count(0);
+    model.visit(&mut count);
+    count.0
+}

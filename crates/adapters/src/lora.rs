@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Projection, fused};
 use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
@@ -65,17 +65,17 @@ impl Lora {
 
 impl Adapter for Lora {
     fn forward<P: Projection, const D: usize>(&self, base: &P, x: Tensor<D>) -> Tensor<D> {
-        let y = base.forward(x.clone());
-        let (dtype, [d_input, _]) = (x.dtype(), self.shape());
+        let (dtype, [d_input, d_output], mut sizes) = (x.dtype(), base.shape(), x.dims());
+        sizes[D - 1] = d_output;
         let x = x.clone().reshape([x.shape().num_elements() / d_input, d_input]);
+        let y = base.forward(x.clone());
         let (x, scaling) = match self.dropout.dropped(x.dims(), &x.device()) {
             Some(dropped) => (x.mask_fill(dropped, 0.0), self.scaling * self.dropout.compensation()),
             None => (x, self.scaling),
         };
         // All factors go to the tensor of r columns, the smallest one on the way.
         let low = x.matmul(self.lora_a.val().cast(dtype)).mul_scalar(scaling);
-        let update = low.matmul(self.lora_b.val().cast(dtype)).reshape(y.dims());
-        y + update
+        fused::add_matmul(y, low, self.lora_b.val().cast(dtype)).reshape(sizes)
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {

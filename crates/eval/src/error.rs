@@ -53,11 +53,7 @@ impl Error {
         Self::Option { option: option.into(), expected: expected.into(), found: found.to_string() }
     }
 
-    pub(crate) fn data(
-        what: impl Into<String>,
-        expected: impl Into<String>,
-        found: impl ToString,
-    ) -> Self {
+    pub(crate) fn data(what: impl Into<String>, expected: impl Into<String>, found: impl ToString) -> Self {
         Self::Data { what: what.into(), expected: expected.into(), found: found.to_string() }
     }
 }

@@ -112,7 +112,11 @@ mod tests {
 
     fn golden() -> Vec<Value> {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/eval/harness_wikitext.jsonl");
-        std::fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+        std::fs::read_to_string(path)
+            .unwrap()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::{ops::ControlFlow, time::Instant};
 
-use burn::tensor::Device;
+use burn::{
+    module::{Module, ModuleMapper, Param},
+    tensor::{Device, Tensor},
+};
 use kiln_eval::{
     Error, Perplexity, Progress, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
 };
@@ -30,7 +33,10 @@ fn ids(path: &str) -> Vec<u32> {
 
 #[track_caller]
 fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
-    assert!((found - expected).abs() <= tolerance, "{what}: found {found}, expected {expected} ± {tolerance}");
+    assert!(
+        (found - expected).abs() <= tolerance,
+        "{what}: found {found}, expected {expected} ± {tolerance}"
+    );
 }
 
 /// The tiny checkpoint of the fixtures, its two rows of 24 tokens, and the negative log-likelihood of each row's
@@ -66,7 +72,8 @@ fn the_embedded_model_has_the_perplexities_of_its_readme() {
         for ((text, tolerance), expected) in texts.into_iter().zip(expected) {
             let Some(expected) = expected else { continue };
             let ids = ids(&format!("models/tiny-llama/text/{text}.u16le"));
-            let found = WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids, &mut quiet).unwrap();
+            let found =
+                WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids, &mut quiet).unwrap();
             assert_eq!((found.windows, found.tokens), (64, 64 * 255));
             assert_near(&format!("{scheme:?} {text}"), found.perplexity, expected, tolerance);
         }
@@ -91,7 +98,12 @@ fn windowed_perplexity_equals_a_calculation_by_hand() {
         let difference = (mean(&nll[0]) - mean(&nll[1])).abs() / 2.0;
         assert_near("error over windows", found.standard_error.windows.unwrap(), difference, 1e-4);
         let squares: f64 = all.iter().map(|nll| (nll - mean(&all)).powi(2)).sum();
-        assert_near("error over tokens", found.standard_error.tokens.unwrap(), (squares / 45.0 / 46.0).sqrt(), 1e-4);
+        assert_near(
+            "error over tokens",
+            found.standard_error.tokens.unwrap(),
+            (squares / 45.0 / 46.0).sqrt(),
+            1e-4,
+        );
         assert_eq!(heard, if batch == 1 { vec![(1, 2), (2, 2)] } else { vec![(2, 2)] });
     }
     let first = WindowedPerplexity::new(24).with_max_windows(1).evaluate(&model, &ids, &mut quiet).unwrap();
@@ -129,8 +141,13 @@ fn strided_perplexity_equals_a_calculation_by_hand() {
 fn rolling_perplexity_equals_a_calculation_by_hand() {
     let (model, ids, nll) = tiny();
     // The prefix is the row's first token: a document of the rest is scored as the fixture scores the row.
-    let document = |row: usize, words, bytes| RollingDocument { ids: ids[24 * row + 1..24 * row + 24].to_vec(), words, bytes };
-    let found = RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
+    let document = |row: usize, words, bytes| RollingDocument {
+        ids: ids[24 * row + 1..24 * row + 24].to_vec(),
+        words,
+        bytes,
+    };
+    let found =
+        RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
     let sum: f64 = nll[0].iter().sum();
     assert_eq!((found.token.tokens, found.token.windows, found.words, found.bytes), (23, 1, 5, 60));
     assert_near("per token", found.token.nll, sum / 23.0, 1e-5);
@@ -139,7 +156,8 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
     assert_near("bits", found.bits_per_byte, sum / 60.0 / 2f64.ln(), 1e-5);
 
     // Windows of 10 over 23 tokens: 10, 10, and 3 that see ten.
-    let found = RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
+    let found =
+        RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
     let part = |range: std::ops::Range<usize>, last: usize| {
         let whole = &ids[range];
         let nll = |ids: &[u32]| {
@@ -177,8 +195,10 @@ fn the_callback_ends_an_evaluation() {
 fn bad_options_and_data_are_errors_that_name_them() {
     let (model, ids, _) = tiny();
     let limit = model.max_positions();
-    let windowed = |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
-    let strided = |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
+    let windowed =
+        |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
+    let strided =
+        |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
     let rolling = |protocol: RollingPerplexity, documents: &[RollingDocument]| {
         message(protocol.evaluate(&model, documents, &mut quiet))
     };
@@ -202,7 +222,10 @@ fn bad_options_and_data_are_errors_that_name_them() {
         (rolling(RollingPerplexity::new(8, 256), &[document(&ids)]), &["prefix, token 0", "256"]),
         (rolling(RollingPerplexity::new(8, 0), &[]), &["tokens", "at least 1"]),
         (rolling(RollingPerplexity::new(8, 0), &[document(&[])]), &["tokens", "at least 1"]),
-        (rolling(RollingPerplexity::new(8, 0), &[document(&[1]), document(&[2, 300])]), &["document 1, token 1"]),
+        (
+            rolling(RollingPerplexity::new(8, 0), &[document(&[1]), document(&[2, 300])]),
+            &["document 1, token 1"],
+        ),
         (
             rolling(RollingPerplexity::new(8, 0), &[RollingDocument { bytes: 0, ..document(&[1]) }]),
             &["bytes", "at least 1"],
@@ -212,6 +235,23 @@ fn bad_options_and_data_are_errors_that_name_them() {
             assert!(found.contains(part), "no \"{part}\" in: {found}");
         }
     }
+}
+
+/// Every parameter times 1e30: activations overflow.
+struct Overflow;
+
+impl ModuleMapper for Overflow {
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        param.map(|tensor| tensor.mul_scalar(1e30))
+    }
+}
+
+#[test]
+fn a_model_that_overflows_is_an_error_and_not_a_number() {
+    let (model, ids, _) = tiny();
+    let model = model.map(&mut Overflow);
+    let result = WindowedPerplexity::new(8).evaluate(&model, &ids, &mut quiet);
+    assert!(matches!(result, Err(Error::NotFinite { window: 0, .. })), "{result:?}");
 }
 
 fn message<T: std::fmt::Debug>(result: kiln_eval::Result<T>) -> String {

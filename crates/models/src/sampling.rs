@@ -136,10 +136,16 @@ mod tests {
         assert_distribution(&draws(&options(), &LOGITS, 20_000), &fifteenths([2.0, 8.0, 1.0, 4.0]));
         // A far offset changes nothing.
         let shifted = LOGITS.map(|logit| logit + 2000.0);
-        assert_distribution(&draws(&options().with_seed(3), &shifted, 20_000), &fifteenths([2.0, 8.0, 1.0, 4.0]));
+        assert_distribution(
+            &draws(&options().with_seed(3), &shifted, 20_000),
+            &fifteenths([2.0, 8.0, 1.0, 4.0]),
+        );
         // Half the temperature squares the odds: 64, 16, 4, 1 of 85.
         let cool = options().with_temperature(0.5);
-        assert_distribution(&draws(&cool, &LOGITS, 20_000), &[4.0 / 85.0, 64.0 / 85.0, 1.0 / 85.0, 16.0 / 85.0]);
+        assert_distribution(
+            &draws(&cool, &LOGITS, 20_000),
+            &[4.0 / 85.0, 64.0 / 85.0, 1.0 / 85.0, 16.0 / 85.0],
+        );
     }
 
     #[test]
@@ -149,7 +155,10 @@ mod tests {
         assert_eq!(draws(&options().with_top_k(1), &LOGITS, 50), [0, 50, 0, 0]);
         let tied = draws(&options().with_top_k(2), &[1.0, 2.0, 1.0, 0.0], 1000);
         assert!(tied[0] > 0 && tied[2] > 0 && tied[3] == 0, "{tied:?}");
-        assert_distribution(&draws(&options().with_top_k(9), &LOGITS, 20_000), &[2.0 / 15.0, 8.0 / 15.0, 1.0 / 15.0, 4.0 / 15.0]);
+        assert_distribution(
+            &draws(&options().with_top_k(9), &LOGITS, 20_000),
+            &[2.0 / 15.0, 8.0 / 15.0, 1.0 / 15.0, 4.0 / 15.0],
+        );
     }
 
     #[test]

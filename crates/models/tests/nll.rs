@@ -85,5 +85,8 @@ fn tokens_and_targets_that_do_not_fit_are_errors() {
         assert!(found.contains(part), "no \"{part}\" in: {found}");
     }
     // What isn't scored may be anything.
-    assert_eq!(token_nll(&model, &short, Targets { ids: &[2, 999], scored: &[true, false] }).unwrap().len(), 1);
+    assert_eq!(
+        token_nll(&model, &short, Targets { ids: &[2, 999], scored: &[true, false] }).unwrap().len(),
+        1
+    );
 }

@@ -378,7 +378,11 @@ fn check_tensors(file: &SafetensorsFile, packed: &BTreeMap<String, Entry>) -> Re
     for (path, entry) in packed {
         if entry.d_input == 0 || entry.d_output == 0 {
             let found = format!("{} inputs, {} outputs", entry.d_input, entry.d_output);
-            return Err(file.wrong(&format!("{SCHEMES_KEY}: {path}"), "at least one input and output", found));
+            return Err(file.wrong(
+                &format!("{SCHEMES_KEY}: {path}"),
+                "at least one input and output",
+                found,
+            ));
         }
         for part in Part::ALL {
             let name = part.name(path);

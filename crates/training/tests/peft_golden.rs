@@ -13,7 +13,8 @@ use kiln_testkit::{Golden, assert_close, read, testdata};
 const TOLERANCE: f32 = 1e-4;
 /// As for the logits of SmolLM2 without adapters.
 const SMOLLM2_TOLERANCE: f32 = 2e-3;
-const SMOLLM2_GRADIENT_TOLERANCE: f32 = 1e-3;
+/// Relative, of the vector of norms: six times what is found.
+const SMOLLM2_GRADIENT_TOLERANCE: f64 = 1e-4;
 
 type Model = AnyModel<Adapted<QuantLinear, Lora>>;
 
@@ -117,7 +118,7 @@ fn an_adapter_of_smollm2_equals_peft() {
         });
         let name = what("grad_l2");
         let relative = kiln_testkit::relative_difference(&norms, &golden.floats(&name));
-        assert!(relative < f64::from(SMOLLM2_GRADIENT_TOLERANCE), "{name}: {relative:e}");
+        assert!(relative < SMOLLM2_GRADIENT_TOLERANCE, "{name}: {relative:e}");
     }
     let name = "p0.merged_logits_last_top";
     let found = merged_top(model, &ids(&golden, 0), 16);

@@ -62,9 +62,8 @@ impl StridedPerplexity {
             return Err(Error::data("tokens", "at least 2", ids.len()));
         }
         let places = self.places(ids.len());
-        let windows = places.iter().map(|&Place { start, end, new }| {
-            Window::of_labels(&ids[start..end], new, new - 1)
-        });
+        let windows =
+            places.iter().map(|&Place { start, end, new }| Window::of_labels(&ids[start..end], new, new - 1));
         Ok(score(model, windows, places.len(), self.batch, on_progress)?.perplexity())
     }
 

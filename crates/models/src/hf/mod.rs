@@ -24,8 +24,8 @@ mod shards;
 #[cfg(test)]
 mod tests;
 
-use self::{config::FolderConfig, shards::SafetensorsSet};
 pub use self::gptq::{GptqConfig, GptqOverride, ZeroFormat};
+use self::{config::FolderConfig, shards::SafetensorsSet};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -4,10 +4,28 @@ use super::*;
 use crate::{HostQuantizer, MinMax};
 
 const SCHEMES: [&str; 22] = [
-    "affine2:64", "affine3:64", "affine4:64", "affine8:64", "affine4:64:int", "affine3:32:int:f16",
-    "affine4:64:sym", "affine8:col:sym:bf16", "affine2:8x4", "affine4:16x32:int:bf16", "affine3:col",
-    "affine4:32:f16", "nf2:64", "nf3:32", "nf4:64", "fp4:64", "nf4:64:double", "fp4:32:double", "nf3:16:double",
-    "nf4:8x16:double", "nf4:col:f16", "affine4:64:bf16",
+    "affine2:64",
+    "affine3:64",
+    "affine4:64",
+    "affine8:64",
+    "affine4:64:int",
+    "affine3:32:int:f16",
+    "affine4:64:sym",
+    "affine8:col:sym:bf16",
+    "affine2:8x4",
+    "affine4:16x32:int:bf16",
+    "affine3:col",
+    "affine4:32:f16",
+    "nf2:64",
+    "nf3:32",
+    "nf4:64",
+    "fp4:64",
+    "nf4:64:double",
+    "fp4:32:double",
+    "nf3:16:double",
+    "nf4:8x16:double",
+    "nf4:col:f16",
+    "affine4:64:bf16",
 ];
 
 /// 70 inputs and 37 outputs, so that last groups, runs and tiles are ragged.
@@ -73,11 +91,8 @@ fn rewritten(
         }
     }
     change(&mut metadata, &mut words);
-    let tensor = |name: &str, shape: &[usize], values| NewTensor {
-        name: name.into(),
-        shape: shape.into(),
-        values,
-    };
+    let tensor =
+        |name: &str, shape: &[usize], values| NewTensor { name: name.into(), shape: shape.into(), values };
     let mut tensors = Vec::new();
     tensors.extend(words.iter().map(|(name, (shape, values))| tensor(name, shape, Values::U32(values))));
     tensors.extend(bytes.iter().map(|(name, raw)| tensor(name, &raw.shape, Values::U8(&raw.bytes))));
@@ -116,14 +131,15 @@ fn every_scheme_round_trips_bit_for_bit() {
         let found = file.packed(name).unwrap();
         assert_eq!(&found, weight, "{name}");
         assert_eq!(file.scheme(name), Some(&weight.scheme));
-        let bits = |weight: &PackedWeight| weight.dequantize().into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let bits =
+            |weight: &PackedWeight| weight.dequantize().into_iter().map(f32::to_bits).collect::<Vec<_>>();
         assert_eq!(bits(&found), bits(weight), "{name}");
     }
     let (shape, values) = file.dense("bias").unwrap();
-    assert_eq!((shape, values.iter().map(|v| v.to_bits()).collect()), (
-        vec![3],
-        vec![0.1f32.to_bits(), f32::MIN_POSITIVE.to_bits(), (-0.0f32).to_bits()]
-    ));
+    assert_eq!(
+        (shape, values.iter().map(|v| v.to_bits()).collect()),
+        (vec![3], vec![0.1f32.to_bits(), f32::MIN_POSITIVE.to_bits(), (-0.0f32).to_bits()])
+    );
     assert_eq!(file.dense("empty").unwrap(), (vec![0, 4], vec![]));
     assert_eq!(file.scheme("bias"), None);
     assert_error(file.packed("bias"), &["p.safetensors: bias", "a packed weight", "found a dense tensor"]);
@@ -217,11 +233,13 @@ fn what_version_1_does_not_know_is_an_error() {
 #[test]
 fn missing_and_stray_tensors_are_errors() {
     for part in ["a.codes", "b.codes"] {
-        assert_error(rewritten(|_, words| drop(words.remove(part))), &["changed.safetensors", part, "none of that name"]);
+        assert_error(
+            rewritten(|_, words| drop(words.remove(part))),
+            &["changed.safetensors", part, "none of that name"],
+        );
     }
-    let insert = |name: &'static str| {
-        rewritten(move |_, words| drop(words.insert(name.into(), (vec![1], vec![7]))))
-    };
+    let insert =
+        |name: &'static str| rewritten(move |_, words| drop(words.insert(name.into(), (vec![1], vec![7]))));
     assert_error(insert("extra"), &["extra", "F32 in a dense tensor"]);
     assert_error(insert("a"), &["a", "path of a packed weight"]);
     assert_error(insert("a.offsets"), &["a.offsets", "none under the scheme nf4:2:double"]);

@@ -60,7 +60,10 @@ impl Values<'_> {
     ///
     /// # Errors
     /// The first error of `take`.
-    pub fn encode<E>(&self, mut take: impl FnMut(&[u8]) -> std::result::Result<(), E>) -> std::result::Result<(), E> {
+    pub fn encode<E>(
+        &self,
+        mut take: impl FnMut(&[u8]) -> std::result::Result<(), E>,
+    ) -> std::result::Result<(), E> {
         match self {
             Self::U8(values) => take(values),
             Self::U32(values) => encode(values, |value| value.to_le_bytes(), take),

@@ -1,0 +1,93 @@
+//! Quantizes a checkpoint and shows the error and the bytes of every weight.
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use kiln::{
+    models::{LoadOptions, Slots},
+    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, file::PackedFile},
+};
+use kiln_examples::{ModelArgs, Result, write_json};
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Quantizer {
+    /// Round to nearest on each block's range.
+    MinMax,
+    /// The shrunken range with the least squared error.
+    Mse,
+    /// The half-quadratic solver (affine schemes).
+    Hqq,
+}
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// How codes are chosen.
+    #[arg(long, value_enum, default_value = "min-max")]
+    quantizer: Quantizer,
+    /// Where the packed weights go, as one Kiln file.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// Where the figures go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let mut options = Options::parse();
+    let scheme = *options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
+    let quantizer: Box<dyn HostQuantizer> = match options.quantizer {
+        Quantizer::MinMax => Box::new(MinMax),
+        Quantizer::Mse => Box::new(MseClipped::default()),
+        Quantizer::Hqq => Box::new(Hqq::default()),
+    };
+    let checkpoint = options.model.checkpoint()?;
+    let bar = indicatif::ProgressBar::new_spinner();
+    let progress = |path: &str| bar.set_message(path.to_string());
+    let load = LoadOptions {
+        schemes: Some(Plan::uniform(scheme)),
+        quantizer: quantizer.as_ref(),
+        measure: true,
+        progress: Some(&progress),
+    };
+    let (model, report) = checkpoint.load(&load, &options.model.device.open()?)?;
+    bar.finish_and_clear();
+    println!("{:<44} {:<20} {:>10} {:>12} {:>10} {:>9}", "weight", "scheme", "bits", "bytes", "rel. error", "max");
+    for row in &report.storage.rows {
+        let error = report.errors.iter().find(|(path, _)| *path == row.path).map(|(_, error)| error);
+        let (relative, largest) = error.map_or((String::new(), String::new()), |error| {
+            (format!("{:.5}", error.relative), format!("{:.4}", error.max_abs))
+        });
+        let (scheme, bits) = (row.scheme.to_string(), row.bits_per_weight());
+        println!("{:<44} {scheme:<20} {bits:>10.4} {:>12} {relative:>10} {largest:>9}", row.path, row.bytes);
+    }
+    let (bytes, values) = (report.storage.total_bytes(), report.storage.total_values());
+    println!("total: {values} values in {bytes} bytes, {:.3} bits each", 8.0 * bytes as f64 / values as f64);
+
+    if let Some(path) = &options.out {
+        let mut weights = Vec::new();
+        let mut failed = None;
+        model.for_each_slot(|path, slot| {
+            if let QuantLinear::Packed(linear) = slot {
+                match linear.weight.to_host() {
+                    Ok(weight) => weights.push((path.to_string(), weight)),
+                    Err(error) => failed = Some(error),
+                }
+            }
+        });
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        let packed = weights.iter().map(|(path, weight)| (path.as_str(), weight));
+        PackedFile::save(path, packed, std::iter::empty(), &Default::default())?;
+        println!("packed weights written to {}", path.display());
+    }
+    let errors: Vec<_> =
+        report.errors.iter().map(|(path, error)| serde_json::json!({ "path": path, "error": error })).collect();
+    write_json(
+        options.json.as_deref(),
+        &serde_json::json!({ "scheme": scheme, "storage": report.storage, "total_bytes": bytes, "errors": errors }),
+    )
+}

@@ -1,0 +1,255 @@
+//! The main job: fine-tunes LoRA adapters on a packed base, with perplexity before and after and a sample.
+//!
+//! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
+
+use std::{
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Instant,
+};
+
+use clap::{Parser, ValueEnum};
+use kiln::{
+    LoraModel,
+    adapters::{DropoutClock, PeftConfig, TargetModules},
+    eval::{WindowedPerplexity, peak_rss_bytes},
+    models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
+    quant::Scheme,
+    training::{
+        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, Order, RunOptions, ScheduleKind, StepReport,
+        Trainer, TrainerConfig,
+    },
+};
+use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Method {
+    /// Low-rank adapters.
+    Lora,
+    /// Low-rank adapters scaled by alpha / sqrt(rank).
+    Rslora,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Schedule {
+    Constant,
+    /// Down to a tenth.
+    Linear,
+    /// Down to zero.
+    Cosine,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum RecomputeName {
+    None,
+    Block,
+}
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// What is trained.
+    #[arg(long, value_enum, default_value = "lora")]
+    method: Method,
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    #[arg(long, default_value_t = 16.0)]
+    alpha: f64,
+    #[arg(long, default_value_t = 0.0)]
+    dropout: f64,
+    /// Names of the linears to adapt, separated by commas, or all-linear.
+    #[arg(long, default_value = "all-linear")]
+    targets: String,
+    #[arg(long, default_value_t = 100)]
+    steps: u64,
+    /// Rows of a micro-batch.
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    /// Micro-batches of a step.
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
+    #[arg(long, default_value_t = 256)]
+    seq_len: usize,
+    #[arg(long, default_value_t = 3e-3)]
+    lr: f64,
+    #[arg(long, value_enum, default_value = "linear")]
+    schedule: Schedule,
+    #[arg(long, default_value_t = 10)]
+    warmup: u64,
+    /// Largest global gradient norm; 0 leaves gradients as they are.
+    #[arg(long, default_value_t = 1.0)]
+    clip: f64,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// .txt, .jsonl or .u16le; the embedded model's shifted text if left out.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Held-out text, .txt or .u16le.
+    #[arg(long)]
+    eval: Option<PathBuf>,
+    /// Tokens of an evaluation window; the sequence length if left out.
+    #[arg(long)]
+    window: Option<usize>,
+    #[arg(long, value_enum, default_value = "none")]
+    recompute: RecomputeName,
+    /// Goes on from the last checkpoint below --out.
+    #[arg(long)]
+    resume: bool,
+    /// Steps between checkpoints; 0 saves at the end only.
+    #[arg(long, default_value_t = 0)]
+    save_every: u64,
+    /// Gets the adapter folder (adapter/) and checkpoints (last/).
+    #[arg(long, default_value = "target/kiln-finetune")]
+    out: PathBuf,
+    /// Where the figures go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+impl Options {
+    fn peft(&self) -> PeftConfig {
+        let targets = match self.targets.as_str() {
+            "all-linear" => TargetModules::AllLinear,
+            names => TargetModules::Names(names.split(',').map(str::to_string).collect()),
+        };
+        let mut config = PeftConfig::new(self.rank, self.alpha, targets);
+        config.lora_dropout = self.dropout;
+        config.use_rslora = matches!(self.method, Method::Rslora);
+        config.base_model_name_or_path = self.model.model.as_ref().map(|path| path.display().to_string());
+        config
+    }
+
+    fn trainer(&self) -> TrainerConfig {
+        let mut batch = BatchOptions::new(self.batch);
+        (batch.seed, batch.packing) = (self.seed, self.data.as_ref().is_some_and(|path| has_extension(path, "jsonl")));
+        batch.order = Order::Shuffled;
+        let mut config = TrainerConfig::new(self.steps, batch);
+        config.accumulate = self.accumulate;
+        (config.lr, config.warmup) = (self.lr, self.warmup);
+        config.schedule = match self.schedule {
+            Schedule::Constant => ScheduleKind::Constant,
+            Schedule::Linear => ScheduleKind::Linear { final_ratio: 0.1 },
+            Schedule::Cosine => ScheduleKind::Cosine { final_ratio: 0.0 },
+        };
+        config.clip = (self.clip > 0.0).then_some(self.clip);
+        config.recompute = match self.recompute {
+            RecomputeName::None => Recompute::None,
+            RecomputeName::Block => Recompute::Block,
+        };
+        config
+    }
+}
+
+fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension().is_some_and(|found| found == extension)
+}
+
+/// Held-out ids.
+fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    match path {
+        None => read_u16le(&testdata("models/tiny-llama/text/shift_test_moby.u16le")),
+        Some(path) if has_extension(path, "u16le") => read_u16le(path),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            Ok(tokenizer.encode(&text, false)?)
+        }
+    }
+}
+
+fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<kiln::eval::Perplexity> {
+    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?)
+}
+
+/// Shows each step.
+struct Bar(indicatif::ProgressBar);
+
+impl Observer<LoraModel> for Bar {
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.0.set_position(report.step + 1);
+        self.0.set_message(format!("loss {:.4}, {:.0} tokens/s", report.loss, report.tokens as f64 / report.seconds));
+        ControlFlow::Continue(())
+    }
+}
+
+fn follow(trainer: Trainer<LoraModel>, clock: DropoutClock) -> Trainer<LoraModel> {
+    trainer.with_clock(move |place| {
+        clock.set(place.step, place.micro_batch);
+        clock.train(place.training);
+    })
+}
+
+fn main() -> Result<()> {
+    let mut options = Options::parse();
+    if options.model.model.is_none() {
+        options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
+    }
+    let checkpoint = options.model.checkpoint()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let (base, report) = options.model.load(&checkpoint)?;
+    println!("base: {} values in {} bytes", report.storage.total_values(), report.storage.total_bytes());
+
+    let data_options = {
+        let mut data = DataOptions::new(options.seq_len, base.vocab_size());
+        data.eos = tokenizer.special().eos.first().copied();
+        data
+    };
+    let data = options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
+    let template = checkpoint.chat_template()?;
+    let dataset = Dataset::open(&data, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data_options)?;
+    let held_out = evaluation_ids(options.eval.as_deref(), &tokenizer)?;
+    let window = options.window.unwrap_or(options.seq_len);
+
+    let (model, attacher) = kiln::attach_lora(base, &options.peft(), options.seed)?;
+    let before = perplexity(&model, &held_out, window)?;
+    println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
+
+    let (dataset, config) = (Arc::new(dataset), options.trainer());
+    let trainer = if options.resume {
+        Trainer::resume(model, dataset, config, &options.out.join("last"))?
+    } else {
+        Trainer::new(model, dataset, config)?
+    };
+    let trainable = kiln_examples::trainable_parameters(trainer.model());
+    println!("training {trainable} parameters");
+    let mut trainer = follow(trainer, attacher.clock().clone());
+    let mut bar = Bar(indicatif::ProgressBar::new(options.steps).with_style(
+        indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?,
+    ));
+    let run = RunOptions { save_every: options.save_every, folder: Some(options.out.clone()), ..Default::default() };
+    let start = Instant::now();
+    let reports = trainer.run(&run, &mut bar)?;
+    let seconds = start.elapsed().as_secs_f64();
+    bar.0.finish_and_clear();
+
+    let model = trainer.into_model();
+    let after = perplexity(&model, &held_out, window)?;
+    let tokens: usize = reports.iter().map(|report| report.tokens).sum();
+    println!("perplexity after: {:.3}; {:.0} tokens/s", after.perplexity, tokens as f64 / seconds);
+    let folder = options.out.join("adapter");
+    kiln::save_lora(&model, attacher.config(), &folder)?;
+    println!("adapter written to {}", folder.display());
+    let prompt = "The whale";
+    let sample = generate(
+        &model,
+        &tokenizer.encode(prompt, true)?,
+        &GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone()),
+        &mut |_| ControlFlow::Continue(()),
+    )?;
+    println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
+    write_json(
+        options.json.as_deref(),
+        &serde_json::json!({
+            "losses": reports.iter().map(|report| report.loss).collect::<Vec<_>>(),
+            "perplexity_before": before.perplexity,
+            "perplexity_after": after.perplexity,
+            "nll_before": before.nll,
+            "nll_after": after.nll,
+            "tokens_per_second": tokens as f64 / seconds,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "trainable_parameters": trainable,
+        }),
+    )
+}

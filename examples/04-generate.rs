@@ -1,0 +1,72 @@
+//! Continues a prompt, token by token.
+
+use std::{io::Write, ops::ControlFlow, path::PathBuf, time::Instant};
+
+use clap::Parser;
+use kiln::models::{GenerateOptions, chat::Message, generate};
+use kiln_examples::{ModelArgs, Result, write_json};
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[arg(long, default_value = "The President shall have power to")]
+    prompt: String,
+    /// Puts the prompt into the model's chat template, as a user's turn.
+    #[arg(long)]
+    chat: bool,
+    #[arg(long, default_value_t = 40)]
+    max_new_tokens: usize,
+    /// 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.0)]
+    temperature: f64,
+    #[arg(long)]
+    top_k: Option<usize>,
+    #[arg(long)]
+    top_p: Option<f64>,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Where the figures go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn main() -> Result<()> {
+    let options = Options::parse();
+    let checkpoint = options.model.checkpoint()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let prompt = if options.chat {
+        let template = checkpoint.chat_template()?.ok_or("the model has no chat template")?;
+        let text = template.render(&[Message::new("user", options.prompt.as_str())], true, &Default::default())?;
+        tokenizer.encode(&text, false)?
+    } else {
+        tokenizer.encode(&options.prompt, true)?
+    };
+    let model = options.model.load_adapted(&checkpoint)?;
+    let mut generation = GenerateOptions::new(options.max_new_tokens)
+        .with_temperature(options.temperature)
+        .with_seed(options.seed)
+        .with_stop(tokenizer.special().eos.clone());
+    (generation.top_k, generation.top_p) = (options.top_k, options.top_p);
+
+    print!("{}", if options.chat { "" } else { &options.prompt });
+    let mut stream = tokenizer.decode_stream(true);
+    let start = Instant::now();
+    let result = generate(&model, &prompt, &generation, &mut |id| {
+        print!("{}", stream.push(id).unwrap_or_default());
+        // A closed terminal is no reason to go on.
+        if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+    })?;
+    let rate = result.ids.len() as f64 / start.elapsed().as_secs_f64();
+    println!("{}", stream.finish().unwrap_or_default());
+    eprintln!("{} tokens, {rate:.1} tokens/s, {:?}", result.ids.len(), result.finish);
+    write_json(
+        options.json.as_deref(),
+        &serde_json::json!({
+            "token_ids": result.ids,
+            "text": tokenizer.decode(&result.ids, true)?,
+            "tokens_per_second": rate,
+        }),
+    )
+}
