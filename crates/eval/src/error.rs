@@ -24,7 +24,7 @@ pub enum Error {
         /// What was found.
         found: String,
     },
-    /// A model that gives no probability to a token: its weights or activations overflow.
+    /// A model whose logits are not numbers: weights or activations overflow.
     #[error("window {window}: a negative log-likelihood of {nll}, which is not finite")]
     NotFinite {
         /// The window, counted from 0.

@@ -1,1 +1,4 @@
 //! Integration tests, one binary.
+
+#[cfg(target_os = "linux")]
+mod memory;

@@ -180,6 +180,22 @@ impl PackedTensor {
         ops::packed_linear(x, codes, scales, offsets, self.spec())
     }
 
+    /// `dy · Wᵀ` without a graph: the gradient of [`forward`](Self::forward)'s input.
+    ///
+    /// # Shapes
+    /// `[rows, d_output]` → `[rows, d_input]`.
+    ///
+    /// # Panics
+    /// If the last size of `dy` is not `d_output`.
+    pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
+        let (codes, scales, offsets) = self.parts();
+        let dx = ops::packed_linear_dx(dy, codes, scales, offsets, self.spec());
+        match &self.input_order {
+            Some(order) => dx.select(1, order.val().argsort(0)),
+            None => dx,
+        }
+    }
+
     /// The dense weight `[d_input, d_output]`, inputs in their own order.
     pub fn dequantize(&self) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();

@@ -176,6 +176,28 @@ pub fn packed_linear<const D: usize>(
     .reshape(sizes)
 }
 
+/// `dy · Wᵀ`, `[rows, d_output]` → `[rows, d_input]`: what the backward pass of [`packed_linear`] computes, for callers
+/// without a graph.
+///
+/// # Panics
+/// If the last size of `dy` is not `spec.d_output`, or on a backend without an implementation.
+pub fn packed_linear_dx(
+    dy: Tensor<2>,
+    codes: Tensor<2, Int>,
+    scales: Tensor<2>,
+    offsets: Tensor<2>,
+    spec: PackedSpec,
+) -> Tensor<2> {
+    assert_eq!(dy.dims()[1], spec.d_output, "packed_linear_dx: dy beside {spec:?}");
+    Tensor::from_dispatch(Dispatch::packed_linear_dx(
+        dy.into_dispatch(),
+        codes.into_dispatch(),
+        scales.into_dispatch(),
+        offsets.into_dispatch(),
+        spec,
+    ))
+}
+
 /// The dense weight `[d_input, d_output]` in f32. Without offsets pass the scales in their place.
 ///
 /// # Panics

@@ -22,6 +22,8 @@ pub struct Format {
     pub has_offsets: bool,
     /// Whether a run of 32 codes lies in one block, so that its scale is read once.
     pub whole_runs: bool,
+    /// Whether the last run of 32 inputs is not full.
+    pub ragged: bool,
 }
 
 impl Format {
@@ -91,7 +93,7 @@ fn code_at(codes: &Tensor<u32>, input: usize, output: usize, #[comptime] format:
     code & comptime!((1u32 << bits) - 1)
 }
 
-/// The 32 weights of a run of one output. Beyond `d_input` they are numbers without meaning.
+/// The 32 weights of a run of one output, zero beyond `d_input`.
 #[cube]
 fn run_weights<S: Float, O: Float>(
     codes: &Tensor<u32>,
@@ -120,8 +122,8 @@ fn run_weights<S: Float, O: Float>(
     let mut weights = Array::<f32>::new(RUN);
     #[unroll]
     for input in 0..RUN {
+        let k = run * RUN + input;
         if comptime!(!format.whole_runs) {
-            let k = run * RUN + input;
             let block = select(k < d_input, k, d_input - 1) / inputs;
             scale = at::<S>(scales, block, column);
             if comptime!(format.has_offsets) {
@@ -136,6 +138,9 @@ fn run_weights<S: Float, O: Float>(
         let mut weight = level(code & comptime!((1u32 << bits) - 1), format) * scale;
         if comptime!(format.has_offsets) {
             weight += offset;
+        }
+        if comptime!(format.ragged) {
+            weight = select(k < d_input, weight, 0.0f32);
         }
         weights[input] = weight;
     }
@@ -200,12 +205,14 @@ pub fn rows_times_weight<S: Float, O: Float, F: Float>(
                 run_weights::<S, O>(codes, scales, offsets, run, output, d_input, inputs, outputs, format);
             #[unroll]
             for input in 0..RUN {
-                let k = run * RUN + input;
-                if k < d_input {
-                    #[unroll]
-                    for row in 0..rows {
-                        sums[row] += at::<F>(x, row, k) * weights[input];
-                    }
+                let mut k = run * RUN + input;
+                if comptime!(format.ragged) {
+                    // Read anywhere: the weight is zero. A branch would make every load wait for the one before.
+                    k = select(k < d_input, k, 0usize);
+                }
+                #[unroll]
+                for row in 0..rows {
+                    sums[row] += at::<F>(x, row, k) * weights[input];
                 }
             }
         }

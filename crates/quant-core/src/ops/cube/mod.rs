@@ -52,6 +52,7 @@ impl Packed {
             value: spec.value,
             has_offsets: spec.has_offsets(),
             whole_runs: spec.inputs.is_multiple_of(RUN) || spec.inputs >= spec.d_input,
+            ragged: !spec.d_input.is_multiple_of(RUN),
         }
     }
 

@@ -1,0 +1,195 @@
+//! Memory promises, as peak resident memory of a process of their own: each measurement runs this test binary again
+//! with the name of the one test that does it.
+
+use std::{process::Command, sync::Arc};
+
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor},
+};
+use kiln::{
+    adapters::{PeftConfig, TargetModules},
+    eval::peak_rss_bytes,
+    models::{CausalLm, Checkpoint, LoadOptions, Recompute},
+    quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
+    training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
+};
+
+/// Set in the child processes; what they are to measure.
+const TASK: &str = "KILN_MEMORY_TASK";
+
+/// Runs `test` of this binary in a process of its own and returns the bytes that it reports.
+fn measure(test: &str, task: &str) -> f64 {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+        .env(TASK, task)
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
+    line.and_then(|bytes| bytes.trim().parse().ok())
+        .unwrap_or_else(|| panic!("{test} {task}: {text} {}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn peak() -> f64 {
+    peak_rss_bytes().unwrap() as f64
+}
+
+/// Growth of the peak over a training step of 8 packed layers of 2048² with 16 rows.
+fn packed_step(scheme: &str) -> f64 {
+    const SIZE: usize = 2048;
+    let device = Device::flex();
+    let scheme: QuantScheme = scheme.parse().unwrap();
+    let host: Vec<f32> = (0..SIZE * SIZE).map(|i| ((i * 7919 % 1009) as f32 / 1009.0 - 0.5) * 0.05).collect();
+    let layers: Vec<PackedTensor> = (0..8)
+        .map(|_| PackedTensor::new(&MinMax.quantize("w", &host, SIZE, SIZE, &scheme).unwrap(), &device))
+        .collect();
+    drop(host);
+    let step = |layers: &[PackedTensor]| {
+        let x = Tensor::<2>::ones([16, SIZE], &device.clone().autodiff()).require_grad();
+        let y = layers.iter().fold(x.clone(), |x, layer| layer.forward(x));
+        let gradients = y.sum().backward();
+        assert!(x.grad(&gradients).is_some());
+    };
+    // Buffers of the thread pool and of the matrix product are not the step's.
+    step(&layers[..1]);
+    // The peak so far is that of quantizing: fill up to it, so that growth is seen.
+    let resident = current_rss();
+    let fill = vec![1u8; (peak() - resident).max(0.0) as usize];
+    let before = peak();
+    step(&layers);
+    let grown = peak() - before;
+    assert_eq!(std::hint::black_box(&fill).iter().filter(|byte| **byte != 1).count(), 0);
+    grown
+}
+
+fn current_rss() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
+}
+
+#[test]
+fn a_training_step_holds_no_dense_weights() {
+    let test = "memory::a_training_step_holds_no_dense_weights";
+    if let Ok(scheme) = std::env::var(TASK) {
+        println!("BYTES {}", packed_step(&scheme));
+        return;
+    }
+    let dense = (8 * 2048 * 2048 * 4) as f64;
+    for scheme in ["affine2:64", "affine3:64", "affine4:64", "affine8:64", "nf4:64:double", "affine2:8x4"] {
+        let grown = measure(test, scheme);
+        println!("{scheme}: a step grows the peak by {:.1} MB of {:.0} MB dense", grown / 1e6, dense / 1e6);
+        assert!(grown < dense / 4.0, "{scheme}: {grown} of {dense}");
+    }
+}
+
+/// Peak of two training steps with per-block recomputation on a tiny model of `blocks` blocks.
+fn recomputed_steps(blocks: usize) -> f64 {
+    // A wide model without a file: the configuration of the embedded one, widened, written with random weights.
+    let folder = tempfile_folder(blocks);
+    let checkpoint = Checkpoint::open(&folder).unwrap();
+    let options = LoadOptions::uniform("affine4:64".parse::<Scheme>().unwrap());
+    let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+    std::fs::remove_dir_all(&folder).unwrap();
+    let config = PeftConfig::new(1, 1.0, TargetModules::Names(vec!["q_proj".into()]));
+    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let ids = (0..4096u32).map(|i| i * 31 % 512).collect();
+    let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(LENGTH, 512)).unwrap());
+    let mut config = TrainerConfig::new(2, BatchOptions::new(BATCH));
+    config.recompute = Recompute::Block;
+    let mut trainer = Trainer::new(model, dataset, config).unwrap();
+    trainer.step().unwrap();
+    trainer.step().unwrap();
+    assert!(trainer.model().num_blocks() == blocks);
+    peak()
+}
+
+const BATCH: usize = 2;
+const LENGTH: usize = 256;
+const WIDTH: usize = 512;
+const INNER: usize = 1024;
+
+/// A checkpoint folder of random bf16 weights.
+fn tempfile_folder(blocks: usize) -> std::path::PathBuf {
+    use safetensors::{Dtype, tensor::TensorView};
+    let folder = std::env::temp_dir().join(format!("kiln-memory-{}-{blocks}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    let config = serde_json::json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "vocab_size": 512,
+        "hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": blocks, "num_attention_heads": 8,
+        "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 512, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "attention_bias": false, "mlp_bias": false,
+    });
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let mut tensors = vec![("model.embed_tokens.weight".to_string(), vec![512, WIDTH])];
+    for block in 0..blocks {
+        let path = |name: &str| format!("model.layers.{block}.{name}.weight");
+        for name in ["q_proj", "k_proj", "v_proj", "o_proj"] {
+            tensors.push((path(&format!("self_attn.{name}")), vec![WIDTH, WIDTH]));
+        }
+        tensors.push((path("mlp.gate_proj"), vec![INNER, WIDTH]));
+        tensors.push((path("mlp.up_proj"), vec![INNER, WIDTH]));
+        tensors.push((path("mlp.down_proj"), vec![WIDTH, INNER]));
+        tensors.push((path("input_layernorm"), vec![WIDTH]));
+        tensors.push((path("post_attention_layernorm"), vec![WIDTH]));
+    }
+    tensors.push(("model.norm.weight".to_string(), vec![WIDTH]));
+    let data: Vec<Vec<u8>> = tensors
+        .iter()
+        .map(|(_, shape)| {
+            let count = shape.iter().product::<usize>();
+            // bf16 bit patterns of small numbers.
+            (0..count).flat_map(|i| (0x3c00u16 | (i * 40503 % 512) as u16 | ((i % 2) as u16) << 15).to_le_bytes()).collect()
+        })
+        .collect();
+    let views = tensors
+        .iter()
+        .zip(&data)
+        .map(|((name, shape), data)| (name.as_str(), TensorView::new(Dtype::BF16, shape.clone(), data).unwrap()));
+    safetensors::serialize_to_file(views, None, &folder.join("model.safetensors")).unwrap();
+    folder
+}
+
+#[test]
+fn recomputation_keeps_one_input_per_block() {
+    let test = "memory::recomputation_keeps_one_input_per_block";
+    if let Ok(blocks) = std::env::var(TASK) {
+        println!("BYTES {}", recomputed_steps(blocks.parse().unwrap()));
+        return;
+    }
+    let scheme: QuantScheme = "affine4:64".parse().unwrap();
+    let packed = 4 * scheme.storage_bytes(WIDTH, WIDTH)
+        + 2 * scheme.storage_bytes(WIDTH, INNER)
+        + scheme.storage_bytes(INNER, WIDTH);
+    let promised = 1.1 * (packed + BATCH * LENGTH * WIDTH * 4) as f64;
+    let (few, many) = (16, 64);
+    let slope = (measure(test, &many.to_string()) - measure(test, &few.to_string())) / f64::from(many - few);
+    println!("{:.2} MB per block, promised {:.2} MB", slope / 1e6, promised / 1e6);
+    assert!(slope <= promised, "{slope} > {promised}");
+}
+
+#[test]
+fn loading_smollm2_holds_one_dense_tensor() {
+    let test = "memory::loading_smollm2_holds_one_dense_tensor";
+    let Ok(file) = std::env::var("KILN_SMOLLM2") else {
+        println!("skipped: KILN_SMOLLM2 names no file");
+        return;
+    };
+    let load = || {
+        let schemes = Some(Plan::uniform("affine4:64".parse::<Scheme>().unwrap()));
+        let options = LoadOptions { schemes, ..LoadOptions::default() };
+        Checkpoint::open(&file).unwrap().load(&options, &Device::flex()).unwrap()
+    };
+    if std::env::var(TASK).is_ok() {
+        let loaded = load();
+        println!("BYTES {}", peak());
+        drop(loaded);
+        return;
+    }
+    let (model, report) = load();
+    assert_eq!(model.valid().num_blocks(), 30);
+    let (found, total) = (measure(test, "load"), report.storage.total_bytes() as f64);
+    println!("loading peaks at {:.1} MB; the model is {:.1} MB", found / 1e6, total / 1e6);
+    assert!(found < total + 120e6, "{found} {total}");
+}
