@@ -54,7 +54,10 @@ fn main() -> Result<()> {
     };
     let (model, report) = checkpoint.load(&load, &options.model.device.open()?)?;
     bar.finish_and_clear();
-    println!("{:<44} {:<20} {:>10} {:>12} {:>10} {:>9}", "weight", "scheme", "bits", "bytes", "rel. error", "max");
+    println!(
+        "{:<44} {:<20} {:>10} {:>12} {:>10} {:>9}",
+        "weight", "scheme", "bits", "bytes", "rel. error", "max"
+    );
     for row in &report.storage.rows {
         let error = report.errors.iter().find(|(path, _)| *path == row.path).map(|(_, error)| error);
         let (relative, largest) = error.map_or((String::new(), String::new()), |error| {
@@ -84,8 +87,11 @@ fn main() -> Result<()> {
         PackedFile::save(path, packed, std::iter::empty(), &Default::default())?;
         println!("packed weights written to {}", path.display());
     }
-    let errors: Vec<_> =
-        report.errors.iter().map(|(path, error)| serde_json::json!({ "path": path, "error": error })).collect();
+    let errors: Vec<_> = report
+        .errors
+        .iter()
+        .map(|(path, error)| serde_json::json!({ "path": path, "error": error }))
+        .collect();
     write_json(
         options.json.as_deref(),
         &serde_json::json!({ "scheme": scheme, "storage": report.storage, "total_bytes": bytes, "errors": errors }),

@@ -36,7 +36,8 @@ fn main() -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let ids = match (&options.tokens, &options.text) {
         (None, Some(path)) => {
-            let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            let text =
+                std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
             checkpoint.tokenizer()?.encode(&text, false)?
         }
         (Some(path), None) => read_u16le(path)?,
@@ -57,7 +58,10 @@ fn main() -> Result<()> {
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();
     let error = found.standard_error.windows.map_or(String::new(), |error| format!(" ± {error:.4}"));
-    println!("perplexity {:.3} (nll {:.5}{error}) over {} tokens, {seconds:.1} s", found.perplexity, found.nll, found.tokens);
+    println!(
+        "perplexity {:.3} (nll {:.5}{error}) over {} tokens, {seconds:.1} s",
+        found.perplexity, found.nll, found.tokens
+    );
     write_json(
         options.json.as_deref(),
         &serde_json::json!({

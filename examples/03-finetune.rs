@@ -17,8 +17,8 @@ use kiln::{
     models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
     quant::Scheme,
     training::{
-        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, Order, RunOptions, ScheduleKind, StepReport,
-        Trainer, TrainerConfig,
+        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, Order, RunOptions, ScheduleKind,
+        StepReport, Trainer, TrainerConfig,
     },
 };
 use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
@@ -124,7 +124,8 @@ impl Options {
 
     fn trainer(&self) -> TrainerConfig {
         let mut batch = BatchOptions::new(self.batch);
-        (batch.seed, batch.packing) = (self.seed, self.data.as_ref().is_some_and(|path| has_extension(path, "jsonl")));
+        (batch.seed, batch.packing) =
+            (self.seed, self.data.as_ref().is_some_and(|path| has_extension(path, "jsonl")));
         batch.order = Order::Shuffled;
         let mut config = TrainerConfig::new(self.steps, batch);
         config.accumulate = self.accumulate;
@@ -153,7 +154,8 @@ fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>
         None => read_u16le(&testdata("models/tiny-llama/text/shift_test_moby.u16le")),
         Some(path) if has_extension(path, "u16le") => read_u16le(path),
         Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+            let text =
+                std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
             Ok(tokenizer.encode(&text, false)?)
         }
     }
@@ -169,7 +171,11 @@ struct Bar(indicatif::ProgressBar);
 impl Observer<LoraModel> for Bar {
     fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
         self.0.set_position(report.step + 1);
-        self.0.set_message(format!("loss {:.4}, {:.0} tokens/s", report.loss, report.tokens as f64 / report.seconds));
+        self.0.set_message(format!(
+            "loss {:.4}, {:.0} tokens/s",
+            report.loss,
+            report.tokens as f64 / report.seconds
+        ));
         ControlFlow::Continue(())
     }
 }
@@ -196,9 +202,11 @@ fn main() -> Result<()> {
         data.eos = tokenizer.special().eos.first().copied();
         data
     };
-    let data = options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
+    let data =
+        options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
     let template = checkpoint.chat_template()?;
-    let dataset = Dataset::open(&data, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data_options)?;
+    let dataset =
+        Dataset::open(&data, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data_options)?;
     let held_out = evaluation_ids(options.eval.as_deref(), &tokenizer)?;
     let window = options.window.unwrap_or(options.seq_len);
 
@@ -215,10 +223,13 @@ fn main() -> Result<()> {
     let trainable = kiln_examples::trainable_parameters(trainer.model());
     println!("training {trainable} parameters");
     let mut trainer = follow(trainer, attacher.clock().clone());
-    let mut bar = Bar(indicatif::ProgressBar::new(options.steps).with_style(
-        indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?,
-    ));
-    let run = RunOptions { save_every: options.save_every, folder: Some(options.out.clone()), ..Default::default() };
+    let mut bar = Bar(indicatif::ProgressBar::new(options.steps)
+        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?));
+    let run = RunOptions {
+        save_every: options.save_every,
+        folder: Some(options.out.clone()),
+        ..Default::default()
+    };
     let start = Instant::now();
     let reports = trainer.run(&run, &mut bar)?;
     let seconds = start.elapsed().as_secs_f64();

@@ -38,7 +38,8 @@ fn main() -> Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = if options.chat {
         let template = checkpoint.chat_template()?.ok_or("the model has no chat template")?;
-        let text = template.render(&[Message::new("user", options.prompt.as_str())], true, &Default::default())?;
+        let text =
+            template.render(&[Message::new("user", options.prompt.as_str())], true, &Default::default())?;
         tokenizer.encode(&text, false)?
     } else {
         tokenizer.encode(&options.prompt, true)?

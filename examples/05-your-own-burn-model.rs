@@ -58,7 +58,9 @@ fn points(seed: u64, shift: usize, device: &Device) -> (Tensor<2>, Tensor<1, Int
         .iter()
         .flat_map(|&label| {
             let centre = (label as usize * 8 + shift) % INPUTS;
-            (0..INPUTS).map(|i| if (i + INPUTS - centre) % INPUTS < 8 { 1.0 } else { 0.0 } ).collect::<Vec<f32>>()
+            (0..INPUTS)
+                .map(|i| if (i + INPUTS - centre) % INPUTS < 8 { 1.0 } else { 0.0 })
+                .collect::<Vec<f32>>()
         })
         .map(|value| value + 0.8 * random())
         .collect();
@@ -90,7 +92,10 @@ fn pack(name: &str, linear: Linear, device: &Device) -> Result<QuantLinear> {
     let rows: Vec<f32> = linear.weight.val().transpose().into_data().iter::<f32>().collect();
     let packed = MinMax.quantize(name, &rows, d_input, d_output, &"affine4:32".parse()?)?;
     println!("{name}: {:.2} bits per weight", packed.scheme.bits_per_weight(d_input, d_output));
-    Ok(QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, device), bias: linear.bias.map(|b| b.no_grad()) }))
+    Ok(QuantLinear::Packed(PackedLinear {
+        weight: PackedTensor::new(&packed, device),
+        bias: linear.bias.map(|b| b.no_grad()),
+    }))
 }
 
 fn main() -> Result<()> {
@@ -108,7 +113,11 @@ fn main() -> Result<()> {
     println!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 3, &device)));
 
     let slots = [("hidden".to_string(), [INPUTS, HIDDEN]), ("output".to_string(), [HIDDEN, CLASSES])];
-    let attacher = LoraAttacher::new(&PeftConfig::new(4, 8.0, TargetModules::Names(vec!["hidden".into(), "output".into()])), &slots, 0)?;
+    let attacher = LoraAttacher::new(
+        &PeftConfig::new(4, 8.0, TargetModules::Names(vec!["hidden".into(), "output".into()])),
+        &slots,
+        0,
+    )?;
     let adapted: Classifier<Adapted<QuantLinear, Lora>> =
         packed.map(|name, base| Ok(attacher.attach(name, base)?))?;
     let adapted = train(adapted, 3, &device);

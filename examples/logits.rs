@@ -23,13 +23,21 @@ struct Options {
 
 fn integers(file: &SafeTensors, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     let view = file.tensor(name)?;
-    let shape: [usize; 2] =
-        view.shape().try_into().map_err(|_| format!("{name}: expected [batch, length], found {:?}", view.shape()))?;
+    let shape: [usize; 2] = view
+        .shape()
+        .try_into()
+        .map_err(|_| format!("{name}: expected [batch, length], found {:?}", view.shape()))?;
     let values: Vec<i64> = match view.dtype() {
-        Dtype::I64 => view.data().chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap_or_default())).collect(),
-        Dtype::I32 => {
-            view.data().chunks_exact(4).map(|b| i64::from(i32::from_le_bytes(b.try_into().unwrap_or_default()))).collect()
-        }
+        Dtype::I64 => view
+            .data()
+            .chunks_exact(8)
+            .map(|b| i64::from_le_bytes(b.try_into().unwrap_or_default()))
+            .collect(),
+        Dtype::I32 => view
+            .data()
+            .chunks_exact(4)
+            .map(|b| i64::from(i32::from_le_bytes(b.try_into().unwrap_or_default())))
+            .collect(),
         other => return Err(format!("{name}: expected I32 or I64, found {other:?}").into()),
     };
     let values = values.into_iter().map(u32::try_from).collect::<std::result::Result<_, _>>()?;
@@ -50,7 +58,9 @@ fn main() -> Result<()> {
             };
             TokenBatch::masked(ids, mask, batch, length)?
         }
-        None => TokenBatch::new(&[checkpoint.tokenizer()?.encode("The President shall have power to", true)?])?,
+        None => {
+            TokenBatch::new(&[checkpoint.tokenizer()?.encode("The President shall have power to", true)?])?
+        }
     };
     let model = options.model.load_adapted(&checkpoint)?;
     if let Some(id) = tokens.ids.iter().find(|id| **id as usize >= model.vocab_size()) {

@@ -11,7 +11,14 @@ use kiln::quant::{HostQuantizer, MinMax, PackedTensor};
 const SHAPES: [[usize; 2]; 2] = [[576, 1536], [4096, 4096]];
 const ROWS: [usize; 3] = [1, 16, 512];
 const SCHEMES: [&str; 9] = [
-    "affine2:64", "affine3:64", "affine4:64", "affine4:64:sym", "affine8:64", "nf4:64", "nf4:64:double", "nf3:64",
+    "affine2:64",
+    "affine3:64",
+    "affine4:64",
+    "affine4:64:sym",
+    "affine8:64",
+    "nf4:64",
+    "nf4:64:double",
+    "nf3:64",
     "affine2:8x4",
 ];
 
@@ -32,7 +39,8 @@ fn bench(c: &mut Criterion) {
         let packed: Vec<(&str, PackedTensor)> = SCHEMES
             .iter()
             .map(|scheme| {
-                let weight = MinMax.quantize("w", &host, d_input, d_output, &scheme.parse().unwrap()).unwrap();
+                let weight =
+                    MinMax.quantize("w", &host, d_input, d_output, &scheme.parse().unwrap()).unwrap();
                 (*scheme, PackedTensor::new(&weight, &device))
             })
             .collect();

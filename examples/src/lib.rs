@@ -127,7 +127,9 @@ pub fn write_json(path: Option<&Path>, figures: &serde_json::Value) -> Result<()
 pub fn read_u16le(path: &Path) -> Result<Vec<u32>> {
     let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
     if !bytes.len().is_multiple_of(2) {
-        return Err(format!("{}: expected an even number of bytes, found {}", path.display(), bytes.len()).into());
+        return Err(
+            format!("{}: expected an even number of bytes, found {}", path.display(), bytes.len()).into()
+        );
     }
     Ok(bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect())
 }

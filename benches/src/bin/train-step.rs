@@ -65,12 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let flops = passes * parameters as f64 * tokens / step;
     println!("parameters {parameters}, loaded at a peak of {:.0} MB", loaded / 1e6);
     println!("step {step:.3} s, {:.0} tokens/s, peak {:.0} MB", tokens / step, peak / 1e6);
-    println!(
-        "model {:.1} GFLOP/s, matmul {:.1} GFLOP/s, ratio {:.3}",
-        flops / 1e9,
-        rate / 1e9,
-        flops / rate
-    );
+    println!("model {:.1} GFLOP/s, matmul {:.1} GFLOP/s, ratio {:.3}", flops / 1e9, rate / 1e9, flops / rate);
     Ok(())
 }
 

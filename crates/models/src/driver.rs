@@ -109,12 +109,7 @@ fn block_backward<M: CausalLm>(
 }
 
 /// Sends `dx` down the graph that ends in `x`.
-fn backward<M: CausalLm>(
-    model: &M,
-    x: Tensor<3>,
-    dx: Tensor<3>,
-    gradients: &mut GradientsAccumulator<M>,
-) {
+fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut GradientsAccumulator<M>) {
     let found = (x * Tensor::from_inner(dx)).sum().backward();
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }

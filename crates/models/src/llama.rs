@@ -6,10 +6,7 @@ use burn::{
 };
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
-use crate::{
-    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch,
-    config::LlamaConfig, rope,
-};
+use crate::{CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch, config::LlamaConfig, rope};
 
 /// A LLaMA-family model; every linear of every block is a `P`. Fields are named as in the checkpoint.
 #[derive(Module, Debug)]

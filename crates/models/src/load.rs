@@ -76,7 +76,11 @@ impl Checkpoint {
     /// println!("{}", report.storage);
     /// # Ok::<(), kiln_models::Error>(())
     /// ```
-    pub fn load(&self, options: &LoadOptions, device: &Device) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
+    pub fn load(
+        &self,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
         let mut loader = Loader {
             checkpoint: self,
             source: self.source(),
@@ -113,7 +117,10 @@ impl Loader<'_> {
         for index in 0..config.num_hidden_layers {
             let path = |name: &str| format!("model.layers.{index}.{name}");
             let head_norm = |loader: &mut Self, name: &str| {
-                config.qk_norm.then(|| loader.rms_norm(&path(name), head_dim, config.rms_norm_eps)).transpose()
+                config
+                    .qk_norm
+                    .then(|| loader.rms_norm(&path(name), head_dim, config.rms_norm_eps))
+                    .transpose()
             };
             let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
             layers.push(LlamaBlock {
@@ -308,7 +315,9 @@ impl Loader<'_> {
     fn record(&mut self, path: &str, scheme: Scheme, shape: &[usize], order: Option<&Vec<u32>>) {
         let bytes = match scheme {
             Scheme::Dense => 4 * shape.iter().product::<usize>(),
-            Scheme::Packed(scheme) => scheme.storage_bytes(shape[0], shape[1]) + order.map_or(0, |o| 4 * o.len()),
+            Scheme::Packed(scheme) => {
+                scheme.storage_bytes(shape[0], shape[1]) + order.map_or(0, |o| 4 * o.len())
+            }
         };
         self.report.storage.rows.push(StorageRow { path: path.into(), scheme, shape: shape.to_vec(), bytes });
         if let Some(progress) = self.options.progress {

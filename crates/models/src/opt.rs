@@ -6,10 +6,7 @@ use burn::{
 };
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
-use crate::{
-    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch,
-    config::OptConfig,
-};
+use crate::{CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch, config::OptConfig};
 
 /// The position table starts with two rows that no token uses.
 const POSITION_OFFSET: i64 = 2;

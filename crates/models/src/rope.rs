@@ -63,7 +63,8 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
                 } else if wavelength < original / high_freq_factor {
                     *f
                 } else {
-                    let kept = (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let kept =
+                        (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     (1.0 - kept) * f / factor + kept * f
                 }
             };
@@ -74,7 +75,12 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
 }
 
 /// Cosines and sines `[tokens, head_dim / 2]` of the given positions.
-pub(crate) fn tables(rope: &RopeConfig, head_dim: usize, positions: &[u32], device: &Device) -> [Tensor<2>; 2] {
+pub(crate) fn tables(
+    rope: &RopeConfig,
+    head_dim: usize,
+    positions: &[u32],
+    device: &Device,
+) -> [Tensor<2>; 2] {
     let length = positions.iter().max().map_or(1, |last| *last as usize + 1);
     let (frequencies, factor) = frequencies(rope, head_dim, length);
     let table = |f: fn(f32) -> f32| {

@@ -53,7 +53,8 @@ fn recomputation_and_chunked_loss_equal_plain_autodiff() {
         let logits = model.forward(&model.context(&tokens, None)).reshape([40, 256]);
         let ids: Vec<i64> = targets.iter().map(|&id| i64::from(id)).collect();
         let device = Device::flex();
-        let nll = kiln_quant_core::fused::plain::cross_entropy(logits, Tensor::from_data(ids.as_slice(), &device));
+        let nll =
+            kiln_quant_core::fused::plain::cross_entropy(logits, Tensor::from_data(ids.as_slice(), &device));
         let mask: Vec<f32> = scored.iter().map(|&scored| f32::from(u8::from(scored))).collect();
         let loss = (nll * Tensor::from_data(mask.as_slice(), &device)).sum();
         let expected_loss: f32 = loss.clone().into_scalar();
@@ -65,8 +66,7 @@ fn recomputation_and_chunked_loss_equal_plain_autodiff() {
                 let mut accumulator = GradientsAccumulator::new();
                 let options = DriverOptions { recompute, logit_rows };
                 let targets = Targets { ids: &targets, scored: &scored };
-                let loss =
-                    loss_and_gradients(&model, &tokens, targets, &options, &mut accumulator).unwrap();
+                let loss = loss_and_gradients(&model, &tokens, targets, &options, &mut accumulator).unwrap();
                 assert!((loss - f64::from(expected_loss)).abs() < 1e-3, "{folder}: {loss} {expected_loss}");
                 for (i, (found, expected)) in
                     gradients(&model, &accumulator.grads()).iter().zip(&expected).enumerate()
@@ -77,7 +77,10 @@ fn recomputation_and_chunked_loss_equal_plain_autodiff() {
                     } else {
                         relative_difference(found, expected)
                     };
-                    assert!(difference < 1e-5, "{folder} {recompute:?} {logit_rows} parameter {i}: {difference:e}");
+                    assert!(
+                        difference < 1e-5,
+                        "{folder} {recompute:?} {logit_rows} parameter {i}: {difference:e}"
+                    );
                 }
             }
         }
@@ -90,7 +93,13 @@ fn targets_that_do_not_fit_are_refused() {
     let (tokens, targets, scored) = batch();
     let run = |tokens: &TokenBatch, ids: &[u32], scored: &[bool]| {
         let targets = Targets { ids, scored };
-        loss_and_gradients(&model, tokens, targets, &DriverOptions::default(), &mut GradientsAccumulator::new())
+        loss_and_gradients(
+            &model,
+            tokens,
+            targets,
+            &DriverOptions::default(),
+            &mut GradientsAccumulator::new(),
+        )
     };
     assert!(run(&tokens, &targets[1..], &scored).is_err());
     assert!(run(&tokens, &targets, &[false; 40]).is_err());

@@ -145,11 +145,7 @@ impl QuantScheme {
 
     /// Codebook codes in groups of `inputs`, f32 scales.
     pub const fn codebook(codebook: Codebook, inputs: usize) -> Self {
-        Self {
-            value: Value::Codebook(codebook),
-            block: Block::group(inputs),
-            scales: ScaleType::F32,
-        }
+        Self { value: Value::Codebook(codebook), block: Block::group(inputs), scales: ScaleType::F32 }
     }
 
     /// The same with another scale type.
@@ -239,9 +235,7 @@ impl FromStr for QuantScheme {
         let (outputs, inputs) = block.split_once('x').unwrap_or(("1", block));
         let size = |text: &str| match text.parse::<usize>() {
             Ok(size) if size > 0 => Ok(size),
-            _ => Err(fail(format!(
-                "expected a group size such as 64, 8x4 or col, found \"{block}\""
-            ))),
+            _ => Err(fail(format!("expected a group size such as 64, 8x4 or col, found \"{block}\""))),
         };
         let block = Block {
             outputs: size(outputs)?,
@@ -320,8 +314,18 @@ mod tests {
     #[test]
     fn every_scheme_string_of_the_table_round_trips() {
         for text in [
-            "affine4:64", "affine4:64:int", "affine4:64:sym", "nf4:64", "nf4:64:double", "nf2:64", "nf3:32",
-            "fp4:64", "affine2:8x4", "affine3:col", "affine8:16xcol:sym:bf16", "affine4:64:int:f16",
+            "affine4:64",
+            "affine4:64:int",
+            "affine4:64:sym",
+            "nf4:64",
+            "nf4:64:double",
+            "nf2:64",
+            "nf3:32",
+            "fp4:64",
+            "affine2:8x4",
+            "affine3:col",
+            "affine8:16xcol:sym:bf16",
+            "affine4:64:int:f16",
         ] {
             assert_eq!(text.parse::<QuantScheme>().unwrap().to_string(), text);
         }

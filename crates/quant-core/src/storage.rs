@@ -57,7 +57,11 @@ impl fmt::Display for StorageReport {
         for row in &self.rows {
             let (scheme, shape) = (row.scheme.to_string(), format!("{:?}", row.shape));
             let bits = row.bits_per_weight();
-            writeln!(f, "{:<44} {scheme:<20} {shape:<16} {bits:>6.3} bits {:>12} bytes", row.path, row.bytes)?;
+            writeln!(
+                f,
+                "{:<44} {scheme:<20} {shape:<16} {bits:>6.3} bits {:>12} bytes",
+                row.path, row.bytes
+            )?;
         }
         let (values, bytes) = (self.total_values(), self.total_bytes());
         write!(f, "total: {values} values, {bytes} bytes")

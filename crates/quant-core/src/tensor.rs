@@ -6,7 +6,8 @@ use burn::{
 };
 
 use crate::{
-    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, dynamic_map::DYNAMIC_MAP,
+    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales,
+    dynamic_map::DYNAMIC_MAP,
     ops::{self, PackedSpec},
     scheme::DOUBLE_BLOCK,
 };

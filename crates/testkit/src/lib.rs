@@ -36,7 +36,8 @@ pub fn max_difference(found: &[f32], expected: &[f32]) -> f32 {
 pub fn relative_difference(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len(), "lengths");
     let square = |x: f64| x * x;
-    let difference: f64 = found.iter().zip(expected).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
+    let difference: f64 =
+        found.iter().zip(expected).map(|(a, b)| square(f64::from(*a) - f64::from(*b))).sum();
     let norm: f64 = expected.iter().map(|b| square(f64::from(*b))).sum();
     if norm == 0.0 { difference.sqrt() } else { (difference / norm).sqrt() }
 }

@@ -93,8 +93,10 @@ pub(crate) fn save(
 fn tensors(path: &Path, parameters: &BTreeMap<String, Parameter>) -> Result<Vec<u8>> {
     let ids: BTreeMap<&str, u64> = parameters.iter().map(|(name, p)| (name.as_str(), p.id)).collect();
     let ids = serde_json::to_string(&ids).map_err(|error| wrong(path, IDS, "JSON", error))?;
-    let bytes: Vec<Vec<u8>> =
-        parameters.values().map(|p| p.values.iter().flat_map(|value| value.to_le_bytes()).collect()).collect();
+    let bytes: Vec<Vec<u8>> = parameters
+        .values()
+        .map(|p| p.values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        .collect();
     let views = parameters
         .iter()
         .zip(&bytes)

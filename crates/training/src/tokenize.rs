@@ -20,7 +20,11 @@ pub struct ModelTokenizer<'a> {
 
 impl<'a> ModelTokenizer<'a> {
     /// `template` is needed for conversations only; `context` holds what it may ask for besides.
-    pub fn new(tokenizer: &'a Tokenizer, template: Option<ChatTemplate>, mut context: TemplateContext) -> Self {
+    pub fn new(
+        tokenizer: &'a Tokenizer,
+        template: Option<ChatTemplate>,
+        mut context: TemplateContext,
+    ) -> Self {
         let special = tokenizer.special();
         let token = |id: Option<u32>| id.and_then(|id| tokenizer.id_to_token(id));
         context.bos_token = context.bos_token.or_else(|| token(special.bos));
@@ -42,15 +46,11 @@ impl TokenizeText for ModelTokenizer<'_> {
             .render_with_assistant_ranges(&messages, &self.context)
             .map_err(|error| error.to_string())?;
         // The template writes the special tokens itself.
-        let tokens = self
-            .tokenizer
-            .encode_with_offsets(&rendered.text, false)
-            .map_err(|error| error.to_string())?;
+        let tokens =
+            self.tokenizer.encode_with_offsets(&rendered.text, false).map_err(|error| error.to_string())?;
         Ok(tokens
             .into_iter()
-            .map(|(id, range)| {
-                (id, rendered.assistant.iter().any(|turn| turn.contains(&range.start)))
-            })
+            .map(|(id, range)| (id, rendered.assistant.iter().any(|turn| turn.contains(&range.start))))
             .unzip())
     }
 }

@@ -2,9 +2,7 @@
 
 use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
 
-use burn::{
-    optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer},
-};
+use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, Recompute, Targets, TokenBatch, loss_and_gradients};
 use serde::{Deserialize, Serialize};
 

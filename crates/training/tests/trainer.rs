@@ -191,7 +191,12 @@ fn micro_batches_add_up_to_one_batch() {
         let parts = run(batch, accumulate);
         assert_eq!(parts.targets, whole.targets);
         assert!((parts.loss / whole.loss - 1.0).abs() < 1e-6, "{} {}", parts.loss, whole.loss);
-        assert!((parts.grad_norm / whole.grad_norm - 1.0).abs() < 1e-5, "{} {}", parts.grad_norm, whole.grad_norm);
+        assert!(
+            (parts.grad_norm / whole.grad_norm - 1.0).abs() < 1e-5,
+            "{} {}",
+            parts.grad_norm,
+            whole.grad_norm
+        );
     }
 }
 

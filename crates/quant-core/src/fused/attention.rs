@@ -31,14 +31,8 @@ struct Sizes {
 impl Sizes {
     fn new(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor, spec: &AttentionSpec) -> Self {
         let (q, k, v) = (shape_of(q), shape_of(k), shape_of(v));
-        let sizes = Self {
-            batch: q[0],
-            length: q[1],
-            keys: k[1],
-            heads: q[2],
-            kv_heads: k[2],
-            head_dim: q[3],
-        };
+        let sizes =
+            Self { batch: q[0], length: q[1], keys: k[1], heads: q[2], kv_heads: k[2], head_dim: q[3] };
         let Self { batch, length, keys, heads, kv_heads, head_dim } = sizes;
         assert!(
             k == v
@@ -270,7 +264,11 @@ pub(super) fn backward(
             }
         }
     });
-    [tensor(dq, q_shape, DType::F32), tensor(dk, k_shape.clone(), DType::F32), tensor(dv, k_shape, DType::F32)]
+    [
+        tensor(dq, q_shape, DType::F32),
+        tensor(dk, k_shape.clone(), DType::F32),
+        tensor(dv, k_shape, DType::F32),
+    ]
 }
 
 /// Scores to weights, and gradients of weights to gradients of unscaled scores; zero outside `visible`.

@@ -80,13 +80,16 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
                 let (gate, up) = (gate.into_primitive(), up.into_primitive());
                 prep.finish((gate.clone(), up.clone()), Flex::swiglu(gate, up))
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::swiglu(gate.into_primitive(), up.into_primitive()))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(Flex::swiglu(gate.into_primitive(), up.into_primitive())),
         }
     }
 
-    fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        sign: f32,
+    ) -> FloatTensor<Self> {
         backward!(Rotate, 1, (FlexTensor, FlexTensor, f32), |parents, (cos, sin, sign), dy, grads| {
             let [node] = parents;
             if let Some(node) = node {
@@ -128,12 +131,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
                 let (out, lse) = attention::forward(q.clone(), k.clone(), v.clone(), &spec);
                 prep.finish(([q, k, v, out.clone()], Arc::new(lse), spec), out)
             }
-            OpsKind::UnTracked(prep) => prep.finish(Flex::attention(
-                q.into_primitive(),
-                k.into_primitive(),
-                v.into_primitive(),
-                spec,
-            )),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::attention(q.into_primitive(), k.into_primitive(), v.into_primitive(), spec))
+            }
         }
     }
 
@@ -159,9 +159,7 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
                 let nll = cross_entropy_rows(&mut values, &targets_of(&targets), classes);
                 prep.finish(tensor(values, [rows, classes], DType::F32), tensor(nll, [rows], DType::F32))
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::cross_entropy(logits.into_primitive(), targets))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(Flex::cross_entropy(logits.into_primitive(), targets)),
         }
     }
 
@@ -185,11 +183,9 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
                 let (a, b) = (a.into_primitive(), b.into_primitive());
                 prep.finish((a.clone(), b.clone()), Flex::add_matmul(y.into_primitive(), a, b))
             }
-            OpsKind::UnTracked(prep) => prep.finish(Flex::add_matmul(
-                y.into_primitive(),
-                a.into_primitive(),
-                b.into_primitive(),
-            )),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::add_matmul(y.into_primitive(), a.into_primitive(), b.into_primitive()))
+            }
         }
     }
 }

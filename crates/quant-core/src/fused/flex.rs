@@ -54,12 +54,7 @@ fn lanes_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-pub(super) fn rms_norm_backward(
-    x: &[f32],
-    weight: &[f32],
-    dy: &[f32],
-    eps: f32,
-) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn rms_norm_backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
     let width = weight.len();
     let mut dx = vec![0.0; x.len()];
     let d_weight = dx
@@ -115,8 +110,10 @@ pub(super) fn swiglu_backward(gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f
 }
 
 pub(super) fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, heads: usize, half: usize) {
-    x.par_chunks_mut(heads * 2 * half).zip(cos.par_chunks(half).zip(sin.par_chunks(half))).with_min_len(ROWS).for_each(
-        |(x, (cos, sin))| {
+    x.par_chunks_mut(heads * 2 * half)
+        .zip(cos.par_chunks(half).zip(sin.par_chunks(half)))
+        .with_min_len(ROWS)
+        .for_each(|(x, (cos, sin))| {
             vectorize(|| {
                 for head in x.chunks_exact_mut(2 * half) {
                     let (low, high) = head.split_at_mut(half);
@@ -127,8 +124,7 @@ pub(super) fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, he
                     }
                 }
             });
-        },
-    );
+        });
 }
 
 /// Negative log-likelihoods; turns the logits into their gradients (`softmax - onehot`) on the way.
@@ -197,7 +193,12 @@ impl FusedOps for Flex {
         tensor(y, shape, DType::F32)
     }
 
-    fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self> {
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        sign: f32,
+    ) -> FloatTensor<Self> {
         let shape = shape_of(&x);
         let (heads, half) = (shape[2], shape[3] / 2);
         let (cos, sin) = (contiguous(cos), contiguous(sin));

@@ -16,7 +16,10 @@ pub mod plain;
 use std::sync::Arc;
 
 #[cfg(feature = "flex")]
-use burn::backend::{Dispatch, DispatchDevice, backend_extension, tensor::{FloatTensor, IntTensor}};
+use burn::backend::{
+    Dispatch, DispatchDevice, backend_extension,
+    tensor::{FloatTensor, IntTensor},
+};
 use burn::tensor::{DType, Int, Tensor};
 
 /// Which keys a query sees: those at or before its own place, of its own segment, and inside the window.
@@ -52,7 +55,12 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`swiglu`].
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
     /// See [`rotate`]; `sign` is -1 for the inverse rotation.
-    fn rotate(x: FloatTensor<Self>, cos: FloatTensor<Self>, sin: FloatTensor<Self>, sign: f32) -> FloatTensor<Self>;
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        sign: f32,
+    ) -> FloatTensor<Self>;
     /// See [`attention`].
     fn attention(
         q: FloatTensor<Self>,

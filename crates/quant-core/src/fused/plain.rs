@@ -22,7 +22,8 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
 pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let [batch, length, heads, head_dim] = x.dims();
     let half = head_dim / 2;
-    let spread = |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
+    let spread =
+        |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
     let (cos, sin) = (spread(cos), spread(sin));
     let (low, high) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
     let first = low.clone() * cos.clone() - high.clone() * sin.clone();

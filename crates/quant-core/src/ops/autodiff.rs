@@ -37,7 +37,12 @@ impl<B: PackedOps + PackedKernels, C: CheckpointStrategy> PackedOps for Autodiff
         impl<B: PackedOps + PackedKernels> Backward<B, 3> for PackedLinear {
             type State = State<B>;
 
-            fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, checkpointer: &mut Checkpointer) {
+            fn backward(
+                self,
+                ops: Ops<Self::State, 3>,
+                grads: &mut Gradients,
+                checkpointer: &mut Checkpointer,
+            ) {
                 let [node_x, node_scales, node_offsets] = ops.parents;
                 let dy = grads.consume::<B>(&ops.node);
                 let State { x, codes, scales, offsets, spec } = ops.state;
@@ -65,7 +70,8 @@ impl<B: PackedOps + PackedKernels, C: CheckpointStrategy> PackedOps for Autodiff
         }
 
         let learned = scales.is_tracked() || offsets.is_tracked();
-        match PackedLinear.prepare::<C>([x.node(), scales.node(), offsets.node()]).compute_bound().stateful() {
+        match PackedLinear.prepare::<C>([x.node(), scales.node(), offsets.node()]).compute_bound().stateful()
+        {
             OpsKind::Tracked(mut prep) => {
                 let state = State::<B> {
                     x: learned.then(|| prep.checkpoint(&x)),
@@ -105,7 +111,12 @@ impl<B: PackedOps + PackedKernels, C: CheckpointStrategy> PackedOps for Autodiff
         impl<B: PackedOps + PackedKernels> Backward<B, 2> for PackedDequantize {
             type State = State<B>;
 
-            fn backward(self, ops: Ops<Self::State, 2>, grads: &mut Gradients, _checkpointer: &mut Checkpointer) {
+            fn backward(
+                self,
+                ops: Ops<Self::State, 2>,
+                grads: &mut Gradients,
+                _checkpointer: &mut Checkpointer,
+            ) {
                 let [node_scales, node_offsets] = ops.parents;
                 let dw = grads.consume::<B>(&ops.node);
                 let State { codes, scales, offsets, spec, .. } = ops.state;
@@ -128,7 +139,8 @@ impl<B: PackedOps + PackedKernels, C: CheckpointStrategy> PackedOps for Autodiff
                     offsets: offsets.primitive().clone(),
                     spec,
                 };
-                let dense = B::packed_dequantize(codes, scales.into_primitive(), offsets.into_primitive(), spec);
+                let dense =
+                    B::packed_dequantize(codes, scales.into_primitive(), offsets.into_primitive(), spec);
                 prep.finish(state, dense)
             }
             OpsKind::UnTracked(prep) => prep.finish(B::packed_dequantize(

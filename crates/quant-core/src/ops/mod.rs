@@ -163,7 +163,12 @@ pub fn packed_linear<const D: usize>(
     spec: PackedSpec,
 ) -> Tensor<D> {
     let mut sizes = x.dims();
-    assert_eq!(sizes[D - 1], spec.d_input, "packed_linear: x is {sizes:?}, the weight has {} inputs", spec.d_input);
+    assert_eq!(
+        sizes[D - 1],
+        spec.d_input,
+        "packed_linear: x is {sizes:?}, the weight has {} inputs",
+        spec.d_input
+    );
     let rows: usize = sizes[..D - 1].iter().product();
     sizes[D - 1] = spec.d_output;
     Tensor::<2>::from_dispatch(Dispatch::packed_linear(

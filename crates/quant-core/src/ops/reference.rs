@@ -11,7 +11,12 @@ use crate::{
 };
 
 /// [`packed_dequantize`](super::packed_dequantize) without kernels.
-pub fn packed_dequantize(codes: Tensor<2, Int>, scales: Tensor<2>, offsets: Tensor<2>, spec: PackedSpec) -> Tensor<2> {
+pub fn packed_dequantize(
+    codes: Tensor<2, Int>,
+    scales: Tensor<2>,
+    offsets: Tensor<2>,
+    spec: PackedSpec,
+) -> Tensor<2> {
     let device = scales.device();
     let levels = levels(unpack(codes, spec), spec);
     let index = |size: usize, block: usize| {
@@ -58,7 +63,9 @@ fn unpack(words: Tensor<2, Int>, spec: PackedSpec) -> Tensor<2, Int> {
 fn levels(codes: Tensor<2, Int>, spec: PackedSpec) -> Tensor<2> {
     let device = codes.device();
     match spec.value {
-        Value::Affine { bits, grid: Grid::Symmetric } => codes.float().sub_scalar((1u32 << (bits - 1)) as f32),
+        Value::Affine { bits, grid: Grid::Symmetric } => {
+            codes.float().sub_scalar((1u32 << (bits - 1)) as f32)
+        }
         Value::Affine { .. } => codes.float(),
         Value::Codebook(codebook) => {
             let levels = codebook.levels();

@@ -85,10 +85,8 @@ fn code_at(codes: &Tensor<u32>, input: usize, output: usize, #[comptime] format:
     let row = (input / RUN) * bits + bit / 32;
     let shift = (bit % 32) as u32;
     let mut code = codes[row * codes.stride(0) + output * codes.stride(1)] >> shift;
-    if comptime!(32 % bits != 0) {
-        if shift + comptime!(bits as u32) > 32 {
-            code |= codes[(row + 1) * codes.stride(0) + output * codes.stride(1)] << (32 - shift);
-        }
+    if shift + comptime!(bits as u32) > 32 {
+        code |= codes[(row + 1) * codes.stride(0) + output * codes.stride(1)] << (32 - shift);
     }
     code & comptime!((1u32 << bits) - 1)
 }

@@ -86,12 +86,38 @@ unsafe fn run_words<L: Lanes, const BITS: u32>(at: *const u32, stride: usize) ->
 
 /// Repeats a statement for `$j` in 0..8, unrolled with a constant.
 macro_rules! unroll8 {
-    ($j:ident => $body:block) => {
-        { const $j: usize = 0; $body } { const $j: usize = 1; $body }
-        { const $j: usize = 2; $body } { const $j: usize = 3; $body }
-        { const $j: usize = 4; $body } { const $j: usize = 5; $body }
-        { const $j: usize = 6; $body } { const $j: usize = 7; $body }
-    };
+    ($j:ident => $body:block) => {{
+        const $j: usize = 0;
+        $body
+    }
+    {
+        const $j: usize = 1;
+        $body
+    }
+    {
+        const $j: usize = 2;
+        $body
+    }
+    {
+        const $j: usize = 3;
+        $body
+    }
+    {
+        const $j: usize = 4;
+        $body
+    }
+    {
+        const $j: usize = 5;
+        $body
+    }
+    {
+        const $j: usize = 6;
+        $body
+    }
+    {
+        const $j: usize = 7;
+        $body
+    }};
 }
 
 /// Calls `$name::<L, BITS>` for the width in `$bits`.

@@ -243,7 +243,13 @@ impl<'a> View<'a> {
     }
 
     /// Adds the gradients of one block row, given `dw` of its inputs `[k1 - k0, d_output]`.
-    fn reduce_block(&self, (k0, k1): (usize, usize), dw: &[f32], d_scales: &mut [f32], d_offsets: &mut [f32]) {
+    fn reduce_block(
+        &self,
+        (k0, k1): (usize, usize),
+        dw: &[f32],
+        d_scales: &mut [f32],
+        d_offsets: &mut [f32],
+    ) {
         let (d_output, bits) = (self.spec.d_output, self.spec.value.bits());
         for k in k0..k1 {
             let (row, shift) = crate::packing::position(k, bits);
@@ -360,7 +366,11 @@ pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
 
 /// The words of a contiguous integer tensor; U32 and I32 hold the same bits.
 fn words(tensor: &FlexTensor) -> &[u32] {
-    assert!(matches!(tensor.dtype(), DType::U32 | DType::I32), "codes must be U32, found {:?}", tensor.dtype());
+    assert!(
+        matches!(tensor.dtype(), DType::U32 | DType::I32),
+        "codes must be U32, found {:?}",
+        tensor.dtype()
+    );
     bytemuck::cast_slice(tensor.bytes())
 }
 
@@ -438,7 +448,9 @@ impl PackedKernels for Flex {
             view.parameter_gradients(|(k0, k1), dw| {
                 let (x, dy) = (Matrix::columns(&x[k0..], spec.d_input), Matrix::rows(dy, spec.d_output));
                 // SAFETY: `dw` is the task's own.
-                unsafe { matmul([k1 - k0, spec.d_output, rows], dw.as_mut_ptr(), spec.d_output, false, x, dy) }
+                unsafe {
+                    matmul([k1 - k0, spec.d_output, rows], dw.as_mut_ptr(), spec.d_output, false, x, dy)
+                }
             })
         });
         let shape = spec.scale_shape();

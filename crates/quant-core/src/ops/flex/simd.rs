@@ -248,8 +248,7 @@ pub fn exp(x: f32) -> f32 {
     /// `ln 2` in two parts, the first exact in few bits.
     const LN_2: [f32; 2] = [0.693_359_4, -2.121_944_4e-4];
     /// 1 / n! for n = 7 .. 2.
-    const TERMS: [f32; 6] =
-        [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];
+    const TERMS: [f32; 6] = [1.0 / 5040.0, 1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5];
     let x = x.clamp(-87.0, 87.0);
     let shifted = x * std::f32::consts::LOG2_E + ROUND;
     let n = shifted - ROUND;
