@@ -110,7 +110,7 @@ fn main() -> Result<()> {
 
     let packed = dense.map(|name, linear| pack(name, linear, &device))?;
     println!("packed: accuracy {:.3}", accuracy(&packed, points(1000, 0, &device)));
-    println!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 3, &device)));
+    println!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 4, &device)));
 
     let slots = [("hidden".to_string(), [INPUTS, HIDDEN]), ("output".to_string(), [HIDDEN, CLASSES])];
     let attacher = LoraAttacher::new(
@@ -120,7 +120,7 @@ fn main() -> Result<()> {
     )?;
     let adapted: Classifier<Adapted<QuantLinear, Lora>> =
         packed.map(|name, base| Ok(attacher.attach(name, base)?))?;
-    let adapted = train(adapted, 3, &device);
-    println!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 3, &device)));
+    let adapted = train(adapted, 4, &device);
+    println!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 4, &device)));
     Ok(())
 }

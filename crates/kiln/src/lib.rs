@@ -10,3 +10,7 @@ pub use kiln_training as training;
 mod lora;
 
 pub use lora::{LoraModel, attach_lora, load_lora, save_lora};
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+struct RootReadme;

@@ -2,3 +2,5 @@
 
 #[cfg(target_os = "linux")]
 mod memory;
+#[cfg(all(feature = "flex", feature = "wgpu"))]
+mod wgpu;

@@ -8,6 +8,7 @@ use kiln_quant_core::PackedTensor;
 
 /// A table `[vocabulary, width]`.
 #[derive(Module, Debug)]
+#[allow(clippy::large_enum_variant)] // a model holds one
 pub enum Embedding {
     /// Dense.
     Dense(DenseEmbedding),

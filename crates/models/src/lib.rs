@@ -1,4 +1,4 @@
-//! Language models on packed weights.
+#![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod any_model;
@@ -39,4 +39,4 @@ pub use nll::token_nll;
 pub use norm::{LayerNorm, RmsNorm};
 pub use opt::Opt;
 pub use source::{DenseTensor, StoredWeight, TensorSource};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{DecodeStream, Tokenizer};

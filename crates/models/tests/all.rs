@@ -4,3 +4,4 @@ mod driver;
 mod generate;
 mod golden;
 mod nll;
+mod smollm2;

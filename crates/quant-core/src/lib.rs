@@ -1,4 +1,4 @@
-//! Packed low-bit weights for [Burn](burn).
+#![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod atomic_file;

@@ -150,11 +150,11 @@ impl PackedTensor {
             })
             .collect();
         let ids = Tensor::cat(bytes, 1).cast(burn::tensor::IntDType::I32);
-        let ids = ids.clone().reshape([ids.shape().num_elements()]).slice([0..count]);
+        let ids = ids.clone().reshape([ids.shape().num_elements()]).narrow(0, 0, count);
         let nested = self.scales.val();
         let blocks = nested.dims()[1];
         let nested = nested.reshape([blocks, 1]).expand([blocks, DOUBLE_BLOCK]);
-        let nested = nested.reshape([blocks * DOUBLE_BLOCK]).slice([0..count]);
+        let nested = nested.reshape([blocks * DOUBLE_BLOCK]).narrow(0, 0, count);
         let scales = Tensor::<1>::from_floats(DYNAMIC_MAP, &device).select(0, ids) * nested + offset.val();
         scales.reshape([columns, rows]).transpose()
     }

@@ -4,6 +4,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     fs,
+    panic::AssertUnwindSafe,
     path::{Path, PathBuf},
 };
 
@@ -197,5 +198,10 @@ fn parameters(path: &Path, fresh: &BTreeMap<String, Parameter>) -> Result<BTreeM
 pub(crate) fn load_optimizer(folder: &Path, optimizer: ModuleOptimizer) -> Result<ModuleOptimizer> {
     let path = find(folder).join(OPTIMIZER);
     let bytes = burn::tensor::Bytes::from_bytes_vec(read(&path)?);
-    optimizer.from_bytes(bytes).map_err(|error| wrong(&path, "record", "an optimizer's record", error))
+    // Burn panics on a record without parameter ids; a damaged file must be an error.
+    let loaded = std::panic::catch_unwind(AssertUnwindSafe(|| optimizer.from_bytes(bytes)));
+    let refused = |found: String| wrong(&path, "record", "an optimizer's record", found);
+    loaded
+        .map_err(|_| refused("one that Burn can't read".into()))?
+        .map_err(|error| refused(error.to_string()))
 }

@@ -1,4 +1,4 @@
-//! Fine-tuning.
+#![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod batch;

@@ -56,7 +56,7 @@ fn unpack(words: Tensor<2, Int>, spec: PackedSpec) -> Tensor<2, Int> {
     let low = words.clone().select(0, low_row).bitwise_right_shift(spread(shift));
     let high = words.select(0, high_row).bitwise_left_shift(spread(left)) * spread(straddles);
     let codes = low.bitwise_or(high).bitwise_and_scalar((1i64 << bits) - 1);
-    codes.slice([0..spec.d_input])
+    codes.narrow(0, 0, spec.d_input)
 }
 
 /// The number that each code stands for before scaling.
