@@ -197,7 +197,7 @@ impl PackedKernels for CubeBackend {
         Self::float_matmul(dy, Self::float_transpose(dense))
     }
 
-    /// Holds `dW` of [`GRADIENT_OUTPUTS`] outputs (or of one block, if wider) at a time, in f32.
+    /// Holds `dW` of `GRADIENT_OUTPUTS` outputs (or of one block, if wider) at a time, in f32.
     fn packed_linear_dparams(
         x: FloatTensor<Self>,
         dy: FloatTensor<Self>,
