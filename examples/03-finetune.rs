@@ -118,7 +118,9 @@ impl Options {
         let mut config = PeftConfig::new(self.rank, self.alpha, targets);
         config.lora_dropout = self.dropout;
         config.use_rslora = matches!(self.method, Method::Rslora);
-        config.base_model_name_or_path = self.model.model.as_ref().map(|path| path.display().to_string());
+        // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
+        let base = self.model.model.as_ref().and_then(|path| path.file_name());
+        config.base_model_name_or_path = base.map(|name| name.to_string_lossy().into_owned());
         config
     }
 

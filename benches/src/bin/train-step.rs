@@ -1,14 +1,19 @@
 //! Times one training step of a model with LoRA on a packed base, beside the f32 matrix product of the same process.
 //!
 //! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps]`
+//!
+//! The scheme is one of Kiln's, `stored`, or `burn-qlora` for Burn's own `apply_qlora` on the dense model.
 
 use std::{error::Error, sync::Arc, time::Instant};
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::{
+    module::Module,
+    tensor::{Device, Distribution, Tensor},
+};
 use kiln::{
     adapters::{PeftConfig, TargetModules},
-    models::{CausalLm, Checkpoint, LoadOptions, Recompute},
-    quant::{Plan, Scheme},
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
+    quant::{Plan, QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 
@@ -22,12 +27,14 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
 
     let checkpoint = Checkpoint::open(model)?;
-    let schemes = if scheme == "stored" { None } else { Some(Plan::uniform(scheme.parse::<Scheme>()?)) };
+    let schemes = match scheme.as_str() {
+        "stored" => None,
+        "burn-qlora" => Some(Plan::uniform(Scheme::Dense)),
+        scheme => Some(Plan::uniform(scheme.parse::<Scheme>()?)),
+    };
     let (model, report) = checkpoint.load(&LoadOptions { schemes, ..LoadOptions::default() }, &device)?;
     let parameters = report.storage.total_values();
     let loaded = peak_rss();
-    let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-    let (model, attacher) = kiln::attach_lora(model, &config, 0)?;
     let vocabulary = model.vocab_size();
     let ids = (0..(batch * length * (steps + 3)) as u32).map(|i| i * 7919 % vocabulary as u32).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(length, vocabulary))?);
@@ -37,15 +44,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         "block" => Recompute::Block,
         other => return Err(format!("expected none or block, found {other}").into()),
     };
-    let mut trainer = Trainer::new(model, dataset, options)?;
-    let _ = attacher;
-    // The first step grows buffers.
-    trainer.step()?;
-    let mut seconds: Vec<f64> = Vec::new();
-    for _ in 0..steps {
-        seconds.push(trainer.step()?.seconds);
-    }
-    let step = median(&mut seconds);
+    let step = if scheme == "burn-qlora" {
+        time_steps(Trainer::new(burn_qlora(model)?, dataset, options)?, steps)?
+    } else {
+        let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
+        time_steps(Trainer::new(kiln::attach_lora(model, &config, 0)?.0, dataset, options)?, steps)?
+    };
     let peak = peak_rss();
 
     let a = Tensor::<2>::random([512, 576], Distribution::Normal(0.0, 1.0), &device);
@@ -67,6 +71,31 @@ fn main() -> Result<(), Box<dyn Error>> {
     println!("step {step:.3} s, {:.0} tokens/s, peak {:.0} MB", tokens / step, peak / 1e6);
     println!("model {:.1} GFLOP/s, matmul {:.1} GFLOP/s, ratio {:.3}", flops / 1e9, rate / 1e9, flops / rate);
     Ok(())
+}
+
+/// Median seconds of a step; the first one, which grows buffers, is left out.
+fn time_steps<M: CausalLm>(mut trainer: Trainer<M>, steps: usize) -> Result<f64, Box<dyn Error>> {
+    trainer.step()?;
+    let mut seconds = Vec::new();
+    for _ in 0..steps {
+        seconds.push(trainer.step()?.seconds);
+    }
+    Ok(median(&mut seconds))
+}
+
+/// Burn's own QLoRA on the blocks' linears: 4 bits in blocks of 64, rank 16.
+fn burn_qlora(model: AnyModel<QuantLinear>) -> Result<AnyModel<QuantLinear>, Box<dyn Error>> {
+    use burn::{
+        module::{Lora, ParamGroup, QLora, Quantizer},
+        tensor::quantization::{Calibration, QuantScheme, QuantStore, QuantValue, ScaleDtype},
+    };
+    let group = ParamGroup::from_regex(r"layers\..*_proj\..*weight$")?;
+    let scheme = QuantScheme::default()
+        .with_value(QuantValue::Q4F)
+        .with_store(QuantStore::Native)
+        .per_block([64], ScaleDtype::F32);
+    let lora = Lora::new(16, 16.0).set_param_group(group);
+    Ok(model.apply_qlora(QLora::new(lora, Quantizer::new(Calibration::MinMax, scheme))))
 }
 
 fn median(values: &mut [f64]) -> f64 {

@@ -195,7 +195,8 @@ impl<M: CausalLm> Trainer<M> {
     /// A run from its beginning.
     ///
     /// # Errors
-    /// Options out of range, data that doesn't fit them, or a model without trainable parameters.
+    /// Options out of range, data that doesn't fit them, rows longer than the model has positions, or a model without
+    /// trainable parameters.
     pub fn new(model: M, dataset: Arc<Dataset>, config: TrainerConfig) -> Result<Self> {
         let schedule = config.check()?;
         let model = model.train();
@@ -204,6 +205,14 @@ impl<M: CausalLm> Trainer<M> {
                 name: "model".into(),
                 expected: "parameters that require gradients".into(),
                 found: "none: attach an adapter, or unfreeze the model".into(),
+            });
+        }
+        let (length, limit) = (dataset.options().seq_len, model.max_positions());
+        if length > limit {
+            return Err(Error::Argument {
+                name: "seq_len".into(),
+                expected: format!("at most {limit}, the model's positions"),
+                found: length.to_string(),
             });
         }
         Ok(Self {

@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, DropoutClock, Lora, LoraAttacher, PeftConfig, PeftFolder, TargetModules};
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Recompute, Slots};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{Golden, max_difference, testdata};
 use kiln_training::{
@@ -281,6 +281,16 @@ fn divergence_changes_nothing() {
     };
     assert!(same(&parameters(trainer.model()), &before));
     assert_eq!(trainer.steps_done(), 0);
+}
+
+#[test]
+fn rows_longer_than_the_model_are_refused() {
+    let model = base("tiny/llama-untied-bf16", None).unfreeze();
+    let limit = model.max_positions();
+    let ids = (0..4 * limit as u32).map(|id| id % 256).collect();
+    let dataset = Dataset::from_ids(ids, &DataOptions::new(limit + 1, 256)).unwrap();
+    let error = Trainer::new(model, Arc::new(dataset), config(1, 1)).map(|_| ()).unwrap_err();
+    assert!(error.to_string().starts_with("seq_len: expected at most"), "{error}");
 }
 
 #[test]
