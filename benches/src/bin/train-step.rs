@@ -89,7 +89,8 @@ fn burn_qlora(model: AnyModel<QuantLinear>) -> Result<AnyModel<QuantLinear>, Box
         module::{Lora, ParamGroup, QLora, Quantizer},
         tensor::quantization::{Calibration, QuantScheme, QuantStore, QuantValue, ScaleDtype},
     };
-    let group = ParamGroup::from_regex(r"layers\..*_proj\..*weight$")?;
+    let pattern = r"layers\..*_proj\..*weight$";
+    let group = ParamGroup::from_regex(pattern).map_err(|error| format!("{error:?}"))?;
     let scheme = QuantScheme::default()
         .with_value(QuantValue::Q4F)
         .with_store(QuantStore::Native)
