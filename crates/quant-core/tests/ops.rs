@@ -101,6 +101,47 @@ pub fn check_forward(device: &Device, cases: &[Case], rows: &[usize], tolerance:
     }
 }
 
+/// One row times a weight and its transpose, against sums in f64: blocks of values of other sizes, and zeros.
+/// `tolerance` is relative to the sum of the row's sizes times the largest weight, since scale and offset of a weight
+/// may cancel.
+pub fn check_one_row(device: &Device, cases: &[Case], exponents: &[[i32; 2]], tolerance: f64) {
+    for &(scheme, d_input, d_output) in cases {
+        let host = random_weight(scheme, d_input, d_output, 21);
+        let packed = PackedTensor::new(&host, device);
+        let dense = host.dequantize();
+        let largest = dense.iter().fold(0.0f32, |max, w| max.max(w.abs()));
+        for exponents in exponents {
+            let row = |seed: u64, size: usize| -> Vec<f32> {
+                let sized = |(k, v): (usize, &f32)| match k % 5 {
+                    3 => 0.0,
+                    _ => v * (exponents[k / 32 % 2] as f32).exp2(),
+                };
+                values(seed, size).iter().enumerate().map(sized).collect()
+            };
+            let on_device =
+                |row: &[f32]| Tensor::<2>::from_data(TensorData::new(row.to_vec(), [1, row.len()]), device);
+            let check = |what: &str, found: f32, row: &[f32], weights: &[f32]| {
+                let expected: f64 = row.iter().zip(weights).map(|(a, w)| f64::from(*a) * f64::from(*w)).sum();
+                let difference = (f64::from(found) - expected).abs();
+                let size = row.iter().map(|a| f64::from(a.abs())).sum::<f64>() * f64::from(largest);
+                assert!(
+                    difference <= tolerance * size,
+                    "{scheme} {d_input}x{d_output}, 2^{exponents:?}, {what}: off by {difference:e} of {size:e}"
+                );
+            };
+            let x = row(22, d_input);
+            for (n, &y) in read(packed.forward(on_device(&x))).iter().enumerate() {
+                check("forward", y, &x, &dense[n * d_input..][..d_input]);
+            }
+            let dy = row(23, d_output);
+            for (k, &dx) in read(packed.backward(on_device(&dy))).iter().enumerate() {
+                let weights: Vec<f32> = dense[k..].iter().step_by(d_input).copied().collect();
+                check("gradient", dx, &dy, &weights);
+            }
+        }
+    }
+}
+
 /// Gradients of the input equal those through the dense weight on the CPU, relatively.
 pub fn check_input_gradient(device: &Device, cases: &[Case], rows: &[usize], tolerance: f64) {
     let cpu = Device::flex();
@@ -288,6 +329,40 @@ fn dequantize_equals_the_host_and_the_plain_version_bit_for_bit() {
 #[test]
 fn forward_equals_a_dense_product() {
     check_forward(&Device::flex(), CASES, &ROWS, 2e-6);
+}
+
+#[test]
+fn one_row_walks_the_edges_of_runs_and_vectors() {
+    let schemes = ["affine2:32", "affine3:32", "affine4:32:sym", "affine8:32:sym", "affine8:col", "nf4:32"];
+    let inputs = [1, 31, 32, 33, 64];
+    let outputs = [1, 15, 16, 17, 63, 64, 65, 80, 129, 257];
+    let mut cases: Vec<Case> = Vec::new();
+    for scheme in schemes {
+        for k in inputs {
+            cases.extend(outputs.map(|n| (scheme, k, n)));
+        }
+    }
+    check_one_row(&Device::flex(), &cases, &[[0, 0]], 1e-6);
+}
+
+#[test]
+fn one_row_keeps_values_of_every_size() {
+    let schemes = ["affine2:64", "affine3:64", "affine4:32", "affine4:col:sym", "affine8:64:sym", "nf4:64"];
+    let exponents = [[-90, -70], [-30, 0], [0, 30], [60, 90]];
+    check_one_row(&Device::flex(), &schemes.map(|scheme| (scheme, 192, 100)), &exponents, 1e-6);
+}
+
+#[test]
+fn values_that_are_not_finite_stay_so() {
+    for scheme in ["affine4:32", "affine8:32:sym", "nf4:32"] {
+        let packed = PackedTensor::new(&random_weight(scheme, 96, 20, 23), &Device::flex());
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut x = values(24, 96);
+            x[50] = bad;
+            let x = Tensor::<2>::from_data(TensorData::new(x, [1, 96]), &Device::flex());
+            assert!(read(packed.forward(x)).iter().all(|y| !y.is_finite()), "{scheme}, {bad}");
+        }
+    }
 }
 
 #[test]

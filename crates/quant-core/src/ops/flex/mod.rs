@@ -1,10 +1,15 @@
 //! Flex (CPU). Few rows: unpack and dot in registers, bound by memory. Many rows: unpack a tile that stays in the
 //! cache, then the matrix product that Flex itself uses. Parallel over outputs (forward) or inputs (backward).
 
+#[cfg(target_arch = "x86_64")]
+mod integer_dot;
 mod kernels;
 pub(crate) mod simd;
 
-use std::cell::RefCell;
+use std::{
+    cell::RefCell,
+    sync::atomic::{AtomicUsize, Ordering},
+};
 
 use burn::backend::{
     flex::{Flex, FlexTensor},
@@ -16,14 +21,14 @@ use rayon::prelude::*;
 
 use self::kernels::{Levels, Tile, decode, row_times, row_times_transposed};
 use super::{FEW_ROWS, PackedKernels, PackedOps, PackedSpec};
-use crate::packing::RUN;
+use crate::{Value, packing::RUN};
 
 /// Inputs of a tile; a multiple of [`RUN`].
 const TILE_INPUTS: usize = 256;
 /// Outputs of a tile: together 256 KiB, a quarter of a typical second-level cache.
 const TILE_OUTPUTS: usize = 256;
 /// Outputs of a task of the fused kernel, so that its sums stay in the first-level cache.
-const ROW_OUTPUTS: usize = 512;
+const ROW_OUTPUTS: usize = 256;
 
 /// A mutable pointer that tasks may share; each writes its own part.
 #[derive(Clone, Copy)]
@@ -139,12 +144,18 @@ impl<'a> View<'a> {
 
     /// One row times the weight.
     fn row_forward(&self, x: &[f32], y: &mut [f32]) {
+        #[cfg(target_arch = "x86_64")]
+        if self.integer_row_forward(x, y) {
+            return;
+        }
         let spec = &self.spec;
         let mut padded = x.to_vec();
         padded.resize(spec.d_input.next_multiple_of(RUN), 0.0);
         let sums: Vec<f32> = x.chunks(spec.inputs).map(|block| block.iter().sum()).collect();
-        y.par_chunks_mut(ROW_OUTPUTS).enumerate().for_each(|(i, y)| {
-            let n = (i * ROW_OUTPUTS, i * ROW_OUTPUTS + y.len());
+        let out = SharedMut(y.as_mut_ptr());
+        share(spec.d_output, ROW_OUTPUTS, |n| {
+            // SAFETY: parts are disjoint and lie inside `y`.
+            let y = unsafe { std::slice::from_raw_parts_mut(out.at(n.0), n.1 - n.0) };
             y.fill(0.0);
             SCRATCH.with_borrow_mut(|[raw, scratch @ ..]| {
                 if raw.len() < y.len() {
@@ -161,11 +172,35 @@ impl<'a> View<'a> {
         });
     }
 
+    /// [`Self::row_forward`] by integer products, where processor, codes and values allow it.
+    #[cfg(target_arch = "x86_64")]
+    fn integer_row_forward(&self, x: &[f32], y: &mut [f32]) -> bool {
+        let (spec, Levels { bits, center, .. }) = (&self.spec, self.levels);
+        let inputs = spec.inputs.min(spec.d_input);
+        if !matches!(spec.value, Value::Affine { .. }) || !integer_dot::supported(bits, inputs) {
+            return false;
+        }
+        let Some(row) = integer_dot::DigitRow::new(x, inputs, bits, center) else { return false };
+        let out = SharedMut(y.as_mut_ptr());
+        let part = |n: (usize, usize)| {
+            SCRATCH.with_borrow_mut(|[_, scratch @ ..]| {
+                self.tile((0, spec.d_input), n, scratch, |tile| {
+                    // SAFETY: `supported` was asked; parts were checked in `new`; parts are disjoint, inside `y`;
+                    // `row` was made from this weight's inputs, blocks and width, which are whole runs.
+                    unsafe { integer_dot::row_times(tile, &row, out.at(n.0)) }
+                });
+            });
+        };
+        share(spec.d_output, ROW_OUTPUTS, part);
+        true
+    }
+
     /// One row times the transposed weight.
     fn row_backward(&self, dy: &[f32], dx: &mut [f32]) {
-        let inputs = self.spec.inputs;
-        dx.par_chunks_mut(inputs).enumerate().for_each(|(block, dx)| {
-            let k = (block * inputs, block * inputs + dx.len());
+        let out = SharedMut(dx.as_mut_ptr());
+        share(dx.len(), self.spec.inputs, |k| {
+            // SAFETY: parts are disjoint and lie inside `dx`.
+            let dx = unsafe { std::slice::from_raw_parts_mut(out.at(k.0), k.1 - k.0) };
             SCRATCH.with_borrow_mut(|[scaled, scratch @ ..]| {
                 if scaled.len() < dy.len() {
                     scaled.resize(dy.len(), 0.0);
@@ -293,6 +328,27 @@ fn spans(size: usize, step: usize) -> impl IndexedParallelIterator<Item = (usize
     let parts = size.div_ceil(step).next_multiple_of(rayon::current_num_threads());
     let step = size.div_ceil(parts).next_multiple_of(RUN);
     (0..size.div_ceil(step)).into_par_iter().map(move |i| (i * step, size.min((i + 1) * step)))
+}
+
+/// Runs `f` on `0..size` in parts of `step`, on this thread and the pool's: for work so short that waking another
+/// thread must not delay its beginning.
+fn share(size: usize, step: usize, f: impl Fn((usize, usize)) + Sync) {
+    let next = AtomicUsize::new(0);
+    let work = || {
+        loop {
+            let start = next.fetch_add(step, Ordering::Relaxed);
+            if start >= size {
+                break;
+            }
+            f((start, size.min(start + step)));
+        }
+    };
+    rayon::in_place_scope(|scope| {
+        for _ in 1..rayon::current_num_threads().min(size.div_ceil(step)) {
+            scope.spawn(|_| work());
+        }
+        work();
+    });
 }
 
 /// A matrix in memory with its strides.

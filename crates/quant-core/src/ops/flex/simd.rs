@@ -30,6 +30,8 @@ pub trait Lanes: Copy {
     fn lookup(table: Self::Table, words: Self::Words, shift: u32) -> Self;
     /// `(words >> shift) mod 256`, as floats; `shift` is a constant after inlining, as in the others.
     fn byte(words: Self::Words, shift: u32) -> Self;
+    /// `words & mask`, as floats.
+    fn masked(words: Self::Words, mask: u32) -> Self;
     /// `low >> shift | high << (32 - shift)`, for `0 < shift < 32`.
     fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words;
     /// `self + other`.
@@ -89,6 +91,10 @@ impl Lanes for Portable {
     #[inline(always)]
     fn byte(words: Self::Words, shift: u32) -> Self {
         Self(std::array::from_fn(|i| ((words[i] >> shift) & 255) as i32 as f32))
+    }
+    #[inline(always)]
+    fn masked(words: Self::Words, mask: u32) -> Self {
+        Self(std::array::from_fn(|i| (words[i] & mask) as f32))
     }
     #[inline(always)]
     fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {
@@ -170,6 +176,10 @@ mod avx512 {
                 let byte = _mm512_and_si512(shr(words, shift), _mm512_set1_epi32(255));
                 _mm512_cvtepi32_ps(byte)
             })
+        }
+        #[inline(always)]
+        fn masked(words: Self::Words, mask: u32) -> Self {
+            Self(unsafe { _mm512_cvtepu32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask as i32))) })
         }
         #[inline(always)]
         fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {

@@ -1,0 +1,248 @@
+//! One row times affine codes of 2, 4 or 8 bits, on processors with byte dot products (AVX-512 VNNI).
+//!
+//! Each block of the row is written in three signed digits of base 256 under a power of two, to 2^-22 of the block's
+//! largest value; their products with the codes are then summed without rounding, four codes an instruction. Other
+//! processors, widths and codebooks take the kernels of [`super::kernels`].
+
+use std::arch::x86_64::*;
+
+use super::{kernels::Tile, simd::vectorize};
+use crate::packing::RUN;
+
+/// Digits of a value.
+const DIGITS: usize = 3;
+/// What the digits count in units of the last one.
+const WEIGHTS: [f32; DIGITS] = [65536.0, 256.0, 1.0];
+/// Longest block whose sums fit 32 bits at 8 bits a code: 255 * 128 * 2^15 < 2^31.
+const MAX_BLOCK: usize = 1 << 15;
+/// Outputs of one vector.
+const LANES: usize = 16;
+
+/// A row in digits.
+pub struct DigitRow {
+    /// For each word of a column and each of its parts (codes that one mask picks), four digits in a word.
+    digits: Vec<[i32; DIGITS]>,
+    blocks: Vec<DigitBlock>,
+}
+
+/// What is shared by a block of the row.
+struct DigitBlock {
+    /// The power of two that the last digit counts.
+    unit: f32,
+    /// Sum of the values.
+    sum: f32,
+    /// Where each digit's sum of products starts: less the grid's centre times the sum of the digits.
+    start: [i32; DIGITS],
+}
+
+/// Whether this processor and these codes take this path; blocks of `inputs` must be whole runs or one in all.
+pub fn supported(bits: u32, inputs: usize) -> bool {
+    bits != 3 && inputs <= MAX_BLOCK && super::simd::avx512() && is_x86_feature_detected!("avx512vnni")
+}
+
+impl DigitRow {
+    /// `None` where a value isn't finite.
+    pub fn new(x: &[f32], inputs: usize, bits: u32, center: f32) -> Option<Self> {
+        vectorize(|| {
+            let mut planes =
+                std::array::from_fn::<_, DIGITS, _>(|_| vec![0i8; x.len().next_multiple_of(RUN)]);
+            let mut blocks = Vec::with_capacity(x.len().div_ceil(inputs));
+            for (block, x) in x.chunks(inputs).enumerate() {
+                let [a, b, c] = &mut planes;
+                let range = block * inputs..block * inputs + x.len();
+                let planes = [&mut a[range.clone()], &mut b[range.clone()], &mut c[range]];
+                blocks.push(DigitBlock::new(x, planes, center)?);
+            }
+            let digits = match bits {
+                2 => group::<2, 4>(&planes),
+                4 => group::<4, 2>(&planes),
+                _ => group::<8, 1>(&planes),
+            };
+            Some(Self { digits, blocks })
+        })
+    }
+}
+
+/// The digits of the codes that each of the `PARTS` masks of a word picks; `planes` hold whole runs.
+#[inline(always)]
+fn group<const BITS: usize, const PARTS: usize>(planes: &[Vec<i8>; DIGITS]) -> Vec<[i32; DIGITS]> {
+    let mut digits = vec![[0; DIGITS]; planes[0].len() * BITS / 32 * PARTS];
+    for (digit, plane) in planes.iter().enumerate() {
+        for (parts, word) in digits.chunks_exact_mut(PARTS).zip(plane.chunks_exact(32 / BITS)) {
+            for (part, into) in parts.iter_mut().enumerate() {
+                into[digit] = i32::from_le_bytes(std::array::from_fn(|i| word[i * PARTS + part] as u8));
+            }
+        }
+    }
+    digits
+}
+
+impl DigitBlock {
+    /// Writes the digits of a block of the row; `None` where a value isn't finite.
+    #[inline(always)]
+    fn new(x: &[f32], planes: [&mut [i8]; DIGITS], center: f32) -> Option<Self> {
+        if !x.iter().all(|x| x.is_finite()) {
+            return None;
+        }
+        let largest = x.iter().fold(0.0f32, |max, x| max.max(x.abs()));
+        // 2^e with largest / 2^e in [2^21, 2^22); far below the smallest normal numbers nothing is kept.
+        let exponent = ((largest.to_bits() >> 23) as i32 - 127 - 21).max(-126);
+        let (unit, per_unit) = (power_of_two(exponent), power_of_two(-exponent));
+        let mut sums = [0i32; DIGITS];
+        let [first, second, third] = planes;
+        for (((&x, a), b), c) in x.iter().zip(first).zip(second).zip(third) {
+            [*a, *b, *c] = digits((x * per_unit).round_ties_even() as i32);
+            sums[0] += i32::from(*a);
+            sums[1] += i32::from(*b);
+            sums[2] += i32::from(*c);
+        }
+        Some(Self { unit, sum: sum(x), start: sums.map(|sum| -(center as i32) * sum) })
+    }
+}
+
+/// The sum, in as many parts as a vector has lanes.
+#[inline(always)]
+fn sum(x: &[f32]) -> f32 {
+    let (vectors, rest) = x.as_chunks::<LANES>();
+    let mut sums = [0.0; LANES];
+    for vector in vectors {
+        for (sum, x) in sums.iter_mut().zip(vector) {
+            *sum += x;
+        }
+    }
+    sums.iter().chain(rest).sum()
+}
+
+/// `2^exponent` for `-126..=127`.
+fn power_of_two(exponent: i32) -> f32 {
+    f32::from_bits(((exponent + 127) as u32) << 23)
+}
+
+/// Balanced digits of base 256, the most significant first, for `|value| <= 2^22`.
+#[inline(always)]
+fn digits(value: i32) -> [i8; DIGITS] {
+    let low = value as i8;
+    let rest = (value - i32::from(low)) >> 8;
+    let middle = rest as i8;
+    [((rest - i32::from(middle)) >> 8) as i8, middle, low]
+}
+
+/// Writes `y[c] = sum over k of x[k] * w[k, c]` for a tile of all inputs.
+///
+/// # Safety
+/// The processor must have what [`supported`] asks for; the tile's pointers must be readable as its fields say, `y`
+/// writable for its columns; `row` must come from as many inputs, in the same blocks and width.
+pub unsafe fn row_times(tile: &Tile, row: &DigitRow, y: *mut f32) {
+    // SAFETY: passed on unchanged.
+    unsafe {
+        match tile.levels.bits {
+            2 => row_times_bits::<2>(tile, row, y),
+            4 => row_times_bits::<4>(tile, row, y),
+            _ => row_times_bits::<8>(tile, row, y),
+        }
+    }
+}
+
+/// # Safety
+/// As [`row_times`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn row_times_bits<const BITS: u32>(tile: &Tile, row: &DigitRow, y: *mut f32) {
+    const WIDE: usize = 4;
+    let mut c = 0;
+    // SAFETY: the columns read and written stay below `tile.columns`; the mask leaves out those beyond.
+    unsafe {
+        while c + WIDE * LANES <= tile.columns {
+            columns::<BITS, WIDE>(tile, row, y, c, !0);
+            c += WIDE * LANES;
+        }
+        while c < tile.columns {
+            let left = tile.columns - c;
+            columns::<BITS, 1>(tile, row, y, c, if left < LANES { (1 << left) - 1 } else { !0 });
+            c += LANES;
+        }
+    }
+}
+
+/// `VECTORS` vectors of outputs from column `c` on; `mask` picks the lanes.
+///
+/// # Safety
+/// As [`row_times`], for the picked columns.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn columns<const BITS: u32, const VECTORS: usize>(
+    tile: &Tile,
+    row: &DigitRow,
+    y: *mut f32,
+    c: usize,
+    mask: __mmask16,
+) {
+    let parts = 8 / BITS as usize;
+    let low_bits = _mm512_set1_epi32(((1u32 << BITS) - 1).wrapping_mul(0x0101_0101) as i32);
+    let words_per_block = tile.inputs.div_ceil(RUN) * BITS as usize;
+    let mut sums = [_mm512_setzero_ps(); VECTORS];
+    for (index, block) in row.blocks.iter().enumerate() {
+        let mut counts = [block.start.map(|start| _mm512_set1_epi32(start)); VECTORS];
+        let first = index * words_per_block;
+        let last = (row.digits.len() / parts).min(first + words_per_block);
+        for word in first..last {
+            // SAFETY: `word` is one of the column's words, in a row of the tile; masked lanes aren't read.
+            let words: [__m512i; VECTORS] = std::array::from_fn(|v| unsafe {
+                let at = tile.words.add(word * tile.word_stride + c + v * LANES);
+                _mm512_maskz_loadu_epi32(mask, at.cast())
+            });
+            for part in 0..parts {
+                let digits = &row.digits[word * parts + part];
+                for v in 0..VECTORS {
+                    let shifted = _mm512_srl_epi32(words[v], _mm_cvtsi32_si128((part as u32 * BITS) as i32));
+                    let codes = if BITS == 8 { shifted } else { _mm512_and_si512(shifted, low_bits) };
+                    for (count, &digit) in counts[v].iter_mut().zip(digits) {
+                        *count = _mm512_dpbusd_epi32(*count, codes, _mm512_set1_epi32(digit));
+                    }
+                }
+            }
+        }
+        let parameters = index * tile.scale_stride + c;
+        for v in 0..VECTORS {
+            let mut product = _mm512_setzero_ps();
+            for (&count, weight) in counts[v].iter().zip(WEIGHTS) {
+                product = _mm512_fmadd_ps(_mm512_cvtepi32_ps(count), _mm512_set1_ps(weight), product);
+            }
+            // SAFETY: scales and offsets have a value for each column of each block; masked lanes aren't read.
+            unsafe {
+                let scale = _mm512_maskz_loadu_ps(mask, tile.scales.add(parameters + v * LANES));
+                let scale = _mm512_mul_ps(scale, _mm512_set1_ps(block.unit));
+                sums[v] = _mm512_fmadd_ps(product, scale, sums[v]);
+                if !tile.offsets.is_null() {
+                    let offset = _mm512_maskz_loadu_ps(mask, tile.offsets.add(parameters + v * LANES));
+                    sums[v] = _mm512_fmadd_ps(offset, _mm512_set1_ps(block.sum), sums[v]);
+                }
+            }
+        }
+    }
+    for (v, sum) in sums.into_iter().enumerate() {
+        // SAFETY: `y` is writable for the tile's columns; masked lanes aren't written.
+        unsafe { _mm512_mask_storeu_ps(y.add(c + v * LANES), mask, sum) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn digits_make_up_the_value() {
+        for value in (-(1 << 22)..=1 << 22).step_by(997).chain([1 << 22, 128, -128, 127, 32768, -32769]) {
+            let [high, middle, low] = digits(value).map(i32::from);
+            assert_eq!(high * 65536 + middle * 256 + low, value);
+        }
+    }
+
+    #[test]
+    fn values_that_are_not_finite_are_left_to_the_float_kernel() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = [1.0; 64];
+            x[40] = bad;
+            assert!(DigitRow::new(&x, 32, 4, 0.0).is_none());
+        }
+    }
+}
