@@ -2,15 +2,18 @@
 //!
 //! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps]`
 //!
-//! The scheme is one of Kiln's, or `stored`.
+//! The scheme is one of Kiln's, `stored`, or `burn-qlora` for Burn's own `apply_qlora` on the dense model.
 
 use std::{error::Error, sync::Arc, time::Instant};
 
-use burn::tensor::{Device, Distribution, Tensor};
+use burn::{
+    module::Module,
+    tensor::{Device, Distribution, Tensor},
+};
 use kiln::{
     adapters::{PeftConfig, TargetModules},
-    models::{CausalLm, Checkpoint, LoadOptions, Recompute},
-    quant::{Plan, Scheme},
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
+    quant::{Plan, QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 
@@ -26,6 +29,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let checkpoint = Checkpoint::open(model)?;
     let schemes = match scheme.as_str() {
         "stored" => None,
+        "burn-qlora" => Some(Plan::uniform(Scheme::Dense)),
         scheme => Some(Plan::uniform(scheme.parse::<Scheme>()?)),
     };
     let (model, report) = checkpoint.load(&LoadOptions { schemes, ..LoadOptions::default() }, &device)?;
@@ -40,8 +44,12 @@ fn main() -> Result<(), Box<dyn Error>> {
         "block" => Recompute::Block,
         other => return Err(format!("expected none or block, found {other}").into()),
     };
-    let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-    let step = time_steps(Trainer::new(kiln::attach_lora(model, &config, 0)?.0, dataset, options)?, steps)?;
+    let step = if scheme == "burn-qlora" {
+        time_steps(Trainer::new(burn_qlora(model)?, dataset, options)?, steps)?
+    } else {
+        let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
+        time_steps(Trainer::new(kiln::attach_lora(model, &config, 0)?.0, dataset, options)?, steps)?
+    };
     let peak = peak_rss();
 
     let a = Tensor::<2>::random([512, 576], Distribution::Normal(0.0, 1.0), &device);
@@ -73,6 +81,23 @@ fn time_steps<M: CausalLm>(mut trainer: Trainer<M>, steps: usize) -> Result<f64,
         seconds.push(trainer.step()?.seconds);
     }
     Ok(median(&mut seconds))
+}
+
+/// Burn's own QLoRA on the blocks' linears: 4 bits in blocks of 64, rank 16.
+fn burn_qlora(model: AnyModel<QuantLinear>) -> Result<AnyModel<QuantLinear>, Box<dyn Error>> {
+    use burn::{
+        module::{Lora, ParamGroup, QLora, Quantizer},
+        tensor::quantization::{Calibration, QuantScheme, QuantStore, QuantValue, ScaleDtype},
+    };
+    let group = ParamGroup::from_regex(r"layers\..*_proj\..*weight$").map_err(|e| format!("{e:?}"))?;
+    let scheme = QuantScheme::default()
+        .with_value(QuantValue::Q4F)
+        .with_store(QuantStore::Native)
+        .per_block([64], ScaleDtype::F32);
+    let lora = Lora::new(16, 16.0).set_param_group(group.clone());
+    let mut quantizer = Quantizer::new(Calibration::MinMax, scheme);
+    quantizer.set_param_group(group);
+    Ok(model.apply_qlora(QLora::new(lora, quantizer)))
 }
 
 fn median(values: &mut [f64]) -> f64 {
