@@ -37,6 +37,8 @@ const DENSE: [&str; 11] = [
     "opt-f32",
 ];
 
+const ROPE_SCALINGS: [&str; 3] = ["llama-rope-linear", "llama-rope-dynamic", "llama-rope-yarn"];
+
 #[test]
 fn logits_and_hidden_states_equal_transformers() {
     for folder in DENSE.into_iter().chain([
@@ -77,7 +79,12 @@ fn every_gradient_equals_torch() {
         let gradients = loss.backward();
         let mut seen = 0;
         for (name, tensor) in dense_parameters(&model) {
-            let expected = golden.floats(&format!("grad.{name}"));
+            let expected = format!("grad.{name}");
+            // The files of the RoPE scalings keep the gradients of what the scaling touches.
+            if ROPE_SCALINGS.contains(&folder) && !golden.contains(&expected) {
+                continue;
+            }
+            let expected = golden.floats(&expected);
             let found = match tensor {
                 Parameter::Vector(tensor) => tensor.grad(&gradients).map(read),
                 Parameter::Linear(tensor) => tensor.grad(&gradients).map(|g| read(g.transpose())),

@@ -1,7 +1,8 @@
-"""Makes smollm2_forward_f32.safetensors smaller: drops `pK.logits_last`, whose every 64th value, 32 largest and
-logarithm of the sum of exponentials stay. Usage: make_smollm2_forward.py IN OUT"""
+"""Makes a safetensors file smaller: drops the tensors whose whole name matches a pattern.
+Usage: drop_tensors.py IN OUT PATTERN"""
 
 import json
+import re
 import struct
 import sys
 
@@ -10,9 +11,11 @@ with open(sys.argv[1], "rb") as file:
     header = json.loads(file.read(length))
     data = file.read()
 
-kept, chunks, offset = {"__metadata__": header.pop("__metadata__")}, [], 0
+kept, chunks, offset = {}, [], 0
+if "__metadata__" in header:
+    kept["__metadata__"] = header.pop("__metadata__")
 for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-    if name.endswith(".logits_last"):
+    if re.fullmatch(sys.argv[3], name):
         continue
     begin, end = entry["data_offsets"]
     chunks.append(data[begin:end])
