@@ -16,6 +16,7 @@
 //! the writer's own and must not begin with `kiln.`. What a reader of version 1 doesn't know is an error, never skipped.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     path::Path,
 };
@@ -26,7 +27,7 @@ use sha2::{Digest, Sha256};
 use crate::{
     DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales,
     packing::code_rows,
-    safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
+    safetensors_file::{Dtype, SafetensorsFile, TensorPlan, Values, stream_safetensors},
     scheme::DOUBLE_BLOCK,
 };
 
@@ -43,6 +44,12 @@ struct Entry {
     scheme: QuantScheme,
     d_input: usize,
     d_output: usize,
+}
+
+impl Entry {
+    fn of(weight: &PackedWeight) -> Self {
+        Self { scheme: weight.scheme, d_input: weight.d_input, d_output: weight.d_output }
+    }
 }
 
 /// A tensor that belongs to a packed weight.
@@ -213,31 +220,64 @@ impl PackedFile {
     ) -> Result<()> {
         let mut weights = BTreeMap::new();
         for (name, weight) in packed {
-            check_weight(name, weight)?;
             if weights.insert(name, weight).is_some() {
                 return Err(clash(name, "a packed weight of the same name"));
             }
         }
-        let mut tensors = Vec::new();
-        let mut entries = BTreeMap::new();
-        for (&name, weight) in &weights {
-            let PackedWeight { scheme, d_input, d_output, .. } = **weight;
-            let entry = Entry { scheme, d_input, d_output };
-            tensors.extend(Part::ALL.into_iter().filter_map(|part| {
-                let values = part.values(weight)?;
-                Some(NewTensor { name: part.name(name), shape: part.shape(&entry), values })
-            }));
-            entries.insert(name, entry);
-        }
-        for (name, shape, values) in dense {
-            if let Some(path) = owner(name, |path| entries.contains_key(path)) {
-                return Err(clash(name, &format!("the packed weight {path}")));
+        let mut values = BTreeMap::new();
+        for (name, shape, data) in dense {
+            if values.insert(name, (shape, data)).is_some() {
+                return Err(clash(name, "a dense tensor of the same name"));
             }
-            check_finite(name, values)?;
-            tensors.push(NewTensor { name: name.into(), shape: shape.into(), values: Values::F32(values) });
         }
-        let metadata = metadata(&entries, fingerprint(weights), extra_metadata)?;
-        write_safetensors(path.as_ref(), &tensors, &metadata)
+        let entries = weights.iter().map(|(&name, weight)| (name, Entry::of(weight))).collect();
+        let shapes = values.iter().map(|(&name, (shape, _))| (name, shape.to_vec())).collect();
+        write(
+            path.as_ref(),
+            entries,
+            shapes,
+            |name| Ok::<_, Error>(Cow::Borrowed(weights[name])),
+            |name| Ok(Cow::Borrowed(values[name].1)),
+            extra_metadata,
+        )
+    }
+
+    /// As [`save`](Self::save) for a model that isn't in host memory: weights and values are asked for one at a time,
+    /// the weights twice, since the header holds their fingerprint. `packed` are path, scheme, `d_input` and
+    /// `d_output`; `dense` are name and shape.
+    ///
+    /// # Errors
+    /// As [`save`](Self::save), and whatever `read_packed` and `read_dense` fail with.
+    pub fn save_streamed<E: From<Error>>(
+        path: impl AsRef<Path>,
+        packed: impl IntoIterator<Item = (String, QuantScheme, usize, usize)>,
+        dense: impl IntoIterator<Item = (String, Vec<usize>)>,
+        mut read_packed: impl FnMut(&str) -> Result<PackedWeight, E>,
+        mut read_dense: impl FnMut(&str) -> Result<Vec<f32>, E>,
+        extra_metadata: &BTreeMap<String, String>,
+    ) -> Result<(), E> {
+        let (mut entries, mut shapes) = (BTreeMap::new(), BTreeMap::new());
+        let packed: Vec<_> = packed.into_iter().collect();
+        let dense: Vec<_> = dense.into_iter().collect();
+        for (name, scheme, d_input, d_output) in &packed {
+            let entry = Entry { scheme: *scheme, d_input: *d_input, d_output: *d_output };
+            if entries.insert(name.as_str(), entry).is_some() {
+                return Err(clash(name, "a packed weight of the same name").into());
+            }
+        }
+        for (name, shape) in &dense {
+            if shapes.insert(name.as_str(), shape.clone()).is_some() {
+                return Err(clash(name, "a dense tensor of the same name").into());
+            }
+        }
+        write(
+            path.as_ref(),
+            entries,
+            shapes,
+            |name| read_packed(name).map(Cow::Owned),
+            |name| read_dense(name).map(Cow::Owned),
+            extra_metadata,
+        )
     }
 
     /// Opens a file and checks version, metadata, and type and shape of every tensor, without reading any.
@@ -413,6 +453,59 @@ fn check_tensors(file: &SafetensorsFile, packed: &BTreeMap<String, Entry>) -> Re
         }
     }
     Ok(dense)
+}
+
+/// Writes a file; each weight is asked for once for the fingerprint and once for its tensors.
+fn write<'a, E: From<Error>>(
+    path: &Path,
+    entries: BTreeMap<&str, Entry>,
+    dense: BTreeMap<&str, Vec<usize>>,
+    mut read_packed: impl FnMut(&str) -> Result<Cow<'a, PackedWeight>, E>,
+    mut read_dense: impl FnMut(&str) -> Result<Cow<'a, [f32]>, E>,
+    extra: &BTreeMap<String, String>,
+) -> Result<(), E> {
+    let (mut plan, mut origin) = (Vec::new(), BTreeMap::new());
+    let mut hasher = Sha256::new();
+    for (&path, entry) in &entries {
+        let weight = read_packed(path)?;
+        check_weight(path, &weight)?;
+        if Entry::of(&weight) != *entry {
+            let found = Error::Tensor {
+                name: path.into(),
+                expected: format!(
+                    "{} inputs, {} outputs, scheme {}",
+                    entry.d_input, entry.d_output, entry.scheme
+                ),
+                found: format!("{}, {}, {}", weight.d_input, weight.d_output, weight.scheme),
+            };
+            return Err(found.into());
+        }
+        update(&mut hasher, path, &weight);
+        for part in Part::ALL.into_iter().filter(|part| part.values(&weight).is_some()) {
+            let name = part.name(path);
+            origin.insert(name.clone(), (path, Some(part)));
+            plan.push(TensorPlan { name, dtype: part.dtype(&entry.scheme), shape: part.shape(entry) });
+        }
+    }
+    for (&name, shape) in &dense {
+        if let Some(path) = owner(name, |path| entries.contains_key(path)) {
+            return Err(clash(name, &format!("the packed weight {path}")).into());
+        }
+        origin.insert(name.to_owned(), (name, None));
+        plan.push(TensorPlan { name: name.into(), dtype: Dtype::F32, shape: shape.clone() });
+    }
+    let metadata = metadata(&entries, hex(hasher), extra)?;
+    stream_safetensors(path, plan, &metadata, |tensor, put| match origin[&tensor.name] {
+        (path, Some(part)) => {
+            let weight = read_packed(path)?;
+            part.values(&weight).map_or(Ok(()), |values| put(&values))
+        }
+        (name, None) => {
+            let values = read_dense(name)?;
+            check_finite(name, &values)?;
+            put(&Values::F32(&values))
+        }
+    })
 }
 
 /// The packed weight whose name, or a part's, is `name`.

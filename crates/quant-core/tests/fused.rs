@@ -123,3 +123,21 @@ fn attention_equals_the_plain_version_under_every_mask() {
         );
     }
 }
+
+#[test]
+fn sums_of_groups_and_repeated_updates_equal_the_plain_versions() {
+    for (rows, columns, size) in [(1, 1, 1), (3, 5, 2), (37, 96, 4), (130, 72, 8), (9, 7, 33), (2, 9000, 3)] {
+        compare(
+            &format!("sum_groups {rows}x{columns} of {size}"),
+            &[[rows, columns * size]],
+            |x| fused::sum_groups(x[0].clone(), size),
+            |x| plain::sum_groups(x[0].clone(), size),
+        );
+        compare(
+            &format!("add_repeated {rows}x{columns} {size} times"),
+            &[[rows, columns * size], [rows, columns]],
+            |x| fused::add_repeated(x[0].clone(), x[1].clone(), size),
+            |x| plain::add_repeated(x[0].clone(), x[1].clone(), size),
+        );
+    }
+}

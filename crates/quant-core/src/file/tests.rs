@@ -1,7 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
-use crate::{HostQuantizer, MinMax};
+use crate::{
+    HostQuantizer, MinMax,
+    safetensors_file::{NewTensor, write_safetensors},
+};
 
 const SCHEMES: [&str; 22] = [
     "affine2:64",

@@ -19,6 +19,7 @@ use super::{
     flex::{
         cross_entropy_rows, into_values, rms_norm_backward, rows_of, shape_of, swiglu_backward, targets_of,
     },
+    groups,
 };
 use crate::ops::flex::{contiguous, floats, tensor};
 
@@ -186,6 +187,40 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             OpsKind::UnTracked(prep) => {
                 prep.finish(Flex::add_matmul(y.into_primitive(), a.into_primitive(), b.into_primitive()))
             }
+        }
+    }
+
+    fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self> {
+        backward!(SumGroups, 1, usize, |parents, size, dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                let ([rows, groups], dy) = (rows_of(&dy), contiguous(dy));
+                let mut dx = vec![0.0; rows * groups * size];
+                groups::add_repeated(&mut dx, floats(&dy), size);
+                grads.register::<Flex>(node.id, tensor(dx, [rows, groups * size], DType::F32));
+            }
+        });
+        match SumGroups.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(size, Flex::sum_groups(x.into_primitive(), size)),
+            OpsKind::UnTracked(prep) => prep.finish(Flex::sum_groups(x.into_primitive(), size)),
+        }
+    }
+
+    fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self> {
+        backward!(AddRepeated, 2, usize, |parents, times, dy, grads| {
+            let [node_y, node_update] = parents;
+            if let Some(node) = node_update {
+                grads.register::<Flex>(node.id, Flex::sum_groups(dy.clone(), times));
+            }
+            if let Some(node) = node_y {
+                grads.register::<Flex>(node.id, dy);
+            }
+        });
+        let parts = AddRepeated.prepare::<C>([y.node(), update.node()]).compute_bound().stateful();
+        let sum = Flex::add_repeated(y.into_primitive(), update.into_primitive(), times);
+        match parts {
+            OpsKind::Tracked(prep) => prep.finish(times, sum),
+            OpsKind::UnTracked(prep) => prep.finish(sum),
         }
     }
 }

@@ -7,7 +7,7 @@ use burn::backend::{
 use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
-use super::{AttentionSpec, FusedOps, attention};
+use super::{AttentionSpec, FusedOps, attention, groups};
 use crate::ops::flex::{
     Matrix, contiguous, floats, matmul,
     simd::{exp, vectorize},
@@ -246,6 +246,18 @@ impl FusedOps for Flex {
                 );
             }
         });
+        tensor(y, shape, DType::F32)
+    }
+
+    fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self> {
+        let ([rows, columns], x) = (rows_of(&x), contiguous(x));
+        tensor(groups::sum(floats(&x), size), [rows, columns / size], DType::F32)
+    }
+
+    fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self> {
+        let (shape, update) = (shape_of(&y), contiguous(update));
+        let mut y = into_values(y);
+        groups::add_repeated(&mut y, floats(&update), times);
         tensor(y, shape, DType::F32)
     }
 }

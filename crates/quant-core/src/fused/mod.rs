@@ -11,6 +11,8 @@ mod attention;
 mod autodiff;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "flex")]
+mod groups;
 pub mod plain;
 
 use std::sync::Arc;
@@ -72,6 +74,10 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
     /// See [`add_matmul`].
     fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`sum_groups`].
+    fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self>;
+    /// See [`add_repeated`].
+    fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self>;
 }
 
 /// Whether the fused kernels take this tensor.
@@ -166,5 +172,39 @@ pub fn add_matmul(y: Tensor<2>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
         y,
         Dispatch::add_matmul(y.into_dispatch(), a.into_dispatch(), b.into_dispatch()),
         y + a.matmul(b)
+    )
+}
+
+/// Sums of `size` neighbouring columns.
+///
+/// # Shapes
+/// `x` `[rows, columns]` → `[rows, columns / size]`.
+///
+/// # Panics
+/// If `size` doesn't divide the columns.
+pub fn sum_groups(x: Tensor<2>, size: usize) -> Tensor<2> {
+    let [_, columns] = x.dims();
+    assert!(size > 0 && columns.is_multiple_of(size), "groups of {size} among {columns} columns");
+    fused_or_plain!(x, Dispatch::sum_groups(x.into_dispatch(), size), plain::sum_groups(x, size))
+}
+
+/// `y` plus `update` with each column repeated `times` times (a a b b c c), in place where `y` is not used elsewhere.
+///
+/// # Shapes
+/// `y` `[rows, columns · times]`, `update` `[rows, columns]`; result as `y`.
+///
+/// # Panics
+/// If the shapes don't fit together.
+pub fn add_repeated(y: Tensor<2>, update: Tensor<2>, times: usize) -> Tensor<2> {
+    let ([rows, d_output], shape) = (y.dims(), update.dims());
+    assert_eq!(
+        shape.map(|size| size * times),
+        [rows * times, d_output],
+        "update repeated beside y {rows}x{d_output}"
+    );
+    fused_or_plain!(
+        y,
+        Dispatch::add_repeated(y.into_dispatch(), update.into_dispatch(), times),
+        plain::add_repeated(y, update, times)
     )
 }

@@ -59,3 +59,16 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).squeeze_dim(1).neg()
 }
+
+/// See [`sum_groups`](super::sum_groups).
+pub fn sum_groups(x: Tensor<2>, size: usize) -> Tensor<2> {
+    let [rows, columns] = x.dims();
+    x.reshape([rows, columns / size, size]).sum_dim(2).reshape([rows, columns / size])
+}
+
+/// See [`add_repeated`](super::add_repeated).
+pub fn add_repeated(y: Tensor<2>, update: Tensor<2>, times: usize) -> Tensor<2> {
+    let ([rows, d_output], [_, columns]) = (y.dims(), update.dims());
+    let update = update.reshape([rows, columns, 1]);
+    (y.reshape([rows, columns, times]) + update).reshape([rows, d_output])
+}

@@ -13,7 +13,7 @@ use std::{
 use safetensors::tensor::{Metadata, TensorInfo};
 
 pub use safetensors::Dtype;
-pub use write::{NewTensor, Values, write_safetensors};
+pub use write::{NewTensor, TensorPlan, Values, stream_safetensors, write_safetensors};
 
 use crate::{Error, Result};
 

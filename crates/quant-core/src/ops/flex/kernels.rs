@@ -183,6 +183,19 @@ unsafe fn decode_lanes<L: Lanes, const BITS: u32>(tile: &Tile, out: *mut f32, st
                     quarter!(1);
                     quarter!(2);
                     quarter!(3);
+                } else if count == RUN {
+                    macro_rules! quarter { ($q:literal) => { unroll8!(J => {
+                        const AT: usize = $q * 8 + J;
+                        if AT > 0 && blocks[AT] != blocks[AT.saturating_sub(1)] {
+                            (scale, offset) = parameters(blocks[AT]);
+                        }
+                        let value = level::<L, BITS>(&run, table, center, AT);
+                        value.mul(scale).add(offset).store(out.add(AT * stride + c));
+                    }) } }
+                    quarter!(0);
+                    quarter!(1);
+                    quarter!(2);
+                    quarter!(3);
                 } else {
                     for j in 0..count {
                         if j > 0 && blocks[j] != blocks[j - 1] {

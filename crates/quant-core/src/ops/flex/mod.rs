@@ -106,7 +106,12 @@ impl<'a> View<'a> {
                 into.clear();
                 for block in first..=last {
                     let row = &values[block * columns..][..columns];
-                    into.extend((n0..n1).map(|n| row[n / spec.outputs]));
+                    for (block, &value) in
+                        row.iter().enumerate().take(n1.div_ceil(spec.outputs)).skip(n0 / spec.outputs)
+                    {
+                        let end = n1.min((block + 1) * spec.outputs);
+                        into.resize(into.len() + end - n0.max(block * spec.outputs), value);
+                    }
                 }
             };
             let [scales, offsets] = scratch else { unreachable!("two scratch buffers") };
