@@ -32,6 +32,13 @@ pub trait CausalLm: Module + ModuleDisplay {
     /// If there is no such block, or `x` doesn't fit the context.
     fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3>;
 
+    /// Runs block `index` again, for its gradients: `output` is what it gave for `x` before, without a graph.
+    ///
+    /// Models of which a part is frozen override it to take that part's result from `output`.
+    fn block_again(&self, index: usize, x: Tensor<3>, _output: Tensor<3>, context: &Context) -> Tensor<3> {
+        self.block(index, x, context, None)
+    }
+
     /// The norm between the last block and the head, `[.., width]` → `[.., width]`.
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
 
@@ -47,15 +54,14 @@ pub trait CausalLm: Module + ModuleDisplay {
     /// Where the parameters are.
     fn device(&self) -> Device;
 
-    /// The residual stream after the last block, before the final norm.
+    /// The residual stream after the last block, before the final norm; what training without recomputation runs.
     fn residual(&self, context: &Context, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let mut x = self.embed(context);
         for index in 0..self.num_blocks() {
             x = self.block(index, x, context, cache.as_deref_mut());
         }
         if let Some(cache) = cache {
-            cache.segments = context.key_segments().to_vec();
-            cache.length += context.length();
+            cache.advance(context);
         }
         x
     }

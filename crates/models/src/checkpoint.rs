@@ -7,12 +7,12 @@ use crate::{
     chat::ChatTemplate,
     config::{ModelConfig, SpecialTokens},
     gguf::Gguf,
-    hf::HfFolder,
+    hf::{HfFolder, PackedFolder},
     source::TensorSource,
     tokenizer::Tokenizer,
 };
 
-/// An open checkpoint: a Hugging Face folder or a `.gguf` file. Tensors are read when a model is loaded.
+/// An open checkpoint: a folder of Hugging Face's, MLX's or Kiln's own, or a `.gguf` file. Tensors are read when a model is loaded.
 pub struct Checkpoint {
     path: PathBuf,
     files: Files,
@@ -22,11 +22,12 @@ pub struct Checkpoint {
 
 enum Files {
     Folder(Box<HfFolder>),
+    Packed(Box<PackedFolder>),
     Gguf(Box<Gguf>),
 }
 
 impl Checkpoint {
-    /// Opens a folder with `config.json` and safetensors, or a `.gguf` file, and checks headers and configuration.
+    /// Opens a folder with `config.json` and safetensors (those of [`save_model`](crate::export::save_model) included), or a `.gguf` file, and checks headers and configuration.
     ///
     /// # Errors
     /// Whatever is missing, malformed or not supported, by file and field.
@@ -34,6 +35,11 @@ impl Checkpoint {
         let path = path.as_ref().to_path_buf();
         let metadata = std::fs::metadata(&path).map_err(Error::io(&path))?;
         if metadata.is_dir() {
+            if PackedFolder::is_one(&path) {
+                let folder = PackedFolder::open(&path)?;
+                let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
+                return Ok(Self { path, files: Files::Packed(Box::new(folder)), config, special });
+            }
             let folder = HfFolder::open(&path)?;
             let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
             Ok(Self { path, files: Files::Folder(Box::new(folder)), config, special })
@@ -47,6 +53,14 @@ impl Checkpoint {
     /// The folder or file.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// The GGUF file, if it is one.
+    pub(crate) fn gguf(&self) -> Option<&Gguf> {
+        match &self.files {
+            Files::Gguf(gguf) => Some(gguf),
+            _ => None,
+        }
     }
 
     /// The model's shape.
@@ -63,6 +77,7 @@ impl Checkpoint {
     pub fn source(&self) -> &dyn TensorSource {
         match &self.files {
             Files::Folder(folder) => folder.as_ref(),
+            Files::Packed(folder) => folder.as_ref(),
             Files::Gguf(gguf) => gguf.as_ref(),
         }
     }
@@ -73,7 +88,7 @@ impl Checkpoint {
     /// If there is none, or it can't be read.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
         match &self.files {
-            Files::Folder(_) => Tokenizer::from_folder(&self.path),
+            Files::Folder(_) | Files::Packed(_) => Tokenizer::from_folder(&self.path),
             Files::Gguf(gguf) => gguf.tokenizer(),
         }
     }
@@ -84,7 +99,7 @@ impl Checkpoint {
     /// If the tokenizer's files can't be read, or the template doesn't compile.
     pub fn chat_template(&self) -> Result<Option<ChatTemplate>> {
         let source = match &self.files {
-            Files::Folder(_) => self.tokenizer()?.chat_template().map(str::to_string),
+            Files::Folder(_) | Files::Packed(_) => self.tokenizer()?.chat_template().map(str::to_string),
             Files::Gguf(gguf) => gguf.chat_template(),
         };
         source.map(|source| ChatTemplate::new(&source)).transpose()
@@ -98,6 +113,7 @@ impl Checkpoint {
                 let keys = folder.unknown_keys().iter().map(|key| unknown(key));
                 keys.chain(folder.notes().iter().cloned()).collect()
             }
+            Files::Packed(folder) => folder.unknown_keys().iter().map(|key| unknown(key)).collect(),
             Files::Gguf(gguf) => gguf.unknown_keys().into_iter().map(unknown).collect(),
         }
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::{Error, Result};
+
 /// The shape of a model. Made from a Hugging Face `config.json` or from GGUF metadata.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "model_type", rename_all = "lowercase")]
@@ -48,6 +50,73 @@ pub struct LlamaConfig {
     pub qk_norm: bool,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Widths of each block where blocks differ, as after pruning; empty where all have the widths above. Ask
+    /// [`layer`](Self::layer).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_shapes: Vec<LayerShape>,
+}
+
+/// Widths of one block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LayerShape {
+    /// Query heads.
+    pub num_attention_heads: usize,
+    /// Key and value heads; divides `num_attention_heads`, and equals it in OPT.
+    pub num_key_value_heads: usize,
+    /// Channels of the MLP (`ffn_dim` of OPT).
+    pub intermediate_size: usize,
+}
+
+impl LlamaConfig {
+    /// Widths of block `index`.
+    pub fn layer(&self, index: usize) -> LayerShape {
+        self.layer_shapes.get(index).copied().unwrap_or(LayerShape {
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_key_value_heads,
+            intermediate_size: self.intermediate_size,
+        })
+    }
+
+    /// Gives each block its widths; equal ones become the model's.
+    pub fn set_layers(&mut self, shapes: Vec<LayerShape>) {
+        self.layer_shapes = shapes;
+        if let Some(shape) = uniform(&self.layer_shapes) {
+            self.layer_shapes.clear();
+            self.num_attention_heads = shape.num_attention_heads;
+            self.num_key_value_heads = shape.num_key_value_heads;
+            self.intermediate_size = shape.intermediate_size;
+        }
+    }
+}
+
+/// Fails unless a linear or table has the shape that a configuration gives it.
+pub(crate) fn check_shape(path: &str, expected: [usize; 2], found: [usize; 2]) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::Argument {
+        name: path.into(),
+        expected: format!("shape {expected:?}, as the configuration says"),
+        found: format!("{found:?}"),
+    })
+}
+
+/// Fails unless there are as many of something as a configuration says.
+pub(crate) fn check_count(what: &str, expected: usize, found: usize) -> Result<()> {
+    if expected == found {
+        return Ok(());
+    }
+    Err(Error::Argument {
+        name: what.into(),
+        expected: format!("{expected}, as the configuration says"),
+        found: found.to_string(),
+    })
+}
+
+/// The widths of all blocks, if they are the same.
+fn uniform(shapes: &[LayerShape]) -> Option<LayerShape> {
+    let first = *shapes.first()?;
+    shapes.iter().all(|shape| *shape == first).then_some(first)
 }
 
 /// Rotary position embedding, half-split as in Hugging Face's models.
@@ -119,6 +188,8 @@ pub struct OptConfig {
     pub num_hidden_layers: usize,
     /// Heads.
     pub num_attention_heads: usize,
+    /// Width of a head; `hidden_size / num_attention_heads` unless heads or width were pruned.
+    pub head_dim: usize,
     /// Learned positions; the table holds two more rows (offset 2).
     pub max_position_embeddings: usize,
     /// Biases on all linears (`enable_bias`).
@@ -127,6 +198,31 @@ pub struct OptConfig {
     pub layer_norm_affine: bool,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
+    /// Widths of each block where blocks differ, as after pruning; empty where all have the widths above. Ask
+    /// [`layer`](Self::layer).
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub layer_shapes: Vec<LayerShape>,
+}
+
+impl OptConfig {
+    /// Widths of block `index`.
+    pub fn layer(&self, index: usize) -> LayerShape {
+        self.layer_shapes.get(index).copied().unwrap_or(LayerShape {
+            num_attention_heads: self.num_attention_heads,
+            num_key_value_heads: self.num_attention_heads,
+            intermediate_size: self.ffn_dim,
+        })
+    }
+
+    /// Gives each block its widths; equal ones become the model's.
+    pub fn set_layers(&mut self, shapes: Vec<LayerShape>) {
+        self.layer_shapes = shapes;
+        if let Some(shape) = uniform(&self.layer_shapes) {
+            self.layer_shapes.clear();
+            self.num_attention_heads = shape.num_attention_heads;
+            self.ffn_dim = shape.intermediate_size;
+        }
+    }
 }
 
 /// Ids with a meaning, from `config.json`, `generation_config.json` or GGUF metadata.

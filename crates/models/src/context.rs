@@ -16,6 +16,8 @@ pub struct Context {
     pub positions: Tensor<2, Int>,
     /// Cosines and sines `[batch * length, head_dim / 2]`, for models with rotary positions.
     pub rotary: Option<[Tensor<2>; 2]>,
+    /// The same tokens as a network beside the model sees them (side tuning): other rotary tables.
+    pub beside: Option<Arc<Context>>,
     query_segments: Arc<[u32]>,
     key_segments: Arc<[u32]>,
 }
@@ -43,6 +45,7 @@ impl Context {
             ids: ints(&tokens.ids),
             positions: ints(&tokens.positions),
             rotary,
+            beside: None,
             query_segments: tokens.segments.as_slice().into(),
             key_segments: key_segments.into(),
         }
@@ -75,6 +78,8 @@ pub struct KvCache {
     pub(crate) blocks: Vec<Option<[Tensor<4>; 2]>>,
     pub(crate) segments: Vec<u32>,
     pub(crate) length: usize,
+    /// Of a network beside the model.
+    beside: Option<Box<KvCache>>,
 }
 
 impl KvCache {
@@ -86,6 +91,35 @@ impl KvCache {
     /// Tokens of a row that are in the cache.
     pub fn length(&self) -> usize {
         self.length
+    }
+
+    /// Says that the tokens of `context` have gone through all blocks.
+    pub fn advance(&mut self, context: &Context) {
+        self.segments = context.key_segments().to_vec();
+        self.length += context.length();
+    }
+
+    /// Keys and values of a network beside the model (side tuning), whose blocks are numbered from 0 too. Length and
+    /// segments are the model's.
+    pub fn beside(&mut self) -> &mut KvCache {
+        self.beside.get_or_insert_default()
+    }
+
+    /// The rows of the cache with the given indices, in that order; a row may be taken several times, to continue it in
+    /// several ways.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn select_rows(&self, rows: &[usize]) -> Self {
+        let select = |tensor: &Tensor<4>| {
+            let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+            let indices = TensorData::new(indices, [rows.len()]);
+            tensor.clone().select(0, Tensor::<1, Int>::from_data(indices, &tensor.device()))
+        };
+        let blocks = self.blocks.iter().map(|block| block.as_ref().map(|[k, v]| [select(k), select(v)]));
+        let segments = rows.iter().flat_map(|&row| &self.segments[row * self.length..][..self.length]);
+        let beside = self.beside.as_ref().map(|beside| Box::new(beside.select_rows(rows)));
+        Self { blocks: blocks.collect(), segments: segments.copied().collect(), length: self.length, beside }
     }
 
     /// Appends `[batch, length, heads, head_dim]` keys and values of one block and returns all.

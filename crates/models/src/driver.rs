@@ -63,10 +63,7 @@ pub fn loss_and_gradients<M: CausalLm>(
     let context = model.context(tokens, None);
     match options.recompute {
         Recompute::None => {
-            let mut x = model.embed(&context);
-            for index in 0..model.num_blocks() {
-                x = model.block(index, x, &context, None);
-            }
+            let x = model.residual(&context, None);
             let (nll, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients);
             backward(model, x, dx, gradients);
             Ok(nll)
@@ -78,10 +75,12 @@ pub fn loss_and_gradients<M: CausalLm>(
                 inputs.push(inference.block(index, inputs[index].clone(), &context, None));
             }
             let top = inputs.pop().expect("the embedding at least");
-            let (nll, mut dx) = head(model, top, targets, options.logit_rows, gradients);
+            let (nll, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients);
+            let mut output = top;
             for index in (0..model.num_blocks()).rev() {
                 let input = inputs.pop().expect("an input for every block");
-                dx = block_backward(model, index, input, dx, &context, gradients);
+                dx = block_backward(model, index, [input.clone(), output], dx, &context, gradients);
+                output = input;
             }
             if model.trains_embedding() {
                 backward(model, model.embed(&context), dx, gradients);
@@ -91,17 +90,34 @@ pub fn loss_and_gradients<M: CausalLm>(
     }
 }
 
+/// Loss at the top, for callers that go back through the blocks by themselves: the **sum** of the scored targets'
+/// negative log-likelihoods in nats, and its gradient with respect to `x`, the residual stream after the last block,
+/// `[batch, length, width]` without a graph. Holds `logit_rows` rows of logits at once.
+///
+/// # Errors
+/// As [`loss_and_gradients`].
+pub fn residual_gradient<M: CausalLm>(
+    model: &M,
+    tokens: &TokenBatch,
+    x: Tensor<3>,
+    targets: Targets,
+    logit_rows: usize,
+) -> Result<(f64, Tensor<3>)> {
+    check(model, tokens, targets)?;
+    Ok(head(model, x, targets, logit_rows, &mut GradientsAccumulator::new()))
+}
+
 /// Runs one block again under autodiff; returns the gradient of its input.
 fn block_backward<M: CausalLm>(
     model: &M,
     index: usize,
-    input: Tensor<3>,
+    [input, output]: [Tensor<3>; 2],
     dy: Tensor<3>,
     context: &Context,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Tensor<3> {
     let input = Tensor::from_inner(input).require_grad();
-    let y = model.block(index, input.clone(), context, None);
+    let y = model.block_again(index, input.clone(), output, context);
     let mut found = (y * Tensor::from_inner(dy)).sum().backward();
     let dx = input.grad_remove(&mut found).expect("a block passes gradients to its input");
     gradients.accumulate(model, GradientsParams::from_grads(found, model));

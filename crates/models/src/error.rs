@@ -39,6 +39,18 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// Something that a file format can't hold.
+    #[error("{format}: {name}: expected {expected}, found {found}")]
+    Export {
+        /// The format.
+        format: &'static str,
+        /// The tensor or setting.
+        name: String,
+        /// What the format holds.
+        expected: String,
+        /// What was to be written.
+        found: String,
+    },
     /// The tokenizer's refusal.
     #[error("tokenizer: {0}")]
     Tokenizer(String),

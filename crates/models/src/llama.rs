@@ -6,7 +6,14 @@ use burn::{
 };
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
-use crate::{CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch, config::LlamaConfig, rope};
+use crate::{
+    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch,
+    config::{LlamaConfig, check_count, check_shape},
+    rope,
+};
+
+/// Linears of a block.
+const LINEARS: usize = 7;
 
 /// A LLaMA-family model; every linear of every block is a `P`. Fields are named as in the checkpoint.
 #[derive(Module, Debug)]
@@ -81,6 +88,7 @@ impl<P: Projection> LlamaAttention<P> {
         config: &LlamaConfig,
     ) -> Tensor<3> {
         let [batch, length, _] = x.dims();
+        let shape = config.layer(index);
         let heads = |x: Tensor<3>, heads: usize, norm: &Option<RmsNorm>| {
             let x = x.reshape([batch, length, heads, config.head_dim]);
             match norm {
@@ -88,9 +96,9 @@ impl<P: Projection> LlamaAttention<P> {
                 None => x,
             }
         };
-        let q = heads(self.q_proj.forward(x.clone()), config.num_attention_heads, &self.q_norm);
-        let k = heads(self.k_proj.forward(x.clone()), config.num_key_value_heads, &self.k_norm);
-        let v = heads(self.v_proj.forward(x), config.num_key_value_heads, &None);
+        let q = heads(self.q_proj.forward(x.clone()), shape.num_attention_heads, &self.q_norm);
+        let k = heads(self.k_proj.forward(x.clone()), shape.num_key_value_heads, &self.k_norm);
+        let v = heads(self.v_proj.forward(x), shape.num_key_value_heads, &None);
         let [cos, sin] = context.rotary.clone().expect("a context made by this model");
         let (q, k) = (fused::rotate(q, cos.clone(), sin.clone()), fused::rotate(k, cos, sin));
         let [k, v] = match cache {
@@ -99,7 +107,7 @@ impl<P: Projection> LlamaAttention<P> {
         };
         let spec = context.attention(config.head_dim, config.sliding_window[index]);
         let y = fused::attention(q, k, v, &spec);
-        self.o_proj.forward(y.reshape([batch, length, config.num_attention_heads * config.head_dim]))
+        self.o_proj.forward(y.reshape([batch, length, shape.num_attention_heads * config.head_dim]))
     }
 }
 
@@ -110,7 +118,78 @@ impl<P: Projection> LlamaMlp<P> {
     }
 }
 
+impl<P: Projection> LlamaBlock<P> {
+    /// Runs the block; `index` says which one it is of the model that `config` describes.
+    ///
+    /// # Shapes
+    /// `[batch, length, hidden_size]` → the same.
+    ///
+    /// # Panics
+    /// If `context` has no rotary tables for the config's heads, or `x` doesn't fit it.
+    pub fn forward(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        config: &LlamaConfig,
+    ) -> Tensor<3> {
+        let normed = self.input_layernorm.forward(x.clone());
+        let x = x + self.self_attn.forward(index, normed, context, cache, config);
+        let normed = self.post_attention_layernorm.forward(x.clone());
+        x + self.mlp.forward(normed)
+    }
+}
+
 impl<P: Projection> Llama<P> {
+    /// A model of parts that were cut to another shape.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) naming the first linear, norm or table whose shape isn't that of `config`.
+    pub fn from_parts(
+        model: LlamaModel<P>,
+        lm_head: Option<QuantLinear>,
+        config: LlamaConfig,
+    ) -> crate::Result<Self> {
+        let llama = Self { model, lm_head, config };
+        llama.check()?;
+        Ok(llama)
+    }
+
+    fn check(&self) -> crate::Result<()> {
+        let (config, parts) = (&self.config, &self.model);
+        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
+        check_count("blocks", config.num_hidden_layers, parts.layers.len())?;
+        check_count("sliding windows", config.num_hidden_layers, config.sliding_window.len())?;
+        check_shape("model.embed_tokens", [config.vocab_size, hidden], parts.embed_tokens.shape())?;
+        if let Some(head) = &self.lm_head {
+            check_shape("lm_head", [hidden, config.vocab_size], head.shape())?;
+        }
+        check_count("model.norm", hidden, parts.norm.weight.lazy_shape().num_elements())?;
+        for (index, block) in parts.layers.iter().enumerate() {
+            for norm in [&block.input_layernorm, &block.post_attention_layernorm] {
+                let path = format!("norms of model.layers.{index}");
+                check_count(&path, hidden, norm.weight.lazy_shape().num_elements())?;
+            }
+        }
+        for (place, (path, found)) in self.slot_shapes().into_iter().enumerate() {
+            let shape = config.layer(place / LINEARS);
+            let (query, key) = (shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim);
+            let inner = shape.intermediate_size;
+            let expected: [[usize; 2]; LINEARS] = [
+                [hidden, query],
+                [hidden, key],
+                [hidden, key],
+                [query, hidden],
+                [hidden, inner],
+                [hidden, inner],
+                [inner, hidden],
+            ];
+            check_shape(&path, expected[place % LINEARS], found)?;
+        }
+        Ok(())
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &LlamaConfig {
         &self.config
@@ -137,11 +216,7 @@ impl<P: Projection> CausalLm for Llama<P> {
     }
 
     fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let block = &self.model.layers[index];
-        let normed = block.input_layernorm.forward(x.clone());
-        let x = x + block.self_attn.forward(index, normed, context, cache, &self.config);
-        let normed = block.post_attention_layernorm.forward(x.clone());
-        x + block.mlp.forward(normed)
+        self.model.layers[index].forward(index, x, context, cache, &self.config)
     }
 
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {

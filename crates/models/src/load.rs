@@ -110,11 +110,12 @@ struct Loader<'a> {
 impl Loader<'_> {
     fn llama(&mut self, config: &LlamaConfig) -> Result<Llama<QuantLinear>> {
         let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let (query, key) = (config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim);
-        let inner = config.intermediate_size;
         let embed_tokens = self.embedding("model.embed_tokens", config.vocab_size, hidden)?;
         let mut layers = Vec::new();
         for index in 0..config.num_hidden_layers {
+            let shape = config.layer(index);
+            let (query, key) = (shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim);
+            let inner = shape.intermediate_size;
             let path = |name: &str| format!("model.layers.{index}.{name}");
             let head_norm = |loader: &mut Self, name: &str| {
                 config
@@ -158,18 +159,20 @@ impl Loader<'_> {
         let embed_positions = frozen(self.tensor(embed_positions, [rows, width]));
         let mut layers = Vec::new();
         for index in 0..config.num_hidden_layers {
+            let shape = config.layer(index);
+            let (heads, inner) = (shape.num_attention_heads * config.head_dim, shape.intermediate_size);
             let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
             layers.push(OptBlock {
                 self_attn_layer_norm: self.layer_norm(&path("self_attn_layer_norm"), width, affine)?,
                 self_attn: OptAttention {
-                    q_proj: self.linear(&path("self_attn.q_proj"), [width, width], bias)?,
-                    k_proj: self.linear(&path("self_attn.k_proj"), [width, width], bias)?,
-                    v_proj: self.linear(&path("self_attn.v_proj"), [width, width], bias)?,
-                    out_proj: self.linear(&path("self_attn.out_proj"), [width, width], bias)?,
+                    q_proj: self.linear(&path("self_attn.q_proj"), [width, heads], bias)?,
+                    k_proj: self.linear(&path("self_attn.k_proj"), [width, heads], bias)?,
+                    v_proj: self.linear(&path("self_attn.v_proj"), [width, heads], bias)?,
+                    out_proj: self.linear(&path("self_attn.out_proj"), [heads, width], bias)?,
                 },
                 final_layer_norm: self.layer_norm(&path("final_layer_norm"), width, affine)?,
-                fc1: self.linear(&path("fc1"), [width, config.ffn_dim], bias)?,
-                fc2: self.linear(&path("fc2"), [config.ffn_dim, width], bias)?,
+                fc1: self.linear(&path("fc1"), [width, inner], bias)?,
+                fc2: self.linear(&path("fc2"), [inner, width], bias)?,
             });
         }
         let final_layer_norm = self.layer_norm("model.decoder.final_layer_norm", width, affine)?;

@@ -6,7 +6,13 @@ use burn::{
 };
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
-use crate::{CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch, config::OptConfig};
+use crate::{
+    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch,
+    config::{OptConfig, check_count, check_shape},
+};
+
+/// Linears of a block.
+const LINEARS: usize = 6;
 
 /// The position table starts with two rows that no token uses.
 const POSITION_OFFSET: i64 = 2;
@@ -70,22 +76,87 @@ impl<P: Projection> OptAttention<P> {
         x: Tensor<3>,
         context: &Context,
         cache: Option<&mut KvCache>,
-        heads: usize,
+        config: &OptConfig,
     ) -> Tensor<3> {
-        let [batch, length, width] = x.dims();
-        let split = |x: Tensor<3>| x.reshape([batch, length, heads, width / heads]);
+        let [batch, length, _] = x.dims();
+        let (heads, head_dim) = (config.layer(index).num_attention_heads, config.head_dim);
+        let split = |x: Tensor<3>| x.reshape([batch, length, heads, head_dim]);
         let q = split(self.q_proj.forward(x.clone()));
         let (k, v) = (split(self.k_proj.forward(x.clone())), split(self.v_proj.forward(x)));
         let [k, v] = match cache {
             Some(cache) => cache.extend(index, k, v),
             None => [k, v],
         };
-        let y = fused::attention(q, k, v, &context.attention(width / heads, None));
-        self.out_proj.forward(y.reshape([batch, length, width]))
+        let y = fused::attention(q, k, v, &context.attention(head_dim, None));
+        self.out_proj.forward(y.reshape([batch, length, heads * head_dim]))
+    }
+}
+
+impl<P: Projection> OptBlock<P> {
+    /// Runs the block; `index` says which one it is of the model that `config` describes.
+    ///
+    /// # Shapes
+    /// `[batch, length, hidden_size]` → the same.
+    ///
+    /// # Panics
+    /// If `x` doesn't fit the context.
+    pub fn forward(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        config: &OptConfig,
+    ) -> Tensor<3> {
+        let normed = self.self_attn_layer_norm.forward(x.clone());
+        let x = x + self.self_attn.forward(index, normed, context, cache, config);
+        let normed = self.final_layer_norm.forward(x.clone());
+        x + self.fc2.forward(relu(self.fc1.forward(normed)))
     }
 }
 
 impl<P: Projection> Opt<P> {
+    /// A model of parts that were cut to another shape.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) naming the first linear or table whose shape isn't that of `config`.
+    pub fn from_parts(
+        decoder: OptDecoder<P>,
+        lm_head: Option<QuantLinear>,
+        config: OptConfig,
+    ) -> crate::Result<Self> {
+        let opt = Self { decoder, lm_head, config };
+        opt.check()?;
+        Ok(opt)
+    }
+
+    fn check(&self) -> crate::Result<()> {
+        let (config, parts) = (&self.config, &self.decoder);
+        let hidden = config.hidden_size;
+        check_count("blocks", config.num_hidden_layers, parts.layers.len())?;
+        check_shape("model.decoder.embed_tokens", [config.vocab_size, hidden], parts.embed_tokens.shape())?;
+        let positions = [config.max_position_embeddings + POSITION_OFFSET as usize, hidden];
+        let found = parts.embed_positions.lazy_shape().dims();
+        check_shape("model.decoder.embed_positions", positions, found)?;
+        if let Some(head) = &self.lm_head {
+            check_shape("lm_head", [hidden, config.vocab_size], head.shape())?;
+        }
+        for (place, (path, found)) in self.slot_shapes().into_iter().enumerate() {
+            let shape = config.layer(place / LINEARS);
+            let (heads, inner) = (shape.num_attention_heads * config.head_dim, shape.intermediate_size);
+            let expected: [[usize; 2]; LINEARS] = [
+                [hidden, heads],
+                [hidden, heads],
+                [hidden, heads],
+                [heads, hidden],
+                [hidden, inner],
+                [inner, hidden],
+            ];
+            check_shape(&path, expected[place % LINEARS], found)?;
+        }
+        Ok(())
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &OptConfig {
         &self.config
@@ -113,11 +184,7 @@ impl<P: Projection> CausalLm for Opt<P> {
     }
 
     fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let block = &self.decoder.layers[index];
-        let normed = block.self_attn_layer_norm.forward(x.clone());
-        let x = x + block.self_attn.forward(index, normed, context, cache, self.config.num_attention_heads);
-        let normed = block.final_layer_norm.forward(x.clone());
-        x + block.fc2.forward(relu(block.fc1.forward(normed)))
+        self.decoder.layers[index].forward(index, x, context, cache, &self.config)
     }
 
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {

@@ -74,6 +74,13 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
     (frequencies.into_iter().map(|f| f as f32).collect(), factor as f32)
 }
 
+impl RopeConfig {
+    /// Cosines and sines `[positions, head_dim / 2]`, as [`Context::rotary`](crate::Context::rotary) holds them.
+    pub fn tables(&self, head_dim: usize, positions: &[u32], device: &Device) -> [Tensor<2>; 2] {
+        tables(self, head_dim, positions, device)
+    }
+}
+
 /// Cosines and sines `[tokens, head_dim / 2]` of the given positions.
 pub(crate) fn tables(
     rope: &RopeConfig,

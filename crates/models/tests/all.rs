@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 
 mod driver;
+mod export;
 mod generate;
 mod golden;
 mod nll;

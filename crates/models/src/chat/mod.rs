@@ -18,6 +18,10 @@ use crate::{Error, Result};
 /// The name under which the template is compiled.
 const NAME: &str = "chat_template";
 
+/// Steps that rendering may take, so that a template from outside can't hang: some hundred times what a conversation of
+/// a thousand turns needs.
+const FUEL: u64 = 10_000_000;
+
 /// One turn of a conversation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Message {
@@ -102,6 +106,7 @@ impl ChatTemplate {
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(error)?;
         environment.set_syntax(syntax);
         environment.set_debug(false);
+        environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_filter("tojson", json::to_json);
         environment.add_function("raise_exception", raise_exception);
@@ -219,6 +224,23 @@ mod tests {
     fn fixture() -> serde_json::Value {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/chat/templates.json");
         serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn a_template_that_would_not_end_is_an_error() {
+        let nested = "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}";
+        let template = ChatTemplate::new(nested).unwrap();
+        let message = template.render(&[], false, &TemplateContext::default()).unwrap_err().to_string();
+        assert!(message.contains("fuel"), "{message}");
+    }
+
+    #[test]
+    fn a_thousand_turns_render() {
+        let source = "{% for m in messages %}{{ m.role ~ ': ' ~ (m.content | trim) }}\n{% endfor %}";
+        let turn = Message::new("user", " hello ");
+        let template = ChatTemplate::new(source).unwrap();
+        let text = template.render(&vec![turn; 1000], false, &TemplateContext::default()).unwrap();
+        assert_eq!(text.lines().count(), 1000);
     }
 
     #[test]

@@ -180,6 +180,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         mlp_bias: bias(&["mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"])?,
         qk_norm: bias(&["self_attn.q_norm.weight", "self_attn.k_norm.weight"])?,
         tie_word_embeddings: !file.contains("lm_head.weight"),
+        layer_shapes: Vec::new(),
     }))
 }
 

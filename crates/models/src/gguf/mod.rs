@@ -8,13 +8,14 @@
 mod blocks;
 mod config;
 mod header;
-mod names;
+pub(crate) mod names;
 mod rope;
+#[cfg(test)]
+pub(crate) mod test_writer;
 #[cfg(test)]
 mod tests;
 mod tokenizer;
 mod value;
-#[cfg(test)]
 pub(crate) mod writer;
 
 use std::{
@@ -29,11 +30,14 @@ use kiln_quant_core::{PackedWeight, QuantScheme, Scales, packing::CodePacker};
 use rayon::prelude::*;
 
 use self::names::{Architecture, Heads};
-pub(crate) use self::tokenizer::build as build_tokenizer;
 pub use self::{
     blocks::BlockType,
     header::TensorInfo,
     value::{Array, Metadata, Value},
+};
+pub(crate) use self::{
+    rope::llama3_factors,
+    tokenizer::{LLAMA3_WORDS, QWEN2_WORDS, build as build_tokenizer, kind as token_kind},
 };
 use crate::{
     Error, Result,

@@ -2,7 +2,7 @@
 
 /// An architecture that is read, by its `general.architecture`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Architecture {
+pub(crate) enum Architecture {
     /// LLaMA, Mistral, SmolLM2. Rows of q and k are interleaved within each head.
     Llama,
     /// Qwen2, Qwen2.5.
@@ -15,7 +15,7 @@ impl Architecture {
     const ALL: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
 
     /// The names of all, for errors.
-    pub(super) fn list() -> String {
+    pub(crate) fn list() -> String {
         Self::ALL.map(Self::name).join(", ")
     }
 
@@ -24,7 +24,7 @@ impl Architecture {
     }
 
     /// The value of `general.architecture`, which is also the prefix of hyperparameters.
-    pub(super) const fn name(self) -> &'static str {
+    pub(crate) const fn name(self) -> &'static str {
         match self {
             Self::Llama => "llama",
             Self::Qwen2 => "qwen2",
@@ -34,45 +34,78 @@ impl Architecture {
 }
 
 /// The factors by which LLaMA 3 divides its rotary frequencies; not a weight.
-pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// The Hugging Face name of the tensor `name`; `None` if models of this architecture have no such tensor.
-pub(super) fn hugging_face(architecture: Architecture, name: &str) -> Option<String> {
-    let outer = match name {
-        "token_embd.weight" => Some("model.embed_tokens.weight"),
-        "output_norm.weight" => Some("model.norm.weight"),
-        "output.weight" => Some("lm_head.weight"),
-        _ => None,
-    };
-    if let Some(outer) = outer {
-        return Some(outer.into());
-    }
-    let (block, rest) = name.strip_prefix("blk.")?.split_once('.')?;
+/// Tensors outside the blocks: GGUF's name and Hugging Face's.
+const OUTER: [(&str, &str); 3] = [
+    ("token_embd.weight", "model.embed_tokens.weight"),
+    ("output_norm.weight", "model.norm.weight"),
+    ("output.weight", "lm_head.weight"),
+];
+
+/// Which tensors a module has.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// A weight, and maybe a bias.
+    Linear,
+    /// A weight.
+    Norm,
+    /// A weight, in Qwen3.
+    HeadNorm,
+}
+
+/// Modules of a block: GGUF's name and Hugging Face's.
+const MODULES: [(&str, &str, Kind); 11] = [
+    ("attn_q", "self_attn.q_proj", Kind::Linear),
+    ("attn_k", "self_attn.k_proj", Kind::Linear),
+    ("attn_v", "self_attn.v_proj", Kind::Linear),
+    ("attn_output", "self_attn.o_proj", Kind::Linear),
+    ("ffn_gate", "mlp.gate_proj", Kind::Linear),
+    ("ffn_up", "mlp.up_proj", Kind::Linear),
+    ("ffn_down", "mlp.down_proj", Kind::Linear),
+    ("attn_norm", "input_layernorm", Kind::Norm),
+    ("ffn_norm", "post_attention_layernorm", Kind::Norm),
+    ("attn_q_norm", "self_attn.q_norm", Kind::HeadNorm),
+    ("attn_k_norm", "self_attn.k_norm", Kind::HeadNorm),
+];
+
+/// Index of the block, module and `weight` or `bias` of a name that begins with `prefix`.
+fn parts<'a>(prefix: &str, name: &'a str) -> Option<(u32, &'a str, &'a str)> {
+    let (block, rest) = name.strip_prefix(prefix)?.split_once('.')?;
     // Leading zeros or a sign would give two names to one tensor.
     let index = block.parse::<u32>().ok().filter(|index| index.to_string() == block)?;
     let (module, part) = rest.rsplit_once('.')?;
-    let linear = matches!(part, "weight" | "bias");
-    let norm = part == "weight";
-    let module = match module {
-        "attn_q" if linear => "self_attn.q_proj",
-        "attn_k" if linear => "self_attn.k_proj",
-        "attn_v" if linear => "self_attn.v_proj",
-        "attn_output" if linear => "self_attn.o_proj",
-        "ffn_gate" if linear => "mlp.gate_proj",
-        "ffn_up" if linear => "mlp.up_proj",
-        "ffn_down" if linear => "mlp.down_proj",
-        "attn_norm" if norm => "input_layernorm",
-        "ffn_norm" if norm => "post_attention_layernorm",
-        "attn_q_norm" if norm && architecture == Architecture::Qwen3 => "self_attn.q_norm",
-        "attn_k_norm" if norm && architecture == Architecture::Qwen3 => "self_attn.k_norm",
-        _ => return None,
+    Some((index, module, part))
+}
+
+/// The Hugging Face name of the tensor `name`; `None` if models of this architecture have no such tensor.
+pub(super) fn hugging_face(architecture: Architecture, name: &str) -> Option<String> {
+    if let Some((_, outer)) = OUTER.iter().find(|(gguf, _)| *gguf == name) {
+        return Some((*outer).into());
+    }
+    let (index, module, part) = parts("blk.", name)?;
+    let &(_, module, kind) = MODULES.iter().find(|(gguf, ..)| *gguf == module)?;
+    let known = match kind {
+        Kind::Linear => matches!(part, "weight" | "bias"),
+        Kind::Norm => part == "weight",
+        Kind::HeadNorm => part == "weight" && architecture == Architecture::Qwen3,
     };
-    Some(format!("model.layers.{index}.{module}.{part}"))
+    known.then(|| format!("model.layers.{index}.{module}.{part}"))
+}
+
+/// GGUF's name of the tensor with this Hugging Face name.
+pub(crate) fn from_hugging_face(name: &str) -> Option<String> {
+    if let Some((outer, _)) = OUTER.iter().find(|(_, hugging_face)| *hugging_face == name) {
+        return Some((*outer).into());
+    }
+    let (index, module, part) = parts("model.layers.", name)?;
+    let &(module, ..) = MODULES.iter().find(|(_, hugging_face, _)| *hugging_face == module)?;
+    Some(format!("blk.{index}.{module}.{part}"))
 }
 
 /// Whose heads the rows of a tensor belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Heads {
+pub(crate) enum Heads {
     /// Query heads.
     Query,
     /// Key heads.
@@ -80,7 +113,7 @@ pub(super) enum Heads {
 }
 
 /// The heads within which rows of the tensor with this Hugging Face name are interleaved.
-pub(super) fn interleaved(architecture: Architecture, name: &str) -> Option<Heads> {
+pub(crate) fn interleaved(architecture: Architecture, name: &str) -> Option<Heads> {
     if architecture != Architecture::Llama {
         return None;
     }
@@ -115,6 +148,7 @@ mod tests {
             ("blk.3.attn_q_norm.weight", "model.layers.3.self_attn.q_norm.weight"),
         ] {
             assert_eq!(hugging_face(Architecture::Qwen3, gguf).as_deref(), Some(expected));
+            assert_eq!(from_hugging_face(expected).as_deref(), Some(gguf));
         }
         for unknown in ["blk.03.attn_q.weight", "blk.+3.attn_q.weight", "blk.3.ffn_gate_exps.weight", "a", ""]
         {

@@ -93,6 +93,17 @@ pub(super) fn from_factors(keys: &Keys, factors: &[f32], theta: f64, head_dim: u
         .ok_or_else(|| error("factors that LLaMA 3's scaling gives", format!("others, up to {most}")))
 }
 
+/// The factors by which LLaMA 3's scaling divides the frequencies of heads of `head_dim`.
+pub(crate) fn llama3_factors(
+    theta: f64,
+    head_dim: usize,
+    positions: usize,
+    [factor, low, high]: [f64; 3],
+) -> Vec<f32> {
+    let rotations = |i| positions as f64 * theta.powf(-(2.0 * i as f64) / head_dim as f64) / TAU;
+    (0..head_dim / 2).map(|i| llama3(rotations(i), factor, low, high) as f32).collect()
+}
+
 /// A frequency, as rotations within the positions of pre-training, and its factor.
 struct Point {
     rotations: f64,

@@ -38,18 +38,19 @@ const MAX_TOKEN: usize = 1024;
 const SPACE: &str = "\u{2581}";
 
 /// Token types, as `tokenizer.ggml.token_type` numbers them.
-mod kind {
+pub(crate) mod kind {
     pub const NORMAL: i64 = 1;
     pub const UNKNOWN: i64 = 2;
     pub const CONTROL: i64 = 3;
     pub const USER_DEFINED: i64 = 4;
-    pub const LAST: i64 = 6;
+    pub const UNUSED: i64 = 5;
+    pub const BYTE: i64 = 6;
 }
 
 /// Words of LLaMA 3: contractions, letters with one leading sign, up to three digits, signs, line ends, spaces.
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(crate) const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 /// Words of Qwen 2: as LLaMA 3's, but each digit alone.
-const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(crate) const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// How text becomes words before BPE.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -175,7 +176,7 @@ impl<'a> Vocabulary<'a> {
         if kinds.len() != tokens.len() {
             return Err(metadata.error(TYPES, &format!("{} types", tokens.len()), kinds.len().to_string()));
         }
-        if let Some(unknown) = kinds.iter().find(|kind| !(kind::NORMAL..=kind::LAST).contains(kind)) {
+        if let Some(unknown) = kinds.iter().find(|kind| !(kind::NORMAL..=kind::BYTE).contains(kind)) {
             return Err(metadata.error(TYPES, "types in 1..=6", unknown.to_string()));
         }
         let mut ids = HashMap::with_capacity(tokens.len());

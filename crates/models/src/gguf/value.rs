@@ -81,12 +81,12 @@ pub struct Metadata {
 }
 
 impl Metadata {
-    pub(super) fn new(path: &Path) -> Self {
+    pub(crate) fn new(path: &Path) -> Self {
         Self { path: path.into(), values: BTreeMap::new() }
     }
 
     /// Adds a key; `false` if it was there.
-    pub(super) fn insert(&mut self, key: String, value: Value) -> bool {
+    pub(crate) fn insert(&mut self, key: String, value: Value) -> bool {
         self.values.insert(key, value).is_none()
     }
 

@@ -1,19 +1,112 @@
-//! Writes small GGUF files for tests.
+//! Writing GGUF files, version 3: keys, then tensors one at a time.
 
-use std::io::Write;
+use std::{io::Write, path::Path};
 
-use tempfile::NamedTempFile;
+use kiln_quant_core::write_atomically;
 
-use super::BlockType;
+use super::{
+    blocks::BlockType,
+    value::{Array, Value},
+};
+use crate::{Error, Result};
 
-/// The bytes of a file in the making.
-#[derive(Default, Clone)]
-pub(crate) struct Writer {
-    keys: Vec<u8>,
-    key_count: u64,
-    entries: Vec<u8>,
-    tensor_count: u64,
-    data: Vec<u8>,
+/// Tensors begin at multiples of this.
+const ALIGNMENT: usize = 32;
+/// Bytes of the longest tensor name, with the zero that other readers keep behind it.
+const MAX_NAME: usize = 63;
+
+/// A tensor that will be written.
+pub(crate) struct NewTensor {
+    /// The name in the file.
+    pub name: String,
+    /// Sizes, outermost first; rows are whole blocks.
+    pub shape: Vec<usize>,
+    pub kind: BlockType,
+}
+
+impl NewTensor {
+    pub fn bytes(&self) -> Option<usize> {
+        let count = self.shape.iter().try_fold(1usize, |count, size| count.checked_mul(*size))?;
+        let width = self.shape.last()?;
+        (count > 0 && width.is_multiple_of(self.kind.weights())).then(|| self.kind.bytes_of(count))?
+    }
+}
+
+/// Writes a file as [`write_atomically`] does; `data` gives the bytes of the tensor with that index. Returns the file's
+/// size.
+pub(crate) fn write(
+    path: &Path,
+    keys: &[(String, Value)],
+    tensors: &[NewTensor],
+    mut data: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<u64> {
+    let (header, sizes) = header(path, keys, tensors)?;
+    let total = header.len() + sizes.iter().map(|size| size.next_multiple_of(ALIGNMENT)).sum::<usize>();
+    // `write_atomically` carries the operating system's errors only; others wait here.
+    let mut refusal = None;
+    let written = write_atomically(path, |file| {
+        file.write_all(&header)?;
+        for (index, &size) in sizes.iter().enumerate() {
+            let bytes = match data(index) {
+                Ok(bytes) if bytes.len() == size => bytes,
+                Ok(bytes) => {
+                    let found = format!("{} bytes", bytes.len());
+                    refusal = Some(wrong(path, &tensors[index].name, format!("{size} bytes"), found));
+                    return Err(std::io::ErrorKind::Other.into());
+                }
+                Err(error) => {
+                    refusal = Some(error);
+                    return Err(std::io::ErrorKind::Other.into());
+                }
+            };
+            file.write_all(&bytes)?;
+            file.write_all(&[0; ALIGNMENT][..size.next_multiple_of(ALIGNMENT) - size])?;
+        }
+        Ok(())
+    });
+    match refusal {
+        Some(error) => Err(error),
+        None => {
+            written?;
+            Ok(total as u64)
+        }
+    }
+}
+
+fn wrong(path: &Path, field: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    Error::File { path: path.into(), field: field.into(), expected: expected.into(), found: found.into() }
+}
+
+/// Everything before the tensors' data, and the size of each of them.
+fn header(path: &Path, keys: &[(String, Value)], tensors: &[NewTensor]) -> Result<(Vec<u8>, Vec<usize>)> {
+    let mut bytes = b"GGUF\x03\0\0\0".to_vec();
+    bytes.extend((tensors.len() as u64).to_le_bytes());
+    bytes.extend((keys.len() as u64).to_le_bytes());
+    for (key, value) in keys {
+        string(&mut bytes, key);
+        put_value(&mut bytes, value);
+    }
+    let (mut sizes, mut offset) = (Vec::new(), 0usize);
+    for tensor in tensors {
+        if tensor.name.len() > MAX_NAME {
+            let expected = format!("a name of at most {MAX_NAME} bytes");
+            return Err(wrong(path, &tensor.name, expected, tensor.name.len().to_string()));
+        }
+        let size = tensor.bytes().ok_or_else(|| {
+            let expected =
+                format!("rows of whole {} blocks of {}", tensor.kind.name(), tensor.kind.weights());
+            wrong(path, &tensor.name, expected, format!("sizes {:?}", tensor.shape))
+        })?;
+        string(&mut bytes, &tensor.name);
+        bytes.extend((tensor.shape.len() as u32).to_le_bytes());
+        tensor.shape.iter().rev().for_each(|&size| bytes.extend((size as u64).to_le_bytes()));
+        bytes.extend(tensor.kind.id().to_le_bytes());
+        bytes.extend((offset as u64).to_le_bytes());
+        offset += size.next_multiple_of(ALIGNMENT);
+        sizes.push(size);
+    }
+    bytes.resize(bytes.len().next_multiple_of(ALIGNMENT), 0);
+    Ok((bytes, sizes))
 }
 
 fn string(bytes: &mut Vec<u8>, text: &str) {
@@ -21,98 +114,56 @@ fn string(bytes: &mut Vec<u8>, text: &str) {
     bytes.extend(text.as_bytes());
 }
 
-impl Writer {
-    /// A key with its type number and its encoded value.
-    pub fn raw(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
-        string(&mut self.keys, key);
-        self.keys.extend(kind.to_le_bytes());
-        self.keys.extend(value);
-        self.key_count += 1;
-        self
-    }
-
-    pub fn u32(self, key: &str, value: u32) -> Self {
-        self.raw(key, 4, &value.to_le_bytes())
-    }
-
-    pub fn f32(self, key: &str, value: f32) -> Self {
-        self.raw(key, 6, &value.to_le_bytes())
-    }
-
-    pub fn bool(self, key: &str, value: bool) -> Self {
-        self.raw(key, 7, &[value.into()])
-    }
-
-    pub fn str(self, key: &str, value: &str) -> Self {
-        let mut bytes = vec![];
-        string(&mut bytes, value);
-        self.raw(key, 8, &bytes)
-    }
-
-    fn array<T>(self, key: &str, kind: u32, values: &[T], write: impl Fn(&mut Vec<u8>, &T)) -> Self {
-        let mut bytes = kind.to_le_bytes().to_vec();
-        bytes.extend((values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| write(&mut bytes, value));
-        self.raw(key, 9, &bytes)
-    }
-
-    pub fn strings(self, key: &str, values: &[String]) -> Self {
-        self.array(key, 8, values, |bytes, value| string(bytes, value))
-    }
-
-    pub fn i32s(self, key: &str, values: &[i32]) -> Self {
-        self.array(key, 5, values, |bytes, value| bytes.extend(value.to_le_bytes()))
-    }
-
-    pub fn f32s(self, key: &str, values: &[f32]) -> Self {
-        self.array(key, 6, values, |bytes, value| bytes.extend(value.to_le_bytes()))
-    }
-
-    /// A tensor entry as given; `sizes` innermost first.
-    pub fn entry(mut self, name: &str, sizes: &[u64], kind: u32, offset: u64) -> Self {
-        string(&mut self.entries, name);
-        self.entries.extend((sizes.len() as u32).to_le_bytes());
-        sizes.iter().for_each(|size| self.entries.extend(size.to_le_bytes()));
-        self.entries.extend(kind.to_le_bytes());
-        self.entries.extend(offset.to_le_bytes());
-        self.tensor_count += 1;
-        self
-    }
-
-    /// A tensor with its data; `shape` outermost first.
-    pub fn tensor(mut self, name: &str, shape: &[usize], kind: BlockType, data: &[u8]) -> Self {
-        let sizes: Vec<u64> = shape.iter().rev().map(|&size| size as u64).collect();
-        self.data.resize(self.data.len().next_multiple_of(32), 0);
-        let offset = self.data.len() as u64;
-        self.data.extend(data);
-        self.entry(name, &sizes, kind.id(), offset)
-    }
-
-    /// A tensor of 32-bit floats.
-    pub fn floats(self, name: &str, shape: &[usize], values: &[f32]) -> Self {
-        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
-        self.tensor(name, shape, BlockType::F32, &bytes)
-    }
-
-    pub fn bytes(&self) -> Vec<u8> {
-        let mut bytes = b"GGUF\x03\0\0\0".to_vec();
-        bytes.extend(self.tensor_count.to_le_bytes());
-        bytes.extend(self.key_count.to_le_bytes());
-        bytes.extend(&self.keys);
-        bytes.extend(&self.entries);
-        bytes.resize(bytes.len().next_multiple_of(32), 0);
-        bytes.extend(&self.data);
-        bytes
-    }
-
-    pub fn file(&self) -> NamedTempFile {
-        file(&self.bytes())
+/// A value's type number and bytes. Integers take 32 bits where they fit, as all known keys do; arrays of floats hold
+/// scores, which are f32.
+fn put_value(bytes: &mut Vec<u8>, value: &Value) {
+    let mut put = |kind: u32, value: &[u8]| {
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend(value);
+    };
+    match value {
+        Value::Uint(value) => match u32::try_from(*value) {
+            Ok(value) => put(4, &value.to_le_bytes()),
+            Err(_) => put(10, &value.to_le_bytes()),
+        },
+        Value::Int(value) => match i32::try_from(*value) {
+            Ok(value) => put(5, &value.to_le_bytes()),
+            Err(_) => put(11, &value.to_le_bytes()),
+        },
+        Value::F32(value) => put(6, &value.to_le_bytes()),
+        Value::F64(value) => put(12, &value.to_le_bytes()),
+        Value::Bool(value) => put(7, &[(*value).into()]),
+        Value::String(text) => {
+            put(8, &[]);
+            string(bytes, text);
+        }
+        Value::Array(array) => {
+            put(9, &[]);
+            put_array(bytes, array);
+        }
     }
 }
 
-/// A temporary file of these bytes.
-pub(crate) fn file(bytes: &[u8]) -> NamedTempFile {
-    let mut file = NamedTempFile::new().unwrap();
-    file.write_all(bytes).unwrap();
-    file
+fn put_array(bytes: &mut Vec<u8>, array: &Array) {
+    fn put<T>(bytes: &mut Vec<u8>, kind: u32, values: &[T], mut one: impl FnMut(&mut Vec<u8>, &T)) {
+        bytes.extend(kind.to_le_bytes());
+        bytes.extend((values.len() as u64).to_le_bytes());
+        values.iter().for_each(|value| one(bytes, value));
+    }
+    match array {
+        Array::Uint(values) if values.iter().all(|&value| u32::try_from(value).is_ok()) => {
+            put(bytes, 4, values, |bytes, &value| bytes.extend((value as u32).to_le_bytes()));
+        }
+        Array::Uint(values) => put(bytes, 10, values, |bytes, value| bytes.extend(value.to_le_bytes())),
+        Array::Int(values) if values.iter().all(|&value| i32::try_from(value).is_ok()) => {
+            put(bytes, 5, values, |bytes, &value| bytes.extend((value as i32).to_le_bytes()));
+        }
+        Array::Int(values) => put(bytes, 11, values, |bytes, value| bytes.extend(value.to_le_bytes())),
+        Array::Float(values) => {
+            put(bytes, 6, values, |bytes, &value| bytes.extend((value as f32).to_le_bytes()));
+        }
+        Array::Bool(values) => put(bytes, 7, values, |bytes, &value| bytes.push(value.into())),
+        Array::String(values) => put(bytes, 8, values, |bytes, value| string(bytes, value)),
+        Array::Array(values) => put(bytes, 9, values, put_array),
+    }
 }

@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
+use serde_json::{Map, Value};
+
 use super::{
-    Quantization, bnb, gptq,
+    Quantization, awq, bnb, gptq,
     json::{Fields, MAX_CONFIG_BYTES, read_object},
-    rope,
+    mlx, packed, rope,
 };
 use crate::{
     Error, Result,
-    config::{LlamaConfig, ModelConfig, OptConfig, SpecialTokens},
+    config::{LayerShape, LlamaConfig, ModelConfig, OptConfig, SpecialTokens},
 };
 
 // No size of a file is believed beyond these: far above every published model, small enough for arithmetic.
@@ -57,10 +59,7 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let object = read_object(&path, MAX_CONFIG_BYTES)?;
     let fields = Fields::new(&path, "", &object);
     let family = Family::of(&fields)?;
-    let model = match family {
-        Family::Opt => ModelConfig::Opt(opt(&fields)?),
-        _ => ModelConfig::Llama(llama(&fields, family)?),
-    };
+    let model = model(&fields, family)?;
     let mut special_tokens = special_tokens(&fields, family.special_tokens())?;
     let generation = folder.join("generation_config.json");
     if generation.exists() {
@@ -70,6 +69,19 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let quantization = quantization(&fields, folder)?;
     fields.know(IGNORED);
     Ok(FolderConfig { model, special_tokens, quantization, unknown_keys: fields.unknown() })
+}
+
+fn model(fields: &Fields<'_>, family: Family) -> Result<ModelConfig> {
+    Ok(match family {
+        Family::Opt => ModelConfig::Opt(opt(fields)?),
+        _ => ModelConfig::Llama(llama(fields, family)?),
+    })
+}
+
+/// The shape that the object of a `config.json` describes.
+pub(crate) fn parse(object: &Map<String, Value>) -> Result<ModelConfig> {
+    let fields = Fields::new(Path::new("config.json"), "", object);
+    model(&fields, Family::of(&fields)?)
 }
 
 /// The architectures of transformers that Kiln implements.
@@ -156,7 +168,9 @@ fn llama(fields: &Fields<'_>, family: Family) -> Result<LlamaConfig> {
         _ => false,
     };
     let mlp_bias = family == Family::Llama && fields.bool("mlp_bias")?.unwrap_or(false);
-    Ok(LlamaConfig {
+    let [qkv_bias, o_bias, mlp_bias] =
+        biases(fields, [attention_bias || family == Family::Qwen2, attention_bias, mlp_bias])?;
+    let mut config = LlamaConfig {
         vocab_size: fields.required_size("vocab_size", MAX_VOCABULARY)?,
         hidden_size,
         intermediate_size: fields.required_size("intermediate_size", MAX_WIDTH)?,
@@ -168,12 +182,79 @@ fn llama(fields: &Fields<'_>, family: Family) -> Result<LlamaConfig> {
         rms_norm_eps: epsilon(fields)?,
         rope: rope::parse(fields, max_position_embeddings, head_dim)?,
         sliding_window: sliding_window(fields, family, num_hidden_layers)?,
-        qkv_bias: attention_bias || family == Family::Qwen2,
-        o_bias: attention_bias,
+        qkv_bias,
+        o_bias,
         mlp_bias,
         qk_norm: family == Family::Qwen3,
         tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(false),
-    })
+        layer_shapes: Vec::new(),
+    };
+    config.set_layers(layer_shapes(fields, num_hidden_layers, config.layer(0), LLAMA_WIDTHS)?);
+    Ok(config)
+}
+
+/// Kiln's extension `kiln`: biases that the architecture's own keys can't express, as bias compensation of pruned
+/// models adds them.
+fn biases(fields: &Fields<'_>, own: [bool; 3]) -> Result<[bool; 3]> {
+    let Some(kiln) = fields.object("kiln")? else { return Ok(own) };
+    let bias = |key: &str, own: bool| Ok::<_, Error>(kiln.bool(key)?.unwrap_or(own));
+    let biases = [bias("qkv_bias", own[0])?, bias("o_bias", own[1])?, bias("mlp_bias", own[2])?];
+    refuse_unknown(&kiln, "qkv_bias, o_bias, mlp_bias")?;
+    Ok(biases)
+}
+
+/// Keys of `per_layer_config` for query heads, key and value heads, MLP channels.
+const LLAMA_WIDTHS: [Option<&str>; 3] =
+    [Some("num_attention_heads"), Some("num_key_value_heads"), Some("intermediate_size")];
+const OPT_WIDTHS: [Option<&str>; 3] = [Some("num_attention_heads"), None, Some("ffn_dim")];
+
+/// The widths of each block where some differ: `per_layer_config`, a map from a block's index to the keys that differ
+/// there, as transformers 5 spells it. Empty without it.
+fn layer_shapes(
+    fields: &Fields<'_>,
+    layers: usize,
+    global: LayerShape,
+    [heads, key_value_heads, channels]: [Option<&str>; 3],
+) -> Result<Vec<LayerShape>> {
+    let Some(blocks) = fields.object("per_layer_config")? else { return Ok(Vec::new()) };
+    let mut shapes = vec![global; layers];
+    for index in blocks.keys() {
+        let shape = index.parse().ok().filter(|i: &usize| i.to_string() == index);
+        let Some(shape) = shape.and_then(|i| shapes.get_mut(i)) else {
+            return Err(blocks.wrong(index, &format!("the index of one of {layers} layers as key")));
+        };
+        let block = blocks.object(index)?.ok_or_else(|| blocks.wrong(index, "an object"))?;
+        let width = |key: Option<&str>, max, otherwise| match key {
+            Some(key) => Ok::<_, Error>(block.size(key, max)?.unwrap_or(otherwise)),
+            None => Ok(otherwise),
+        };
+        shape.num_attention_heads = width(heads, MAX_HEADS, global.num_attention_heads)?;
+        shape.num_key_value_heads = match key_value_heads {
+            Some(_) => width(key_value_heads, MAX_HEADS, global.num_key_value_heads)?,
+            None => shape.num_attention_heads,
+        };
+        shape.intermediate_size = width(channels, MAX_WIDTH, global.intermediate_size)?;
+        let known = [heads, key_value_heads, channels].into_iter().flatten().collect::<Vec<_>>();
+        refuse_unknown(&block, &known.join(", "))?;
+        if !shape.num_attention_heads.is_multiple_of(shape.num_key_value_heads) {
+            let expected = format!("a divisor of num_attention_heads, {}", shape.num_attention_heads);
+            return Err(block.wrong("num_key_value_heads", &expected));
+        }
+    }
+    Ok(shapes)
+}
+
+/// In objects of our own, what isn't understood is an error.
+fn refuse_unknown(fields: &Fields<'_>, supported: &str) -> Result<()> {
+    match fields.unknown().first() {
+        Some(key) => Err(Error::Unsupported {
+            path: fields.path(),
+            field: key.clone(),
+            found: "this key".into(),
+            supported: supported.into(),
+        }),
+        None => Ok(()),
+    }
 }
 
 fn epsilon(fields: &Fields<'_>) -> Result<f64> {
@@ -277,22 +358,32 @@ fn opt(fields: &Fields<'_>) -> Result<OptConfig> {
     let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
     fields.refuse_unless("word_embed_proj_dim", hidden_size)?;
     let num_attention_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
-    if !hidden_size.is_multiple_of(num_attention_heads) {
-        return Err(fields.wrong("num_attention_heads", &format!("a divisor of hidden_size, {hidden_size}")));
-    }
-    Ok(OptConfig {
+    // transformers knows no `head_dim` here; pruned checkpoints of ours do.
+    let head_dim = match fields.size("head_dim", MAX_WIDTH)? {
+        Some(head_dim) => head_dim,
+        None if hidden_size.is_multiple_of(num_attention_heads) => hidden_size / num_attention_heads,
+        None => {
+            let expected = format!("a divisor of hidden_size, {hidden_size}");
+            return Err(fields.wrong("num_attention_heads", &expected));
+        }
+    };
+    let mut config = OptConfig {
         vocab_size: fields.required_size("vocab_size", MAX_VOCABULARY)?,
         hidden_size,
         ffn_dim: fields.required_size("ffn_dim", MAX_WIDTH)?,
         num_hidden_layers: fields.required_size("num_hidden_layers", MAX_LAYERS)?,
         num_attention_heads,
+        head_dim,
         max_position_embeddings: fields
             .size("max_position_embeddings", MAX_POSITIONS)?
             .unwrap_or(Family::Opt.positions()),
         bias: fields.bool("enable_bias")?.unwrap_or(true),
         layer_norm_affine: fields.bool("layer_norm_elementwise_affine")?.unwrap_or(true),
         tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(true),
-    })
+        layer_shapes: Vec::new(),
+    };
+    config.set_layers(layer_shapes(fields, config.num_hidden_layers, config.layer(0), OPT_WIDTHS)?);
+    Ok(config)
 }
 
 /// Ids of `config.json`: absent ones by the class's default, `null` and negative ones are none.
@@ -336,11 +427,13 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
 
 /// `quantization_config`, or else the file `quantize_config.json` of older GPTQ folders.
 fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
-    const SUPPORTED: &str = "bitsandbytes, gptq";
-    if fields.get("quantization").is_some() {
-        return Err(
-            fields.unsupported("quantization", "quantization_config with quant_method bitsandbytes or gptq")
-        );
+    const SUPPORTED: &str = "bitsandbytes, gptq, awq, kiln";
+    if let Some(inner) = fields.object("quantization")? {
+        // A copy, for other tools.
+        fields.know(&["quantization_config"]);
+        let config = mlx::config(&inner)?;
+        fields.add_unknown(inner.unknown());
+        return Ok(Quantization::Mlx(config));
     }
     let Some(inner) = fields.object("quantization_config")? else {
         let path = folder.join("quantize_config.json");
@@ -358,6 +451,8 @@ fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
     let quantization = match inner.str("quant_method")? {
         Some("bitsandbytes") => bnb::config(&inner)?,
         Some("gptq") => Quantization::Gptq(gptq::config(&inner)?),
+        Some("awq") => Quantization::Awq(awq::config(&inner)?),
+        Some("kiln") => packed::config(&inner)?,
         // Before quant_method existed.
         None if inner.present("load_in_4bit") => bnb::config(&inner)?,
         _ => return Err(inner.unsupported("quant_method", SUPPORTED)),

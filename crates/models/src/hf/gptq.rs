@@ -373,7 +373,7 @@ fn holds(words: usize, count: usize, bits: u32) -> bool {
 }
 
 /// The shape of a matrix that isn't empty.
-fn matrix(tensors: &SafetensorsSet, name: &str) -> Result<[usize; 2]> {
+pub(super) fn matrix(tensors: &SafetensorsSet, name: &str) -> Result<[usize; 2]> {
     match tensors.describe(name)?.1 {
         &[rows, columns] if rows > 0 && columns > 0 => Ok([rows, columns]),
         shape => Err(tensors.wrong(name, "two sizes above 0", format!("{shape:?}"))),
@@ -394,7 +394,7 @@ fn index_name(tensors: &SafetensorsSet, module: &str) -> Result<Option<String>> 
 }
 
 /// A tensor of 32-bit integers.
-fn read_words(tensors: &SafetensorsSet, name: &str) -> Result<Vec<u32>> {
+pub(super) fn read_words(tensors: &SafetensorsSet, name: &str) -> Result<Vec<u32>> {
     let (dtype, _) = tensors.describe(name)?;
     if !matches!(dtype, Dtype::I32 | Dtype::U32) {
         return Err(tensors.wrong(name, "type I32", format!("type {dtype}")));

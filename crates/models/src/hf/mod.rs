@@ -1,5 +1,5 @@
-//! Folders as Hugging Face's libraries write them: `config.json`, `generation_config.json` and safetensors, with dense,
-//! bitsandbytes 4-bit or GPTQ weights.
+//! Folders as Hugging Face's libraries and MLX write them: `config.json`, `generation_config.json` and safetensors, with
+//! dense, bitsandbytes 4-bit, GPTQ, AWQ or MLX weights; and Kiln's own.
 
 use std::{
     collections::BTreeMap,
@@ -15,17 +15,26 @@ use crate::{
     source::{DenseTensor, StoredWeight, TensorSource},
 };
 
+mod awq;
 mod bnb;
 mod config;
 mod gptq;
 mod json;
+mod mlx;
+mod packed;
 mod rope;
 mod shards;
 #[cfg(test)]
 mod tests;
 
-pub use self::gptq::{GptqConfig, GptqOverride, ZeroFormat};
+pub use self::{
+    awq::AwqConfig,
+    gptq::{GptqConfig, GptqOverride, ZeroFormat},
+    mlx::{MlxConfig, MlxLayout},
+    packed::PackedFolder,
+};
 use self::{config::FolderConfig, shards::SafetensorsSet};
+pub(crate) use self::{config::parse as parse_config, mlx::transposed, packed::PACKED_WEIGHTS};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -42,6 +51,12 @@ pub enum Quantization {
     },
     /// GPTQ.
     Gptq(GptqConfig),
+    /// AWQ.
+    Awq(AwqConfig),
+    /// MLX, affine.
+    Mlx(MlxConfig),
+    /// Kiln's own: see [`PackedFolder`].
+    Kiln,
 }
 
 /// What stands behind a name.
@@ -50,6 +65,8 @@ enum Stored {
     Dense,
     BitsAndBytes,
     Gptq,
+    Awq,
+    Mlx,
 }
 
 /// An open checkpoint folder. Tensors are read from disk at every call, one at a time.
@@ -82,6 +99,14 @@ impl HfFolder {
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         let mut config = config::read_folder(&path)?;
+        if config.quantization == Quantization::Kiln {
+            return Err(Error::Unsupported {
+                path: path.join("config.json"),
+                field: "quantization_config.quant_method".into(),
+                found: "kiln".into(),
+                supported: "a folder of another writer here; PackedFolder or Checkpoint::open".into(),
+            });
+        }
         let tensors = SafetensorsSet::open_folder(&path)?;
         let names = public_names(&tensors, &config.quantization)?;
         let mut notes = Vec::new();
@@ -157,6 +182,12 @@ impl HfFolder {
             (Stored::Gptq, Quantization::Gptq(config)) => {
                 gptq::weight(&self.tensors, module_of(name), config).map(Some)
             }
+            (Stored::Awq, Quantization::Awq(config)) => {
+                awq::weight(&self.tensors, module_of(name), config).map(Some)
+            }
+            (Stored::Mlx, Quantization::Mlx(config)) => {
+                mlx::weight(&self.tensors, module_of(name), config).map(Some)
+            }
             _ => bnb::weight(&self.tensors, name).map(Some),
         }
     }
@@ -212,14 +243,26 @@ fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result
             }
             names.insert(weight.into(), Stored::BitsAndBytes);
         } else if let Some(module) = name.strip_suffix(".qweight") {
-            if !matches!(quantization, Quantization::Gptq(_)) {
-                return Err(tensors.wrong(name, "a quantization_config with quant_method gptq", "none"));
-            }
+            let (parts, stored) = match quantization {
+                Quantization::Gptq(_) => (&gptq::COMPANIONS[..], Stored::Gptq),
+                Quantization::Awq(_) => (&awq::COMPANIONS[..], Stored::Awq),
+                _ => {
+                    let expected = "a quantization_config with quant_method gptq or awq";
+                    return Err(tensors.wrong(name, expected, "none"));
+                }
+            };
             names.remove(name);
-            for part in gptq::COMPANIONS {
+            for part in parts {
                 names.remove(&format!("{module}{part}"));
             }
-            names.insert(format!("{module}.weight"), Stored::Gptq);
+            names.insert(format!("{module}.weight"), stored);
+        } else if let Some(module) = name.strip_suffix(".scales")
+            && matches!(quantization, Quantization::Mlx(_))
+        {
+            for part in mlx::COMPANIONS {
+                names.remove(&format!("{module}{part}"));
+            }
+            names.insert(format!("{module}.weight"), Stored::Mlx);
         }
     }
     Ok(names)

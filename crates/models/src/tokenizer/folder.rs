@@ -2,12 +2,14 @@
 
 use std::{
     collections::BTreeMap,
+    io::Write,
     panic::{AssertUnwindSafe, catch_unwind},
     path::Path,
 };
 
+use kiln_quant_core::write_atomically;
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
 use super::{Tokenizer, error};
@@ -30,6 +32,37 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
     };
     let special = config.special_tokens(&path, &inner, end_ids(folder)?)?;
     Ok(Tokenizer { inner, special, chat_template })
+}
+
+/// See [`Tokenizer::save_folder`].
+pub(super) fn write(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
+    let save = |name: &str, text: &str| -> Result<()> {
+        Ok(write_atomically(&folder.join(name), |file| file.write_all(text.as_bytes()))?)
+    };
+    save("tokenizer.json", &tokenizer.to_json()?)?;
+    let special = &tokenizer.special;
+    let token = |id: Option<u32>| match id {
+        None => Ok(None),
+        Some(id) => {
+            let token = tokenizer.id_to_token(id);
+            token.map(Some).ok_or_else(|| error(format!("special id {id}: expected a token, found none")))
+        }
+    };
+    let config = json!({
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": token(special.bos)?,
+        "eos_token": token(special.eos.first().copied())?,
+        "pad_token": token(special.pad)?,
+        "clean_up_tokenization_spaces": false,
+    });
+    save("tokenizer_config.json", &config.to_string())?;
+    let generation = json!({
+        "bos_token_id": special.bos,
+        "eos_token_id": special.eos,
+        "pad_token_id": special.pad,
+    });
+    save("generation_config.json", &generation.to_string())?;
+    tokenizer.chat_template.as_ref().map_or(Ok(()), |template| save("chat_template.jinja", template))
 }
 
 fn file_error(path: &Path, field: &str, expected: &str, found: impl std::fmt::Display) -> Error {

@@ -42,6 +42,20 @@ impl Tokenizer {
         folder::read(path.as_ref())
     }
 
+    /// Writes the files that [`from_folder`](Self::from_folder) reads: `tokenizer.json`, `tokenizer_config.json`,
+    /// `generation_config.json` and, with a chat template, `chat_template.jinja`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Tokenizer`] for a special id without a token.
+    pub fn save_folder(&self, path: impl AsRef<Path>) -> Result<()> {
+        folder::write(self, path.as_ref())
+    }
+
+    /// The contents of `tokenizer.json`.
+    pub(crate) fn to_json(&self) -> Result<String> {
+        self.inner.to_string(false).map_err(error)
+    }
+
     /// Makes the tokenizer that a GGUF file describes: byte-level BPE (`gpt2`) that splits words as GPT-2, SmolLM,
     /// LLaMA 3 or Qwen 2 does, or SentencePiece's BPE with byte fallback (`llama`).
     ///

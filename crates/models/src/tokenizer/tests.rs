@@ -3,7 +3,10 @@
 use serde_json::Value;
 
 use super::*;
-use crate::gguf::writer::Writer;
+use crate::{
+    export::describe_tokenizer,
+    gguf::{Metadata, test_writer::Writer},
+};
 
 const TESTDATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata");
 
@@ -105,6 +108,48 @@ fn gguf_tokenizers_give_the_ids_of_the_original_libraries() {
         assert_eq!(tokenizer.vocab_size(), expected["tokens"].as_array().unwrap().len());
         check_cases(&tokenizer, &expected["cases"]);
     }
+}
+
+/// GGUF to folder to GGUF's keys again, with three rows of the embedding that have no token.
+#[test]
+fn tokenizers_survive_folders_and_gguf_keys() {
+    let fixture = fixture("tokenizer/gguf_tokenizers.json");
+    for expected in fixture.as_array().unwrap() {
+        let original = from_gguf(&gguf(expected)).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        original.save_folder(folder.path()).unwrap();
+        let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+        assert_eq!(tokenizer.special(), original.special());
+        check_cases(&tokenizer, &expected["cases"]);
+        let rows = tokenizer.vocab_size() + 3;
+        let keys = describe_tokenizer(&tokenizer, tokenizer.special(), rows).unwrap();
+        let mut metadata = Metadata::new(folder.path());
+        for (key, value) in keys {
+            assert!(metadata.insert(key, value));
+        }
+        let strings = metadata.strings("tokenizer.ggml.tokens").unwrap().unwrap();
+        assert_eq!(
+            (strings.len(), strings[rows - 1].as_str()),
+            (rows, format!("[PAD{}]", rows - 1).as_str())
+        );
+        let inner = crate::gguf::build_tokenizer(&metadata).unwrap();
+        let rebuilt = Tokenizer { inner, special: tokenizer.special.clone(), chat_template: None };
+        check_cases(&rebuilt, &expected["cases"]);
+        for text in ["the whale", ""] {
+            assert_eq!(rebuilt.encode(text, true).unwrap(), original.encode(text, true).unwrap());
+        }
+        // Fewer rows than tokens.
+        let message = describe_tokenizer(&tokenizer, tokenizer.special(), rows - 4).unwrap_err().to_string();
+        assert!(message.contains("GGUF: tokenizer tokens"), "{message}");
+    }
+    // A way of splitting words that GGUF has no name for.
+    let folder = tempfile::tempdir().unwrap();
+    let mut json = self::fixture("models/tiny-llama/tokenizer.json");
+    json["pre_tokenizer"] = serde_json::json!({"type": "Whitespace"});
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
+    let message = describe_tokenizer(&tokenizer, tokenizer.special(), 2048).unwrap_err().to_string();
+    assert!(message.contains("GGUF: tokenizer pre_tokenizer") && message.contains("Whitespace"), "{message}");
 }
 
 #[test]

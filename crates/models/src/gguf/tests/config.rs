@@ -29,6 +29,7 @@ fn configuration_comes_from_keys_and_tensors() {
         mlp_bias: false,
         qk_norm: false,
         tie_word_embeddings: true,
+        layer_shapes: Vec::new(),
     };
     assert_eq!(plain, expected);
     let bias = [0.0; 8];

@@ -2,7 +2,7 @@
 
 use proptest::prelude::*;
 
-use super::{super::writer::file, *};
+use super::{super::test_writer::file, *};
 
 #[test]
 fn files_that_are_not_whole_models_of_known_kinds_are_refused() {

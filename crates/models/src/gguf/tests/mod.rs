@@ -5,7 +5,7 @@ mod header;
 
 use safetensors::SafeTensors;
 
-use super::{writer::Writer, *};
+use super::{test_writer::Writer, *};
 use crate::config::{LlamaConfig, RopeScaling};
 
 /// Relative to a row's largest value: two orders of f32 operations on one weight.
@@ -189,6 +189,7 @@ fn smollm2_is_read_as_its_model_card_says() {
         mlp_bias: false,
         qk_norm: false,
         tie_word_embeddings: true,
+        layer_shapes: Vec::new(),
     };
     assert_eq!(config, expected);
     assert_eq!(file.unknown_keys(), Vec::<&str>::new());

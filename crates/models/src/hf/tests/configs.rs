@@ -144,10 +144,41 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (json!({"tie_word_embeddings": "yes"}), &["tie_word_embeddings", "yes"]),
         (json!({"eos_token_id": "</s>"}), &["eos_token_id"]),
         (json!({"rope_scaling": {"rope_type": "su"}}), &["rope_scaling.rope_type", "su"]),
-        (json!({"quantization": {"bits": 4}}), &["quantization"]),
+        (json!({"quantization": {"bits": 4}}), &["quantization.group_size", "nothing"]),
+        (json!({"quantization": {"bits": 5, "group_size": 64}}), &["quantization.bits", "5"]),
+        (json!({"quantization": {"bits": 4, "group_size": 16}}), &["quantization.group_size", "16"]),
         (
-            json!({"quantization_config": {"quant_method": "awq", "bits": 4}}),
-            &["quantization_config.quant_method", "awq"],
+            json!({"quantization": {"bits": 4, "group_size": 64, "mode": "mxfp4"}}),
+            &["quantization.mode", "mxfp4"],
+        ),
+        (
+            json!({"quantization": {"bits": 4, "group_size": 64, "a.b": {"group_size": 64, "bits": 6}}}),
+            &["quantization.a.b.bits", "6"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "awq", "bits": 3, "group_size": 32}}),
+            &["quantization_config.bits", "3"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemv"}}),
+            &["quantization_config.version", "gemv"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": false}}),
+            &["quantization_config.zero_point", "false"],
+        ),
+        (json!({"quantization_config": {"quant_method": "kiln"}}), &["quantization_config.version"]),
+        (
+            json!({"quantization_config": {"quant_method": "kiln", "version": 2}}),
+            &["quantization_config.version", "2"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "kiln", "version": 1, "extra": 0}}),
+            &["quantization_config.extra"],
+        ),
+        (
+            json!({"quantization_config": {"quant_method": "hqq", "bits": 4}}),
+            &["quantization_config.quant_method", "hqq"],
         ),
         (
             json!({"quantization_config": {"bits": 4, "group_size": 64}}),

@@ -529,3 +529,129 @@ proptest! {
         }
     }
 }
+
+// --- AWQ ---
+
+fn awq_config(changes: Value) -> Value {
+    let awq =
+        json!({"quant_method": "awq", "bits": 4, "group_size": 16, "zero_point": true, "version": "gemm"});
+    with(tiny_config(), json!({"quantization_config": with(awq, changes)}))
+}
+
+const AWQ: &str = "gptq/gptq_4bit_64x32.safetensors";
+
+/// The layer of the fixture as module `m`.
+fn awq_parts() -> Vec<(String, RawTensor)> {
+    ["qweight", "qzeros", "scales"]
+        .map(|part| (format!("m.{part}"), fixture(AWQ, &format!("awq.{part}"))))
+        .into()
+}
+
+/// Inputs of a group in the fixture.
+fn awq_group() -> usize {
+    64 / fixture(AWQ, "awq.scales").shape[0]
+}
+
+#[test]
+fn awq_fixture_decodes_exactly() {
+    let config = awq_config(json!({"group_size": awq_group(), "modules_to_not_convert": null}));
+    let folder = open_parts(&config, &awq_parts()).unwrap();
+    assert_eq!(folder.names(), ["m.weight"]);
+    assert_eq!(folder.unknown_keys(), Vec::<String>::new());
+    let weight = packed(&folder, "m");
+    assert_eq!((weight.d_input, weight.d_output), (64, 32));
+    assert_eq!(weight.dequantize(), fixture_f32(AWQ, "dequantized"));
+    assert_eq!(folder.dense("m.weight").unwrap().shape, [32, 64]);
+}
+
+#[test]
+fn damaged_awq_layers_are_refused_by_name() {
+    let config = awq_config(json!({"group_size": awq_group()}));
+    for (part, shape, expected) in [
+        ("m.qzeros", vec![1, 4], "m.qzeros"),
+        ("m.qweight", vec![32, 8], "m.qweight"),
+        ("m.qweight", vec![32, 4], "m.scales"),
+    ] {
+        let mut parts = awq_parts();
+        for (_, tensor) in parts.iter_mut().filter(|(name, _)| name == part) {
+            *tensor = i32s(&shape, vec![0; shape.iter().product()]);
+        }
+        assert_error(open_parts(&config, &parts).unwrap().weight("m"), &[expected]);
+    }
+    let wrong_group = awq_config(json!({"group_size": 24}));
+    assert_error(
+        open_parts(&wrong_group, &awq_parts()).unwrap().weight("m"),
+        &["m.scales", "3 groups of 24"],
+    );
+    assert_error(open_parts(&tiny_config(), &awq_parts()), &["m.qweight", "awq"]);
+    let without_scales = &awq_parts()[..2];
+    assert_error(open_parts(&config, without_scales).unwrap().weight("m"), &["m.scales"]);
+}
+
+// --- MLX ---
+
+/// Two outputs of 32 inputs with codes `input % 2^bits` and `7`, as a continuous stream of low bits first, written
+/// here bit by bit.
+fn mlx_parts(bits: usize) -> Vec<(String, RawTensor)> {
+    let words_per_row = bits;
+    let mut words = vec![0u32; 2 * words_per_row];
+    for output in 0..2 {
+        for input in 0..32 {
+            let code = if output == 0 { input % (1 << bits) } else { 7 % (1 << bits) };
+            for bit in (0..bits).filter(|bit| code >> bit & 1 == 1) {
+                let place = input * bits + bit;
+                words[output * words_per_row + place / 32] |= 1 << (place % 32);
+            }
+        }
+    }
+    let mut weight = i32s(&[2, words_per_row], words);
+    weight.dtype = Dtype::U32;
+    let column = |values: &[f32]| RawTensor { shape: vec![2, 1], ..f32s(values) };
+    vec![
+        ("m.weight".into(), weight),
+        ("m.scales".into(), column(&[0.5, -2.0])),
+        ("m.biases".into(), column(&[-1.0, 0.25])),
+    ]
+}
+
+fn mlx_config(bits: usize, changes: Value) -> Value {
+    let quantization = with(json!({"group_size": 32, "bits": bits, "mode": "affine"}), changes);
+    with(tiny_config(), json!({"quantization": quantization, "quantization_config": quantization}))
+}
+
+#[test]
+fn mlx_weights_are_scale_times_code_plus_bias() {
+    for bits in [2, 3, 4, 8] {
+        let folder = open_parts(&mlx_config(bits, json!({})), &mlx_parts(bits)).unwrap();
+        assert_eq!(folder.names(), ["m.weight"]);
+        assert_eq!(folder.unknown_keys(), Vec::<String>::new());
+        let weight = packed(&folder, "m");
+        assert_eq!(weight.scheme.to_string(), format!("affine{bits}:32"));
+        let mut expected: Vec<f32> = (0..32).map(|i| 0.5 * (i % (1 << bits)) as f32 - 1.0).collect();
+        expected.extend([-2.0 * (7 % (1 << bits)) as f32 + 0.25; 32]);
+        assert_eq!(weight.dequantize(), expected);
+    }
+    // The path's own layout goes before the general one.
+    let own = mlx_config(4, json!({"m": {"bits": 2, "group_size": 32}}));
+    assert_eq!(packed(&open_parts(&own, &mlx_parts(2)).unwrap(), "m").scheme.bits(), 2);
+}
+
+#[test]
+fn mlx_layers_that_contradict_themselves_are_refused_by_name() {
+    let refused = |config: &Value, parts: &[(String, RawTensor)], expected: &[&str]| {
+        assert_error(open_parts(config, parts).unwrap().weight("m"), expected);
+    };
+    refused(&mlx_config(3, json!({})), &mlx_parts(4), &["m.scales", "4 words of 3-bit codes"]);
+    refused(&mlx_config(4, json!({"group_size": 64})), &mlx_parts(4), &["m.scales"]);
+    refused(&mlx_config(4, json!({"m": false})), &mlx_parts(4), &["m.scales", "false"]);
+    let mut parts = mlx_parts(4);
+    parts[2].1.dtype = Dtype::I32;
+    refused(&mlx_config(4, json!({})), &parts, &["m.biases"]);
+    let mut parts = mlx_parts(4);
+    parts[1].1 = RawTensor { shape: vec![2, 1], ..f32s(&[1.0, f32::NAN]) };
+    refused(&mlx_config(4, json!({})), &parts, &["m.scales", "finite"]);
+    let mut parts = mlx_parts(4);
+    parts[0].1.dtype = Dtype::I32;
+    refused(&mlx_config(4, json!({})), &parts, &["m.weight", "U32"]);
+    refused(&mlx_config(4, json!({})), &mlx_parts(4)[..2], &["m.biases"]);
+}

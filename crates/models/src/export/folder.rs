@@ -1,0 +1,273 @@
+//! Folders of safetensors: filled beside their place, tensor by tensor, and renamed.
+
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    fs,
+    path::{Path, PathBuf},
+};
+
+use kiln_quant_core::{
+    safetensors_file::{Dtype, TensorPlan, Values, stream_safetensors},
+    write_atomically,
+};
+use serde_json::{Map, Value, json};
+use tempfile::TempDir;
+
+use super::{
+    FloatType, Format,
+    item::{Host, Item, rounded},
+    report::{ExportReport, ExportRow, Written, difference},
+    tokenizer_files,
+};
+use crate::{Checkpoint, Error, Result};
+
+/// A folder in the making.
+pub(super) struct NewFolder {
+    fresh: TempDir,
+    target: PathBuf,
+}
+
+impl NewFolder {
+    /// `target` must not exist or be empty, its parent must exist.
+    pub fn create(target: &Path) -> Result<Self> {
+        let parent = target.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let taken = match fs::read_dir(target) {
+            Ok(mut entries) => entries.next().is_some(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
+            Err(error) => return Err(Error::io(target)(error)),
+        };
+        if taken {
+            return Err(Error::Argument {
+                name: "folder".into(),
+                expected: "a new or empty folder".into(),
+                found: format!("{}, which holds files", target.display()),
+            });
+        }
+        let mut builder = tempfile::Builder::new();
+        builder.prefix(".kiln-export-");
+        // Temporary folders are private; what they become should be as readable as any new folder.
+        #[cfg(unix)]
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
+        let fresh = builder.tempdir_in(parent).map_err(Error::io(parent))?;
+        Ok(Self { fresh, target: target.into() })
+    }
+
+    /// Where files go.
+    pub fn path(&self) -> &Path {
+        self.fresh.path()
+    }
+
+    /// Writes a JSON file.
+    pub fn write_json(&self, name: &str, value: &Value) -> Result<()> {
+        write_json(&self.path().join(name), value)
+    }
+
+    /// Puts the folder into its place.
+    pub fn commit(self) -> Result<()> {
+        // Not every system renames onto an empty folder.
+        if self.target.exists() {
+            fs::remove_dir(&self.target).map_err(Error::io(&self.target))?;
+        }
+        fs::rename(self.fresh.path(), &self.target).map_err(Error::io(&self.target))?;
+        let _ = self.fresh.keep();
+        Ok(())
+    }
+}
+
+/// Writes a JSON file.
+pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
+    let text =
+        serde_json::to_string_pretty(value).map_err(|error| Error::io(path)(std::io::Error::other(error)))?;
+    Ok(write_atomically(path, |file| std::io::Write::write_all(file, text.as_bytes()))?)
+}
+
+/// A tensor of a file.
+pub(super) struct Part {
+    pub name: String,
+    pub shape: Vec<usize>,
+    pub data: Data,
+}
+
+/// The values of a [`Part`].
+pub(super) enum Data {
+    U8(Vec<u8>),
+    U32(Vec<u32>),
+    /// The words' bits as signed integers.
+    I32(Vec<u32>),
+    Float(FloatType, Vec<f32>),
+}
+
+impl Data {
+    fn dtype(&self) -> Dtype {
+        match self {
+            Self::U8(_) => Dtype::U8,
+            Self::U32(_) => Dtype::U32,
+            Self::I32(_) => Dtype::I32,
+            Self::Float(float, _) => float.dtype(),
+        }
+    }
+
+    fn values(&self) -> Values<'_> {
+        match self {
+            Self::U8(values) => Values::U8(values),
+            Self::U32(values) => Values::U32(values),
+            Self::I32(values) => Values::I32(values),
+            Self::Float(FloatType::F32, values) => Values::F32(values),
+            Self::Float(FloatType::F16, values) => Values::F16(values),
+            Self::Float(FloatType::Bf16, values) => Values::Bf16(values),
+        }
+    }
+}
+
+/// A tensor of the model as a format holds it.
+pub(super) struct Converted {
+    pub parts: Vec<Part>,
+    /// For the report.
+    pub stored: String,
+    pub written: Written,
+    pub note: Option<String>,
+}
+
+impl Converted {
+    /// One dense tensor, rounded to `float`.
+    pub fn dense(format: Format, item: &Item, host: &Host, float: FloatType) -> Result<Self> {
+        let name = item.name();
+        let values = rounded(format, &name, &host.dense(), float)?;
+        let part = Part { name, shape: item.shape(), data: Data::Float(float, values.clone()) };
+        let stored = float.name().into();
+        Ok(Self { parts: vec![part], stored, written: Written::Dense(values), note: None })
+    }
+
+    /// [`Self::dense`] for a packed weight that the format can't hold, for `reason`.
+    pub fn fallback(
+        format: Format,
+        item: &Item,
+        host: &Host,
+        float: FloatType,
+        reason: &Error,
+    ) -> Result<Self> {
+        let mut converted = Self::dense(format, item, host, float)?;
+        converted.note = Some(format!("written dense: {reason}"));
+        Ok(converted)
+    }
+}
+
+/// What is to be written where.
+pub(super) struct FolderExport<'a> {
+    pub folder: &'a Path,
+    /// Where tokenizer files come from.
+    pub source: &'a Checkpoint,
+    pub items: &'a [Item],
+    pub config: Map<String, Value>,
+    /// `format` of the files' metadata.
+    pub metadata: &'a str,
+    pub max_shard_bytes: u64,
+    /// Further JSON files.
+    pub json: Vec<(&'a str, Value)>,
+}
+
+impl FolderExport<'_> {
+    /// Writes the folder with the tensors that `convert` makes.
+    pub fn write(self, convert: impl Fn(&Item, &Host) -> Result<Converted>) -> Result<ExportReport> {
+        let folder = NewFolder::create(self.folder)?;
+        let mut report =
+            ExportReport { path: self.folder.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
+        let mut plans = Vec::new();
+        for item in self.items {
+            let host = item.host()?;
+            let converted = convert(item, &host)?;
+            let plan = plan(&converted.parts);
+            let (max_difference, relative_difference) = difference(&host, &converted.written);
+            let bytes = plan.iter().map(|tensor| tensor.bytes().unwrap_or(usize::MAX) as u64).sum();
+            let (name, stored) = (item.name(), converted.stored);
+            report.rows.push(ExportRow { name, stored, bytes, max_difference, relative_difference });
+            report.notes.extend(converted.note);
+            plans.push((bytes, plan));
+        }
+        self.write_shards(&folder, plans, &mut report, convert)?;
+        folder.write_json("config.json", &Value::Object(self.config))?;
+        for (name, value) in &self.json {
+            folder.write_json(name, value)?;
+        }
+        report.notes.extend(tokenizer_files::write(self.source, folder.path())?);
+        folder.commit()?;
+        Ok(report)
+    }
+
+    fn write_shards(
+        &self,
+        folder: &NewFolder,
+        plans: Vec<(u64, Vec<TensorPlan>)>,
+        report: &mut ExportReport,
+        convert: impl Fn(&Item, &Host) -> Result<Converted>,
+    ) -> Result<()> {
+        let mut shards: Vec<(u64, Vec<(usize, TensorPlan)>)> = Vec::new();
+        for (index, (bytes, plan)) in plans.into_iter().enumerate() {
+            match shards.last_mut() {
+                Some((size, shard)) if *size + bytes <= self.max_shard_bytes => {
+                    *size += bytes;
+                    shard.extend(plan.into_iter().map(|tensor| (index, tensor)));
+                }
+                _ => shards.push((bytes, plan.into_iter().map(|tensor| (index, tensor)).collect())),
+            }
+        }
+        let (count, total) = (shards.len(), shards.iter().map(|(bytes, _)| bytes).sum::<u64>());
+        let mut weight_map = BTreeMap::new();
+        for (number, (_, shard)) in shards.into_iter().enumerate() {
+            let file = match count {
+                1 => "model.safetensors".to_owned(),
+                _ => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
+            };
+            let path = folder.path().join(&file);
+            let owners: BTreeMap<String, usize> =
+                shard.iter().map(|(item, tensor)| (tensor.name.clone(), *item)).collect();
+            for name in owners.keys() {
+                weight_map.insert(name.clone(), file.clone());
+            }
+            let plan = shard.into_iter().map(|(_, tensor)| tensor).collect();
+            self.write_shard(&path, plan, &owners, &convert)?;
+            report.bytes += fs::metadata(&path).map_err(Error::io(&path))?.len();
+        }
+        if count > 1 {
+            let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
+            folder.write_json("model.safetensors.index.json", &index)?;
+        }
+        Ok(())
+    }
+
+    fn write_shard(
+        &self,
+        path: &Path,
+        plan: Vec<TensorPlan>,
+        owners: &BTreeMap<String, usize>,
+        convert: impl Fn(&Item, &Host) -> Result<Converted>,
+    ) -> Result<()> {
+        let metadata = BTreeMap::from([("format".to_owned(), self.metadata.to_owned())]);
+        // Parts of one tensor often follow each other: the last converted one is kept.
+        let mut last: BTreeMap<usize, Vec<Part>> = BTreeMap::new();
+        stream_safetensors(path, plan, &metadata, |tensor, put| {
+            let index = owners[&tensor.name];
+            if !last.contains_key(&index) {
+                last.clear();
+            }
+            let parts = match last.entry(index) {
+                Entry::Occupied(entry) => entry.into_mut(),
+                Entry::Vacant(entry) => {
+                    let item = &self.items[index];
+                    entry.insert(convert(item, &item.host()?)?.parts)
+                }
+            };
+            let part = parts.iter().find(|part| part.name == tensor.name);
+            part.map_or(Ok(()), |part| put(&part.data.values()))
+        })
+    }
+}
+
+fn plan(parts: &[Part]) -> Vec<TensorPlan> {
+    let plan = |part: &Part| TensorPlan {
+        name: part.name.clone(),
+        dtype: part.data.dtype(),
+        shape: part.shape.clone(),
+    };
+    parts.iter().map(plan).collect()
+}

@@ -1,0 +1,466 @@
+//! GGUF files, as llama.cpp opens them.
+
+use std::{collections::BTreeMap, path::Path};
+
+use half::{bf16, f16};
+use kiln_quant_core::{
+    Block, Grid, HostQuantizer, MinMax, PackedWeight, QuantLinear, QuantScheme, ScaleType, Scales, Value,
+    packing::unpack_column,
+};
+use rayon::prelude::*;
+
+use super::{
+    ExportReport, ExportRow, Fallback, FloatType, Format, gguf_tokenizer,
+    item::{self, Groups, Host, Item, Role, rounded},
+    report::{Written, difference},
+};
+use crate::{
+    AnyModel, Checkpoint, Result,
+    config::{LlamaConfig, ModelConfig, RopeScaling},
+    gguf::{
+        BlockType, Value as Key, llama3_factors,
+        names::{self, Architecture, Heads, ROPE_FACTORS},
+        writer::{self, NewTensor},
+    },
+};
+
+/// Weights in a block of the simple types.
+const BLOCK: usize = 32;
+
+/// How a GGUF file is written.
+///
+/// | option | default | purpose |
+/// | --- | --- | --- |
+/// | `dense` | F16 | type of dense linears, head and embedding: F32, F16, BF16 or Q8_0 (where rows are whole blocks of 32, else F16) |
+/// | `fallback` | refuse | packed weights that no block type holds; dense ones are written as `dense` says |
+/// | `tokenizer` | true | whether the tokenizer goes into the file |
+/// | `name` | none | `general.name` |
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GgufOptions {
+    /// Type of dense linears, head and embedding.
+    pub dense: BlockType,
+    /// What happens to packed weights that no block type holds.
+    pub fallback: Fallback,
+    /// Whether the tokenizer goes into the file.
+    pub tokenizer: bool,
+    /// `general.name`.
+    pub name: Option<String>,
+}
+
+impl Default for GgufOptions {
+    fn default() -> Self {
+        Self { dense: BlockType::F16, fallback: Fallback::Refuse, tokenizer: true, name: None }
+    }
+}
+
+/// Writes `model` as one GGUF file of version 3, with hyperparameters and the tokenizer of `source`.
+///
+/// Affine codes are repacked, never requantized: symmetric ones of 2 to 4 bits (and integer grids of 4 bits around 8)
+/// as Q4_0, others of 2 to 4 bits as Q4_1, symmetric ones of 8 bits as Q8_0. Scales and offsets are rounded to f16 and
+/// repeated for every 32 inputs; the report says what that rounding costs. Norms and biases are f32. Rows of q and k
+/// get the order that the architecture `llama` has.
+///
+/// Architectures: `qwen3` for models with norms on q and k, `qwen2` for those with biases on q, k and v alone, `llama`
+/// for the rest.
+///
+/// # Errors
+/// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (codebooks, float offsets at 8 bits, blocks of other
+/// than a multiple of 32 inputs, act-order) unless `options.fallback` writes it dense; a scale beyond f16's range; OPT,
+/// blocks of different widths, windows that differ by block, dynamic rotary scaling; a tokenizer that can't be
+/// expressed. [`Error::Argument`](crate::Error::Argument), [`Error::Io`](crate::Error::Io). `path` is then as it was before.
+///
+/// # Example
+/// ```
+/// use burn::tensor::Device;
+/// use kiln_models::{Checkpoint, LoadOptions, export::{GgufOptions, export_gguf, verify_export}};
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+/// # let folder = tempfile::tempdir()?;
+/// # let file = folder.path().join("model.gguf");
+/// let checkpoint = Checkpoint::open(path)?;
+/// let (model, _) = checkpoint.load(&LoadOptions::uniform("affine4:32:f16".parse()?), &Device::flex())?;
+/// let report = export_gguf(&model, &checkpoint, &file, &GgufOptions::default())?;
+/// assert!(report.rows.iter().all(|row| row.stored != "Q4_1" || row.is_exact()));
+/// assert!(verify_export(&file, &model, &[1, 2, 3])?.relative < 1e-3);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn export_gguf(
+    model: &AnyModel<QuantLinear>,
+    source: &Checkpoint,
+    path: impl AsRef<Path>,
+    options: &GgufOptions,
+) -> Result<ExportReport> {
+    let path = path.as_ref();
+    check_options(options)?;
+    let config = llama_config(&item::config(model))?;
+    let architecture = architecture(&config)?;
+    let items = item::items(model);
+    let writer = Exporter { config: &config, architecture, options };
+    let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
+    let (mut tensors, mut kinds) = (Vec::new(), BTreeMap::new());
+    for item in &items {
+        let host = item.host()?;
+        let converted = writer.convert(item, &host)?;
+        let (max_difference, relative_difference) = difference(&host, &converted.written);
+        let tensor = NewTensor { name: gguf_name(item)?, shape: item.shape(), kind: converted.kind };
+        let (name, stored) = (item.name(), converted.kind.name().to_owned());
+        let bytes = tensor.bytes().unwrap_or(0) as u64;
+        report.rows.push(ExportRow { name, stored, bytes, max_difference, relative_difference });
+        report.notes.extend(converted.note);
+        if item.role == Role::Linear {
+            *kinds.entry(converted.kind.id()).or_insert(0) += 1;
+        }
+        tensors.push(tensor);
+    }
+    let usual = kinds.iter().max_by_key(|(_, count)| **count).map_or(0, |(id, _)| *id);
+    let mut keys = keys(&config, architecture, usual, options)?;
+    if options.tokenizer {
+        keys.extend(gguf_tokenizer::keys(source, config.vocab_size, &mut report.notes)?);
+    }
+    let factors = rope_factors(&config);
+    if let Some(factors) = &factors {
+        let shape = vec![factors.len()];
+        tensors.push(NewTensor { name: ROPE_FACTORS.into(), shape, kind: BlockType::F32 });
+    }
+    report.bytes = writer::write(path, &keys, &tensors, |index| match items.get(index) {
+        Some(item) => Ok(writer.convert(item, &item.host()?)?.bytes),
+        None => Ok(floats(factors.as_deref().unwrap_or_default(), BlockType::F32)),
+    })?;
+    Ok(report)
+}
+
+fn refuse(name: &str, expected: impl Into<String>, found: impl Into<String>) -> crate::Error {
+    Format::Gguf.refuse(name, expected, found)
+}
+
+fn check_options(options: &GgufOptions) -> Result<()> {
+    use BlockType::{Bf16, F16, F32, Q8_0};
+    if matches!(options.dense, F32 | F16 | Bf16 | Q8_0) {
+        return Ok(());
+    }
+    Err(refuse("GgufOptions.dense", "F32, F16, BF16 or Q8_0", options.dense.name()))
+}
+
+fn gguf_name(item: &Item) -> Result<String> {
+    let name = item.name();
+    names::from_hugging_face(&name).ok_or_else(|| refuse(&name, "a tensor of the LLaMA family", "another"))
+}
+
+/// The shape of a model of the LLaMA family whose blocks are alike.
+pub(super) fn llama_config(config: &ModelConfig) -> Result<LlamaConfig> {
+    let ModelConfig::Llama(config) = config else {
+        return Err(refuse("architecture", Architecture::list(), "opt"));
+    };
+    if !config.layer_shapes.is_empty() {
+        return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
+    }
+    Ok(config.clone())
+}
+
+/// The architecture that computes what `config` says, in llama.cpp too.
+pub(super) fn architecture(config: &LlamaConfig) -> Result<Architecture> {
+    let biases = [config.qkv_bias, config.o_bias, config.mlp_bias];
+    match (config.qk_norm, biases) {
+        (true, [false, false, false]) => Ok(Architecture::Qwen3),
+        (true, _) => {
+            Err(refuse("biases", "none beside norms on q and k", format!("q, k, v, o, MLP: {biases:?}")))
+        }
+        (false, [true, false, false]) => Ok(Architecture::Qwen2),
+        (false, _) => Ok(Architecture::Llama),
+    }
+}
+
+/// A tensor as the file holds it.
+struct Converted {
+    kind: BlockType,
+    bytes: Vec<u8>,
+    written: Written,
+    note: Option<String>,
+}
+
+struct Exporter<'a> {
+    config: &'a LlamaConfig,
+    architecture: Architecture,
+    options: &'a GgufOptions,
+}
+
+impl Exporter<'_> {
+    fn convert(&self, item: &Item, host: &Host) -> Result<Converted> {
+        let order = row_order(self.architecture, self.config, &item.name());
+        match host {
+            Host::Dense(_) => self.dense(item, host, order),
+            Host::Packed(weight) => match repacked(item, weight) {
+                Ok((kind, rounded)) => {
+                    let bytes = encode(&rounded, kind, order.as_deref());
+                    Ok(Converted { kind, bytes, written: Written::Packed(rounded), note: None })
+                }
+                Err(error) if self.options.fallback == Fallback::Refuse => Err(error),
+                Err(error) => {
+                    let mut converted = self.dense(item, host, order)?;
+                    converted.note = Some(format!("written {}: {error}", converted.kind.name()));
+                    Ok(converted)
+                }
+            },
+        }
+    }
+
+    fn dense(&self, item: &Item, host: &Host, order: Option<Vec<usize>>) -> Result<Converted> {
+        let (name, shape) = (item.name(), item.shape());
+        let width = shape.last().copied().unwrap_or(1);
+        let kind = match self.options.dense {
+            _ if item.role == Role::Plain => BlockType::F32,
+            BlockType::Q8_0 if !width.is_multiple_of(BLOCK) => BlockType::F16,
+            kind => kind,
+        };
+        let values = host.dense();
+        if kind == BlockType::Q8_0 {
+            let scheme = QuantScheme { block: Block::group(BLOCK), ..symmetric(8) };
+            let packed = MinMax.quantize(&name, &values, width, values.len() / width, &scheme)?;
+            let bytes = encode(&packed, kind, order.as_deref());
+            return Ok(Converted { kind, bytes, written: Written::Packed(packed), note: None });
+        }
+        let float = match kind {
+            BlockType::F16 => FloatType::F16,
+            BlockType::Bf16 => FloatType::Bf16,
+            _ => FloatType::F32,
+        };
+        let values = rounded(Format::Gguf, &name, &values, float)?;
+        let bytes = match order {
+            // The rows of a bias are single values.
+            Some(order) => {
+                let width = values.len() / order.len();
+                let rows = order.iter().flat_map(|&row| &values[row * width..][..width]);
+                floats(&rows.copied().collect::<Vec<_>>(), kind)
+            }
+            None => floats(&values, kind),
+        };
+        Ok(Converted { kind, bytes, written: Written::Dense(values), note: None })
+    }
+}
+
+fn symmetric(bits: u32) -> QuantScheme {
+    QuantScheme {
+        value: Value::Affine { bits, grid: Grid::Symmetric },
+        block: Block::group(BLOCK),
+        scales: ScaleType::F16,
+    }
+}
+
+/// Hugging Face's row for each row of the file, where they differ: there the two halves of a head follow each other,
+/// here they alternate.
+pub(super) fn row_order(architecture: Architecture, config: &LlamaConfig, name: &str) -> Option<Vec<usize>> {
+    let heads = match names::interleaved(architecture, name)? {
+        Heads::Query => config.num_attention_heads,
+        Heads::Key => config.num_key_value_heads,
+    };
+    let half = config.head_dim / 2;
+    let within = |row: usize| row % 2 * half + row / 2;
+    Some((0..heads * config.head_dim).map(|row| row - row % (2 * half) + within(row % (2 * half))).collect())
+}
+
+/// The block type that holds a packed weight, and the weight with scales and offsets for every 32 inputs, as the file
+/// will have them.
+fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeight)> {
+    let name = item.name();
+    let PackedWeight { scheme, d_input, d_output, .. } = *weight;
+    let inputs = scheme.block.inputs_of(d_input);
+    if item.is_permuted() {
+        return Err(refuse(&name, "inputs in their own order", "act-order"));
+    }
+    if !d_input.is_multiple_of(BLOCK) || !(inputs.is_multiple_of(BLOCK) || inputs >= d_input) {
+        let found = format!("{scheme} with rows of {d_input}");
+        return Err(refuse(&name, "groups and rows of a multiple of 32 inputs", found));
+    }
+    let (kind, grid) = match scheme.value {
+        Value::Affine { bits: 8, grid: Grid::Symmetric } => (BlockType::Q8_0, Grid::Symmetric),
+        Value::Affine { bits: 2..=4, grid: Grid::Symmetric } => (BlockType::Q4_0, Grid::Symmetric),
+        Value::Affine { bits: 4, grid: Grid::Integer } if is_centred(weight) => {
+            (BlockType::Q4_0, Grid::Symmetric)
+        }
+        Value::Affine { bits: 2..=4, .. } => (BlockType::Q4_1, Grid::Float),
+        _ => {
+            let expected = "affine codes of 2 to 4 bits, or symmetric ones of 8";
+            return Err(refuse(&name, expected, scheme.to_string()));
+        }
+    };
+    let groups = Groups::of(weight, BLOCK);
+    let half = |part: &str, values: &[f32]| {
+        rounded(Format::Gguf, &format!("{}.{part}", item.path), values, FloatType::F16)
+    };
+    let scales = half("scales", &groups.scales)?;
+    let offsets = groups.offsets.filter(|_| grid == Grid::Float);
+    let offsets = offsets.map(|offsets| half("offsets", &offsets)).transpose()?;
+    let value = Value::Affine { bits: scheme.bits(), grid };
+    let rounded = PackedWeight {
+        scheme: QuantScheme { value, block: Block::group(BLOCK), scales: ScaleType::F16 },
+        d_input,
+        d_output,
+        codes: weight.codes.clone(),
+        scales: Scales::Plain(scales),
+        offsets,
+        input_order: None,
+    };
+    Ok((kind, rounded))
+}
+
+/// Whether every zero point of a 4-bit weight is 8.
+fn is_centred(weight: &PackedWeight) -> bool {
+    let scales = weight.effective_scales();
+    let offsets = weight.offsets.as_deref().unwrap_or_default();
+    scales.iter().zip(offsets).all(|(scale, offset)| *offset == -(scale * 8.0))
+}
+
+/// Blocks of 32 of a weight whose scales stand for 32 inputs each.
+fn encode(weight: &PackedWeight, kind: BlockType, order: Option<&[usize]>) -> Vec<u8> {
+    let (d_output, bits) = (weight.d_output, weight.scheme.bits());
+    let scales = weight.effective_scales();
+    // Small codes of a symmetric grid move to the middle of the larger one.
+    let shift = if kind == BlockType::Q4_0 { 8 - (1u8 << (bits - 1)) } else { 0 };
+    let row_bytes = weight.d_input / BLOCK * kind.bytes();
+    let mut bytes = vec![0; row_bytes * d_output];
+    bytes.par_chunks_exact_mut(row_bytes).enumerate().for_each_init(
+        || vec![0; weight.d_input],
+        |codes, (row, bytes)| {
+            let output = order.map_or(row, |order| order[row]);
+            unpack_column(&weight.codes, d_output, bits, output, codes);
+            let blocks = bytes.chunks_exact_mut(kind.bytes()).zip(codes.as_chunks::<BLOCK>().0);
+            for (group, (block, codes)) in blocks.enumerate() {
+                let index = group * d_output + output;
+                block[..2].copy_from_slice(&f16::from_f32(scales[index]).to_le_bytes());
+                let offset = weight.offsets.as_ref().map(|offsets| f16::from_f32(offsets[index]));
+                let rest = match offset {
+                    Some(offset) => {
+                        block[2..4].copy_from_slice(&offset.to_le_bytes());
+                        &mut block[4..]
+                    }
+                    None => &mut block[2..],
+                };
+                put_codes(kind, codes.map(|code| code + shift), rest);
+            }
+        },
+    );
+    bytes
+}
+
+/// 32 codes as bytes (signed, in Q8_0) or as nibbles, the first 16 in the low ones.
+fn put_codes(kind: BlockType, codes: [u8; BLOCK], bytes: &mut [u8]) {
+    if kind == BlockType::Q8_0 {
+        // A code minus 128 as a signed byte is the code with its top bit turned.
+        bytes.iter_mut().zip(codes).for_each(|(byte, code)| *byte = code ^ 0x80);
+        return;
+    }
+    let (low, high) = codes.split_at(BLOCK / 2);
+    for ((byte, low), high) in bytes.iter_mut().zip(low).zip(high) {
+        *byte = low | high << 4;
+    }
+}
+
+fn floats(values: &[f32], kind: BlockType) -> Vec<u8> {
+    match kind {
+        BlockType::F16 => values.iter().flat_map(|&value| f16::from_f32(value).to_le_bytes()).collect(),
+        BlockType::Bf16 => values.iter().flat_map(|&value| bf16::from_f32(value).to_le_bytes()).collect(),
+        _ => values.iter().flat_map(|value| value.to_le_bytes()).collect(),
+    }
+}
+
+/// `general.*` and `<architecture>.*`; `usual` is the type of most linears.
+fn keys(
+    config: &LlamaConfig,
+    architecture: Architecture,
+    usual: u32,
+    options: &GgufOptions,
+) -> Result<Vec<(String, Key)>> {
+    let text = |text: &str| Key::String(text.into());
+    let count = |count: usize| Key::Uint(count as u64);
+    let float = |value: f64| Key::F32(value as f32);
+    // llama.cpp's numbers for "mostly of this type".
+    let file_type = match usual {
+        id if id == BlockType::F16.id() => 1,
+        id if id == BlockType::Q4_0.id() => 2,
+        id if id == BlockType::Q4_1.id() => 3,
+        id if id == BlockType::Q8_0.id() => 7,
+        id if id == BlockType::Bf16.id() => 32,
+        _ => 0,
+    };
+    let mut keys = vec![
+        ("general.architecture".to_owned(), text(architecture.name())),
+        ("general.type".to_owned(), text("model")),
+        ("general.file_type".to_owned(), Key::Uint(file_type)),
+        ("general.quantization_version".to_owned(), Key::Uint(2)),
+    ];
+    if let Some(name) = &options.name {
+        keys.push(("general.name".to_owned(), text(name)));
+    }
+    let mut own = vec![
+        ("block_count", count(config.num_hidden_layers)),
+        ("context_length", count(config.max_position_embeddings)),
+        ("embedding_length", count(config.hidden_size)),
+        ("feed_forward_length", count(config.intermediate_size)),
+        ("attention.head_count", count(config.num_attention_heads)),
+        ("attention.head_count_kv", count(config.num_key_value_heads)),
+        ("attention.key_length", count(config.head_dim)),
+        ("attention.value_length", count(config.head_dim)),
+        ("attention.layer_norm_rms_epsilon", float(config.rms_norm_eps)),
+        ("rope.dimension_count", count(config.head_dim)),
+        ("rope.freq_base", float(config.rope.theta)),
+        ("vocab_size", count(config.vocab_size)),
+    ];
+    match config.sliding_window.as_slice() {
+        [first, rest @ ..] if rest.iter().any(|other| other != first) => {
+            return Err(refuse("config.sliding_window", "one window for all blocks", "windows that differ"));
+        }
+        [Some(window), ..] => own.push(("attention.sliding_window", count(*window))),
+        _ => {}
+    }
+    own.extend(rope_keys(&config.rope.scaling)?);
+    keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture.name()), value)));
+    Ok(keys)
+}
+
+fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
+    let text = |text: &str| Key::String(text.into());
+    let float = |value: f64| Key::F32(value as f32);
+    Ok(match *scaling {
+        RopeScaling::Default => vec![],
+        RopeScaling::Linear { factor } => {
+            vec![("rope.scaling.type", text("linear")), ("rope.scaling.factor", float(factor))]
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            truncate: true,
+        } => {
+            // The key holds a factor on the paper's own sharpening.
+            let sharpening = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
+            vec![
+                ("rope.scaling.type", text("yarn")),
+                ("rope.scaling.factor", float(factor)),
+                ("rope.scaling.original_context_length", Key::Uint(original_max_position_embeddings as u64)),
+                ("rope.scaling.attn_factor", float(attention_factor / sharpening)),
+                ("rope.scaling.yarn_beta_fast", float(beta_fast)),
+                ("rope.scaling.yarn_beta_slow", float(beta_slow)),
+            ]
+        }
+        // Beside the tensor of factors; other readers don't ask for it.
+        RopeScaling::Llama3 { original_max_position_embeddings, .. } => {
+            vec![("rope.scaling.original_context_length", Key::Uint(original_max_position_embeddings as u64))]
+        }
+        RopeScaling::Yarn { .. } | RopeScaling::Dynamic { .. } => {
+            let expected = "default, linear, llama3, or yarn with rounded borders";
+            return Err(refuse("config.rope.scaling", expected, format!("{scaling:?}")));
+        }
+    })
+}
+
+/// What LLaMA 3's scaling divides the frequencies by: a tensor, not a weight.
+fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
+    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
+        config.rope.scaling
+    else {
+        return None;
+    };
+    let frequencies = [factor, low_freq_factor, high_freq_factor];
+    Some(llama3_factors(config.rope.theta, config.head_dim, original_max_position_embeddings, frequencies))
+}

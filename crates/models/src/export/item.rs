@@ -1,0 +1,269 @@
+//! A model as a list of named tensors, each brought to host memory when it is asked for.
+
+use burn::{
+    module::Param,
+    tensor::{Shape, Tensor},
+};
+use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme};
+
+use super::{FloatType, Format};
+use crate::{
+    AnyModel, Embedding, Error, LayerNorm, Result, RmsNorm, Slots, config::ModelConfig, source::DenseTensor,
+};
+
+/// What a tensor is in the model; formats treat them differently.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Role {
+    /// Token embedding.
+    Embedding,
+    /// Output head.
+    Head,
+    /// A linear of a block.
+    Linear,
+    /// Norms, biases, learned positions.
+    Plain,
+}
+
+/// A tensor of the model. It shares the model's memory.
+pub(super) struct Item {
+    /// The module's path, or the tensor's name for [`Role::Plain`].
+    pub path: String,
+    pub role: Role,
+    stored: Stored,
+}
+
+#[allow(clippy::large_enum_variant)] // references to a model's tensors, a few hundred of them
+enum Stored {
+    Packed(PackedTensor),
+    /// As the checkpoint has it, or transposed.
+    Matrix(Tensor<2>, bool),
+    Vector(Tensor<1>),
+}
+
+/// A tensor in host memory, rows in the checkpoint's order.
+pub(super) enum Host {
+    Packed(PackedWeight),
+    Dense(DenseTensor),
+}
+
+impl Item {
+    /// The tensor's name in checkpoints.
+    pub fn name(&self) -> String {
+        match self.role {
+            Role::Plain => self.path.clone(),
+            _ => format!("{}.weight", self.path),
+        }
+    }
+
+    /// How the model holds it.
+    pub fn scheme(&self) -> Scheme {
+        match &self.stored {
+            Stored::Packed(weight) => Scheme::Packed(*weight.scheme()),
+            _ => Scheme::Dense,
+        }
+    }
+
+    /// Whether the packed inputs stand in another order than the model's (act-order).
+    pub fn is_permuted(&self) -> bool {
+        matches!(&self.stored, Stored::Packed(weight) if weight.input_order.is_some())
+    }
+
+    /// Sizes in the checkpoint, outermost first.
+    pub fn shape(&self) -> Vec<usize> {
+        match &self.stored {
+            Stored::Packed(weight) => {
+                let [d_input, d_output] = weight.shape();
+                vec![d_output, d_input]
+            }
+            Stored::Matrix(values, transposed) => {
+                let [rows, columns] = values.dims();
+                if *transposed { vec![columns, rows] } else { vec![rows, columns] }
+            }
+            Stored::Vector(values) => values.dims().to_vec(),
+        }
+    }
+
+    /// Reads the tensor from its device; all values must be finite.
+    pub fn host(&self) -> Result<Host> {
+        let dense = |values: Vec<f32>| {
+            check_finite(&self.name(), &values)?;
+            Ok(Host::Dense(DenseTensor { shape: self.shape(), values }))
+        };
+        match &self.stored {
+            Stored::Vector(values) => dense(read(values.clone())?),
+            Stored::Matrix(values, false) => dense(read(values.clone())?),
+            Stored::Matrix(values, true) => dense(read(values.clone().transpose())?),
+            Stored::Packed(weight) => {
+                let weight = weight.to_host()?;
+                check_finite(&format!("{}.scales", self.path), &weight.effective_scales())?;
+                let offsets = weight.offsets.as_deref().unwrap_or_default();
+                check_finite(&format!("{}.offsets", self.path), offsets)?;
+                Ok(Host::Packed(weight))
+            }
+        }
+    }
+}
+
+impl Host {
+    /// Row-major values in the checkpoint's layout.
+    pub fn dense(&self) -> Vec<f32> {
+        match self {
+            Self::Packed(weight) => weight.dequantize(),
+            Self::Dense(tensor) => tensor.values.clone(),
+        }
+    }
+}
+
+/// All tensors of `model`.
+pub(super) fn items(model: &AnyModel<QuantLinear>) -> Vec<Item> {
+    let mut list = List(Vec::new());
+    let head = match model {
+        AnyModel::Llama(llama) => {
+            list.embedding("model.embed_tokens", &llama.model.embed_tokens);
+            for (index, block) in llama.model.layers.iter().enumerate() {
+                let path = |name: &str| format!("model.layers.{index}.{name}.weight");
+                list.rms_norm(path("input_layernorm"), Some(&block.input_layernorm));
+                list.rms_norm(path("self_attn.q_norm"), block.self_attn.q_norm.as_ref());
+                list.rms_norm(path("self_attn.k_norm"), block.self_attn.k_norm.as_ref());
+                list.rms_norm(path("post_attention_layernorm"), Some(&block.post_attention_layernorm));
+            }
+            list.rms_norm("model.norm.weight".into(), Some(&llama.model.norm));
+            &llama.lm_head
+        }
+        AnyModel::Opt(opt) => {
+            let decoder = &opt.decoder;
+            list.embedding("model.decoder.embed_tokens", &decoder.embed_tokens);
+            let positions = Stored::Matrix(decoder.embed_positions.val(), false);
+            list.add("model.decoder.embed_positions.weight", Role::Plain, positions);
+            for (index, block) in decoder.layers.iter().enumerate() {
+                let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
+                list.layer_norm(&path("self_attn_layer_norm"), &block.self_attn_layer_norm);
+                list.layer_norm(&path("final_layer_norm"), &block.final_layer_norm);
+            }
+            list.layer_norm("model.decoder.final_layer_norm", &decoder.final_layer_norm);
+            &opt.lm_head
+        }
+    };
+    model.for_each_slot(|path, slot| list.linear(path, Role::Linear, slot));
+    if let Some(head) = head {
+        list.linear("lm_head", Role::Head, head);
+    }
+    list.0
+}
+
+/// The shape of `model`.
+pub(super) fn config(model: &AnyModel<QuantLinear>) -> ModelConfig {
+    match model {
+        AnyModel::Llama(llama) => ModelConfig::Llama(llama.config().clone()),
+        AnyModel::Opt(opt) => ModelConfig::Opt(opt.config().clone()),
+    }
+}
+
+struct List(Vec<Item>);
+
+impl List {
+    fn add(&mut self, path: &str, role: Role, stored: Stored) {
+        self.0.push(Item { path: path.into(), role, stored });
+    }
+
+    fn vector(&mut self, name: &str, values: &Param<Tensor<1>>) {
+        self.add(name, Role::Plain, Stored::Vector(values.val()));
+    }
+
+    fn rms_norm(&mut self, name: String, norm: Option<&RmsNorm>) {
+        if let Some(norm) = norm {
+            self.vector(&name, &norm.weight);
+        }
+    }
+
+    fn layer_norm(&mut self, path: &str, norm: &LayerNorm) {
+        for (part, values) in [("weight", &norm.weight), ("bias", &norm.bias)] {
+            if let Some(values) = values {
+                self.vector(&format!("{path}.{part}"), values);
+            }
+        }
+    }
+
+    fn embedding(&mut self, path: &str, embedding: &Embedding) {
+        let stored = match embedding {
+            Embedding::Dense(table) => Stored::Matrix(table.weight.val(), false),
+            Embedding::Packed(table) => Stored::Packed(table.clone()),
+        };
+        self.add(path, Role::Embedding, stored);
+    }
+
+    fn linear(&mut self, path: &str, role: Role, linear: &QuantLinear) {
+        let (stored, bias) = match linear {
+            QuantLinear::Packed(linear) => (Stored::Packed(linear.weight.clone()), &linear.bias),
+            QuantLinear::Dense(linear) => (Stored::Matrix(linear.weight.val(), true), &linear.bias),
+        };
+        self.add(path, role, stored);
+        if let Some(bias) = bias {
+            self.vector(&format!("{path}.bias"), bias);
+        }
+    }
+}
+
+/// A tensor's values in f32.
+pub(super) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    let shape: Shape = tensor.shape();
+    tensor.into_data().convert::<f32>().try_to_vec().map_err(|error| Error::Argument {
+        name: format!("a tensor of sizes {shape:?}"),
+        expected: "values that can be read from the device".into(),
+        found: format!("{error}"),
+    })
+}
+
+fn check_finite(name: &str, values: &[f32]) -> Result<()> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(i) => Err(Error::Argument {
+            name: name.into(),
+            expected: "finite values".into(),
+            found: format!("{} at element {i}", values[i]),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// `values` as they read back from `float`; what doesn't fit its range is refused.
+pub(super) fn rounded(format: Format, name: &str, values: &[f32], float: FloatType) -> Result<Vec<f32>> {
+    let result: Vec<f32> = values.iter().map(|&value| float.round(value)).collect();
+    match result.iter().position(|value| !value.is_finite()) {
+        Some(i) => Err(format.refuse(
+            name,
+            format!("values within the range of {}", float.name()),
+            format!("{:e} at element {i}", values[i]),
+        )),
+        None => Ok(result),
+    }
+}
+
+/// Scales and offsets of a weight for groups of `group` inputs of one output: blocks cut into pieces, their values
+/// repeated.
+pub(super) struct Groups {
+    /// `[groups, d_output]`.
+    pub scales: Vec<f32>,
+    /// `[groups, d_output]`; those of a symmetric grid are not stored and so not here.
+    pub offsets: Option<Vec<f32>>,
+}
+
+impl Groups {
+    /// The pieces must not cross blocks: `group` divides the block's inputs, or the block is the whole column.
+    pub fn of(weight: &PackedWeight, group: usize) -> Self {
+        let scales = weight.effective_scales();
+        let offsets = weight.offsets.as_ref().map(|offsets| spread(weight, offsets, group));
+        Self { scales: spread(weight, &scales, group), offsets }
+    }
+}
+
+fn spread(weight: &PackedWeight, values: &[f32], group: usize) -> Vec<f32> {
+    let block = weight.scheme.block;
+    let [_, columns] = weight.scheme.scale_shape(weight.d_input, weight.d_output);
+    let inputs = block.inputs_of(weight.d_input);
+    (0..weight.d_input.div_ceil(group))
+        .flat_map(|row| {
+            let first = row * group / inputs * columns;
+            (0..weight.d_output).map(move |output| values[first + output / block.outputs])
+        })
+        .collect()
+}

@@ -1,0 +1,107 @@
+//! Kiln's own model folder.
+
+use std::{collections::BTreeMap, fs, path::Path};
+
+use kiln_quant_core::{QuantLinear, Scheme, file::PackedFile};
+use serde_json::{Value, json};
+
+use super::{
+    ExportReport, ExportRow, FloatType, Format,
+    config::config_json,
+    folder::NewFolder,
+    item::{self, Host, Item},
+    tokenizer_files,
+};
+use crate::{AnyModel, Checkpoint, Error, Result, hf::PACKED_WEIGHTS};
+
+/// Saves `model` as it is, bit for bit: a folder with `config.json` (Hugging Face's keys, and `quantization_config` with
+/// `quant_method` "kiln" and a version), packed weights and dense tensors in `model.safetensors`
+/// ([`PackedFile`], which carries a version, the schemes and a fingerprint), and the tokenizer files of `source`.
+/// [`Checkpoint::open`] opens it.
+///
+/// Dense tensors are stored in f32. Memory needed beside the model is one tensor. `folder` must be new or empty; it
+/// appears only when all is written.
+///
+/// # Errors
+/// [`Error::Argument`] for a folder that holds files or values that are not finite; [`Error::Export`] for a
+/// configuration that can't be expressed; [`Error::Io`].
+///
+/// # Example
+/// ```
+/// use burn::tensor::Device;
+/// use kiln_models::{Checkpoint, LoadOptions, export::{save_model, verify_export}};
+/// # let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+/// # let folder = tempfile::tempdir()?;
+/// # let folder = folder.path().join("saved");
+/// let checkpoint = Checkpoint::open(path)?;
+/// let (model, _) = checkpoint.load(&LoadOptions::uniform("nf4:64:double".parse()?), &Device::flex())?;
+/// save_model(&model, &checkpoint, &folder)?;
+/// assert_eq!(verify_export(&folder, &model, &[1, 2, 3])?.max, 0.0);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+pub fn save_model(
+    model: &AnyModel<QuantLinear>,
+    source: &Checkpoint,
+    folder: impl AsRef<Path>,
+) -> Result<ExportReport> {
+    let mut config = config_json(&item::config(model), source.special_tokens(), FloatType::F32)?;
+    config.insert("quantization_config".into(), json!({"quant_method": "kiln", "version": 1}));
+    let fresh = NewFolder::create(folder.as_ref())?;
+    let items = item::items(model);
+    let path = fresh.path().join(PACKED_WEIGHTS);
+    write_weights(&path, &items)?;
+    fresh.write_json("config.json", &Value::Object(config))?;
+    let notes = tokenizer_files::write(source, fresh.path())?;
+    let bytes = fs::metadata(&path).map_err(Error::io(&path))?.len();
+    fresh.commit()?;
+    Ok(ExportReport { path: folder.as_ref().into(), rows: items.iter().map(row).collect(), bytes, notes })
+}
+
+fn write_weights(path: &Path, items: &[Item]) -> Result<()> {
+    let (mut packed, mut dense) = (Vec::new(), Vec::new());
+    let mut by_name = BTreeMap::new();
+    for item in items {
+        let shape = item.shape();
+        let name = match item.scheme() {
+            Scheme::Packed(scheme) => {
+                packed.push((item.path.clone(), scheme, shape[1], shape[0]));
+                item.path.clone()
+            }
+            Scheme::Dense => {
+                dense.push((item.name(), shape));
+                item.name()
+            }
+        };
+        by_name.insert(name, item);
+    }
+    let wrong = |name: &str| Format::Kiln.refuse(name, "a tensor that stays what it is", "another kind");
+    PackedFile::save_streamed(
+        path,
+        packed,
+        dense,
+        |path| match by_name[path].host()? {
+            Host::Packed(weight) => Ok(weight),
+            Host::Dense(_) => Err(wrong(path)),
+        },
+        |name| match by_name[name].host()? {
+            Host::Dense(tensor) => Ok(tensor.values),
+            Host::Packed(_) => Err(wrong(name)),
+        },
+        &BTreeMap::new(),
+    )
+}
+
+fn row(item: &Item) -> ExportRow {
+    let shape = item.shape();
+    let bytes = match item.scheme() {
+        Scheme::Packed(scheme) => scheme.storage_bytes(shape[1], shape[0]),
+        Scheme::Dense => 4 * shape.iter().product::<usize>(),
+    };
+    ExportRow {
+        name: item.name(),
+        stored: item.scheme().to_string(),
+        bytes: bytes as u64,
+        max_difference: 0.0,
+        relative_difference: 0.0,
+    }
+}
