@@ -10,14 +10,15 @@ use kiln_quant_core::Projection;
 ///
 /// It sees its base only as a [`Projection`], so that every adapter works on every weight format.
 pub trait Adapter: Module + ModuleDisplay {
-    /// The output of `base` and adapter together, the base's bias included.
+    /// The output of `base` and adapter together, given `y`, the output of `base` alone for `x`; both have the base's
+    /// bias in them.
     ///
     /// # Shapes
-    /// `[.., d_input]` → `[.., d_output]`.
+    /// `x` `[rows, d_input]`, `y` and the result `[rows, d_output]`.
     ///
     /// # Panics
-    /// If the sizes of `x`, `base` and the adapter don't fit together.
-    fn forward<P: Projection, const D: usize>(&self, base: &P, x: Tensor<D>) -> Tensor<D>;
+    /// If the sizes of `x`, `y`, `base` and the adapter don't fit together.
+    fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2>;
 
     /// The dense weight `[d_input, d_output]` whose product with `x`, plus the base's bias, is
     /// [`forward`](Self::forward) outside training.
@@ -25,4 +26,20 @@ pub trait Adapter: Module + ModuleDisplay {
     /// # Panics
     /// If the sizes of `base` and the adapter don't fit together.
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2>;
+
+    /// The output of `base` and adapter together, the base's bias included.
+    ///
+    /// # Shapes
+    /// `[.., d_input]` → `[.., d_output]`.
+    ///
+    /// # Panics
+    /// If the sizes of `x`, `base` and the adapter don't fit together.
+    fn forward<P: Projection, const D: usize>(&self, base: &P, x: Tensor<D>) -> Tensor<D> {
+        let ([d_input, d_output], mut sizes) = (base.shape(), x.dims());
+        assert_eq!(sizes[D - 1], d_input, "an input of {sizes:?} for {d_input} inputs");
+        let x = x.reshape([sizes.iter().product::<usize>() / d_input, d_input]);
+        sizes[D - 1] = d_output;
+        let y = base.forward(x.clone());
+        self.adapt(base, x, y).reshape(sizes)
+    }
 }

@@ -1,9 +1,17 @@
 //! The adapter's kind as a run-time choice.
 
-use burn::{module::Module, tensor::Tensor};
+use burn::{
+    module::Module,
+    tensor::{DType, Tensor},
+};
 use kiln_quant_core::Projection;
 
-use crate::{Adapter, Lora};
+use crate::{
+    Adapter, Core, Dora, Full, Geometry, Lora, LowRank, Method, PooledAdapter, Result,
+    config::AdapterConfig,
+    json_fields::Problem,
+    part::{Description, Part},
+};
 
 /// An adapter of any kind, for programs that learn which from a configuration.
 #[derive(Module, Debug)]
@@ -11,6 +19,10 @@ use crate::{Adapter, Lora};
 pub enum AnyAdapter {
     /// Low-rank.
     Lora(Lora),
+    /// Low-rank with magnitudes.
+    Dora(Dora),
+    /// Q-BaRA, QA-LoRA, QA-HiRA or QA-BLoRA.
+    Pooled(PooledAdapter),
 }
 
 impl AnyAdapter {
@@ -18,7 +30,147 @@ impl AnyAdapter {
     pub fn as_lora(&self) -> Option<&Lora> {
         match self {
             Self::Lora(lora) => Some(lora),
+            _ => None,
         }
+    }
+
+    /// The adapter, if it pools.
+    pub fn as_pooled(&self) -> Option<&PooledAdapter> {
+        match self {
+            Self::Pooled(pooled) => Some(pooled),
+            _ => None,
+        }
+    }
+
+    /// `[d_input, d_output]` of the base.
+    pub fn base_shape(&self) -> [usize; 2] {
+        match self {
+            Self::Lora(lora) => lora.base_shape(),
+            Self::Dora(dora) => dora.base_shape(),
+            Self::Pooled(pooled) => pooled.base_shape(),
+        }
+    }
+
+    pub(crate) fn describe(&self) -> Description {
+        let low_rank = |r| Method::Lora.geometry([1, 1], r);
+        let described =
+            |geometry: Geometry, scaling, magnitudes| Description { geometry, scaling, magnitudes };
+        match self {
+            Self::Lora(lora) => described(low_rank(lora.rank()), lora.scaling(), false),
+            Self::Dora(dora) => described(low_rank(dora.rank()), dora.scaling(), true),
+            Self::Pooled(pooled) => described(pooled.geometry(), pooled.scaling(), false),
+        }
+    }
+
+    /// The tensors, as they are held; magnitudes as one row.
+    pub(crate) fn parts(&self) -> Vec<(Part, Tensor<2>)> {
+        match self {
+            Self::Lora(lora) => vec![(Part::A, lora.lora_a.val()), (Part::B, lora.lora_b.val())],
+            Self::Dora(dora) => vec![
+                (Part::A, dora.lora_a.val()),
+                (Part::B, dora.lora_b.val()),
+                (Part::Magnitude, dora.magnitude.val().unsqueeze()),
+            ],
+            Self::Pooled(pooled) => match &pooled.core {
+                Core::LowRank(LowRank { a, b }) => vec![(Part::A, a.val()), (Part::B, b.val())],
+                Core::Full(Full { h }) => vec![(Part::H, h.val())],
+            },
+        }
+    }
+}
+
+/// The same call on whichever adapter it is.
+macro_rules! either {
+    ($self:expr, $adapter:ident => $call:expr) => {
+        match $self {
+            AnyAdapter::Lora($adapter) => $call,
+            AnyAdapter::Dora($adapter) => $call,
+            AnyAdapter::Pooled($adapter) => $call,
+        }
+    };
+}
+
+impl Adapter for AnyAdapter {
+    fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
+        either!(self, adapter => adapter.adapt(base, x, y))
+    }
+
+    fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
+        either!(self, adapter => adapter.merged_weight(base))
+    }
+}
+
+mod sealed {
+    pub trait Sealed {}
+    impl Sealed for super::AnyAdapter {}
+    impl Sealed for super::Lora {}
+    impl Sealed for super::Dora {}
+    impl Sealed for super::PooledAdapter {}
+}
+
+/// A kind of adapter that a configuration can ask for: [`Lora`], [`Dora`], [`PooledAdapter`], or [`AnyAdapter`] where
+/// the configuration decides.
+pub trait AdapterKind: Adapter + Into<AnyAdapter> + sealed::Sealed {
+    /// Refuses configurations of other kinds.
+    ///
+    /// # Errors
+    /// [`Error::Argument`](crate::Error::Argument) naming the option.
+    fn accept(config: &AdapterConfig) -> Result<()>;
+
+    /// The adapter, if it is of this kind.
+    fn from_any(adapter: AnyAdapter) -> Option<Self>;
+}
+
+fn accept(config: &AdapterConfig, pooled: bool, dora: bool) -> Result<()> {
+    let found = config.method.name();
+    match (config.method, pooled) {
+        (Method::Lora, true) => Err(Problem::new("method", "one that pools", found).argument()),
+        (Method::Lora, false) if config.lora.use_dora != dora => {
+            Err(Problem::new("use_dora", dora.to_string(), !dora).argument())
+        }
+        (Method::Lora, false) => Ok(()),
+        (_, false) => Err(Problem::new("method", "lora", found).argument()),
+        (_, true) => Ok(()),
+    }
+}
+
+impl AdapterKind for Lora {
+    fn accept(config: &AdapterConfig) -> Result<()> {
+        accept(config, false, false)
+    }
+
+    fn from_any(adapter: AnyAdapter) -> Option<Self> {
+        if let AnyAdapter::Lora(lora) = adapter { Some(lora) } else { None }
+    }
+}
+
+impl AdapterKind for Dora {
+    fn accept(config: &AdapterConfig) -> Result<()> {
+        accept(config, false, true)
+    }
+
+    fn from_any(adapter: AnyAdapter) -> Option<Self> {
+        if let AnyAdapter::Dora(dora) = adapter { Some(dora) } else { None }
+    }
+}
+
+impl AdapterKind for PooledAdapter {
+    fn accept(config: &AdapterConfig) -> Result<()> {
+        accept(config, true, false)
+    }
+
+    fn from_any(adapter: AnyAdapter) -> Option<Self> {
+        if let AnyAdapter::Pooled(pooled) = adapter { Some(pooled) } else { None }
+    }
+}
+
+impl AdapterKind for AnyAdapter {
+    fn accept(_: &AdapterConfig) -> Result<()> {
+        Ok(())
+    }
+
+    fn from_any(adapter: AnyAdapter) -> Option<Self> {
+        Some(adapter)
     }
 }
 
@@ -28,16 +180,19 @@ impl From<Lora> for AnyAdapter {
     }
 }
 
-impl Adapter for AnyAdapter {
-    fn forward<P: Projection, const D: usize>(&self, base: &P, x: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::Lora(lora) => lora.forward(base, x),
-        }
+impl From<Dora> for AnyAdapter {
+    fn from(dora: Dora) -> Self {
+        Self::Dora(dora)
     }
+}
 
-    fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
-        match self {
-            Self::Lora(lora) => lora.merged_weight(base),
-        }
+impl From<PooledAdapter> for AnyAdapter {
+    fn from(pooled: PooledAdapter) -> Self {
+        Self::Pooled(pooled)
     }
+}
+
+/// A tensor of an adapter: f32, on `device`.
+pub(crate) fn tensor(values: Vec<f32>, shape: [usize; 2], device: &burn::tensor::Device) -> Tensor<2> {
+    Tensor::from_data(burn::tensor::TensorData::new(values, shape), (device, DType::F32))
 }

@@ -105,6 +105,14 @@ impl Dropout {
         Some(Tensor::from_data(TensorData::new(mask, shape), &device))
     }
 
+    /// `x` with what is dropped now set to zero, and the factor that what remains is to be multiplied by.
+    pub(crate) fn apply(&self, x: Tensor<2>) -> (Tensor<2>, f64) {
+        match self.dropped(x.dims(), &x.device()) {
+            Some(dropped) => (x.mask_fill(dropped, 0.0), self.compensation()),
+            None => (x, 1.0),
+        }
+    }
+
     /// 1 / (1 - probability), which keeps the expectation.
     pub fn compensation(&self) -> f64 {
         1.0 / (1.0 - self.probability)

@@ -42,13 +42,50 @@
 //!
 //! | | |
 //! | --- | --- |
-//! | [`Adapter`], [`Adapted`], [`AnyAdapter`] | what an adapter is; base and adapter in one slot; the kind as a run-time choice |
-//! | [`Lora`] | low-rank adapters, with rank-stabilised scaling and dropout |
-//! | [`PeftConfig`], [`TargetModules`], [`InitLoraWeights`] | the configuration, with PEFT's names |
+//! | [`Adapter`], [`Adapted`], [`AnyAdapter`], [`AdapterKind`] | what an adapter is; base and adapter in one slot; the kind as a run-time choice |
+//! | [`Lora`], [`Dora`] | low-rank adapters, with rank-stabilised scaling and dropout; the same with trained magnitudes |
+//! | [`PooledAdapter`], [`Core`], [`Geometry`], [`Pooling`] | pool, map, repeat: what all balanced-rank adapters compute |
+//! | [`Method`], [`QBara`], [`QaLora`], [`QaHira`], [`QaBlora`] | the methods: their numbers, initial values and what they merge into |
+//! | [`AdapterConfig`], [`PeftConfig`], [`TargetModules`], [`InitLoraWeights`] | the configuration, with PEFT's names |
 //! | [`Targets`], [`Target`], [`Unmatched`] | which modules of a model it selects, and with which rank and scaling |
-//! | [`LoraAttacher`] | makes the adapters of a model, new or loaded |
-//! | [`PeftFolder`], [`save_peft`] | reading and writing PEFT's adapter folders |
+//! | [`Attacher`], [`LoraAttacher`], [`AnyAttacher`] | makes the adapters of a model, new or loaded |
+//! | [`ReplaceWeight`] | bases that PiSSA and OLoRA may take a part of |
+//! | [`PackedMerge`] | merging into packed weights without touching a code |
+//! | [`Adapted::requantize`], [`RequantizeError`] | merging with loss, and how much |
+//! | [`AdapterSet`], [`AdapterMix`], [`AdapterSetAttacher`] | several adapters on one base, switched and weighted at run time |
+//! | [`ParityBudget`], [`Parity`] | methods at equal numbers of trained values |
+//! | [`PeftFolder`], [`save_peft`] | PEFT's adapter folders: LoRA, rank-stabilised LoRA, DoRA, PiSSA, OLoRA, QA-LoRA |
+//! | [`AdapterFolder`], [`save_adapters`] | own folders, for every method, tied to their base by its fingerprint |
 //! | [`Dropout`], [`DropoutClock`] | dropout that recomputation and resumption repeat exactly |
+//!
+//! # Exact merges
+//!
+//! An adapter that adds one number to every block of weights that share a scale can be put into the blocks' offsets:
+//!
+//! ```
+//! use burn::tensor::{Device, Tensor};
+//! use kiln_adapters::{Adapted, Core, Dropout, DropoutClock, PooledAdapter, QaHira};
+//! use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear};
+//!
+//! let device = Device::flex();
+//! let weight: Vec<f32> = (0..64 * 8).map(|i| (i as f32).sin()).collect();
+//! let packed = MinMax.quantize("up_proj", &weight, 64, 8, &"affine4:32".parse()?)?;
+//! let base = QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &device), bias: None });
+//!
+//! // Groups of 32 inputs, as the base has; H as after training.
+//! let numbers = QaHira::for_groups(32).geometry();
+//! let h = Tensor::<2>::ones(numbers.map_shape([64, 8]), &device);
+//! let dropout = Dropout::new(0.0, "up_proj", DropoutClock::new(0));
+//! let adapter = PooledAdapter::new(Core::full(h), [32, 1], numbers.pooling, 0.25, dropout);
+//! let adapted = Adapted::new(base, Some(adapter));
+//! let x = Tensor::<2>::ones([1, 64], &device);
+//! let y = adapted.forward(x.clone());
+//!
+//! let QuantLinear::Packed(merged) = adapted.merge_packed("up_proj")? else { panic!("still packed") };
+//! assert_eq!(merged.weight.to_host()?.codes, packed.codes);
+//! assert!((merged.weight.forward(x) - y).abs().max().into_scalar::<f32>() < 1e-5);
+//! # Ok::<(), kiln_adapters::Error>(())
+//! ```
 //!
 //! # Features
 //!
@@ -57,29 +94,53 @@
 //! # What it doesn't do
 //!
 //! It doesn't train, reads no base checkpoint, and adapts linear layers only: no embeddings, no biases, no trained
-//! copies of whole modules (`modules_to_save`). A configuration that asks for them is refused by name.
+//! copies of whole modules (`modules_to_save`). A configuration that asks for them is refused by name. It writes adapters,
+//! no models: `kiln-models` exports those.
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod adapted;
 mod adapter;
+mod adapter_folder;
+mod adapter_set;
 mod any;
 mod attach;
+mod config;
+mod dora;
 mod dropout;
 mod error;
 mod json_fields;
+mod linear_algebra;
 mod lora;
+mod methods;
+mod packed_merge;
+mod parity;
+mod part;
 mod peft;
 mod peft_config;
+mod pooled;
 mod random;
+mod requantize;
+mod residual;
+mod store;
 mod target;
 
 pub use adapted::Adapted;
 pub use adapter::Adapter;
-pub use any::AnyAdapter;
-pub use attach::LoraAttacher;
+pub use adapter_folder::{AdapterFolder, KILN_CONFIG_FILE, KILN_WEIGHTS_FILE, save_adapters};
+pub use adapter_set::{AdapterMix, AdapterSet, AdapterSetAttacher};
+pub use any::{AdapterKind, AnyAdapter};
+pub use attach::{AnyAttacher, Attacher, LoraAttacher};
+pub use config::AdapterConfig;
+pub use dora::Dora;
 pub use dropout::{Dropout, DropoutClock};
 pub use error::{Error, Result};
 pub use lora::Lora;
+pub use methods::{InitH, Method, QBara, QaBlora, QaHira, QaLora};
+pub use packed_merge::PackedMerge;
+pub use parity::{Parity, ParityBudget};
 pub use peft::{PeftFolder, WEIGHTS_FILE, save_peft};
 pub use peft_config::{CONFIG_FILE, InitLoraWeights, MAX_RANK, PeftConfig, TargetModules};
+pub use pooled::{Core, Full, Geometry, LowRank, PooledAdapter, Pooling};
+pub use requantize::{OutputError, RequantizeError};
+pub use residual::ReplaceWeight;
 pub use target::{Target, Targets, Unmatched};

@@ -5,12 +5,11 @@ use burn::{
     tensor::Tensor,
 };
 use kiln_quant_core::{Projection, fused};
-use rand::Rng;
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
     Adapter, Dropout, InitLoraWeights,
-    random::{Purpose, generator, path_hash},
+    random::{Purpose, generator, normal, path_hash, uniform},
 };
 
 /// [LoRA](https://arxiv.org/abs/2106.09685): `y = base(x) + scaling · dropout(x) · A · B`, A and B trained in f32.
@@ -57,6 +56,28 @@ impl Lora {
         self.scaling
     }
 
+    /// `[d_input, d_output]` of the base.
+    pub fn base_shape(&self) -> [usize; 2] {
+        [self.shape()[0], self.lora_b.lazy_shape().dims::<2>()[1]]
+    }
+
+    /// The adapter of twice the rank that does on the untouched base what `self` does on the base that `initial` was
+    /// taken from: A and `initial`'s A side by side, B over `initial`'s B negated. `initial` are the values before
+    /// training, made by PiSSA or OLoRA.
+    ///
+    /// Exact where that base is dense; where it was quantized again, its new quantization error is left out. Saved
+    /// with twice the rank *and* twice the alpha, so that the scaling stays.
+    ///
+    /// # Panics
+    /// If the two differ in shape or scaling.
+    pub fn relative_to(&self, initial: &Self) -> Self {
+        let described = |lora: &Self| (lora.base_shape(), lora.rank(), lora.scaling);
+        assert_eq!(described(self), described(initial), "shape, rank and scaling");
+        let a = Tensor::cat(vec![self.lora_a.val(), initial.lora_a.val()], 1);
+        let b = Tensor::cat(vec![self.lora_b.val(), initial.lora_b.val().neg()], 0);
+        Self::new(a, b, self.scaling, self.dropout.clone())
+    }
+
     /// `[d_input, r]`, also known while the parameter is not initialised yet.
     fn shape(&self) -> [usize; 2] {
         self.lora_a.lazy_shape().dims()
@@ -64,18 +85,12 @@ impl Lora {
 }
 
 impl Adapter for Lora {
-    fn forward<P: Projection, const D: usize>(&self, base: &P, x: Tensor<D>) -> Tensor<D> {
-        let (dtype, [d_input, d_output], mut sizes) = (x.dtype(), base.shape(), x.dims());
-        sizes[D - 1] = d_output;
-        let x = x.clone().reshape([x.shape().num_elements() / d_input, d_input]);
-        let y = base.forward(x.clone());
-        let (x, scaling) = match self.dropout.dropped(x.dims(), &x.device()) {
-            Some(dropped) => (x.mask_fill(dropped, 0.0), self.scaling * self.dropout.compensation()),
-            None => (x, self.scaling),
-        };
+    fn adapt<P: Projection>(&self, _: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
+        let dtype = x.dtype();
+        let (x, compensation) = self.dropout.apply(x);
         // All factors go to the tensor of r columns, the smallest one on the way.
-        let low = x.matmul(self.lora_a.val().cast(dtype)).mul_scalar(scaling);
-        fused::add_matmul(y, low, self.lora_b.val().cast(dtype)).reshape(sizes)
+        let low = x.matmul(self.lora_a.val().cast(dtype)).mul_scalar(self.scaling * compensation);
+        fused::add_matmul(y, low, self.lora_b.val().cast(dtype))
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
@@ -104,27 +119,8 @@ pub(crate) fn initial_values(
         InitLoraWeights::Kaiming => Some([kaiming(&mut rng, d_input, a), vec![0.0; b]]),
         InitLoraWeights::Random => Some([kaiming(&mut rng, d_input, a), kaiming(&mut rng, r, b)]),
         InitLoraWeights::Gaussian => Some([normal(&mut rng, (r as f64).recip(), a), vec![0.0; b]]),
-        InitLoraWeights::Orthogonal => None,
+        InitLoraWeights::Orthogonal | InitLoraWeights::Pissa { .. } | InitLoraWeights::Olora => None,
     }
-}
-
-/// In -1..1, in steps of 2⁻²³.
-fn unit(rng: &mut ChaCha8Rng) -> f64 {
-    f64::from(rng.next_u32() >> 8) / f64::from(1 << 23) - 1.0
-}
-
-fn uniform(rng: &mut ChaCha8Rng, bound: f64, count: usize) -> Vec<f32> {
-    (0..count).map(|_| (unit(rng) * bound) as f32).collect()
-}
-
-/// Box and Muller's transformation.
-fn normal(rng: &mut ChaCha8Rng, deviation: f64, count: usize) -> Vec<f32> {
-    let value = |_| {
-        // In 0..1 without 0, whose logarithm is infinite.
-        let radius = (-2.0 * (1.0 - (unit(rng) + 1.0) / 2.0).ln()).sqrt();
-        (deviation * radius * (std::f64::consts::PI * unit(rng)).cos()) as f32
-    };
-    (0..count).map(value).collect()
 }
 
 #[cfg(test)]

@@ -63,8 +63,10 @@ impl TargetModules {
     }
 }
 
-/// How A and B were initialised before training. PEFT's other ways change the base weights or freeze a factor, so that
-/// an adapter that names one of them can't be used on the untouched base: they are refused.
+/// How A and B were initialised before training. PEFT has others, which are refused by name.
+///
+/// [`Pissa`](Self::Pissa) and [`Olora`](Self::Olora) move a part of the base's weight into the adapter, so that such an
+/// adapter belongs to a base that was changed in the same way, which loading repeats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 #[non_exhaustive]
 pub enum InitLoraWeights {
@@ -75,8 +77,16 @@ pub enum InitLoraWeights {
     Random,
     /// `"gaussian"`: A normal with deviation 1 / r, B zero.
     Gaussian,
-    /// `"orthogonal"`: A and B from one orthogonal matrix.
+    /// `"orthogonal"`: A and B from one orthogonal matrix. Read, but not made.
     Orthogonal,
+    /// `"pissa"`, [PiSSA](https://arxiv.org/abs/2404.02948): the weight's largest singular values.
+    Pissa {
+        /// `"pissa_niter_N"`: approximated by this many steps from random vectors, which can't be repeated after
+        /// loading: such adapters are saved by [`Lora::relative_to`](crate::Lora::relative_to) only.
+        iterations: Option<u32>,
+    },
+    /// `"olora"`, [OLoRA](https://arxiv.org/abs/2406.01775): the weight's QR decomposition.
+    Olora,
 }
 
 impl InitLoraWeights {
@@ -86,8 +96,19 @@ impl InitLoraWeights {
             Value::Bool(false) => Some(Self::Random),
             Value::String(text) if text == "gaussian" => Some(Self::Gaussian),
             Value::String(text) if text == "orthogonal" => Some(Self::Orthogonal),
+            Value::String(text) if text == "pissa" => Some(Self::Pissa { iterations: None }),
+            Value::String(text) if text == "olora" => Some(Self::Olora),
+            Value::String(text) => {
+                let iterations = text.strip_prefix("pissa_niter_")?.parse().ok();
+                iterations.map(|iterations| Self::Pissa { iterations: Some(iterations) })
+            }
             _ => None,
         }
+    }
+
+    /// Whether adapters take a part of the base's weight.
+    pub fn changes_base(self) -> bool {
+        matches!(self, Self::Pissa { .. } | Self::Olora)
     }
 
     fn to_value(self) -> Value {
@@ -96,6 +117,9 @@ impl InitLoraWeights {
             Self::Random => json!(false),
             Self::Gaussian => json!("gaussian"),
             Self::Orthogonal => json!("orthogonal"),
+            Self::Pissa { iterations: None } => json!("pissa"),
+            Self::Pissa { iterations: Some(iterations) } => json!(format!("pissa_niter_{iterations}")),
+            Self::Olora => json!("olora"),
         }
     }
 }
@@ -139,8 +163,13 @@ pub struct PeftConfig {
     pub lora_dropout: f64,
     /// Scaling alpha / √r in place of alpha / r ([rank-stabilised LoRA](https://arxiv.org/abs/2312.03732)).
     pub use_rslora: bool,
-    /// Weight-decomposed LoRA; read, and for now refused by [`supported`](Self::supported).
+    /// Weight-decomposed LoRA ([DoRA](https://arxiv.org/abs/2402.09353)).
     pub use_dora: bool,
+    /// [QA-LoRA](https://arxiv.org/abs/2309.14717), with PEFT's pooling:
+    /// [`AverageTimesGroups`](crate::Pooling::AverageTimesGroups).
+    pub use_qalora: bool,
+    /// Inputs that QA-LoRA joins; without effect otherwise.
+    pub qalora_group_size: usize,
     /// Initialisation before training.
     pub init_lora_weights: InitLoraWeights,
     /// The modules that get adapters.
@@ -162,7 +191,7 @@ pub struct PeftConfig {
 }
 
 /// Keys of PEFT 0.21 whose value must be its default (the second entry), null, or, where the default is empty, empty.
-const UNSUPPORTED: [(&str, &str); 20] = [
+const UNSUPPORTED: [(&str, &str); 19] = [
     ("alora_invocation_tokens", "null"),
     ("arrow_config", "null"),
     ("bias", "\"none\""),
@@ -181,13 +210,14 @@ const UNSUPPORTED: [(&str, &str); 20] = [
     ("target_parameters", "null"),
     ("trainable_token_indices", "null"),
     ("use_bdlora", "null"),
-    ("use_qalora", "false"),
     ("velora_config", "null"),
 ];
 
 /// Keys of PEFT 0.21 without effect while the keys of [`UNSUPPORTED`] have their defaults, and what is written.
-const INFORMATIVE: [(&str, &str); 3] =
-    [("auto_mapping", "null"), ("megatron_core", "\"megatron.core\""), ("qalora_group_size", "16")];
+const INFORMATIVE: [(&str, &str); 2] = [("auto_mapping", "null"), ("megatron_core", "\"megatron.core\"")];
+
+/// PEFT's default of `qalora_group_size`.
+const QALORA_GROUP_SIZE: usize = 16;
 
 /// A key that PEFT knows and doesn't write: where to do the work, not what to compute.
 const RUNTIME: &str = "runtime_config";
@@ -205,6 +235,8 @@ impl PeftConfig {
             lora_dropout: 0.0,
             use_rslora: false,
             use_dora: false,
+            use_qalora: false,
+            qalora_group_size: QALORA_GROUP_SIZE,
             init_lora_weights: InitLoraWeights::default(),
             target_modules,
             exclude_modules: None,
@@ -257,7 +289,8 @@ impl PeftConfig {
         }
         let init = map.get("init_lora_weights").unwrap_or(&Value::Null);
         let Some(init) = InitLoraWeights::from_value(init) else {
-            let supported = "true, false, \"gaussian\" and \"orthogonal\"";
+            let supported =
+                "true, false, \"gaussian\", \"orthogonal\", \"olora\", \"pissa\" and \"pissa_niter_N\"";
             return Err(unsupported(path, "init_lora_weights", init, supported));
         };
         Self::from_fields(&map, init).map_err(|problem| problem.in_file(path))
@@ -277,6 +310,8 @@ impl PeftConfig {
             lora_dropout: fields.number("lora_dropout")?.unwrap_or(0.0),
             use_rslora: fields.bool("use_rslora")?,
             use_dora: fields.bool("use_dora")?,
+            use_qalora: fields.bool("use_qalora")?,
+            qalora_group_size: fields.size("qalora_group_size")?.unwrap_or(QALORA_GROUP_SIZE),
             init_lora_weights: init,
             target_modules: modules(map, "target_modules")?
                 .ok_or_else(|| Problem::new("target_modules", "a list of names or a string", "nothing"))?,
@@ -291,13 +326,32 @@ impl PeftConfig {
         config.problem().map_or(Ok(config), Err)
     }
 
-    /// Refuses what the parser understands and the adapters don't: the one place that DoRA has to change.
+    /// Refuses what the parser understands and files can't hold or adapters can't compute.
     ///
     /// # Errors
     /// [`Error::Unsupported`] naming the key; `path` is for the message only.
     pub fn supported(&self, path: &Path) -> Result<()> {
-        if self.use_dora {
-            return Err(unsupported(path, "use_dora", &json!(true), "false"));
+        if let InitLoraWeights::Pissa { iterations: Some(_) } = self.init_lora_weights {
+            let supported = "\"pissa\", or the adapter relative to its initial values; \
+                             the base of random iterations can't be made again";
+            return Err(unsupported(
+                path,
+                "init_lora_weights",
+                &self.init_lora_weights.to_value(),
+                supported,
+            ));
+        }
+        if self.use_dora && self.use_qalora {
+            return Err(unsupported(path, "use_qalora", &json!(true), "false together with use_dora"));
+        }
+        if self.init_lora_weights.changes_base() && (self.use_dora || self.use_qalora) {
+            let supported = "an initialisation that leaves the base as it is, for DoRA and QA-LoRA";
+            return Err(unsupported(
+                path,
+                "init_lora_weights",
+                &self.init_lora_weights.to_value(),
+                supported,
+            ));
         }
         Ok(())
     }
@@ -326,6 +380,9 @@ impl PeftConfig {
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Some(Problem::new("lora_dropout", "a number from 0 to below 1", self.lora_dropout));
+        }
+        if self.qalora_group_size == 0 {
+            return Some(Problem::new("qalora_group_size", "at least 1", 0));
         }
         let layers = self.layers_to_transform.is_some();
         if !matches!(self.target_modules, TargetModules::Names(_))
@@ -371,6 +428,8 @@ impl PeftConfig {
             ("lora_dropout", json!(self.lora_dropout)),
             ("use_rslora", json!(self.use_rslora)),
             ("use_dora", json!(self.use_dora)),
+            ("use_qalora", json!(self.use_qalora)),
+            ("qalora_group_size", json!(self.qalora_group_size)),
             ("init_lora_weights", self.init_lora_weights.to_value()),
             ("target_modules", self.target_modules.to_value()),
             ("exclude_modules", self.exclude_modules.as_ref().map_or(Value::Null, TargetModules::to_value)),
@@ -481,11 +540,27 @@ mod tests {
     }
 
     #[test]
-    fn dora_is_understood_and_refused_by_name() {
-        let path = fixture("tiny-dora-r4");
-        let error = PeftConfig::read(&path).unwrap_err();
-        assert!(matches!(&error, Error::Unsupported { key, .. } if key == "use_dora"), "{error}");
-        assert!(PeftConfig::from_json(&std::fs::read(&path).unwrap(), &path).unwrap().use_dora);
+    fn dora_and_qalora_are_read_and_not_mixed() {
+        assert!(PeftConfig::read(&fixture("tiny-dora-r4")).unwrap().use_dora);
+        let config = with("use_qalora", json!(true)).unwrap();
+        assert_eq!((config.use_qalora, config.qalora_group_size), (true, 16));
+        let mut both = config;
+        both.use_dora = true;
+        assert!(both.supported(Path::new("a.json")).unwrap_err().to_string().contains("use_qalora"));
+    }
+
+    #[test]
+    fn initialisations_that_change_the_base_are_read() {
+        let init = |text: &str| with("init_lora_weights", json!(text)).unwrap();
+        assert_eq!(init("olora").init_lora_weights, InitLoraWeights::Olora);
+        assert_eq!(init("pissa").init_lora_weights, InitLoraWeights::Pissa { iterations: None });
+        let random = init("pissa_niter_4");
+        assert_eq!(random.init_lora_weights, InitLoraWeights::Pissa { iterations: Some(4) });
+        assert_eq!(random.to_json()["init_lora_weights"], "pissa_niter_4");
+        assert!(random.supported(Path::new("a.json")).unwrap_err().to_string().contains("pissa_niter_4"));
+        let mut dora = init("pissa");
+        dora.use_dora = true;
+        assert!(dora.supported(Path::new("a.json")).unwrap_err().to_string().contains("init_lora_weights"));
     }
 
     #[test]
@@ -507,14 +582,13 @@ mod tests {
             ("modules_to_save", json!(["lm_head"])),
             ("target_parameters", json!(["experts.weight"])),
             ("trainable_token_indices", json!([0, 1])),
-            ("use_qalora", json!(true)),
             ("loftq_config", json!({"loftq_bits": 4})),
             ("alora_invocation_tokens", json!([1])),
             ("megatron_config", json!({"x": 1})),
             ("use_bdlora", json!({"nblocks": 2})),
             ("ensure_weight_tying", json!(true)),
             ("arrow_config", json!({"top_k": 1})),
-            ("init_lora_weights", json!("pissa")),
+            ("init_lora_weights", json!("pissa_niter_x")),
             ("init_lora_weights", json!("mica")),
             ("init_lora_weights", json!(3)),
             ("peft_type", json!("HIRA")),
@@ -545,6 +619,9 @@ mod tests {
             ("lora_dropout", json!(-0.1)),
             ("use_rslora", json!(1)),
             ("use_dora", json!("yes")),
+            ("use_qalora", json!(1)),
+            ("qalora_group_size", json!(0)),
+            ("qalora_group_size", json!(-4)),
             ("target_modules", json!(null)),
             ("target_modules", json!(["q_proj", 3])),
             ("target_modules", json!({"q_proj": 1})),

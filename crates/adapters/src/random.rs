@@ -1,6 +1,6 @@
 //! Random numbers that depend on a key and on nothing else: not on the order of calls, the device or the thread.
 
-use rand::SeedableRng;
+use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 /// What a generator is for; different purposes under one seed see unrelated numbers.
@@ -8,6 +8,8 @@ use rand_chacha::ChaCha8Rng;
 pub(crate) enum Purpose {
     Dropout,
     Initialization,
+    /// The start of a search for singular vectors.
+    Subspace,
 }
 
 /// A generator for the module called `slot` (a [`path_hash`]) at one micro-batch of one step.
@@ -28,10 +30,28 @@ pub(crate) fn path_hash(path: &str) -> u64 {
     })
 }
 
+/// In -1..1, in steps of 2⁻²³.
+fn unit(rng: &mut ChaCha8Rng) -> f64 {
+    f64::from(rng.next_u32() >> 8) / f64::from(1 << 23) - 1.0
+}
+
+/// In ±`bound`.
+pub(crate) fn uniform(rng: &mut ChaCha8Rng, bound: f64, count: usize) -> Vec<f32> {
+    (0..count).map(|_| (unit(rng) * bound) as f32).collect()
+}
+
+/// By Box and Muller's transformation.
+pub(crate) fn normal(rng: &mut ChaCha8Rng, deviation: f64, count: usize) -> Vec<f32> {
+    let value = |_| {
+        // In 0..1 without 0, whose logarithm is infinite.
+        let radius = (-2.0 * (1.0 - (unit(rng) + 1.0) / 2.0).ln()).sqrt();
+        (deviation * radius * (std::f64::consts::PI * unit(rng)).cos()) as f32
+    };
+    (0..count).map(value).collect()
+}
+
 #[cfg(test)]
 mod tests {
-    use rand::Rng;
-
     use super::*;
 
     /// The test vectors of the function's authors.

@@ -7,7 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AnyAdapter, Lora, LoraAttacher, PeftConfig, PeftFolder, TargetModules, save_peft,
+    Adapted, Adapter, AdapterConfig, AnyAdapter, AnyAttacher, Core, Lora, LoraAttacher, Method, PeftConfig,
+    PeftFolder, Pooling, QBara, QaBlora, QaHira, QaLora, TargetModules, save_peft,
 };
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
@@ -109,6 +110,63 @@ fn lora_keeps_the_promises_on_every_base() {
     }
     let base = packed("nf4:32", &device);
     battery::<_, AnyAdapter>("any", lora(base.clone(), &config()).into_any(), &base, 2);
+}
+
+/// Adapters of the other kinds as after training.
+fn others<P: Projection>(base: &P) -> Vec<(&'static str, AnyAdapter, usize)> {
+    let device = Device::flex();
+    let methods = [
+        ("Q-BaRA", Method::QBara(QBara { lambda: 4 }), 2),
+        ("QA-LoRA", Method::QaLora(QaLora { pool: 32, pooling: Pooling::Sum }), 2),
+        ("QA-HiRA", Method::QaHira(QaHira::for_tiles(8, 4)), 1),
+        ("QA-BLoRA", Method::QaBlora(QaBlora { pool: 32, repeat: 5, rank: None }), 2),
+        ("DoRA", Method::Lora, 3),
+    ];
+    let make = |(name, method, parameters)| {
+        let mut config = AdapterConfig::new(method, config());
+        config.lora.use_dora = name == "DoRA";
+        let adapted = AnyAttacher::new(&config, &slots(), 7).unwrap().attach(PATH, base.clone()).unwrap();
+        let adapter = match adapted.adapter.unwrap() {
+            AnyAdapter::Dora(mut dora) => {
+                dora.lora_b = Param::from_tensor(tensor::<2>(3, dora.lora_b.val().dims(), &device) * 0.3);
+                dora.magnitude = Param::from_tensor(dora.magnitude.val() * 1.2);
+                dora.into()
+            }
+            AnyAdapter::Pooled(mut pooled) => {
+                pooled.core = match pooled.core {
+                    Core::LowRank(mut core) => {
+                        core.b = Param::from_tensor(tensor::<2>(3, core.b.val().dims(), &device) * 0.3);
+                        Core::LowRank(core)
+                    }
+                    Core::Full(core) => Core::full(tensor::<2>(3, core.h.val().dims(), &device)),
+                };
+                pooled.into()
+            }
+            other => panic!("{other:?}"),
+        };
+        (name, adapter, parameters)
+    };
+    methods.map(make).into()
+}
+
+#[test]
+fn every_other_adapter_keeps_the_promises_on_every_base() {
+    let device = Device::flex();
+    let dense = dense(&device);
+    for (name, adapter, parameters) in others(&dense) {
+        battery(name, Adapted::new(dense.clone(), Some(adapter)), &dense, parameters);
+    }
+    for scheme in SCHEMES {
+        let base = packed(scheme, &device);
+        for (name, adapter, parameters) in others(&base) {
+            let what = format!("{name} on {scheme}");
+            battery(&what, Adapted::new(base.clone(), Some(adapter)), &base, parameters);
+        }
+    }
+    let lower = lora(packed("affine4:32", &device), &config());
+    for (name, adapter, parameters) in others(&lower) {
+        battery(name, Adapted::new(lower.clone(), Some(adapter)), &lower, parameters);
+    }
 }
 
 #[test]

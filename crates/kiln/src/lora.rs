@@ -21,7 +21,7 @@ pub fn attach_lora(
     seed: u64,
 ) -> Result<(LoraModel, LoraAttacher)> {
     let attacher = LoraAttacher::new(config, &model.slot_shapes(), seed)?;
-    Ok((model.try_map(|path, base| attacher.attach(path, base))?, attacher))
+    Ok((model.try_map(|path, base| attacher.attach_to_residual(path, base))?, attacher))
 }
 
 /// Attaches the adapters of a PEFT folder to a loaded model.
@@ -34,7 +34,7 @@ pub fn load_lora(
     seed: u64,
 ) -> Result<(LoraModel, LoraAttacher)> {
     let attacher = PeftFolder::open(folder)?.attacher(&model.slot_shapes(), seed)?;
-    Ok((model.try_map(|path, base| attacher.attach(path, base))?, attacher))
+    Ok((model.try_map(|path, base| attacher.attach_to_residual(path, base))?, attacher))
 }
 
 /// Writes the adapters as a PEFT folder, which Python's PEFT opens.

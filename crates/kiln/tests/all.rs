@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 
+mod adapters;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(all(feature = "flex", feature = "wgpu"))]

@@ -1,0 +1,214 @@
+//! Kiln's own adapter folders, for every method: `kiln_adapter.json` and `kiln_adapter.safetensors`.
+//!
+//! The first holds `version` (1), `method` (as [`Method`] writes itself), `lora` (PEFT's keys: rank, alpha, selection)
+//! and `base_fingerprint` (of the packed base that the adapters were trained on, or null). Unknown keys are errors. The
+//! second holds `PATH.A` `[rank, d_input / pool]`, `PATH.B` `[d_output / repeat, rank]`, `PATH.H`
+//! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, where PATH is the module's name in the
+//! checkpoint, in the papers' orientation.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{Read, Write},
+    path::{Path, PathBuf},
+};
+
+use kiln_quant_core::{safetensors_file::SafetensorsFile, write_atomically};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    AdapterConfig, AdapterKind, Attacher, Method, PeftConfig,
+    error::{Error, Result},
+    json_fields::Problem,
+    part::Part,
+    store,
+};
+
+/// The name of the configuration in an own adapter folder.
+pub const KILN_CONFIG_FILE: &str = "kiln_adapter.json";
+
+/// The name of the file of weights in an own adapter folder.
+pub const KILN_WEIGHTS_FILE: &str = "kiln_adapter.safetensors";
+
+const VERSION: u32 = 1;
+
+/// The largest configuration that is read, in bytes.
+const MAX_BYTES: u64 = 16 << 20;
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Description {
+    version: u32,
+    method: Method,
+    /// Must be there, null or not: a missing key is no statement.
+    #[serde(deserialize_with = "Option::deserialize")]
+    base_fingerprint: Option<String>,
+    lora: serde_json::Map<String, serde_json::Value>,
+}
+
+/// An own adapter folder on disk, open.
+///
+/// ```no_run
+/// # fn example(slot_shapes: Vec<(String, [usize; 2])>, fingerprint: &str) -> Result<(), kiln_adapters::Error> {
+/// use kiln_adapters::{AdapterFolder, AnyAdapter};
+/// let folder = AdapterFolder::open("my-adapter")?;
+/// folder.check_base(Some(fingerprint))?;
+/// let attacher = folder.attacher::<AnyAdapter>(&slot_shapes, 42)?;
+/// # Ok(()) }
+/// ```
+#[derive(Debug)]
+pub struct AdapterFolder {
+    config: AdapterConfig,
+    base_fingerprint: Option<String>,
+    config_path: PathBuf,
+    weights: SafetensorsFile,
+}
+
+impl AdapterFolder {
+    /// Reads the configuration in `folder` and the weights' header.
+    ///
+    /// # Errors
+    /// A file that is missing or isn't what its name says, another version, and a configuration with unknown keys or
+    /// values out of range.
+    pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
+        let config_path = folder.as_ref().join(KILN_CONFIG_FILE);
+        let mut text = Vec::new();
+        let file = File::open(&config_path).map_err(Error::io(&config_path))?;
+        file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(&config_path))?;
+        let wrong = |field: &str, expected: &str, found: String| {
+            Err(Problem::new(field, expected, found).in_file(&config_path))
+        };
+        if text.len() as u64 > MAX_BYTES {
+            return wrong("size", &format!("at most {MAX_BYTES} bytes"), "more".into());
+        }
+        // The version first: another one may have other keys.
+        let version = serde_json::from_slice::<serde_json::Value>(&text);
+        let version = version.as_ref().ok().and_then(|value| value.get("version"));
+        if let Some(version) = version.filter(|version| version.as_u64() != Some(VERSION.into())) {
+            return wrong("version", &VERSION.to_string(), version.to_string());
+        }
+        let description: Description = match serde_json::from_slice(&text) {
+            Ok(description) => description,
+            Err(error) => {
+                let expected = "version, method, base_fingerprint and lora";
+                return wrong("configuration", expected, error.to_string());
+            }
+        };
+        let Description { method, base_fingerprint, lora, .. } = description;
+        let digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
+        if let Some(found) = &base_fingerprint
+            && (found.len() != 64 || !found.as_bytes().iter().all(digit))
+        {
+            return wrong(
+                "base_fingerprint",
+                "64 lower-case hexadecimal digits or null",
+                format!("{found:?}"),
+            );
+        }
+        let lora =
+            PeftConfig::from_json(serde_json::Value::Object(lora).to_string().as_bytes(), &config_path)?;
+        if let Some(key) = lora.unknown_keys.first() {
+            return wrong(&format!("lora.{key}"), "a key of version 1", "an unknown one".into());
+        }
+        let config = AdapterConfig::new(method, lora);
+        config.validate().map_err(|error| in_file(error, &config_path))?;
+        let weights = SafetensorsFile::open(folder.as_ref().join(KILN_WEIGHTS_FILE))?;
+        Ok(Self { config, base_fingerprint, config_path, weights })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &AdapterConfig {
+        &self.config
+    }
+
+    /// The fingerprint of the packed base that the adapters were trained on, if one is recorded.
+    pub fn base_fingerprint(&self) -> Option<&str> {
+        self.base_fingerprint.as_deref()
+    }
+
+    /// Refuses another base than the one that the adapters were trained on: `found` is the fingerprint of the model's
+    /// packed weights, `None` without such. Adapters without a recorded base fit any.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming `base_fingerprint`.
+    pub fn check_base(&self, found: Option<&str>) -> Result<()> {
+        match &self.base_fingerprint {
+            Some(expected) if found != Some(expected) => {
+                let found = found.unwrap_or("a base without packed weights");
+                Err(Problem::new("base_fingerprint", expected, found).in_file(&self.config_path))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Refuses adapters that were trained by another method than `expected`, or with another number of it, such as the
+    /// pooling scale.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming `method`.
+    pub fn check_method(&self, expected: &Method) -> Result<()> {
+        if self.config.method == *expected {
+            return Ok(());
+        }
+        let text = |method: &Method| serde_json::to_string(method).unwrap_or_else(|_| method.name().into());
+        Err(Problem::new("method", text(expected), text(&self.config.method)).in_file(&self.config_path))
+    }
+
+    /// Reads the adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. `seed` decides
+    /// the dropout of further training.
+    ///
+    /// # Errors
+    /// Another kind than `A`; a configuration that selects none of `slots` or has an entry without effect; a size that
+    /// doesn't divide a selected layer's; a selected module that lacks a tensor, or has one of another shape or type;
+    /// values that aren't finite; a tensor that no selected module uses.
+    pub fn attacher<A: AdapterKind>(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<Attacher<A>> {
+        let at = |error| in_file(error, &self.config_path);
+        A::accept(&self.config).map_err(at)?;
+        let targets = self.config.targets(slots).and_then(crate::Targets::require_all).map_err(at)?;
+        let parts =
+            store::read(&self.weights, &self.config, &targets, slots, Part::kiln_name, KILN_CONFIG_FILE)?;
+        Ok(Attacher::stored(self.config.clone(), targets, parts, seed))
+    }
+}
+
+fn in_file(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Argument { name, expected, found } => Problem::new(name, expected, found).in_file(path),
+        other => other,
+    }
+}
+
+/// Writes `adapters`, by the paths of their modules, and the `config` that they were made with as an own folder, which is
+/// created if missing. `base_fingerprint` is that of the model's packed weights
+/// ([`kiln_quant_core::file::fingerprint`]), `None` without such.
+///
+/// Each file is written to a temporary sibling and renamed; the configuration last.
+///
+/// # Errors
+/// An adapter that `config` doesn't select, or of another kind, rank, scaling, pooling or size, because the folder could
+/// then not be loaded again; two adapters of one path; values that aren't finite; the operating system's errors.
+pub fn save_adapters<'a, S: AsRef<str>, A: AdapterKind + 'a>(
+    folder: &Path,
+    config: &AdapterConfig,
+    base_fingerprint: Option<&str>,
+    adapters: impl IntoIterator<Item = (S, &'a A)>,
+) -> Result<()> {
+    A::accept(config)?;
+    let adapters = store::collect(adapters);
+    store::check_adapters(config, &adapters)?;
+    let serde_json::Value::Object(lora) = config.lora.to_json() else {
+        return Err(Problem::new("lora", "an object", "another value").argument());
+    };
+    let description = Description {
+        version: VERSION,
+        method: config.method,
+        base_fingerprint: base_fingerprint.map(Into::into),
+        lora,
+    };
+    let config_path = folder.join(KILN_CONFIG_FILE);
+    let text = serde_json::to_vec_pretty(&description)
+        .map_err(|error| Error::io(&config_path)(std::io::Error::other(error)))?;
+    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    store::write(&folder.join(KILN_WEIGHTS_FILE), &adapters, Part::kiln_name, &BTreeMap::new())?;
+    Ok(write_atomically(&config_path, |file| file.write_all(&text))?)
+}
