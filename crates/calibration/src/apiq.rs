@@ -1,0 +1,251 @@
+//! ApiQ's optimisation: clipping logits and LoRA factors together, by gradient through the rounding.
+
+use burn::{
+    module::{Module, Param, ParamId},
+    nn::Linear,
+    optim::{AdamWConfig, GradientsParams, ModuleOptimizer},
+    tensor::{Device, Tensor},
+};
+use kiln_adapters::{Adapted, Lora};
+use kiln_quant_core::{PackedWeight, QuantLinear, QuantScheme};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    ClippedWeight, Error, Result,
+    station::Slot,
+    values::{host, tensor},
+};
+
+/// Options of [ApiQ](https://arxiv.org/abs/2402.05147), with the published values as defaults.
+///
+/// | option | default | meaning | range |
+/// | --- | --- | --- | --- |
+/// | `epochs` | 20 | passes over the calibration windows, one window a step | from 1 |
+/// | `lr_clipping` | 5e-3 | constant learning rate of the clipping logits | from 0 |
+/// | `lr_lora` | 5e-4 | of the LoRA factors | from 0 |
+/// | `weight_decay` | 0.1 | decoupled, of both: on the logits a pull towards clipping | from 0 |
+/// | `initial_logit` | 4 | a range starts as its part `S(4) = 0.982` | finite |
+/// | `augmented` | false | adds the distance to the original block's output for the *quantized* inputs; on at 2 bits in the published runs; block-wise only | |
+/// | `include_zero` | true | extends groups' ranges to zero, see [`ClippingGrid`](crate::ClippingGrid) | |
+///
+/// The published budget is 128 windows of 2048 tokens. AdamW has betas 0.9 and 0.999 and epsilon 1e-8.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ApiqConfig {
+    /// Passes over the calibration windows.
+    pub epochs: usize,
+    /// Learning rate of the clipping logits.
+    pub lr_clipping: f64,
+    /// Learning rate of the LoRA factors.
+    pub lr_lora: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f32,
+    /// Where the logits start.
+    pub initial_logit: f32,
+    /// Whether the original block's output for quantized inputs is a second target.
+    pub augmented: bool,
+    /// Whether groups' ranges are extended to zero.
+    pub include_zero: bool,
+}
+
+impl Default for ApiqConfig {
+    fn default() -> Self {
+        Self {
+            epochs: 20,
+            lr_clipping: 5e-3,
+            lr_lora: 5e-4,
+            weight_decay: 0.1,
+            initial_logit: 4.0,
+            augmented: false,
+            include_zero: true,
+        }
+    }
+}
+
+impl ApiqConfig {
+    /// OmniQuant's values for clipping alone: learning rate 1e-2, no decay.
+    pub fn clipping_only() -> Self {
+        Self { lr_clipping: 1e-2, weight_decay: 0.0, ..Self::default() }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        let fail = |option: &str, expected: &str, found: &dyn std::fmt::Display| {
+            Err(Error::argument(format!("ApiqConfig.{option}"), expected, found))
+        };
+        let rate = |value: f64| value >= 0.0 && value.is_finite();
+        if self.epochs == 0 {
+            return fail("epochs", "at least 1", &0);
+        }
+        if !rate(self.lr_clipping) {
+            return fail("lr_clipping", "a finite number from 0", &self.lr_clipping);
+        }
+        if !rate(self.lr_lora) {
+            return fail("lr_lora", "a finite number from 0", &self.lr_lora);
+        }
+        if !rate(f64::from(self.weight_decay)) {
+            return fail("weight_decay", "a finite number from 0", &self.weight_decay);
+        }
+        if !self.initial_logit.is_finite() {
+            return fail("initial_logit", "a finite number", &self.initial_logit);
+        }
+        Ok(())
+    }
+
+    fn optimizer(&self) -> ModuleOptimizer {
+        AdamWConfig::new().with_epsilon(1e-8).with_weight_decay(self.weight_decay).init()
+    }
+}
+
+/// What is to be brought down.
+pub(crate) trait Objective {
+    /// Calibration windows.
+    fn windows(&self) -> usize;
+
+    /// The loss of one window with `slots` in the layers' places.
+    fn loss(&mut self, slots: Vec<Slot>, window: usize) -> Result<Tensor<1>>;
+}
+
+/// A layer to be quantized.
+pub(crate) struct Layer {
+    pub(crate) path: String,
+    pub(crate) weight: ClippedWeight,
+    pub(crate) bias: Option<Param<Tensor<1>>>,
+    pub(crate) scheme: QuantScheme,
+    /// Trained where there is one.
+    pub(crate) lora: Option<Lora>,
+}
+
+/// Clipping logits of one layer, `[groups, d_output]`.
+#[derive(Module, Debug)]
+struct Clipping {
+    gamma: Param<Tensor<2>>,
+    beta: Param<Tensor<2>>,
+}
+
+/// Layers under optimisation.
+///
+/// The dense weights on their grids are leaves of each step's graph. Their gradients go back to the logits by hand
+/// ([`ClippedWeight::gradients`]): two passes over the weights in place of the dozen that tensor operations would take.
+pub(crate) struct Apiq<'a> {
+    config: &'a ApiqConfig,
+    layers: Vec<Layer>,
+    clippings: Vec<Clipping>,
+    loras: Vec<Option<Lora>>,
+    clipping_optimizer: ModuleOptimizer,
+    lora_optimizer: ModuleOptimizer,
+    device: Device,
+}
+
+impl<'a> Apiq<'a> {
+    pub(crate) fn new(config: &'a ApiqConfig, mut layers: Vec<Layer>, device: &Device) -> Self {
+        let device = device.clone().without_autodiff();
+        let logits = |layer: &Layer| {
+            Param::from_tensor(Tensor::full(layer.weight.groups(), config.initial_logit, &device))
+        };
+        let clippings: Vec<Clipping> =
+            layers.iter().map(|layer| Clipping { gamma: logits(layer), beta: logits(layer) }).collect();
+        let loras: Vec<Option<Lora>> = layers.iter_mut().map(|layer| layer.lora.take()).collect();
+        Self {
+            config,
+            layers,
+            clippings: clippings.train(),
+            loras: loras.train(),
+            clipping_optimizer: config.optimizer(),
+            lora_optimizer: config.optimizer(),
+            device,
+        }
+    }
+
+    /// Logits of layer `index`, gamma and beta.
+    pub(crate) fn logits(&self, index: usize) -> [Vec<f32>; 2] {
+        let Clipping { gamma, beta } = &self.clippings[index];
+        [host(gamma.val().inner()), host(beta.val().inner())]
+    }
+
+    /// One window's loss before the step, which it then makes.
+    pub(crate) fn step(&mut self, objective: &mut dyn Objective, window: usize) -> Result<f64> {
+        let levels: Vec<_> = (0..self.layers.len())
+            .map(|index| {
+                let [gamma, beta] = self.logits(index);
+                self.layers[index].weight.levels(&gamma, &beta)
+            })
+            .collect();
+        let mut weights = Vec::new();
+        let mut slots = Vec::new();
+        for ((layer, levels), lora) in self.layers.iter().zip(&levels).zip(&self.loras) {
+            let values = tensor(layer.weight.quantize(levels), layer.weight.shape(), &self.device);
+            let weight = Tensor::<2>::from_inner(values).require_grad();
+            weights.push(weight.clone());
+            let weight = Param::initialized(ParamId::new(), weight);
+            let base = QuantLinear::Dense(Linear { weight, bias: layer.bias.clone() });
+            slots.push(Adapted { base, adapter: lora.clone() });
+        }
+        let loss = objective.loss(slots, window)?;
+        let value = f64::from(host(loss.clone().inner())[0]);
+        if !value.is_finite() {
+            return Ok(value);
+        }
+        let mut gradients = loss.backward();
+        let mut clipping_gradients = GradientsParams::new();
+        for (index, (weight, levels)) in weights.into_iter().zip(&levels).enumerate() {
+            // A weight that the loss doesn't depend on has none.
+            let Some(gradient) = weight.grad_remove(&mut gradients) else { continue };
+            let (layer, clipping) = (&self.layers[index].weight, &self.clippings[index]);
+            let [gamma, beta] = layer.gradients(levels, &host(gradient));
+            let shape = layer.groups();
+            clipping_gradients.register(clipping.gamma.id, tensor::<2>(gamma, shape, &self.device));
+            clipping_gradients.register(clipping.beta.id, tensor::<2>(beta, shape, &self.device));
+        }
+        let lora_gradients = GradientsParams::from_grads(gradients, &self.loras);
+        let clippings = std::mem::take(&mut self.clippings);
+        self.clippings = self.clipping_optimizer.step(self.config.lr_clipping, clippings, clipping_gradients);
+        let loras = std::mem::take(&mut self.loras);
+        self.loras = self.lora_optimizer.step(self.config.lr_lora, loras, lora_gradients);
+        Ok(value)
+    }
+
+    /// All epochs; the mean loss of each. `on_epoch` gets epoch and loss after each.
+    pub(crate) fn run(
+        &mut self,
+        place: &str,
+        objective: &mut dyn Objective,
+        on_epoch: &mut dyn FnMut(usize, f64) -> Result<()>,
+    ) -> Result<Vec<f64>> {
+        let mut losses = Vec::new();
+        for epoch in 0..self.config.epochs {
+            let mut sum = 0.0;
+            for window in 0..objective.windows() {
+                let loss = self.step(objective, window)?;
+                if !loss.is_finite() {
+                    return Err(Error::Diverged { place: place.into(), epoch, window, loss });
+                }
+                sum += loss;
+            }
+            losses.push(sum / objective.windows().max(1) as f64);
+            on_epoch(epoch, losses[epoch])?;
+        }
+        Ok(losses)
+    }
+
+    /// The packed weights, and the factors outside autodiff.
+    pub(crate) fn finish(self) -> Result<Vec<(PackedWeight, Option<Lora>)>> {
+        let mut solved = Vec::new();
+        for index in 0..self.layers.len() {
+            let [gamma, beta] = self.logits(index);
+            let Layer { path, weight, scheme, .. } = &self.layers[index];
+            let packed = weight.pack(path, &weight.levels(&gamma, &beta), scheme)?;
+            solved.push((packed, self.loras[index].clone().map(detached)));
+        }
+        Ok(solved)
+    }
+}
+
+/// The adapter with its factors as fresh parameters outside autodiff.
+fn detached(mut lora: Lora) -> Lora {
+    lora.lora_a = Param::from_tensor(lora.lora_a.val().inner());
+    lora.lora_b = Param::from_tensor(lora.lora_b.val().inner());
+    lora
+}
+
+#[cfg(test)]
+mod tests;

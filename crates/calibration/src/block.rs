@@ -1,0 +1,250 @@
+//! One block under calibration: its original weights, its slots, passes through it.
+
+use burn::{
+    module::{Param, ParamId},
+    nn::Linear,
+    tensor::{Device, Tensor},
+};
+use kiln_adapters::{Adapted, Lora};
+use kiln_quant_core::{
+    HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear, Scheme,
+};
+
+use crate::{
+    Error, Factors, Observer, Progress, ProjectionReport, Result,
+    clipping::transpose,
+    station::{Slot, Station},
+    stream::{Store, Stream},
+    values::{host, tensor},
+};
+
+/// One projection of the block.
+pub(crate) struct Place {
+    pub(crate) path: String,
+    pub(crate) station: Station,
+    pub(crate) scheme: Scheme,
+    /// The original, `[d_output, d_input]` row-major.
+    pub(crate) weight: Vec<f32>,
+    /// `[d_input, d_output]`.
+    pub(crate) shape: [usize; 2],
+    pub(crate) bias: Option<Param<Tensor<1>>>,
+    /// The adapter as it would start by itself.
+    pub(crate) adapter: Option<Lora>,
+    /// What the slot keeps where its scheme is dense.
+    pub(crate) kept: QuantLinear,
+}
+
+impl Place {
+    /// The original weight, dense, without an adapter.
+    pub(crate) fn original(&self, device: &Device) -> Slot {
+        let [d_input, d_output] = self.shape;
+        let weight = tensor(transpose(&self.weight, d_output, d_input), self.shape, device);
+        let weight = Param::initialized(ParamId::new(), weight);
+        Adapted { base: QuantLinear::Dense(Linear { weight, bias: self.bias.clone() }), adapter: None }
+    }
+
+    /// A packed weight with an adapter; the adapter as it starts, if none is given.
+    pub(crate) fn packed(&self, weight: &PackedWeight, adapter: Option<Lora>, device: &Device) -> Slot {
+        let weight = PackedTensor::new(weight, device);
+        let base = QuantLinear::Packed(PackedLinear { weight, bias: self.bias.clone() });
+        Adapted::new(base, adapter.or_else(|| self.adapter.clone()))
+    }
+
+    /// What stays where the scheme is dense.
+    pub(crate) fn dense(&self) -> Slot {
+        Adapted::new(self.kept.clone(), self.adapter.clone())
+    }
+
+    /// Round to nearest, as a yardstick.
+    fn rounded(&self, original: &Slot, device: &Device) -> Result<Slot> {
+        let Scheme::Packed(scheme) = self.scheme else { return Ok(original.clone()) };
+        let [d_input, d_output] = self.shape;
+        let packed = MinMax.quantize(&self.path, &self.weight, d_input, d_output, &scheme)?;
+        let weight = PackedTensor::new(&packed, device);
+        let base = QuantLinear::Packed(PackedLinear { weight, bias: self.bias.clone() });
+        Ok(Adapted { base, adapter: None })
+    }
+
+    /// The adapter with factors whose product is to be added to the weight: its scaling is divided out of B.
+    pub(crate) fn with_factors(&self, factors: &Factors, device: &Device) -> Result<Option<Lora>> {
+        let Some(mut lora) = self.adapter.clone() else { return Ok(None) };
+        let scaling = lora.scaling();
+        if scaling == 0.0 {
+            return Err(Error::argument(format!("{}: LoRA scaling", self.path), "a number other than 0", 0));
+        }
+        let [d_input, d_output] = self.shape;
+        let b = factors.b.iter().map(|b| (f64::from(*b) / scaling) as f32).collect();
+        lora.lora_a = Param::from_tensor(tensor(factors.a.clone(), [d_input, factors.rank], device));
+        lora.lora_b = Param::from_tensor(tensor(b, [factors.rank, d_output], device));
+        Ok(Some(lora))
+    }
+}
+
+/// The block, the streams before it and what it takes to run it.
+pub(crate) struct Block<'a> {
+    pub(crate) index: usize,
+    pub(crate) total: usize,
+    pub(crate) places: Vec<Place>,
+    /// Runs the block with what stands in its stations, `[rows, width]` → `[rows, width]`.
+    pub(crate) forward: &'a dyn Fn(Tensor<2>) -> Tensor<2>,
+    pub(crate) device: Device,
+    pub(crate) store: Store,
+    /// The original residual stream.
+    pub(crate) x: &'a Stream,
+    /// The residual stream behind the blocks quantized so far.
+    pub(crate) quantized: &'a Stream,
+    pub(crate) observer: Observer<'a>,
+}
+
+impl Block<'_> {
+    /// Tells the observer, who may end the run.
+    pub(crate) fn tell(&mut self, progress: Progress) -> Result<()> {
+        if (self.observer)(progress).is_break() {
+            return Err(Error::Cancelled { blocks: self.index, total: self.total });
+        }
+        Ok(())
+    }
+
+    /// Puts one slot into each station.
+    pub(crate) fn install(&self, slots: &[Slot]) {
+        self.places.iter().zip(slots).for_each(|(place, slot)| place.station.set(slot.clone()));
+    }
+
+    /// The original block.
+    pub(crate) fn originals(&self) -> Vec<Slot> {
+        self.places.iter().map(|place| place.original(&self.device)).collect()
+    }
+
+    /// The block's output for one window; NaN and infinity are errors that name the projection they come from.
+    pub(crate) fn pass(&self, input: Tensor<2>, window: usize) -> Result<Vec<f32>> {
+        let output = host((self.forward)(input.clone()));
+        if finite(&output) { Ok(output) } else { Err(self.blame(input, window)) }
+    }
+
+    /// The block's outputs for all windows of a stream.
+    pub(crate) fn pass_all(&self, input: &Stream) -> Result<Stream> {
+        let mut output = Stream::new(&self.store, input.shape())?;
+        for window in 0..input.len() {
+            output.set(window, self.pass(input.tensor(window, &self.device)?, window)?)?;
+        }
+        Ok(output)
+    }
+
+    /// Finds the first projection with a bad output.
+    fn blame(&self, input: Tensor<2>, window: usize) -> Error {
+        self.places.iter().for_each(|place| place.station.listen());
+        let _ = (self.forward)(input);
+        let heard: Vec<_> = self.places.iter().map(|place| (place, place.station.heard())).collect();
+        for (place, heard) in heard {
+            let Some([x, y]) = heard else { continue };
+            for (what, values) in [("inputs", x), ("outputs", y)] {
+                if !finite(&host(values)) {
+                    let quantity = format!("{what} in window {window} are");
+                    return Error::NotFinite { place: place.path.clone(), quantity };
+                }
+            }
+        }
+        Error::NotFinite {
+            place: format!("block {}", self.index),
+            quantity: format!("activations in window {window} are"),
+        }
+    }
+
+    /// Inputs of the projection `listener` for one window of the residual stream.
+    pub(crate) fn inputs(&self, listener: usize, input: Tensor<2>, window: usize) -> Result<Tensor<2>> {
+        let station = &self.places[listener].station;
+        station.listen();
+        let _ = (self.forward)(input);
+        match station.heard() {
+            Some([x, _]) => Ok(x),
+            None => Err(Error::NotFinite {
+                place: self.places[listener].path.clone(),
+                quantity: format!("no activations reach it in window {window}; nothing is"),
+            }),
+        }
+    }
+
+    /// Projections that see the same inputs, in the order in which data flows.
+    pub(crate) fn input_groups(&self, originals: &[Slot]) -> Result<Vec<Vec<usize>>> {
+        self.install(originals);
+        self.places.iter().for_each(|place| place.station.listen());
+        let _ = (self.forward)(self.quantized.tensor(0, &self.device)?);
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        let mut last = Vec::new();
+        for (index, place) in self.places.iter().enumerate() {
+            let inputs = place.station.heard().map_or_else(Vec::new, |[x, _]| host(x));
+            match groups.last_mut() {
+                Some(group) if inputs == last => group.push(index),
+                _ => groups.push(vec![index]),
+            }
+            last = inputs;
+        }
+        Ok(groups)
+    }
+
+    /// Errors of the block's projections, weight and activations, with `slots` in place of the originals.
+    pub(crate) fn measure(
+        &self,
+        slots: &[Slot],
+        seconds: &[f64],
+        windows: usize,
+    ) -> Result<Vec<ProjectionReport>> {
+        let originals = self.originals();
+        let rounded: Vec<Slot> = (self.places.iter().zip(&originals))
+            .map(|(place, original)| place.rounded(original, &self.device))
+            .collect::<Result<_>>()?;
+        let mut sums = vec![[0.0; 3]; self.places.len()];
+        for window in 0..windows.min(self.x.len()) {
+            let reference = self.outputs(&originals, true, window)?;
+            for (k, slots) in [(1, &rounded[..]), (2, slots)] {
+                for ((sums, y), found) in
+                    sums.iter_mut().zip(&reference).zip(self.outputs(slots, false, window)?)
+                {
+                    sums[k] += squares(y.iter().zip(&found).map(|(a, b)| a - b));
+                }
+            }
+            for (sums, y) in sums.iter_mut().zip(&reference) {
+                sums[0] += squares(y.iter().copied());
+            }
+        }
+        let reports = self.places.iter().zip(slots).zip(&originals).zip(sums.iter().zip(seconds));
+        Ok(reports
+            .map(|(((place, slot), original), (sums, seconds))| {
+                let (weight, found) = (host(original.weight()), host(slot.weight()));
+                let error = squares(weight.iter().zip(&found).map(|(a, b)| a - b));
+                ProjectionReport {
+                    path: place.path.clone(),
+                    scheme: place.scheme,
+                    weight_error: ratio(error, squares(weight.iter().copied())),
+                    activation_error_before: ratio(sums[1], sums[0]),
+                    activation_error_after: ratio(sums[2], sums[0]),
+                    seconds: *seconds,
+                }
+            })
+            .collect())
+    }
+
+    /// Outputs of all projections with `slots` in place, for a window of the original or the quantized stream.
+    fn outputs(&self, slots: &[Slot], original: bool, window: usize) -> Result<Vec<Vec<f32>>> {
+        self.install(slots);
+        let stream = if original { self.x } else { self.quantized };
+        let input = stream.tensor(window, &self.device)?;
+        self.places.iter().for_each(|place| place.station.listen());
+        let _ = (self.forward)(input);
+        let heard = self.places.iter().map(|place| place.station.heard());
+        Ok(heard.map(|heard| heard.map_or_else(Vec::new, |[_, y]| host(y))).collect())
+    }
+}
+
+pub(crate) fn finite(values: &[f32]) -> bool {
+    values.iter().all(|value| value.is_finite())
+}
+
+pub(crate) fn squares(values: impl Iterator<Item = f32>) -> f64 {
+    values.map(|value| f64::from(value) * f64::from(value)).sum()
+}
+
+/// `sqrt(error / norm)`, 0 where there is no error.
+pub(crate) fn ratio(error: f64, norm: f64) -> f64 {
+    if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
+}

@@ -1,0 +1,220 @@
+//! What an interrupted calibration leaves, and how it goes on.
+//!
+//! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights and LoRA factors (`<path>.lora_a`,
+//! `<path>.lora_b`, as in memory), with the run's fingerprint and the block's report in its metadata. `streams.bin` is a
+//! line of JSON and the two residual streams before the next block, as f32. It is replaced after the block's file was
+//! written, so it alone says how far the run came.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io::{BufRead, BufReader, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use burn::module::Param;
+use kiln_adapters::Lora;
+use kiln_quant_core::{PackedWeight, QuantLinear, file::PackedFile, write_atomically};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    BlockReport, Error, Result,
+    station::Slot,
+    stream::{Store, Stream},
+    values::{host, tensor},
+};
+
+const RUN_KEY: &str = "calibration.run";
+const REPORT_KEY: &str = "calibration.report";
+/// Longest header line of `streams.bin`.
+const MAX_HEADER: u64 = 1 << 12;
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Header {
+    run: String,
+    /// Blocks that are finished.
+    blocks: usize,
+    windows: usize,
+    rows: usize,
+    width: usize,
+}
+
+/// The folder of one run.
+#[derive(Debug, Clone)]
+pub(crate) struct Folder {
+    path: PathBuf,
+    run: String,
+}
+
+/// The two streams before the next block, and how many are finished.
+pub(crate) struct Resumed {
+    pub(crate) blocks: usize,
+    pub(crate) streams: [Stream; 2],
+}
+
+impl Folder {
+    /// `run` tells this run's results from others'.
+    pub(crate) fn new(path: &Path, run: String) -> Result<Self> {
+        std::fs::create_dir_all(path).map_err(Error::io(path))?;
+        Ok(Self { path: path.into(), run })
+    }
+
+    fn block(&self, index: usize) -> PathBuf {
+        self.path.join(format!("block-{index:05}.safetensors"))
+    }
+
+    fn streams(&self) -> PathBuf {
+        self.path.join("streams.bin")
+    }
+
+    /// Saves a finished block, then the streams behind it.
+    pub(crate) fn save(
+        &self,
+        slots: &[(String, Slot)],
+        report: &BlockReport,
+        streams: [&Stream; 2],
+    ) -> Result<()> {
+        let mut packed: Vec<(&str, PackedWeight)> = Vec::new();
+        let mut factors: Vec<(String, [usize; 2], Vec<f32>)> = Vec::new();
+        for (path, slot) in slots {
+            if let QuantLinear::Packed(linear) = &slot.base {
+                packed.push((path, linear.weight.to_host()?));
+            }
+            if let Some(lora) = &slot.adapter {
+                for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
+                    factors.push((format!("{path}.{name}"), factor.val().dims(), host(factor.val())));
+                }
+            }
+        }
+        let report_text = serde_json::to_string(report).expect("a report of numbers and names");
+        let metadata = BTreeMap::from([(RUN_KEY.into(), self.run.clone()), (REPORT_KEY.into(), report_text)]);
+        PackedFile::save(
+            self.block(report.index),
+            packed.iter().map(|(path, weight)| (*path, weight)),
+            factors.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])),
+            &metadata,
+        )?;
+        self.save_streams(report.index + 1, streams)
+    }
+
+    fn save_streams(&self, blocks: usize, streams: [&Stream; 2]) -> Result<()> {
+        let (path, [rows, width]) = (self.streams(), streams[0].shape());
+        let header = Header { run: self.run.clone(), blocks, windows: streams[0].len(), rows, width };
+        let header = serde_json::to_string(&header).expect("a header of numbers and names");
+        let mut failed = None;
+        let written = write_atomically(&path, |file| {
+            writeln!(file, "{header}")?;
+            for stream in streams {
+                if let Err(error) = stream.write(file, &path) {
+                    failed = Some(error);
+                    return Err(std::io::ErrorKind::Other.into());
+                }
+            }
+            Ok(())
+        });
+        match failed {
+            // The reason, rather than that writing was given up.
+            Some(error) => Err(error),
+            None => Ok(written?),
+        }
+    }
+
+    /// The streams of an interrupted run; `None` if there is none yet.
+    pub(crate) fn resume(&self, store: &Store, windows: usize, shape: [usize; 2]) -> Result<Option<Resumed>> {
+        let path = self.streams();
+        let file = match File::open(&path) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            file => file.map_err(Error::io(&path))?,
+        };
+        let length = file.metadata().map_err(Error::io(&path))?.len();
+        let mut file = BufReader::new(file);
+        let mut line = String::new();
+        let read = (&mut file).take(MAX_HEADER).read_line(&mut line).map_err(Error::io(&path))?;
+        let wrong = |field: &str, expected: String, found: String| Error::File {
+            path: path.clone(),
+            field: field.into(),
+            expected,
+            found,
+        };
+        let header: Header = serde_json::from_str(&line)
+            .map_err(|error| wrong("header", "a line of JSON".into(), error.to_string()))?;
+        let expected =
+            Header { run: self.run.clone(), blocks: header.blocks, windows, rows: shape[0], width: shape[1] };
+        if header != expected {
+            let same = "this run's: the same model, windows, adapters and options".to_string();
+            return Err(wrong("header", same, format!("another run's, {}", line.trim_end())));
+        }
+        let values = 2 * windows * shape[0] * shape[1] * 4;
+        if length != (read + values) as u64 {
+            return Err(wrong("length", format!("{} bytes", read + values), length.to_string()));
+        }
+        let x = Stream::read(store, shape, windows, &mut file, &path)?;
+        let quantized = Stream::read(store, shape, windows, &mut file, &path)?;
+        Ok(Some(Resumed { blocks: header.blocks, streams: [x, quantized] }))
+    }
+
+    /// A finished block.
+    pub(crate) fn load(&self, index: usize) -> Result<SavedBlock> {
+        let path = self.block(index);
+        let file = PackedFile::open(&path)?;
+        let wrong = |field: &str, expected: &str, found: String| Error::File {
+            path: path.clone(),
+            field: field.into(),
+            expected: expected.into(),
+            found,
+        };
+        if file.metadata().get(RUN_KEY) != Some(&self.run) {
+            return Err(wrong(RUN_KEY, "this run's", format!("{:?}", file.metadata().get(RUN_KEY))));
+        }
+        file.verify()?;
+        let report = file.metadata().get(REPORT_KEY).map_or("", String::as_str);
+        let report: BlockReport = serde_json::from_str(report)
+            .map_err(|error| wrong(REPORT_KEY, "the block's report", error.to_string()))?;
+        Ok(SavedBlock { path, file, report })
+    }
+}
+
+/// The file of a finished block.
+pub(crate) struct SavedBlock {
+    path: PathBuf,
+    file: PackedFile,
+    pub(crate) report: BlockReport,
+}
+
+impl SavedBlock {
+    /// The packed weight of a projection of the given shape `[d_input, d_output]`.
+    pub(crate) fn packed(&self, path: &str, shape: [usize; 2]) -> Result<PackedWeight> {
+        let packed = self.file.packed(path)?;
+        let found = [packed.d_input, packed.d_output];
+        if found == shape {
+            Ok(packed)
+        } else {
+            Err(self.wrong(path, format!("{shape:?}"), format!("{found:?}")))
+        }
+    }
+
+    /// `lora` with the factors of a projection.
+    pub(crate) fn factors(&self, path: &str, mut lora: Lora) -> Result<Lora> {
+        for (name, factor) in [("lora_a", &mut lora.lora_a), ("lora_b", &mut lora.lora_b)] {
+            let name = format!("{path}.{name}");
+            let (shape, values) = self.file.dense(&name)?;
+            let current = factor.val();
+            if shape != current.dims() {
+                return Err(self.wrong(&name, format!("{:?}", current.dims()), format!("{shape:?}")));
+            }
+            *factor =
+                Param::from_tensor(tensor(values, current.dims(), &current.device().without_autodiff()));
+        }
+        Ok(lora)
+    }
+
+    fn wrong(&self, field: &str, expected: String, found: String) -> Error {
+        Error::File {
+            path: self.path.clone(),
+            field: field.into(),
+            expected: format!("shape {expected}, as in the model"),
+            found,
+        }
+    }
+}

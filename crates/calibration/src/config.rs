@@ -1,0 +1,91 @@
+//! What a calibration does.
+
+use kiln_quant_core::{Plan, Scheme};
+use serde::{Deserialize, Serialize};
+
+use crate::{ApiqConfig, Error, GptqConfig, LoftqConfig, Result, Rounding, Svd};
+
+/// How codes, and with ApiQ, LoftQ and PiSSA the adapters' starting points, are chosen.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Method {
+    /// From the weight alone; with new adapters this is [QLoRA](https://arxiv.org/abs/2305.14314)'s start.
+    Rtn(Rounding),
+    /// [GPTQ](https://arxiv.org/abs/2210.17323), layer after layer.
+    Gptq(GptqConfig),
+    /// [LoftQ](https://arxiv.org/abs/2310.08659): weights and factors in turns.
+    Loftq(LoftqConfig),
+    /// [PiSSA](https://arxiv.org/abs/2404.02948) on a quantized residual.
+    Pissa {
+        /// The quantizer of the residual.
+        rounding: Rounding,
+        /// How singular vectors are found.
+        svd: Svd,
+    },
+    /// Learned clipping alone, block by block, as [OmniQuant](https://arxiv.org/abs/2308.13137) has it: see
+    /// [`ApiqConfig::clipping_only`]. Adapters keep their usual start.
+    Clipping(ApiqConfig),
+    /// [ApiQ](https://arxiv.org/abs/2402.05147) layer by layer, our reconstruction: each layer's output for quantized
+    /// inputs approaches the original's for original inputs.
+    ApiqLayer(ApiqConfig),
+    /// ApiQ block by block.
+    ApiqBlock(ApiqConfig),
+}
+
+impl Method {
+    pub(crate) fn check(&self) -> Result<()> {
+        match self {
+            Self::Clipping(config) | Self::ApiqLayer(config) | Self::ApiqBlock(config) => config.check(),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether adapters are part of what the method finds.
+    pub(crate) fn makes_adapters(&self) -> bool {
+        matches!(self, Self::Loftq(_) | Self::Pissa { .. } | Self::ApiqLayer(_) | Self::ApiqBlock(_))
+    }
+}
+
+/// Options of a [`Calibrator`](crate::Calibrator).
+///
+/// | option | default | meaning |
+/// | --- | --- | --- |
+/// | `method` | required | see [`Method`] |
+/// | `schemes` | required | by projection; for ApiQ and GPTQ affine in groups of one output |
+/// | `correction` | none | methods that leave adapters alone start them from the singular vectors of the weight's error |
+/// | `measured_windows` | 4 | windows on which errors of single projections are measured; 0 measures none |
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct CalibrationConfig {
+    /// How codes and factors are chosen.
+    pub method: Method,
+    /// The scheme of each projection; dense ones stay as they are.
+    pub schemes: Plan<Scheme>,
+    /// Starts adapters from what [`Method::Rtn`], [`Method::Gptq`] or [`Method::Clipping`] leave of the weight.
+    #[serde(default)]
+    pub correction: Option<Svd>,
+    /// Windows on which single projections are measured.
+    #[serde(default = "measured_windows")]
+    pub measured_windows: usize,
+}
+
+fn measured_windows() -> usize {
+    4
+}
+
+impl CalibrationConfig {
+    /// `method` for `schemes`, everything else by default.
+    pub fn new(method: Method, schemes: Plan<Scheme>) -> Self {
+        Self { method, schemes, correction: None, measured_windows: measured_windows() }
+    }
+
+    pub(crate) fn check(&self) -> Result<()> {
+        self.method.check()?;
+        if self.correction.is_some() && self.method.makes_adapters() {
+            let expected = "none for a method that makes the adapters itself";
+            return Err(Error::argument("CalibrationConfig.correction", expected, "one"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,32 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod apiq;
+mod block;
+mod calibrator;
+mod checkpoint;
+mod clipping;
+mod config;
+mod error;
+mod gptq;
+mod hessian;
+mod loftq;
+mod report;
+mod solve;
+mod station;
+mod stream;
+mod svd;
+mod values;
+mod windows;
+
+pub use apiq::ApiqConfig;
+pub use calibrator::{Calibrated, Calibrator, block_errors};
+pub use clipping::{ClippedWeight, ClippingGrid, Levels};
+pub use config::{CalibrationConfig, Method};
+pub use error::{Error, Result};
+pub use gptq::{Gptq, GptqConfig, gptq};
+pub use hessian::Hessian;
+pub use loftq::{LoftqConfig, QuantizedWithFactors, Rounding, loftq, pissa};
+pub use report::{BlockReport, CalibrationReport, Observer, Progress, ProjectionReport};
+pub use svd::{Factors, Svd, low_rank};
+pub use windows::random_windows;

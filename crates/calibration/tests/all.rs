@@ -1,0 +1,8 @@
+//! One test binary.
+
+mod interrupted;
+mod methods;
+mod refused;
+mod setup;
+#[cfg(all(feature = "flex", feature = "wgpu"))]
+mod wgpu;

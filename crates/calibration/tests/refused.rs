@@ -1,0 +1,115 @@
+//! Bad input.
+
+use kiln_calibration::{
+    ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd,
+};
+use kiln_models::AnyModel;
+use kiln_quant_core::QuantLinear;
+
+use crate::setup::*;
+
+fn refused(model: AnyModel<QuantLinear>, config: &CalibrationConfig, windows: &[Vec<u32>]) -> Error {
+    Calibrator::new(config, windows).run(model, &mut silent).map(|_| ()).unwrap_err()
+}
+
+#[test]
+fn windows_that_do_not_fit_the_model_are_refused() {
+    let config = config(Method::Rtn(Rounding::MinMax), "affine2:64");
+    for (windows, part) in [
+        (vec![], "calibration windows"),
+        (vec![vec![]], "calibration windows"),
+        (vec![vec![1; 513]], "512"),
+        (vec![vec![1; 5], vec![1; 4]], "4 tokens"),
+        (vec![vec![1, 2048]], "2048"),
+    ] {
+        let message = refused(tiny(), &config, &windows).to_string();
+        assert!(message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn options_out_of_range_are_refused_by_name() {
+    let apiq = ApiqConfig::default();
+    let bad = [
+        (Method::ApiqBlock(ApiqConfig { epochs: 0, ..apiq.clone() }), "epochs"),
+        (Method::ApiqLayer(ApiqConfig { lr_lora: -1.0, ..apiq.clone() }), "lr_lora"),
+        (Method::Clipping(ApiqConfig { lr_clipping: f64::NAN, ..apiq.clone() }), "lr_clipping"),
+        (Method::ApiqBlock(ApiqConfig { weight_decay: f32::INFINITY, ..apiq.clone() }), "weight_decay"),
+        (Method::ApiqBlock(ApiqConfig { initial_logit: f32::NAN, ..apiq }), "initial_logit"),
+        (Method::Gptq(GptqConfig { damping: 0.0, ..GptqConfig::default() }), "damping"),
+        (Method::Gptq(GptqConfig { block: 0, ..GptqConfig::default() }), "block"),
+    ];
+    for (method, name) in bad {
+        let message = refused(tiny(), &config(method, "affine2:64"), &windows(1)).to_string();
+        assert!(message.contains(name), "{message}");
+    }
+    let mut both = config(Method::Loftq(LoftqConfig::default()), "affine2:64");
+    both.correction = Some(Svd::Exact);
+    assert!(refused(tiny(), &both, &windows(1)).to_string().contains("correction"));
+    for method in [Method::ApiqBlock(ApiqConfig::default()), Method::Gptq(GptqConfig::default())] {
+        let message = refused(tiny(), &config(method, "nf4:64"), &windows(1)).to_string();
+        assert!(message.contains("affine") && message.contains("nf4:64"), "{message}");
+    }
+}
+
+#[test]
+fn activations_and_weights_that_are_not_finite_name_the_projection() {
+    let methods = [
+        Method::Rtn(Rounding::MinMax),
+        Method::Gptq(GptqConfig::default()),
+        Method::ApiqLayer(apiq(1)),
+        Method::ApiqBlock(apiq(1)),
+    ];
+    for method in methods {
+        let config = config(method, "affine2:64");
+        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
+        let norm = &mut model.model.layers[1].post_attention_layernorm;
+        norm.weight = norm.weight.clone().map(|weight| weight * f32::NAN);
+        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        assert!(
+            matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.1.mlp.gate_proj"),
+            "{error}"
+        );
+
+        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
+        let QuantLinear::Dense(linear) = &mut model.model.layers[2].mlp.down_proj else { panic!("dense") };
+        linear.weight = linear.weight.clone().map(|weight| weight.slice_fill([3..4, 5..6], f32::INFINITY));
+        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        assert!(
+            matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.2.mlp.down_proj"),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn a_loss_that_is_not_finite_ends_the_run_and_names_the_place() {
+    let wild = ApiqConfig { lr_clipping: 0.0, lr_lora: 1e30, ..apiq(3) };
+    for (method, place) in [
+        (Method::ApiqBlock(wild.clone()), "block 0"),
+        (Method::ApiqLayer(wild), "model.layers.0.self_attn.q_proj"),
+    ] {
+        let (model, config, windows) = (tiny(), config(method, "affine2:64"), windows(2));
+        let attacher = attacher(&model);
+        let run = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent);
+        let error = run.map(|_| ()).unwrap_err();
+        assert!(matches!(&error, Error::Diverged { place: found, .. } if found == place), "{error}");
+    }
+}
+
+#[test]
+fn options_survive_json_and_unknown_ones_are_refused() {
+    for method in [
+        Method::Rtn(Rounding::Hqq),
+        Method::Gptq(GptqConfig::default()),
+        Method::Loftq(LoftqConfig { svd: Svd::Exact, ..LoftqConfig::default() }),
+        Method::ApiqBlock(ApiqConfig::default()),
+    ] {
+        let config = config(method, "affine2:64");
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<CalibrationConfig>(&text).unwrap(), config, "{text}");
+    }
+    let text = r#"{"method": {"apiq-block": {"epoch": 3}}, "schemes": {"default": "affine2:64"}}"#;
+    let error = serde_json::from_str::<CalibrationConfig>(text).unwrap_err().to_string();
+    assert!(error.contains("epoch"), "{error}");
+}

@@ -1,0 +1,76 @@
+//! What the tests share.
+
+use std::ops::ControlFlow;
+
+use burn::tensor::Device;
+use kiln_adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules};
+use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress, random_windows};
+use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots};
+use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
+use kiln_testkit::{read, testdata};
+
+/// A calibrated model.
+pub type Model = AnyModel<Adapted<QuantLinear, Lora>>;
+
+/// Packed weight and factors of one slot.
+pub type Contents = (String, Option<PackedWeight>, Vec<Vec<f32>>);
+
+/// The embedded model, or another below `testdata`, with dense weights.
+pub fn dense(folder: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
+    let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), &Device::flex()).unwrap();
+    (checkpoint, model)
+}
+
+pub fn tiny() -> AnyModel<QuantLinear> {
+    dense("models/tiny-llama").1
+}
+
+/// Token ids of the embedded model's texts.
+pub fn ids(name: &str) -> Vec<u32> {
+    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
+    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+}
+
+/// Calibration windows.
+pub fn windows(count: usize) -> Vec<Vec<u32>> {
+    random_windows(&ids("indomain_heldout_sotu_2011"), 48, count, 2).unwrap()
+}
+
+/// Windows of the same text that are not calibrated on, but for chance.
+pub fn held_out() -> Vec<Vec<u32>> {
+    random_windows(&ids("indomain_heldout_sotu_2011"), 48, 6, 77).unwrap()
+}
+
+pub fn attacher<M: Slots>(model: &M) -> LoraAttacher {
+    // A scaling other than 1, as the published runs have.
+    let config = PeftConfig::new(8, 2.0, TargetModules::AllLinear);
+    LoraAttacher::new(&config, &model.slot_shapes(), 3).unwrap()
+}
+
+pub fn config(method: Method, scheme: &str) -> CalibrationConfig {
+    CalibrationConfig::new(method, Plan::uniform(scheme.parse().unwrap()))
+}
+
+/// Larger rates than the published ones, for small budgets.
+pub fn apiq(epochs: usize) -> ApiqConfig {
+    ApiqConfig { epochs, lr_clipping: 1e-2, lr_lora: 2e-3, ..ApiqConfig::default() }
+}
+
+pub fn silent(_: Progress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
+/// Everything that a calibration decides.
+pub fn contents(model: &Model) -> Vec<Contents> {
+    let mut all = Vec::new();
+    model.for_each_slot(|path, slot| {
+        let packed = match &slot.base {
+            QuantLinear::Packed(linear) => Some(linear.weight.to_host().unwrap()),
+            QuantLinear::Dense(_) => None,
+        };
+        let factors = slot.adapter.iter().flat_map(|lora| [read(lora.lora_a.val()), read(lora.lora_b.val())]);
+        all.push((path.to_string(), packed, factors.collect()));
+    });
+    all
+}
