@@ -1,0 +1,352 @@
+//! Cutting a model to what stays.
+
+use burn::{
+    module::{Param, ParamId},
+    nn::Linear,
+    tensor::{Device, Int, Tensor},
+};
+use kiln_models::{
+    AnyModel, CausalLm, DenseEmbedding, Embedding, LayerNorm, Llama, Opt, RmsNorm, Slots, config::ModelConfig,
+};
+use kiln_quant_core::{
+    HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
+    quantizers,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Error, Result,
+    kept::Kept,
+    packed::cut_packed,
+    structure::{Role, Structure, model_config},
+};
+
+/// What becomes of a packed weight whose blocks a cut would split.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SplitBlocks {
+    /// It is dequantized, cut and quantized again by the same scheme; the report tells the error.
+    #[default]
+    Requantize,
+    /// It is dequantized and stays dense.
+    Dense,
+    /// The cut is refused.
+    Refuse,
+}
+
+/// How packed weights are cut.
+pub struct CutOptions<'a> {
+    /// What becomes of weights whose blocks would be split.
+    pub split_blocks: SplitBlocks,
+    /// Quantizes them again.
+    pub quantizer: &'a dyn HostQuantizer,
+}
+
+impl Default for CutOptions<'_> {
+    fn default() -> Self {
+        Self { split_blocks: SplitBlocks::Requantize, quantizer: &MinMax }
+    }
+}
+
+/// A packed weight that could not be cut on its codes.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Requantized {
+    /// The weight's path.
+    pub path: String,
+    /// Its scheme now; `None` if it is dense.
+    pub scheme: Option<QuantScheme>,
+    /// Distance from the cut of the old weight; none if it is dense.
+    pub error: Option<QuantError>,
+}
+
+/// Cuts `model` to what stays. Everything else is as it was, bit for bit, but for weights named in the result.
+///
+/// Under RMSNorm a narrower residual stream has another mean square: gains are multiplied by `sqrt(d / d')` and the
+/// norms' epsilon by `d / d'`, which makes the result that of zeroing the channels. (Qwen3's norms over heads share the
+/// epsilon in the checkpoint and get it too.) OPT's LayerNorm has no such correction: its mean and variance are those of
+/// the channels that stay.
+///
+/// # Errors
+/// [`Error::Mismatch`] if `kept` doesn't fit the model, or names a weight that must not be split.
+pub fn apply(
+    model: AnyModel<QuantLinear>,
+    kept: &Kept,
+    options: &CutOptions,
+) -> Result<(AnyModel<QuantLinear>, Vec<Requantized>)> {
+    let original = model_config(&model);
+    let structure = Structure::of(&original)?;
+    kept.validate(&structure)?;
+    let mut cutter = Cutter { options, device: model.device(), requantized: Vec::new() };
+    let linears = structure.by_path();
+    let model = model.try_map(|path, slot| {
+        let linear = linears.get(path).ok_or_else(|| Error::mismatch(path, "a known linear", "another"))?;
+        let Some(place) = kept.layers.iter().position(|layer| layer.layer == linear.layer) else {
+            return Ok(slot);
+        };
+        let positions = |role| kept.positions(&structure, place, role);
+        cutter.linear(path, slot, positions(linear.input), positions(linear.output))
+    })?;
+    let config = kept.config(&original)?;
+    let hidden = kept.positions(&structure, 0, Role::Hidden);
+    let model = match (model, config) {
+        (AnyModel::Llama(model), ModelConfig::Llama(config)) => {
+            AnyModel::Llama(cutter.llama(model, config, kept, hidden)?)
+        }
+        (AnyModel::Opt(model), ModelConfig::Opt(config)) => {
+            AnyModel::Opt(cutter.opt(model, config, kept, hidden)?)
+        }
+        _ => return Err(Error::mismatch("architecture", "the model's", "another")),
+    };
+    Ok((model, cutter.requantized))
+}
+
+pub(crate) fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    // `Param::from_tensor` would ask for gradients.
+    Param::initialized(ParamId::new(), tensor)
+}
+
+/// Indices as a tensor.
+pub(crate) fn index_tensor(indices: &[usize], device: &Device) -> Tensor<1, Int> {
+    let indices: Vec<i64> = indices.iter().map(|&index| index as i64).collect();
+    Tensor::from_data(indices.as_slice(), device)
+}
+
+struct Cutter<'a> {
+    options: &'a CutOptions<'a>,
+    device: Device,
+    requantized: Vec<Requantized>,
+}
+
+type Positions = Option<Vec<usize>>;
+
+impl Cutter<'_> {
+    fn select<const D: usize>(&self, tensor: Tensor<D>, axis: usize, positions: &Positions) -> Tensor<D> {
+        match positions {
+            Some(positions) => tensor.select(axis, index_tensor(positions, &self.device)),
+            None => tensor,
+        }
+    }
+
+    fn param<const D: usize>(
+        &self,
+        param: Param<Tensor<D>>,
+        axis: usize,
+        positions: &Positions,
+    ) -> Param<Tensor<D>> {
+        match positions {
+            Some(_) => frozen(self.select(param.val().without_autodiff(), axis, positions)),
+            None => param,
+        }
+    }
+
+    fn linear(
+        &mut self,
+        path: &str,
+        slot: QuantLinear,
+        inputs: Positions,
+        outputs: Positions,
+    ) -> Result<QuantLinear> {
+        if inputs.is_none() && outputs.is_none() {
+            return Ok(slot);
+        }
+        Ok(match slot {
+            QuantLinear::Dense(Linear { weight, bias }) => {
+                let weight = self.param(self.param(weight, 0, &inputs), 1, &outputs);
+                QuantLinear::Dense(Linear { weight, bias: bias.map(|bias| self.param(bias, 0, &outputs)) })
+            }
+            QuantLinear::Packed(PackedLinear { weight, bias }) => {
+                let bias = bias.map(|bias| self.param(bias, 0, &outputs));
+                match self.packed(path, weight, &inputs, &outputs)? {
+                    Cut::Packed(weight) => QuantLinear::Packed(PackedLinear { weight, bias }),
+                    Cut::Dense(weight) => QuantLinear::Dense(Linear { weight: frozen(weight), bias }),
+                }
+            }
+        })
+    }
+
+    /// `[d_input, d_output]`, packed if it can be.
+    fn packed(
+        &mut self,
+        path: &str,
+        weight: PackedTensor,
+        inputs: &Positions,
+        outputs: &Positions,
+    ) -> Result<Cut> {
+        let host = weight.to_host()?;
+        if let Some(cut) = cut_packed(&host, inputs.as_deref(), outputs.as_deref()) {
+            return Ok(Cut::Packed(PackedTensor::new(&cut, &self.device)));
+        }
+        let scheme = host.scheme;
+        if self.options.split_blocks == SplitBlocks::Refuse {
+            let expected = format!("a cut along whole blocks of {scheme}");
+            return Err(Error::mismatch(path, expected, "one through them"));
+        }
+        let dense = self.select(self.select(weight.dequantize(), 0, inputs), 1, outputs);
+        if self.options.split_blocks == SplitBlocks::Dense {
+            self.requantized.push(Requantized { path: path.into(), scheme: None, error: None });
+            return Ok(Cut::Dense(dense));
+        }
+        let [d_input, d_output] = dense.dims();
+        let values = crate::importance::host(dense.transpose())?;
+        let packed = self.options.quantizer.quantize(path, &values, d_input, d_output, &scheme)?;
+        let error = Some(quantizers::error(&values, &packed));
+        self.requantized.push(Requantized { path: path.into(), scheme: Some(scheme), error });
+        Ok(Cut::Packed(PackedTensor::new(&packed, &self.device)))
+    }
+
+    fn embedding(&mut self, path: &str, table: Embedding, hidden: &Positions) -> Result<Embedding> {
+        Ok(match table {
+            table if hidden.is_none() => table,
+            Embedding::Dense(table) => {
+                Embedding::Dense(DenseEmbedding { weight: self.param(table.weight, 1, hidden) })
+            }
+            Embedding::Packed(table) => match self.packed(path, table, hidden, &None)? {
+                Cut::Packed(table) => Embedding::Packed(table),
+                Cut::Dense(weight) => Embedding::Dense(DenseEmbedding { weight: frozen(weight.transpose()) }),
+            },
+        })
+    }
+
+    fn rms_norm(&self, norm: RmsNorm, hidden: &Positions, eps: f64) -> RmsNorm {
+        let Some(kept) = hidden else { return norm };
+        let gains = norm.weight.val().without_autodiff();
+        let scale = (gains.dims()[0] as f64 / kept.len() as f64).sqrt();
+        RmsNorm { weight: frozen(self.select(gains, 0, hidden).mul_scalar(scale)), eps }
+    }
+
+    fn layer_norm(&self, norm: LayerNorm, hidden: &Positions) -> LayerNorm {
+        let cut = |part: Option<Param<Tensor<1>>>| part.map(|part| self.param(part, 0, hidden));
+        LayerNorm { weight: cut(norm.weight), bias: cut(norm.bias), eps: norm.eps }
+    }
+
+    fn head(&mut self, head: Option<QuantLinear>, hidden: &Positions) -> Result<Option<QuantLinear>> {
+        head.map(|head| self.linear("lm_head", head, hidden.clone(), None)).transpose()
+    }
+
+    fn llama(
+        &mut self,
+        model: Llama<QuantLinear>,
+        config: kiln_models::config::LlamaConfig,
+        kept: &Kept,
+        hidden: Positions,
+    ) -> Result<Llama<QuantLinear>> {
+        let Llama { model: mut parts, lm_head, .. } = model;
+        parts.layers = pick_blocks(parts.layers, kept);
+        if hidden.is_some() {
+            let eps = config.rms_norm_eps;
+            parts.embed_tokens = self.embedding("model.embed_tokens", parts.embed_tokens, &hidden)?;
+            for block in &mut parts.layers {
+                for norm in [&mut block.input_layernorm, &mut block.post_attention_layernorm] {
+                    *norm = self.rms_norm(norm.clone(), &hidden, eps);
+                }
+                for norm in [&mut block.self_attn.q_norm, &mut block.self_attn.k_norm].into_iter().flatten() {
+                    norm.eps = eps;
+                }
+            }
+            parts.norm = self.rms_norm(parts.norm, &hidden, eps);
+        }
+        let lm_head = self.head(lm_head, &hidden)?;
+        Ok(Llama::from_parts(parts, lm_head, config)?)
+    }
+
+    fn opt(
+        &mut self,
+        model: Opt<QuantLinear>,
+        config: kiln_models::config::OptConfig,
+        kept: &Kept,
+        hidden: Positions,
+    ) -> Result<Opt<QuantLinear>> {
+        let Opt { decoder: mut parts, lm_head, .. } = model;
+        parts.layers = pick_blocks(parts.layers, kept);
+        parts.embed_tokens = self.embedding("model.decoder.embed_tokens", parts.embed_tokens, &hidden)?;
+        parts.embed_positions = self.param(parts.embed_positions, 1, &hidden);
+        for block in &mut parts.layers {
+            for norm in [&mut block.self_attn_layer_norm, &mut block.final_layer_norm] {
+                *norm = self.layer_norm(norm.clone(), &hidden);
+            }
+        }
+        parts.final_layer_norm = self.layer_norm(parts.final_layer_norm, &hidden);
+        let lm_head = self.head(lm_head, &hidden)?;
+        Ok(Opt::from_parts(parts, lm_head, config)?)
+    }
+}
+
+/// A packed weight after a cut.
+#[allow(clippy::large_enum_variant)] // one at a time
+enum Cut {
+    Packed(PackedTensor),
+    Dense(Tensor<2>),
+}
+
+fn pick_blocks<B>(blocks: Vec<B>, kept: &Kept) -> Vec<B> {
+    let stays = |index: &usize| kept.layers.iter().any(|layer| layer.layer == *index);
+    blocks.into_iter().enumerate().filter(|(index, _)| stays(index)).map(|(_, block)| block).collect()
+}
+
+/// Adds to the biases of linears, by path. Blocks whose architecture has no biases get zeros wherever a checkpoint's
+/// keys would ask for more of them.
+///
+/// # Errors
+/// [`Error::Mismatch`] if a bias has another length than the outputs.
+pub(crate) fn add_biases(
+    model: AnyModel<QuantLinear>,
+    added: &std::collections::BTreeMap<String, Vec<f32>>,
+) -> Result<AnyModel<QuantLinear>> {
+    if added.is_empty() {
+        return Ok(model);
+    }
+    let device = model.device();
+    let mut config = model_config(&model);
+    let everywhere = match &mut config {
+        ModelConfig::Llama(config) => {
+            // A LLaMA checkpoint has one key for q, k, v and o, one for gate, up and down.
+            let plain = !config.qk_norm && config.sliding_window.iter().all(Option::is_none);
+            config.o_bias = true;
+            config.mlp_bias = true;
+            config.qkv_bias |= plain || config.qk_norm;
+            config.qkv_bias
+        }
+        ModelConfig::Opt(config) => {
+            config.bias = true;
+            true
+        }
+        _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
+    };
+    let structure = Structure::of(&config)?;
+    let linears = structure.by_path();
+    let model = model.try_map(|path, slot| {
+        let [_, d_output] = slot.shape();
+        let query =
+            linears.get(path).is_some_and(|linear| matches!(linear.output, Role::Query | Role::KeyValue));
+        let bias = match added.get(path) {
+            Some(values) if values.len() != d_output => {
+                return Err(Error::mismatch(path, format!("a bias of {d_output} values"), values.len()));
+            }
+            Some(values) => Some(Tensor::<1>::from_floats(values.as_slice(), &device)),
+            None if query && !everywhere => None,
+            None => Some(Tensor::zeros([d_output], &device)),
+        };
+        let Some(bias) = bias else { return Ok(slot) };
+        let sum = |old: Option<Param<Tensor<1>>>| match old {
+            Some(old) => Some(frozen(old.val().without_autodiff() + bias)),
+            None => Some(frozen(bias)),
+        };
+        Ok(match slot {
+            QuantLinear::Packed(linear) => {
+                QuantLinear::Packed(PackedLinear { weight: linear.weight, bias: sum(linear.bias) })
+            }
+            QuantLinear::Dense(linear) => {
+                QuantLinear::Dense(Linear { weight: linear.weight, bias: sum(linear.bias) })
+            }
+        })
+    })?;
+    Ok(match (model, config) {
+        (AnyModel::Llama(Llama { model, lm_head, .. }), ModelConfig::Llama(config)) => {
+            AnyModel::Llama(Llama::from_parts(model, lm_head, config)?)
+        }
+        (AnyModel::Opt(Opt { decoder, lm_head, .. }), ModelConfig::Opt(config)) => {
+            AnyModel::Opt(Opt::from_parts(decoder, lm_head, config)?)
+        }
+        _ => return Err(Error::mismatch("architecture", "the model's", "another")),
+    })
+}

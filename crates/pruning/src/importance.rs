@@ -1,0 +1,411 @@
+//! Running calibration data through a model, block by block, for what criteria look at.
+//!
+//! Memory beside the weights: the blocks' inputs, and the gradients of one block.
+
+use std::collections::BTreeMap;
+
+use burn::{
+    module::Module,
+    tensor::{FloatDType, Tensor},
+};
+use kiln_models::{AnyModel, CausalLm, Context, Slots, Targets, TokenBatch, residual_gradient};
+use kiln_quant_core::{Projection, QuantLinear};
+
+use crate::{
+    Calibration, Error, Result,
+    criterion::{Axis, Criterion, InputStatistics, Matrix},
+    structure::{Role, Structure},
+    tapped::{Recording, Tape, Tapped},
+};
+
+/// Rows of logits held at once.
+const LOGIT_ROWS: usize = 256;
+
+/// Scores of channels by the path of their matrix.
+pub(crate) type MatrixScores = BTreeMap<String, Vec<f64>>;
+
+/// A tensor's values in host memory.
+pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
+    let values = tensor.cast(FloatDType::F32).into_data().try_to_vec::<f32>();
+    values.map_err(|error| Error::mismatch("values on the device", "values that can be read as f32", error))
+}
+
+/// Which channels of a matrix are scored: those of its group, or those of the residual stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Scored {
+    Groups,
+    Hidden,
+}
+
+impl Scored {
+    fn axis(self, input: Role) -> Axis {
+        match (self, input == Role::Hidden) {
+            (Self::Groups, true) | (Self::Hidden, false) => Axis::Output,
+            (Self::Groups, false) | (Self::Hidden, true) => Axis::Input,
+        }
+    }
+}
+
+/// Scores that need the weights alone.
+pub(crate) fn weight_scores(
+    model: &AnyModel<QuantLinear>,
+    structure: &Structure,
+    criterion: Criterion,
+    scored: Scored,
+) -> Result<MatrixScores> {
+    let linears = structure.by_path();
+    let mut scores = Ok(MatrixScores::new());
+    model.for_each_slot(|path, slot| {
+        let (Ok(all), Some(linear)) = (&mut scores, linears.get(path)) else { return };
+        let [_, d_output] = slot.shape();
+        match host(slot.weight()) {
+            Ok(weight) => {
+                let matrix = Matrix { weight, d_output, ..Matrix::default() };
+                all.insert(path.into(), matrix.scores(criterion, scored.axis(linear.input)));
+            }
+            Err(error) => scores = Err(error),
+        }
+    });
+    scores
+}
+
+/// A model on a tape, and the batches that go through it.
+struct Runner<'a> {
+    model: AnyModel<Tapped>,
+    tape: Tape,
+    structure: &'a Structure,
+    batches: Vec<TokenBatch>,
+    contexts: Vec<Context>,
+}
+
+impl<'a> Runner<'a> {
+    fn new(
+        model: &AnyModel<QuantLinear>,
+        structure: &'a Structure,
+        calibration: &Calibration,
+    ) -> Result<Self> {
+        calibration.check(model.vocab_size(), model.max_positions())?;
+        let tape = Tape::default();
+        let linears = structure.by_path();
+        let model = model.valid().try_map(|path, base| {
+            let listens = linears.get(path).is_some_and(|linear| linear.input != Role::Hidden);
+            Ok::<_, Error>(Tapped::new(path, base, listens, &tape))
+        })?;
+        let batches = calibration.batches()?;
+        let contexts = batches.iter().map(|tokens| model.context(tokens, None)).collect();
+        Ok(Self { model, tape, structure, batches, contexts })
+    }
+
+    fn embed(&self) -> Vec<Tensor<3>> {
+        self.contexts.iter().map(|context| self.model.embed(context)).collect()
+    }
+
+    fn block(&self, index: usize, inputs: &[Tensor<3>]) -> Vec<Tensor<3>> {
+        let both = inputs.iter().zip(&self.contexts);
+        both.map(|(x, context)| self.model.block(index, x.clone(), context, None)).collect()
+    }
+}
+
+/// Scores by gradients, and the mean loss of the calibration data in nats per token.
+pub(crate) fn gradient_scores(
+    model: &AnyModel<QuantLinear>,
+    structure: &Structure,
+    criterion: Criterion,
+    scored: Scored,
+    calibration: &Calibration,
+) -> Result<(MatrixScores, f64)> {
+    let runner = Runner::new(model, structure, calibration)?;
+    let blocks = runner.model.num_blocks();
+    let mut inputs = vec![runner.embed()];
+    for index in 0..blocks {
+        inputs.push(runner.block(index, &inputs[index]));
+    }
+    let top = inputs.pop().unwrap_or_default();
+    let (mut nll, mut gradients) = (0.0, Vec::new());
+    for (tokens, x) in runner.batches.iter().zip(top) {
+        let (sum, gradient) = top_gradient(&runner.model, tokens, x)?;
+        nll += sum;
+        gradients.push(gradient);
+    }
+    let windows = calibration.windows().len();
+    let targets = calibration.length() - 1;
+    let mut scores = MatrixScores::new();
+    for index in (0..blocks).rev() {
+        let inputs = inputs.pop().unwrap_or_default();
+        let mut sums =
+            BlockGradients { fisher: criterion.needs_fisher(), windows, targets, by_path: BTreeMap::new() };
+        for (batch, input) in inputs.into_iter().enumerate() {
+            gradients[batch] = runner.back(index, batch, input, gradients[batch].clone(), &mut sums)?;
+        }
+        runner.score_block(index, criterion, scored, sums, &mut scores)?;
+    }
+    Ok((scores, nll / (windows * targets) as f64))
+}
+
+/// Sum of the next-token losses of all rows, and its gradient at the residual stream after the last block.
+fn top_gradient(model: &AnyModel<Tapped>, tokens: &TokenBatch, x: Tensor<3>) -> Result<(f64, Tensor<3>)> {
+    let length = tokens.length;
+    let next = |place: usize| tokens.ids.get(place + 1).copied().unwrap_or(0);
+    let ids: Vec<u32> = (0..tokens.ids.len()).map(next).collect();
+    let scored: Vec<bool> = (0..ids.len()).map(|place| place % length != length - 1).collect();
+    Ok(residual_gradient(model, tokens, x, Targets { ids: &ids, scored: &scored }, LOGIT_ROWS)?)
+}
+
+/// Gradients of one block's weights, summed over the batches.
+struct BlockGradients {
+    fisher: bool,
+    /// Windows of all batches.
+    windows: usize,
+    /// Targets of a window.
+    targets: usize,
+    /// `[d_input, d_output]`: gradient of the mean loss, mean square of the windows' gradients.
+    by_path: BTreeMap<String, (Tensor<2>, Option<Tensor<2>>)>,
+}
+
+impl BlockGradients {
+    /// `input` `[rows · length, d_input]`, `d_output` `[rows · length, d_output]` of the summed loss.
+    fn add(&mut self, path: String, input: Tensor<2>, d_output: Tensor<2>) {
+        let (windows, targets, length) = (self.windows as f32, self.targets as f32, self.targets + 1);
+        let fisher = self.fisher.then(|| {
+            let rows = input.dims()[0] / length;
+            let squares = (0..rows).map(|row| {
+                let (x, dy) = (
+                    input.clone().narrow(0, row * length, length),
+                    d_output.clone().narrow(0, row * length, length),
+                );
+                x.transpose().matmul(dy).div_scalar(targets).square().div_scalar(windows)
+            });
+            squares.reduce(|sum, square| sum + square)
+        });
+        let gradient = input.transpose().matmul(d_output).div_scalar(targets * windows);
+        let new = match self.by_path.remove(&path) {
+            Some((sum, squares)) => {
+                (sum + gradient, squares.zip(fisher.flatten()).map(|(sum, square)| sum + square))
+            }
+            None => (gradient, fisher.flatten()),
+        };
+        self.by_path.insert(path, new);
+    }
+}
+
+impl Runner<'_> {
+    /// Runs one block again under autodiff; returns the gradient of its input.
+    fn back(
+        &self,
+        index: usize,
+        batch: usize,
+        input: Tensor<3>,
+        dy: Tensor<3>,
+        sums: &mut BlockGradients,
+    ) -> Result<Tensor<3>> {
+        let input = Tensor::from_inner(input).require_grad();
+        self.tape.record(Recording::Gradients);
+        let y = self.model.block(index, input.clone(), &self.contexts[batch], None);
+        self.tape.record(Recording::Nothing);
+        let mut found = (y * Tensor::from_inner(dy)).sum().backward();
+        for call in self.tape.take() {
+            let Some(gradient) = call.tap.and_then(|tap| tap.grad_remove(&mut found)) else { continue };
+            sums.add(call.path, call.input, gradient);
+        }
+        input
+            .grad_remove(&mut found)
+            .ok_or_else(|| Error::mismatch(format!("block {index}"), "a gradient of its input", "none"))
+    }
+
+    fn score_block(
+        &self,
+        index: usize,
+        criterion: Criterion,
+        scored: Scored,
+        mut sums: BlockGradients,
+        scores: &mut MatrixScores,
+    ) -> Result<()> {
+        let linears = self.structure.by_path();
+        let mut slots = Vec::new();
+        self.model.for_each_slot(|path, slot| {
+            if linears.get(path).is_some_and(|linear| linear.layer == index) {
+                slots.push((path.to_string(), slot.weight(), slot.shape()));
+            }
+        });
+        for (path, weight, [_, d_output]) in slots {
+            let Some((gradient, fisher)) = sums.by_path.remove(&path) else {
+                return Err(Error::mismatch(path, "a gradient", "none"));
+            };
+            let fisher = fisher.map(host).transpose()?.unwrap_or_default();
+            let matrix = Matrix { weight: host(weight)?, gradient: host(gradient)?, fisher, d_output };
+            let values = matrix.scores(criterion, scored.axis(linears[path.as_str()].input));
+            if values.iter().any(|value| !value.is_finite()) {
+                return Err(Error::mismatch(path, "finite importances", "one that is not"));
+            }
+            scores.insert(path, values);
+        }
+        Ok(())
+    }
+}
+
+/// Statistics of the inputs of o and down, by path, and the influence of each block.
+#[derive(Debug, Default)]
+pub(crate) struct Statistics {
+    pub inputs: BTreeMap<String, InputStatistics>,
+    /// `1 - mean(cos(input, output))` of each block's residual stream, over tokens.
+    pub influence: Vec<f64>,
+}
+
+/// Decides which inputs of a block's o and down stay, from the statistics of that block: paths and flags.
+pub(crate) type Decide<'a> =
+    &'a mut dyn FnMut(usize, &BTreeMap<String, InputStatistics>) -> Result<Vec<(String, Vec<bool>)>>;
+
+/// One forward pass. With `decide`, each block's output is computed again without what it drops, so that later blocks
+/// see what the pruned model will give them.
+pub(crate) fn statistics(
+    model: &AnyModel<QuantLinear>,
+    structure: &Structure,
+    calibration: &Calibration,
+    mut decide: Option<Decide>,
+) -> Result<Statistics> {
+    let runner = Runner::new(model, structure, calibration)?;
+    let mut found = Statistics::default();
+    let mut inputs = runner.embed();
+    for index in 0..runner.model.num_blocks() {
+        runner.tape.record(Recording::Inputs);
+        let mut block: BTreeMap<String, InputStatistics> = BTreeMap::new();
+        let mut outputs = Vec::new();
+        for (x, context) in inputs.iter().zip(&runner.contexts) {
+            outputs.push(runner.model.block(index, x.clone(), context, None));
+            for call in runner.tape.take() {
+                let [_, width] = call.input.dims();
+                block.entry(call.path).or_default().add(&host(call.input)?, width);
+            }
+        }
+        runner.tape.record(Recording::Nothing);
+        if let Some(decide) = &mut decide {
+            for (path, stays) in decide(index, &block)? {
+                let mask: Vec<f32> = stays.iter().map(|&stays| f32::from(u8::from(stays))).collect();
+                runner.tape.mask(&path, Tensor::from_floats(mask.as_slice(), &runner.model.device()));
+            }
+            outputs = runner.block(index, &inputs);
+        }
+        found.influence.push(influence(&inputs, &outputs)?);
+        found.inputs.extend(block);
+        inputs = outputs;
+    }
+    Ok(found)
+}
+
+fn influence(inputs: &[Tensor<3>], outputs: &[Tensor<3>]) -> Result<f64> {
+    let (mut sum, mut count) = (0.0, 0);
+    for (x, y) in inputs.iter().zip(outputs) {
+        let [_, _, width] = x.dims();
+        let (x, y) = (host(x.clone())?, host(y.clone())?);
+        sum += cosines(&x, &y, width).iter().sum::<f64>();
+        count += x.len() / width;
+    }
+    Ok(1.0 - sum / count.max(1) as f64)
+}
+
+/// Cosines between rows of `width` values; 1 where a row is zero, as such a block changes nothing there.
+fn cosines(x: &[f32], y: &[f32], width: usize) -> Vec<f64> {
+    let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let rows = x.chunks(width).zip(y.chunks(width));
+    rows.map(|(x, y)| {
+        let norms = (dot(x, x) * dot(y, y)).sqrt();
+        if norms > 0.0 { dot(x, y) / norms } else { 1.0 }
+    })
+    .collect()
+}
+
+/// Block influence (ShortGPT, arXiv 2403.03853) of given residual streams, `[tokens, width]` row-major before and after
+/// a block: `1 - mean(cos)`.
+///
+/// # Panics
+/// If the two differ in length or hold no whole rows.
+pub fn block_influence(before: &[f32], after: &[f32], width: usize) -> f64 {
+    assert!(
+        width > 0 && before.len() == after.len() && before.len().is_multiple_of(width),
+        "rows of {width}"
+    );
+    let cosines = cosines(before, after, width);
+    1.0 - cosines.iter().sum::<f64>() / cosines.len().max(1) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::{
+        optim::{GradientsAccumulator, GradientsParams},
+        tensor::Device,
+    };
+    use kiln_models::{Checkpoint, DriverOptions, LoadOptions, loss_and_gradients};
+
+    use super::*;
+    use crate::model_config;
+
+    /// Gradients of all weights of a dense model at once, `[d_input, d_output]`, of the mean loss of some windows.
+    fn plain(model: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
+        let model = model.clone().unfreeze().train();
+        let tokens = TokenBatch::new(windows).unwrap();
+        let next = windows.iter().flat_map(|w| w[1..].iter().copied().chain([0]));
+        let ids: Vec<u32> = next.collect();
+        let length = windows[0].len();
+        let scored: Vec<bool> = (0..ids.len()).map(|place| place % length != length - 1).collect();
+        let targets = Targets { ids: &ids, scored: &scored };
+        let mut gradients = GradientsAccumulator::new();
+        loss_and_gradients(&model, &tokens, targets, &DriverOptions::default(), &mut gradients).unwrap();
+        let gradients: GradientsParams = gradients.grads();
+        let count = (windows.len() * (length - 1)) as f32;
+        let mut found = BTreeMap::new();
+        model.for_each_slot(|path, slot| {
+            let QuantLinear::Dense(linear) = slot else { panic!("{path} is packed") };
+            let gradient = gradients.get::<2>(linear.weight.id).unwrap();
+            found.insert(path.to_string(), host(gradient / count).unwrap());
+        });
+        found
+    }
+
+    #[test]
+    fn block_by_block_scores_are_those_of_plain_autodiff() {
+        for folder in ["llama-untied-bf16", "qwen3-untied-f32", "opt-f32"] {
+            let checkpoint = Checkpoint::open(kiln_testkit::testdata(&format!("tiny/{folder}"))).unwrap();
+            let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+            let structure = Structure::of(&model_config(&model)).unwrap();
+            let windows: Vec<Vec<u32>> =
+                (0..5).map(|w| (0..12).map(|i| (w * 31 + i * 7 + i * i) % 256).collect()).collect();
+            // Batches of 2, 2 and 1 windows.
+            let calibration = Calibration::new(windows.clone()).unwrap().with_rows(2);
+            let whole = plain(&model, &windows);
+            let single: Vec<_> = windows.iter().map(|w| plain(&model, std::slice::from_ref(w))).collect();
+            for criterion in [
+                Criterion::TaylorVector,
+                Criterion::TaylorFirst,
+                Criterion::TaylorSecond,
+                Criterion::TaylorMixed,
+            ] {
+                for scored in [Scored::Groups, Scored::Hidden] {
+                    let (found, loss) =
+                        gradient_scores(&model, &structure, criterion, scored, &calibration).unwrap();
+                    assert!(loss > 4.0 && loss < 7.0, "{loss}");
+                    model.for_each_slot(|path, slot| {
+                        let mean =
+                            |i: usize| single.iter().map(|g| g[path][i] * g[path][i]).sum::<f32>() / 5.0;
+                        let weight = host(slot.weight()).unwrap();
+                        let matrix = Matrix {
+                            gradient: whole[path].clone(),
+                            fisher: (0..weight.len()).map(mean).collect(),
+                            d_output: slot.shape()[1],
+                            weight,
+                        };
+                        let axis = scored.axis(structure.by_path()[path].input);
+                        let expected = matrix.scores(criterion, axis);
+                        let largest = expected.iter().copied().fold(0.0, f64::max);
+                        for (found, expected) in found[path].iter().zip(&expected) {
+                            let difference = (found - expected).abs();
+                            assert!(
+                                difference < 1e-4 * largest,
+                                "{folder} {criterion:?} {path}: {found} {expected}"
+                            );
+                        }
+                    });
+                }
+            }
+        }
+    }
+}

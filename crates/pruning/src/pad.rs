@@ -1,0 +1,91 @@
+//! A pruned model at its original shape.
+
+use burn::{
+    module::Param,
+    nn::Linear,
+    tensor::{IndexingUpdateOp, Tensor},
+};
+use kiln_models::{AnyModel, CausalLm, Llama, Opt, Slots, config::ModelConfig};
+use kiln_quant_core::{Projection, QuantLinear};
+
+use crate::{
+    Error, Result,
+    apply::{frozen, index_tensor},
+    kept::Kept,
+    structure::{Role, Structure, model_config},
+};
+
+/// Gives a model pruned in heads and channels its `original` shape again, with zeros for what was removed, all linears
+/// dense: a head whose queries, keys, values and outputs are zero adds nothing, nor does such a channel. Biases that bias
+/// compensation added stay.
+///
+/// # Errors
+/// [`Error::Mismatch`] if `kept` doesn't fit `original`, or if blocks or channels of the residual stream were removed.
+pub fn pad(
+    model: AnyModel<QuantLinear>,
+    kept: &Kept,
+    original: &ModelConfig,
+) -> Result<AnyModel<QuantLinear>> {
+    let structure = Structure::of(original)?;
+    kept.validate(&structure)?;
+    if kept.layers.len() != structure.layers.len() || kept.hidden.len() != structure.hidden {
+        let found = format!("{} blocks of width {}", kept.layers.len(), kept.hidden.len());
+        let expected = format!("all {} blocks of width {}", structure.layers.len(), structure.hidden);
+        return Err(Error::mismatch("padding", expected, found));
+    }
+    let shapes = structure.layers.iter().map(|layer| layer.shape).collect();
+    let mut config = model_config(&model);
+    match &mut config {
+        ModelConfig::Llama(config) => config.set_layers(shapes),
+        ModelConfig::Opt(config) => config.set_layers(shapes),
+        _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
+    }
+    let (linears, device) = (structure.by_path(), model.device());
+    let model = model.try_map(|path, slot| {
+        let linear = linears.get(path).ok_or_else(|| Error::mismatch(path, "a known linear", "another"))?;
+        let place = |role: Role| -> Option<(Vec<usize>, usize)> {
+            let shape = structure.layers[linear.layer].shape;
+            let total = match role {
+                Role::Hidden => structure.hidden,
+                Role::Query => shape.num_attention_heads * structure.head_dim,
+                Role::KeyValue => shape.num_key_value_heads * structure.head_dim,
+                Role::Channels => shape.intermediate_size,
+            };
+            kept.positions(&structure, linear.layer, role).map(|positions| (positions, total))
+        };
+        let (inputs, outputs) = (place(linear.input), place(linear.output));
+        let [d_input, d_output] = slot.shape();
+        for (positions, width) in [(&inputs, d_input), (&outputs, d_output)] {
+            if positions.as_ref().is_some_and(|(positions, _)| positions.len() != width) {
+                let expected = "as many inputs and outputs as the record keeps";
+                return Err(Error::mismatch(path, expected, format!("[{d_input}, {d_output}]")));
+            }
+        }
+        let spread = |rows: Tensor<2>, axis: usize, to: &Option<(Vec<usize>, usize)>| match to {
+            None => rows,
+            Some((positions, total)) => {
+                let mut sizes = rows.dims();
+                sizes[axis] = *total;
+                let index = index_tensor(positions, &device);
+                Tensor::zeros(sizes, &device).select_assign(axis, index, rows, IndexingUpdateOp::Add)
+            }
+        };
+        let weight = spread(spread(slot.weight().without_autodiff(), 0, &inputs), 1, &outputs);
+        let bias = slot.bias().map(|bias| {
+            let bias = spread(bias.without_autodiff().unsqueeze(), 1, &outputs);
+            let [_, width] = bias.dims();
+            frozen(bias.reshape([width]))
+        });
+        let weight: Param<Tensor<2>> = frozen(weight);
+        Ok(QuantLinear::Dense(Linear { weight, bias }))
+    })?;
+    Ok(match (model, config) {
+        (AnyModel::Llama(Llama { model, lm_head, .. }), ModelConfig::Llama(config)) => {
+            AnyModel::Llama(Llama::from_parts(model, lm_head, config)?)
+        }
+        (AnyModel::Opt(Opt { decoder, lm_head, .. }), ModelConfig::Opt(config)) => {
+            AnyModel::Opt(Opt::from_parts(decoder, lm_head, config)?)
+        }
+        _ => return Err(Error::mismatch("architecture", "the original's", "another")),
+    })
+}

@@ -1,0 +1,674 @@
+//! Pruning a model: measure, choose, cut.
+
+use std::collections::BTreeMap;
+
+use kiln_models::AnyModel;
+use kiln_quant_core::{Plan, Projection, QuantLinear};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Calibration, Error, Result,
+    aggregation::{Aggregation, GqaFold, head_sums},
+    apply::{CutOptions, Requantized, add_biases, apply},
+    criterion::{Criterion, InputStatistics, Matrix},
+    importance::{MatrixScores, Scored, Statistics, gradient_scores, host, statistics, weight_scores},
+    kept::Kept,
+    selection::{
+        GlobalRanking, HeadRounding, LayerRange, LayerScores, Scope, UnitScores, lowest, removed_heads,
+        removed_mlp_channels, without,
+    },
+    size::{model_bytes, parameters},
+    structure::{Role, Structure, model_config},
+};
+
+/// A pruned model.
+#[derive(Debug, Clone)]
+pub struct Pruned {
+    /// The model, smaller.
+    pub model: AnyModel<QuantLinear>,
+    /// What was done.
+    pub report: PruningReport,
+}
+
+/// What pruning did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PruningReport {
+    /// Parameters of the model that came in.
+    pub parameters_before: u64,
+    /// Parameters now.
+    pub parameters_after: u64,
+    /// Bytes of the tensors that came in.
+    pub bytes_before: usize,
+    /// Bytes now.
+    pub bytes_after: usize,
+    /// What stays, in the numbering of the model that came in.
+    pub kept: Kept,
+    /// Packed weights that could not be cut on their codes.
+    pub requantized: Vec<Requantized>,
+    /// Mean loss of the calibration data before each step, in nats per token, where gradients were taken.
+    pub calibration_loss: Vec<f64>,
+    /// SHA-256 of the calibration data, where there were any.
+    pub calibration: Option<String>,
+}
+
+/// Prunes attention heads and MLP channels block by block.
+///
+/// | option | default | meaning |
+/// | --- | --- | --- |
+/// | `criterion` | | what is measured |
+/// | `ratio` | | share of heads and channels to remove, 0..1; a plan over `model.layers.3.self_attn` and `model.layers.3.mlp` |
+/// | `aggregation` | sum; mean for L1 and L2 | how the matrices of a group add up |
+/// | `gqa_fold` | grouped | where query heads' scores go |
+/// | `scope` | local | within each group or in the whole model |
+/// | `layers` | inner | blocks that may be pruned |
+/// | `protected` | none | blocks that may not, beside those |
+/// | `round_to` | 1 | MLP widths become multiples of it |
+/// | `head_rounding` | floor | how a share of a head becomes none or one |
+/// | `steps` | 1 | repetitions of measuring and cutting, the ratio growing linearly |
+/// | `seed` | 0 | of the random criterion |
+/// | `bias_compensation` | false | what the removed inputs of o and down gave on average becomes their bias (FLAP) |
+/// | `rerun` | false | later blocks are measured behind pruned ones, as in Wanda-sp; needs the local scope |
+///
+/// ```
+/// use burn::tensor::Device;
+/// use kiln_models::{Checkpoint, LoadOptions};
+/// use kiln_pruning::{BlockPruning, Calibration, Criterion, CutOptions};
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+/// let (model, _) = Checkpoint::open(folder)?.load(&LoadOptions::default(), &Device::flex())?;
+/// let ids: Vec<u32> = (0..640).map(|i| (i * 37 + 11) % 2048).collect();
+/// let calibration = Calibration::sample(&ids, 4, 32, 42)?;
+///
+/// let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
+/// pruning.round_to = 64;
+/// let pruned = pruning.prune(model, Some(&calibration), &CutOptions::default())?;
+/// // Two of four blocks lost one of two key-value heads and half of 512 channels.
+/// assert_eq!(pruned.report.kept.layers[1].channels.len(), 256);
+/// assert!(pruned.report.parameters_after < pruned.report.parameters_before);
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BlockPruning {
+    /// What is measured.
+    pub criterion: Criterion,
+    /// Share of heads and channels to remove.
+    pub ratio: Plan<f64>,
+    /// How the matrices of a group add up; `None` is the criterion's default.
+    #[serde(default)]
+    pub aggregation: Option<Aggregation>,
+    /// Where query heads' scores go.
+    #[serde(default)]
+    pub gqa_fold: GqaFold,
+    /// Within each group or in the whole model.
+    #[serde(default)]
+    pub scope: Scope,
+    /// Blocks that may be pruned.
+    #[serde(default)]
+    pub layers: LayerRange,
+    /// Blocks that may not, beside those.
+    #[serde(default)]
+    pub protected: Vec<usize>,
+    /// MLP widths become multiples of it.
+    #[serde(default = "one")]
+    pub round_to: usize,
+    /// How a share of a head becomes none or one.
+    #[serde(default)]
+    pub head_rounding: HeadRounding,
+    /// Repetitions of measuring and cutting.
+    #[serde(default = "one")]
+    pub steps: usize,
+    /// Seed of the random criterion.
+    #[serde(default)]
+    pub seed: u64,
+    /// Whether o and down get what their removed inputs gave on average.
+    #[serde(default)]
+    pub bias_compensation: bool,
+    /// Whether later blocks are measured behind pruned ones.
+    #[serde(default)]
+    pub rerun: bool,
+}
+
+fn one() -> usize {
+    1
+}
+
+impl BlockPruning {
+    /// One ratio for all groups of the inner blocks.
+    pub fn new(criterion: Criterion, ratio: f64) -> Self {
+        Self {
+            criterion,
+            ratio: Plan::uniform(ratio),
+            aggregation: None,
+            gqa_fold: GqaFold::Grouped,
+            scope: Scope::Local,
+            layers: LayerRange::Inner,
+            protected: Vec::new(),
+            round_to: 1,
+            head_rounding: HeadRounding::Floor,
+            steps: 1,
+            seed: 0,
+            bias_compensation: false,
+            rerun: false,
+        }
+    }
+
+    /// Prunes `model`. Gradients, where the criterion asks for them, are made and reduced one block at a time.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for options out of range, [`Error::RemovesAll`] for a ratio that leaves a group nothing,
+    /// [`Error::NothingToPrune`] if all blocks are protected, [`Error::Calibration`] if the criterion needs data that
+    /// aren't given or don't fit the model, and [`Error::Mismatch`] from cutting.
+    pub fn prune(
+        &self,
+        model: AnyModel<QuantLinear>,
+        calibration: Option<&Calibration>,
+        options: &CutOptions,
+    ) -> Result<Pruned> {
+        self.check(calibration)?;
+        let initial = Structure::of(&model_config(&model))?;
+        let range = self.blocks(&initial)?;
+        self.check_ratios(&initial, &range)?;
+        let mut run = Run::start(model, &initial, calibration);
+        for step in 1..=self.steps {
+            let share = step as f64 / self.steps as f64;
+            let structure = Structure::of(&model_config(&run.model))?;
+            let (removed, statistics) =
+                self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
+            let mut kept = Kept::everything(&structure);
+            for (layer, [heads, channels]) in range.iter().zip(&removed) {
+                let shape = structure.layers[*layer].shape;
+                kept.layers[*layer].heads = without(shape.num_key_value_heads, heads);
+                kept.layers[*layer].channels = without(shape.intermediate_size, channels);
+            }
+            let biases = match self.bias_compensation {
+                true => compensation(&run.model, &structure, &kept, &statistics)?,
+                false => BTreeMap::new(),
+            };
+            run.cut(&kept, options)?;
+            run.model = add_biases(run.model, &biases)?;
+        }
+        run.finish()
+    }
+
+    fn check(&self, calibration: Option<&Calibration>) -> Result<()> {
+        let fail = |field: &str, expected: &str, found: String| {
+            Err(Error::option(&format!("BlockPruning.{field}"), expected, found))
+        };
+        if self.steps == 0 {
+            return fail("steps", "at least 1", "0".into());
+        }
+        if self.round_to == 0 {
+            return fail("round_to", "at least 1", "0".into());
+        }
+        let ratios =
+            self.ratio.overrides().iter().map(|(_, ratio)| ratio).chain([self.ratio.default_value()]);
+        if let Some(ratio) = ratios.copied().find(|ratio| !(0.0..=1.0).contains(ratio)) {
+            return fail("ratio", "shares in 0..1", ratio.to_string());
+        }
+        if self.scope != Scope::Local && !self.ratio.overrides().is_empty() {
+            return fail("ratio", "one ratio under a global scope", "overrides".into());
+        }
+        if self.rerun && (self.scope != Scope::Local || !self.criterion.needs_inputs()) {
+            let expected = "false, or a criterion of activations under the local scope";
+            return fail("rerun", expected, "true".into());
+        }
+        let needs =
+            self.criterion.needs_gradients() || self.criterion.needs_inputs() || self.bias_compensation;
+        if needs && calibration.is_none() {
+            let expected = format!("windows for {:?}", self.criterion);
+            return Err(Error::Calibration { expected, found: "none".into() });
+        }
+        Ok(())
+    }
+
+    /// The blocks that are pruned.
+    fn blocks(&self, structure: &Structure) -> Result<Vec<usize>> {
+        let count = structure.layers.len();
+        if let Some(layer) = self.protected.iter().find(|&&layer| layer >= count) {
+            let expected = format!("blocks below {count}");
+            return Err(Error::option("BlockPruning.protected", expected, layer));
+        }
+        let range = self.layers.resolve(count)?;
+        let blocks: Vec<usize> = range.filter(|layer| !self.protected.contains(layer)).collect();
+        if blocks.is_empty() {
+            return Err(Error::NothingToPrune { reason: format!("all {count} blocks are protected") });
+        }
+        Ok(blocks)
+    }
+
+    /// Fails before anything is computed if a ratio removes a whole group.
+    fn check_ratios(&self, structure: &Structure, blocks: &[usize]) -> Result<()> {
+        for &layer in blocks {
+            let groups = &structure.layers[layer];
+            let [heads, channels] = self.targets(structure, layer, 1.0);
+            let (head_count, channel_count) =
+                (groups.shape.num_key_value_heads, groups.shape.intermediate_size);
+            let all = |path: &str, count: usize, units: &str| {
+                let (group, units) = (path.to_string(), units.to_string());
+                Err(Error::RemovesAll { group, ratio: *self.ratio.get(path), count, units })
+            };
+            // A global ranking leaves something of each group; only a ratio of 1 asks it for everything.
+            let local = self.scope == Scope::Local;
+            if (local && heads >= head_count) || *self.ratio.get(&groups.attention) >= 1.0 {
+                return all(&groups.attention, head_count, "key-value heads");
+            }
+            if (local && channels >= channel_count) || *self.ratio.get(&groups.mlp) >= 1.0 {
+                return all(&groups.mlp, channel_count, "channels");
+            }
+        }
+        Ok(())
+    }
+
+    /// Heads and channels that are to have gone of `layer` once `share` of the ratio is reached.
+    fn targets(&self, initial: &Structure, layer: usize, share: f64) -> [usize; 2] {
+        let groups = &initial.layers[layer];
+        let (attention, mlp) =
+            (self.ratio.get(&groups.attention) * share, self.ratio.get(&groups.mlp) * share);
+        let heads = groups.shape.num_key_value_heads;
+        [
+            removed_heads(heads, initial.head_dim, attention, self.head_rounding),
+            removed_mlp_channels(groups.shape.intermediate_size, mlp, self.round_to),
+        ]
+    }
+
+    /// Heads and channels to go now from each block of `blocks`, and the statistics that were taken on the way.
+    fn choose(
+        &self,
+        run: &mut Run,
+        initial: &Structure,
+        structure: &Structure,
+        blocks: &[usize],
+        share: f64,
+        calibration: Option<&Calibration>,
+    ) -> Result<(Vec<[Vec<usize>; 2]>, Statistics)> {
+        let local = |layer: usize, scores: &LayerScores| {
+            let (first, now) = (initial.layers[layer].shape, structure.layers[layer].shape);
+            let [heads, channels] = self.targets(initial, layer, share);
+            let gone = |first: usize, now: usize, target: usize| target.saturating_sub(first - now);
+            [
+                lowest(
+                    &scores.attention.units,
+                    gone(first.num_key_value_heads, now.num_key_value_heads, heads),
+                ),
+                lowest(&scores.mlp.units, gone(first.intermediate_size, now.intermediate_size, channels)),
+            ]
+        };
+        let mut found = Statistics::default();
+        if let (true, Some(calibration)) =
+            (self.criterion.needs_inputs() || self.bias_compensation, calibration)
+        {
+            let model = &run.model;
+            let mut decide = |layer: usize, inputs: &BTreeMap<String, InputStatistics>| {
+                if !blocks.contains(&layer) {
+                    return Ok(Vec::new());
+                }
+                let scores = self.input_scores(model, structure, layer, inputs)?;
+                Ok(stays(structure, layer, &local(layer, &scores)))
+            };
+            found = statistics(model, structure, calibration, self.rerun.then_some(&mut decide as _))?;
+        }
+        let scores = self.layer_scores(run, structure, &found, calibration)?;
+        let removed = match self.scope {
+            Scope::Local => blocks.iter().map(|&layer| local(layer, &scores[layer])).collect(),
+            Scope::Global { normalise, budget } => GlobalRanking {
+                initial,
+                structure,
+                blocks: blocks.to_vec(),
+                ratio: self.ratio.default_value() * share,
+                normalise,
+                budget,
+                round_to: self.round_to,
+            }
+            .select(&scores),
+        };
+        Ok((removed, found))
+    }
+
+    fn layer_scores(
+        &self,
+        run: &mut Run,
+        structure: &Structure,
+        found: &Statistics,
+        calibration: Option<&Calibration>,
+    ) -> Result<Vec<LayerScores>> {
+        let layers = 0..structure.layers.len();
+        if self.criterion == Criterion::Random {
+            return Ok(layers.map(|layer| random_scores(structure, layer, self.seed)).collect());
+        }
+        if self.criterion.needs_inputs() {
+            return layers
+                .map(|layer| self.input_scores(&run.model, structure, layer, &found.inputs))
+                .collect();
+        }
+        let matrices = match calibration {
+            Some(calibration) if self.criterion.needs_gradients() => {
+                let (scores, loss) =
+                    gradient_scores(&run.model, structure, self.criterion, Scored::Groups, calibration)?;
+                run.losses.push(loss);
+                scores
+            }
+            _ => weight_scores(&run.model, structure, self.criterion, Scored::Groups)?,
+        };
+        layers.map(|layer| self.group_scores(structure, layer, &matrices)).collect()
+    }
+
+    /// Aggregates the matrices of each group.
+    fn group_scores(
+        &self,
+        structure: &Structure,
+        layer: usize,
+        matrices: &MatrixScores,
+    ) -> Result<LayerScores> {
+        let aggregation = self.aggregation.unwrap_or(match self.criterion {
+            Criterion::L1 | Criterion::L2 => Aggregation::Mean,
+            _ => Aggregation::Sum,
+        });
+        let heads = structure.layers[layer].shape.num_key_value_heads;
+        let group = |attention: bool| -> Result<Vec<f64>> {
+            let lists = structure.group(layer, attention).into_iter().map(|linear| {
+                let scores = matrices.get(&linear.path);
+                let scores = scores.ok_or_else(|| Error::mismatch(&linear.path, "scores", "none"))?;
+                let queries = linear.input == Role::Query || linear.output == Role::Query;
+                Ok(match queries {
+                    true => self.gqa_fold.apply(scores, heads, structure.head_dim),
+                    false => scores.clone(),
+                })
+            });
+            Ok(aggregation.apply(&lists.collect::<Result<Vec<_>>>()?))
+        };
+        let units = |units: Vec<f64>| UnitScores { units, channels: Vec::new() };
+        Ok(LayerScores {
+            attention: units(head_sums(&group(true)?, structure.head_dim)),
+            mlp: units(group(false)?),
+        })
+    }
+
+    /// Scores by what reaches o and down.
+    fn input_scores(
+        &self,
+        model: &AnyModel<QuantLinear>,
+        structure: &Structure,
+        layer: usize,
+        inputs: &BTreeMap<String, InputStatistics>,
+    ) -> Result<LayerScores> {
+        let score = |attention: bool| -> Result<Vec<f64>> {
+            let group = structure.group(layer, attention);
+            let path = group.last().map_or("", |linear| linear.path.as_str());
+            let statistics = inputs.get(path).ok_or_else(|| Error::mismatch(path, "statistics", "none"))?;
+            Ok(matrix(model, path)?.input_scores(self.criterion, statistics))
+        };
+        let (mut attention, mlp) = (score(true)?, score(false)?);
+        let per_group = structure.head_dim * structure.layers[layer].queries_per_group();
+        if !self.criterion.is_flap() {
+            let attention = UnitScores { units: head_sums(&attention, per_group), channels: Vec::new() };
+            return Ok(LayerScores { attention, mlp: UnitScores { units: mlp, channels: Vec::new() } });
+        }
+        attention.iter_mut().for_each(|score| *score *= *score);
+        let units = head_sums(&attention, per_group).iter().map(|sum| sum / per_group as f64).collect();
+        Ok(LayerScores {
+            attention: UnitScores { units, channels: attention },
+            mlp: UnitScores { units: mlp.clone(), channels: mlp },
+        })
+    }
+}
+
+/// A model on its way.
+struct Run {
+    model: AnyModel<QuantLinear>,
+    kept: Kept,
+    report: PruningReport,
+    losses: Vec<f64>,
+}
+
+impl Run {
+    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Calibration>) -> Self {
+        let kept = Kept::everything(structure);
+        let report = PruningReport {
+            parameters_before: parameters(&model_config(&model)),
+            parameters_after: 0,
+            bytes_before: model_bytes(&model),
+            bytes_after: 0,
+            kept: kept.clone(),
+            requantized: Vec::new(),
+            calibration_loss: Vec::new(),
+            calibration: calibration.map(Calibration::hash),
+        };
+        Self { model, kept, report, losses: Vec::new() }
+    }
+
+    fn cut(&mut self, kept: &Kept, options: &CutOptions) -> Result<()> {
+        let (model, requantized) = apply(self.model.clone(), kept, options)?;
+        self.model = model;
+        self.kept = self.kept.then(kept)?;
+        self.report.requantized.extend(requantized);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Pruned> {
+        let report = PruningReport {
+            parameters_after: parameters(&model_config(&self.model)),
+            bytes_after: model_bytes(&self.model),
+            kept: self.kept,
+            calibration_loss: self.losses,
+            ..self.report
+        };
+        Ok(Pruned { model: self.model, report })
+    }
+}
+
+/// The weight of one linear in host memory.
+fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
+    use kiln_models::Slots;
+    let mut found = Err(Error::mismatch(path, "a linear of the model", "none of that name"));
+    model.for_each_slot(|slot_path, slot| {
+        if slot_path == path {
+            let [_, d_output] = slot.shape();
+            found = host(slot.weight()).map(|weight| Matrix { weight, d_output, ..Matrix::default() });
+        }
+    });
+    found
+}
+
+/// Uniform scores; a function of seed and group.
+fn random_scores(structure: &Structure, layer: usize, seed: u64) -> LayerScores {
+    let groups = &structure.layers[layer];
+    let scores = |attention: u64, count: usize| {
+        let mut rng = ChaCha8Rng::seed_from_u64(seed);
+        rng.set_stream(2 * layer as u64 + attention);
+        let units = (0..count).map(|_| f64::from(rng.next_u32())).collect();
+        UnitScores { units, channels: Vec::new() }
+    };
+    LayerScores {
+        attention: scores(1, groups.shape.num_key_value_heads),
+        mlp: scores(0, groups.shape.intermediate_size),
+    }
+}
+
+/// Which inputs of a block's o and down stay.
+fn stays(structure: &Structure, layer: usize, removed: &[Vec<usize>; 2]) -> Vec<(String, Vec<bool>)> {
+    let groups = &structure.layers[layer];
+    let per_head = structure.head_dim * groups.queries_per_group();
+    let flags = |count: usize, unit: usize, removed: &[usize]| {
+        (0..count * unit).map(|position| !removed.contains(&(position / unit))).collect::<Vec<_>>()
+    };
+    let path = |attention: bool| structure.group(layer, attention).last().map(|linear| linear.path.clone());
+    let shape = groups.shape;
+    [
+        (path(true), flags(shape.num_key_value_heads, per_head, &removed[0])),
+        (path(false), flags(shape.intermediate_size, 1, &removed[1])),
+    ]
+    .into_iter()
+    .filter_map(|(path, flags)| Some((path?, flags)))
+    .collect()
+}
+
+/// FLAP's biases: `W[:, removed] · mean(X[:, removed])` of each o and down that loses inputs.
+fn compensation(
+    model: &AnyModel<QuantLinear>,
+    structure: &Structure,
+    kept: &Kept,
+    statistics: &Statistics,
+) -> Result<BTreeMap<String, Vec<f32>>> {
+    let mut biases = BTreeMap::new();
+    for linear in structure.linears.iter().filter(|linear| linear.input != Role::Hidden) {
+        let Some(stays) = kept.positions(structure, linear.layer, linear.input) else { continue };
+        let Some(inputs) = statistics.inputs.get(&linear.path) else { continue };
+        let matrix = matrix(model, &linear.path)?;
+        let removed = without(inputs.mean.len(), &stays);
+        biases.insert(linear.path.clone(), bias_of(&matrix, &removed, &inputs.mean));
+    }
+    Ok(biases)
+}
+
+/// What the inputs `removed` of a linear gave on average: `Σ mean(xⱼ) · wⱼ` over them, `[d_output]`.
+///
+/// # Panics
+/// If an index is beyond the weight's inputs or the means.
+pub fn bias_of(matrix: &Matrix, removed: &[usize], means: &[f64]) -> Vec<f32> {
+    let mut bias = vec![0.0; matrix.d_output];
+    for &input in removed {
+        let row = &matrix.weight[input * matrix.d_output..][..matrix.d_output];
+        for (sum, &weight) in bias.iter_mut().zip(row) {
+            *sum += means[input] * f64::from(weight);
+        }
+    }
+    bias.into_iter().map(|sum| sum as f32).collect()
+}
+
+/// Prunes the residual stream: the same channels everywhere.
+///
+/// A channel's score is the sum over all linears of the blocks of the criterion along their hidden axis. Criteria of
+/// activations have no meaning here.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HiddenPruning {
+    /// What is measured.
+    pub criterion: Criterion,
+    /// Share of the channels to remove, 0..1.
+    pub ratio: f64,
+    /// The width becomes a multiple of it (1 changes nothing).
+    #[serde(default = "one")]
+    pub round_to: usize,
+    /// Seed of the random criterion.
+    #[serde(default)]
+    pub seed: u64,
+}
+
+impl HiddenPruning {
+    /// No rounding, seed 0.
+    pub fn new(criterion: Criterion, ratio: f64) -> Self {
+        Self { criterion, ratio, round_to: 1, seed: 0 }
+    }
+
+    /// Prunes `model`; see [`apply`](crate::apply) for what becomes of the norms.
+    ///
+    /// # Errors
+    /// As [`BlockPruning::prune`].
+    pub fn prune(
+        &self,
+        model: AnyModel<QuantLinear>,
+        calibration: Option<&Calibration>,
+        options: &CutOptions,
+    ) -> Result<Pruned> {
+        if !(0.0..=1.0).contains(&self.ratio) {
+            return Err(Error::option("HiddenPruning.ratio", "a share in 0..1", self.ratio));
+        }
+        if self.criterion.needs_inputs() {
+            let found = format!("{:?}", self.criterion);
+            return Err(Error::option(
+                "HiddenPruning.criterion",
+                "a criterion of weights or gradients",
+                found,
+            ));
+        }
+        let structure = Structure::of(&model_config(&model))?;
+        let removed = removed_mlp_channels(structure.hidden, self.ratio, self.round_to);
+        if removed >= structure.hidden {
+            return Err(Error::RemovesAll {
+                group: "hidden width".into(),
+                ratio: self.ratio,
+                count: structure.hidden,
+                units: "channels".into(),
+            });
+        }
+        let mut run = Run::start(model, &structure, calibration);
+        let matrices = match (self.criterion, calibration) {
+            (Criterion::Random, _) => {
+                let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
+                let scores = (0..structure.hidden).map(|_| f64::from(rng.next_u32())).collect();
+                MatrixScores::from([("random".into(), scores)])
+            }
+            (criterion, Some(calibration)) if criterion.needs_gradients() => {
+                let (scores, loss) =
+                    gradient_scores(&run.model, &structure, criterion, Scored::Hidden, calibration)?;
+                run.losses.push(loss);
+                scores
+            }
+            (criterion, None) if criterion.needs_gradients() => {
+                let expected = format!("windows for {criterion:?}");
+                return Err(Error::Calibration { expected, found: "none".into() });
+            }
+            (criterion, _) => weight_scores(&run.model, &structure, criterion, Scored::Hidden)?,
+        };
+        let matrices: Vec<Vec<f64>> = matrices.into_values().collect();
+        let scores = Aggregation::Sum.apply(&matrices);
+        let mut kept = Kept::everything(&structure);
+        kept.hidden = without(structure.hidden, &lowest(&scores, removed));
+        run.cut(&kept, options)?;
+        run.finish()
+    }
+}
+
+/// Removes whole blocks: those with the least influence on the residual stream (ShortGPT, arXiv 2403.03853). The result
+/// is a model of fewer blocks and nothing else, so every checkpoint format holds it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct LayerPruning {
+    /// Blocks to remove.
+    pub remove: usize,
+    /// Blocks that stay, whatever their influence.
+    #[serde(default)]
+    pub protected: Vec<usize>,
+}
+
+impl LayerPruning {
+    /// Removes `remove` blocks, none protected.
+    pub fn new(remove: usize) -> Self {
+        Self { remove, protected: Vec::new() }
+    }
+
+    /// Prunes `model`. Influences are measured once, on the whole model.
+    ///
+    /// # Errors
+    /// [`Error::RemovesAll`] if no block would stay, [`Error::NothingToPrune`] if too many are protected, and as
+    /// [`BlockPruning::prune`].
+    pub fn prune(
+        &self,
+        model: AnyModel<QuantLinear>,
+        calibration: &Calibration,
+        options: &CutOptions,
+    ) -> Result<Pruned> {
+        let structure = Structure::of(&model_config(&model))?;
+        let count = structure.layers.len();
+        if self.remove >= count {
+            let ratio = self.remove as f64 / count as f64;
+            let (group, units) = ("layers".into(), "blocks".into());
+            return Err(Error::RemovesAll { group, ratio, count, units });
+        }
+        let free: Vec<usize> = (0..count).filter(|layer| !self.protected.contains(layer)).collect();
+        if self.remove > free.len() {
+            let reason = format!("{} blocks to remove, {} of {count} not protected", self.remove, free.len());
+            return Err(Error::NothingToPrune { reason });
+        }
+        let influence = statistics(&model, &structure, calibration, None)?.influence;
+        let scores: Vec<f64> = free.iter().map(|&layer| influence[layer]).collect();
+        let removed: Vec<usize> = lowest(&scores, self.remove).into_iter().map(|index| free[index]).collect();
+        let mut run = Run::start(model, &structure, Some(calibration));
+        let mut kept = Kept::everything(&structure);
+        kept.layers.retain(|layer| !removed.contains(&layer.layer));
+        run.cut(&kept, options)?;
+        run.finish()
+    }
+}

@@ -1,0 +1,117 @@
+//! One test binary.
+
+mod behaviour;
+mod checkpoints;
+mod forward;
+mod masking;
+mod memory;
+mod packed;
+mod refusals;
+
+use std::collections::BTreeMap;
+
+use burn::{
+    module::Param,
+    module::ParamId,
+    nn::Linear,
+    tensor::{Device, Tensor, TensorData},
+};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
+use kiln_pruning::{Calibration, Kept, Role, Structure, model_config};
+use kiln_quant_core::{Projection, QuantLinear};
+use kiln_testkit::{Golden, read, testdata};
+
+/// A checkpoint of each architecture, with and without biases, tied and untied, with a window.
+pub(crate) const FOLDERS: [&str; 6] = [
+    "llama-untied-bf16",
+    "llama-rope3-headdim24-f32",
+    "mistral-swa8-f32",
+    "qwen2-tied-f32",
+    "qwen3-untied-f32",
+    "opt-f32",
+];
+
+pub(crate) fn checkpoint(folder: &str) -> Checkpoint {
+    Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap()
+}
+
+pub(crate) fn load(folder: &str) -> AnyModel<QuantLinear> {
+    checkpoint(folder).load(&LoadOptions::default(), &Device::flex()).unwrap().0
+}
+
+/// The model of the repository, and tokens it was not trained on.
+pub(crate) fn embedded() -> (AnyModel<QuantLinear>, Vec<u32>) {
+    let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let bytes = std::fs::read(testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le")).unwrap();
+    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
+    (model, ids)
+}
+
+/// The fixtures' two rows of 24 tokens.
+pub(crate) fn tokens(folder: &str) -> TokenBatch {
+    let golden = Golden::open(&format!("tiny/{folder}/golden.safetensors"));
+    let ids: Vec<u32> = golden.ints("input_ids").into_iter().map(|id| id as u32).collect();
+    let rows: Vec<Vec<u32>> = ids.chunks(24).map(<[u32]>::to_vec).collect();
+    TokenBatch::new(&rows).unwrap()
+}
+
+pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<f32> {
+    read(model.forward(&model.context(tokens, None)))
+}
+
+/// Windows of pseudo-random ids below 256.
+pub(crate) fn calibration() -> Calibration {
+    Calibration::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
+        .unwrap()
+}
+
+/// Replaces weights and biases by path; the function gets `[d_input, d_output]` values and the bias.
+pub(crate) fn edit(
+    model: AnyModel<QuantLinear>,
+    mut edit: impl FnMut(&str, [usize; 2], &mut [f32], Option<&mut Vec<f32>>),
+) -> AnyModel<QuantLinear> {
+    let device = Device::flex();
+    let done = model.try_map(|path, slot| {
+        let shape = slot.shape();
+        let (mut weight, mut bias) = (read(slot.weight()), slot.bias().map(read));
+        edit(path, shape, &mut weight, bias.as_mut());
+        let param = |tensor| Param::initialized(ParamId::new(), tensor);
+        let weight = Tensor::<2>::from_data(TensorData::new(weight, shape), &device);
+        let bias = bias
+            .map(|bias| Param::initialized(ParamId::new(), Tensor::from_floats(bias.as_slice(), &device)));
+        Ok::<_, ()>(QuantLinear::Dense(Linear { weight: param(weight), bias }))
+    });
+    done.unwrap()
+}
+
+/// The original with removed heads and channels made inert: what they send to the residual stream is zero.
+pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<QuantLinear> {
+    let structure = Structure::of(&model_config(&model)).unwrap();
+    let by_path: BTreeMap<_, _> =
+        structure.linears.iter().map(|linear| (linear.path.clone(), linear)).collect();
+    edit(model, |path, [_, outputs], weight, bias| {
+        let linear = by_path[path];
+        let layer = kept.layers.iter().find(|layer| layer.layer == linear.layer);
+        let Some(layer) = layer else {
+            if linear.output == Role::Hidden {
+                weight.fill(0.0);
+                if let Some(bias) = bias {
+                    bias.fill(0.0);
+                }
+            }
+            return;
+        };
+        let groups = &structure.layers[linear.layer];
+        let stays = |input: usize| match linear.input {
+            Role::Hidden | Role::KeyValue => true,
+            Role::Channels => layer.channels.contains(&input),
+            Role::Query => layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group())),
+        };
+        for (input, row) in weight.chunks_mut(outputs).enumerate() {
+            if !stays(input) {
+                row.fill(0.0);
+            }
+        }
+    })
+}

@@ -1,0 +1,146 @@
+//! Bad input.
+
+use kiln_pruning::{
+    BlockPruning, Budget, Calibration, Criterion, CutOptions, Error, HiddenPruning, LayerPruning, LayerRange,
+    Normalise, Pruned, Result, Scope,
+};
+use kiln_quant_core::Plan;
+
+use super::*;
+
+#[track_caller]
+fn assert_error<T>(result: Result<T>, parts: &[&str]) {
+    let Err(error) = result else { panic!("expected an error with {parts:?}") };
+    let message = error.to_string();
+    for part in parts {
+        assert!(message.contains(part), "no \"{part}\" in: {message}");
+    }
+}
+
+fn prune(change: impl FnOnce(&mut BlockPruning)) -> Result<Pruned> {
+    let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+    pruning.layers = LayerRange::All;
+    change(&mut pruning);
+    let calibration = calibration();
+    pruning.prune(load("llama-untied-bf16"), Some(&calibration), &CutOptions::default())
+}
+
+#[test]
+fn ratios_that_remove_everything_are_refused_by_group() {
+    assert_error(
+        prune(|p| p.ratio = Plan::uniform(1.0)),
+        &["layers.0.self_attn", "all 2 key-value heads", "1"],
+    );
+    let mlp = Plan::uniform(0.0).with_override(r"layers\.1\.mlp", 0.9999).unwrap();
+    assert_error(prune(|p| p.ratio = mlp), &["model.layers.1.mlp", "0.9999", "all 128 channels"]);
+    assert_error(
+        prune(|p| {
+            p.ratio = Plan::uniform(1.0);
+            p.scope = Scope::Global { normalise: Normalise::PerParameter, budget: Budget::Parameters };
+        }),
+        &["removes all"],
+    );
+    let options = CutOptions::default();
+    let hidden = HiddenPruning::new(Criterion::L2, 1.0).prune(load("opt-f32"), None, &options);
+    assert_error(hidden, &["hidden width", "all 64 channels"]);
+    let layers = LayerPruning::new(2).prune(load("opt-f32"), &calibration(), &options);
+    assert_error(layers, &["layers", "all 2 blocks"]);
+}
+
+#[test]
+fn nothing_to_prune_is_an_error() {
+    assert_error(prune(|p| p.protected = vec![0, 1]), &["nothing to prune", "all 2 blocks are protected"]);
+    // The first of two blocks and the last: none is inner.
+    assert_error(prune(|p| p.layers = LayerRange::Inner), &["nothing to prune"]);
+    assert_error(prune(|p| p.protected = vec![2]), &["BlockPruning.protected", "below 2", "2"]);
+    assert_error(prune(|p| p.layers = LayerRange::Between { start: 1, end: 3 }), &["0..2", "1..3"]);
+    let layers = LayerPruning { remove: 1, protected: vec![0, 1] };
+    assert_error(
+        layers.prune(load("opt-f32"), &calibration(), &CutOptions::default()),
+        &["nothing to prune", "0 of 2 not protected"],
+    );
+}
+
+#[test]
+fn options_out_of_range_are_refused_by_name() {
+    for ratio in [-0.1, 1.5, f64::NAN] {
+        assert_error(prune(|p| p.ratio = Plan::uniform(ratio)), &["BlockPruning.ratio", "0..1"]);
+        let hidden = HiddenPruning::new(Criterion::L2, ratio);
+        assert_error(hidden.prune(load("opt-f32"), None, &CutOptions::default()), &["HiddenPruning.ratio"]);
+    }
+    assert_error(prune(|p| p.steps = 0), &["BlockPruning.steps"]);
+    assert_error(prune(|p| p.round_to = 0), &["BlockPruning.round_to"]);
+    assert_error(prune(|p| p.rerun = true), &["BlockPruning.rerun"]);
+    assert_error(
+        prune(|p| {
+            p.scope = Scope::Global { normalise: Normalise::None, budget: Budget::Units };
+            p.ratio = Plan::uniform(0.5).with_override("mlp", 0.1).unwrap();
+        }),
+        &["BlockPruning.ratio", "one ratio under a global scope"],
+    );
+    let hidden = HiddenPruning::new(Criterion::Wanda, 0.5);
+    assert_error(
+        hidden.prune(load("opt-f32"), Some(&calibration()), &CutOptions::default()),
+        &["HiddenPruning.criterion", "Wanda"],
+    );
+    assert!(
+        serde_json::from_str::<BlockPruning>(r#"{"criterion":"l2","ratio":{"default":0.5},"rounds":3}"#)
+            .is_err()
+    );
+}
+
+#[test]
+fn calibration_that_is_missing_short_or_foreign_is_refused() {
+    for criterion in [Criterion::TaylorFirst, Criterion::TaylorMixed, Criterion::Wanda, Criterion::FlapWifv] {
+        let mut pruning = BlockPruning::new(criterion, 0.5);
+        pruning.layers = LayerRange::All;
+        let result = pruning.prune(load("opt-f32"), None, &CutOptions::default());
+        assert_error(result, &["calibration data", "none"]);
+    }
+    let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+    (pruning.layers, pruning.bias_compensation) = (LayerRange::All, true);
+    assert_error(pruning.prune(load("opt-f32"), None, &CutOptions::default()), &["calibration data"]);
+
+    assert_error(Calibration::new(Vec::new()), &["at least one window"]);
+    assert_error(Calibration::new(vec![vec![1]]), &["at least 2 tokens"]);
+    assert_error(Calibration::new(vec![vec![1, 2], vec![1, 2, 3]]), &["one length", "2 and 3"]);
+    assert_error(Calibration::sample(&[1; 639], 10, 64, 0), &["at least 10 windows of 64", "639 tokens"]);
+    assert_error(Calibration::sample(&[1; 639], usize::MAX, 64, 0), &["639 tokens"]);
+    assert_error(Calibration::sample(&[1; 639], 0, 64, 0), &["at least one window"]);
+
+    let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
+    pruning.layers = LayerRange::All;
+    let with = |windows| {
+        let calibration = Calibration::new(windows).unwrap();
+        pruning.prune(load("llama-untied-bf16"), Some(&calibration), &CutOptions::default())
+    };
+    assert_error(with(vec![vec![1, 256]]), &["calibration data", "ids below 256", "256"]);
+    assert_error(with(vec![vec![1; 257]]), &["calibration data", "at most 256 tokens", "257"]);
+}
+
+#[test]
+fn indices_that_do_not_fit_are_refused_by_group() {
+    let model = load("llama-untied-bf16");
+    let structure = Structure::of(&model_config(&model)).unwrap();
+    let with = |change: &dyn Fn(&mut Kept)| {
+        let mut kept = Kept::everything(&structure);
+        change(&mut kept);
+        kiln_pruning::apply(model.clone(), &kept, &CutOptions::default())
+    };
+    assert_error(
+        with(&|k| k.layers[1].heads = vec![]),
+        &["model.layers.1.self_attn", "at least one", "none"],
+    );
+    assert_error(
+        with(&|k| k.layers[0].channels = vec![3, 3]),
+        &["model.layers.0.mlp", "rising", "3 before 3"],
+    );
+    assert_error(with(&|k| k.layers[0].channels = vec![128]), &["model.layers.0.mlp", "below 128", "128"]);
+    assert_error(with(&|k| k.layers[0].layer = 2), &["layers", "2"]);
+    assert_error(with(&|k| k.layers.clear()), &["layers", "none"]);
+    assert_error(with(&|k| k.hidden = vec![64]), &["hidden", "below 64"]);
+    let outer = Kept::everything(&structure);
+    let mut inner = outer.clone();
+    inner.layers[0].heads = vec![7];
+    assert!(matches!(outer.then(&inner), Err(Error::Mismatch { .. })));
+}
