@@ -1,0 +1,90 @@
+//! Initial values: functions of (seed, path) only.
+
+use burn::{
+    module::Param,
+    nn::Linear,
+    tensor::{Device, Tensor, TensorData},
+};
+use kiln_models::{LayerNorm, RmsNorm};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use sha2::{Digest, Sha256};
+
+/// Makes trained parts. Linears are uniform within `1 / sqrt(d_input)`, weights and biases: PyTorch's defaults, and also
+/// what its Kaiming rule with a = sqrt(5) gives.
+pub(crate) struct Init {
+    pub seed: u64,
+    pub device: Device,
+}
+
+impl Init {
+    fn uniform<const D: usize>(&self, path: &str, d_input: usize, shape: [usize; D]) -> Param<Tensor<D>> {
+        let mut hash = Sha256::new();
+        hash.update(self.seed.to_le_bytes());
+        hash.update(path);
+        let mut rng = ChaCha8Rng::from_seed(hash.finalize().into());
+        let bound = (d_input as f64).powf(-0.5);
+        // In steps of 2^-23 of the bound.
+        let unit = |rng: &mut ChaCha8Rng| f64::from(rng.next_u32() >> 8) / f64::from(1 << 23) - 1.0;
+        let count = shape.iter().product();
+        let values: Vec<f32> = (0..count).map(|_| (unit(&mut rng) * bound) as f32).collect();
+        self.param(values, shape)
+    }
+
+    fn param<const D: usize>(&self, values: Vec<f32>, shape: [usize; D]) -> Param<Tensor<D>> {
+        Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), &self.device))
+    }
+
+    pub fn linear(&self, path: &str, [d_input, d_output]: [usize; 2], bias: bool) -> Linear {
+        Linear {
+            weight: self.uniform(&format!("{path}.weight"), d_input, [d_input, d_output]),
+            bias: bias.then(|| self.uniform(&format!("{path}.bias"), d_input, [d_output])),
+        }
+    }
+
+    /// A linear that gives zero until it is trained.
+    pub fn zero_linear(&self, [d_input, d_output]: [usize; 2]) -> Linear {
+        Linear {
+            weight: self.param(vec![0.0; d_input * d_output], [d_input, d_output]),
+            bias: Some(self.full(d_output, 0.0)),
+        }
+    }
+
+    pub fn full(&self, size: usize, value: f64) -> Param<Tensor<1>> {
+        self.param(vec![value as f32; size], [size])
+    }
+
+    pub fn rms_norm(&self, width: usize, eps: f64) -> RmsNorm {
+        RmsNorm { weight: self.full(width, 1.0), eps }
+    }
+
+    pub fn layer_norm(&self, width: usize, affine: bool) -> LayerNorm {
+        LayerNorm {
+            weight: affine.then(|| self.full(width, 1.0)),
+            bias: affine.then(|| self.full(width, 0.0)),
+            eps: 1e-5,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_testkit::read;
+
+    use super::*;
+
+    #[test]
+    fn values_are_bounded_and_depend_on_seed_and_path() {
+        let init = |seed| Init { seed, device: Device::flex() };
+        let values = |seed, path| read(init(seed).linear(path, [100, 40], true).weight.val());
+        let first = values(1, "a");
+        assert_eq!(first, values(1, "a"));
+        assert_ne!(first, values(2, "a"));
+        assert_ne!(first, values(1, "b"));
+        // Uniform within 1 / sqrt(100): variance 0.01 / 3.
+        let largest = first.iter().fold(0f32, |max, v| max.max(v.abs()));
+        assert!(largest <= 0.1 && largest > 0.099, "{largest}");
+        let variance = first.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / 4000.0;
+        assert!((variance * 300.0 - 1.0).abs() < 0.06, "{variance}");
+    }
+}

@@ -1,0 +1,32 @@
+#![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
+mod backbone;
+mod classifier;
+mod config;
+mod downsample;
+mod error;
+mod files;
+mod fingerprint;
+mod hidden_cache;
+mod houlsby;
+mod init;
+pub mod memory;
+mod mixing;
+mod network;
+mod side_tuned;
+#[cfg(test)]
+mod vectors;
+
+pub use backbone::Backbone;
+pub use classifier::SideClassifier;
+pub use config::{Downsample, GateConfig, GateShape, HeadMix, Share, SideConfig};
+pub use downsample::Downsampler;
+pub use error::{Error, Result};
+pub use files::{CONFIG_FILE, WEIGHTS_FILE};
+pub use fingerprint::fingerprint;
+pub use hidden_cache::{HiddenCache, HiddenCacheReport, StatePrecision};
+pub use houlsby::{Activation, Houlsby, HoulsbySlot, attach_houlsby};
+pub use mixing::{Gate, Mixer};
+pub use network::{ParameterCounts, SideBlock, SideNetwork, SideNorm};
+pub use side_tuned::SideTuned;

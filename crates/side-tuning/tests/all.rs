@@ -1,0 +1,11 @@
+//! One test binary.
+
+mod classifier;
+mod common;
+mod counts;
+mod files;
+mod hidden_cache;
+mod houlsby;
+mod memory;
+mod tiny;
+mod training;

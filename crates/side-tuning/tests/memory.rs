@@ -1,0 +1,185 @@
+//! Predicted and measured peaks of training steps. Each measurement runs this binary again with the name of the one
+//! test that does it, so that it has a process of its own.
+
+use std::{process::Command, sync::Arc};
+
+use burn::{module::Module, tensor::Device};
+use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, config::ModelConfig};
+use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_side_tuning::{
+    SideConfig, SideTuned,
+    memory::{Method, ProcessConstants, Step, estimate},
+};
+use kiln_testkit::testdata;
+use kiln_training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig};
+
+/// Set in the child processes; what they are to measure.
+const TASK: &str = "KILN_SIDE_MEMORY_TASK";
+const LOGIT_ROWS: usize = 256;
+
+/// A configuration whose memory is predicted and measured.
+#[derive(Debug, Clone)]
+struct Case {
+    method: String,
+    recompute: Recompute,
+    batch: usize,
+    seq_len: usize,
+}
+
+impl Case {
+    fn parse(text: &str) -> Self {
+        let parts: Vec<&str> = text.split(' ').collect();
+        let recompute = if parts[1] == "block" { Recompute::Block } else { Recompute::None };
+        let size = |index: usize| parts[index].parse().unwrap();
+        Self { method: parts[0].into(), recompute, batch: size(2), seq_len: size(3) }
+    }
+
+    fn method(&self) -> Method {
+        match self.method.as_str() {
+            "full" => Method::Full,
+            "lora" | "qlora" => Method::Lora { rank: 16 },
+            "lst" => Method::Side(SideConfig::lst()),
+            _ => Method::Side(SideConfig::qst()),
+        }
+    }
+
+    fn scheme(&self) -> &'static str {
+        if ["qlora", "qst"].contains(&self.method.as_str()) { "nf4:64:double" } else { "dense" }
+    }
+}
+
+/// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
+fn load(path: &str, case: &Case) -> (AnyModel<QuantLinear>, ModelConfig, usize) {
+    let scheme: Scheme = case.scheme().parse().unwrap();
+    let options = LoadOptions { schemes: Some(Plan::uniform(scheme)), ..LoadOptions::default() };
+    let checkpoint = Checkpoint::open(path).unwrap();
+    let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
+    (model, checkpoint.config().clone(), report.storage.total_bytes())
+}
+
+/// Peak resident memory after two steps, and the prediction.
+fn measure(model_path: &str, case: &Case) -> (f64, f64) {
+    let (model, shape, weight_bytes) = load(model_path, case);
+    let step =
+        Step { batch: case.batch, seq_len: case.seq_len, recompute: case.recompute, logit_rows: LOGIT_ROWS };
+    let predicted = estimate(&shape, weight_bytes, &case.method(), &step).unwrap();
+    let run = |case: &Case| match case.method() {
+        Method::Full => steps(model.unfreeze(), case),
+        Method::Lora { rank } => {
+            let config = PeftConfig::new(rank, 16.0, TargetModules::AllLinear);
+            let attacher = LoraAttacher::new(&config, &model.slot_shapes(), 0).unwrap();
+            steps(model.try_map(|path, base| attacher.attach(path, base)).unwrap(), case)
+        }
+        Method::Side(config) => steps(SideTuned::new(model, &config, 0).unwrap(), case),
+        other => panic!("{other:?}"),
+    };
+    let trainable = run(case);
+    assert_eq!(trainable as f64, predicted.trainable, "{case:?}");
+    (peak_rss(), predicted.peak_rss(&ProcessConstants::CPU))
+}
+
+fn steps<M: CausalLm>(model: M, case: &Case) -> usize {
+    let ids = (0..4096 * 4).map(|i: u32| i * 31 % 2000).collect();
+    let data = DataOptions::new(case.seq_len, model.vocab_size());
+    let dataset = Arc::new(Dataset::from_ids(ids, &data).unwrap());
+    let mut config = TrainerConfig::new(2, BatchOptions::new(case.batch));
+    (config.recompute, config.logit_rows) = (case.recompute, LOGIT_ROWS);
+    let mut trainer = Trainer::new(model, dataset, config).unwrap();
+    let trainable = crate::common::trained(trainer.model());
+    for _ in 0..2 {
+        trainer.step().unwrap();
+    }
+    trainable
+}
+
+fn peak_rss() -> f64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
+}
+
+/// Measured and predicted bytes of each case, each in a process of its own.
+fn compare(test: &str, model: &str, cases: &[&str]) -> Vec<(f64, f64)> {
+    let child = |case: &&str| {
+        let output = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+            .env(TASK, format!("{model}\n{case}"))
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
+        let line =
+            line.unwrap_or_else(|| panic!("{case}: {text} {}", String::from_utf8_lossy(&output.stderr)));
+        let (found, predicted) = line.trim().split_once(' ').unwrap();
+        let (found, predicted): (f64, f64) = (found.parse().unwrap(), predicted.parse().unwrap());
+        println!(
+            "{case:<22} measured {:7.1} MB, predicted {:7.1} MB, {:+.1} %",
+            found / 1e6,
+            predicted / 1e6,
+            100.0 * (predicted / found - 1.0)
+        );
+        (found, predicted)
+    };
+    cases.iter().map(child).collect()
+}
+
+/// Whether this process is a child; if so, it measures.
+fn is_child() -> bool {
+    let Ok(task) = std::env::var(TASK) else { return false };
+    let (model, case) = task.split_once('\n').unwrap();
+    let (found, predicted) = measure(model, &Case::parse(case));
+    println!("BYTES {found} {predicted}");
+    true
+}
+
+fn within(results: &[(f64, f64)], tolerance: f64) {
+    assert!(
+        results.iter().all(|(found, predicted)| (predicted / found - 1.0).abs() < tolerance),
+        "{results:?}"
+    );
+}
+
+/// The configurations by which the constants of the prediction were chosen.
+#[test]
+fn peaks_on_the_embedded_model_are_as_predicted() {
+    if is_child() {
+        return;
+    }
+    let model = testdata("models/tiny-llama");
+    let cases = [
+        "full none 4 256",
+        "full block 16 256",
+        "lora none 16 256",
+        "qlora none 16 256",
+        "qlora block 16 256",
+        "lst none 16 256",
+        "qst none 16 256",
+        "qst block 16 256",
+    ];
+    let test = "memory::peaks_on_the_embedded_model_are_as_predicted";
+    within(&compare(test, &model.display().to_string(), &cases), 0.15);
+}
+
+/// Configurations that no constant was chosen by.
+#[test]
+fn peaks_on_smollm2_are_as_predicted() {
+    if is_child() {
+        return;
+    }
+    let Ok(file) = std::env::var("KILN_SMOLLM2") else {
+        println!("skipped: KILN_SMOLLM2 names no file");
+        return;
+    };
+    let cases = [
+        "full none 1 192",
+        "lora block 2 256",
+        "qlora none 2 192",
+        "qlora block 8 128",
+        "lst none 2 192",
+        "lst block 8 128",
+        "qst none 8 128",
+        "qst block 2 192",
+    ];
+    within(&compare("memory::peaks_on_smollm2_are_as_predicted", &file, &cases), 0.15);
+}
