@@ -12,6 +12,8 @@
 //! assert_eq!(count_words(&pages[1]), 10);
 //! ```
 
+use crate::python::is_space;
+
 /// Replaced before brackets and quotes, in this order.
 const BEFORE: [(&str, &str); 10] = [
     ("s '", "s'"),
@@ -40,11 +42,6 @@ const AFTER: [(&str, &str); 8] = [
     (" N ", " 1 "),
     (" 's", "'s"),
 ];
-
-/// Python's `str.isspace`.
-fn is_space(c: char) -> bool {
-    c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
-}
 
 /// Cuts the raw test file into pages, which begin at headings of the first level.
 ///
@@ -111,7 +108,7 @@ mod tests {
     use super::*;
 
     fn golden() -> Vec<Value> {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/eval/harness_wikitext.jsonl");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/eval/harness.jsonl");
         std::fs::read_to_string(path)
             .unwrap()
             .lines()

@@ -1,3 +1,5 @@
 //! Integration tests, one binary.
 
+mod harness;
 mod perplexity;
+mod tasks;

@@ -149,7 +149,7 @@ mod tests {
 
     /// Lines of the harness's own results, by the value of a key.
     fn golden(key: &str, value: &str) -> Value {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/eval/harness_wikitext.jsonl");
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/eval/harness.jsonl");
         let text = std::fs::read_to_string(path).unwrap();
         let mut lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
         lines.find(|line| line[key] == value).unwrap()
