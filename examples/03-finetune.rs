@@ -1,4 +1,4 @@
-//! The main job: fine-tunes LoRA adapters on a packed base, with perplexity before and after and a sample.
+//! The main job: fine-tunes adapters on a packed base, with perplexity before and after and a sample.
 //!
 //! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
 
@@ -11,8 +11,11 @@ use std::{
 
 use clap::{Parser, ValueEnum};
 use kiln::{
-    LoraModel,
-    adapters::{DropoutClock, PeftConfig, TargetModules},
+    AdaptedModel,
+    adapters::{
+        AdapterConfig, DropoutClock, InitLoraWeights, Method as AdapterMethod, PeftConfig, Pooling, QBara,
+        QaBlora, QaHira, QaLora, TargetModules,
+    },
     eval::{WindowedPerplexity, peak_rss_bytes},
     models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
     quant::Scheme,
@@ -29,6 +32,26 @@ enum Method {
     Lora,
     /// Low-rank adapters scaled by alpha / sqrt(rank).
     Rslora,
+    /// Low-rank adapters with trained magnitudes.
+    Dora,
+    /// Low-rank adapters that start as the weights' largest singular values.
+    Pissa,
+    /// Low-rank adapters that start as a part of the weights' QR decomposition.
+    Olora,
+    /// Q-BaRA: inputs and outputs joined by --lambda, the rank raised by it.
+    Qbara,
+    /// QA-LoRA: groups of --pool inputs joined by --pooling.
+    Qalora,
+    /// QA-HiRA: a single matrix between groups of --pool inputs and of --repeat outputs.
+    Qahira,
+    /// QA-BLoRA: two factors between groups of --pool inputs and of --repeat outputs.
+    Qablora,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum PoolingName {
+    Average,
+    Sum,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -54,6 +77,18 @@ struct Options {
     /// What is trained.
     #[arg(long, value_enum, default_value = "lora")]
     method: Method,
+    /// Q-BaRA's compression factor.
+    #[arg(long, default_value_t = 2)]
+    lambda: usize,
+    /// Neighbouring inputs that QA-LoRA, QA-HiRA and QA-BLoRA join: a multiple of the base's group, for exact merging.
+    #[arg(long, default_value_t = 64)]
+    pool: usize,
+    /// Neighbouring outputs that QA-HiRA and QA-BLoRA make alike.
+    #[arg(long, default_value_t = 1)]
+    repeat: usize,
+    /// What QA-LoRA makes of a group of inputs.
+    #[arg(long, value_enum, default_value = "average")]
+    pooling: PoolingName,
     #[arg(long, default_value_t = 16)]
     rank: usize,
     #[arg(long, default_value_t = 16.0)]
@@ -110,6 +145,24 @@ struct Options {
 }
 
 impl Options {
+    fn adapters(&self) -> AdapterConfig {
+        let Self { lambda, pool, repeat, .. } = *self;
+        let pooling = match self.pooling {
+            PoolingName::Average => Pooling::Average,
+            PoolingName::Sum => Pooling::Sum,
+        };
+        let method = match self.method {
+            Method::Qbara => AdapterMethod::QBara(QBara { lambda }),
+            Method::Qalora => AdapterMethod::QaLora(QaLora { pool, pooling }),
+            Method::Qahira => AdapterMethod::QaHira(QaHira::for_tiles(repeat, pool)),
+            Method::Qablora => AdapterMethod::QaBlora(QaBlora { pool, repeat, rank: None }),
+            Method::Lora | Method::Rslora | Method::Dora | Method::Pissa | Method::Olora => {
+                AdapterMethod::Lora
+            }
+        };
+        AdapterConfig::new(method, self.peft())
+    }
+
     fn peft(&self) -> PeftConfig {
         let targets = match self.targets.as_str() {
             "all-linear" => TargetModules::AllLinear,
@@ -118,6 +171,12 @@ impl Options {
         let mut config = PeftConfig::new(self.rank, self.alpha, targets);
         config.lora_dropout = self.dropout;
         config.use_rslora = matches!(self.method, Method::Rslora);
+        config.use_dora = matches!(self.method, Method::Dora);
+        config.init_lora_weights = match self.method {
+            Method::Pissa => InitLoraWeights::Pissa { iterations: None },
+            Method::Olora => InitLoraWeights::Olora,
+            _ => InitLoraWeights::Kaiming,
+        };
         // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
         let base = self.model.model.as_ref().and_then(|path| path.file_name());
         config.base_model_name_or_path = base.map(|name| name.to_string_lossy().into_owned());
@@ -170,7 +229,7 @@ fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<kiln
 /// Shows each step.
 struct Bar(indicatif::ProgressBar);
 
-impl Observer<LoraModel> for Bar {
+impl Observer<AdaptedModel> for Bar {
     fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
         self.0.set_position(report.step + 1);
         self.0.set_message(format!(
@@ -182,7 +241,7 @@ impl Observer<LoraModel> for Bar {
     }
 }
 
-fn follow(trainer: Trainer<LoraModel>, clock: DropoutClock) -> Trainer<LoraModel> {
+fn follow(trainer: Trainer<AdaptedModel>, clock: DropoutClock) -> Trainer<AdaptedModel> {
     trainer.with_clock(move |place| {
         clock.set(place.step, place.micro_batch);
         clock.train(place.training);
@@ -212,7 +271,7 @@ fn main() -> Result<()> {
     let held_out = evaluation_ids(options.eval.as_deref(), &tokenizer)?;
     let window = options.window.unwrap_or(options.seq_len);
 
-    let (model, attacher) = kiln::attach_lora(base, &options.peft(), options.seed)?;
+    let (model, attacher) = kiln::attach_adapters(base, &options.adapters(), options.seed)?;
     let before = perplexity(&model, &held_out, window)?;
     println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
 
@@ -242,7 +301,12 @@ fn main() -> Result<()> {
     let tokens: usize = reports.iter().map(|report| report.tokens).sum();
     println!("perplexity after: {:.3}; {:.0} tokens/s", after.perplexity, tokens as f64 / seconds);
     let folder = options.out.join("adapter");
-    kiln::save_lora(&model, attacher.config(), &folder)?;
+    let config = attacher.adapter_config();
+    match config.to_peft() {
+        Ok(_) => kiln::save_peft(&model, config, &folder)?,
+        // PEFT has no such adapters; the own folder holds them.
+        Err(_) => kiln::save_adapters(&model, config, &folder)?,
+    }
     println!("adapter written to {}", folder.display());
     let prompt = "The whale";
     let sample = generate(

@@ -7,7 +7,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use kiln::{
-    LoraModel,
+    AdaptedModel,
     models::{AnyModel, Checkpoint, LoadOptions, LoadReport},
     quant::{Plan, QuantLinear, Scheme},
 };
@@ -51,7 +51,7 @@ pub struct ModelArgs {
     /// A checkpoint folder or a .gguf file; the embedded model if left out.
     #[arg(long)]
     pub model: Option<PathBuf>,
-    /// A PEFT adapter folder.
+    /// An adapter folder, PEFT's or Kiln's own.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
     /// Scheme of the blocks' linears, e.g. affine4:64 or dense; as stored if left out.
@@ -98,11 +98,11 @@ impl ModelArgs {
     ///
     /// # Errors
     /// Whatever the files refuse.
-    pub fn load_adapted(&self, checkpoint: &Checkpoint) -> Result<LoraModel> {
+    pub fn load_adapted(&self, checkpoint: &Checkpoint) -> Result<AdaptedModel> {
         use kiln::{adapters::Adapted, models::Slots};
         let (model, _) = self.load(checkpoint)?;
         Ok(match &self.adapter {
-            Some(folder) => kiln::load_lora(model, folder, 0)?.0,
+            Some(folder) => kiln::load_adapters(model, folder, 0)?.0,
             None => model.try_map(|_, base| Ok::<_, std::convert::Infallible>(Adapted::new(base, None)))?,
         })
     }

@@ -1,0 +1,215 @@
+//! Trains QA-HiRA on a packed base, merges it without touching a code, and writes files that other tools open.
+//!
+//! Without arguments: the embedded model at 4 bits in groups of 64 inputs, with scales and offsets in f16.
+
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use burn::tensor::Device;
+use clap::Parser;
+use kiln::{
+    AdaptedModel,
+    adapters::{AdapterConfig, Method, PeftConfig, QaHira, TargetModules},
+    models::{
+        AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch,
+        export::{ExportOptions, Fallback, FloatType, GgufOptions, export_gguf, export_mlx, verify_export},
+    },
+    quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
+    training::{
+        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, RunOptions, ScheduleKind, StepReport,
+        Trainer, TrainerConfig,
+    },
+};
+use kiln_examples::{ModelArgs, Result, testdata, write_json};
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    #[command(flatten)]
+    model: ModelArgs,
+    #[arg(long, default_value_t = 20)]
+    steps: u64,
+    #[arg(long, default_value_t = 3e-3)]
+    lr: f64,
+    /// How far the weights move at a step, over the learning rate: alpha / (rank · pool).
+    #[arg(long, default_value_t = 0.5)]
+    reach: f64,
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
+    #[arg(long, default_value_t = 128)]
+    seq_len: usize,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// .txt, .jsonl or .u16le; the embedded model's shifted text if left out.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    /// Gets model.gguf and mlx/.
+    #[arg(long, default_value = "target/kiln-export")]
+    out: PathBuf,
+    /// Where the figures go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+/// QA-HiRA whose tiles are the base's blocks.
+fn config(scheme: Scheme, reach: f64) -> Result<AdapterConfig> {
+    let Scheme::Packed(packed) = scheme else {
+        return Err("a dense base has nothing to merge into: choose an affine --scheme".into());
+    };
+    let (Value::Affine { .. }, Some(inputs)) = (packed.value, packed.block.inputs) else {
+        return Err(format!("{packed}: exact merges need affine codes in groups of inputs").into());
+    };
+    // The rank serves the scaling only.
+    let lora = PeftConfig::new(1, reach * inputs as f64, TargetModules::AllLinear);
+    Ok(AdapterConfig::new(Method::QaHira(QaHira::for_tiles(packed.block.outputs, inputs)), lora))
+}
+
+struct Bar(indicatif::ProgressBar);
+
+impl Observer<AdaptedModel> for Bar {
+    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+        self.0.set_position(report.step + 1);
+        self.0.set_message(format!("loss {:.4}", report.loss));
+        ControlFlow::Continue(())
+    }
+}
+
+fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Result<Vec<f32>> {
+    let logits = model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()])?, None));
+    Ok(logits.try_into_vec_as()?)
+}
+
+/// `‖a - b‖`.
+fn distance(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
+}
+
+fn norm(a: &[f32]) -> f64 {
+    a.iter().map(|a| f64::from(*a).powi(2)).sum::<f64>().sqrt()
+}
+
+/// The words of all codes, path by path.
+fn codes(model: &AnyModel<QuantLinear>) -> Result<Vec<u32>> {
+    let mut weights = Vec::new();
+    model.for_each_slot(|_, slot| {
+        if let QuantLinear::Packed(linear) = slot {
+            weights.push(linear.weight.to_host());
+        }
+    });
+    let mut words = Vec::new();
+    for weight in weights {
+        words.extend(weight?.codes);
+    }
+    Ok(words)
+}
+
+/// The dense values of the blocks' linears, with scales and offsets rounded to f16, in which the files hold them.
+fn rounded(model: &AnyModel<QuantLinear>) -> Result<BTreeMap<String, Vec<f32>>> {
+    let mut weights = Vec::new();
+    model.for_each_slot(|path, slot| {
+        if let QuantLinear::Packed(linear) = slot {
+            weights.push((path.to_owned(), linear.weight.to_host()));
+        }
+    });
+    let round =
+        |values: &mut Vec<f32>| values.iter_mut().for_each(|value| *value = ScaleType::F16.round(*value));
+    let mut dense = BTreeMap::new();
+    for (path, weight) in weights {
+        let mut weight = weight?;
+        if let Scales::Plain(scales) = &mut weight.scales {
+            round(scales);
+        }
+        weight.offsets.iter_mut().for_each(round);
+        dense.insert(path, weight.dequantize());
+    }
+    Ok(dense)
+}
+
+/// The largest difference between the linears of a file, read again, and `expected`.
+fn file_difference(path: &Path, expected: &BTreeMap<String, Vec<f32>>) -> Result<f32> {
+    let (model, _) = Checkpoint::open(path)?.load(&LoadOptions::default(), &Device::default())?;
+    let found = rounded(&model)?;
+    if found.keys().ne(expected.keys()) {
+        return Err(format!("{}: other packed linears than were written", path.display()).into());
+    }
+    let pairs = found.values().flatten().zip(expected.values().flatten());
+    Ok(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max))
+}
+
+fn main() -> Result<()> {
+    let mut options = Options::parse();
+    let scheme = *options.model.scheme.get_or_insert("affine4:64:f16".parse::<Scheme>()?);
+    let checkpoint = options.model.checkpoint()?;
+    let tokenizer = checkpoint.tokenizer()?;
+    let (base, _) = options.model.load(&checkpoint)?;
+    let prompt = tokenizer.encode("The whale rose slowly out of the cold grey sea, and the men", true)?;
+    let (base_logits, base_codes) = (logits(&base, &prompt)?, codes(&base)?);
+
+    let mut data = DataOptions::new(options.seq_len, base.vocab_size());
+    data.eos = tokenizer.special().eos.first().copied();
+    let text =
+        options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
+    let template = checkpoint.chat_template()?;
+    let dataset =
+        Dataset::open(&text, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data)?;
+
+    let (model, attacher) = kiln::attach_adapters(base, &config(scheme, options.reach)?, options.seed)?;
+    let mut config = TrainerConfig::new(options.steps, BatchOptions::new(options.batch));
+    (config.lr, config.warmup, config.schedule) = (options.lr, 0, ScheduleKind::Constant);
+    let clock = attacher.clock().clone();
+    let mut trainer = Trainer::new(model, Arc::new(dataset), config)?.with_clock(move |place| {
+        clock.set(place.step, place.micro_batch);
+        clock.train(place.training);
+    });
+    let mut bar = Bar(indicatif::ProgressBar::new(options.steps)
+        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?));
+    trainer.run(&RunOptions::default(), &mut bar)?;
+    bar.0.finish_and_clear();
+    attacher.clock().train(false);
+    let model = trainer.into_model();
+
+    let adapted = logits(&model, &prompt)?;
+    let merged = kiln::merge_packed(model)?;
+    let merged_logits = logits(&merged, &prompt)?;
+    let shift = distance(&adapted, &base_logits);
+    let adapter_shift = shift / norm(&base_logits);
+    let merge_error = distance(&merged_logits, &adapted) / shift;
+    let codes_changed =
+        codes(&merged)?.iter().zip(&base_codes).filter(|(after, before)| after != before).count();
+    println!("the adapter moves the logits by {adapter_shift:.4}; merging loses {merge_error:.1e} of that");
+    println!("changed words of codes: {codes_changed} of {}", base_codes.len());
+
+    std::fs::create_dir_all(&options.out)?;
+    let (gguf, mlx) = (options.out.join("model.gguf"), options.out.join("mlx"));
+    if mlx.exists() {
+        std::fs::remove_dir_all(&mlx)?;
+    }
+    let gguf_options = GgufOptions { fallback: Fallback::Dense, ..GgufOptions::default() };
+    let gguf_report = export_gguf(&merged, &checkpoint, &gguf, &gguf_options)?;
+    let mlx_options = ExportOptions::new(FloatType::F16).with_fallback(Fallback::Dense);
+    let mlx_report = export_mlx(&merged, &checkpoint, &mlx, &mlx_options)?;
+    for report in [&gguf_report, &mlx_report] {
+        let lossy = report.lossy().count();
+        println!("{}: {} bytes, {lossy} tensors rounded", report.path.display(), report.bytes);
+        report.notes.iter().for_each(|note| println!("note: {note}"));
+    }
+    let gguf_shift = verify_export(&gguf, &merged, &prompt)?;
+    let mlx_shift = verify_export(&mlx, &merged, &prompt)?;
+    println!("reloaded: logits move by {:.1e} (GGUF), {:.1e} (MLX)", gguf_shift.relative, mlx_shift.relative);
+    let expected = rounded(&merged)?;
+    write_json(
+        options.json.as_deref(),
+        &serde_json::json!({
+            "adapter_shift": adapter_shift,
+            "merge_error": merge_error,
+            "codes_changed": codes_changed,
+            "gguf_weight_max_difference": file_difference(&gguf, &expected)?,
+            "mlx_weight_max_difference": file_difference(&mlx, &expected)?,
+            "f16_logit_shift": gguf_shift.relative.max(mlx_shift.relative),
+        }),
+    )
+}
