@@ -9,7 +9,6 @@ use std::{
     sync::Arc,
 };
 
-use burn::module::Module;
 use clap::Parser;
 use kiln::{
     adapters::{PeftConfig, TargetModules},

@@ -30,7 +30,7 @@ METHODS = {
     "qalora": ["--method", "qalora", "--pool", str(GROUP), "--pooling", "sum"],
     "qahira": ["--method", "qahira", "--pool", str(GROUP), "--repeat", "1"],
 }
-LEARNING_RATES = [1e-3, 3e-3, 1e-2]
+LEARNING_RATES = [3e-3, 1e-2, 3e-2]
 TUNING_SEED = 1000
 # Ranks at which the numbers of trained parameters come closest (QA-HiRA has none: the rank only scales it).
 RANKS = {

@@ -18,13 +18,15 @@ pub use kiln_training as training;
 mod adapt;
 mod lora;
 mod merge;
+#[cfg(feature = "mixq-search")]
+pub mod mixq;
 
 pub use adapt::{
     AdaptedModel, AdapterSetModel, attach_adapters, base_fingerprint, load_adapter_set, load_adapters,
     save_adapters, save_peft,
 };
 pub use lora::{LoraModel, attach_lora, load_lora, save_lora};
-pub use merge::{merge_dense, merge_packed, requantize};
+pub use merge::{Requantized, merge_dense, merge_packed, requantize};
 
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]

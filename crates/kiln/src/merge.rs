@@ -30,6 +30,9 @@ pub fn merge_dense<A: Adapter>(model: AnyModel<Adapted<QuantLinear, A>>) -> AnyM
     }
 }
 
+/// A model quantized again, and what that lost of each linear, by path.
+pub type Requantized = (AnyModel<QuantLinear>, Vec<(String, RequantizeError)>);
+
 /// The model without adapters, its adapted linears quantized again, and what that lost of each. **Lossy**: light
 /// fine-tuning may drown in the rounding. `inputs` gives typical inputs `[rows, d_input]` of a linear, where there are
 /// any, so that the loss of its outputs is measured too. Linears that `schemes` wants dense stay dense.
@@ -41,7 +44,7 @@ pub fn requantize<A: Adapter>(
     schemes: &Plan<Scheme>,
     quantizer: &dyn HostQuantizer,
     inputs: &mut dyn FnMut(&str) -> Option<Tensor<2>>,
-) -> Result<(AnyModel<QuantLinear>, Vec<(String, RequantizeError)>)> {
+) -> Result<Requantized> {
     let mut errors = Vec::new();
     let model = model.try_map(|path, slot| match schemes.get(path) {
         Scheme::Dense if slot.adapter.is_some() => Ok(QuantLinear::Dense(slot.merge_dense())),

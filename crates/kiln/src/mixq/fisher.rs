@@ -1,0 +1,79 @@
+//! The diagonal Fisher information of the weights.
+
+use std::collections::HashMap;
+
+use burn::{
+    module::{Module, Param},
+    nn::Linear,
+    optim::{GradientsAccumulator, GradientsParams},
+    tensor::Tensor,
+};
+use kiln_models::{AnyModel, DriverOptions, Recompute, Slots, Targets, TokenBatch, loss_and_gradients};
+use kiln_quant_core::{Projection, QuantLinear};
+
+use super::{Error, Result, kl::check_windows, variants::host};
+
+/// The mean over windows of the squared gradient of a window's loss, for every weight of the blocks' linears.
+///
+/// # Memory
+/// Three times the dense weights while it is measured, once afterwards.
+#[derive(Debug, Clone)]
+pub struct Fisher {
+    squares: HashMap<String, Tensor<2>>,
+    /// Scored tokens of a window.
+    tokens: usize,
+}
+
+impl Fisher {
+    /// Takes gradients of the original model's loss on windows of equal length, one at a time.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for windows that don't fit the model.
+    pub fn measure(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> Result<Self> {
+        check_windows(original, windows)?;
+        let trained = original.clone().try_map(|_, slot| {
+            let bias = match &slot {
+                QuantLinear::Packed(linear) => linear.bias.clone(),
+                QuantLinear::Dense(linear) => linear.bias.clone(),
+            };
+            Ok::<_, Error>(Linear { weight: Param::from_tensor(slot.weight()), bias })
+        })?;
+        let trained = trained.train();
+        let options = DriverOptions { recompute: Recompute::Block, ..DriverOptions::default() };
+        let mut squares: HashMap<String, Tensor<2>> = HashMap::new();
+        for window in windows {
+            let mut gradients = GradientsAccumulator::new();
+            let ids: Vec<u32> = window[1..].iter().copied().chain([0]).collect();
+            let scored: Vec<bool> = (0..ids.len()).map(|place| place + 1 < ids.len()).collect();
+            let tokens = TokenBatch::new(std::slice::from_ref(window))?;
+            let targets = Targets { ids: &ids, scored: &scored };
+            loss_and_gradients(&trained, &tokens, targets, &options, &mut gradients)?;
+            let gradients: GradientsParams = gradients.grads();
+            trained.for_each_slot(|path, linear| {
+                if let Some(gradient) = gradients.get::<2>(linear.weight.id) {
+                    let square = gradient.powi_scalar(2) / windows.len() as f64;
+                    let sum = match squares.remove(path) {
+                        Some(sum) => sum + square,
+                        None => square,
+                    };
+                    squares.insert(path.to_string(), sum);
+                }
+            });
+        }
+        Ok(Self { squares, tokens: windows[0].len() - 1 })
+    }
+
+    /// The second-order estimate of what the projection's error adds to the loss, in nats a token: half the squared
+    /// weight errors, weighted.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a path that the model lacks.
+    pub fn harm(&self, path: &str, original: &QuantLinear, quantized: &QuantLinear) -> Result<f64> {
+        let squares =
+            self.squares.get(path).ok_or_else(|| Error::argument(path, "a measured linear", "none"))?;
+        let error = original.weight() - quantized.weight();
+        let sums = (error.powi_scalar(2) * squares.clone()).sum_dim(0);
+        let sum: f64 = host(path, sums)?.into_iter().map(f64::from).sum();
+        Ok(0.5 * sum / self.tokens as f64)
+    }
+}

@@ -1,0 +1,207 @@
+//! How far a quantized model's predictions are from the original's.
+
+use burn::tensor::{FloatDType, Tensor, activation::log_softmax};
+use kiln_models::{AnyModel, CausalLm, Context, TokenBatch};
+use kiln_quant_core::QuantLinear;
+
+use super::{Error, Result, variants::host};
+
+/// What a measurement of [`LogitKl`] holds.
+///
+/// | option | default | |
+/// | --- | --- | --- |
+/// | `batch_tokens` | 1024 | tokens of a forward pass, at least one window |
+/// | `logit_rows` | 256 | rows of logits held at once |
+/// | `cache_bytes` | 512 MiB | for the original's log-probabilities, and for residual streams of the plan before |
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct KlOptions {
+    /// Tokens of a forward pass.
+    pub batch_tokens: usize,
+    /// Rows of logits held at once.
+    pub logit_rows: usize,
+    /// Bytes that may be kept between measurements.
+    pub cache_bytes: usize,
+}
+
+impl Default for KlOptions {
+    fn default() -> Self {
+        Self { batch_tokens: 1024, logit_rows: 256, cache_bytes: 512 << 20 }
+    }
+}
+
+/// `KL(original || quantized)` of the next-token distributions in nats, the mean over all positions of some windows.
+///
+/// Two things make repeated measurements fast, neither of which changes a bit of a result: the original's
+/// log-probabilities are made once (or, where the cache can't hold them, its last states, from which they are made
+/// again chunk by chunk), and blocks below the first one that differs from the plan measured before are not run again.
+pub struct LogitKl {
+    batches: Vec<Batch>,
+    options: KlOptions,
+    keeps_streams: bool,
+}
+
+struct Batch {
+    context: Context,
+    tokens: usize,
+    embedded: Tensor<3>,
+    teacher: Teacher,
+    /// Output of every block for the plan measured last, with the block's schemes.
+    trail: Vec<(String, Tensor<3>)>,
+}
+
+/// What is kept of the original.
+enum Teacher {
+    /// Log-probabilities `[tokens, vocabulary]`.
+    LogProbabilities(Tensor<2>),
+    /// The residual stream after the last block, `[tokens, width]`.
+    States(Tensor<2>),
+}
+
+impl LogitKl {
+    /// Runs the original on windows of equal length.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for windows that don't fit the model.
+    pub fn new(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>], options: &KlOptions) -> Result<Self> {
+        check_windows(original, windows)?;
+        let length = windows[0].len();
+        let rows = (options.batch_tokens / length).max(1);
+        let mut batches = Vec::new();
+        for windows in windows.chunks(rows) {
+            let context = original.context(&TokenBatch::new(windows)?, None);
+            let embedded = original.embed(&context);
+            let tokens = windows.len() * length;
+            let last = flat(original.residual(&context, None));
+            let (teacher, trail) = (Teacher::States(last), Vec::new());
+            batches.push(Batch { context, tokens, embedded, teacher, trail });
+        }
+        let (tokens, width) = (windows.len() * length, batches[0].embedded.dims()[2]);
+        let probabilities = tokens.saturating_mul(4 * original.vocab_size());
+        let mut left = options.cache_bytes;
+        let mut kl = Self { batches, options: *options, keeps_streams: false };
+        if probabilities <= left {
+            left -= probabilities;
+            kl.keep_probabilities(original);
+        }
+        kl.keeps_streams = tokens.saturating_mul(4 * width * original.num_blocks()) <= left;
+        Ok(kl)
+    }
+
+    fn keep_probabilities(&mut self, original: &AnyModel<QuantLinear>) {
+        for batch in &mut self.batches {
+            if let Teacher::States(states) = &batch.teacher {
+                let parts = chunks(batch.tokens, self.options.logit_rows).map(|(start, count)| {
+                    log_probabilities(original, states.clone().narrow(0, start, count))
+                });
+                batch.teacher = Teacher::LogProbabilities(Tensor::cat(parts.collect(), 0));
+            }
+        }
+    }
+
+    /// Tokens of all windows.
+    pub fn tokens(&self) -> u64 {
+        self.batches.iter().map(|batch| batch.tokens as u64).sum()
+    }
+
+    /// The divergence of `quantized` on the first `tokens` tokens, rounded up to whole batches, and how many they were.
+    ///
+    /// `blocks` tells models apart: for each block a text that is another one where its weights are others. Embedding,
+    /// norms and head must be the original's. `keep_going` hears of tokens and mean after each batch but the last, and
+    /// may end the measurement.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for more tokens than there are, or a text too few or too many.
+    pub fn measure(
+        &mut self,
+        quantized: &AnyModel<QuantLinear>,
+        blocks: &[String],
+        tokens: u64,
+        keep_going: &mut dyn FnMut(u64, f64) -> bool,
+    ) -> Result<(f64, u64)> {
+        if tokens == 0 || tokens > self.tokens() {
+            let expected = format!("1 to {}, the windows' tokens", self.tokens());
+            return Err(Error::argument("tokens", expected, tokens));
+        }
+        if blocks.len() != quantized.num_blocks() {
+            let expected = format!("{}, one a block", quantized.num_blocks());
+            return Err(Error::argument("blocks", expected, blocks.len()));
+        }
+        let (mut sum, mut seen) = (0.0, 0);
+        for batch in &mut self.batches {
+            let x = batch.forward(quantized, blocks, self.keeps_streams);
+            sum += batch.divergence(quantized, x, self.options.logit_rows)?;
+            seen += batch.tokens as u64;
+            if seen >= tokens || !keep_going(seen, sum / seen as f64) {
+                break;
+            }
+        }
+        Ok(((sum / seen as f64).max(0.0), seen))
+    }
+}
+
+impl Batch {
+    /// The residual stream `[tokens, width]` after the last block.
+    fn forward(&mut self, model: &AnyModel<QuantLinear>, blocks: &[String], keep: bool) -> Tensor<2> {
+        let same = self.trail.iter().zip(blocks).take_while(|((known, _), block)| known == *block).count();
+        self.trail.truncate(same);
+        let mut x = self.trail.last().map_or_else(|| self.embedded.clone(), |(_, x)| x.clone());
+        for (index, block) in blocks.iter().enumerate().skip(same) {
+            x = model.block(index, x, &self.context, None);
+            if keep {
+                self.trail.push((block.clone(), x.clone()));
+            }
+        }
+        flat(x)
+    }
+
+    /// The sum over all positions.
+    fn divergence(&self, model: &AnyModel<QuantLinear>, x: Tensor<2>, logit_rows: usize) -> Result<f64> {
+        let mut sum = 0.0;
+        for (start, count) in chunks(self.tokens, logit_rows) {
+            let reference = match &self.teacher {
+                Teacher::LogProbabilities(values) => values.clone().narrow(0, start, count),
+                Teacher::States(states) => log_probabilities(model, states.clone().narrow(0, start, count)),
+            };
+            let found = log_probabilities(model, x.clone().narrow(0, start, count));
+            let rows = (reference.clone().exp() * (reference - found)).sum_dim(1);
+            sum += host("divergences", rows)?.into_iter().map(f64::from).sum::<f64>();
+        }
+        Ok(sum)
+    }
+}
+
+fn log_probabilities(model: &AnyModel<QuantLinear>, rows: Tensor<2>) -> Tensor<2> {
+    log_softmax(model.lm_head(model.final_norm(rows)).cast(FloatDType::F32), 1)
+}
+
+/// `[rows, length, width]` → `[tokens, width]`.
+fn flat(x: Tensor<3>) -> Tensor<2> {
+    let [rows, length, width] = x.dims();
+    x.reshape([rows * length, width])
+}
+
+/// Starts and sizes of runs of at most `size`.
+fn chunks(total: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    let size = size.max(1);
+    (0..total).step_by(size).map(move |start| (start, size.min(total - start)))
+}
+
+/// Fails unless there are windows of one length that the model can read.
+pub(super) fn check_windows<M: CausalLm>(model: &M, windows: &[Vec<u32>]) -> Result<()> {
+    let fail = |expected: String, found: String| Err(Error::argument("windows", expected, found));
+    let length = windows.first().map_or(0, Vec::len);
+    let limit = model.max_positions();
+    if length < 2 || length > limit {
+        let found = format!("{} of {length} tokens", windows.len());
+        return fail(format!("at least one, of 2 to {limit} tokens"), found);
+    }
+    if let Some(window) = windows.iter().find(|window| window.len() != length) {
+        return fail("windows of one length".into(), format!("{length} and {} tokens", window.len()));
+    }
+    let vocabulary = model.vocab_size();
+    match windows.iter().flatten().find(|id| **id as usize >= vocabulary) {
+        Some(id) => fail(format!("ids below {vocabulary}, the vocabulary"), id.to_string()),
+        None => Ok(()),
+    }
+}

@@ -1,0 +1,61 @@
+//! AutoMixQ on real models: what joins [`kiln_mixq_search`] to checkpoints, quantization, calibration and training.
+//!
+//! | | |
+//! | --- | --- |
+//! | [`space_of`], [`Choices`], [`TrainingShape`] | a model's search space, with the bytes that loading it takes |
+//! | [`ModelObjective`] | KL, activation error, Fisher and short fine-tunes as one objective |
+//! | [`Variants`] | a model's quantized projections, each made once; a plan's model in no time |
+//! | [`LogitKl`], [`Moments`], [`Fisher`], [`FineTune`] | the single measures |
+//! | [`load_options`], [`schemes`], [`peft`] | a plan for loading, calibration and training |
+//!
+//! Scores are always those of the quantized model. Figures "16-bit" of the literature are `dense` here, and a dense
+//! value takes 4 bytes, as it does in the loaded model.
+//!
+//! # Example
+//!
+//! Two formats for each layer of the embedded model, searched by KL on 64 tokens:
+//!
+//! ```
+//! use burn::tensor::Device;
+//! use kiln::{
+//!     mixq::{Choices, KlOptions, ModelObjective, Variants, load_options, space_of},
+//!     mixq_search::{Fidelity, KlMix, SearchSettings, TrialLog, search},
+//!     models::{Checkpoint, LoadOptions},
+//! };
+//!
+//! let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+//! let checkpoint = Checkpoint::open(folder)?;
+//! let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex())?;
+//! let space = space_of(&model, &Choices::new(["affine2:64".parse()?, "affine4:64".parse()?]))?;
+//!
+//! let windows: Vec<Vec<u32>> = (0..2).map(|w| (0..32).map(|i| (w * 32 + i) * 37 % 2048).collect()).collect();
+//! let mut objective = ModelObjective::new(Variants::new(model), &windows, &KlOptions::default())?;
+//! let mut log = TrialLog::in_memory(&space);
+//! let settings = SearchSettings::new(8, Fidelity::kl(64));
+//! let outcome = search(&space, &mut objective, &mut log, &KlMix::default(), &settings)?;
+//!
+//! let best = outcome.front.select(space.largest() - 1)?;
+//! let (_, report) = checkpoint.load(&load_options(&best.plan)?, &Device::flex())?;
+//! assert_eq!(report.storage.total_bytes() as u64, best.bytes);
+//! # Ok::<(), Box<dyn std::error::Error>>(())
+//! ```
+
+mod apply;
+mod error;
+mod fine_tune;
+mod fisher;
+mod kl;
+mod moments;
+mod objective;
+mod space;
+mod variants;
+
+pub use apply::{load_options, peft, schemes};
+pub use error::{Error, Result};
+pub use fine_tune::{FineTune, Tuned};
+pub use fisher::Fisher;
+pub use kl::{KlOptions, LogitKl};
+pub use moments::Moments;
+pub use objective::ModelObjective;
+pub use space::{Choices, TrainingShape, space_of};
+pub use variants::Variants;

@@ -1,0 +1,190 @@
+//! All measures of one model behind the search's trait.
+
+use kiln_mixq_search::{Evaluation, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request};
+use kiln_models::{CausalLm, Slots};
+use kiln_quant_core::{QuantLinear, Scheme};
+use sha2::{Digest, Sha256};
+
+use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Variants};
+
+/// Measures plans of one model. What is measured is the request's: see [`Measure`].
+///
+/// | measure | score | amount |
+/// | --- | --- | --- |
+/// | KL | [`LogitKl`] | tokens, rounded up to whole batches |
+/// | activation error | sum over projections of [`Moments::relative_error`] | tokens, rounded up to whole windows |
+/// | Fisher | sum over projections of [`Fisher::harm`] | tokens, rounded up to whole windows |
+/// | fine-tune | held-out loss after [`FineTune`] | steps |
+///
+/// All are of the quantized model, less is better, and only the fine-tune depends on the seed.
+pub struct ModelObjective {
+    variants: Variants,
+    windows: Vec<Vec<u32>>,
+    kl: LogitKl,
+    /// Of the amount asked for last.
+    moments: Option<(usize, Moments)>,
+    fisher: Option<(usize, Fisher)>,
+    fine_tune: Option<FineTune>,
+    /// Amounts of tokens are rounded up to whole batches, so their size is part of what is measured.
+    batch_tokens: usize,
+    model_hash: String,
+    fingerprint: String,
+    /// Which block each slot stands in.
+    blocks: Vec<(String, usize)>,
+}
+
+impl ModelObjective {
+    /// Runs the original model on windows of equal length.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for windows that don't fit the model.
+    pub fn new(variants: Variants, windows: &[Vec<u32>], options: &KlOptions) -> Result<Self> {
+        let original = variants.original();
+        let kl = LogitKl::new(original, windows, options)?;
+        let blocks = blocks_of(original)?;
+        let model_hash = kiln_side_tuning::fingerprint(original)?;
+        let mut objective = Self {
+            variants,
+            windows: windows.to_vec(),
+            kl,
+            moments: None,
+            fisher: None,
+            fine_tune: None,
+            batch_tokens: options.batch_tokens,
+            model_hash,
+            fingerprint: String::new(),
+            blocks,
+        };
+        objective.identify();
+        Ok(objective)
+    }
+
+    /// The same with fine-tunes.
+    #[must_use]
+    pub fn with_fine_tune(mut self, fine_tune: FineTune) -> Self {
+        self.fine_tune = Some(fine_tune);
+        self.identify();
+        self
+    }
+
+    /// Tokens of all windows: the most that a fidelity may ask for.
+    pub fn tokens(&self) -> u64 {
+        self.kl.tokens()
+    }
+
+    /// The model's quantized projections.
+    pub fn variants(&mut self) -> &mut Variants {
+        &mut self.variants
+    }
+
+    fn identify(&mut self) {
+        let mut hash = Sha256::new();
+        hash.update(&self.model_hash);
+        hash.update(format!("{:?} {} {:?}", self.variants.rounding(), self.batch_tokens, self.windows));
+        if let Some(fine_tune) = &self.fine_tune {
+            hash.update(fine_tune.describe());
+        }
+        self.fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    }
+
+    /// The divergence of a plan's model on the first `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a plan of another model, or more tokens than there are.
+    pub fn kl(&mut self, plan: &Plan, tokens: u64, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
+        let model = self.variants.model(plan)?;
+        let mut keys = vec![String::new(); model.num_blocks()];
+        for (path, block) in &self.blocks {
+            if let Some(setting) = plan.get(path) {
+                keys[*block].push_str(&setting.scheme);
+                keys[*block].push(' ');
+            }
+        }
+        let (score, seen) = self.kl.measure(&model, &keys, tokens, keep_going)?;
+        let mut measured = Measurement::new(score);
+        measured.figures.insert("tokens".into(), seen as f64);
+        Ok(measured)
+    }
+
+    /// The sum of a proxy over the plan's projections.
+    fn proxy(&mut self, plan: &Plan, measure: Measure, tokens: u64) -> Result<Measurement> {
+        let length = self.windows[0].len() as u64;
+        let count = tokens.div_ceil(length).min(self.windows.len() as u64) as usize;
+        let windows = &self.windows[..count];
+        match measure {
+            Measure::Fisher if self.fisher.as_ref().is_none_or(|(known, _)| *known != count) => {
+                self.fisher = Some((count, Fisher::measure(self.variants.original(), windows)?));
+            }
+            Measure::ActivationError if self.moments.as_ref().is_none_or(|(known, _)| *known != count) => {
+                self.moments = Some((count, Moments::measure(self.variants.original(), windows)?));
+            }
+            _ => {}
+        }
+        let mut sum = 0.0;
+        for (path, setting) in plan.iter() {
+            let quantized = self.variants.projection(path, setting.scheme.parse()?)?;
+            let original = self.variants.projection(path, Scheme::Dense)?;
+            sum += match (measure, &self.fisher, &self.moments) {
+                (Measure::Fisher, Some((_, fisher)), _) => fisher.harm(path, &original, &quantized)?,
+                (Measure::ActivationError, _, Some((_, moments))) => {
+                    moments.relative_error(path, &original, &quantized)?
+                }
+                (other, ..) => return Err(unmeasurable(other)),
+            };
+        }
+        Ok(Measurement::new(sum))
+    }
+
+    fn tuned(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
+        let Some(fine_tune) = &self.fine_tune else { return Err(unmeasurable(Measure::Finetune)) };
+        let quantized = self.variants.model(request.plan)?;
+        let (plan, steps) = (request.plan, request.fidelity.amount);
+        let tuned =
+            fine_tune.run(self.variants.original(), quantized, plan, steps, request.seed, keep_going)?;
+        let mut measured = Measurement::new(tuned.loss);
+        measured.figures.insert("perplexity".into(), tuned.loss.exp());
+        measured.figures.insert("train_loss".into(), tuned.train_loss);
+        measured.figures.insert("steps".into(), tuned.steps as f64);
+        Ok(measured)
+    }
+}
+
+impl Objective for ModelObjective {
+    fn fingerprint(&self) -> String {
+        self.fingerprint.clone()
+    }
+
+    fn evaluate(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Evaluation {
+        let tokens = request.fidelity.amount;
+        let measured = match request.fidelity.measure {
+            Measure::Kl => self.kl(request.plan, tokens, keep_going),
+            Measure::Finetune => self.tuned(request, keep_going),
+            measure => self.proxy(request.plan, measure, tokens),
+        };
+        measured.map_err(Into::into)
+    }
+}
+
+fn unmeasurable(measure: Measure) -> Error {
+    let expected = "KL, activation error, Fisher, or a fine-tune where one is set";
+    Error::argument("fidelity.measure", expected, format!("{measure:?}"))
+}
+
+/// Slots and the blocks that they stand in.
+fn blocks_of(model: &kiln_models::AnyModel<QuantLinear>) -> Result<Vec<(String, usize)>> {
+    let (mut blocks, mut last) = (Vec::new(), None);
+    let mut index = 0;
+    model.for_each_slot(|path, _| {
+        let block = Granularity::Layer.unit(path).to_string();
+        if last.as_ref().is_some_and(|last| *last != block) {
+            index += 1;
+        }
+        last = Some(block);
+        blocks.push((path.to_string(), index));
+    });
+    let (found, expected) = (index + 1, model.num_blocks());
+    match found == expected {
+        true => Ok(blocks),
+        false => Err(Error::argument("model", format!("linears in {expected} blocks"), found)),
+    }
+}

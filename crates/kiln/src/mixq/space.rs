@@ -1,0 +1,215 @@
+//! From a model to its search space.
+
+use kiln_mixq_search::{
+    Choice, Cost, Granularity, MemoryAxis, MemoryModel, SearchSpace, Setting, Slot, SpaceBuilder, Unit,
+};
+use kiln_models::{
+    AnyModel, Slots,
+    config::{LayerShape, ModelConfig},
+};
+use kiln_pruning::{model_bytes, model_config};
+use kiln_quant_core::{PathPattern, Projection, QuantLinear, Scheme};
+use kiln_side_tuning::memory::{Method, Step, estimate};
+
+use super::{Error, Result};
+
+/// Bytes of an adapter's value at rest in training: itself and AdamW's two averages. Its gradient exists for a part of
+/// the step only and is in the estimate of what moves.
+const TRAINED_BYTES: u64 = 12;
+
+/// What a plan may choose.
+///
+/// | option | default | |
+/// | --- | --- | --- |
+/// | `schemes` | required | weight formats |
+/// | `granularity` | layer | projections that decide together |
+/// | `ranks` | not searched | ranks of the adapters |
+/// | `adapters` | not searched | `lora`, `dora` |
+/// | `frozen` | none | projections with a fixed scheme: of several patterns that match the first counts |
+/// | `training` | none | the training step whose memory counts on the axes but storage |
+/// | `axis` | storage | which memory is traded against quality |
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct Choices {
+    /// Weight formats.
+    pub schemes: Vec<Scheme>,
+    /// Projections that decide together.
+    pub granularity: Granularity,
+    /// Ranks of the adapters; empty leaves them to the training.
+    pub ranks: Vec<u32>,
+    /// Kinds of adapters; empty leaves them to the training.
+    pub adapters: Vec<String>,
+    /// Projections with a fixed scheme.
+    pub frozen: Vec<(PathPattern, Scheme)>,
+    /// The training step.
+    pub training: Option<TrainingShape>,
+    /// Which memory counts.
+    pub axis: MemoryAxis,
+}
+
+/// A LoRA training step on all linears of the blocks, for its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TrainingShape {
+    /// Rank of the adapters where it isn't searched.
+    pub rank: u32,
+    /// Rows, tokens and what is computed again.
+    pub step: Step,
+}
+
+impl Choices {
+    /// These formats for each layer, storage against quality.
+    pub fn new(schemes: impl IntoIterator<Item = Scheme>) -> Self {
+        Self {
+            schemes: schemes.into_iter().collect(),
+            granularity: Granularity::default(),
+            ranks: Vec::new(),
+            adapters: Vec::new(),
+            frozen: Vec::new(),
+            training: None,
+            axis: MemoryAxis::Storage,
+        }
+    }
+
+    /// The same with another granularity.
+    pub fn with_granularity(mut self, granularity: Granularity) -> Self {
+        self.granularity = granularity;
+        self
+    }
+
+    /// The same with a training step, and the axis that counts.
+    pub fn with_training(mut self, training: TrainingShape, axis: MemoryAxis) -> Self {
+        (self.training, self.axis) = (Some(training), axis);
+        self
+    }
+
+    fn check(&self) -> Result<()> {
+        if self.axis != MemoryAxis::Storage && self.training.is_none() {
+            let found = format!("none for the axis {:?}", self.axis);
+            return Err(Error::argument("Choices.training", "a training step", found));
+        }
+        if let Some(rank) = self.ranks.iter().find(|rank| **rank == 0) {
+            return Err(Error::argument("Choices.ranks", "at least 1", rank));
+        }
+        match self.adapters.iter().find(|kind| !["lora", "dora"].contains(&kind.as_str())) {
+            Some(kind) => Err(Error::argument("Choices.adapters", "lora or dora", kind)),
+            None => Ok(()),
+        }
+    }
+
+    fn frozen(&self, path: &str) -> Option<Scheme> {
+        self.frozen.iter().find(|(pattern, _)| pattern.matches(path)).map(|(_, scheme)| *scheme)
+    }
+
+    /// Bytes and trained values of a setting at a projection.
+    fn cost(&self, slot: &Slot, setting: &Setting) -> Result<Cost> {
+        let rank = setting.rank.or(self.training.map(|training| training.rank)).unwrap_or(0) as u64;
+        let magnitudes = if setting.adapter.as_deref() == Some("dora") { slot.d_output as u64 } else { 0 };
+        Ok(Cost {
+            storage: weight_bytes(setting.scheme.parse()?, slot.d_input, slot.d_output) as u64,
+            trained: rank * (slot.d_input + slot.d_output) as u64 + magnitudes,
+        })
+    }
+}
+
+fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
+    match scheme {
+        Scheme::Dense => 4 * d_input * d_output,
+        Scheme::Packed(scheme) => scheme.storage_bytes(d_input, d_output),
+    }
+}
+
+/// The space of a model: every linear of its blocks, with the bytes that each scheme takes as loaded; the bytes of
+/// everything else are the model's own. Sizes are the model's, so a pruned one is counted as it is.
+///
+/// Storage is [`StorageReport`](kiln_quant_core::StorageReport)'s: a plan's bytes are those of the checkpoint loaded
+/// with [`load_options`](super::load_options). The peak is that of
+/// [`kiln_side_tuning::memory`], whose activations hardly depend on the bits.
+///
+/// # Errors
+/// [`Error::Argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
+pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
+    choices.check()?;
+    let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
+    model.for_each_slot(|path, linear| {
+        let [d_input, d_output] = linear.shape();
+        weights += match linear {
+            QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
+            QuantLinear::Dense(_) => weight_bytes(Scheme::Dense, d_input, d_output),
+        };
+        let slot = Slot::new(path, d_input, d_output);
+        match choices.frozen(path) {
+            Some(scheme) => fixed_units.push((slot, scheme)),
+            None => open.push(slot),
+        }
+    });
+    let rest = model_bytes(model).saturating_sub(weights);
+    let memory = memory_model(&model_config(model), rest as u64, choices)?;
+    let mut units = if open.is_empty() { Vec::new() } else { open_units(open, &memory, choices)? };
+    for (slot, scheme) in fixed_units {
+        let setting = Setting::scheme(scheme.to_string());
+        let cost = choices.cost(&slot, &setting)?;
+        let (name, paths) = (slot.path.clone(), vec![slot.path]);
+        units.push(Unit { name, paths, choices: vec![Choice { setting, cost }] });
+    }
+    Ok(SearchSpace::new(units, memory)?)
+}
+
+fn open_units(slots: Vec<Slot>, memory: &MemoryModel, choices: &Choices) -> Result<Vec<Unit>> {
+    let builder = SpaceBuilder::new(slots)
+        .granularity(choices.granularity)
+        .schemes(choices.schemes.iter().map(Scheme::to_string));
+    let builder =
+        if choices.ranks.is_empty() { builder } else { builder.ranks(choices.ranks.iter().copied()) };
+    let builder = if choices.adapters.is_empty() {
+        builder
+    } else {
+        builder.adapters(choices.adapters.iter().cloned())
+    };
+    let space = builder.build(*memory, |slot, setting| {
+        choices.cost(slot, setting).map_err(|error| kiln_mixq_search::Error::Setting {
+            text: setting.to_string(),
+            reason: error.to_string(),
+        })
+    })?;
+    Ok(space.units().to_vec())
+}
+
+fn memory_model(config: &ModelConfig, fixed: u64, choices: &Choices) -> Result<MemoryModel> {
+    let memory = MemoryModel::new(fixed).with_axis(choices.axis);
+    let Some(training) = &choices.training else { return Ok(memory) };
+    // Where ranks are searched, the largest: what moves depends little on it.
+    let rank = choices.ranks.iter().copied().max().unwrap_or(training.rank);
+    let method = Method::Lora { rank: rank as usize };
+    let step = estimate(&averaged(config), 0, &method, &training.step)?;
+    let moving = (step.activations + step.transient).max(step.gradients + step.update);
+    Ok(memory.with_trained(0, TRAINED_BYTES).with_activations(moving as u64))
+}
+
+/// The same model with the blocks' mean widths, which the estimate of a step is linear in.
+fn averaged(config: &ModelConfig) -> ModelConfig {
+    let shapes: &[LayerShape] = match config {
+        ModelConfig::Llama(llama) => &llama.layer_shapes,
+        ModelConfig::Opt(opt) => &opt.layer_shapes,
+        _ => &[],
+    };
+    if shapes.is_empty() {
+        return config.clone();
+    }
+    let mean = |part: fn(&LayerShape) -> usize| shapes.iter().map(part).sum::<usize>().div_ceil(shapes.len());
+    let heads = mean(|shape| shape.num_attention_heads);
+    let inner = mean(|shape| shape.intermediate_size);
+    let mut config = config.clone();
+    match &mut config {
+        ModelConfig::Llama(llama) => {
+            llama.num_key_value_heads = mean(|shape| shape.num_key_value_heads);
+            (llama.num_attention_heads, llama.intermediate_size) = (heads, inner);
+            llama.layer_shapes.clear();
+        }
+        ModelConfig::Opt(opt) => {
+            (opt.num_attention_heads, opt.ffn_dim) = (heads, inner);
+            opt.layer_shapes.clear();
+        }
+        _ => {}
+    }
+    config
+}

@@ -1,0 +1,512 @@
+//! Searches over real models: bytes, scores, resuming, memory.
+
+use std::{collections::BTreeSet, sync::Arc};
+
+use burn::{
+    module::Param,
+    tensor::{Device, Tensor, TensorData},
+};
+use kiln::{
+    adapters::{PeftConfig, TargetModules},
+    calibration::{LoftqConfig, Method},
+    mixq::{
+        Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
+        load_options, peft, schemes, space_of,
+    },
+    mixq_search::{
+        Config, Divergence, Evaluation, Fidelity, Granularity, KeepGoing, KlMix, Measure, MemoryAxis,
+        Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
+    },
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
+    pruning::{
+        BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
+    },
+    quant::{Projection, QuantLinear, Scheme},
+    side_tuning::memory::{ProcessConstants, Step},
+    training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
+};
+use kiln_testkit::{assert_close, read, testdata};
+
+const EMBEDDED: &str = "models/tiny-llama";
+
+fn scheme(text: &str) -> Scheme {
+    text.parse().unwrap()
+}
+
+fn choices(schemes: &[&str]) -> Choices {
+    Choices::new(schemes.iter().map(|text| scheme(text)))
+}
+
+fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
+    let checkpoint = Checkpoint::open(testdata(path)).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    (checkpoint, model)
+}
+
+fn text(name: &str) -> Vec<u32> {
+    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
+    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+}
+
+fn windows(count: usize, length: usize) -> Vec<Vec<u32>> {
+    text("shift_test_moby").chunks_exact(length).take(count).map(<[u32]>::to_vec).collect()
+}
+
+/// Plans all over a space, the same each time.
+fn some_configs(space: &SearchSpace, count: usize) -> Vec<Config> {
+    let pick = |plan: usize, unit: usize| (plan * 7 + unit * (3 + plan) + unit * unit) % space.choices(unit);
+    let config = |plan| Config((0..space.units().len()).map(|unit| pick(plan, unit) as u8).collect());
+    (0..count).map(config).chain([space.lowest(), space.highest()]).collect()
+}
+
+#[test]
+fn predicted_bytes_are_the_loaded_models() {
+    // Tied and untied, with biases, and weights stored packed.
+    for path in [EMBEDDED, "tiny/llama-untied-gptq4-v1", "tiny/opt-f32"] {
+        let (checkpoint, model) = load(path);
+        let mut choices = choices(&["affine2:64", "affine3:32:f16", "nf4:64:double", "affine8:col", "dense"]);
+        choices.frozen = vec![(".*o(ut)?_proj".parse().unwrap(), scheme("affine4:64"))];
+        let space = space_of(&model, &choices).unwrap();
+        let mut variants = Variants::new(model);
+        for config in some_configs(&space, 6) {
+            let (plan, predicted) = (space.plan(&config), space.bytes(&config));
+            let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
+            assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
+            assert_eq!(model_bytes(&loaded) as u64, predicted);
+            let made = variants.model(&plan).unwrap();
+            assert_eq!(model_bytes(&made) as u64, predicted);
+            // The searched model is the loaded one, not only as large.
+            let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
+            let logits = |model: &AnyModel<QuantLinear>| {
+                read(
+                    model
+                        .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None)),
+                )
+            };
+            assert_eq!(logits(&made), logits(&loaded), "{path} {config:?}");
+        }
+    }
+}
+
+#[test]
+fn a_pruned_model_is_counted_by_its_own_shapes() {
+    let (checkpoint, model) = load(EMBEDDED);
+    let mut pruning = BlockPruning::new(Criterion::L2, 0.38);
+    pruning.round_to = 8;
+    let pruned = pruning.prune(model, None, &CutOptions::default()).unwrap();
+    let space = space_of(&pruned.model, &choices(&["affine2:64", "affine4:64", "dense"])).unwrap();
+    assert_eq!(space.bytes(&space.highest()), pruned.report.bytes_after as u64);
+    let folder = tempfile::tempdir().unwrap();
+    let record = PruningRecord::new(checkpoint.config().clone(), &pruning, &pruned.report).unwrap();
+    save_pruned(&pruned.model, &record, &checkpoint, &SaveFormat::AsIs, folder.path()).unwrap();
+    for config in some_configs(&space, 4) {
+        let options = load_options(&space.plan(&config)).unwrap();
+        let (_, report, _) = load_pruned(folder.path(), &options, &Device::flex()).unwrap();
+        assert_eq!(report.storage.total_bytes() as u64, space.bytes(&config), "{config:?}");
+    }
+}
+
+#[test]
+fn ranks_and_adapters_are_counted_and_attached() {
+    let (_, model) = load(EMBEDDED);
+    let step = Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256 };
+    let mut choices = choices(&["affine4:64"])
+        .with_granularity(Granularity::Kind)
+        .with_training(TrainingShape { rank: 4, step }, MemoryAxis::Static);
+    choices.ranks = vec![2, 6];
+    choices.adapters = vec!["lora".into(), "dora".into()];
+    let space = space_of(&model, &choices).unwrap();
+    assert_eq!(space.units()[0].choices.len(), 4);
+    let dataset = Arc::new(
+        Dataset::from_ids(text("shift_test_moby")[..256].to_vec(), &DataOptions::new(32, 2048)).unwrap(),
+    );
+    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    for choice in some_configs(&space, 2) {
+        let plan = space.plan(&choice);
+        let config = peft(&plan, &config);
+        let slots = model.slot_shapes();
+        let mut expected = 0;
+        for (path, [d_input, d_output]) in &slots {
+            let setting = plan.get(path).unwrap();
+            let dora = if setting.adapter.as_deref() == Some("dora") { *d_output } else { 0 };
+            expected += setting.rank.unwrap() as usize * (d_input + d_output) + dora;
+        }
+        let report = space.report(&choice);
+        assert_eq!(report.adapters, 12 * expected as u64);
+        assert!(report.peak > report.total && report.total == report.storage + report.adapters);
+        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots, 0).unwrap();
+        for (path, _) in &slots {
+            let target = attacher.targets().get(path).unwrap();
+            assert_eq!(target.r as u32, plan.get(path).unwrap().rank.unwrap(), "{path}");
+            assert_eq!(target.scaling, 2.0, "{path}");
+        }
+    }
+    let mut variants = Variants::new(model);
+    let tuning =
+        FineTune::new(dataset, text("shift_test_moby")[256..512].to_vec(), 32, trainer(), config).unwrap();
+    let plan = space.plan(&space.highest());
+    let quantized = variants.model(&plan).unwrap();
+    let tuned = tuning.run(variants.original(), quantized, &plan, 2, 0, &mut |_, _| true).unwrap();
+    assert!(tuned.loss.is_finite() && tuned.steps == 2);
+}
+
+fn direct_kl(
+    original: &AnyModel<QuantLinear>,
+    quantized: &AnyModel<QuantLinear>,
+    windows: &[Vec<u32>],
+) -> f64 {
+    let (mut sum, mut count) = (0.0, 0);
+    for window in windows {
+        let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+        let logits = |model: &AnyModel<QuantLinear>| {
+            read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
+        };
+        let (reference, found) = (logits(original), logits(quantized));
+        let vocabulary = original.vocab_size();
+        for (reference, found) in reference.chunks(vocabulary).zip(found.chunks(vocabulary)) {
+            sum += Divergence::Kl.between(reference, found).unwrap();
+            count += 1;
+        }
+    }
+    sum / f64::from(count)
+}
+
+#[test]
+fn kl_is_that_of_the_logits_and_caches_change_no_bit() {
+    let (_, model) = load(EMBEDDED);
+    let windows = windows(6, 48);
+    let space = space_of(&model, &choices(&["affine2:64", "affine4:64", "dense"])).unwrap();
+    let objective =
+        |options: KlOptions| ModelObjective::new(Variants::new(model.clone()), &windows, &options).unwrap();
+    let mut small = KlOptions::default();
+    small.batch_tokens = 96;
+    let mut cached = objective(small);
+    small.cache_bytes = 0;
+    let mut bare = objective(small);
+    let tokens = cached.tokens();
+    assert_eq!(tokens, 6 * 48);
+    let kl = |objective: &mut ModelObjective, config: &Config| {
+        objective.kl(&space.plan(config), tokens, &mut |_, _| true).unwrap().score
+    };
+    assert_eq!(kl(&mut cached, &space.highest()), 0.0, "the original itself");
+    let mut last = None;
+    for config in some_configs(&space, 5) {
+        let (with, without) = (kl(&mut cached, &config), kl(&mut bare, &config));
+        assert_eq!(with.to_bits(), without.to_bits(), "{config:?}");
+        let quantized = Variants::new(model.clone()).model(&space.plan(&config)).unwrap();
+        let expected = direct_kl(&model, &quantized, &windows);
+        assert!((with - expected).abs() <= 1e-4 * expected + 1e-7, "{config:?}: {with}, directly {expected}");
+        last = Some(with);
+    }
+    assert_eq!(last, Some(0.0));
+    assert!(kl(&mut cached, &space.lowest()) > 0.01);
+    // Fewer tokens, in whole batches; and heard on the way.
+    let mut heard = Vec::new();
+    let lowest = space.plan(&space.lowest());
+    let part = cached
+        .kl(&lowest, 100, &mut |tokens, kl| {
+            heard.push((tokens, kl));
+            true
+        })
+        .unwrap();
+    let expected = direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows[..4]);
+    assert_eq!(part.figures["tokens"], 192.0);
+    assert!((part.score - expected).abs() < 1e-4 * expected);
+    assert_eq!(heard.iter().map(|(tokens, _)| *tokens).collect::<Vec<_>>(), [96]);
+    let stopped = cached.kl(&lowest, tokens, &mut |_, _| false).unwrap();
+    assert_eq!((stopped.figures["tokens"], stopped.score), (96.0, heard[0].1));
+}
+
+/// An objective whose process is killed.
+struct Mortal<'a> {
+    objective: &'a mut ModelObjective,
+    evaluations: usize,
+    dies_after: usize,
+}
+
+impl Objective for Mortal<'_> {
+    fn fingerprint(&self) -> String {
+        self.objective.fingerprint()
+    }
+
+    fn evaluate(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Evaluation {
+        if self.evaluations == self.dies_after {
+            return Err("killed".into());
+        }
+        self.evaluations += 1;
+        self.objective.evaluate(request, keep_going)
+    }
+}
+
+#[test]
+fn a_killed_search_resumes_to_the_same_front() {
+    let (_, model) = load(EMBEDDED);
+    let space = space_of(&model, &choices(&["affine2:64", "affine3:64", "affine4:64"])).unwrap();
+    let mut objective =
+        ModelObjective::new(Variants::new(model.clone()), &windows(2, 48), &KlOptions::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let settings = SearchSettings::new(16, Fidelity::kl(96)).with_seed(3);
+    let mut run = |name: &str, dies_after: usize| -> (kiln::mixq_search::Result<Outcome>, usize) {
+        let fingerprint = objective.fingerprint();
+        let mut mortal = Mortal { objective: &mut objective, evaluations: 0, dies_after };
+        let mut log = TrialLog::open(folder.path().join(name), &space, &fingerprint).unwrap();
+        (search(&space, &mut mortal, &mut log, &KlMix::default(), &settings), mortal.evaluations)
+    };
+    let whole = run("whole", usize::MAX).0.unwrap();
+    assert!(whole.front.points.len() > 2);
+    for dies_after in BTreeSet::from([1, 9, whole.trials.len() - 1]) {
+        let name = format!("killed after {dies_after}");
+        let error = run(&name, dies_after).0.unwrap_err().to_string();
+        assert!(error.contains("killed"), "{error}");
+        let (resumed, evaluations) = run(&name, usize::MAX);
+        assert_eq!(resumed.unwrap().front, whole.front, "{name}");
+        assert_eq!(evaluations, whole.trials.len() - dies_after);
+    }
+    // A log is this model's only.
+    let other = Variants::new(Variants::new(model).model(&space.plan(&space.lowest())).unwrap());
+    let other = ModelObjective::new(other, &windows(2, 48), &KlOptions::default()).unwrap();
+    let error = TrialLog::open(folder.path().join("whole"), &space, &other.fingerprint()).unwrap_err();
+    assert!(error.to_string().contains("objective"), "{error}");
+}
+
+#[test]
+fn what_can_not_be_searched_says_why() {
+    let (_, model) = load(EMBEDDED);
+    let space = space_of(&model, &choices(&["affine2:64", "affine4:64"])).unwrap();
+    let mut objective =
+        ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default()).unwrap();
+    let mut try_search = |settings: &SearchSettings| {
+        let mut log = TrialLog::in_memory(&space);
+        search(&space, &mut objective, &mut log, &KlMix::default(), settings).unwrap_err().to_string()
+    };
+    let smallest = space.smallest();
+    let error = try_search(&SearchSettings::new(4, Fidelity::kl(32)).with_max_bytes(smallest - 1));
+    assert!(error.contains(&format!("smallest possible plan takes {smallest} bytes")), "{error}");
+    let error = try_search(&SearchSettings::new(4, Fidelity::kl(33)));
+    assert!(error.contains("1 to 32") && error.contains("33"), "{error}");
+    let error = try_search(&SearchSettings::new(4, Fidelity::finetune(1)));
+    assert!(error.contains("fidelity.measure") && error.contains("Finetune"), "{error}");
+
+    let fail = |choices: &Choices| space_of(&model, choices).unwrap_err().to_string();
+    assert!(fail(&choices(&[])).contains("at least one"));
+    let mut bad = choices(&["dense"]);
+    bad.axis = MemoryAxis::Peak;
+    assert!(fail(&bad).contains("Choices.training"));
+    bad = choices(&["dense"]);
+    bad.adapters = vec!["houlsby".into()];
+    assert!(fail(&bad).contains("houlsby"));
+
+    let plan: Plan = serde_json::from_str(r#"{"model.layers.0.self_attn.q_proj":"affine4:64"}"#).unwrap();
+    let error = Variants::new(model.clone()).model(&plan).unwrap_err().to_string();
+    assert!(error.contains("k_proj") && error.contains("none"), "{error}");
+    assert!(LogitKl::new(&model, &[], &KlOptions::default()).is_err());
+    for bad in [vec![1; 513], vec![2048, 1], vec![1]] {
+        assert!(LogitKl::new(&model, &[bad], &KlOptions::default()).is_err());
+    }
+    assert!(LogitKl::new(&model, &[vec![1, 2], vec![1, 2, 3]], &KlOptions::default()).is_err());
+    assert!(schemes(&serde_json::from_str(r#"{"a":"affine9:64"}"#).unwrap()).is_err());
+}
+
+#[test]
+fn output_errors_are_those_of_the_outputs() {
+    let (_, model) = load(EMBEDDED);
+    let windows = windows(2, 40);
+    let moments = Moments::measure(&model, &windows).unwrap();
+    let AnyModel::Llama(llama) = &model else { panic!("LLaMA") };
+    let mut variants = Variants::new(model.clone());
+    let path = "model.layers.0.self_attn.q_proj";
+    let original = variants.projection(path, Scheme::Dense).unwrap();
+    for name in ["affine2:64", "affine4:64"] {
+        let quantized = variants.projection(path, scheme(name)).unwrap();
+        let (mut error, mut signal) = (0.0, 0.0);
+        for window in &windows {
+            let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+            let x = model.embed(&model.context(&tokens, None));
+            let x = llama.model.layers[0].input_layernorm.forward(x);
+            let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
+            error += y.iter().zip(&found).map(|(y, found)| f64::from(y - found).powi(2)).sum::<f64>();
+            signal += y.iter().map(|y| f64::from(*y).powi(2)).sum::<f64>();
+        }
+        let found = moments.relative_error(path, &original, &quantized).unwrap();
+        assert!(
+            (found / (error / signal) - 1.0).abs() < 1e-3,
+            "{name}: {found}, directly {}",
+            error / signal
+        );
+    }
+    assert_eq!(moments.relative_error(path, &original, &original).unwrap(), 0.0);
+}
+
+#[test]
+fn fisher_weighs_errors_by_squared_gradients() {
+    let (_, model) = load(EMBEDDED);
+    let window = windows(1, 40);
+    let fisher = Fisher::measure(&model, &window).unwrap();
+    let path = "model.layers.1.mlp.down_proj";
+    let original = Variants::new(model.clone()).projection(path, Scheme::Dense).unwrap();
+    let [d_input, d_output] = original.shape();
+    let values = read(original.weight());
+    let moved = |index: usize, by: f32| {
+        let mut values = values.clone();
+        values[index] += by;
+        let QuantLinear::Dense(mut linear) = original.clone() else { panic!("dense") };
+        let weight = Tensor::<2>::from_data(TensorData::new(values, [d_input, d_output]), &Device::flex());
+        linear.weight = Param::from_tensor(weight);
+        QuantLinear::Dense(linear)
+    };
+    let loss = |slot: QuantLinear| {
+        let model = model.clone().try_map(|known, kept| {
+            Ok::<_, std::convert::Infallible>(if known == path { slot.clone() } else { kept })
+        });
+        let tokens = TokenBatch::new(&window).unwrap();
+        let ids: Vec<u32> = window[0][1..].iter().copied().chain([0]).collect();
+        let scored: Vec<bool> = (0..40).map(|place| place < 39).collect();
+        let nll = token_nll(&model.unwrap(), &tokens, Targets { ids: &ids, scored: &scored }).unwrap();
+        nll.into_iter().map(f64::from).sum::<f64>()
+    };
+    let step = 0.05;
+    let mut found = Vec::new();
+    let mut expected = Vec::new();
+    for index in [3 * d_output + 5, 100 * d_output + 17, 300 * d_output + 90] {
+        let slope = (loss(moved(index, step)) - loss(moved(index, -step))) / f64::from(2.0 * step);
+        expected.push(slope.abs() as f32);
+        let harm = fisher.harm(path, &original, &moved(index, step)).unwrap();
+        found.push((2.0 * 39.0 * harm).sqrt() as f32 / step);
+    }
+    // The slopes are finite differences.
+    assert_close("slopes", &found, &expected, 2e-2);
+    assert_eq!(fisher.harm(path, &original, &original).unwrap(), 0.0);
+}
+
+fn trainer() -> TrainerConfig {
+    let mut config = TrainerConfig::new(1, BatchOptions::new(2));
+    config.lr = 2e-3;
+    config
+}
+
+#[test]
+fn fine_tunes_repeat_improve_and_stop() {
+    let (_, model) = load(EMBEDDED);
+    let space = space_of(&model, &choices(&["affine2:64", "affine8:64"])).unwrap();
+    let ids = text("shift_test_moby");
+    let dataset =
+        Arc::new(Dataset::from_ids(ids[..4096].to_vec(), &DataOptions::new(64, model.vocab_size())).unwrap());
+    let mut lora = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    lora.lora_dropout = 0.05;
+    let tuning = FineTune::new(dataset, ids[8192..8704].to_vec(), 64, trainer(), lora).unwrap();
+    let objective = |tuning: &FineTune| {
+        ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default())
+            .unwrap()
+            .with_fine_tune(tuning.clone())
+    };
+    let mut plain = objective(&tuning);
+    let loftq = tuning.clone().with_start(Method::Loftq(LoftqConfig::default()), windows(1, 32));
+    let mut loftq = objective(&loftq);
+    assert_ne!(plain.fingerprint(), loftq.fingerprint());
+    let measure = |objective: &mut ModelObjective, config: &Config, steps: u64, seed: u64| {
+        let settings = SearchSettings::new(1, Fidelity::finetune(steps)).with_evaluation_seed(seed);
+        let mut log = TrialLog::in_memory(&space);
+        let one = kiln::mixq_search::search(&space, objective, &mut log, &One(config.clone()), &settings);
+        one.unwrap().trials[0].score.unwrap()
+    };
+    let (lowest, highest) = (space.lowest(), space.highest());
+    let few = measure(&mut plain, &lowest, 2, 0);
+    assert_eq!(few.to_bits(), measure(&mut plain, &lowest, 2, 0).to_bits());
+    assert_ne!(few, measure(&mut plain, &lowest, 2, 1));
+    let many = measure(&mut plain, &lowest, 12, 0);
+    assert!(many < few - 0.05, "{few} after 2 steps, {many} after 12");
+    assert!(measure(&mut plain, &highest, 2, 0) < few - 0.1);
+    let corrected = measure(&mut loftq, &lowest, 2, 0);
+    assert!(corrected < few, "LoftQ's start: {corrected}, LoRA's {few}");
+
+    let mut variants = Variants::new(model.clone());
+    let quantized = variants.model(&space.plan(&lowest)).unwrap();
+    let mut heard = Vec::new();
+    let tuned = tuning
+        .with_evaluations(2)
+        .run(&model, quantized, &space.plan(&lowest), 8, 0, &mut |steps, loss| {
+            heard.push((steps, loss));
+            steps < 4
+        })
+        .unwrap();
+    assert_eq!(heard.iter().map(|(steps, _)| *steps).collect::<Vec<_>>(), [2, 4]);
+    assert_eq!((tuned.steps, tuned.loss), heard[1]);
+}
+
+/// Measures one plan.
+struct One(Config);
+
+impl kiln::mixq_search::SearchMethod for One {
+    fn name(&self) -> &'static str {
+        "one"
+    }
+
+    fn run(&self, session: &mut kiln::mixq_search::Session<'_>) -> kiln::mixq_search::Result<()> {
+        session.evaluate(std::slice::from_ref(&self.0)).map(|_| ())
+    }
+}
+
+#[test]
+fn proxies_rank_bits() {
+    let (_, model) = load(EMBEDDED);
+    let space = space_of(&model, &choices(&["affine2:64", "affine4:64", "dense"])).unwrap();
+    let mut objective =
+        ModelObjective::new(Variants::new(model), &windows(2, 32), &KlOptions::default()).unwrap();
+    for measure in [Measure::ActivationError, Measure::Fisher] {
+        let mut log = TrialLog::in_memory(&space);
+        let settings = SearchSettings::new(3, Fidelity { measure, amount: 64 });
+        let method = kiln::mixq_search::Uniform;
+        let found = search(&space, &mut objective, &mut log, &method, &settings).unwrap();
+        let scores: Vec<f64> = found.front.points.iter().map(|point| point.score).collect();
+        assert_eq!(scores.len(), 3, "{measure:?}: {scores:?}");
+        assert!(scores[0] > 10.0 * scores[1] && scores[2] == 0.0, "{measure:?}: {scores:?}");
+    }
+}
+
+/// Peak resident memory of two LoRA steps on a plan's model, and the prediction.
+#[cfg(target_os = "linux")]
+fn training_peak() -> (f64, f64) {
+    let step = Step { batch: 4, seq_len: 512, recompute: Recompute::None, logit_rows: 256 };
+    let (checkpoint, model) = load(EMBEDDED);
+    let shape = TrainingShape { rank: 16, step };
+    let choices = choices(&["affine2:64", "affine4:64", "affine8:64"]).with_training(shape, MemoryAxis::Peak);
+    let space = space_of(&model, &choices).unwrap();
+    drop(model);
+    let config = some_configs(&space, 1)[0].clone();
+    let (plan, report) = (space.plan(&config), space.report(&config));
+    let constants = ProcessConstants::CPU;
+    let moving = (report.peak - report.total) as f64;
+    let predicted = constants.base + report.total as f64 + constants.slack * moving;
+    let (model, _) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
+    drop(checkpoint);
+    let config = peft(&plan, &PeftConfig::new(16, 16.0, TargetModules::AllLinear));
+    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let ids = (0..8192u32).map(|i| i * 31 % 2048).collect();
+    let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(512, 2048)).unwrap());
+    let mut trainer = Trainer::new(model, dataset, TrainerConfig::new(2, BatchOptions::new(4))).unwrap();
+    trainer.step().unwrap();
+    trainer.step().unwrap();
+    (kiln::eval::peak_rss_bytes().unwrap() as f64, predicted)
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn the_predicted_training_peak_is_measured() {
+    const TASK: &str = "KILN_MIXQ_PEAK_TASK";
+    let test = "mixq::the_predicted_training_peak_is_measured";
+    if std::env::var(TASK).is_ok() {
+        let (measured, predicted) = training_peak();
+        println!("PEAK {measured} {predicted}");
+        return;
+    }
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+        .env(TASK, "1")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    let line = text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
+    let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+    println!("measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
+    assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{figures:?}");
+}
