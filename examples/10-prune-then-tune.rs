@@ -1,6 +1,6 @@
 //! Prunes heads and MLP channels by several criteria and repairs each result by training LoRA adapters on it.
 //!
-//! Without arguments: the embedded model at three ratios, on held-out text of the kind that it was trained on, whose first
+//! Without arguments: the embedded model at one ratio, on held-out text of the kind that it was trained on, whose first
 //! part calibrates and repairs and whose last third is evaluated.
 
 use std::{
@@ -29,7 +29,7 @@ struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// Shares of heads and channels to remove from the inner blocks, separated by commas.
-    #[arg(long, value_delimiter = ',', default_value = "0.25,0.38,0.625")]
+    #[arg(long, value_delimiter = ',', default_value = "0.38")]
     ratio: Vec<f64>,
     /// What is measured, separated by commas: random, l1, l2, taylor_vector, taylor_first, taylor_second, taylor_mixed,
     /// wanda, flap_wifv, flap_ifv, flap_wifn. FLAP's also get its biases.
