@@ -15,6 +15,8 @@ const DIGITS: usize = 3;
 const WEIGHTS: [f32; DIGITS] = [65536.0, 256.0, 1.0];
 /// Longest block whose sums fit 32 bits at 8 bits a code: 255 * 128 * 2^15 < 2^31.
 const MAX_BLOCK: usize = 1 << 15;
+/// Rows of words that are fetched ahead.
+const AHEAD: usize = 6;
 /// Outputs of one vector.
 const LANES: usize = 16;
 
@@ -188,6 +190,8 @@ unsafe fn columns<const BITS: u32, const VECTORS: usize>(
             // SAFETY: `word` is one of the column's words, in a row of the tile; masked lanes aren't read.
             let words: [__m512i; VECTORS] = std::array::from_fn(|v| unsafe {
                 let at = tile.words.add(word * tile.word_stride + c + v * LANES);
+                // Rows lie pages apart, where the processor doesn't look ahead by itself; a prefetch may point anywhere.
+                _mm_prefetch::<_MM_HINT_T0>(at.wrapping_add(AHEAD * tile.word_stride).cast());
                 _mm512_maskz_loadu_epi32(mask, at.cast())
             });
             for part in 0..parts {

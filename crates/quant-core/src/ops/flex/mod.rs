@@ -27,8 +27,9 @@ use crate::{Value, packing::RUN};
 const TILE_INPUTS: usize = 256;
 /// Outputs of a tile: together 256 KiB, a quarter of a typical second-level cache.
 const TILE_OUTPUTS: usize = 256;
-/// Outputs of a task of the fused kernel, so that its sums stay in the first-level cache.
-const ROW_OUTPUTS: usize = 256;
+/// Words of codes up to which integer products of one row stay on one thread: they are done before another one has
+/// woken up and fetched its half into its own cache.
+const SERIAL_WORDS: usize = 1 << 15;
 
 /// A mutable pointer that tasks may share; each writes its own part.
 #[derive(Clone, Copy)]
@@ -157,24 +158,33 @@ impl<'a> View<'a> {
         let mut padded = x.to_vec();
         padded.resize(spec.d_input.next_multiple_of(RUN), 0.0);
         let sums: Vec<f32> = x.chunks(spec.inputs).map(|block| block.iter().sum()).collect();
-        let out = SharedMut(y.as_mut_ptr());
-        share(spec.d_output, ROW_OUTPUTS, |n| {
-            // SAFETY: parts are disjoint and lie inside `y`.
-            let y = unsafe { std::slice::from_raw_parts_mut(out.at(n.0), n.1 - n.0) };
+        // Each task takes some blocks of inputs, whose words lie one after the other, and has sums of its own.
+        let (blocks, threads) = (spec.d_input.div_ceil(spec.inputs), rayon::current_num_threads());
+        let step = blocks.div_ceil(threads);
+        let mut partial = vec![0.0; (blocks.div_ceil(step) - 1) * spec.d_output];
+        let (out, others) = (SharedMut(y.as_mut_ptr()), SharedMut(partial.as_mut_ptr()));
+        share(blocks, step, |(first, last)| {
+            let into =
+                if first == 0 { out } else { SharedMut(others.at((first / step - 1) * spec.d_output)) };
+            // SAFETY: the first part is `y`, the others are rows of `partial`, one for each task.
+            let y = unsafe { std::slice::from_raw_parts_mut(into.at(0), spec.d_output) };
             y.fill(0.0);
+            let k = (first * spec.inputs, spec.d_input.min(last * spec.inputs));
             SCRATCH.with_borrow_mut(|[raw, scratch @ ..]| {
                 if raw.len() < y.len() {
                     raw.resize(y.len(), 0.0);
                 }
-                self.tile((0, spec.d_input), n, scratch, |tile| {
-                    // SAFETY: parts were checked in `new`; `padded` holds whole runs, `sums` every block, `y` and
-                    // `raw` the tile's columns; the caller made sure of `whole_runs`.
-                    unsafe {
-                        row_times(tile, padded.as_ptr(), sums.as_ptr(), y.as_mut_ptr(), raw.as_mut_ptr());
-                    }
+                self.tile(k, (0, spec.d_output), scratch, |tile| {
+                    let (x, sums) = (padded[k.0..].as_ptr(), sums[first..].as_ptr());
+                    // SAFETY: parts were checked in `new`; `padded` holds whole runs from the tile's first input on,
+                    // `sums` its blocks, `y` and `raw` its columns; the caller made sure of `whole_runs`.
+                    unsafe { row_times(tile, x, sums, y.as_mut_ptr(), raw.as_mut_ptr()) }
                 });
             });
         });
+        for part in partial.chunks_exact(spec.d_output) {
+            y.iter_mut().zip(part).for_each(|(y, part)| *y += part);
+        }
     }
 
     /// [`Self::row_forward`] by integer products, where processor, codes and values allow it.
@@ -196,7 +206,11 @@ impl<'a> View<'a> {
                 });
             });
         };
-        share(spec.d_output, ROW_OUTPUTS, part);
+        if self.codes.len() <= SERIAL_WORDS {
+            part((0, spec.d_output));
+        } else {
+            share(spec.d_output, row_part(spec.d_output), part);
+        }
         true
     }
 
@@ -333,6 +347,11 @@ fn spans(size: usize, step: usize) -> impl IndexedParallelIterator<Item = (usize
     let parts = size.div_ceil(step).next_multiple_of(rayon::current_num_threads());
     let step = size.div_ceil(parts).next_multiple_of(RUN);
     (0..size.div_ceil(step)).into_par_iter().map(move |i| (i * step, size.min((i + 1) * step)))
+}
+
+/// Outputs of a task of one row: a part for each thread, in whole vectors.
+fn row_part(d_output: usize) -> usize {
+    d_output.div_ceil(rayon::current_num_threads()).next_multiple_of(64)
 }
 
 /// Runs `f` on `0..size` in parts of `step`, on this thread and the pool's: for work so short that waking another
