@@ -29,7 +29,7 @@ const TILE_INPUTS: usize = 256;
 const TILE_OUTPUTS: usize = 256;
 /// Words of codes up to which integer products of one row stay on one thread: they are done before another one has
 /// woken up and fetched its half into its own cache.
-const SERIAL_WORDS: usize = 1 << 15;
+const SERIAL_WORDS: usize = 1 << 17;
 
 /// A mutable pointer that tasks may share; each writes its own part.
 #[derive(Clone, Copy)]
