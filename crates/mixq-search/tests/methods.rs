@@ -89,7 +89,7 @@ fn same_seed_same_trials_other_seed_other_trials() {
 }
 
 #[test]
-fn every_method_respects_the_limit_and_measures_nothing_twice() {
+fn every_front_respects_the_limit_and_nothing_is_measured_twice() {
     let space = space(5);
     let limit = space.smallest() + (space.largest() - space.smallest()) / 4;
     for name in METHODS {

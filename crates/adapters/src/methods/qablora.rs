@@ -9,7 +9,7 @@ use crate::{Geometry, Pooling};
 ///
 /// The paper's text and code for it could not be read; this is the form that its abstract describes. It lies between
 /// the others: q = 1 is QA-LoRA, p = q = λ with ρ = λr is Q-BaRA, and QA-HiRA has H in place of A · B. Without a `rank`,
-/// ρ is the largest one with no more trained values than LoRA of rank r: r (in + out) / (in / p + out / q).
+/// ρ is the largest one with no more trained values than LoRA of rank r, and at least 1: r (in + out) / (in / p + out / q).
 ///
 /// Before training A is uniform within one over the root of `d_input / p`, B zero. Merges as [`QaHira`](super::QaHira).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
