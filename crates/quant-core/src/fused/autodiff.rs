@@ -17,7 +17,7 @@ use burn::tensor::DType;
 use super::{
     AttentionSpec, FusedOps, attention,
     flex::{
-        cross_entropy_rows, into_values, rms_norm_backward, rows_of, shape_of, swiglu_backward, targets_of,
+        cross_entropy_rows, rms_norm_backward, rows_of, shape_of, swiglu_backward, targets_of, values_mut,
     },
     groups,
 };
@@ -68,11 +68,11 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
         backward!(Swiglu, 2, (FlexTensor, FlexTensor), |parents, (gate, up), dy, grads| {
             let shape = shape_of(&gate);
-            let (gate, up, mut dy) = (contiguous(gate), contiguous(up), into_values(dy));
-            let d_up = swiglu_backward(floats(&gate), floats(&up), &mut dy);
-            for (node, values) in parents.into_iter().zip([dy, d_up]) {
+            let (gate, up, mut d_gate) = (contiguous(gate), contiguous(up), contiguous(dy));
+            let d_up = swiglu_backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
+            for (node, gradient) in parents.into_iter().zip([d_gate, tensor(d_up, shape, DType::F32)]) {
                 if let Some(node) = node {
-                    grads.register::<Flex>(node.id, tensor(values, shape.clone(), DType::F32));
+                    grads.register::<Flex>(node.id, gradient);
                 }
             }
         });
@@ -141,24 +141,23 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
         backward!(CrossEntropy, 1, FlexTensor, |parents, gradient, dy, grads| {
             let [node] = parents;
-            let ([rows, classes], dy) = (rows_of(&gradient), contiguous(dy));
-            let mut values = into_values(gradient);
-            for (row, dy) in values.chunks_exact_mut(classes).zip(floats(&dy)) {
+            let ([_, classes], dy, mut gradient) = (rows_of(&gradient), contiguous(dy), gradient);
+            for (row, dy) in values_mut(&mut gradient).chunks_exact_mut(classes).zip(floats(&dy)) {
                 // The usual loss is a plain sum.
                 if *dy != 1.0 {
                     row.iter_mut().for_each(|x| *x *= dy);
                 }
             }
             if let Some(node) = node {
-                grads.register::<Flex>(node.id, tensor(values, [rows, classes], DType::F32));
+                grads.register::<Flex>(node.id, gradient);
             }
         });
         let [rows, classes] = rows_of(logits.primitive());
         match CrossEntropy.prepare::<C>([logits.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let mut values = into_values(logits.into_primitive());
-                let nll = cross_entropy_rows(&mut values, &targets_of(&targets), classes);
-                prep.finish(tensor(values, [rows, classes], DType::F32), tensor(nll, [rows], DType::F32))
+                let mut logits = contiguous(logits.into_primitive());
+                let nll = cross_entropy_rows(values_mut(&mut logits), &targets_of(&targets), classes);
+                prep.finish(logits, tensor(nll, [rows], DType::F32))
             }
             OpsKind::UnTracked(prep) => prep.finish(Flex::cross_entropy(logits.into_primitive(), targets)),
         }

@@ -24,10 +24,9 @@ pub(super) fn rows_of(x: &FlexTensor) -> [usize; 2] {
     [shape.num_elements() / width.max(1), width]
 }
 
-/// The values of a tensor as a vector of its own: moved where nobody else holds them.
-pub(super) fn into_values(x: FlexTensor) -> Vec<f32> {
-    let x = contiguous(x);
-    x.into_data().try_into_vec().expect("f32 values")
+/// The values of a tensor made by [`contiguous`], to be written: copied first where somebody else holds them.
+pub(super) fn values_mut(x: &mut FlexTensor) -> &mut [f32] {
+    x.storage_mut()
 }
 
 pub(super) fn shape_of(x: &FlexTensor) -> Shape {
@@ -177,10 +176,8 @@ impl FusedOps for Flex {
     }
 
     fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        let shape = shape_of(&gate);
-        let up = contiguous(up);
-        let mut y = into_values(gate);
-        let up = floats(&up);
+        let (mut out, up) = (contiguous(gate), contiguous(up));
+        let (y, up) = (values_mut(&mut out), floats(&up));
         assert_eq!(up.len(), y.len(), "swiglu: gate and up");
         let size = 1 << 14;
         y.par_chunks_mut(size).zip(up.par_chunks(size)).for_each(|(y, up)| {
@@ -190,7 +187,7 @@ impl FusedOps for Flex {
                 }
             });
         });
-        tensor(y, shape, DType::F32)
+        out
     }
 
     fn rotate(
@@ -204,9 +201,9 @@ impl FusedOps for Flex {
         let (cos, sin) = (contiguous(cos), contiguous(sin));
         let (cos, sin) = (floats(&cos), floats(&sin));
         assert_eq!([cos.len(), sin.len()], [shape[0] * shape[1] * half; 2], "rotate: tables for {shape:?}");
-        let mut x = into_values(x);
-        rotate_rows(&mut x, cos, sin, sign, heads, half);
-        tensor(x, shape, DType::F32)
+        let mut x = contiguous(x);
+        rotate_rows(values_mut(&mut x), cos, sin, sign, heads, half);
+        x
     }
 
     fn attention(
@@ -219,8 +216,8 @@ impl FusedOps for Flex {
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        let [rows, classes] = rows_of(&logits);
-        let nll = cross_entropy_rows(&mut into_values(logits), &targets_of(&targets), classes);
+        let ([rows, classes], mut logits) = (rows_of(&logits), contiguous(logits));
+        let nll = cross_entropy_rows(values_mut(&mut logits), &targets_of(&targets), classes);
         tensor(nll, [rows], DType::F32)
     }
 
@@ -230,7 +227,8 @@ impl FusedOps for Flex {
         let (a, b) = (contiguous(a), contiguous(b));
         let (a, b) = (floats(&a), floats(&b));
         assert_eq!([a.len(), b.len()], [rows * inner, inner * columns], "add_matmul: sizes beside {shape:?}");
-        let mut y = into_values(y);
+        let mut out = contiguous(y);
+        let y = values_mut(&mut out);
         let step = rows.div_ceil(rayon::current_num_threads()).max(1);
         y.par_chunks_mut(step * columns).zip(a.par_chunks(step * inner)).for_each(|(y, a)| {
             let sizes = [y.len() / columns, columns, inner];
@@ -246,7 +244,7 @@ impl FusedOps for Flex {
                 );
             }
         });
-        tensor(y, shape, DType::F32)
+        out
     }
 
     fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self> {
@@ -255,9 +253,8 @@ impl FusedOps for Flex {
     }
 
     fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self> {
-        let (shape, update) = (shape_of(&y), contiguous(update));
-        let mut y = into_values(y);
-        groups::add_repeated(&mut y, floats(&update), times);
-        tensor(y, shape, DType::F32)
+        let (mut y, update) = (contiguous(y), contiguous(update));
+        groups::add_repeated(values_mut(&mut y), floats(&update), times);
+        y
     }
 }
