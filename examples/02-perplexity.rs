@@ -43,7 +43,7 @@ fn main() -> Result<()> {
         (Some(path), None) => read_u16le(path)?,
         _ => read_u16le(&testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le"))?,
     };
-    let model = options.model.load_adapted(&checkpoint)?;
+    let (model, _) = options.model.load_adapted(&checkpoint)?;
     let start = Instant::now();
     let mut protocol = WindowedPerplexity::new(options.window).with_batch(options.batch);
     if let Some(most) = options.max_windows {

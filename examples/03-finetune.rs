@@ -24,7 +24,7 @@ use kiln::{
         StepReport, Trainer, TrainerConfig,
     },
 };
-use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, read_ids, testdata, write_json};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Method {
@@ -211,15 +211,7 @@ fn has_extension(path: &Path, extension: &str) -> bool {
 
 /// Held-out ids.
 fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    match path {
-        None => read_u16le(&testdata("models/tiny-llama/text/shift_test_moby.u16le")),
-        Some(path) if has_extension(path, "u16le") => read_u16le(path),
-        Some(path) => {
-            let text =
-                std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
-            Ok(tokenizer.encode(&text, false)?)
-        }
-    }
+    read_ids(path.unwrap_or(&testdata("models/tiny-llama/text/shift_test_moby.u16le")), tokenizer)
 }
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<kiln::eval::Perplexity> {

@@ -44,7 +44,7 @@ fn main() -> Result<()> {
     } else {
         tokenizer.encode(&options.prompt, true)?
     };
-    let model = options.model.load_adapted(&checkpoint)?;
+    let (model, _) = options.model.load_adapted(&checkpoint)?;
     let mut generation = GenerateOptions::new(options.max_new_tokens)
         .with_temperature(options.temperature)
         .with_seed(options.seed)

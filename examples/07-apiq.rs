@@ -27,7 +27,7 @@ use kiln::{
         Trainer, TrainerConfig,
     },
 };
-use kiln_examples::{ModelArgs, Result, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, read_ids, testdata, write_json};
 use plotters::prelude::*;
 use serde::Serialize;
 
@@ -75,7 +75,7 @@ struct Options {
     group: usize,
     #[arg(long, default_value_t = 16)]
     rank: usize,
-    /// Text for evaluation; the embedded model's shifted test text if left out.
+    /// Text for evaluation, .txt or .u16le; the embedded model's shifted test text if left out.
     #[arg(long)]
     eval: Option<PathBuf>,
     /// Another text, for calibration and fine-tuning; the embedded model's shifted training text if left out.
@@ -179,10 +179,6 @@ struct Row {
     seconds: f64,
     /// The process's peak so far: run methods one by one to compare them.
     peak_rss_bytes: Option<u64>,
-}
-
-fn read(path: &Path) -> Result<String> {
-    std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()).into())
 }
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
@@ -321,10 +317,10 @@ fn main() -> Result<()> {
     let text = |path: &Option<PathBuf>, embedded: &str| path.clone().unwrap_or_else(|| testdata(embedded));
     let calibration = text(&options.calibration, "models/tiny-llama/text/shift_train_moby.txt");
     let eval = text(&options.eval, "models/tiny-llama/text/shift_test_moby.txt");
-    let ids = tokenizer.encode(&read(&calibration)?, false)?;
+    let ids = read_ids(&calibration, &tokenizer)?;
     let count = options.budget(options.windows, 16, 32);
     let windows = random_windows(&ids, options.length(), count, options.seed)?;
-    let held_out = tokenizer.encode(&read(&eval)?, false)?;
+    let held_out = read_ids(&eval, &tokenizer)?;
     println!("original: perplexity {:.2}", perplexity(&original, &held_out, options.length())?);
     let methods = options.methods.clone();
     let study = Study { options: &options, checkpoint, tokenizer, original, calibration, windows, held_out };

@@ -119,7 +119,7 @@ fn main() -> Result<()> {
     let tasks = options.tasks(&evaluation)?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
-    let model = options.model.load_adapted(&checkpoint)?;
+    let (model, loaded) = options.model.load_adapted(&checkpoint)?;
     let mut scorer = ModelScorer::new(&model, &tokenizer)?.with_batch(options.batch)?;
     if let Some(max_length) = options.max_length {
         scorer = scorer.with_max_length(max_length)?;
@@ -149,6 +149,7 @@ fn main() -> Result<()> {
             "peak_rss_bytes": usage.peak_rss_bytes,
             "energy_joules": usage.energy_joules,
             "model_disk_bytes": disk_bytes(checkpoint.path())?,
+            "model_memory_bytes": loaded.storage.total_bytes(),
             "report": report,
         }),
     )

@@ -21,7 +21,7 @@ use kiln::{
     quant::QuantLinear,
     training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, split_ids, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -80,21 +80,6 @@ fn name(criterion: Criterion) -> Result<String> {
     Ok(name.as_str().unwrap_or_default().to_string())
 }
 
-/// Token ids to calibrate and repair on, and others to evaluate on.
-fn split_text(options: &Options, checkpoint: &Checkpoint) -> Result<(Vec<u32>, Vec<u32>)> {
-    let default = testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le");
-    let path = options.data.as_deref().unwrap_or(&default);
-    let mut ids = match path.extension().is_some_and(|extension| extension == "u16le") {
-        true => read_u16le(path)?,
-        false => {
-            let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            checkpoint.tokenizer()?.encode(&text, false)?
-        }
-    };
-    let held_out = ids.split_off(ids.len() * 2 / 3);
-    Ok((ids, held_out))
-}
-
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
     let found =
         WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?;
@@ -134,7 +119,7 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
-    let (train, held_out) = split_text(&options, &checkpoint)?;
+    let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
     let calibration = Calibration::sample(&train, options.windows, options.window_length, options.seed)?;
     let dense = perplexity(&model, &held_out, options.seq_len)?;
     println!("dense: perplexity {dense:.2}");

@@ -23,12 +23,12 @@ use kiln::{
         Config, Fidelity, Front, FrontPoint, Granularity, Halving, METHODS, Objective, Outcome, SearchMethod,
         SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, Recompute},
+    models::{AnyModel, CausalLm, Recompute},
     pruning::{BlockPruning, Calibration, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, ScheduleKind, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, split_ids, write_json};
 use serde::Serialize;
 use serde_json::json;
 
@@ -194,21 +194,6 @@ impl Options {
             }
         }
     }
-}
-
-/// Token ids: the first two thirds prune, search and tune, the rest only evaluates.
-fn split_text(options: &Options, checkpoint: &Checkpoint) -> Result<(Vec<u32>, Vec<u32>)> {
-    let default = testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le");
-    let path = options.data.as_deref().unwrap_or(&default);
-    let mut ids = match path.extension().is_some_and(|extension| extension == "u16le") {
-        true => read_u16le(path)?,
-        false => {
-            let text = std::fs::read_to_string(path).map_err(|e| format!("{}: {e}", path.display()))?;
-            checkpoint.tokenizer()?.encode(&text, false)?
-        }
-    };
-    let held_out = ids.split_off(ids.len() * 2 / 3);
-    Ok((ids, held_out))
 }
 
 /// The first windows of a text.
@@ -439,7 +424,7 @@ fn main() -> Result<()> {
     let options = Options::parse();
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
-    let (train, held_out) = split_text(&options, &checkpoint)?;
+    let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
     let model = prune(model, &options, &train)?;
     let space = space_of(&model, &options.choices()?)?;
     let plans = space.size().map_or("more than 2^128".into(), |size| size.to_string());

@@ -62,7 +62,7 @@ fn main() -> Result<()> {
             TokenBatch::new(&[checkpoint.tokenizer()?.encode("The President shall have power to", true)?])?
         }
     };
-    let model = options.model.load_adapted(&checkpoint)?;
+    let (model, _) = options.model.load_adapted(&checkpoint)?;
     if let Some(id) = tokens.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
         return Err(format!("input_ids: expected ids below {}, found {id}", model.vocab_size()).into());
     }

@@ -23,7 +23,7 @@ STEPS, BATCH, LENGTH = 60, 2, 256
 
 # Options of a method beside the rank. Pooling by sums and alpha = rank * GROUP for the mean of QA-HiRA make a step move
 # the weights about as far as LoRA's; learning rates are the best of LEARNING_RATES on the embedded model at 4 bits with a
-# seed of their own.
+# seed of their own. SmolLM2 takes the same ones times the best of FACTORS, by short runs of two methods.
 METHODS = {
     "lora": ["--method", "lora"],
     "qbara": ["--method", "qbara", "--lambda", "2"],
@@ -31,6 +31,8 @@ METHODS = {
     "qahira": ["--method", "qahira", "--pool", str(GROUP), "--repeat", "1"],
 }
 LEARNING_RATES = [3e-3, 1e-2, 3e-2]
+FACTORS = [0.03, 0.1, 0.3]
+FACTOR_METHODS, FACTOR_STEPS = ["lora", "qahira"], 20
 TUNING_SEED = 1000
 # Ranks at which the numbers of trained parameters come closest (QA-HiRA has none: the rank only scales it).
 RANKS = {
@@ -52,12 +54,12 @@ def read_log(path):
 
 
 def key(run):
-    return (run["model"], run["bits"], run["method"], run["seed"], run["lr"])
+    return (run["model"], run["bits"], run["method"], run["seed"], run["lr"], run["steps"])
 
 
-def fine_tune(options, model, bits, method, seed, lr):
+def fine_tune(options, model, bits, method, seed, lr, steps=STEPS):
     """One run, unless the log has it; returns its line."""
-    wanted = {"model": model, "bits": bits, "method": method, "seed": seed, "lr": lr}
+    wanted = {"model": model, "bits": bits, "method": method, "seed": seed, "lr": lr, "steps": steps}
     for run in read_log(options.log):
         if key(run) == key(wanted):
             return run
@@ -67,7 +69,7 @@ def fine_tune(options, model, bits, method, seed, lr):
         figures = pathlib.Path(folder) / "figures.json"
         command = [options.program, *METHODS[method], "--scheme", f"affine{bits}:{GROUP}"]
         command += ["--rank", str(rank), "--alpha", str(alpha), "--lr", str(lr), "--seed", str(seed)]
-        command += ["--steps", str(STEPS), "--batch", str(BATCH), "--seq-len", str(LENGTH)]
+        command += ["--steps", str(steps), "--batch", str(BATCH), "--seq-len", str(LENGTH)]
         command += ["--schedule", "linear", "--warmup", "5", "--clip", "1"]
         command += ["--data", TEXT / "shift_train_moby.txt", "--out", folder, "--json", figures]
         if model == "smollm2":
@@ -99,6 +101,15 @@ def tuned(options, method):
     return min(runs, key=lambda run: run["loss_after"])["lr"]
 
 
+def factor(options, rates):
+    """What to multiply the embedded model's learning rates with for SmolLM2."""
+    def loss(factor):
+        runs = (fine_tune(options, "smollm2", 4, method, TUNING_SEED, factor * rates[method], FACTOR_STEPS)
+                for method in FACTOR_METHODS)
+        return sum(run["loss_after"] for run in runs)
+    return min(FACTORS, key=loss)
+
+
 def table(options):
     runs = [run for run in read_log(options.log) if run["seed"] != TUNING_SEED]
     print("| model | method | learning rate | trained parameters | 4 bits | 3 bits | 2 bits |")
@@ -114,7 +125,7 @@ def table(options):
                 spread = f" ± {statistics.stdev(losses):.4f}" if len(losses) > 1 else ""
                 cells.append(f"{statistics.mean(losses):.4f}{spread}" if losses else "")
             parameters = mine[0]["trainable_parameters"]
-            print(f"| {model} | {method} | {mine[0]['lr']:g} | {parameters:,} | {' | '.join(cells)} |")
+            print(f"| {model} | {method} | {mine[0]['lr']:.1g} | {parameters:,} | {' | '.join(cells)} |")
         for bits in (4, 3, 2):
             before = [run["loss_before"] for run in runs if (run["model"], run["bits"]) == (model, bits)]
             if before:
@@ -135,9 +146,10 @@ def main():
                 for method in METHODS:
                     fine_tune(options, "tiny-llama", bits, method, seed, rates[method])
         if options.smollm2:
+            scale = factor(options, rates)
             for bits in (2, 3, 4):
                 for method in METHODS:
-                    fine_tune(options, "smollm2", bits, method, 0, rates[method])
+                    fine_tune(options, "smollm2", bits, method, 0, scale * rates[method])
     table(options)
 
 

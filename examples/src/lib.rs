@@ -8,7 +8,7 @@ use std::{
 use clap::{Args, ValueEnum};
 use kiln::{
     AdaptedModel,
-    models::{AnyModel, Checkpoint, LoadOptions, LoadReport},
+    models::{AnyModel, Checkpoint, LoadOptions, LoadReport, Tokenizer},
     quant::{Plan, QuantLinear, Scheme},
 };
 
@@ -98,13 +98,14 @@ impl ModelArgs {
     ///
     /// # Errors
     /// Whatever the files refuse.
-    pub fn load_adapted(&self, checkpoint: &Checkpoint) -> Result<AdaptedModel> {
+    pub fn load_adapted(&self, checkpoint: &Checkpoint) -> Result<(AdaptedModel, LoadReport)> {
         use kiln::{adapters::Adapted, models::Slots};
-        let (model, _) = self.load(checkpoint)?;
-        Ok(match &self.adapter {
+        let (model, report) = self.load(checkpoint)?;
+        let model = match &self.adapter {
             Some(folder) => kiln::load_adapters(model, folder, 0)?.0,
             None => model.try_map(|_, base| Ok::<_, std::convert::Infallible>(Adapted::new(base, None)))?,
-        })
+        };
+        Ok((model, report))
     }
 }
 
@@ -132,6 +133,30 @@ pub fn read_u16le(path: &Path) -> Result<Vec<u32>> {
         );
     }
     Ok(bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect())
+}
+
+/// Token ids of a .u16le file, or of any other file's text.
+///
+/// # Errors
+/// The operating system's refusal, or a text that is not UTF-8.
+pub fn read_ids(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
+    if path.extension().is_some_and(|extension| extension == "u16le") {
+        return read_u16le(path);
+    }
+    let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
+    Ok(tokenizer.encode(&text, false)?)
+}
+
+/// The first two thirds of a text's ids, to learn from, and the rest, to evaluate on; held-out text of the embedded
+/// model if left out.
+///
+/// # Errors
+/// Those of [`read_ids`].
+pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>, Vec<u32>)> {
+    let default = testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le");
+    let mut ids = read_ids(data.unwrap_or(&default), tokenizer)?;
+    let held_out = ids.split_off(ids.len() * 2 / 3);
+    Ok((ids, held_out))
 }
 
 /// Values of all parameters that require gradients.

@@ -6,10 +6,8 @@ use burn::{
 };
 
 use crate::{
-    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales,
-    dynamic_map::DYNAMIC_MAP,
+    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, fused,
     ops::{self, PackedSpec},
-    scheme::DOUBLE_BLOCK,
 };
 
 /// A packed weight as a Burn module: recorded, moved between devices, never trained.
@@ -141,22 +139,8 @@ impl PackedTensor {
         let (Some(codes), Some(offset)) = (&self.scale_codes, &self.scale_offset) else {
             return self.scales.val();
         };
-        let [rows, columns] = self.scheme.scale_shape(self.size[0], self.size[1]);
-        let (count, codes) = (rows * columns, codes.val());
-        let device = self.scales.val().device();
-        let bytes: Vec<Tensor<2, Int>> = (0..4)
-            .map(|byte| {
-                codes.clone().bitwise_right_shift_scalar(8 * byte).bitwise_and_scalar(255).unsqueeze_dim(1)
-            })
-            .collect();
-        let ids = Tensor::cat(bytes, 1).cast(burn::tensor::IntDType::I32);
-        let ids = ids.clone().reshape([ids.shape().num_elements()]).narrow(0, 0, count);
-        let nested = self.scales.val();
-        let blocks = nested.dims()[1];
-        let nested = nested.reshape([blocks, 1]).expand([blocks, DOUBLE_BLOCK]);
-        let nested = nested.reshape([blocks * DOUBLE_BLOCK]).narrow(0, 0, count);
-        let scales = Tensor::<1>::from_floats(DYNAMIC_MAP, &device).select(0, ids) * nested + offset.val();
-        scales.reshape([columns, rows]).transpose()
+        let shape = self.scheme.scale_shape(self.size[0], self.size[1]);
+        fused::double_scales(codes.val(), self.scales.val(), offset.val(), shape)
     }
 
     fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {

@@ -222,4 +222,15 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
             OpsKind::UnTracked(prep) => prep.finish(sum),
         }
     }
+
+    fn double_scales(
+        codes: IntTensor<Self>,
+        nested: FloatTensor<Self>,
+        offset: FloatTensor<Self>,
+        shape: [usize; 2],
+    ) -> FloatTensor<Self> {
+        // Constants: nothing to track.
+        let scales = Flex::double_scales(codes, nested.into_primitive(), offset.into_primitive(), shape);
+        FloatTensor::<Self>::new(scales)
+    }
 }

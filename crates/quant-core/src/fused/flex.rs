@@ -11,8 +11,9 @@ use super::{AttentionSpec, FusedOps, attention, groups};
 use crate::ops::flex::{
     Matrix, contiguous, floats, matmul,
     simd::{exp, vectorize},
-    tensor,
+    tensor, words,
 };
+use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// Rows of a task.
 pub(super) const ROWS: usize = 32;
@@ -256,5 +257,25 @@ impl FusedOps for Flex {
         let (mut y, update) = (contiguous(y), contiguous(update));
         groups::add_repeated(values_mut(&mut y), floats(&update), times);
         y
+    }
+
+    fn double_scales(
+        codes: IntTensor<Self>,
+        nested: FloatTensor<Self>,
+        offset: FloatTensor<Self>,
+        [rows, columns]: [usize; 2],
+    ) -> FloatTensor<Self> {
+        let (codes, nested, offset) = (codes.to_contiguous(), contiguous(nested), contiguous(offset));
+        let (codes, nested, offset) = (words(&codes), floats(&nested), floats(&offset)[0]);
+        let mut scales = vec![0.0; rows * columns];
+        for column in 0..columns {
+            for row in 0..rows {
+                let place = column * rows + row;
+                let code = codes[place / 4] >> (8 * (place % 4)) & 255;
+                scales[row * columns + column] =
+                    DYNAMIC_MAP[code as usize] * nested[place / DOUBLE_BLOCK] + offset;
+            }
+        }
+        tensor(scales, [rows, columns], DType::F32)
     }
 }

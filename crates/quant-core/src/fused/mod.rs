@@ -78,6 +78,13 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self>;
     /// See [`add_repeated`].
     fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self>;
+    /// See [`double_scales`].
+    fn double_scales(
+        codes: IntTensor<Self>,
+        nested: FloatTensor<Self>,
+        offset: FloatTensor<Self>,
+        shape: [usize; 2],
+    ) -> FloatTensor<Self>;
 }
 
 /// Whether the fused kernels take this tensor.
@@ -160,6 +167,24 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
         logits,
         Dispatch::cross_entropy(logits.into_dispatch(), targets.into_dispatch()),
         plain::cross_entropy(logits, targets)
+    )
+}
+
+/// Scales `[block_rows, block_columns]` from their double-quantized form: four codes to a word, output-major, as in
+/// [`DoubleScales`](crate::DoubleScales). No gradients pass.
+///
+/// # Shapes
+/// `codes` `[ceil(scales / 4)]`, `nested` `[1, ceil(scales / 256)]`, `offset` `[1]`.
+pub(crate) fn double_scales(
+    codes: Tensor<1, Int>,
+    nested: Tensor<2>,
+    offset: Tensor<1>,
+    shape: [usize; 2],
+) -> Tensor<2> {
+    fused_or_plain!(
+        nested,
+        Dispatch::double_scales(codes.into_dispatch(), nested.into_dispatch(), offset.into_dispatch(), shape),
+        plain::double_scales(codes, nested, offset, shape)
     )
 }
 

@@ -1,11 +1,12 @@
 //! The operations of [`fused`](super) in plain tensor operations: differentiable, on any backend.
 
 use burn::tensor::{
-    Bool, Int, Tensor, TensorData,
+    Bool, Int, IntDType, Tensor, TensorData,
     activation::{log_softmax, silu, softmax},
 };
 
 use super::AttentionSpec;
+use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// See [`rms_norm`](super::rms_norm).
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
@@ -71,4 +72,24 @@ pub fn add_repeated(y: Tensor<2>, update: Tensor<2>, times: usize) -> Tensor<2> 
     let ([rows, d_output], [_, columns]) = (y.dims(), update.dims());
     let update = update.reshape([rows, columns, 1]);
     (y.reshape([rows, columns, times]) + update).reshape([rows, d_output])
+}
+
+/// See [`double_scales`](super::double_scales).
+pub(crate) fn double_scales(
+    codes: Tensor<1, Int>,
+    nested: Tensor<2>,
+    offset: Tensor<1>,
+    [rows, columns]: [usize; 2],
+) -> Tensor<2> {
+    let (count, device) = (rows * columns, nested.device());
+    let byte = |byte: i32| {
+        codes.clone().bitwise_right_shift_scalar(8 * byte).bitwise_and_scalar(255).unsqueeze_dim(1)
+    };
+    let ids: Tensor<2, Int> = Tensor::cat((0..4).map(byte).collect(), 1).cast(IntDType::I32);
+    let ids = ids.clone().reshape([ids.shape().num_elements()]).narrow(0, 0, count);
+    let blocks = nested.dims()[1];
+    let nested = nested.reshape([blocks, 1]).expand([blocks, DOUBLE_BLOCK]);
+    let nested = nested.reshape([blocks * DOUBLE_BLOCK]).narrow(0, 0, count);
+    let scales = Tensor::<1>::from_floats(DYNAMIC_MAP, &device).select(0, ids) * nested + offset;
+    scales.reshape([columns, rows]).transpose()
 }

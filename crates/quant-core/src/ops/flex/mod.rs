@@ -445,7 +445,7 @@ pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
 }
 
 /// The words of a contiguous integer tensor; U32 and I32 hold the same bits.
-fn words(tensor: &FlexTensor) -> &[u32] {
+pub(crate) fn words(tensor: &FlexTensor) -> &[u32] {
     assert!(
         matches!(tensor.dtype(), DType::U32 | DType::I32),
         "codes must be U32, found {:?}",
