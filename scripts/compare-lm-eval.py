@@ -6,7 +6,8 @@
     python3 scripts/compare-lm-eval.py --model FOLDER --samples samples.jsonl --shots 2 --tasks FILE.json
 
 The model is a transformers folder, or a .gguf file; it runs in f32 on the CPU, batch 1, with eager attention. Tasks are
-Kiln's description files (JSON, which is YAML to the harness) that name their own data files. For each task it prints the
+Kiln's description files (JSON, which is YAML to the harness) that name their own data files; or, with --data FOLDER, names
+of the harness, which then takes its own descriptions and the rows in FOLDER/<task>/<split>.jsonl. For each task it prints the
 largest difference of a log-likelihood and how many documents differ in a request, an answer or a score. Fails if a
 log-likelihood differs by more than --tolerance, or anything else at all. --reference FILE writes what the harness found
 in the compact form of testdata/eval/lm_eval_reference.json, for the tests. Needs no network.
@@ -17,6 +18,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import shutil
 import sys
 import tempfile
@@ -38,7 +40,9 @@ from lm_eval.tasks import TaskManager
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=pathlib.Path, required=True, help="a folder, or a .gguf file")
-    parser.add_argument("--tasks", type=pathlib.Path, nargs="+", required=True, help="description files of one folder")
+    parser.add_argument("--tasks", type=pathlib.Path, nargs="+", required=True,
+                        help="description files of one folder; with --data, names of the harness")
+    parser.add_argument("--data", type=pathlib.Path, help="rows for the harness's own descriptions")
     parser.add_argument("--shots", type=int, nargs="+", default=[0], help="one run each (default: 0)")
     parser.add_argument("--limit", type=int, help="documents of each task")
     parser.add_argument("--samples", type=pathlib.Path, help="Kiln's log")
@@ -60,12 +64,40 @@ def load(path):
     return HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu", softmax_dtype="float32")
 
 
-def run(lm, files, shots, limit, resamples):
+def own_description(name, data, folder):
+    """Copies the harness's description of a task, and what lies beside it, to a folder; its rows come from `data`."""
+    for file in pathlib.Path(lm_eval.__file__).parent.glob("tasks/**/*.yaml"):
+        text = file.read_text()
+        if re.search(rf"^task: {name}$", text, re.MULTILINE):
+            break
+    else:
+        sys.exit(f"{name}: lm-eval has no such task")
+    shutil.copytree(file.parent, folder / name, ignore=shutil.ignore_patterns("*.yaml", "*.md", "__pycache__"))
+    if included := re.search(r"^include: (.*)$", text, re.MULTILINE):
+        text = (file.parent / included[1]).read_text() + text.replace(included[0], "")
+    # Of keys that are there twice, the later one counts.
+    keys = {match[1]: match[0] for match in re.finditer(r"^(\w+):.*\n(?:(?:[ -]|\n).*\n?)*", text + "\n", re.MULTILINE)}
+    for key in ("dataset_path", "dataset_name", "tag", "group"):
+        keys.pop(key, None)
+    files = {file.stem: str(file) for file in sorted((data / name).glob("*.jsonl"))}
+    splits = {key: value.split()[1] for key, value in keys.items() if key.endswith("_split")}
+    for key, split in splits.items():
+        if split not in files and split != "null":
+            del keys[key]
+    keys["dataset_path"] = "dataset_path: json\n"
+    keys["dataset_kwargs"] = f"dataset_kwargs: {json.dumps({'data_files': files})}\n"
+    (folder / name / f"{name}.yaml").write_text("\n".join(keys.values()))
+
+
+def run(lm, tasks, data, shots, limit, resamples):
     """The harness's results and, by task, its samples by document and filter."""
-    names = [json.loads(file.read_text())["task"] for file in files]
+    names = [name_of(task, data) for task in tasks]
     with tempfile.TemporaryDirectory() as folder:
-        for file, name in zip(files, names):
-            shutil.copy(file, pathlib.Path(folder) / f"{name}.yaml")
+        for task, name in zip(tasks, names):
+            if data:
+                own_description(name, data, pathlib.Path(folder))
+            else:
+                shutil.copy(task, pathlib.Path(folder) / f"{name}.yaml")
         manager = TaskManager(include_path=folder, include_defaults=False)
         start = time.monotonic()
         found = lm_eval.simple_evaluate(
@@ -74,6 +106,14 @@ def run(lm, files, shots, limit, resamples):
             fewshot_random_seed=1234,
         )
     return found, time.monotonic() - start
+
+
+def name_of(task, data):
+    return str(task) if data else json.loads(task.read_text())["task"]
+
+
+def is_rolling(task, data):
+    return task.name == "wikitext" if data else "rolling" in json.loads(task.read_text())["output_type"]
 
 
 def texts(sample):
@@ -182,15 +222,17 @@ def main():
         for line in options.samples.read_text().splitlines()[1:]:
             sample = json.loads(line)
             logged.setdefault((sample["task"], sample["shots"]), {})[sample["document"]] = sample
-    files = [file.resolve() for file in options.tasks]
+    data = options.data and options.data.resolve()
+    tasks = options.tasks if data else [file.resolve() for file in options.tasks]
     model, reference_file = options.model.resolve(), options.reference and options.reference.resolve()
-    # Descriptions name their data files from their own folder.
-    os.chdir(files[0].parent)
+    if not data:
+        # Descriptions name their data files from their own folder.
+        os.chdir(tasks[0].parent)
     lm = load(model)
     runs, passed = [], True
     for shots in options.shots:
-        mine = [file for file in files if shots == 0 or "rolling" not in json.loads(file.read_text())["output_type"]]
-        found, seconds = run(lm, mine, shots, options.limit, options.resamples)
+        mine = [task for task in tasks if shots == 0 or not is_rolling(task, data)]
+        found, seconds = run(lm, mine, data, shots, options.limit, options.resamples)
         total = 0
         for task, samples in found["samples"].items():
             documents = by_document(samples)

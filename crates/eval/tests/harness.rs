@@ -1,5 +1,5 @@
-//! The embedded model against what lm-evaluation-harness 0.4.13 found with transformers
-//! (`testdata/eval/lm_eval_reference.json`, written by `scripts/compare-lm-eval.py`).
+//! The embedded model against what lm-evaluation-harness 0.4.13 found with transformers, on tasks of our own and on its
+//! own tasks with made-up rows (`testdata/eval/lm_eval_*reference.json`, written by `scripts/compare-lm-eval.py`).
 
 use std::ops::ControlFlow;
 
@@ -26,8 +26,8 @@ fn load() -> (AnyModel<QuantLinear>, Tokenizer) {
     (model, checkpoint.tokenizer().unwrap())
 }
 
-fn runs() -> Vec<Value> {
-    let text = std::fs::read_to_string(testdata("eval/lm_eval_reference.json")).unwrap();
+fn runs(file: &str) -> Vec<Value> {
+    let text = std::fs::read_to_string(testdata(file)).unwrap();
     let reference: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(reference["resamples"], 1000);
     reference["runs"].as_array().unwrap().clone()
@@ -39,15 +39,22 @@ fn task(name: &str, shots: usize) -> (Task, TaskData) {
     (task, data)
 }
 
+/// A built-in task with rows of our own.
+fn builtin(name: &str, shots: usize) -> (Task, TaskData) {
+    let task = Task::builtin(name).unwrap();
+    let data = DataFolder::new(testdata("eval/builtin")).load(&task, shots).unwrap();
+    (task, data)
+}
+
 /// The report and the log of a task.
 fn evaluate(
     scorer: &ModelScorer<AnyModel<QuantLinear>>,
-    name: &str,
+    task: (Task, TaskData),
     evaluation: &Evaluation,
 ) -> (TaskReport, Vec<Sample>) {
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("samples.jsonl");
-    let tasks = [task(name, evaluation.shots.unwrap_or(0))];
+    let tasks = [task];
     let report = evaluation.clone().with_samples(&log).evaluate(scorer, &tasks, &mut quiet).unwrap();
     let mut samples = read_samples(&log).unwrap();
     samples.sort_by_key(|sample| sample.document);
@@ -135,25 +142,32 @@ fn assert_tokens(scorer: &ModelScorer<AnyModel<QuantLinear>>, run: &Value, sampl
     }
 }
 
-#[test]
-fn every_answer_and_figure_equals_the_harness() {
+/// How many different runs of the reference were repeated.
+fn repeat(file: &str, task: impl Fn(&str, usize) -> (Task, TaskData)) -> usize {
     let (model, tokenizer) = load();
     let scorer = ModelScorer::new(&model, &tokenizer).unwrap().with_batch(16).unwrap();
-    let runs = runs();
     let mut forms = std::collections::BTreeSet::new();
-    for run in &runs {
+    for run in &runs(file) {
         let (name, shots) = (run["task"].as_str().unwrap(), run["shots"].as_u64().unwrap() as usize);
         let limit = run["documents"].as_u64().unwrap() as usize;
         let evaluation = Evaluation::new().with_shots(shots).with_limit(limit).with_resamples(1000);
-        let start = std::time::Instant::now();
-        let (report, samples) = evaluate(&scorer, name, &evaluation);
-        eprintln!("{name} with {shots} examples: {:.1} s", start.elapsed().as_secs_f64());
+        let (report, samples) = evaluate(&scorer, task(name, shots), &evaluation);
         assert_answers(run, &samples);
         assert_figures(run, &report);
         assert_tokens(&scorer, run, &samples);
         forms.insert((name.to_owned(), shots));
     }
-    assert_eq!(forms.len(), 13, "{forms:?}");
+    forms.len()
+}
+
+#[test]
+fn every_answer_and_figure_equals_the_harness() {
+    assert_eq!(repeat("eval/lm_eval_reference.json", task), 13);
+}
+
+#[test]
+fn built_in_tasks_equal_the_harness_own_descriptions() {
+    assert_eq!(repeat("eval/lm_eval_builtin_reference.json", builtin), 39);
 }
 
 #[test]
@@ -163,8 +177,8 @@ fn batches_and_shared_beginnings_change_answers_by_rounding_only() {
     let many = ModelScorer::new(&model, &tokenizer).unwrap().with_batch(7).unwrap();
     let evaluation = Evaluation::new().with_limit(20).with_shots(1);
     for name in ["quiz_letters", "quiz_words", "quiz_partial", "quiz_last_word"] {
-        let (_, mut alone) = evaluate(&one, name, &evaluation);
-        let (_, together) = evaluate(&many, name, &evaluation);
+        let (_, mut alone) = evaluate(&one, task(name, 1), &evaluation);
+        let (_, together) = evaluate(&many, task(name, 1), &evaluation);
         for (alone, together) in alone.iter_mut().zip(together) {
             for (left, right) in alone.responses.iter().zip(&together.responses) {
                 let (Response::Pair(left, _), Response::Pair(right, _)) = (left, right) else {
@@ -177,7 +191,7 @@ fn batches_and_shared_beginnings_change_answers_by_rounding_only() {
     // Sharing saves most of the tokens: four choices, one question.
     let tokens = |scorer: &ModelScorer<_>, name| {
         let before = kiln_eval::Scorer::tokens(scorer);
-        evaluate(scorer, name, &Evaluation::new().with_limit(20).with_shots(2));
+        evaluate(scorer, task(name, 2), &Evaluation::new().with_limit(20).with_shots(2));
         kiln_eval::Scorer::tokens(scorer) - before
     };
     let whole: usize = {

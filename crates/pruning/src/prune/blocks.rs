@@ -1,57 +1,27 @@
-//! Pruning a model: measure, choose, cut.
+//! Heads and MLP channels, block by block.
 
 use std::collections::BTreeMap;
 
 use kiln_models::AnyModel;
-use kiln_quant_core::{Plan, Projection, QuantLinear};
+use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
+use super::{Pruned, Run, compensation::compensation, matrix};
 use crate::{
     Calibration, Error, Result,
     aggregation::{Aggregation, GqaFold, head_sums},
-    apply::{CutOptions, Requantized, add_biases, apply},
-    criterion::{Criterion, InputStatistics, Matrix},
-    importance::{MatrixScores, Scored, Statistics, gradient_scores, host, statistics, weight_scores},
+    apply::{CutOptions, add_biases},
+    criterion::{Criterion, InputStatistics},
+    importance::{MatrixScores, Scored, Statistics, gradient_scores, statistics, weight_scores},
     kept::Kept,
     selection::{
         GlobalRanking, HeadRounding, LayerRange, LayerScores, Scope, UnitScores, lowest, removed_heads,
         removed_mlp_channels, without,
     },
-    size::{model_bytes, parameters},
     structure::{Role, Structure, model_config},
 };
-
-/// A pruned model.
-#[derive(Debug, Clone)]
-pub struct Pruned {
-    /// The model, smaller.
-    pub model: AnyModel<QuantLinear>,
-    /// What was done.
-    pub report: PruningReport,
-}
-
-/// What pruning did.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PruningReport {
-    /// Parameters of the model that came in.
-    pub parameters_before: u64,
-    /// Parameters now.
-    pub parameters_after: u64,
-    /// Bytes of the tensors that came in.
-    pub bytes_before: usize,
-    /// Bytes now.
-    pub bytes_after: usize,
-    /// What stays, in the numbering of the model that came in.
-    pub kept: Kept,
-    /// Packed weights that could not be cut on their codes.
-    pub requantized: Vec<Requantized>,
-    /// Mean loss of the calibration data before each step, in nats per token, where gradients were taken.
-    pub calibration_loss: Vec<f64>,
-    /// SHA-256 of the calibration data, where there were any.
-    pub calibration: Option<String>,
-}
 
 /// Prunes attention heads and MLP channels block by block.
 ///
@@ -111,13 +81,13 @@ pub struct BlockPruning {
     #[serde(default)]
     pub protected: Vec<usize>,
     /// MLP widths become multiples of it.
-    #[serde(default = "one")]
+    #[serde(default = "super::one")]
     pub round_to: usize,
     /// How a share of a head becomes none or one.
     #[serde(default)]
     pub head_rounding: HeadRounding,
     /// Repetitions of measuring and cutting.
-    #[serde(default = "one")]
+    #[serde(default = "super::one")]
     pub steps: usize,
     /// Seed of the random criterion.
     #[serde(default)]
@@ -128,10 +98,6 @@ pub struct BlockPruning {
     /// Whether later blocks are measured behind pruned ones.
     #[serde(default)]
     pub rerun: bool,
-}
-
-fn one() -> usize {
-    1
 }
 
 impl BlockPruning {
@@ -414,63 +380,6 @@ impl BlockPruning {
     }
 }
 
-/// A model on its way.
-struct Run {
-    model: AnyModel<QuantLinear>,
-    kept: Kept,
-    report: PruningReport,
-    losses: Vec<f64>,
-}
-
-impl Run {
-    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Calibration>) -> Self {
-        let kept = Kept::everything(structure);
-        let report = PruningReport {
-            parameters_before: parameters(&model_config(&model)),
-            parameters_after: 0,
-            bytes_before: model_bytes(&model),
-            bytes_after: 0,
-            kept: kept.clone(),
-            requantized: Vec::new(),
-            calibration_loss: Vec::new(),
-            calibration: calibration.map(Calibration::hash),
-        };
-        Self { model, kept, report, losses: Vec::new() }
-    }
-
-    fn cut(&mut self, kept: &Kept, options: &CutOptions) -> Result<()> {
-        let (model, requantized) = apply(self.model.clone(), kept, options)?;
-        self.model = model;
-        self.kept = self.kept.then(kept)?;
-        self.report.requantized.extend(requantized);
-        Ok(())
-    }
-
-    fn finish(self) -> Result<Pruned> {
-        let report = PruningReport {
-            parameters_after: parameters(&model_config(&self.model)),
-            bytes_after: model_bytes(&self.model),
-            kept: self.kept,
-            calibration_loss: self.losses,
-            ..self.report
-        };
-        Ok(Pruned { model: self.model, report })
-    }
-}
-
-/// The weight of one linear in host memory.
-fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
-    use kiln_models::Slots;
-    let mut found = Err(Error::mismatch(path, "a linear of the model", "none of that name"));
-    model.for_each_slot(|slot_path, slot| {
-        if slot_path == path {
-            let [_, d_output] = slot.shape();
-            found = host(slot.weight()).map(|weight| Matrix { weight, d_output, ..Matrix::default() });
-        }
-    });
-    found
-}
-
 /// Uniform scores; a function of seed and group.
 fn random_scores(structure: &Structure, layer: usize, seed: u64) -> LayerScores {
     let groups = &structure.layers[layer];
@@ -502,173 +411,4 @@ fn stays(structure: &Structure, layer: usize, removed: &[Vec<usize>; 2]) -> Vec<
     .into_iter()
     .filter_map(|(path, flags)| Some((path?, flags)))
     .collect()
-}
-
-/// FLAP's biases: `W[:, removed] · mean(X[:, removed])` of each o and down that loses inputs.
-fn compensation(
-    model: &AnyModel<QuantLinear>,
-    structure: &Structure,
-    kept: &Kept,
-    statistics: &Statistics,
-) -> Result<BTreeMap<String, Vec<f32>>> {
-    let mut biases = BTreeMap::new();
-    for linear in structure.linears.iter().filter(|linear| linear.input != Role::Hidden) {
-        let Some(stays) = kept.positions(structure, linear.layer, linear.input) else { continue };
-        let Some(inputs) = statistics.inputs.get(&linear.path) else { continue };
-        let matrix = matrix(model, &linear.path)?;
-        let removed = without(inputs.mean.len(), &stays);
-        biases.insert(linear.path.clone(), bias_of(&matrix, &removed, &inputs.mean));
-    }
-    Ok(biases)
-}
-
-/// What the inputs `removed` of a linear gave on average: `Σ mean(xⱼ) · wⱼ` over them, `[d_output]`.
-///
-/// # Panics
-/// If an index is beyond the weight's inputs or the means.
-pub fn bias_of(matrix: &Matrix, removed: &[usize], means: &[f64]) -> Vec<f32> {
-    let mut bias = vec![0.0; matrix.d_output];
-    for &input in removed {
-        let row = &matrix.weight[input * matrix.d_output..][..matrix.d_output];
-        for (sum, &weight) in bias.iter_mut().zip(row) {
-            *sum += means[input] * f64::from(weight);
-        }
-    }
-    bias.into_iter().map(|sum| sum as f32).collect()
-}
-
-/// Prunes the residual stream: the same channels everywhere.
-///
-/// A channel's score is the sum over all linears of the blocks of the criterion along their hidden axis. Criteria of
-/// activations have no meaning here.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct HiddenPruning {
-    /// What is measured.
-    pub criterion: Criterion,
-    /// Share of the channels to remove, 0..1.
-    pub ratio: f64,
-    /// The width becomes a multiple of it (1 changes nothing).
-    #[serde(default = "one")]
-    pub round_to: usize,
-    /// Seed of the random criterion.
-    #[serde(default)]
-    pub seed: u64,
-}
-
-impl HiddenPruning {
-    /// No rounding, seed 0.
-    pub fn new(criterion: Criterion, ratio: f64) -> Self {
-        Self { criterion, ratio, round_to: 1, seed: 0 }
-    }
-
-    /// Prunes `model`; see [`apply`](crate::apply) for what becomes of the norms.
-    ///
-    /// # Errors
-    /// As [`BlockPruning::prune`].
-    pub fn prune(
-        &self,
-        model: AnyModel<QuantLinear>,
-        calibration: Option<&Calibration>,
-        options: &CutOptions,
-    ) -> Result<Pruned> {
-        if !(0.0..=1.0).contains(&self.ratio) {
-            return Err(Error::option("HiddenPruning.ratio", "a share in 0..1", self.ratio));
-        }
-        if self.criterion.needs_inputs() {
-            let found = format!("{:?}", self.criterion);
-            return Err(Error::option(
-                "HiddenPruning.criterion",
-                "a criterion of weights or gradients",
-                found,
-            ));
-        }
-        let structure = Structure::of(&model_config(&model))?;
-        let removed = removed_mlp_channels(structure.hidden, self.ratio, self.round_to);
-        if removed >= structure.hidden {
-            return Err(Error::RemovesAll {
-                group: "hidden width".into(),
-                ratio: self.ratio,
-                count: structure.hidden,
-                units: "channels".into(),
-            });
-        }
-        let mut run = Run::start(model, &structure, calibration);
-        let matrices = match (self.criterion, calibration) {
-            (Criterion::Random, _) => {
-                let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
-                let scores = (0..structure.hidden).map(|_| f64::from(rng.next_u32())).collect();
-                MatrixScores::from([("random".into(), scores)])
-            }
-            (criterion, Some(calibration)) if criterion.needs_gradients() => {
-                let (scores, loss) =
-                    gradient_scores(&run.model, &structure, criterion, Scored::Hidden, calibration)?;
-                run.losses.push(loss);
-                scores
-            }
-            (criterion, None) if criterion.needs_gradients() => {
-                let expected = format!("windows for {criterion:?}");
-                return Err(Error::Calibration { expected, found: "none".into() });
-            }
-            (criterion, _) => weight_scores(&run.model, &structure, criterion, Scored::Hidden)?,
-        };
-        let matrices: Vec<Vec<f64>> = matrices.into_values().collect();
-        let scores = Aggregation::Sum.apply(&matrices);
-        let mut kept = Kept::everything(&structure);
-        kept.hidden = without(structure.hidden, &lowest(&scores, removed));
-        run.cut(&kept, options)?;
-        run.finish()
-    }
-}
-
-/// Removes whole blocks: those with the least influence on the residual stream (ShortGPT, arXiv 2403.03853). The result
-/// is a model of fewer blocks and nothing else, so every checkpoint format holds it.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct LayerPruning {
-    /// Blocks to remove.
-    pub remove: usize,
-    /// Blocks that stay, whatever their influence.
-    #[serde(default)]
-    pub protected: Vec<usize>,
-}
-
-impl LayerPruning {
-    /// Removes `remove` blocks, none protected.
-    pub fn new(remove: usize) -> Self {
-        Self { remove, protected: Vec::new() }
-    }
-
-    /// Prunes `model`. Influences are measured once, on the whole model.
-    ///
-    /// # Errors
-    /// [`Error::RemovesAll`] if no block would stay, [`Error::NothingToPrune`] if too many are protected, and as
-    /// [`BlockPruning::prune`].
-    pub fn prune(
-        &self,
-        model: AnyModel<QuantLinear>,
-        calibration: &Calibration,
-        options: &CutOptions,
-    ) -> Result<Pruned> {
-        let structure = Structure::of(&model_config(&model))?;
-        let count = structure.layers.len();
-        if self.remove >= count {
-            let ratio = self.remove as f64 / count as f64;
-            let (group, units) = ("layers".into(), "blocks".into());
-            return Err(Error::RemovesAll { group, ratio, count, units });
-        }
-        let free: Vec<usize> = (0..count).filter(|layer| !self.protected.contains(layer)).collect();
-        if self.remove > free.len() {
-            let reason = format!("{} blocks to remove, {} of {count} not protected", self.remove, free.len());
-            return Err(Error::NothingToPrune { reason });
-        }
-        let influence = statistics(&model, &structure, calibration, None)?.influence;
-        let scores: Vec<f64> = free.iter().map(|&layer| influence[layer]).collect();
-        let removed: Vec<usize> = lowest(&scores, self.remove).into_iter().map(|index| free[index]).collect();
-        let mut run = Run::start(model, &structure, Some(calibration));
-        let mut kept = Kept::everything(&structure);
-        kept.layers.retain(|layer| !removed.contains(&layer.layer));
-        run.cut(&kept, options)?;
-        run.finish()
-    }
 }

@@ -1,0 +1,112 @@
+//! Pruning a model: measure, choose, cut.
+
+mod blocks;
+mod compensation;
+mod hidden;
+mod layers;
+
+use kiln_models::{AnyModel, Slots};
+use kiln_quant_core::{Projection, QuantLinear};
+use serde::{Deserialize, Serialize};
+
+pub use self::{blocks::BlockPruning, compensation::bias_of, hidden::HiddenPruning, layers::LayerPruning};
+use crate::{
+    Calibration, Error, Result,
+    apply::{CutOptions, Requantized, apply},
+    criterion::Matrix,
+    importance::host,
+    kept::Kept,
+    size::{model_bytes, parameters},
+    structure::{Structure, model_config},
+};
+
+/// A pruned model.
+#[derive(Debug, Clone)]
+pub struct Pruned {
+    /// The model, smaller.
+    pub model: AnyModel<QuantLinear>,
+    /// What was done.
+    pub report: PruningReport,
+}
+
+/// What pruning did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PruningReport {
+    /// Parameters of the model that came in.
+    pub parameters_before: u64,
+    /// Parameters now.
+    pub parameters_after: u64,
+    /// Bytes of the tensors that came in.
+    pub bytes_before: usize,
+    /// Bytes now.
+    pub bytes_after: usize,
+    /// What stays, in the numbering of the model that came in.
+    pub kept: Kept,
+    /// Packed weights that could not be cut on their codes.
+    pub requantized: Vec<Requantized>,
+    /// Mean loss of the calibration data before each step, in nats per token, where gradients were taken.
+    pub calibration_loss: Vec<f64>,
+    /// SHA-256 of the calibration data, where there were any.
+    pub calibration: Option<String>,
+}
+
+/// A model on its way.
+struct Run {
+    model: AnyModel<QuantLinear>,
+    kept: Kept,
+    report: PruningReport,
+    losses: Vec<f64>,
+}
+
+impl Run {
+    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Calibration>) -> Self {
+        let kept = Kept::everything(structure);
+        let report = PruningReport {
+            parameters_before: parameters(&model_config(&model)),
+            parameters_after: 0,
+            bytes_before: model_bytes(&model),
+            bytes_after: 0,
+            kept: kept.clone(),
+            requantized: Vec::new(),
+            calibration_loss: Vec::new(),
+            calibration: calibration.map(Calibration::hash),
+        };
+        Self { model, kept, report, losses: Vec::new() }
+    }
+
+    fn cut(&mut self, kept: &Kept, options: &CutOptions) -> Result<()> {
+        let (model, requantized) = apply(self.model.clone(), kept, options)?;
+        self.model = model;
+        self.kept = self.kept.then(kept)?;
+        self.report.requantized.extend(requantized);
+        Ok(())
+    }
+
+    fn finish(self) -> Result<Pruned> {
+        let report = PruningReport {
+            parameters_after: parameters(&model_config(&self.model)),
+            bytes_after: model_bytes(&self.model),
+            kept: self.kept,
+            calibration_loss: self.losses,
+            ..self.report
+        };
+        Ok(Pruned { model: self.model, report })
+    }
+}
+
+/// The weight of one linear in host memory.
+fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
+    let mut found = Err(Error::mismatch(path, "a linear of the model", "none of that name"));
+    model.for_each_slot(|slot_path, slot| {
+        if slot_path == path {
+            let [_, d_output] = slot.shape();
+            found = host(slot.weight()).map(|weight| Matrix { weight, d_output, ..Matrix::default() });
+        }
+    });
+    found
+}
+
+/// Widths stay as they are.
+fn one() -> usize {
+    1
+}
