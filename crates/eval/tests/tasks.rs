@@ -241,7 +241,9 @@ fn bad_options_and_requests_are_errors_that_name_them() {
 fn reports_are_read_as_written_and_compared_in_pairs() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("report.json");
-    let first = run(&evaluation(), &Stub::default()).unwrap();
+    let mut first = run(&evaluation(), &Stub::default()).unwrap();
+    // A quick decimal parser returns this figure's neighbour.
+    first.documents_per_second = 104_645.200_447_881_43;
     first.write(&path).unwrap();
     assert_eq!(Report::read(&path).unwrap(), first);
     let second =
