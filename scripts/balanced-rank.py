@@ -16,8 +16,8 @@ import statistics
 import subprocess
 import tempfile
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TEXT = ROOT / "testdata/models/tiny-llama/text"
+from study import ROOT, TEXT, once, read_log
+
 GROUP = 32
 STEPS, BATCH, LENGTH = 60, 2, 256
 
@@ -41,28 +41,13 @@ RANKS = {
 }
 
 
-def read_log(path):
-    if not path.exists():
-        return []
-    lines = []
-    for line in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            pass  # the last line of a run that was stopped
-    return lines
-
-
-def key(run):
-    return (run["model"], run["bits"], run["method"], run["seed"], run["lr"], run["steps"])
-
-
 def fine_tune(options, model, bits, method, seed, lr, steps=STEPS):
     """One run, unless the log has it; returns its line."""
     wanted = {"model": model, "bits": bits, "method": method, "seed": seed, "lr": lr, "steps": steps}
-    for run in read_log(options.log):
-        if key(run) == key(wanted):
-            return run
+    return once(options.log, wanted, lambda: run(options, **wanted))
+
+
+def run(options, model, bits, method, seed, lr, steps):
     rank = RANKS[model][method]
     alpha = GROUP if method == "qahira" else rank
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +64,7 @@ def fine_tune(options, model, bits, method, seed, lr, steps=STEPS):
             command += ["--eval", TEXT / "shift_test_moby.u16le"]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
         found = json.loads(figures.read_text())
-    run = wanted | {
+    return {
         "rank": rank,
         "alpha": alpha,
         "trainable_parameters": found["trainable_parameters"],
@@ -88,11 +73,6 @@ def fine_tune(options, model, bits, method, seed, lr, steps=STEPS):
         "tokens_per_second": found["tokens_per_second"],
         "peak_rss_bytes": found["peak_rss_bytes"],
     }
-    options.log.parent.mkdir(parents=True, exist_ok=True)
-    with options.log.open("a") as log:
-        log.write(json.dumps(run) + "\n")
-    print(run, flush=True)
-    return run
 
 
 def tuned(options, method):

@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Perplexity before and after the same fine-tuning of models quantized to 4, 3 and 2 bits by several methods, for
+docs/accuracy.md.
+
+Each method is one call of the example 07-apiq and one JSON line of the log; those that are in the log are not repeated.
+`--table` prints the tables of the log, `--plot FILE.svg` draws the activations' error by block at 2 bits.
+
+    cargo build --release -p kiln-examples --example 07-apiq
+    scripts/apiq.py --program target/release/examples/07-apiq [--smollm2 FILE.gguf]
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import statistics
+import subprocess
+import tempfile
+
+from study import ROOT, TEXT, once, read_log
+
+METHODS = ["rtn", "nf", "gptq", "loftq", "apiq-lw", "apiq-bw"]
+GROUP, RANK = 64, 16
+# Windows of calibration, tokens of each, epochs of ApiQ; steps of the fine-tuning, rows of a batch.
+BUDGETS = {
+    "tiny-llama": {"windows": 32, "length": 128, "epochs": 10, "steps": 100, "batch": 4},
+    "smollm2": {"windows": 8, "length": 512, "epochs": 8, "steps": 40, "batch": 1},
+}
+# More budget for ApiQ block by block at 2 bits, before fine-tuning.
+LARGER = {"smollm2": [{"windows": 32, "epochs": 10}], "tiny-llama": [{"epochs": 2}, {"epochs": 30}]}
+
+
+def calibrate(options, model, bits, method, seed, budget):
+    with tempfile.TemporaryDirectory() as folder:
+        figures = pathlib.Path(folder) / "figures.json"
+        command = [options.program, "--methods", method, "--bits", bits, "--group", GROUP, "--rank", RANK]
+        command += ["--seed", seed, "--out", folder, "--json", figures]
+        for name, value in budget.items():
+            command += [f"--{name}", value]
+        if model == "smollm2":
+            command += ["--model", options.smollm2, "--calibration", TEXT / "shift_train_moby.txt"]
+            command += ["--eval", ROOT / "testdata/text/moby_ch100_smollm2_10240.u16le"]
+        subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
+        (row,) = json.loads(figures.read_text())["rows"]
+    names = ["perplexity_before", "perplexity_after", "activation_error", "seconds", "peak_rss_bytes"]
+    return {name: row[name] for name in names}
+
+
+def study(options, model, seeds):
+    def figures(bits, method, seed, budget):
+        wanted = {"model": model, "bits": bits, "method": method, "seed": seed, "budget": budget}
+        once(options.log, wanted, lambda: calibrate(options, **wanted))
+
+    budget = BUDGETS[model]
+    for bits in (2, 3, 4):
+        for method in METHODS:
+            for seed in seeds:
+                figures(bits, method, seed, budget)
+    for seed in seeds:
+        figures(32, "dense", seed, budget)
+    for more in LARGER[model]:
+        figures(2, "apiq-bw", seeds[0], budget | more | {"steps": 0})
+
+
+def table(options):
+    runs = read_log(options.log)
+    for model, budget in BUDGETS.items():
+        print(f"\n{model}: {budget}\n\n| method | 4 bits: before | after | 3 bits: before | after | 2 bits: before | after |")
+        print("| --- " * 7 + "|")
+        for method in ["dense", *METHODS]:
+            cells = []
+            for bits in (32,) if method == "dense" else (4, 3, 2):
+                mine = [run for run in runs if run["budget"] == budget
+                        and (run["model"], run["bits"], run["method"]) == (model, bits, method)]
+                cells += [mean([run[name] for run in mine]) for name in ("perplexity_before", "perplexity_after")]
+            if any(cells):
+                print(f"| {method} | {' | '.join(cells)} |")
+        print("\nApiQ-bw at 2 bits by budget, before fine-tuning:")
+        for run in runs:
+            if (run["model"], run["bits"], run["method"]) == (model, 2, "apiq-bw"):
+                peak, budget_text = run["peak_rss_bytes"] / 1e6, {key: run["budget"][key] for key in ("windows", "epochs")}
+                print(f"{budget_text}, seed {run['seed']}: {run['perplexity_before']:.1f}, "
+                      f"{run['seconds']:.0f} s, peak {peak:.0f} MB")
+        print("\nError after the first and the last block at 2 bits:")
+        for method in METHODS:
+            for run in runs:
+                if (run["model"], run["bits"], run["method"], run["budget"]) == (model, 2, method, budget):
+                    errors = run["activation_error"]
+                    print(f"{method}, seed {run['seed']}: {errors[0]:.3f} {errors[-1]:.3f}")
+
+
+def plot(options, model):
+    """An SVG of the error of the residual stream behind each block at 2 bits, first seed, on a logarithmic axis."""
+    runs = [run for run in read_log(options.log) if (run["model"], run["bits"], run["seed"]) == (model, 2, 0)
+            and run["budget"] == BUDGETS[model]]
+    errors = [error for run in runs for error in run["activation_error"]]
+    low, high = math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))
+    blocks = len(runs[0]["activation_error"])
+
+    def x(block):
+        return 60 + 560 * block / (blocks - 1)
+
+    def y(error):
+        return 30 + 360 * (high - math.log10(error)) / (high - low)
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="760" height="440" font-family="sans-serif" font-size="12">',
+             '<rect width="760" height="440" fill="white"/>',
+             f'<text x="60" y="18">{model}, 2 bits: norm of the error over norm of the residual stream, after each block</text>']
+    for power in range(low, high + 1):
+        parts += [f'<line x1="60" x2="620" y1="{y(10 ** power):.1f}" y2="{y(10 ** power):.1f}" stroke="#ccc"/>',
+                  f'<text x="54" y="{y(10 ** power) + 4:.1f}" text-anchor="end">{10.0 ** power:g}</text>']
+    parts += [f'<text x="{x(block):.1f}" y="410" text-anchor="middle">{block + 1}</text>'
+              for block in range(0, blocks, max(1, blocks // 10))]
+    for index, run in enumerate(runs):
+        color = f"hsl({index * 360 // len(runs)} 70% 40%)"
+        points = " ".join(f"{x(block):.1f},{y(error):.1f}" for block, error in enumerate(run["activation_error"]))
+        parts += [f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>',
+                  f'<text x="634" y="{60 + 20 * index}" fill="{color}">{run["method"]}</text>']
+    options.plot.write_text("\n".join([*parts, "</svg>\n"]))
+
+
+def mean(values):
+    if not values:
+        return ""
+    spread = f" ± {statistics.stdev(values):.3g}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.4g}{spread}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", help="the built example 07-apiq")
+    parser.add_argument("--smollm2", help="the GGUF file that scripts/fetch-smollm2 fetches")
+    parser.add_argument("--log", type=pathlib.Path, default=ROOT / "docs/results/apiq.jsonl")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the log")
+    parser.add_argument("--plot", type=pathlib.Path, help="gets the activations' error of SmolLM2 by block")
+    options = parser.parse_args()
+    if not options.table:
+        study(options, "tiny-llama", [0, 1, 2])
+        if options.smollm2:
+            study(options, "smollm2", [0])
+    table(options)
+    if options.plot:
+        plot(options, "smollm2")
+
+
+if __name__ == "__main__":
+    main()
