@@ -24,6 +24,13 @@ struct Header {
     objective: String,
 }
 
+impl Header {
+    /// As it stands in the file.
+    fn line(&self) -> String {
+        serde_json::json!(self).to_string()
+    }
+}
+
 /// Measured trials, in memory and, if it has a file, on disk.
 ///
 /// The first line names the fingerprints of space and objective, every further line is a [`Trial`]. Lines are
@@ -36,6 +43,8 @@ struct Header {
 pub struct TrialLog {
     disk: Option<Disk>,
     space: SearchSpace,
+    /// Fingerprint of what is measured; without a file, that of the first search.
+    objective: Option<String>,
     trials: Vec<Trial>,
     index: HashMap<TrialKey, usize>,
     skipped: usize,
@@ -69,7 +78,8 @@ impl Drop for Claim {
 impl TrialLog {
     /// A log without a file.
     pub fn in_memory(space: &SearchSpace) -> Self {
-        Self { disk: None, space: space.clone(), trials: Vec::new(), index: HashMap::new(), skipped: 0 }
+        let (space, index) = (space.clone(), HashMap::new());
+        Self { disk: None, space, objective: None, trials: Vec::new(), index, skipped: 0 }
     }
 
     /// Opens or creates a log file of this space and objective.
@@ -87,7 +97,8 @@ impl TrialLog {
             objective: objective.into(),
         };
         let disk = Disk { path: path.into(), file, header, read: 0 };
-        let mut log = Self { disk: Some(disk), ..Self::in_memory(space) };
+        let objective = Some(objective.into());
+        let mut log = Self { disk: Some(disk), objective, ..Self::in_memory(space) };
         log.locked(|log| log.catch_up(true))?;
         Ok(log)
     }
@@ -115,7 +126,26 @@ impl TrialLog {
         self.locked(|log| log.catch_up(false))
     }
 
-    /// Adds a trial, on disk too. If it is there already, the first one stays.
+    /// Fails unless the log is of this space and objective.
+    pub(crate) fn check(&mut self, space: &SearchSpace, objective: &str) -> Result<()> {
+        let (known, found) = (self.space.fingerprint(), space.fingerprint());
+        if known != found {
+            return Err(self.fail("space fingerprint", &format!("\"{found}\", the searched space's"), known));
+        }
+        match &self.objective {
+            Some(known) if known != objective => {
+                let expected = format!("\"{objective}\", the search's");
+                Err(self.fail("objective fingerprint", &expected, known))
+            }
+            _ => {
+                self.objective = Some(objective.into());
+                Ok(())
+            }
+        }
+    }
+
+    /// Adds a trial, on disk too. If it is there already, the first one stays, unless it was stopped early and this one
+    /// was not.
     ///
     /// The trial is kept as it reads back, so that a resumed search sees bit for bit the numbers of the first.
     ///
@@ -128,7 +158,7 @@ impl TrialLog {
         };
         self.locked(|log| {
             log.catch_up(true)?;
-            if log.index.contains_key(&read_back.key()) {
+            if !log.lacks(&read_back) {
                 return Ok(());
             }
             if let Some(disk) = &mut log.disk {
@@ -173,20 +203,13 @@ impl TrialLog {
         let Some(disk) = &mut self.disk else { return Ok(()) };
         let fresh = disk.read == 0;
         let bytes = disk.read_on(repair)?;
-        let mut lines = bytes.split(|&byte| byte == b'\n').filter(|line| !line.is_empty());
-        if fresh {
-            match lines.next() {
-                Some(line) => disk.check_header(line)?,
-                None if repair => {
-                    let header = disk.header.clone();
-                    disk.write(&serde_json::json!(header).to_string())?;
-                }
-                None => {}
-            }
+        if fresh && bytes.is_empty() && repair {
+            disk.write(&disk.header.line())?;
         }
-        for line in lines {
+        let lines = bytes.split(|&byte| byte == b'\n').skip(usize::from(fresh));
+        for line in lines.filter(|line| !line.is_empty()) {
             match self.parse(line) {
-                Some(trial) if !self.index.contains_key(&trial.key()) => self.keep(trial),
+                Some(trial) if self.lacks(&trial) => self.keep(trial),
                 Some(_) => {}
                 None => {
                     self.skipped += 1;
@@ -203,9 +226,19 @@ impl TrialLog {
         known.then_some(trial)
     }
 
+    /// Whether there is no such trial, or only one that was stopped early where this one was not.
+    fn lacks(&self, trial: &Trial) -> bool {
+        self.get(&trial.key()).is_none_or(|known| known.stopped && !trial.stopped)
+    }
+
     fn keep(&mut self, trial: Trial) {
-        self.index.insert(trial.key(), self.trials.len());
-        self.trials.push(trial);
+        match self.index.get(&trial.key()) {
+            Some(&index) => self.trials[index] = trial,
+            None => {
+                self.index.insert(trial.key(), self.trials.len());
+                self.trials.push(trial);
+            }
+        }
     }
 
     fn fail(&self, field: &str, expected: &str, found: impl ToString) -> Error {
@@ -229,7 +262,7 @@ impl Disk {
         folder.into()
     }
 
-    /// The complete lines behind what was read before.
+    /// The complete lines behind what was read before. Nothing is cut off a file that doesn't begin as this log does.
     fn read_on(&mut self, repair: bool) -> Result<Vec<u8>> {
         let io = |error| Error::io(&self.path)(error);
         let length = self.file.metadata().map_err(io)?.len();
@@ -244,6 +277,9 @@ impl Disk {
         let mut bytes = Vec::new();
         self.file.seek(SeekFrom::Start(self.read)).map_err(io)?;
         (&self.file).take(length - self.read).read_to_end(&mut bytes).map_err(io)?;
+        if self.read == 0 {
+            self.check_start(&bytes)?;
+        }
         let complete = bytes.iter().rposition(|&byte| byte == b'\n').map_or(0, |last| last + 1);
         if complete < bytes.len() && repair {
             self.file.set_len(self.read + complete as u64).map_err(io)?;
@@ -261,6 +297,15 @@ impl Disk {
         written.map_err(Error::io(&self.path))?;
         self.read += text.len() as u64;
         Ok(())
+    }
+
+    /// Fails unless a file begins with this log's header, or with a part of it that a killed process left.
+    fn check_start(&self, bytes: &[u8]) -> Result<()> {
+        match bytes.iter().position(|&byte| byte == b'\n') {
+            None if self.header.line().as_bytes().starts_with(bytes) => Ok(()),
+            None => self.check_header(bytes),
+            Some(end) => self.check_header(&bytes[..end]),
+        }
     }
 
     fn check_header(&self, line: &[u8]) -> Result<()> {
@@ -385,8 +430,12 @@ mod tests {
         };
         assert!(fail(&space, "other").contains("objective fingerprint: expected \"other\", found \"model\""));
         assert!(fail(&toy_space(2, 3), "model").contains("space fingerprint"));
-        std::fs::write(&path, "hello\n").unwrap();
-        assert!(fail(&space, "model").contains("first line"));
+        // Whatever else was named by mistake stays as it was.
+        for other in ["hello\n", "hello", "{\"weights\":[1,2]}", "{}\n[1]\nrest", "\n\n", "a\nb"] {
+            std::fs::write(&path, other).unwrap();
+            assert!(fail(&space, "model").contains("first line"), "{other}");
+            assert_eq!(std::fs::read_to_string(&path).unwrap(), other);
+        }
     }
 
     #[test]

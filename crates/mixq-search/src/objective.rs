@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, error::Error as StdError};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::{Config, Error, Plan, Result, SearchSpace};
 
@@ -117,6 +118,17 @@ pub trait Objective {
         Direction::Minimize
     }
 
+    /// What a measurement at `fidelity` really takes where amounts are rounded: that is what a search pays for.
+    fn rounded(&self, fidelity: Fidelity) -> Fidelity {
+        fidelity
+    }
+
+    /// Whether scores of a measure depend on the request's seed. Where they don't, [`Finalists`](crate::Finalists)
+    /// would only read the same scores again, and are refused.
+    fn has_seeds(&self, _measure: Measure) -> bool {
+        true
+    }
+
     /// Measures one plan. The result is a function of the request: a resumed search relies on it.
     ///
     /// A long evaluation may call `keep_going` now and then; when that returns false it should return what it has.
@@ -174,7 +186,14 @@ impl AdditiveProxy {
 
 impl Objective for AdditiveProxy {
     fn fingerprint(&self) -> String {
-        self.name.clone()
+        let mut hash = Sha256::new();
+        hash.update(format!("{:?}", self.table));
+        let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        format!("{} {hash}", self.name)
+    }
+
+    fn has_seeds(&self, _measure: Measure) -> bool {
+        false
     }
 
     fn evaluate(&mut self, request: &Request<'_>, _: &mut KeepGoing<'_>) -> Evaluation {

@@ -17,7 +17,7 @@ use crate::{
 /// | `evaluation_seed` | 0 | the objective's; the same for every plan |
 /// | `max_bytes` | none | memory limit on the space's axis |
 /// | `reference` | none | `[bytes, score]` up to which the hypervolume counts; none is the limit (or the largest plan) and the worst score measured, which can't be compared between searches |
-/// | `stop_early` | false | ends trials whose score on the way is worse than the median of earlier ones |
+/// | `stop_early` | false | ends trials whose score on the way is worse than the median of earlier ones of at most their bytes |
 /// | `halving` | none | recoverability by short fine-tunes |
 /// | `finalists` | none | re-scoring under fresh seeds |
 #[derive(Debug, Clone, PartialEq)]
@@ -106,7 +106,7 @@ impl SearchSettings {
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Outcome {
-    /// The front of this search's measurements.
+    /// The front of this search's measurements; [`Front::of_trials`] of the log's has those of other searches too.
     pub front: Front,
     /// Evaluations that the method spent, in measurements at full fidelity.
     pub evaluations: f64,
@@ -127,12 +127,14 @@ pub struct Outcome {
 /// Runs a method on a space.
 ///
 /// Stopped at any point and called again with the same log and settings, it measures what is missing and ends with
-/// the same outcome. With more `evaluations` it goes on: what the log knows costs no time. Several processes may
+/// the same outcome. With more `evaluations` it goes on: what the log knows costs no time. Methods whose steps depend
+/// on the number of evaluations may then ask for other plans, and what only the earlier search measured is in the log
+/// alone. Several processes may
 /// run the same search on one log file; they share the measurements of each batch and all end with the same outcome.
 ///
 /// # Errors
-/// [`Error::Limit`] if no plan meets the memory limit, [`Error::Option`] for options out of range, the objective's
-/// errors, the log's errors.
+/// [`Error::Limit`] if no plan meets the memory limit, [`Error::Option`] for options out of range, [`Error::Log`] for
+/// a log of another space or objective, the objective's errors, the log's errors.
 pub fn search(
     space: &SearchSpace,
     objective: &mut dyn Objective,
@@ -145,6 +147,14 @@ pub fn search(
         return Err(Error::option("SearchSettings.evaluations and fidelity.amount", "at least 1", found));
     }
     space.check_limit(settings.max_bytes)?;
+    log.check(space, &objective.fingerprint())?;
+    if let Some(finalists) = &settings.finalists {
+        let measure = finalists.fidelity.unwrap_or(settings.fidelity).measure;
+        if !objective.has_seeds(measure) {
+            let expected = "a measure whose scores depend on the seed";
+            return Err(Error::option("Finalists.fidelity", expected, format!("{measure:?}")));
+        }
+    }
     let direction = objective.direction();
     let mut session = Session::new(space, objective, log, settings, method.name());
     method.run(&mut session)?;

@@ -41,8 +41,8 @@ pub struct Session<'a> {
     counting: bool,
     asked: HashMap<TrialKey, f64>,
     archive: Vec<Observation>,
-    /// Curves of finished trials at full fidelity, for the median rule.
-    curves: Vec<Vec<(u64, f64)>>,
+    /// Bytes and curves of finished trials at full fidelity, for the median rule.
+    curves: Vec<(u64, Vec<(u64, f64)>)>,
     trials: Vec<TrialKey>,
     notes: Map<String, Value>,
     suggestions: Vec<Config>,
@@ -152,8 +152,8 @@ impl<'a> Session<'a> {
         self.evaluate_at(configs, self.settings.fidelity, self.settings.evaluation_seed)
     }
 
-    /// The same at another fidelity or seed. Of the same measure, a share of the amount costs that share of an
-    /// evaluation; another measure or seed costs none (the outcome counts its trials).
+    /// The same at another fidelity or seed. Of the same measure, a share of the amount (as the objective rounds it)
+    /// costs that share of an evaluation; another measure or seed costs none (the outcome counts its trials).
     ///
     /// # Errors
     /// Those of the objective and the log.
@@ -165,8 +165,8 @@ impl<'a> Session<'a> {
     ) -> Result<Vec<Option<f64>>> {
         let full = self.settings.fidelity;
         let main = seed == self.settings.evaluation_seed && fidelity.measure == full.measure;
-        let price =
-            if main && self.counting { fidelity.amount as f64 / full.amount.max(1) as f64 } else { 0.0 };
+        let amount = |fidelity| self.objective.rounded(fidelity).amount as f64;
+        let price = if main && self.counting { amount(fidelity) / amount(full).max(1.0) } else { 0.0 };
         let mut affordable = Vec::new();
         let mut taken = HashSet::new();
         for config in configs {
@@ -201,7 +201,7 @@ impl<'a> Session<'a> {
             let config = key.config.clone();
             self.archive.push(Observation { config, bytes: trial.bytes, loss, stopped: trial.stopped });
             if !trial.stopped {
-                self.curves.push(trial.curve.clone());
+                self.curves.push((trial.bytes, trial.curve.clone()));
             }
         }
         self.trials.push(key.clone());
@@ -212,7 +212,7 @@ impl<'a> Session<'a> {
     fn measure(&mut self, keys: &[TrialKey]) -> Result<()> {
         let mut pause = Duration::from_millis(5);
         loop {
-            let missing: Vec<&TrialKey> = keys.iter().filter(|key| self.log.get(key).is_none()).collect();
+            let missing: Vec<&TrialKey> = keys.iter().filter(|key| self.missing(key)).collect();
             if missing.is_empty() {
                 return Ok(());
             }
@@ -221,7 +221,7 @@ impl<'a> Session<'a> {
                 let Some(claim) = self.log.claim(key)? else { continue };
                 // Whoever had the claim before may have finished in between.
                 self.log.refresh()?;
-                if self.log.get(key).is_none() {
+                if self.missing(key) {
                     let trial = self.run(key)?;
                     self.log.append(&trial)?;
                 }
@@ -236,10 +236,16 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// Whether a trial is to be measured. One that another search stopped early is no measurement for a search that
+    /// stops nothing.
+    fn missing(&self, key: &TrialKey) -> bool {
+        self.log.get(key).is_none_or(|trial| trial.stopped && !self.settings.stop_early)
+    }
+
     fn run(&mut self, key: &TrialKey) -> Result<Trial> {
         let plan = self.space.plan(&key.config);
         let request = Request { config: &key.config, plan: &plan, fidelity: key.fidelity, seed: key.seed };
-        let direction = self.objective.direction();
+        let (direction, bytes) = (self.objective.direction(), self.space.bytes(&key.config));
         let (median_rule, curves) =
             (self.settings.stop_early && key.fidelity == self.settings.fidelity, &self.curves);
         let (mut curve, mut stopped) = (Vec::new(), false);
@@ -248,7 +254,7 @@ impl<'a> Session<'a> {
             if score.is_finite() {
                 curve.push((amount, score));
             }
-            stopped |= median_rule && worse_than_median(curves, amount, score, direction);
+            stopped |= median_rule && worse_than_median(curves, bytes, amount, score, direction);
             !stopped
         };
         let measured = self
@@ -261,7 +267,7 @@ impl<'a> Session<'a> {
             fidelity: key.fidelity,
             seed: key.seed,
             score: Some(measured.score).filter(|score| score.is_finite()),
-            bytes: self.space.bytes(&key.config),
+            bytes,
             seconds: start.elapsed().as_secs_f64(),
             method: self.method.into(),
             figures: measured.figures.into_iter().filter(|(_, figure)| figure.is_finite()).collect(),
@@ -272,11 +278,17 @@ impl<'a> Session<'a> {
     }
 }
 
-/// Whether a running trial is worse than the median of the finished ones at the same point.
-fn worse_than_median(curves: &[Vec<(u64, f64)>], amount: u64, score: f64, direction: Direction) -> bool {
-    let at =
-        |curve: &Vec<(u64, f64)>| curve.iter().find(|(known, _)| *known == amount).map(|(_, score)| *score);
-    let mut losses: Vec<f64> = curves.iter().filter_map(at).map(|score| direction.loss(score)).collect();
+/// Whether a running trial is worse than the median of the finished ones of at most its bytes at the same point.
+fn worse_than_median(
+    curves: &[(u64, Vec<(u64, f64)>)],
+    bytes: u64,
+    amount: u64,
+    score: f64,
+    direction: Direction,
+) -> bool {
+    let rivals = curves.iter().filter(|(known, _)| *known <= bytes).flat_map(|(_, curve)| curve);
+    let mut losses: Vec<f64> =
+        rivals.filter(|(known, _)| *known == amount).map(|(_, score)| direction.loss(*score)).collect();
     if losses.len() < MIN_CURVES {
         return false;
     }

@@ -1,20 +1,23 @@
 //! AMQ's search (arXiv 2509.12019).
 
+use std::collections::HashSet;
+
 use rand_chacha::ChaCha8Rng;
 
 use super::{
     Individual, Nsga2, Nsga2State, SearchMethod,
-    pool::{Model, archive_front, first_design},
+    pool::{Model, archive_front, first_design, new_sample},
 };
-use crate::{Config, Error, Result, Session, SurrogateKind, moves::stream};
+use crate::{Config, Error, Result, SearchSpace, Session, SurrogateKind, moves::stream};
 
 /// Radial basis functions predict the loss, NSGA-II searches on the prediction, and the plans that fill the largest
 /// gaps along memory are measured. Units that alone do too much harm at their smallest choice are frozen at their
-/// largest.
+/// largest in all plans but the uniform and the smallest one.
 ///
 /// Differences from the published method: its sizes (250 first plans, 200 rounds of 50) are shares of the evaluations
-/// here, the gap-filling choice is greedy instead of a small genetic algorithm, and at most the latest `max_fit`
-/// observations are fitted.
+/// here, the gap-filling choice is greedy instead of a small genetic algorithm, the front and the latest `max_fit`
+/// observations are fitted, units are frozen only where a third of the first plans pays for measuring them, and a
+/// round that finds nothing new measures a random plan.
 ///
 /// | option | default | |
 /// | --- | --- | --- |
@@ -63,11 +66,16 @@ impl SearchMethod for Amq {
         let frozen = self.frozen(session)?;
         let first = (settings.evaluations as f64 * self.initial) as usize;
         let left = first.saturating_sub(session.spent() as usize).max(2);
-        let mut design = session.space().uniform();
-        design.retain(|config| session.fits(config));
-        design.extend(first_design(session, left, &mut stream(settings.seed, "amq start", 0)));
-        design.iter_mut().for_each(|config| thaw(session, &frozen, config));
-        design.truncate(left.max(2));
+        let space = session.space();
+        let mut design = space.uniform();
+        design.push(space.lowest());
+        design.retain(|config| session.fits(config) && !session.known(config));
+        let mut sampled = first_design(session, left, &mut stream(settings.seed, "amq start", 0));
+        sampled.iter_mut().skip(1).for_each(|config| freeze(session, &frozen, config));
+        design.append(&mut sampled);
+        let mut seen = HashSet::new();
+        design.retain(|config| seen.insert(config.clone()));
+        design.truncate(left);
         session.evaluate(&design)?;
         let per_round = (session.remaining() / self.rounds as f64).ceil().max(1.0) as usize;
         let mut round = 0;
@@ -75,9 +83,12 @@ impl SearchMethod for Amq {
             round += 1;
             let mut rng = stream(settings.seed, "amq round", round);
             let found = self.predicted_front(session, &frozen, round, &mut rng)?;
-            let picked = fill_gaps(session, found, per_round.min(session.remaining() as usize));
+            let mut picked = fill_gaps(session, found, per_round.min(session.remaining() as usize));
             if picked.is_empty() {
-                break;
+                let Some(config) = new_sample(session, &[], &mut rng, SearchSpace::sample_stratified) else {
+                    break;
+                };
+                picked.push(config);
             }
             session.evaluate(&picked)?;
         }
@@ -92,7 +103,7 @@ impl Amq {
         let space = session.space();
         let affordable = session.settings().evaluations as f64 * self.initial;
         let units: Vec<usize> = (0..space.units().len()).filter(|&unit| space.choices(unit) > 1).collect();
-        if self.freeze_above.is_infinite() || (units.len() + 1) as f64 > affordable {
+        if self.freeze_above.is_infinite() || (units.len() + 1) as f64 > affordable / 3.0 {
             return Ok(Vec::new());
         }
         let anchor = space.highest();
@@ -129,14 +140,14 @@ impl Amq {
         let model = Model::fit(session, SurrogateKind::Rbf, self.max_fit, settings.seed)?;
         let individual = |config: Config| Individual {
             bytes: session.space().bytes(&config),
-            loss: Some(model.predict(&config).mean),
+            loss: Some(model.predict(&config).typical()),
             config,
         };
         let mut population = archive_front(session);
         population.truncate(self.population);
         while population.len() < self.population {
             let mut config = session.space().sample_stratified(rng);
-            thaw(session, frozen, &mut config);
+            freeze(session, frozen, &mut config);
             population.push(config);
         }
         let options = Nsga2 { mutation: Some(0.1), ..Nsga2::default() };
@@ -147,7 +158,7 @@ impl Amq {
         };
         for _ in 0..self.generations {
             let mut children = state.breed(&options, session.space(), settings.max_bytes, |_| false);
-            children.iter_mut().for_each(|config| thaw(session, frozen, config));
+            children.iter_mut().for_each(|config| freeze(session, frozen, config));
             state.select(children.into_iter().map(individual).collect(), self.population);
         }
         let mut found: Vec<Config> = state.population.into_iter().map(|one| one.config).collect();
@@ -158,8 +169,8 @@ impl Amq {
     }
 }
 
-/// Frozen units back at their largest choice, unless the limit forbids it.
-fn thaw(session: &Session<'_>, frozen: &[usize], config: &mut Config) {
+/// Puts frozen units at their largest choice, unless the limit forbids it.
+fn freeze(session: &Session<'_>, frozen: &[usize], config: &mut Config) {
     let mut held = config.clone();
     for &unit in frozen {
         held.0[unit] = (session.space().choices(unit) - 1) as u8;

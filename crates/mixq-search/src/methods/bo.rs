@@ -2,7 +2,7 @@
 
 use super::{
     SearchMethod,
-    pool::{Model, candidates, first_design, pick, reference, staircase},
+    pool::{Candidate, Model, candidates, first_design, pick, reference, staircase},
 };
 use crate::{Error, Result, Session, SurrogateKind, moves::stream};
 
@@ -60,9 +60,8 @@ impl SearchMethod for Bo {
                 let predicted: Vec<_> = pool
                     .into_iter()
                     .map(|config| {
-                        let (bytes, prediction) =
-                            (session.space().bytes(&config) as f64, model.predict(&config));
-                        (config, bytes, prediction)
+                        let belief = model.predict(&config);
+                        Candidate::new(session, config, belief)
                     })
                     .collect();
                 pick(staircase(session, reference), &predicted, count, true)

@@ -4,11 +4,11 @@ use rand::RngExt;
 
 use super::{
     SearchMethod,
-    pool::{Scale, pick, reference, staircase},
+    pool::{Candidate, Scale, pick, reference, staircase},
 };
 use crate::{
     Config, Error, Prediction, Result, Ridge, SearchSpace, Session, Surrogate, knapsack, moves::stream,
-    surrogate::ehvi::Staircase,
+    surrogate::ehvi::Belief,
 };
 
 /// Knapsack solutions that are looked at when the ones to measure are chosen.
@@ -26,10 +26,11 @@ pub struct Screen {
 /// Sensitivities by one-at-a-time measurements, an exact multiple-choice knapsack for every budget, then elitist
 /// `(1 + lambda)` refinement by swaps at several budgets.
 ///
-/// 1. The harm of each unit at each choice, all others at their largest: `U (B - 1) + 1` evaluations; clipped at 0 and
-///    made monotone. Where that is more than half of the evaluations, the smallest choices come first and the rest is
-///    interpolated in bytes.
-/// 2. The uniform plans, so that no result is worse than those.
+/// 1. The uniform plans, so that no result is worse than those.
+/// 2. The harm of each unit at each choice, all others at their largest: `U (B - 1) + 1` evaluations; clipped at 0 and
+///    made monotone. Where that is more than half of what is left, the smallest choices come first and the rest is
+///    interpolated in bytes; where not even those can be paid, evenly spaced units are measured and the others get
+///    the median harm per byte.
 /// 3. The knapsack's front; half of what is left measures the solutions with the largest predicted hypervolume.
 /// 4. At each of `budgets` memories in turn: `offspring` plans by swaps from the best plan that fits; a correction of
 ///    the additive model, fitted to everything measured, keeps `screened` of them, `screens` (successive shares of the
@@ -75,11 +76,11 @@ impl SearchMethod for KlMix {
 
     fn run(&self, session: &mut Session<'_>) -> Result<()> {
         self.check()?;
-        let table = sensitivities(session)?;
-        session.note("sensitivities", serde_json::json!(table));
         let mut uniform = session.space().uniform();
         uniform.retain(|config| session.fits(config));
         session.evaluate(&uniform)?;
+        let table = sensitivities(session)?;
+        session.note("sensitivities", serde_json::json!(table));
         let solutions = solutions(session, &table)?;
         measure_solutions(session, &table, &solutions)?;
         self.refine(session, &table, &solutions)
@@ -116,10 +117,10 @@ impl KlMix {
             .map(|k| space.smallest() + (u128::from(span) * u128::from(k) / u128::from(count)) as u64)
             .collect();
         let mut idle = vec![0; budgets.len()];
-        for generation in 0..self.generations {
+        'refining: for generation in 0..self.generations {
             for (level, &budget) in budgets.iter().enumerate() {
                 if session.remaining() < 1.0 {
-                    return Ok(());
+                    break 'refining;
                 }
                 if idle[level] < self.patience {
                     let gained =
@@ -187,7 +188,11 @@ fn sensitivities(session: &mut Session<'_>) -> Result<Vec<Vec<f64>>> {
         probes.extend((0..space.units().len()).filter(smaller).map(|unit| (unit, choice)));
     }
     let lowest = probes.iter().filter(|(_, choice)| *choice == 0).count();
-    probes.truncate(lowest.max((session.remaining() / 2.0) as usize));
+    let affordable = ((session.remaining() / 2.0) as usize).max(1);
+    if affordable < lowest {
+        probes = (0..affordable).map(|index| probes[index * lowest / affordable]).collect();
+    }
+    probes.truncate(affordable);
     let mut plans = vec![anchor.clone()];
     plans.extend(probes.iter().map(|&(unit, choice)| {
         let mut config = anchor.clone();
@@ -204,7 +209,27 @@ fn sensitivities(session: &mut Session<'_>) -> Result<Vec<Vec<f64>>> {
         table[unit][choice] =
             loss.map(|loss| if loss.is_finite() { (loss - base).max(0.0) } else { 10.0 * worst + 1.0 });
     }
+    fill_unmeasured(space, &mut table);
     Ok(table.into_iter().enumerate().map(|(unit, row)| complete(space, unit, row)).collect())
+}
+
+/// Gives units without any measurement the others' median harm per byte that the smallest choice saves.
+fn fill_unmeasured(space: &SearchSpace, table: &mut [Vec<Option<f64>>]) {
+    let saved = |unit: usize| {
+        let bytes = &space.weights()[unit];
+        bytes[bytes.len() - 1].saturating_sub(bytes[0]) as f64
+    };
+    let mut rates: Vec<f64> = (0..table.len())
+        .filter(|&unit| saved(unit) > 0.0)
+        .filter_map(|unit| Some(table[unit][0]? / saved(unit)))
+        .collect();
+    rates.sort_by(f64::total_cmp);
+    let Some(&median) = rates.get(rates.len() / 2) else { return };
+    for (unit, row) in table.iter_mut().enumerate() {
+        if row.iter().all(Option::is_none) {
+            row[0] = Some(median * saved(unit));
+        }
+    }
 }
 
 /// Fills a unit's gaps by interpolation in bytes, ends at 0, never rises with the bytes.
@@ -247,18 +272,18 @@ fn measure_solutions(session: &mut Session<'_>, table: &[Vec<f64>], solutions: &
     let step = solutions.len().div_ceil(MAX_SOLUTIONS).max(1);
     let count = (session.remaining() / 2.0).ceil().max(1.0) as usize;
     let model = Corrected::fit(session, table)?;
-    let candidate = |config: &Config| {
-        let prediction = Prediction { mean: model.predict(config), sd: 0.0 };
-        (config.clone(), session.space().bytes(config) as f64, prediction)
-    };
+    let candidate =
+        |config: &Config| Candidate::new(session, config.clone(), Belief::certain(model.predict(config)));
     let candidates: Vec<_> =
         solutions.iter().step_by(step).filter(|config| !session.known(config)).map(candidate).collect();
     let mut ends = reference(session);
     // Predictions may lie above everything measured so far.
-    ends[1] = candidates.iter().map(|(_, _, prediction)| prediction.mean).fold(ends[1], f64::max) * 1.05;
-    let stairs: Staircase = staircase(session, ends);
+    let predicted = || candidates.iter().map(|candidate| candidate.belief.typical());
+    let (worst, best) = (predicted().fold(ends[1], f64::max), predicted().fold(ends[1], f64::min));
+    ends[1] = worst + 0.05 * (worst - best);
+    let stairs = staircase(session, ends);
     let picked: Vec<Config> = if candidates.len() <= count {
-        candidates.into_iter().map(|(config, ..)| config).collect()
+        candidates.into_iter().map(|candidate| candidate.config).collect()
     } else {
         pick(stairs, &candidates, count, false).into_iter().map(|(config, _)| config).collect()
     };
@@ -297,7 +322,7 @@ impl<'s, 't> Corrected<'s, 't> {
         let sum = self.scale.forward(self.base + additive(self.table, config));
         let correct = |ridge: &Ridge| ridge.predict(&features(self.space, config, sum)).mean;
         let correction = self.ridge.as_ref().map_or(0.0, correct);
-        self.scale.back(Prediction { mean: sum + correction, sd: 0.0 }).mean
+        self.scale.back(Prediction { mean: sum + correction, sd: 0.0 }).typical()
     }
 }
 

@@ -45,23 +45,8 @@ pub struct Individual {
     pub config: Config,
     /// Its bytes.
     pub bytes: u64,
-    /// What is minimised; `None` for a plan that failed. In JSON a string, whose digits read back exactly.
-    #[serde(with = "exact")]
+    /// What is minimised; `None` for a plan that failed.
     pub loss: Option<f64>,
-}
-
-/// JSON numbers may read back with another last bit, which would send a restored search another way.
-mod exact {
-    use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error};
-
-    pub(super) fn serialize<S: Serializer>(loss: &Option<f64>, serializer: S) -> Result<S::Ok, S::Error> {
-        loss.map(|loss| loss.to_string()).serialize(serializer)
-    }
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<f64>, D::Error> {
-        let text = Option::<String>::deserialize(deserializer)?;
-        text.map(|text| text.parse().map_err(D::Error::custom)).transpose()
-    }
 }
 
 impl Individual {

@@ -2,9 +2,9 @@
 
 use super::{
     SearchMethod,
-    pool::{Model, candidates, first_design, pick, reference, staircase},
+    pool::{Candidate, Model, candidates, first_design, pick, reference, staircase},
 };
-use crate::{Error, Prediction, Result, Session, SurrogateKind, hypervolume, moves::stream, pareto_front};
+use crate::{Config, Error, Result, Session, SurrogateKind, hypervolume, moves::stream, pareto_front};
 
 /// Fit a performance model, keep the candidates that are non-dominated in memory and predicted score, measure those
 /// with the largest predicted growth of the hypervolume, repeat.
@@ -77,7 +77,7 @@ impl SearchMethod for Paper {
             let plans: Vec<_> = picked.iter().map(|(config, _)| config.clone()).collect();
             let losses = session.evaluate(&plans)?;
             let measured = picked.iter().zip(losses);
-            errors.extend(measured.filter_map(|((_, predicted), loss)| Some((predicted.mean - loss?).abs())));
+            errors.extend(measured.filter_map(|((_, predicted), loss)| Some((predicted - loss?).abs())));
             let points: Vec<[f64; 2]> =
                 session.archive().iter().map(|seen| [seen.bytes as f64, seen.loss]).collect();
             volumes.push(hypervolume(&points, &reference));
@@ -90,21 +90,13 @@ impl SearchMethod for Paper {
 }
 
 impl Paper {
-    fn propose(
-        &self,
-        session: &Session<'_>,
-        reference: [f64; 2],
-        round: u64,
-    ) -> Result<Vec<(crate::Config, Prediction)>> {
+    fn propose(&self, session: &Session<'_>, reference: [f64; 2], round: u64) -> Result<Vec<(Config, f64)>> {
         let seed = session.settings().seed;
         if !session.archive().iter().any(|seen| seen.loss.is_finite()) {
             // Nothing to learn from yet.
             let mut rng = stream(seed, "paper blind", round);
             let plans = candidates(session, 0, self.picks, &mut rng);
-            return Ok(plans
-                .into_iter()
-                .map(|plan| (plan, Prediction { mean: f64::INFINITY, sd: 0.0 }))
-                .collect());
+            return Ok(plans.into_iter().map(|plan| (plan, f64::INFINITY)).collect());
         }
         let model = Model::fit(session, self.surrogate, MAX_FIT, seed.wrapping_add(round))?;
         let mut rng = stream(seed, "paper pool", round);
@@ -112,12 +104,12 @@ impl Paper {
         let predicted: Vec<_> = pool
             .into_iter()
             .map(|config| {
-                let (bytes, prediction) = (session.space().bytes(&config) as f64, model.predict(&config));
-                (config, bytes, prediction)
+                let belief = model.predict(&config);
+                Candidate::new(session, config, belief)
             })
             .collect();
         let points: Vec<[f64; 2]> =
-            predicted.iter().map(|(_, bytes, prediction)| [*bytes, prediction.mean]).collect();
+            predicted.iter().map(|candidate| [candidate.bytes, candidate.belief.typical()]).collect();
         let front: Vec<_> = pareto_front(&points).into_iter().map(|index| predicted[index].clone()).collect();
         let count = self.picks.min(session.remaining() as usize);
         Ok(pick(staircase(session, reference), &front, count, false))

@@ -6,7 +6,9 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::{
     Config, Observation, Prediction, Result, SearchSpace, Session, Surrogate, SurrogateKind,
-    moves::crossover, pareto_front, surrogate::ehvi::Staircase,
+    moves::crossover,
+    pareto_front,
+    surrogate::ehvi::{Belief, Staircase},
 };
 
 /// Draws before giving up on finding a new plan.
@@ -52,7 +54,7 @@ pub(super) fn first_design(session: &Session<'_>, count: usize, rng: &mut ChaCha
     design
 }
 
-/// Indices of the archive's front among the plans within the limit.
+/// The archive's front among the plans within the limit.
 pub(super) fn archive_front(session: &Session<'_>) -> Vec<Config> {
     let inside: Vec<&Observation> = session
         .archive()
@@ -104,14 +106,11 @@ impl Scale {
         self.floor.map_or(loss, |floor| (loss.max(0.0) + floor).ln())
     }
 
-    /// A prediction in losses: the median of the logarithm's, and the deviation to first order.
-    pub(super) fn back(&self, prediction: Prediction) -> Prediction {
+    /// What a prediction of [`forward`](Self::forward)'s values says of the loss.
+    pub(super) fn back(&self, prediction: Prediction) -> Belief {
         match self.floor {
-            None => prediction,
-            Some(floor) => {
-                let value = prediction.mean.min(700.0).exp();
-                Prediction { mean: value - floor, sd: value * prediction.sd }
-            }
+            None => Belief::Normal(prediction),
+            Some(floor) => Belief::LogNormal { log: prediction, floor },
         }
     }
 }
@@ -124,11 +123,16 @@ pub(super) struct Model<'s> {
 }
 
 impl<'s> Model<'s> {
-    /// Fits the last `limit` finished observations.
+    /// Fits the last `limit` finished observations, and the front whenever it was measured.
     pub(super) fn fit(session: &Session<'s>, kind: SurrogateKind, limit: usize, seed: u64) -> Result<Self> {
         let finished = session.archive().iter().filter(|seen| seen.loss.is_finite());
-        let seen: Vec<&Observation> = finished.collect();
-        let seen = &seen[seen.len().saturating_sub(limit)..];
+        let mut seen: Vec<&Observation> = finished.collect();
+        let early = seen.len().saturating_sub(limit);
+        if early > 0 {
+            let front: HashSet<Config> = archive_front(session).into_iter().collect();
+            let mut index = 0..;
+            seen.retain(|seen| index.next() >= Some(early) || front.contains(&seen.config));
+        }
         let scale = Scale::of(seen.iter().map(|seen| seen.loss));
         let space = session.space();
         let x: Vec<Vec<f64>> = seen.iter().map(|seen| space.encode(&seen.config)).collect();
@@ -136,7 +140,7 @@ impl<'s> Model<'s> {
         Ok(Self { space, surrogate: kind.fit(&x, &y, seed)?, scale })
     }
 
-    pub(super) fn predict(&self, config: &Config) -> Prediction {
+    pub(super) fn predict(&self, config: &Config) -> Belief {
         self.scale.back(self.surrogate.predict(&self.space.encode(config)))
     }
 }
@@ -159,30 +163,42 @@ pub(super) fn staircase(session: &Session<'_>, reference: [f64; 2]) -> Staircase
     Staircase::new(&points, reference)
 }
 
-/// Up to `count` candidates, each the one with the largest gain given those before, whose predictions are believed.
+/// A plan that may be measured.
+#[derive(Debug, Clone)]
+pub(super) struct Candidate {
+    pub(super) config: Config,
+    pub(super) bytes: f64,
+    pub(super) belief: Belief,
+}
+
+impl Candidate {
+    pub(super) fn new(session: &Session<'_>, config: Config, belief: Belief) -> Self {
+        Self { bytes: session.space().bytes(&config) as f64, config, belief }
+    }
+}
+
+/// Up to `count` candidates, each the one with the largest gain given those before, whose typical losses are believed
+/// and returned.
 pub(super) fn pick(
     mut stairs: Staircase,
-    candidates: &[(Config, f64, Prediction)],
+    candidates: &[Candidate],
     count: usize,
     expected: bool,
-) -> Vec<(Config, Prediction)> {
-    let mut picked: Vec<(Config, Prediction)> = Vec::new();
-    let mut left: Vec<&(Config, f64, Prediction)> = candidates.iter().collect();
+) -> Vec<(Config, f64)> {
+    let mut picked: Vec<(Config, f64)> = Vec::new();
+    let mut left: Vec<&Candidate> = candidates.iter().collect();
     while picked.len() < count && !left.is_empty() {
-        let gain = |(_, bytes, prediction): &(Config, f64, Prediction)| {
-            if expected {
-                stairs.expected_gain(*bytes, *prediction)
-            } else {
-                stairs.gain(*bytes, prediction.mean)
-            }
+        let gain = |Candidate { bytes, belief, .. }: &Candidate| match expected {
+            true => stairs.expected_gain(*bytes, *belief),
+            false => stairs.gain(*bytes, belief.typical()),
         };
         let gains: Vec<f64> = left.iter().map(|candidate| gain(candidate)).collect();
         // The first of equals, so that ties don't depend on anything hidden.
         let best = (0..gains.len()).fold(0, |best, i| if gains[i] > gains[best] { i } else { best });
         if picked.is_empty() || gains[best] > 0.0 {
-            let (config, bytes, prediction) = left.swap_remove(best);
-            stairs.push([*bytes, prediction.mean]);
-            picked.push((config.clone(), *prediction));
+            let Candidate { config, bytes, belief } = left.swap_remove(best);
+            stairs.push([*bytes, belief.typical()]);
+            picked.push((config.clone(), belief.typical()));
         } else {
             break;
         }

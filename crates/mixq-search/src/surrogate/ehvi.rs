@@ -2,8 +2,52 @@
 
 use super::Prediction;
 
+/// What is believed of a loss.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Belief {
+    Normal(Prediction),
+    /// `exp(log) - floor`, with `log` normal.
+    LogNormal {
+        log: Prediction,
+        floor: f64,
+    },
+}
+
+impl Belief {
+    pub(crate) fn certain(loss: f64) -> Self {
+        Self::Normal(Prediction { mean: loss, sd: 0.0 })
+    }
+
+    /// The median.
+    pub(crate) fn typical(&self) -> f64 {
+        match self {
+            Self::Normal(loss) => loss.mean,
+            // Finite, so that areas stay numbers.
+            Self::LogNormal { log, floor } => log.mean.min(700.0).exp() - floor,
+        }
+    }
+
+    /// `E[max(0, target - loss)]`.
+    fn expected_improvement(&self, target: f64) -> f64 {
+        match *self {
+            Self::Normal(loss) => expected_improvement(loss, target),
+            Self::LogNormal { log, floor } if log.sd > 0.0 => {
+                let target = target + floor;
+                if target <= 0.0 {
+                    return 0.0;
+                }
+                let z = (target.ln() - log.mean) / log.sd;
+                // exp(mean + sd^2 / 2) Phi(z - sd), the factor in the exponent bounded where Phi is 0 anyway.
+                let below = (log.mean + 0.5 * log.sd * log.sd).min(700.0).exp() * normal_cdf(z - log.sd);
+                (target * normal_cdf(z) - below).max(0.0)
+            }
+            Self::LogNormal { .. } => (target - self.typical()).max(0.0),
+        }
+    }
+}
+
 /// Expected improvement of a loss over `target`: `(target - mean) Phi(z) + sd phi(z)`.
-pub(crate) fn expected_improvement(loss: Prediction, target: f64) -> f64 {
+fn expected_improvement(loss: Prediction, target: f64) -> f64 {
     let gain = target - loss.mean;
     if loss.sd <= 0.0 {
         return gain.max(0.0);
@@ -19,7 +63,7 @@ pub(crate) fn expected_improvement(loss: Prediction, target: f64) -> f64 {
 /// The memory is exact, so no sampling is needed: between two memories of the front the best known loss is constant,
 /// and the expectation is the interval's width times the expected improvement over that loss.
 pub fn ehvi(memory: f64, loss: Prediction, observed: &[[f64; 2]], reference: [f64; 2]) -> f64 {
-    Staircase::new(observed, reference).expected_gain(memory, loss)
+    Staircase::new(observed, reference).expected_gain(memory, Belief::Normal(loss))
 }
 
 /// The front of `observed`, kept for many candidates.
@@ -43,12 +87,12 @@ impl Staircase {
         Self { steps, reference }
     }
 
-    pub(crate) fn expected_gain(&self, memory: f64, loss: Prediction) -> f64 {
+    pub(crate) fn expected_gain(&self, memory: f64, loss: Belief) -> f64 {
         let known = self.steps.partition_point(|step| step[0] <= memory);
         let mut target = if known == 0 { self.reference[1] } else { self.steps[known - 1][1] };
         let (mut from, mut gain) = (memory, 0.0);
         for step in self.steps[known..].iter().chain([&[self.reference[0], f64::NEG_INFINITY]]) {
-            gain += (step[0] - from).max(0.0) * expected_improvement(loss, target);
+            gain += (step[0] - from).max(0.0) * loss.expected_improvement(target);
             (from, target) = (step[0], step[1]);
         }
         gain
@@ -56,7 +100,7 @@ impl Staircase {
 
     /// Growth of the area if the loss were certain.
     pub(crate) fn gain(&self, memory: f64, loss: f64) -> f64 {
-        self.expected_gain(memory, Prediction { mean: loss, sd: 0.0 })
+        self.expected_gain(memory, Belief::certain(loss))
     }
 
     /// Adds a point.
@@ -119,6 +163,32 @@ mod tests {
             let expected = hypervolume(&more, &reference) - hypervolume(&observed, &reference);
             close(stairs.gain(candidate[0], candidate[1]), expected);
         }
+    }
+
+    #[test]
+    fn log_normal_improvement_equals_its_integral() {
+        for (mean, sd, floor, target) in
+            [(0.0, 1.5, 0.0, 1.0), (1.1, 1.5, 0.2, 1.0), (2.3, 1.5, 0.01, 1.0), (-1.0, 0.3, 0.0, 2.0)]
+        {
+            let belief = Belief::LogNormal { log: Prediction { mean, sd }, floor };
+            // The trapezoidal rule over the normal variable.
+            let steps = 200_000;
+            let integral: f64 = (0..=steps)
+                .map(|i| -9.0 + 18.0 * f64::from(i) / f64::from(steps))
+                .map(|u| {
+                    let loss = (mean + sd * u).exp() - floor;
+                    (target - loss).max(0.0) * (-0.5 * u * u).exp() / (2.0 * std::f64::consts::PI).sqrt()
+                })
+                .sum::<f64>()
+                * 18.0
+                / f64::from(steps);
+            let found = belief.expected_improvement(target);
+            assert!((found - integral).abs() < 1e-6, "{mean} {sd} {floor} {target}: {found} and {integral}");
+            assert!(found <= target + floor);
+        }
+        let certain = Belief::LogNormal { log: Prediction { mean: 0.0, sd: 0.0 }, floor: 0.5 };
+        close(certain.expected_improvement(2.0), 1.5);
+        assert_eq!(certain.expected_improvement(f64::NEG_INFINITY), 0.0);
     }
 
     #[test]
