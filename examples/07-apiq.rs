@@ -36,6 +36,8 @@ const MEASURED: usize = 4;
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum MethodName {
+    /// LoRA on the weights as they were: what the others are measured against.
+    Dense,
     /// Round to nearest; with LoRA, QLoRA's start.
     Rtn,
     /// NormalFloat, as published for QLoRA; 2 to 4 bits.
@@ -101,9 +103,16 @@ struct Options {
     /// Learning rate of ApiQ's factors.
     #[arg(long, default_value_t = 2e-3)]
     lr_lora: f64,
+    /// Where ApiQ's clipping logits start: a range is the part `1 / (1 + exp(-logit))` of the group's. The published 4 is
+    /// nearly the whole range, from where it takes thousands of steps to move.
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
+    initial_logit: f32,
     /// Steps of the fine-tuning; 0 leaves it out.
     #[arg(long)]
     steps: Option<u64>,
+    /// Rows of `--length` tokens in a step of the fine-tuning.
+    #[arg(long, default_value_t = 4)]
+    batch: usize,
     /// Learning rate of the fine-tuning.
     #[arg(long, default_value_t = 1e-3)]
     lr: f64,
@@ -130,6 +139,7 @@ impl Options {
 
     fn config(&self, method: MethodName) -> Result<CalibrationConfig> {
         let scheme: Scheme = match method {
+            MethodName::Dense => "dense".into(),
             MethodName::Nf => format!("nf{}:{}", self.bits, self.group),
             _ => format!("affine{}:{}", self.bits, self.group),
         }
@@ -138,12 +148,13 @@ impl Options {
             epochs: self.budget(self.epochs, 6, 10),
             lr_clipping: self.lr_clipping,
             lr_lora: self.lr_lora,
+            initial_logit: self.initial_logit,
             // As in the published runs.
             augmented: self.bits == 2,
             ..ApiqConfig::default()
         };
         let method = match method {
-            MethodName::Rtn | MethodName::Nf => Method::Rtn(Rounding::MinMax),
+            MethodName::Dense | MethodName::Rtn | MethodName::Nf => Method::Rtn(Rounding::MinMax),
             MethodName::Gptq => Method::Gptq(GptqConfig::default()),
             MethodName::Loftq => Method::Loftq(LoftqConfig::default()),
             MethodName::Clipping => Method::Clipping(ApiqConfig { weight_decay: 0.0, ..apiq }),
@@ -156,7 +167,7 @@ impl Options {
     }
 
     fn trainer(&self, steps: u64) -> TrainerConfig {
-        let mut batch = BatchOptions::new(4);
+        let mut batch = BatchOptions::new(self.batch);
         (batch.seed, batch.order) = (self.seed, Order::Shuffled);
         let mut config = TrainerConfig::new(steps, batch);
         (config.lr, config.warmup) = (self.lr, steps / 10);
@@ -170,6 +181,7 @@ impl Options {
 #[derive(Debug, Serialize)]
 struct Row {
     method: String,
+    /// 32 for dense weights.
     bits: u32,
     perplexity_before: f64,
     perplexity_after: Option<f64>,
@@ -252,7 +264,7 @@ impl Study<'_> {
         };
         Ok(Row {
             method: method.name(),
-            bits: self.options.bits,
+            bits: if method == MethodName::Dense { 32 } else { self.options.bits },
             perplexity_before: before,
             perplexity_after: after,
             activation_error,

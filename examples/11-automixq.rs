@@ -18,19 +18,23 @@ use kiln::{
     adapters::{PeftConfig, TargetModules},
     calibration::{ApiqConfig, LoftqConfig, Method},
     eval::WindowedPerplexity,
-    mixq::{Choices, FineTune, KlOptions, ModelObjective, Variants, space_of},
+    mixq::{Choices, FineTune, KlOptions, ModelObjective, TrainingShape, Variants, space_of},
     mixq_search::{
-        Config, Fidelity, Front, FrontPoint, Granularity, Halving, METHODS, Objective, Outcome, SearchMethod,
-        SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
+        Config, Fidelity, Finalists, Front, FrontPoint, Granularity, Halving, METHODS, MemoryAxis, Objective,
+        Outcome, SearchMethod, SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
     models::{AnyModel, CausalLm, Recompute},
     pruning::{BlockPruning, Calibration, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme},
+    side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, ScheduleKind, TrainerConfig},
 };
 use kiln_examples::{ModelArgs, Result, split_ids, write_json};
 use serde::Serialize;
 use serde_json::json;
+
+/// Rows of a fine-tune's batch.
+const BATCH: usize = 4;
 
 /// Most plans that `--exhaustive` measures.
 const MAX_PLANS: u128 = 1 << 17;
@@ -99,8 +103,8 @@ struct Options {
     #[arg(long)]
     steps: Option<u64>,
     /// Steps of successive halving, growing, separated by commas: before the comparison, the best plans of each limit are
-    /// tuned for the first number of steps, the better half for the second, and so on, scored on text of their own. None
-    /// takes the best plan by KL; the full run has 50,200.
+    /// tuned for the first number of steps, the better half for the second, and so on, scored on text of their own; the
+    /// best two once more under two fresh seeds. None takes the best plan by KL; the full run has 50,200.
     #[arg(long, value_delimiter = ',')]
     rungs: Vec<u64>,
     /// Windows of the search, and tokens of every window.
@@ -166,6 +170,11 @@ impl Options {
         schemes.into_iter().map(|scheme| Ok((scheme, space_of(model, &Choices::new([scheme]))?))).collect()
     }
 
+    /// What plans of `bytes` may take within `--budget-bytes`.
+    fn limit(&self, bytes: u64) -> u64 {
+        self.budget_bytes.unwrap_or(u64::MAX).min(bytes)
+    }
+
     /// Hypervolumes end at the limit and at `worst`, the score of the smallest plan.
     fn settings(
         &self,
@@ -174,7 +183,7 @@ impl Options {
         space: &SearchSpace,
         worst: f64,
     ) -> SearchSettings {
-        let limit = self.budget_bytes.unwrap_or(u64::MAX).min(space.largest());
+        let limit = self.limit(space.largest());
         let settings = SearchSettings::new(evaluations, Fidelity::kl(objective.tokens()))
             .with_seed(self.seed)
             .with_reference(limit as f64, worst);
@@ -234,12 +243,19 @@ fn run_search(options: &Options, space: &SearchSpace, objective: &mut ModelObjec
     if !rungs.is_empty() {
         let limits = options.limits(objective.variants().original())?;
         let budgets = limits.iter().map(|(_, uniform)| uniform.smallest()).collect();
+        let fidelity = rungs.last().copied().map(Fidelity::finetune);
+        let finalists = Finalists { top: 2, fidelity, budgets, ..Finalists::default() };
+        let budgets = finalists.budgets.clone();
         settings = settings.with_halving(Halving { rungs, budgets, ..Halving::default() });
+        settings = settings.with_finalists(finalists);
     }
     let mut log = match &options.log {
         Some(path) => TrialLog::open(path, space, &objective.fingerprint())?,
         None => TrialLog::in_memory(space),
     };
+    if log.skipped() > 0 {
+        println!("{} lines of the log are no trials of this space; they stay, unread", log.skipped());
+    }
     let start = Instant::now();
     let outcome = search(space, objective, &mut log, &*method(&options.method)?, &settings)?;
     let (name, seconds) = (&options.method, start.elapsed().as_secs_f64());
@@ -267,6 +283,25 @@ impl SearchMethod for EveryPlan {
     }
 }
 
+/// Fails early where the comparison or `--exhaustive` could not be made after the search.
+fn check(options: &Options, model: &AnyModel<QuantLinear>, space: &SearchSpace) -> Result<()> {
+    if options.exhaustive && space.size().is_none_or(|size| size > MAX_PLANS) {
+        return Err(format!("--exhaustive: expected at most {MAX_PLANS} plans, found more").into());
+    }
+    if options.steps() > 0 || !options.rungs().is_empty() {
+        for (scheme, uniform) in options.limits(model)? {
+            let (limit, smallest) = (options.limit(uniform.smallest()), space.smallest());
+            if limit < smallest {
+                let found = format!("at least {smallest} of every plan");
+                return Err(
+                    format!("--compare {scheme}: expected plans of {limit} bytes, found {found}").into()
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The front of all plans on tokens that the search didn't see, and the share of its hypervolume that the search's plans
 /// have there. The scores are kept in the output folder, for searches by other methods and seeds.
 fn exhaustive(
@@ -275,11 +310,9 @@ fn exhaustive(
     objective: &mut ModelObjective,
     found: &Outcome,
 ) -> Result<(Front, f64)> {
-    let plans = space.size().filter(|&size| size <= MAX_PLANS);
-    let plans =
-        plans.ok_or_else(|| format!("--exhaustive: expected at most {MAX_PLANS} plans, found more"))?;
+    let plans = space.size().map_or(usize::MAX, |size| size as usize);
     let worst = score(objective, space, &space.lowest())?;
-    let settings = options.settings(plans as usize, objective, space, worst);
+    let settings = options.settings(plans, objective, space, worst);
     let fingerprint = objective.fingerprint();
     let name = format!("exhaustive-{}-{}.jsonl", &fingerprint[..8], &space.fingerprint()[..8]);
     let mut log = TrialLog::open(options.out.join(name), space, &fingerprint)?;
@@ -302,6 +335,8 @@ fn score(objective: &mut ModelObjective, space: &SearchSpace, config: &Config) -
 struct Row {
     name: String,
     bytes: u64,
+    /// Of the process while it trains, on the CPU.
+    predicted_peak_bytes: u64,
     /// Of the plan's weights rounded to nearest, without adapters.
     perplexity_rounded: f64,
     perplexity_tuned: f64,
@@ -321,11 +356,17 @@ impl Tuning<'_> {
     fn row(
         &mut self,
         name: String,
-        space: &SearchSpace,
+        choices: &Choices,
         config: &Config,
         start: Option<Method>,
     ) -> Result<Row> {
+        let (rank, seq_len) = (self.options.rank as u32, self.options.length);
+        let step = Step { batch: BATCH, seq_len, recompute: Recompute::None, logit_rows: 256 };
+        let shape = TrainingShape { rank, step, process: ProcessConstants::CPU };
+        let choices = choices.clone().with_training(shape, MemoryAxis::Storage);
+        let space = space_of(self.variants.original(), &choices)?;
         let (plan, bytes) = (space.plan(config), space.bytes(config));
+        let predicted_peak_bytes = space.report(config).peak;
         let quantized = self.variants.model(&plan)?;
         let protocol = WindowedPerplexity::new(self.options.length);
         let rounded =
@@ -337,7 +378,8 @@ impl Tuning<'_> {
         let original = self.variants.original().clone();
         let (steps, seed) = (self.steps, self.options.seed);
         let tuned = tuning.run(&original, quantized, &plan, steps, seed, &mut |_, _| true)?;
-        Ok(Row { name, bytes, perplexity_rounded: rounded.perplexity, perplexity_tuned: tuned.loss.exp() })
+        let (perplexity_rounded, perplexity_tuned) = (rounded.perplexity, tuned.loss.exp());
+        Ok(Row { name, bytes, predicted_peak_bytes, perplexity_rounded, perplexity_tuned })
     }
 }
 
@@ -350,18 +392,17 @@ fn fine_tune(
 ) -> Result<FineTune> {
     let data = Dataset::from_ids(train.to_vec(), &DataOptions::new(options.length, model.vocab_size()))?;
     // The run's own number of steps counts, a tenth of them for warming up.
-    let mut config = TrainerConfig::new(1, BatchOptions::new(4));
+    let mut config = TrainerConfig::new(1, BatchOptions::new(BATCH));
     (config.lr, config.warmup, config.recompute) = (options.lr, 100, Recompute::None);
     config.schedule = ScheduleKind::Linear { final_ratio: 0.1 };
     let peft = PeftConfig::new(options.rank, 2.0 * options.rank as f64, TargetModules::AllLinear);
     Ok(FineTune::new(Arc::new(data), held_out.to_vec(), options.length, config, peft)?)
 }
 
-/// The plan of a limit: the winner of its halving, or the best by KL.
+/// The plan of a limit: of those that halving left, the best mean under fresh seeds; without halving the best by KL.
 fn winner(outcome: &Outcome, limit: u64) -> Result<Config> {
-    let rung = outcome.rungs.iter().rev().find(|rung| rung.budget == limit);
-    Ok(match rung.and_then(|rung| rung.ranking.first()) {
-        Some((config, _)) => config.clone(),
+    Ok(match outcome.finalists.iter().find(|finalist| finalist.budget == limit) {
+        Some(finalist) => finalist.config.clone(),
         None => outcome.front.select(limit)?.config.clone(),
     })
 }
@@ -370,7 +411,6 @@ fn winner(outcome: &Outcome, limit: u64) -> Result<Config> {
 fn tune(
     options: &Options,
     objective: &mut ModelObjective,
-    space: &SearchSpace,
     outcome: &Outcome,
     train: &[u32],
     held_out: &[u32],
@@ -381,30 +421,34 @@ fn tune(
     }
     let variants = objective.variants();
     let plain = fine_tune(options, variants.original(), train, held_out)?;
-    let dense = space_of(variants.original(), &Choices::new([Scheme::Dense]))?;
     let limits = options.limits(variants.original())?;
     let calibration = windows(train, options)?;
     let mut tuning = Tuning { options, variants, held_out, calibration, plain, steps };
-    let mut rows = vec![tuning.row("dense, LoRA".into(), &dense, &dense.lowest(), None)?];
+    let dense = Choices::new([Scheme::Dense]);
+    let only = space_of(tuning.variants.original(), &dense)?.lowest();
+    let mut rows = vec![tuning.row("dense, LoRA".into(), &dense, &only, None)?];
     for (scheme, uniform) in limits {
-        let config = uniform.lowest();
-        rows.push(tuning.row(format!("{scheme}, LoRA"), &uniform, &config, None)?);
+        let (choices, config) = (Choices::new([scheme]), uniform.lowest());
+        rows.push(tuning.row(format!("{scheme}, LoRA"), &choices, &config, None)?);
         if let Some(start) = options.start() {
             let name = format!("{scheme}, {:?}", options.start);
-            rows.push(tuning.row(name, &uniform, &config, Some(start))?);
+            rows.push(tuning.row(name, &choices, &config, Some(start))?);
         }
-        let best = winner(outcome, uniform.bytes(&config))?;
+        let best = winner(outcome, options.limit(uniform.bytes(&config)))?;
         let name = format!("mixed within {scheme}, {:?}", options.start);
-        rows.push(tuning.row(name, space, &best, options.start())?);
+        rows.push(tuning.row(name, &options.choices()?, &best, options.start())?);
     }
     Ok(rows)
 }
 
 fn table(rows: &[Row]) -> String {
     let mut table =
-        String::from("| plan | bytes | perplexity rounded | tuned |\n| --- | ---: | ---: | ---: |\n");
-    for Row { name, bytes, perplexity_rounded, perplexity_tuned } in rows {
-        table += &format!("| {name} | {bytes} | {perplexity_rounded:.3} | {perplexity_tuned:.3} |\n");
+        String::from("| plan | bytes | predicted training peak, MB | perplexity rounded | tuned |\n");
+    table += "| --- | ---: | ---: | ---: | ---: |\n";
+    for Row { name, bytes, predicted_peak_bytes, perplexity_rounded, perplexity_tuned } in rows {
+        let peak = *predicted_peak_bytes as f64 / 1e6;
+        table +=
+            &format!("| {name} | {bytes} | {peak:.1} | {perplexity_rounded:.3} | {perplexity_tuned:.3} |\n");
     }
     table
 }
@@ -430,6 +474,7 @@ fn main() -> Result<()> {
     let plans = space.size().map_or("more than 2^128".into(), |size| size.to_string());
     println!("{plans} plans of {} to {} bytes", space.smallest(), space.largest());
 
+    check(&options, &model, &space)?;
     let kl_options = KlOptions::default();
     let measured = windows(&train, &options)?;
     let mut objective = ModelObjective::new(Variants::new(model.clone()), &measured, &kl_options)?;
@@ -457,10 +502,13 @@ fn main() -> Result<()> {
         println!("{fraction:.4} of the hypervolume of all plans, on tokens that the search didn't see\n");
         (figures["exhaustive_front"], figures["hypervolume_fraction"]) = (points(&all), json!(fraction));
     }
-    let rows = tune(&options, &mut objective, &space, &outcome, &train, &held_out)?;
+    // Before the long part.
+    write_json(options.json.as_deref(), &figures)?;
+    let rows = tune(&options, &mut objective, &outcome, &train, &held_out)?;
     println!("{}", table(&rows));
     write(&options.out.join("tuned.md"), &table(&rows))?;
     write(&options.out.join("tuned.json"), &serde_json::to_string_pretty(&rows)?)?;
     println!("plans, tables and plot written to {}", options.out.display());
+    figures["tuned"] = json!(rows);
     write_json(options.json.as_deref(), &figures)
 }

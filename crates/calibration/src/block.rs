@@ -15,7 +15,7 @@ use crate::{
     clipping::transpose,
     station::{Slot, Station},
     stream::{Store, Stream},
-    values::{host, tensor},
+    values::{Fingerprint, host, tensor},
 };
 
 /// One projection of the block.
@@ -35,6 +35,14 @@ pub(crate) struct Place {
 }
 
 impl Place {
+    /// Of the original weight and bias.
+    pub(crate) fn fingerprint(&self) -> String {
+        let mut hash = Fingerprint::new();
+        hash.values(&self.weight);
+        hash.values(&self.bias.as_ref().map(|bias| host(bias.val())).unwrap_or_default());
+        hash.text()
+    }
+
     /// The original weight, dense, without an adapter.
     pub(crate) fn original(&self, device: &Device) -> Slot {
         let [d_input, d_output] = self.shape;
@@ -150,17 +158,17 @@ impl Block<'_> {
         }
     }
 
-    /// Inputs of the projection `listener` for one window of the residual stream.
-    pub(crate) fn inputs(&self, listener: usize, input: Tensor<2>, window: usize) -> Result<Tensor<2>> {
+    /// Inputs of the projection `listener` for one window of a residual stream.
+    pub(crate) fn inputs(&self, listener: usize, input: Tensor<2>) -> Result<Tensor<2>> {
         let station = &self.places[listener].station;
         station.listen();
         let _ = (self.forward)(input);
         match station.heard() {
             Some([x, _]) => Ok(x),
-            None => Err(Error::NotFinite {
-                place: self.places[listener].path.clone(),
-                quantity: format!("no activations reach it in window {window}; nothing is"),
-            }),
+            None => {
+                let path = &self.places[listener].path;
+                Err(Error::argument(path, "a projection that its block runs", "no call in its forward pass"))
+            }
         }
     }
 
@@ -244,7 +252,7 @@ pub(crate) fn squares(values: impl Iterator<Item = f32>) -> f64 {
     values.map(|value| f64::from(value) * f64::from(value)).sum()
 }
 
-/// `sqrt(error / norm)`, 0 where there is no error.
+/// `sqrt(error / norm)`, 0 where there is no error; always a number, so that it can be stored and read back.
 pub(crate) fn ratio(error: f64, norm: f64) -> f64 {
-    if error == 0.0 { 0.0 } else { (error / norm).sqrt() }
+    if error == 0.0 { 0.0 } else { (error / norm).sqrt().min(f64::MAX) }
 }

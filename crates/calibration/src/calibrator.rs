@@ -109,6 +109,15 @@ impl<'a> Calibrator<'a> {
         observer: Observer,
     ) -> Result<(Calibrated<M>, CalibrationReport)> {
         self.config.check()?;
+        if self.attacher.is_none()
+            && (self.config.method.needs_adapters() || self.config.correction.is_some())
+        {
+            let expected = "adapters: the method or the correction starts them";
+            return Err(Error::argument("Calibrator::with_adapters", expected, "none"));
+        }
+        for (path, _) in model.slot_shapes() {
+            self.config.method.check_scheme(&path, self.config.schemes.get(&path))?;
+        }
         let tokens = self.tokens(&model)?;
         let mut slots = Vec::new();
         let model = model.try_map(|path, slot| -> Result<Station> {
@@ -189,11 +198,11 @@ impl<'a> Calibrator<'a> {
                 quantized: &quantized,
                 observer: &mut *observer,
             };
-            let Finished { streams, slots, report: mut found } = block.calibrate(self.config)?;
+            let Finished { streams, slots, originals, report: mut found } = block.calibrate(self.config)?;
             found.seconds = start.elapsed().as_secs_f64();
             [x, quantized] = streams;
             if let Some(folder) = &folder {
-                folder.save(&slots, &found, [&x, &quantized])?;
+                folder.save(&slots, &originals, &found, [&x, &quantized])?;
             }
             tracing::info!(
                 block = index,
@@ -243,7 +252,7 @@ impl<'a> Calibrator<'a> {
         };
         let scheme = *self.config.schemes.get(&path);
         let mut place = Place { path, station, scheme, weight, shape, bias, adapter, kept: slot.base };
-        if self.weights.is_some() {
+        if self.weights.is_some() && scheme == Scheme::Dense {
             place.kept = place.original(device).base;
         }
         Ok(place)
@@ -260,6 +269,7 @@ impl<'a> Calibrator<'a> {
         let saved = folder.load(index)?;
         for (path, station) in slots {
             let place = self.place(path, station, device)?;
+            saved.check_original(&place.path, &place.fingerprint())?;
             let adapter = match place.adapter.clone() {
                 Some(lora) => Some(saved.factors(&place.path, lora)?),
                 None => None,
@@ -273,7 +283,8 @@ impl<'a> Calibrator<'a> {
         Ok(saved.report)
     }
 
-    /// Tells runs apart: options, windows, shapes, adapters, and the weights of embedding and first block.
+    /// Tells runs apart: options, windows, shapes, adapters, and the weights of embedding and first block. Those of a
+    /// later block are compared when it is restored.
     fn fingerprint(
         &self,
         embedded: &Stream,
@@ -285,7 +296,7 @@ impl<'a> Calibrator<'a> {
         hash.bytes(config.bytes());
         for window in 0..embedded.len() {
             hash.bytes(self.windows[window].iter().flat_map(|id| id.to_le_bytes()));
-            hash.bytes(embedded.get(window)?.into_iter().flat_map(f32::to_le_bytes));
+            hash.values(&embedded.get(window)?);
         }
         for (path, station) in blocks.iter().flatten() {
             let target = self.attacher.and_then(|attacher| attacher.targets().get(path));
@@ -294,11 +305,10 @@ impl<'a> Calibrator<'a> {
         }
         for (path, station) in blocks.iter().take(1).flatten() {
             let place = self.place(path.clone(), station.clone(), device)?;
-            hash.bytes(place.weight.iter().flat_map(|w| w.to_le_bytes()));
-            let a = place.adapter.map(|lora| host(lora.lora_a.val())).unwrap_or_default();
-            hash.bytes(a.into_iter().flat_map(f32::to_le_bytes));
+            hash.values(&place.weight);
+            hash.values(&place.adapter.map(|lora| host(lora.lora_a.val())).unwrap_or_default());
         }
-        Ok(format!("{:016x}", hash.value()))
+        Ok(hash.text())
     }
 }
 
@@ -307,6 +317,8 @@ struct Finished {
     /// The original stream behind the block, and the quantized one.
     streams: [Stream; 2],
     slots: Vec<(String, Slot)>,
+    /// Fingerprints of the original projections, by path.
+    originals: Vec<(String, String)>,
     /// Without the time.
     report: BlockReport,
 }
@@ -335,7 +347,8 @@ impl Block<'_> {
         };
         let paths = self.places.iter().map(|place| place.path.clone());
         let slots = paths.zip(solution.slots).collect();
-        Ok(Finished { streams: [targets, quantized], slots, report })
+        let originals = self.places.iter().map(|place| (place.path.clone(), place.fingerprint())).collect();
+        Ok(Finished { streams: [targets, quantized], slots, originals, report })
     }
 }
 

@@ -1,9 +1,9 @@
 //! What an interrupted calibration leaves, and how it goes on.
 //!
 //! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights and LoRA factors (`<path>.lora_a`,
-//! `<path>.lora_b`, as in memory), with the run's fingerprint and the block's report in its metadata. `streams.bin` is a
-//! line of JSON and the two residual streams before the next block, as f32. It is replaced after the block's file was
-//! written, so it alone says how far the run came.
+//! `<path>.lora_b`, as in memory), with the run's fingerprint, those of the original projections and of the factors, and
+//! the block's report in its metadata. `streams.bin` is a line of JSON and the two residual streams before the next block,
+//! as f32. It is replaced after the block's file was written, so it alone says how far the run came.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ use crate::{
     BlockReport, Error, Result,
     station::Slot,
     stream::{Store, Stream},
-    values::{host, tensor},
+    values::{Fingerprint, host, tensor},
 };
 
 const RUN_KEY: &str = "calibration.run";
@@ -38,6 +38,32 @@ struct Header {
     windows: usize,
     rows: usize,
     width: usize,
+    /// Fingerprint of the streams.
+    streams: String,
+}
+
+fn original_key(path: &str) -> String {
+    format!("calibration.original.{path}")
+}
+
+fn factor_key(name: &str) -> String {
+    format!("calibration.factor.{name}")
+}
+
+fn of_streams(streams: [&Stream; 2]) -> Result<String> {
+    let mut hash = Fingerprint::new();
+    for stream in streams {
+        for window in 0..stream.len() {
+            hash.values(&stream.get(window)?);
+        }
+    }
+    Ok(hash.text())
+}
+
+fn fingerprint(values: &[f32]) -> String {
+    let mut hash = Fingerprint::new();
+    hash.values(values);
+    hash.text()
 }
 
 /// The folder of one run.
@@ -72,6 +98,7 @@ impl Folder {
     pub(crate) fn save(
         &self,
         slots: &[(String, Slot)],
+        originals: &[(String, String)],
         report: &BlockReport,
         streams: [&Stream; 2],
     ) -> Result<()> {
@@ -88,7 +115,10 @@ impl Folder {
             }
         }
         let report_text = serde_json::to_string(report).expect("a report of numbers and names");
-        let metadata = BTreeMap::from([(RUN_KEY.into(), self.run.clone()), (REPORT_KEY.into(), report_text)]);
+        let mut metadata =
+            BTreeMap::from([(RUN_KEY.into(), self.run.clone()), (REPORT_KEY.into(), report_text)]);
+        metadata.extend(originals.iter().map(|(path, hash)| (original_key(path), hash.clone())));
+        metadata.extend(factors.iter().map(|(name, _, values)| (factor_key(name), fingerprint(values))));
         PackedFile::save(
             self.block(report.index),
             packed.iter().map(|(path, weight)| (*path, weight)),
@@ -100,7 +130,8 @@ impl Folder {
 
     fn save_streams(&self, blocks: usize, streams: [&Stream; 2]) -> Result<()> {
         let (path, [rows, width]) = (self.streams(), streams[0].shape());
-        let header = Header { run: self.run.clone(), blocks, windows: streams[0].len(), rows, width };
+        let (run, windows, streams_hash) = (self.run.clone(), streams[0].len(), of_streams(streams)?);
+        let header = Header { run, blocks, windows, rows, width, streams: streams_hash };
         let header = serde_json::to_string(&header).expect("a header of numbers and names");
         let mut failed = None;
         let written = write_atomically(&path, |file| {
@@ -140,7 +171,7 @@ impl Folder {
         let header: Header = serde_json::from_str(&line)
             .map_err(|error| wrong("header", "a line of JSON".into(), error.to_string()))?;
         let expected =
-            Header { run: self.run.clone(), blocks: header.blocks, windows, rows: shape[0], width: shape[1] };
+            Header { run: self.run.clone(), windows, rows: shape[0], width: shape[1], ..header.clone() };
         if header != expected {
             let same = "this run's: the same model, windows, adapters and options".to_string();
             return Err(wrong("header", same, format!("another run's, {}", line.trim_end())));
@@ -151,6 +182,10 @@ impl Folder {
         }
         let x = Stream::read(store, shape, windows, &mut file, &path)?;
         let quantized = Stream::read(store, shape, windows, &mut file, &path)?;
+        let found = of_streams([&x, &quantized])?;
+        if found != header.streams {
+            return Err(wrong("streams", format!("fingerprint {}", header.streams), found));
+        }
         Ok(Some(Resumed { blocks: header.blocks, streams: [x, quantized] }))
     }
 
@@ -194,6 +229,19 @@ impl SavedBlock {
         }
     }
 
+    /// Fails unless the block was made from this original projection.
+    pub(crate) fn check_original(&self, path: &str, found: &str) -> Result<()> {
+        match self.file.metadata().get(&original_key(path)) {
+            Some(expected) if expected == found => Ok(()),
+            expected => Err(Error::File {
+                path: self.path.clone(),
+                field: original_key(path),
+                expected: format!("{found}, the model's"),
+                found: format!("{expected:?}"),
+            }),
+        }
+    }
+
     /// `lora` with the factors of a projection.
     pub(crate) fn factors(&self, path: &str, mut lora: Lora) -> Result<Lora> {
         for (name, factor) in [("lora_a", &mut lora.lora_a), ("lora_b", &mut lora.lora_b)] {
@@ -202,6 +250,15 @@ impl SavedBlock {
             let current = factor.val();
             if shape != current.dims() {
                 return Err(self.wrong(&name, format!("{:?}", current.dims()), format!("{shape:?}")));
+            }
+            let (stored, found) = (self.file.metadata().get(&factor_key(&name)), fingerprint(&values));
+            if stored != Some(&found) {
+                return Err(Error::File {
+                    path: self.path.clone(),
+                    field: name,
+                    expected: format!("fingerprint {stored:?}"),
+                    found,
+                });
             }
             *factor =
                 Param::from_tensor(tensor(values, current.dims(), &current.device().without_autodiff()));

@@ -1,6 +1,6 @@
 //! Affine grids with learnable clipping, as ApiQ and OmniQuant have them: values, gradients, packed codes.
 
-use kiln_quant_core::{Grid, PackedWeight, QuantScheme, Scales, Value, packing::CodePacker};
+use kiln_quant_core::{Grid, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::CodePacker};
 use rayon::prelude::*;
 
 use crate::{Error, Result};
@@ -43,14 +43,10 @@ impl ClippingGrid {
     /// The grid for a packed scheme: float and integer offsets are asymmetric.
     ///
     /// # Errors
-    /// [`Error::Argument`] for codebooks, and for blocks of several outputs.
+    /// [`Error::Argument`] for codebooks, other widths than 2, 3, 4 and 8 bits, blocks of several outputs, and
+    /// double-quantized scales.
     pub fn for_scheme(scheme: &QuantScheme, d_input: usize, include_zero: bool) -> Result<Self> {
-        let Value::Affine { bits, grid } = scheme.value else {
-            return Err(Error::argument("scheme", "an affine scheme", scheme));
-        };
-        if scheme.block.outputs != 1 {
-            return Err(Error::argument("scheme", "blocks of one output", scheme));
-        }
+        let (bits, grid) = affine_in_groups("scheme", scheme)?;
         let symmetric = grid == Grid::Symmetric;
         Ok(Self { bits, group: scheme.block.inputs_of(d_input), symmetric, include_zero })
     }
@@ -63,6 +59,25 @@ impl ClippingGrid {
     /// The level that the range's larger end has on the symmetric grid, which is also its zero point.
     fn half(&self) -> f32 {
         ((1u32 << (self.bits - 1)) - 1) as f32
+    }
+}
+
+/// Bits and grid of a scheme whose ranges can be chosen group by group.
+///
+/// # Errors
+/// [`Error::Argument`] naming `name` for any other scheme.
+pub(crate) fn affine_in_groups(name: &str, scheme: &QuantScheme) -> Result<(u32, Grid)> {
+    match scheme.value {
+        Value::Affine { bits: bits @ (2 | 3 | 4 | 8), grid }
+            if scheme.block.outputs == 1 && scheme.scales != ScaleType::Double =>
+        {
+            Ok((bits, grid))
+        }
+        _ => {
+            let expected =
+                "an affine scheme of 2, 3, 4 or 8 bits in groups of one output, scales not quantized";
+            Err(Error::argument(name, expected, scheme))
+        }
     }
 }
 

@@ -3,11 +3,11 @@
 use kiln_quant_core::{Plan, Scheme};
 use serde::{Deserialize, Serialize};
 
-use crate::{ApiqConfig, Error, GptqConfig, LoftqConfig, Result, Rounding, Svd};
+use crate::{ApiqConfig, Error, GptqConfig, LoftqConfig, Result, Rounding, Svd, clipping::affine_in_groups};
 
 /// How codes, and with ApiQ, LoftQ and PiSSA the adapters' starting points, are chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
 #[non_exhaustive]
 pub enum Method {
     /// From the weight alone; with new adapters this is [QLoRA](https://arxiv.org/abs/2305.14314)'s start.
@@ -24,7 +24,7 @@ pub enum Method {
         svd: Svd,
     },
     /// Learned clipping alone, block by block, as [OmniQuant](https://arxiv.org/abs/2308.13137) has it: see
-    /// [`ApiqConfig::clipping_only`]. Adapters keep their usual start.
+    /// [`ApiqConfig::clipping_only`], whose rate and decay differ from the default's. Adapters keep their usual start.
     Clipping(ApiqConfig),
     /// [ApiQ](https://arxiv.org/abs/2402.05147) layer by layer, our reconstruction: each layer's output for quantized
     /// inputs approaches the original's for original inputs.
@@ -37,8 +37,23 @@ impl Method {
     pub(crate) fn check(&self) -> Result<()> {
         match self {
             Self::Clipping(config) | Self::ApiqLayer(config) | Self::ApiqBlock(config) => config.check(),
-            _ => Ok(()),
+            Self::Gptq(config) => config.check(),
+            Self::Loftq(config) => config.check(),
+            Self::Rtn(_) | Self::Pissa { .. } => Ok(()),
         }
+    }
+
+    /// Fails for a scheme whose ranges the method can't choose.
+    pub(crate) fn check_scheme(&self, path: &str, scheme: &Scheme) -> Result<()> {
+        match (self, scheme) {
+            (Self::Rtn(_) | Self::Loftq(_) | Self::Pissa { .. }, _) | (_, Scheme::Dense) => Ok(()),
+            (_, Scheme::Packed(scheme)) => affine_in_groups(path, scheme).map(|_| ()),
+        }
+    }
+
+    /// Whether there is nothing of the method left without adapters.
+    pub(crate) fn needs_adapters(&self) -> bool {
+        matches!(self, Self::Loftq(_) | Self::Pissa { .. })
     }
 
     /// Whether adapters are part of what the method finds.

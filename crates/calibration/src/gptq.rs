@@ -1,11 +1,11 @@
 //! GPTQ: codes one input at a time, each error spread over the inputs still to come.
 
 use faer::{Mat, Side, linalg::solvers::DenseSolveCore};
-use kiln_quant_core::{Grid, PackedWeight, QuantScheme, Scales, Value, packing::CodePacker};
+use kiln_quant_core::{Grid, PackedWeight, QuantScheme, Scales, packing::CodePacker};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Hessian, Result};
+use crate::{Error, Hessian, Result, clipping::affine_in_groups};
 
 /// Outputs quantized together, so that a row of the factor is read once for all of them.
 const TILE: usize = 16;
@@ -37,6 +37,20 @@ pub struct GptqConfig {
 impl Default for GptqConfig {
     fn default() -> Self {
         Self { damping: 0.01, max_damping: 1.0, block: 128, act_order: false, static_groups: false }
+    }
+}
+
+impl GptqConfig {
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.block == 0 {
+            return Err(Error::argument("GptqConfig.block", "at least 1", 0));
+        }
+        if !(self.damping > 0.0 && self.damping <= self.max_damping && self.max_damping.is_finite()) {
+            let found = format!("{} and {}", self.damping, self.max_damping);
+            let name = "GptqConfig.damping and max_damping";
+            return Err(Error::argument(name, "0 < damping <= max_damping", found));
+        }
+        Ok(())
     }
 }
 
@@ -292,10 +306,8 @@ fn check(
     scheme: &QuantScheme,
     config: &GptqConfig,
 ) -> Result<(usize, bool, f64)> {
-    let grid = match scheme.value {
-        Value::Affine { bits: 2 | 3 | 4 | 8, grid } if scheme.block.outputs == 1 => grid,
-        _ => return Err(Error::argument(name, "an affine scheme in groups of one output for GPTQ", scheme)),
-    };
+    let (bits, grid) = affine_in_groups(name, scheme)?;
+    config.check()?;
     if weight.is_empty() || d_output.checked_mul(d_input) != Some(weight.len()) {
         let expected = format!("{d_output} outputs of {d_input} values, at least one");
         return Err(Error::argument(name, expected, format!("{} values", weight.len())));
@@ -303,18 +315,7 @@ fn check(
     if weight.iter().any(|w| !w.is_finite()) {
         return Err(Error::NotFinite { place: name.into(), quantity: "the weight is".into() });
     }
-    if config.block == 0 {
-        return Err(Error::argument("GptqConfig.block", "at least 1", 0));
-    }
-    if !(config.damping > 0.0 && config.damping <= config.max_damping && config.max_damping.is_finite()) {
-        let found = format!("{} and {}", config.damping, config.max_damping);
-        return Err(Error::argument(
-            "GptqConfig.damping and max_damping",
-            "0 < damping <= max_damping",
-            found,
-        ));
-    }
-    Ok((scheme.block.inputs_of(d_input), grid == Grid::Symmetric, f64::from((1u32 << scheme.bits()) - 1)))
+    Ok((scheme.block.inputs_of(d_input), grid == Grid::Symmetric, f64::from((1u32 << bits) - 1)))
 }
 
 /// `U`, upper, with `H^-1 = U^T U`, row-major, and the damping that it took.
@@ -325,6 +326,8 @@ fn factor(name: &str, matrix: &[f64], order: &[usize], config: &GptqConfig) -> R
         return Err(Error::NotFinite { place: name.into(), quantity: "the Hessian is".into() });
     }
     let mut damping = config.damping;
+    // A tiny damping is not raised by itself: each attempt factorises.
+    let step = damping.max(0.01);
     loop {
         let damped = Mat::from_fn(n, n, |i, j| {
             matrix[order[i] * n + order[j]] + if i == j { damping * mean } else { 0.0 }
@@ -342,10 +345,10 @@ fn factor(name: &str, matrix: &[f64], order: &[usize], config: &GptqConfig) -> R
                 return Ok((upper, damping));
             }
         }
-        if damping + config.damping > config.max_damping {
+        if damping + step > config.max_damping {
             return Err(Error::Singular { projection: name.into(), damping });
         }
-        damping += config.damping;
+        damping += step;
     }
 }
 
@@ -512,12 +515,15 @@ mod tests {
         hessian.sum[1] = 1e9;
         hessian.sum[40] = 1e9;
         let scheme = "affine3:8".parse().unwrap();
-        let error =
-            gptq("layers.3.o_proj", &weight, 30, &hessian, &scheme, &GptqConfig::default()).unwrap_err();
-        assert!(
-            matches!(&error, Error::Singular { projection, .. } if projection == "layers.3.o_proj"),
-            "{error}"
-        );
+        // Raised in steps of a hundredth, however small it begins: a hundred factorisations, not a billion.
+        for damping in [GptqConfig::default().damping, 1e-9] {
+            let config = GptqConfig { damping, ..GptqConfig::default() };
+            let error = gptq("layers.3.o_proj", &weight, 30, &hessian, &scheme, &config).unwrap_err();
+            assert!(
+                matches!(&error, Error::Singular { projection, .. } if projection == "layers.3.o_proj"),
+                "{error}"
+            );
+        }
         hessian.sum[0] = f64::NAN;
         let error =
             gptq("layers.3.o_proj", &weight, 30, &hessian, &scheme, &GptqConfig::default()).unwrap_err();

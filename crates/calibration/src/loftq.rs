@@ -57,6 +57,15 @@ impl Default for LoftqConfig {
     }
 }
 
+impl LoftqConfig {
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.iterations == 0 {
+            return Err(Error::argument("LoftqConfig.iterations", "at least 1", 0));
+        }
+        Ok(())
+    }
+}
+
 /// A quantized weight with the factors that make up for its error.
 #[derive(Debug, Clone)]
 pub struct QuantizedWithFactors {
@@ -85,9 +94,7 @@ pub fn loftq(
     scheme: &QuantScheme,
     config: &LoftqConfig,
 ) -> Result<QuantizedWithFactors> {
-    if config.iterations == 0 {
-        return Err(Error::argument("LoftqConfig.iterations", "at least 1", 0));
-    }
+    config.check()?;
     let quantizer = config.rounding.quantizer();
     let (mut best, mut errors): (Option<(PackedWeight, Factors, usize)>, Vec<f64>) = (None, Vec::new());
     let mut remaining = weight.to_vec();

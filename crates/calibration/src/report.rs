@@ -12,14 +12,15 @@ pub struct ProjectionReport {
     pub path: String,
     /// How it is stored.
     pub scheme: Scheme,
-    /// `‖W - Q - A · B‖ / ‖W‖` in the Frobenius norm, the adapter's scaling included.
+    /// `‖W - Q - A · B‖ / ‖W‖` in the Frobenius norm, the adapter's scaling included; as all errors here `f64::MAX` where
+    /// the original is zero and what was found is not.
     pub weight_error: f64,
     /// `‖y - y^q‖ / ‖y‖` over the measured windows, with `y` the projection's output in the original model and `y^q` in
     /// the model quantized so far, this block rounded to nearest. 0 where nothing was measured.
     pub activation_error_before: f64,
     /// The same with this block as calibrated.
     pub activation_error_after: f64,
-    /// Time that solving took. Projections solved together share it by their weights.
+    /// Time that solving took. Projections solved together share it by their weights, dense ones too.
     pub seconds: f64,
 }
 
@@ -76,6 +77,6 @@ pub enum Progress<'a> {
     },
 }
 
-/// Told of every step; may end the calibration, which then fails with
+/// Told of every epoch, projection and block; may end the calibration, which then fails with
 /// [`Error::Cancelled`](crate::Error::Cancelled). Finished blocks are kept where a folder was given.
 pub type Observer<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;

@@ -111,7 +111,7 @@ impl Block<'_> {
             let mut hessian = Hessian::new(self.places[first].shape[0]);
             for window in 0..self.quantized.len() {
                 let input = self.quantized.tensor(window, &self.device)?;
-                hessian.add(&self.places[first].path, self.inputs(first, input, window)?)?;
+                hessian.add(&self.places[first].path, self.inputs(first, input)?)?;
             }
             let mut shared = start.elapsed().as_secs_f64();
             for index in group {
@@ -257,7 +257,7 @@ impl Block<'_> {
         let mut inputs = Stream::new(&self.store, [stream.shape()[0], self.places[listener].shape[0]])?;
         for window in 0..stream.len() {
             let input = stream.tensor(window, &self.device)?;
-            let values = crate::values::host(self.inputs(listener, input.clone(), window)?);
+            let values = crate::values::host(self.inputs(listener, input.clone())?);
             if !crate::block::finite(&values) {
                 self.pass(input, window)?;
             }

@@ -65,6 +65,9 @@ pub fn low_rank(name: &str, matrix: &[f32], d_input: usize, rank: usize, svd: Sv
         let found = format!("{} values", matrix.len());
         return Err(Error::argument(name, format!("rows of {d_input} values, at least one"), found));
     }
+    if rank == 0 {
+        return Err(Error::argument(name, "a rank from 1", rank));
+    }
     if matrix.iter().any(|value| !value.is_finite()) {
         return Err(Error::NotFinite { place: name.into(), quantity: "the weight is".into() });
     }

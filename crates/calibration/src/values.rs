@@ -14,7 +14,7 @@ pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
-/// FNV-1a, to tell runs apart.
+/// FNV-1a, to tell runs apart and to find damage.
 pub(crate) struct Fingerprint(u64);
 
 impl Fingerprint {
@@ -26,6 +26,15 @@ impl Fingerprint {
         for byte in bytes {
             self.0 = (self.0 ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3);
         }
+    }
+
+    pub(crate) fn values(&mut self, values: &[f32]) {
+        self.bytes(values.iter().flat_map(|value| value.to_le_bytes()));
+    }
+
+    /// As it is stored.
+    pub(crate) fn text(&self) -> String {
+        format!("{:016x}", self.0)
     }
 
     pub(crate) fn value(&self) -> u64 {

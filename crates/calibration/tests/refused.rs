@@ -1,10 +1,10 @@
 //! Bad input.
 
 use kiln_calibration::{
-    ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd,
+    ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
 use kiln_models::AnyModel;
-use kiln_quant_core::QuantLinear;
+use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;
 
@@ -47,9 +47,42 @@ fn options_out_of_range_are_refused_by_name() {
     both.correction = Some(Svd::Exact);
     assert!(refused(tiny(), &both, &windows(1)).to_string().contains("correction"));
     for method in [Method::ApiqBlock(ApiqConfig::default()), Method::Gptq(GptqConfig::default())] {
-        let message = refused(tiny(), &config(method, "nf4:64"), &windows(1)).to_string();
-        assert!(message.contains("affine") && message.contains("nf4:64"), "{message}");
+        for scheme in ["nf4:64", "affine2:8x4"] {
+            // Known before the first block is calibrated.
+            let last = "layers.3.mlp.up_proj";
+            let mut config = config(method.clone(), "affine2:64");
+            config.schemes = config.schemes.with_path(last, scheme.parse().unwrap());
+            let run = |progress: kiln_calibration::Progress| panic!("{progress:?}");
+            let windows = windows(1);
+            let error = Calibrator::new(&config, &windows).run(tiny(), &mut { run }).map(|_| ()).unwrap_err();
+            let message = error.to_string();
+            assert!(
+                message.contains(last) && message.contains("affine") && message.contains(scheme),
+                "{message}"
+            );
+        }
+        let double = QuantScheme::affine(2, 64).with_scales(ScaleType::Double);
+        let config = CalibrationConfig::new(method, Plan::uniform(Scheme::Packed(double)));
+        let message = refused(tiny(), &config, &windows(1)).to_string();
+        assert!(message.contains("q_proj") && message.contains("scales not quantized"), "{message}");
     }
+}
+
+#[test]
+fn what_starts_adapters_needs_some() {
+    let mut corrected = config(Method::Rtn(Rounding::MinMax), "affine2:64");
+    corrected.correction = Some(Svd::Exact);
+    let pissa = Method::Pissa { rounding: Rounding::MinMax, svd: Svd::Exact };
+    for config in
+        [config(Method::Loftq(LoftqConfig::default()), "affine2:64"), config(pissa, "affine2:64"), corrected]
+    {
+        let message = refused(tiny(), &config, &windows(1)).to_string();
+        assert!(message.contains("with_adapters"), "{message}");
+    }
+    let weight = vec![1.0; 64];
+    let scheme = QuantScheme::affine(2, 64);
+    let error = loftq("w", &weight, 64, 0, &scheme, &LoftqConfig { iterations: 1, ..LoftqConfig::default() });
+    assert!(error.unwrap_err().to_string().contains("rank"));
 }
 
 #[test]
@@ -112,4 +145,6 @@ fn options_survive_json_and_unknown_ones_are_refused() {
     let text = r#"{"method": {"apiq-block": {"epoch": 3}}, "schemes": {"default": "affine2:64"}}"#;
     let error = serde_json::from_str::<CalibrationConfig>(text).unwrap_err().to_string();
     assert!(error.contains("epoch"), "{error}");
+    let text = r#"{"pissa": {"rounding": "min_max", "svd": "exact", "iterations": 3}}"#;
+    assert!(serde_json::from_str::<Method>(text).unwrap_err().to_string().contains("iterations"));
 }

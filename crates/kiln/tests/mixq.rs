@@ -11,11 +11,11 @@ use kiln::{
     calibration::{LoftqConfig, Method},
     mixq::{
         Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
-        load_options, peft, schemes, space_of,
+        attach, load_options, peft, schemes, space_of,
     },
     mixq_search::{
-        Config, Divergence, Evaluation, Fidelity, Granularity, KeepGoing, KlMix, Measure, MemoryAxis,
-        Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
+        Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
+        MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
     pruning::{
@@ -112,7 +112,7 @@ fn ranks_and_adapters_are_counted_and_attached() {
     let step = Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256 };
     let mut choices = choices(&["affine4:64"])
         .with_granularity(Granularity::Kind)
-        .with_training(TrainingShape { rank: 4, step }, MemoryAxis::Static);
+        .with_training(TrainingShape { rank: 4, step, process: ProcessConstants::CPU }, MemoryAxis::Static);
     choices.ranks = vec![2, 6];
     choices.adapters = vec!["lora".into(), "dora".into()];
     let space = space_of(&model, &choices).unwrap();
@@ -293,8 +293,16 @@ fn what_can_not_be_searched_says_why() {
     bad.axis = MemoryAxis::Peak;
     assert!(fail(&bad).contains("Choices.training"));
     bad = choices(&["dense"]);
+    bad.adapters = vec!["lora".into()];
+    assert!(fail(&bad).contains("Choices.axis"));
+    let step = Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256 };
+    let shape = TrainingShape { rank: 4, step, process: ProcessConstants::CPU };
+    bad = bad.with_training(shape, MemoryAxis::Peak);
     bad.adapters = vec!["houlsby".into()];
     assert!(fail(&bad).contains("houlsby"));
+    bad = choices(&["dense"]);
+    bad.frozen = vec![("o_prog".parse().unwrap(), scheme("affine8:64"))];
+    assert!(fail(&bad).contains("\"o_prog\", which matches none"));
 
     let plan: Plan = serde_json::from_str(r#"{"model.layers.0.self_attn.q_proj":"affine4:64"}"#).unwrap();
     let error = Variants::new(model.clone()).model(&plan).unwrap_err().to_string();
@@ -305,6 +313,26 @@ fn what_can_not_be_searched_says_why() {
     }
     assert!(LogitKl::new(&model, &[vec![1, 2], vec![1, 2, 3]], &KlOptions::default()).is_err());
     assert!(schemes(&serde_json::from_str(r#"{"a":"affine9:64"}"#).unwrap()).is_err());
+    let pruned: Plan = serde_json::from_str(r#"{"a":"affine4:64 prune=0.5"}"#).unwrap();
+    assert!(schemes(&pruned).unwrap_err().to_string().contains("prune=0.5"));
+    let path = "model.layers.0.self_attn.q_proj";
+    let houlsby: Plan = serde_json::from_str(&format!(r#"{{"{path}":"dense adapter=houlsby"}}"#)).unwrap();
+    let base = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    let error = attach(model.clone(), &houlsby, &base, 0).unwrap_err().to_string();
+    assert!(error.contains(path) && error.contains("houlsby"), "{error}");
+    // Scores of KL are the same under every seed, so fresh seeds would only repeat them.
+    let settings = SearchSettings::new(4, Fidelity::kl(32)).with_finalists(Finalists::default());
+    let log = &mut TrialLog::in_memory(&space);
+    let error = search(&space, &mut objective, log, &KlMix::default(), &settings).unwrap_err().to_string();
+    assert!(error.contains("Finalists.fidelity") && error.contains("Kl"), "{error}");
+    // A log of one model is none of another measurement.
+    let log = &mut TrialLog::in_memory(&space);
+    let settings = SearchSettings::new(1, Fidelity::kl(32));
+    search(&space, &mut objective, log, &KlMix::default(), &settings).unwrap();
+    let mut other =
+        ModelObjective::new(Variants::new(model.clone()), &windows(2, 32), &KlOptions::default()).unwrap();
+    let error = search(&space, &mut other, log, &KlMix::default(), &settings).unwrap_err().to_string();
+    assert!(error.contains("objective fingerprint"), "{error}");
 }
 
 #[test]
@@ -463,30 +491,47 @@ fn proxies_rank_bits() {
     }
 }
 
-/// Peak resident memory of two LoRA steps on a plan's model, and the prediction.
+/// Peak resident memory of two LoRA steps on a plan's model, and the prediction on the axis that a search limits. A
+/// pruned model keeps its first block whole.
 #[cfg(target_os = "linux")]
-fn training_peak() -> (f64, f64) {
-    let step = Step { batch: 4, seq_len: 512, recompute: Recompute::None, logit_rows: 256 };
+fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
+    let step = Step { batch: 4, seq_len: 512, recompute, logit_rows: 256 };
     let (checkpoint, model) = load(EMBEDDED);
-    let shape = TrainingShape { rank: 16, step };
+    let folder = tempfile::tempdir().unwrap();
+    let model = match pruned {
+        false => model,
+        true => {
+            let mut pruning = BlockPruning::new(Criterion::L2, 0.625);
+            (pruning.round_to, pruning.protected) = (8, vec![0]);
+            let pruned = pruning.prune(model, None, &CutOptions::default()).unwrap();
+            let record = PruningRecord::new(checkpoint.config().clone(), &pruning, &pruned.report).unwrap();
+            save_pruned(&pruned.model, &record, &checkpoint, &SaveFormat::AsIs, folder.path()).unwrap();
+            pruned.model
+        }
+    };
+    let shape = TrainingShape { rank: 16, step, process: ProcessConstants::CPU };
     let choices = choices(&["affine2:64", "affine4:64", "affine8:64"]).with_training(shape, MemoryAxis::Peak);
     let space = space_of(&model, &choices).unwrap();
     drop(model);
     let config = some_configs(&space, 1)[0].clone();
-    let (plan, report) = (space.plan(&config), space.report(&config));
-    let constants = ProcessConstants::CPU;
-    let moving = (report.peak - report.total) as f64;
-    let predicted = constants.base + report.total as f64 + constants.slack * moving;
-    let (model, _) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
+    let plan = space.plan(&config);
+    assert_eq!(space.bytes(&config), space.report(&config).peak);
+    let options = load_options(&plan).unwrap();
+    let model = match pruned {
+        false => checkpoint.load(&options, &Device::flex()).unwrap().0,
+        true => load_pruned(folder.path(), &options, &Device::flex()).unwrap().0,
+    };
     drop(checkpoint);
     let config = peft(&plan, &PeftConfig::new(16, 16.0, TargetModules::AllLinear));
     let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
     let ids = (0..8192u32).map(|i| i * 31 % 2048).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(512, 2048)).unwrap());
-    let mut trainer = Trainer::new(model, dataset, TrainerConfig::new(2, BatchOptions::new(4))).unwrap();
+    let mut training = TrainerConfig::new(2, BatchOptions::new(4));
+    training.recompute = recompute;
+    let mut trainer = Trainer::new(model, dataset, training).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    (kiln::eval::peak_rss_bytes().unwrap() as f64, predicted)
+    (kiln::eval::peak_rss_bytes().unwrap() as f64, space.report(&space.config(&plan).unwrap()).peak as f64)
 }
 
 #[test]
@@ -494,19 +539,24 @@ fn training_peak() -> (f64, f64) {
 fn the_predicted_training_peak_is_measured() {
     const TASK: &str = "KILN_MIXQ_PEAK_TASK";
     let test = "mixq::the_predicted_training_peak_is_measured";
-    if std::env::var(TASK).is_ok() {
-        let (measured, predicted) = training_peak();
+    if let Ok(task) = std::env::var(TASK) {
+        let recompute = if task.contains("block") { Recompute::Block } else { Recompute::None };
+        let (measured, predicted) = training_peak(recompute, task.contains("pruned"));
         println!("PEAK {measured} {predicted}");
         return;
     }
-    let output = std::process::Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env(TASK, "1")
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
-    let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
-    println!("measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
-    assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{figures:?}");
+    for task in ["none", "pruned none", "pruned block"] {
+        let output = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
+            .env(TASK, task)
+            .env("RAYON_NUM_THREADS", "2")
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout);
+        let line =
+            text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
+        let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+        println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
+        assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
+    }
 }

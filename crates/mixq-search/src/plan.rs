@@ -49,25 +49,6 @@ impl Plan {
     pub fn is_empty(&self) -> bool {
         self.settings.is_empty()
     }
-
-    /// The weight formats as the JSON that `kiln_quant_core::Plan<Scheme>` reads: `default` for every other
-    /// projection, and one override per path with its regular-expression characters escaped.
-    pub fn scheme_plan(&self, default: &str) -> serde_json::Value {
-        let overrides: Vec<_> =
-            self.iter().map(|(path, setting)| serde_json::json!([escape(path), setting.scheme])).collect();
-        serde_json::json!({ "default": default, "overrides": overrides })
-    }
-}
-
-/// `path` as a regular expression that matches only itself.
-fn escape(path: &str) -> String {
-    path.chars().fold(String::with_capacity(path.len() + 8), |mut out, c| {
-        if r"\.+*?()|[]{}^$#&-~".contains(c) {
-            out.push('\\');
-        }
-        out.push(c);
-        out
-    })
 }
 
 impl Serialize for Plan {
@@ -113,13 +94,5 @@ mod tests {
         assert_eq!(serde_json::to_string(&plan).unwrap(), json);
         let twice = r#"{"a":"dense","a":"dense"}"#;
         assert!(serde_json::from_str::<Plan>(twice).unwrap_err().to_string().contains("twice"));
-    }
-
-    #[test]
-    fn scheme_plan_has_one_escaped_override_per_path() {
-        let plan: Plan = serde_json::from_str(r#"{"layers.0.q":"affine4:64 rank=4"}"#).unwrap();
-        let expected =
-            serde_json::json!({"default": "dense", "overrides": [["layers\\.0\\.q", "affine4:64"]]});
-        assert_eq!(plan.scheme_plan("dense"), expected);
     }
 }

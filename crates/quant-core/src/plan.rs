@@ -39,6 +39,14 @@ impl PathPattern {
         Ok(Self { key, regex })
     }
 
+    /// The pattern of one path, whose characters mean themselves.
+    ///
+    /// # Panics
+    /// If the path is so long (megabytes) that its regular expression exceeds the size that the regex crate allows.
+    pub fn exact(path: &str) -> Self {
+        Self::new(regex::escape(path)).expect("an escaped path is a regular expression")
+    }
+
     /// Whether the pattern matches a module path such as `model.layers.3.self_attn.q_proj`.
     pub fn matches(&self, path: &str) -> bool {
         self.regex.is_match(path)
@@ -125,6 +133,12 @@ impl<T> Plan<T> {
         Ok(self)
     }
 
+    /// Adds an override for one path, behind those already there.
+    pub fn with_path(mut self, path: &str, value: T) -> Self {
+        self.overrides.push((PathPattern::exact(path), value));
+        self
+    }
+
     /// The value for a module path.
     pub fn get(&self, path: &str) -> &T {
         self.overrides
@@ -161,6 +175,15 @@ mod tests {
         assert_eq!(*plan.get("model.layers.1.self_attn.q_proj"), 3);
         assert_eq!(*plan.get("model.layers.1.self_attn.v_proj"), 4);
         assert_eq!(*plan.get("model.layers.1.mlp.up_proj"), 8);
+    }
+
+    #[test]
+    fn exact_patterns_mean_every_character_itself() {
+        let path = r"layers.0.a+b[(c|\d)]{2}^$-#&~ *?.q_proj";
+        let plan = Plan::uniform(8).with_path(path, 2);
+        assert_eq!(*plan.get(path), 2);
+        assert_eq!(*plan.get(&path.replace("layers.0", "layers.10")), 8);
+        assert_eq!(*plan.get(&path.replace('.', "x")), 8);
     }
 
     #[test]

@@ -1,47 +1,52 @@
 //! A plan for those that use it: loading, calibration, training.
 
-use kiln_adapters::PeftConfig;
-use kiln_mixq_search::Plan;
-use kiln_models::LoadOptions;
-use kiln_quant_core::{Plan as Schemes, QuantScheme, Scheme};
+use kiln_adapters::{AnyAttacher, DropoutClock, PeftConfig};
+use kiln_mixq_search::{Plan, Setting};
+use kiln_models::{AnyModel, LoadOptions, Slots};
+use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, QuantScheme, Scheme};
 
-use super::Result;
+use super::{Error, Result};
 
-/// A path as a pattern that matches nothing else of the model.
-fn pattern(path: &str) -> String {
-    path.replace('.', r"\.")
+/// The weight format of a setting. A pruning ratio is not for this model to follow: it was built with its shapes.
+pub(super) fn scheme_of(path: &str, setting: &Setting) -> Result<Scheme> {
+    match setting.prune {
+        Some(ratio) => Err(Error::argument(path, "no pruning ratio: prune first", format!("prune={ratio}"))),
+        None => Ok(setting.scheme.parse()?),
+    }
 }
 
 /// The plan's schemes by path, as loading and [`CalibrationConfig`](kiln_calibration::CalibrationConfig) take them.
 ///
 /// # Errors
-/// A scheme that doesn't parse.
+/// A scheme that doesn't parse; [`Error::Argument`] for a setting with a pruning ratio.
 pub fn schemes(plan: &Plan) -> Result<Schemes<Scheme>> {
     // Nothing falls back to it, but a dense one would make embedding and head dense too.
     let default = Scheme::Packed(QuantScheme::affine(8, 64));
     plan.iter().try_fold(Schemes::uniform(default), |schemes, (path, setting)| {
-        Ok(schemes.with_override(&pattern(path), setting.scheme.parse()?)?)
+        Ok(schemes.with_path(path, scheme_of(path, setting)?))
     })
 }
 
 /// Options that load a checkpoint by the plan: the model that was searched, and the bytes that were predicted.
 ///
 /// # Errors
-/// A scheme that doesn't parse.
+/// Those of [`schemes`].
 pub fn load_options(plan: &Plan) -> Result<LoadOptions<'static>> {
     Ok(LoadOptions { schemes: Some(schemes(plan)?), ..LoadOptions::default() })
 }
 
 /// `base` with the plan's ranks, where it has any; they win over `base`'s patterns, and the scaling of an adapter is what
-/// `base`'s own rank and alpha give.
+/// `base`'s own rank and alpha give. Kinds of adapters differ by path and have no place in one configuration:
+/// [`attach`] follows them.
 pub fn peft(plan: &Plan, base: &PeftConfig) -> PeftConfig {
     let (mut ranks, mut alphas) = (Vec::new(), Vec::new());
     for (path, setting) in plan.iter() {
         if let Some(rank) = setting.rank {
             let ratio = f64::from(rank) / base.r.max(1) as f64;
             let ratio = if base.use_rslora { ratio.sqrt() } else { ratio };
-            ranks.push((pattern(path), rank as usize));
-            alphas.push((pattern(path), base.lora_alpha * ratio));
+            let pattern = PathPattern::exact(path).to_string();
+            ranks.push((pattern.clone(), rank as usize));
+            alphas.push((pattern, base.lora_alpha * ratio));
         }
     }
     // The first match wins.
@@ -50,4 +55,41 @@ pub fn peft(plan: &Plan, base: &PeftConfig) -> PeftConfig {
     let mut config = base.clone();
     (config.rank_pattern, config.alpha_pattern) = (ranks, alphas);
     config
+}
+
+/// Attaches adapters of the plan's ranks and kinds, `lora` or `dora`, to the quantized model; `base` decides where the
+/// plan says nothing. The clocks drive the adapters' dropout, see
+/// [`Trainer::with_clock`](kiln_training::Trainer::with_clock).
+///
+/// # Errors
+/// [`Error::Argument`] for another kind of adapter; adapters that don't fit the model.
+pub fn attach(
+    model: AnyModel<QuantLinear>,
+    plan: &Plan,
+    base: &PeftConfig,
+    seed: u64,
+) -> Result<(crate::AdaptedModel, Vec<DropoutClock>)> {
+    let config = peft(plan, base);
+    let slots = model.slot_shapes();
+    let kind = |path: &str| plan.get(path).and_then(|setting| setting.adapter.as_deref());
+    let is_dora = |path: &str| match kind(path) {
+        Some("lora") => Ok(false),
+        Some("dora") => Ok(true),
+        Some(other) => Err(Error::argument(path, "adapter lora or dora", format!("\"{other}\""))),
+        None => Ok(config.use_dora),
+    };
+    let mut attachers: [Option<AnyAttacher>; 2] = [None, None];
+    for (path, _) in &slots {
+        let dora = is_dora(path)?;
+        if attachers[usize::from(dora)].is_none() {
+            let mut config = config.clone();
+            config.use_dora = dora;
+            attachers[usize::from(dora)] = Some(AnyAttacher::new(&config, &slots, seed)?);
+        }
+    }
+    let model = model.try_map(|path, linear| {
+        let attacher = attachers[usize::from(is_dora(path)?)].as_ref();
+        Ok::<_, Error>(attacher.expect("made above for every slot").attach_to_residual(path, linear)?)
+    })?;
+    Ok((model, attachers.iter().flatten().map(|attacher| attacher.clock().clone()).collect()))
 }

@@ -2,7 +2,7 @@
 
 use std::{ops::ControlFlow, sync::Arc};
 
-use kiln_adapters::{AnyAttacher, DropoutClock, LoraAttacher, PeftConfig};
+use kiln_adapters::{DropoutClock, LoraAttacher, PeftConfig};
 use kiln_calibration::{CalibrationConfig, Calibrator, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
@@ -10,7 +10,7 @@ use kiln_models::{AnyModel, CausalLm, Slots};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Trainer, TrainerConfig};
 
-use super::{Error, Result, peft, schemes};
+use super::{Error, Result, attach, peft, schemes};
 
 /// How a plan is fine-tuned and scored: LoRA on the quantized model, then its loss on held-out text.
 #[derive(Debug, Clone)]
@@ -88,9 +88,8 @@ impl FineTune {
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
     ) -> Result<Tuned> {
-        let config = peft(plan, &self.peft);
         let Some((method, windows)) = &self.start else {
-            let (model, clocks) = self.attach(quantized, &config, plan, seed)?;
+            let (model, clocks) = attach(quantized, plan, &self.peft, seed)?;
             return self.tune(model, clocks, steps, seed, keep_going);
         };
         if let Some((path, _)) = plan.iter().find(|(_, s)| s.adapter.as_deref().is_some_and(|a| a != "lora"))
@@ -98,6 +97,7 @@ impl FineTune {
             return Err(Error::argument(path, "adapter lora, for a calibrated start", "another"));
         }
         drop(quantized);
+        let config = peft(plan, &self.peft);
         let attacher = LoraAttacher::new(&config, &original.slot_shapes(), seed)?;
         let mut calibration = CalibrationConfig::new(method.clone(), schemes(plan)?);
         calibration.measured_windows = 0;
@@ -105,33 +105,6 @@ impl FineTune {
             .with_adapters(&attacher)
             .run(original.clone(), &mut |_| ControlFlow::Continue(()))?;
         self.tune(model, vec![attacher.clock().clone()], steps, seed, keep_going)
-    }
-
-    /// Adapters of the plan's kinds.
-    fn attach(
-        &self,
-        model: AnyModel<QuantLinear>,
-        config: &PeftConfig,
-        plan: &Plan,
-        seed: u64,
-    ) -> Result<(crate::AdaptedModel, Vec<DropoutClock>)> {
-        let kind = |path: &str| plan.get(path).and_then(|setting| setting.adapter.as_deref());
-        let slots = model.slot_shapes();
-        let lora = AnyAttacher::new(config, &slots, seed)?;
-        let dora = match slots.iter().any(|(path, _)| kind(path) == Some("dora")) {
-            true => {
-                let mut config = config.clone();
-                config.use_dora = true;
-                Some(AnyAttacher::new(&config, &slots, seed)?)
-            }
-            false => None,
-        };
-        let model = model.try_map(|path, base| match (kind(path), &dora) {
-            (Some("dora"), Some(dora)) => dora.attach_to_residual(path, base),
-            _ => lora.attach_to_residual(path, base),
-        })?;
-        let clocks = [Some(&lora), dora.as_ref()].into_iter().flatten();
-        Ok((model, clocks.map(|attacher| attacher.clock().clone()).collect()))
     }
 
     fn tune<M: CausalLm>(

@@ -104,6 +104,18 @@ impl LogitKl {
         self.batches.iter().map(|batch| batch.tokens as u64).sum()
     }
 
+    /// What [`measure`](Self::measure) runs for `tokens` tokens: whole batches.
+    pub fn rounded(&self, tokens: u64) -> u64 {
+        let mut seen = 0;
+        for batch in &self.batches {
+            if seen >= tokens {
+                break;
+            }
+            seen += batch.tokens as u64;
+        }
+        seen
+    }
+
     /// The divergence of `quantized` on the first `tokens` tokens, rounded up to whole batches, and how many they were.
     ///
     /// `blocks` tells models apart: for each block a text that is another one where its weights are others. Embedding,

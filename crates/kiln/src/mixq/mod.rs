@@ -50,7 +50,7 @@ mod objective;
 mod space;
 mod variants;
 
-pub use apply::{load_options, peft, schemes};
+pub use apply::{attach, load_options, peft, schemes};
 pub use error::{Error, Result};
 pub use fine_tune::{FineTune, Tuned};
 pub use fisher::Fisher;

@@ -1,11 +1,13 @@
 //! All measures of one model behind the search's trait.
 
-use kiln_mixq_search::{Evaluation, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request};
+use kiln_mixq_search::{
+    Evaluation, Fidelity, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request,
+};
 use kiln_models::{CausalLm, Slots};
 use kiln_quant_core::{QuantLinear, Scheme};
 use sha2::{Digest, Sha256};
 
-use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Variants};
+use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Variants, apply::scheme_of};
 
 /// Measures plans of one model. What is measured is the request's: see [`Measure`].
 ///
@@ -108,8 +110,11 @@ impl ModelObjective {
 
     /// The sum of a proxy over the plan's projections.
     fn proxy(&mut self, plan: &Plan, measure: Measure, tokens: u64) -> Result<Measurement> {
-        let length = self.windows[0].len() as u64;
-        let count = tokens.div_ceil(length).min(self.windows.len() as u64) as usize;
+        if tokens == 0 || tokens > self.tokens() {
+            let expected = format!("1 to {}, the windows' tokens", self.tokens());
+            return Err(Error::argument("tokens", expected, tokens));
+        }
+        let count = tokens.div_ceil(self.windows[0].len() as u64) as usize;
         let windows = &self.windows[..count];
         match measure {
             Measure::Fisher if self.fisher.as_ref().is_none_or(|(known, _)| *known != count) => {
@@ -122,7 +127,7 @@ impl ModelObjective {
         }
         let mut sum = 0.0;
         for (path, setting) in plan.iter() {
-            let quantized = self.variants.projection(path, setting.scheme.parse()?)?;
+            let quantized = self.variants.projection(path, scheme_of(path, setting)?)?;
             let original = self.variants.projection(path, Scheme::Dense)?;
             sum += match (measure, &self.fisher, &self.moments) {
                 (Measure::Fisher, Some((_, fisher)), _) => fisher.harm(path, &original, &quantized)?,
@@ -152,6 +157,19 @@ impl ModelObjective {
 impl Objective for ModelObjective {
     fn fingerprint(&self) -> String {
         self.fingerprint.clone()
+    }
+
+    fn rounded(&self, fidelity: Fidelity) -> Fidelity {
+        let amount = match fidelity.measure {
+            Measure::Kl => self.kl.rounded(fidelity.amount),
+            Measure::Finetune => fidelity.amount,
+            _ => fidelity.amount.next_multiple_of(self.windows[0].len() as u64),
+        };
+        Fidelity { amount, ..fidelity }
+    }
+
+    fn has_seeds(&self, measure: Measure) -> bool {
+        measure == Measure::Finetune
     }
 
     fn evaluate(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Evaluation {

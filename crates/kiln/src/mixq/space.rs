@@ -4,12 +4,12 @@ use kiln_mixq_search::{
     Choice, Cost, Granularity, MemoryAxis, MemoryModel, SearchSpace, Setting, Slot, SpaceBuilder, Unit,
 };
 use kiln_models::{
-    AnyModel, Slots,
+    AnyModel, Recompute, Slots,
     config::{LayerShape, ModelConfig},
 };
 use kiln_pruning::{model_bytes, model_config};
 use kiln_quant_core::{PathPattern, Projection, QuantLinear, Scheme};
-use kiln_side_tuning::memory::{Method, Step, estimate};
+use kiln_side_tuning::memory::{Method, ProcessConstants, Step, estimate};
 
 use super::{Error, Result};
 
@@ -48,12 +48,15 @@ pub struct Choices {
 }
 
 /// A LoRA training step on all linears of the blocks, for its memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TrainingShape {
     /// Rank of the adapters where it isn't searched.
     pub rank: u32,
     /// Rows, tokens and what is computed again.
     pub step: Step,
+    /// What the process holds beside a step's tensors, part of the peak: [`ProcessConstants::CPU`], or a base of 0 and a
+    /// slack of 1 for live bytes alone.
+    pub process: ProcessConstants,
 }
 
 impl Choices {
@@ -86,6 +89,10 @@ impl Choices {
         if self.axis != MemoryAxis::Storage && self.training.is_none() {
             let found = format!("none for the axis {:?}", self.axis);
             return Err(Error::argument("Choices.training", "a training step", found));
+        }
+        if self.axis == MemoryAxis::Storage && !(self.ranks.is_empty() && self.adapters.is_empty()) {
+            let expected = "an axis that counts training, where ranks or adapters are searched";
+            return Err(Error::argument("Choices.axis", expected, "storage, on which they all cost nothing"));
         }
         if let Some(rank) = self.ranks.iter().find(|rank| **rank == 0) {
             return Err(Error::argument("Choices.ranks", "at least 1", rank));
@@ -123,7 +130,7 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 ///
 /// Storage is [`StorageReport`](kiln_quant_core::StorageReport)'s: a plan's bytes are those of the checkpoint loaded
 /// with [`load_options`](super::load_options). The peak is that of
-/// [`kiln_side_tuning::memory`], whose activations hardly depend on the bits.
+/// [`kiln_side_tuning::memory`], process and allocator included; its activations hardly depend on the bits.
 ///
 /// # Errors
 /// [`Error::Argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
@@ -142,6 +149,16 @@ pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<Sear
             None => open.push(slot),
         }
     });
+    let slots = model.slot_shapes();
+    let matched = |pattern: &PathPattern| slots.iter().any(|(path, _)| pattern.matches(path));
+    if let Some((pattern, _)) = choices.frozen.iter().find(|(pattern, _)| !matched(pattern)) {
+        let expected = "patterns of linears of the model's blocks";
+        return Err(Error::argument(
+            "Choices.frozen",
+            expected,
+            format!("\"{pattern}\", which matches none"),
+        ));
+    }
     let rest = model_bytes(model).saturating_sub(weights);
     let memory = memory_model(&model_config(model), rest as u64, choices)?;
     let mut units = if open.is_empty() { Vec::new() } else { open_units(open, &memory, choices)? };
@@ -180,13 +197,15 @@ fn memory_model(config: &ModelConfig, fixed: u64, choices: &Choices) -> Result<M
     // Where ranks are searched, the largest: what moves depends little on it.
     let rank = choices.ranks.iter().copied().max().unwrap_or(training.rank);
     let method = Method::Lora { rank: rank as usize };
-    let step = estimate(&averaged(config), 0, &method, &training.step)?;
+    let step = estimate(&with_one_width(config, training.step.recompute), 0, &method, &training.step)?;
     let moving = (step.activations + step.transient).max(step.gradients + step.update);
-    Ok(memory.with_trained(0, TRAINED_BYTES).with_activations(moving as u64))
+    let beside = training.process.base + training.process.slack * moving;
+    Ok(memory.with_trained(0, TRAINED_BYTES).with_activations(beside as u64))
 }
 
-/// The same model with the blocks' mean widths, which the estimate of a step is linear in.
-fn averaged(config: &ModelConfig) -> ModelConfig {
+/// The same model with blocks of one width. What all blocks keep goes with their mean; with recomputation one block's
+/// values exist at a time, so the widest decides.
+fn with_one_width(config: &ModelConfig, recompute: Recompute) -> ModelConfig {
     let shapes: &[LayerShape] = match config {
         ModelConfig::Llama(llama) => &llama.layer_shapes,
         ModelConfig::Opt(opt) => &opt.layer_shapes,
@@ -195,13 +214,16 @@ fn averaged(config: &ModelConfig) -> ModelConfig {
     if shapes.is_empty() {
         return config.clone();
     }
-    let mean = |part: fn(&LayerShape) -> usize| shapes.iter().map(part).sum::<usize>().div_ceil(shapes.len());
-    let heads = mean(|shape| shape.num_attention_heads);
-    let inner = mean(|shape| shape.intermediate_size);
+    let width = |part: fn(&LayerShape) -> usize| match recompute {
+        Recompute::Block => shapes.iter().map(part).max().unwrap_or(0),
+        _ => shapes.iter().map(part).sum::<usize>().div_ceil(shapes.len()),
+    };
+    let heads = width(|shape| shape.num_attention_heads);
+    let inner = width(|shape| shape.intermediate_size);
     let mut config = config.clone();
     match &mut config {
         ModelConfig::Llama(llama) => {
-            llama.num_key_value_heads = mean(|shape| shape.num_key_value_heads);
+            llama.num_key_value_heads = width(|shape| shape.num_key_value_heads);
             (llama.num_attention_heads, llama.intermediate_size) = (heads, inner);
             llama.layer_shapes.clear();
         }

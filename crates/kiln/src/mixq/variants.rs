@@ -12,7 +12,7 @@ use kiln_mixq_search::Plan;
 use kiln_models::{AnyModel, Slots};
 use kiln_quant_core::{PackedLinear, PackedTensor, Projection, QuantLinear, Scheme};
 
-use super::{Error, Result};
+use super::{Error, Result, apply::scheme_of};
 
 /// A model with its projections' quantized variants, each made once: a plan's model shares them and costs no time.
 ///
@@ -52,14 +52,16 @@ impl Variants {
     /// # Errors
     /// [`Error::Argument`] for a plan that isn't of this model; what the quantizer refuses.
     pub fn model(&mut self, plan: &Plan) -> Result<AnyModel<QuantLinear>> {
-        let settings: HashMap<&str, &str> =
-            plan.iter().map(|(path, setting)| (path, setting.scheme.as_str())).collect();
+        let settings: HashMap<&str, Scheme> = plan
+            .iter()
+            .map(|(path, setting)| Ok((path, scheme_of(path, setting)?)))
+            .collect::<Result<_>>()?;
         let (made, rounding) = (&mut self.made, self.rounding);
         let mut known = 0;
         let model = self.model.clone().try_map(|path, original| {
             let scheme = settings.get(path).ok_or_else(|| Error::argument(path, "a setting", "none"))?;
             known += 1;
-            variant(made, rounding, path, original, scheme.parse()?)
+            variant(made, rounding, path, original, *scheme)
         })?;
         match settings.len() {
             found if found == known => Ok(model),
