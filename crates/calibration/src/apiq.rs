@@ -24,11 +24,13 @@ use crate::{
 /// | `lr_clipping` | 5e-3 | constant learning rate of the clipping logits | from 0 |
 /// | `lr_lora` | 5e-4 | of the LoRA factors | from 0 |
 /// | `weight_decay` | 0.1 | decoupled, of both: on the logits a pull towards clipping | from 0 |
-/// | `initial_logit` | 4 | a range starts as its part `S(4) = 0.982` | finite |
+/// | `initial_logit` | 4 | a range starts as its part `S(4) = 0.982`; see below | finite |
 /// | `augmented` | false | adds the distance to the original block's output for the *quantized* inputs; on at 2 bits in the published runs; block-wise only | |
 /// | `include_zero` | true | extends groups' ranges to zero, see [`ClippingGrid`](crate::ClippingGrid) | |
 ///
-/// The published budget is 128 windows of 2048 tokens. AdamW has betas 0.9 and 0.999 and epsilon 1e-8.
+/// The published budget is 128 windows of 2048 tokens: 2560 steps. A step moves a logit by about its learning rate, so within
+/// some hundred steps ranges hardly leave the published start; start such runs at about 1 (`S = 0.73`), where rounding to 2
+/// bits errs least. AdamW has betas 0.9 and 0.999 and epsilon 1e-8.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ApiqConfig {

@@ -324,6 +324,8 @@ pub fn check_half_precision(device: &Device, dtype: FloatDType, rows: &[usize], 
 #[test]
 fn dequantize_equals_the_host_and_the_plain_version_bit_for_bit() {
     check_dequantize(&Device::flex(), CASES, 0.0);
+    // So many scales that several threads unpack them.
+    check_dequantize(&Device::flex(), &[("nf4:8:double", 4800, 65)], 0.0);
 }
 
 #[test]

@@ -18,6 +18,12 @@ use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 /// Rows of a task.
 pub(super) const ROWS: usize = 32;
 
+/// Columns of double-quantized scales that are unpacked together: their codes stay in the first-level cache while rows are
+/// written from them.
+const SCALE_COLUMNS: usize = 64;
+/// Double-quantized scales that are worth another thread.
+const SCALES_PER_TASK: usize = 1 << 15;
+
 /// The sizes of a tensor seen as rows of its last axis: `[rows, width]`.
 pub(super) fn rows_of(x: &FlexTensor) -> [usize; 2] {
     let shape = x.layout().shape();
@@ -268,13 +274,26 @@ impl FusedOps for Flex {
         let (codes, nested, offset) = (codes.to_contiguous(), contiguous(nested), contiguous(offset));
         let (codes, nested, offset) = (words(&codes), floats(&nested), floats(&offset)[0]);
         let mut scales = vec![0.0; rows * columns];
-        for column in 0..columns {
-            for row in 0..rows {
-                let place = column * rows + row;
-                let code = codes[place / 4] >> (8 * (place % 4)) & 255;
-                scales[row * columns + column] =
-                    DYNAMIC_MAP[code as usize] * nested[place / DOUBLE_BLOCK] + offset;
-            }
+        let unpack = |first: usize, part: &mut [f32]| {
+            vectorize(|| {
+                for start in (0..columns).step_by(SCALE_COLUMNS) {
+                    for (row, part) in (first..).zip(part.chunks_exact_mut(columns)) {
+                        let part = &mut part[start..columns.min(start + SCALE_COLUMNS)];
+                        for (column, scale) in (start..).zip(part) {
+                            let place = column * rows + row;
+                            let code = codes[place / 4] >> (8 * (place % 4)) & 255;
+                            *scale = DYNAMIC_MAP[code as usize] * nested[place / DOUBLE_BLOCK] + offset;
+                        }
+                    }
+                }
+            });
+        };
+        let task = SCALES_PER_TASK.div_ceil(columns.max(1));
+        if rows <= task {
+            unpack(0, &mut scales);
+        } else {
+            let parts = scales.par_chunks_mut(task * columns).enumerate();
+            parts.for_each(|(index, part)| unpack(index * task, part));
         }
         tensor(scales, [rows, columns], DType::F32)
     }
