@@ -23,11 +23,12 @@ METHODS = ["rtn", "nf", "gptq", "loftq", "apiq-lw", "apiq-bw"]
 GROUP, RANK = 64, 16
 # Windows of calibration, tokens of each, epochs of ApiQ; steps of the fine-tuning, rows of a batch.
 BUDGETS = {
-    "tiny-llama": {"windows": 32, "length": 128, "epochs": 10, "steps": 100, "batch": 4},
-    "smollm2": {"windows": 8, "length": 512, "epochs": 8, "steps": 40, "batch": 1},
+    "tiny-llama": {"windows": 16, "length": 128, "epochs": 6, "steps": 40, "batch": 4},
+    "smollm2": {"windows": 8, "length": 512, "epochs": 4, "steps": 30, "batch": 1},
 }
 # More budget for ApiQ block by block at 2 bits, before fine-tuning.
-LARGER = {"smollm2": [{"windows": 32, "epochs": 10}], "tiny-llama": [{"epochs": 2}, {"epochs": 30}]}
+LARGER = {"smollm2": [{"epochs": 8}, {"epochs": 16}], "tiny-llama": [{"epochs": 2}, {"epochs": 30}]}
+SEEDS = {"tiny-llama": [0, 1, 2], "smollm2": [0]}
 
 
 def calibrate(options, model, bits, method, seed, budget):
@@ -52,7 +53,7 @@ def study(options, model, seeds):
         once(options.log, wanted, lambda: calibrate(options, **wanted))
 
     budget = BUDGETS[model]
-    for bits in (2, 3, 4):
+    for bits in (2, 4, 3):
         for method in METHODS:
             for seed in seeds:
                 figures(bits, method, seed, budget)
@@ -130,14 +131,15 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", help="the built example 07-apiq")
     parser.add_argument("--smollm2", help="the GGUF file that scripts/fetch-smollm2 fetches")
+    parser.add_argument("--models", nargs="+", default=list(BUDGETS), choices=BUDGETS)
     parser.add_argument("--log", type=pathlib.Path, default=ROOT / "docs/results/apiq.jsonl")
     parser.add_argument("--table", action="store_true", help="only print the tables of the log")
     parser.add_argument("--plot", type=pathlib.Path, help="gets the activations' error of SmolLM2 by block")
     options = parser.parse_args()
     if not options.table:
-        study(options, "tiny-llama", [0, 1, 2])
-        if options.smollm2:
-            study(options, "smollm2", [0])
+        for model in options.models:
+            if model != "smollm2" or options.smollm2:
+                study(options, model, SEEDS[model])
     table(options)
     if options.plot:
         plot(options, "smollm2")
