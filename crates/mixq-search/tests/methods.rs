@@ -3,8 +3,8 @@
 use kiln_mixq_search::{
     AdditiveProxy, Amq, Bo, Config, Direction, Error, Evaluation, Fidelity, Finalists, Halving, KeepGoing,
     KlMix, METHODS, Measure, Measurement, Nsga2, Objective, Outcome, Paper, Random, Released, Request,
-    Screen, SearchMethod, SearchSettings, SearchSpace, TrialLog, Uniform, hypervolume, method, pareto_front,
-    search,
+    Screen, SearchMethod, SearchSettings, SearchSpace, Trial, TrialLog, Uniform, hypervolume, method,
+    pareto_front, search,
 };
 
 use crate::common::{FULL, Synthetic, space};
@@ -253,9 +253,41 @@ fn hopeless_trials_are_stopped_and_leave_the_front() {
     let stopped: Vec<_> = outcome.trials.iter().filter(|trial| trial.stopped).collect();
     assert!(!stopped.is_empty() && stopped.len() < 35, "{} stopped", stopped.len());
     assert!(stopped.iter().all(|trial| trial.curve.len() == 1));
-    for trial in stopped {
+    for trial in &stopped {
         assert!(outcome.front.points.iter().all(|point| point.config != trial.config));
+        // A plan of no more bytes was better at the same point: small plans aren't stopped for being small.
+        let finished = outcome.trials.iter().filter(|seen| !seen.stopped && seen.bytes <= trial.bytes);
+        let at =
+            |seen: &Trial| seen.curve.iter().find(|(amount, _)| *amount == trial.curve[0].0).map(|c| c.1);
+        assert!(finished.filter_map(at).any(|score| score < trial.curve[0].1));
     }
+
+    // A search that stops nothing measures them in full.
+    let log = &mut TrialLog::in_memory(&space);
+    let mut model = Synthetic::new(4);
+    let stopping = search(&space, &mut model, log, &Nsga2::default(), &settings).unwrap();
+    assert!(stopping.trials.iter().any(|trial| trial.stopped));
+    let settings = SearchSettings::new(40, FULL);
+    let patient = search(&space, &mut model, log, &Nsga2::default(), &settings).unwrap();
+    assert!(patient.trials.iter().all(|trial| !trial.stopped));
+    assert_eq!(patient.front, run(&space, &mut Synthetic::new(4), &Nsga2::default(), &settings).front);
+}
+
+#[test]
+fn klmix_measures_uniform_plans_and_a_knapsack_solution_however_few_evaluations_there_are() {
+    let space = space(12);
+    let settings = SearchSettings::new(10, FULL).with_seed(3);
+    let outcome = run(&space, &mut Synthetic::new(1), &KlMix::default(), &settings);
+    let measured = |config: &Config| outcome.trials.iter().any(|trial| trial.config == *config);
+    assert!(space.uniform().iter().all(measured));
+    // Neither uniform nor one unit alone below the largest.
+    let highest = space.highest();
+    let mixed = outcome.trials.iter().filter(|trial| {
+        let below = trial.config.0.iter().zip(&highest.0).filter(|(choice, most)| choice < most).count();
+        below > 1 && !space.uniform().contains(&trial.config)
+    });
+    assert!(mixed.count() > 0);
+    assert!(outcome.front.select(space.smallest()).is_ok());
 }
 
 /// Fails to measure small plans: their loss is not a number.
