@@ -16,8 +16,8 @@ use kiln::{
     LoraModel,
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{
-        ApiqConfig, CalibrationConfig, Calibrator, GptqConfig, LoftqConfig, Method, Progress, Rounding,
-        block_errors, random_windows,
+        ApiqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig, Method,
+        Progress, Rounding, block_errors, random_windows,
     },
     eval::{WindowedPerplexity, peak_rss_bytes},
     models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Tokenizer},
@@ -189,8 +189,20 @@ struct Row {
     activation_error: Vec<f64>,
     /// Calibration only.
     seconds: f64,
+    /// Of each block, measuring included.
+    block_seconds: Vec<f64>,
     /// The process's peak so far: run methods one by one to compare them.
     peak_rss_bytes: Option<u64>,
+    /// The same when each block was done.
+    block_peak_rss_bytes: Vec<Option<u64>>,
+}
+
+/// A calibrated model and what it took.
+struct Calibrated {
+    model: LoraModel,
+    seconds: f64,
+    report: CalibrationReport,
+    block_peaks: Vec<Option<u64>>,
 }
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
@@ -214,7 +226,7 @@ struct Quiet;
 impl Observer<LoraModel> for Quiet {}
 
 impl Study<'_> {
-    fn calibrate(&self, method: MethodName) -> Result<(LoraModel, f64)> {
+    fn calibrate(&self, method: MethodName) -> Result<Calibrated> {
         let (base, _) = self.options.model.load(&self.checkpoint)?;
         let peft = PeftConfig::new(self.options.rank, self.options.rank as f64, TargetModules::AllLinear);
         let attacher = LoraAttacher::new(&peft, &base.slot_shapes(), self.options.seed)?;
@@ -226,16 +238,18 @@ impl Study<'_> {
         let bar = indicatif::ProgressBar::new(base.num_blocks() as u64)
             .with_style(indicatif::ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} {eta}")?)
             .with_prefix(method.name());
+        let mut block_peaks = Vec::new();
         let start = Instant::now();
-        let (model, _) = calibrator.run(base, &mut |progress| {
+        let (model, report) = calibrator.run(base, &mut |progress| {
             if let Progress::Block { report, .. } = progress {
+                block_peaks.push(peak_rss_bytes());
                 bar.set_position(report.index as u64 + 1);
                 bar.set_message(format!("error {:.3}", report.activation_error));
             }
             ControlFlow::Continue(())
         })?;
         bar.finish_and_clear();
-        Ok((model, start.elapsed().as_secs_f64()))
+        Ok(Calibrated { model, seconds: start.elapsed().as_secs_f64(), report, block_peaks })
     }
 
     fn fine_tune(&self, model: LoraModel, steps: u64) -> Result<LoraModel> {
@@ -250,7 +264,7 @@ impl Study<'_> {
     }
 
     fn row(&self, method: MethodName) -> Result<Row> {
-        let (model, seconds) = self.calibrate(method)?;
+        let Calibrated { model, seconds, report, block_peaks } = self.calibrate(method)?;
         let peak = peak_rss_bytes();
         let window = self.options.length();
         let before = perplexity(&model, &self.held_out, window)?;
@@ -269,7 +283,9 @@ impl Study<'_> {
             perplexity_after: after,
             activation_error,
             seconds,
+            block_seconds: report.blocks.iter().map(|block| block.seconds).collect(),
             peak_rss_bytes: peak,
+            block_peak_rss_bytes: block_peaks,
         })
     }
 }

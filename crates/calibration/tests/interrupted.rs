@@ -76,6 +76,25 @@ fn an_epoch_may_be_the_last() {
     assert_eq!(epochs, 4);
 }
 
+#[test]
+fn streams_are_read_back_into_a_spill_folder() {
+    let (config, windows) = (config(Method::ApiqBlock(apiq(1)), "affine2:64"), windows(3));
+    let expected = uninterrupted(&config, &windows);
+    let (folder, spill) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let attacher = attacher(&tiny());
+    let run = |observer: kiln_calibration::Observer| {
+        let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
+        calibrator.with_folder(folder.path()).with_spill(spill.path()).run(tiny(), observer)
+    };
+    let result = run(&mut |progress| match progress {
+        Progress::Block { .. } => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert!(matches!(result, Err(Error::Cancelled { blocks: 1, total: 4 })));
+    assert_eq!(contents(&run(&mut silent).unwrap().0), expected);
+    assert_eq!(std::fs::read_dir(spill.path()).unwrap().count(), 0);
+}
+
 /// A model whose down projection of a block is changed by `change`.
 fn changed(block: usize, change: impl FnOnce(Tensor<2>) -> Tensor<2>) -> AnyModel<QuantLinear> {
     let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };

@@ -6,7 +6,7 @@ use kiln_calibration::{
     ApiqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig, Method, Rounding,
     Svd, block_errors,
 };
-use kiln_models::{DriverOptions, Slots, Targets, TokenBatch, loss_and_gradients, token_nll};
+use kiln_models::{AnyModel, DriverOptions, Slots, Targets, TokenBatch, loss_and_gradients, token_nll};
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 
 use crate::setup::*;
@@ -38,25 +38,67 @@ fn nll(model: &impl kiln_models::CausalLm) -> f64 {
 
 #[test]
 fn at_two_bits_activations_are_ordered_as_in_the_paper() {
+    // Held-out errors of the residual stream after every block, and the likelihood.
     let error = |method: Method| {
         let (model, report) = calibrate(&config(method, "affine2:64"), 24);
         assert_eq!(report.blocks.len(), 4);
-        (last_error(&model), nll(&model))
+        (block_errors(&tiny(), &model, &held_out()).unwrap(), nll(&model))
     };
     let rtn = error(Method::Rtn(Rounding::MinMax));
     let loftq = error(Method::Loftq(LoftqConfig::default()));
     let clipping = error(Method::Clipping(apiq(10)));
     let layer = error(Method::ApiqLayer(apiq(10)));
     let block = error(Method::ApiqBlock(apiq(10)));
-    assert!(
-        block.0 < layer.0 && block.0 < clipping.0,
-        "block {block:?}, layer {layer:?}, clipping {clipping:?}"
-    );
-    assert!(layer.0 < loftq.0 && loftq.0 < rtn.0, "layer {layer:?}, loftq {loftq:?}, rtn {rtn:?}");
+    let ordered = |what: &str, better: &[f64], worse: &[f64]| {
+        assert!(better.iter().zip(worse).all(|(a, b)| a < b), "{what}: {better:?} and {worse:?}");
+    };
+    ordered("block, clipping", &block.0, &clipping.0);
+    ordered("clipping, rtn", &clipping.0, &rtn.0);
+    ordered("layer, loftq", &layer.0, &loftq.0);
+    ordered("loftq, rtn", &loftq.0, &rtn.0);
+    ordered("block, layer at the end", &block.0[3..], &layer.0[3..]);
     // And the loss of likelihood, though it is not what was optimised.
     let dense = nll(&tiny());
     assert!(block.1 - dense < 0.8 * (loftq.1 - dense), "{dense}: block {block:?}, loftq {loftq:?}");
     assert!(loftq.1 - dense < 0.9 * (rtn.1 - dense), "{dense}: loftq {loftq:?}, rtn {rtn:?}");
+}
+
+/// The embedded model with an input of a block's attention that is always zero.
+fn with_dead_channel(block: usize, channel: usize) -> AnyModel<QuantLinear> {
+    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
+    let norm = &mut model.model.layers[block].input_layernorm;
+    norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(channel..channel + 1, 0.0));
+    AnyModel::Llama(model)
+}
+
+#[test]
+fn dead_channels_cost_nothing() {
+    let windows = windows(6);
+    let last = |method: Method| {
+        let model = with_dead_channel(1, 5);
+        let attacher = attacher(&model);
+        let config = config(method, "affine2:64");
+        let (found, report) =
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+        let q_proj = &report.blocks[1].projections[0];
+        assert!(q_proj.activation_error_after < q_proj.activation_error_before * 1.001, "{q_proj:?}");
+        for (path, weight, factors) in contents(&found) {
+            assert!(weight.unwrap().dequantize().iter().all(|value| value.is_finite()), "{path}");
+            assert!(factors.iter().flatten().all(|value| value.is_finite()), "{path}");
+        }
+        let errors = block_errors(&with_dead_channel(1, 5), &found, &held_out()).unwrap();
+        errors[3]
+    };
+    let rtn = last(Method::Rtn(Rounding::MinMax));
+    for method in [
+        Method::Gptq(GptqConfig::default()),
+        Method::Gptq(GptqConfig { act_order: true, ..GptqConfig::default() }),
+        Method::ApiqLayer(apiq(3)),
+        Method::ApiqBlock(apiq(3)),
+    ] {
+        let error = last(method.clone());
+        assert!(error < 0.9 * rtn, "{method:?}: {error}, rounding {rtn}");
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use kiln_calibration::{
     ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource};
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;
@@ -113,6 +113,77 @@ fn activations_and_weights_that_are_not_finite_name_the_projection() {
             "{error}"
         );
     }
+}
+
+/// A source of weights that changes what another one reads.
+struct Changed<'a, F>(&'a dyn TensorSource, F);
+
+impl<F: Fn(&str, StoredWeight) -> StoredWeight + Send + Sync> TensorSource for Changed<'_, F> {
+    fn contains(&self, name: &str) -> bool {
+        self.0.contains(name)
+    }
+
+    fn names(&self) -> Vec<String> {
+        self.0.names()
+    }
+
+    fn dense(&self, name: &str) -> kiln_models::Result<DenseTensor> {
+        self.0.dense(name)
+    }
+
+    fn weight(&self, module: &str) -> kiln_models::Result<StoredWeight> {
+        Ok((self.1)(module, self.0.weight(module)?))
+    }
+}
+
+#[test]
+fn weights_of_a_source_are_checked() {
+    let (checkpoint, model) = dense("models/tiny-llama");
+    let config = config(Method::ApiqBlock(apiq(1)), "affine2:64");
+    let path = "model.layers.0.mlp.up_proj";
+    let run = |change: fn(DenseTensor) -> DenseTensor| {
+        let source = Changed(checkpoint.source(), |module: &str, weight| match weight {
+            StoredWeight::Dense(tensor) if module == path => StoredWeight::Dense(change(tensor)),
+            weight => weight,
+        });
+        let windows = windows(1);
+        let calibrator = Calibrator::new(&config, &windows).with_weights(&source);
+        calibrator.run(model.clone(), &mut silent).map(|_| ()).unwrap_err()
+    };
+    let error = run(|mut tensor| {
+        tensor.shape.reverse();
+        tensor
+    });
+    let message = error.to_string();
+    assert!(message.contains(path) && message.contains("a weight of shape"), "{message}");
+    let error = run(|mut tensor| {
+        tensor.values[7] = f32::NAN;
+        tensor
+    });
+    assert!(matches!(&error, Error::NotFinite { place, .. } if place == path), "{error}");
+
+    let other = Checkpoint::open(kiln_testkit::testdata("tiny/opt-f32")).unwrap();
+    let windows = windows(1);
+    let missing = Calibrator::new(&config, &windows).with_weights(other.source());
+    let message = missing.run(model, &mut silent).map(|_| ()).unwrap_err().to_string();
+    assert!(message.contains("model.layers.0"), "{message}");
+}
+
+#[test]
+fn embeddings_that_are_not_finite_and_missing_folders_are_refused() {
+    let config = config(Method::Rtn(Rounding::MinMax), "affine2:64");
+    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
+    let Embedding::Dense(embedding) = &mut model.model.embed_tokens else { panic!("dense") };
+    let windows = windows(2);
+    let id = windows[1][3] as usize;
+    embedding.weight = embedding.weight.clone().map(|weight| weight.slice_fill([id..id + 1, 0..1], f32::NAN));
+    let error = refused(AnyModel::Llama(model), &config, &windows);
+    assert!(matches!(&error, Error::NotFinite { place, .. } if place == "embedding"), "{error}");
+
+    let missing = std::path::Path::new("no/such/folder");
+    let calibrator = Calibrator::new(&config, &windows).with_spill(missing);
+    let message = calibrator.run(tiny(), &mut silent).map(|_| ()).unwrap_err().to_string();
+    assert!(message.contains("no/such/folder"), "{message}");
 }
 
 #[test]

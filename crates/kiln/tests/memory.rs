@@ -1,16 +1,17 @@
 //! Memory promises, as peak resident memory of a process of their own: each measurement runs this test binary again
 //! with the name of the one test that does it.
 
-use std::{process::Command, sync::Arc};
+use std::{ops::ControlFlow, process::Command, sync::Arc};
 
 use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    adapters::{LoraAttacher, PeftConfig, TargetModules},
+    calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
     eval::peak_rss_bytes,
-    models::{CausalLm, Checkpoint, LoadOptions, Recompute},
+    models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots},
     quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
@@ -163,21 +164,70 @@ fn recomputation_keeps_one_input_per_block() {
         println!("BYTES {}", recomputed_steps(&folder));
         return;
     }
-    let scheme: QuantScheme = "affine4:64".parse().unwrap();
-    let packed = 4 * scheme.storage_bytes(WIDTH, WIDTH)
+    let promised = 1.1 * (packed_block("affine4:64") + BATCH * LENGTH * WIDTH * 4) as f64;
+    let slope = peak_by_block(test, "", 16, 64);
+    println!("{:.2} MB per block, promised {:.2} MB", slope / 1e6, promised / 1e6);
+    assert!(slope <= promised, "{slope} > {promised}");
+}
+
+/// Bytes of the packed weights of one block.
+fn packed_block(scheme: &str) -> usize {
+    let scheme: QuantScheme = scheme.parse().unwrap();
+    4 * scheme.storage_bytes(WIDTH, WIDTH)
         + 2 * scheme.storage_bytes(WIDTH, INNER)
-        + scheme.storage_bytes(INNER, WIDTH);
-    let promised = 1.1 * (packed + BATCH * LENGTH * WIDTH * 4) as f64;
-    let (few, many) = (16, 64);
+        + scheme.storage_bytes(INNER, WIDTH)
+}
+
+/// By how much a block more raises the peak of `test`'s task, `kind` and a model folder.
+fn peak_by_block(test: &str, kind: &str, few: usize, many: usize) -> f64 {
     let peak = |blocks: usize| {
         let folder = write_model(blocks);
-        let peak = measure(test, &folder.display().to_string());
+        let peak = measure(test, &format!("{kind}{}", folder.display()));
         std::fs::remove_dir_all(&folder).unwrap();
         peak
     };
-    let slope = (peak(many) - peak(few)) / (many - few) as f64;
+    (peak(many) - peak(few)) / (many - few) as f64
+}
+
+/// Peak of ApiQ block by block, two windows and one epoch, on the model in `folder`: loaded at 2 bits, its weights read
+/// again block by block, or loaded dense.
+fn calibrated(folder: &str, dense: bool) -> f64 {
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let scheme: Scheme = "affine2:64".parse().unwrap();
+    let options = LoadOptions::uniform(if dense { Scheme::Dense } else { scheme });
+    let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+    let peft = PeftConfig::new(4, 4.0, TargetModules::AllLinear);
+    let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 0).unwrap();
+    let windows: Vec<Vec<u32>> =
+        (0..2u32).map(|k| (0..64).map(|i| (i * 31 + k * 7) % 512).collect()).collect();
+    let method = Method::ApiqBlock(ApiqConfig { epochs: 1, ..ApiqConfig::default() });
+    let config = CalibrationConfig::new(method, Plan::uniform(scheme));
+    let mut calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
+    if !dense {
+        calibrator = calibrator.with_weights(checkpoint.source());
+    }
+    let (model, _) = calibrator.run(model, &mut |_| ControlFlow::Continue(())).unwrap();
+    drop(model);
+    peak()
+}
+
+#[test]
+fn a_calibration_holds_the_dense_weights_of_one_block() {
+    let test = "memory::a_calibration_holds_the_dense_weights_of_one_block";
+    if let Ok(task) = std::env::var(TASK) {
+        let (kind, folder) = task.split_once(' ').unwrap();
+        println!("BYTES {}", calibrated(folder, kind == "dense"));
+        return;
+    }
+    // A and B of rank 4 beside the packed weights.
+    let factors = 4 * 4 * (4 * (WIDTH + WIDTH) + 3 * (WIDTH + INNER));
+    let promised = 1.1 * (packed_block("affine2:64") + factors) as f64;
+    let slope = peak_by_block(test, "packed ", 4, 24);
     println!("{:.2} MB per block, promised {:.2} MB", slope / 1e6, promised / 1e6);
     assert!(slope <= promised, "{slope} > {promised}");
+    // The measurement must be able to fail.
+    let control = peak_by_block(test, "dense ", 4, 24);
+    assert!(control > 4.0 * promised, "a model of dense weights: {control}");
 }
 
 #[test]
