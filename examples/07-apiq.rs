@@ -16,8 +16,8 @@ use kiln::{
     LoraModel,
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{
-        ApiqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig, Method,
-        Progress, Rounding, block_errors, random_windows,
+        ApiqConfig, ApiqLoss, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig,
+        Method, Progress, Rounding, block_errors, random_windows,
     },
     eval::{WindowedPerplexity, peak_rss_bytes},
     models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Tokenizer},
@@ -60,6 +60,14 @@ impl MethodName {
     }
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Loss {
+    /// The mean square, as published.
+    MeanSquared,
+    /// Each token's error relative to its length.
+    Relative,
+}
+
 #[derive(Parser)]
 #[command(about)]
 struct Options {
@@ -91,9 +99,12 @@ struct Options {
     /// Calibration windows.
     #[arg(long)]
     windows: Option<usize>,
-    /// Tokens of a calibration window.
+    /// Tokens of a window: of calibration, of evaluation, of the fine-tuning's rows.
     #[arg(long)]
     length: Option<usize>,
+    /// Leaves the original's perplexity out; as a row it is that of `dense`.
+    #[arg(long)]
+    no_original: bool,
     /// Passes of ApiQ over the windows.
     #[arg(long)]
     epochs: Option<usize>,
@@ -103,6 +114,15 @@ struct Options {
     /// Learning rate of ApiQ's factors.
     #[arg(long, default_value_t = 2e-3)]
     lr_lora: f64,
+    /// The part of both rates that is left at the end of a block; 1 is constant, as published.
+    #[arg(long, default_value_t = 1.0)]
+    final_ratio: f64,
+    /// What ApiQ brings down.
+    #[arg(long, value_enum, default_value_t = Loss::MeanSquared)]
+    loss: Loss,
+    /// Whether ApiQ has its second target; at 2 bits only if left out, as published.
+    #[arg(long)]
+    augmented: Option<bool>,
     /// Where ApiQ's clipping logits start: a range is the part `1 / (1 + exp(-logit))` of the group's. The published 4 is
     /// nearly the whole range, from where it takes thousands of steps to move.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
@@ -148,9 +168,13 @@ impl Options {
             epochs: self.budget(self.epochs, 6, 10),
             lr_clipping: self.lr_clipping,
             lr_lora: self.lr_lora,
+            final_ratio: self.final_ratio,
+            loss: match self.loss {
+                Loss::MeanSquared => ApiqLoss::MeanSquared,
+                Loss::Relative => ApiqLoss::Relative,
+            },
             initial_logit: self.initial_logit,
-            // As in the published runs.
-            augmented: self.bits == 2,
+            augmented: self.augmented.unwrap_or(self.bits == 2),
             ..ApiqConfig::default()
         };
         let method = match method {
@@ -349,7 +373,9 @@ fn main() -> Result<()> {
     let count = options.budget(options.windows, 16, 32);
     let windows = random_windows(&ids, options.length(), count, options.seed)?;
     let held_out = read_ids(&eval, &tokenizer)?;
-    println!("original: perplexity {:.2}", perplexity(&original, &held_out, options.length())?);
+    if !options.no_original {
+        println!("original: perplexity {:.2}", perplexity(&original, &held_out, options.length())?);
+    }
     let methods = options.methods.clone();
     let study = Study { options: &options, checkpoint, tokenizer, original, calibration, windows, held_out };
     let rows = methods.into_iter().map(|method| study.row(method)).collect::<Result<Vec<Row>>>()?;

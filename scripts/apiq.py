@@ -21,13 +21,14 @@ from study import ROOT, TEXT, once, read_log
 
 METHODS = ["rtn", "nf", "gptq", "loftq", "apiq-lw", "apiq-bw"]
 GROUP, RANK = 64, 16
-# Windows of calibration, tokens of each, epochs of ApiQ; steps of the fine-tuning, rows of a batch.
+# Windows of calibration, tokens of each; steps of the fine-tuning, rows of a batch, learning rate.
 BUDGETS = {
-    "tiny-llama": {"windows": 16, "length": 128, "epochs": 6, "steps": 40, "batch": 4},
-    "smollm2": {"windows": 8, "length": 512, "epochs": 4, "steps": 30, "batch": 1},
+    "tiny-llama": {"windows": 16, "length": 128, "steps": 40, "batch": 4, "lr": 1e-3},
+    "smollm2": {"windows": 16, "length": 512, "steps": 30, "batch": 1, "lr": 4e-3},
 }
-# More budget for ApiQ block by block at 2 bits, before fine-tuning.
-LARGER = {"smollm2": [{"epochs": 8}, {"epochs": 16}], "tiny-llama": [{"epochs": 2}, {"epochs": 30}]}
+APIQ = {"tiny-llama": {"epochs": 6, "lr-lora": 2e-3}, "smollm2": {"epochs": 4, "lr-lora": 5e-3}}
+# Other budgets for ApiQ block by block at 2 bits, before fine-tuning.
+LARGER = {"tiny-llama": [{"epochs": 2}, {"epochs": 30}], "smollm2": [{"epochs": 2}, {"epochs": 8}]}
 SEEDS = {"tiny-llama": [0, 1, 2], "smollm2": [0]}
 
 
@@ -35,7 +36,7 @@ def calibrate(options, model, bits, method, seed, budget):
     with tempfile.TemporaryDirectory() as folder:
         figures = pathlib.Path(folder) / "figures.json"
         command = [options.program, "--methods", method, "--bits", bits, "--group", GROUP, "--rank", RANK]
-        command += ["--seed", seed, "--out", folder, "--json", figures]
+        command += ["--seed", seed, "--out", folder, "--json", figures, "--no-original"]
         for name, value in budget.items():
             command += [f"--{name}", value]
         if model == "smollm2":
@@ -43,8 +44,8 @@ def calibrate(options, model, bits, method, seed, budget):
             command += ["--eval", ROOT / "testdata/text/moby_ch100_smollm2_10240.u16le"]
         subprocess.run(list(map(str, command)), check=True, stdout=subprocess.DEVNULL)
         (row,) = json.loads(figures.read_text())["rows"]
-    names = ["perplexity_before", "perplexity_after", "activation_error", "seconds", "peak_rss_bytes"]
-    return {name: row[name] for name in names}
+    del row["method"], row["bits"]
+    return row
 
 
 def study(options, model, seeds):
@@ -52,26 +53,31 @@ def study(options, model, seeds):
         wanted = {"model": model, "bits": bits, "method": method, "seed": seed, "budget": budget}
         once(options.log, wanted, lambda: calibrate(options, **wanted))
 
-    budget = BUDGETS[model]
+    if "dense" in options.methods:
+        for seed in seeds:
+            figures(32, "dense", seed, budget_of(model, "dense"))
     for bits in (2, 4, 3):
         for method in METHODS:
-            for seed in seeds:
-                figures(bits, method, seed, budget)
-    for seed in seeds:
-        figures(32, "dense", seed, budget)
-    for more in LARGER[model]:
-        figures(2, "apiq-bw", seeds[0], budget | more | {"steps": 0})
+            for seed in seeds if method in options.methods else []:
+                figures(bits, method, seed, budget_of(model, method))
+    if "apiq-bw" in options.methods:
+        for other in LARGER[model]:
+            figures(2, "apiq-bw", seeds[0], budget_of(model, "apiq-bw") | other | {"steps": 0})
+
+
+def budget_of(model, method):
+    return BUDGETS[model] | (APIQ[model] if method.startswith("apiq") else {})
 
 
 def table(options):
     runs = read_log(options.log)
     for model, budget in BUDGETS.items():
-        print(f"\n{model}: {budget}\n\n| method | 4 bits: before | after | 3 bits: before | after | 2 bits: before | after |")
+        print(f"\n{model}: {budget}; ApiQ {APIQ[model]}\n\n| method | 4 bits: before | after | 3 bits: before | after | 2 bits: before | after |")
         print("| --- " * 7 + "|")
         for method in ["dense", *METHODS]:
             cells = []
             for bits in (32,) if method == "dense" else (4, 3, 2):
-                mine = [run for run in runs if run["budget"] == budget
+                mine = [run for run in runs if run["budget"] == budget_of(model, method)
                         and (run["model"], run["bits"], run["method"]) == (model, bits, method)]
                 cells += [mean([run[name] for run in mine]) for name in ("perplexity_before", "perplexity_after")]
             if any(cells):
@@ -79,13 +85,13 @@ def table(options):
         print("\nApiQ-bw at 2 bits by budget, before fine-tuning:")
         for run in runs:
             if (run["model"], run["bits"], run["method"]) == (model, 2, "apiq-bw"):
-                peak, budget_text = run["peak_rss_bytes"] / 1e6, {key: run["budget"][key] for key in ("windows", "epochs")}
+                peak, budget_text = run["peak_rss_bytes"] / 1e6, {key: run["budget"][key] for key in ("windows", "epochs", "steps")}
                 print(f"{budget_text}, seed {run['seed']}: {run['perplexity_before']:.1f}, "
                       f"{run['seconds']:.0f} s, peak {peak:.0f} MB")
         print("\nError after the first and the last block at 2 bits:")
         for method in METHODS:
             for run in runs:
-                if (run["model"], run["bits"], run["method"], run["budget"]) == (model, 2, method, budget):
+                if (run["model"], run["bits"], run["method"], run["budget"]) == (model, 2, method, budget_of(model, method)):
                     errors = run["activation_error"]
                     print(f"{method}, seed {run['seed']}: {errors[0]:.3f} {errors[-1]:.3f}")
 
@@ -93,7 +99,7 @@ def table(options):
 def plot(options, model):
     """An SVG of the error of the residual stream behind each block at 2 bits, first seed, on a logarithmic axis."""
     runs = [run for run in read_log(options.log) if (run["model"], run["bits"], run["seed"]) == (model, 2, 0)
-            and run["budget"] == BUDGETS[model]]
+            and run["budget"] == budget_of(model, run["method"])]
     errors = [error for run in runs for error in run["activation_error"]]
     low, high = math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))
     blocks = len(runs[0]["activation_error"])
@@ -132,6 +138,7 @@ def main():
     parser.add_argument("--program", help="the built example 07-apiq")
     parser.add_argument("--smollm2", help="the GGUF file that scripts/fetch-smollm2 fetches")
     parser.add_argument("--models", nargs="+", default=list(BUDGETS), choices=BUDGETS)
+    parser.add_argument("--methods", nargs="+", default=["dense", *METHODS], choices=["dense", *METHODS])
     parser.add_argument("--log", type=pathlib.Path, default=ROOT / "docs/results/apiq.jsonl")
     parser.add_argument("--table", action="store_true", help="only print the tables of the log")
     parser.add_argument("--plot", type=pathlib.Path, help="gets the activations' error of SmolLM2 by block")

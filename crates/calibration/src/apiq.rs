@@ -16,13 +16,41 @@ use crate::{
     values::{host, tensor},
 };
 
+/// The distance of outputs from their targets, `[rows, width]` each.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum ApiqLoss {
+    /// `mean((y - t)²)`, as published.
+    #[default]
+    MeanSquared,
+    /// `mean over rows (‖y - t‖² / ‖t‖²)`, ours: all tokens count alike. In many models the first token's residual is
+    /// hundreds of times as long as the others'
+    /// ([massive activations](https://arxiv.org/abs/2402.17762)) and fills the mean square alone, although the norms of
+    /// the next block take lengths away.
+    Relative,
+}
+
+impl ApiqLoss {
+    pub(crate) fn of(self, y: Tensor<2>, target: Tensor<2>) -> Tensor<1> {
+        let squares = (y - target.clone()).square();
+        match self {
+            Self::MeanSquared => squares.mean(),
+            // Rows of zeros are fitted as if they were short.
+            Self::Relative => (squares.mean_dim(1) / target.square().mean_dim(1).clamp_min(1e-12)).mean(),
+        }
+    }
+}
+
 /// Options of [ApiQ](https://arxiv.org/abs/2402.05147), with the published values as defaults.
 ///
 /// | option | default | meaning | range |
 /// | --- | --- | --- | --- |
 /// | `epochs` | 20 | passes over the calibration windows, one window a step | from 1 |
-/// | `lr_clipping` | 5e-3 | constant learning rate of the clipping logits | from 0 |
+/// | `lr_clipping` | 5e-3 | learning rate of the clipping logits | from 0 |
 /// | `lr_lora` | 5e-4 | of the LoRA factors | from 0 |
+/// | `final_ratio` | 1 | both rates fall linearly to this part of themselves; 1 is constant, as published | 0 to 1 |
+/// | `loss` | mean squared | what is brought down, see [`ApiqLoss`] | |
 /// | `weight_decay` | 0.1 | decoupled, of both: on the logits a pull towards clipping | from 0 |
 /// | `initial_logit` | 4 | a range starts as its part `S(4) = 0.982`; see below | finite |
 /// | `augmented` | false | adds the distance to the original block's output for the *quantized* inputs; on at 2 bits in the published runs; block-wise only | |
@@ -40,6 +68,10 @@ pub struct ApiqConfig {
     pub lr_clipping: f64,
     /// Learning rate of the LoRA factors.
     pub lr_lora: f64,
+    /// Part of the rates that is left at the end of a block or projection.
+    pub final_ratio: f64,
+    /// What is brought down.
+    pub loss: ApiqLoss,
     /// Decoupled weight decay.
     pub weight_decay: f32,
     /// Where the logits start.
@@ -56,6 +88,8 @@ impl Default for ApiqConfig {
             epochs: 20,
             lr_clipping: 5e-3,
             lr_lora: 5e-4,
+            final_ratio: 1.0,
+            loss: ApiqLoss::default(),
             weight_decay: 0.1,
             initial_logit: 4.0,
             augmented: false,
@@ -83,6 +117,9 @@ impl ApiqConfig {
         }
         if !rate(self.lr_lora) {
             return fail("lr_lora", "a finite number from 0", &self.lr_lora);
+        }
+        if !(0.0..=1.0).contains(&self.final_ratio) {
+            return fail("final_ratio", "a number from 0 to 1", &self.final_ratio);
         }
         if !rate(f64::from(self.weight_decay)) {
             return fail("weight_decay", "a finite number from 0", &self.weight_decay);
@@ -164,8 +201,8 @@ impl<'a> Apiq<'a> {
         [host(gamma.val().inner()), host(beta.val().inner())]
     }
 
-    /// One window's loss before the step, which it then makes.
-    pub(crate) fn step(&mut self, objective: &mut dyn Objective, window: usize) -> Result<f64> {
+    /// One window's loss before the step, which it then makes with `ratio` of the learning rates.
+    pub(crate) fn step(&mut self, objective: &mut dyn Objective, window: usize, ratio: f64) -> Result<f64> {
         let levels: Vec<_> = (0..self.layers.len())
             .map(|index| {
                 let [gamma, beta] = self.logits(index);
@@ -200,9 +237,10 @@ impl<'a> Apiq<'a> {
         }
         let lora_gradients = GradientsParams::from_grads(gradients, &self.loras);
         let clippings = std::mem::take(&mut self.clippings);
-        self.clippings = self.clipping_optimizer.step(self.config.lr_clipping, clippings, clipping_gradients);
+        let rate = ratio * self.config.lr_clipping;
+        self.clippings = self.clipping_optimizer.step(rate, clippings, clipping_gradients);
         let loras = std::mem::take(&mut self.loras);
-        self.loras = self.lora_optimizer.step(self.config.lr_lora, loras, lora_gradients);
+        self.loras = self.lora_optimizer.step(ratio * self.config.lr_lora, loras, lora_gradients);
         Ok(value)
     }
 
@@ -214,16 +252,20 @@ impl<'a> Apiq<'a> {
         on_epoch: &mut dyn FnMut(usize, f64) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let mut losses = Vec::new();
+        let windows = objective.windows();
+        let last = (self.config.epochs * windows).saturating_sub(1).max(1) as f64;
         for epoch in 0..self.config.epochs {
             let mut sum = 0.0;
-            for window in 0..objective.windows() {
-                let loss = self.step(objective, window)?;
+            for window in 0..windows {
+                let progress = (epoch * windows + window) as f64 / last;
+                let ratio = 1.0 - (1.0 - self.config.final_ratio) * progress;
+                let loss = self.step(objective, window, ratio)?;
                 if !loss.is_finite() {
                     return Err(Error::Diverged { place: place.into(), epoch, window, loss });
                 }
                 sum += loss;
             }
-            losses.push(sum / objective.windows().max(1) as f64);
+            losses.push(sum / windows.max(1) as f64);
             on_epoch(epoch, losses[epoch])?;
         }
         Ok(losses)

@@ -19,7 +19,7 @@ mod svd;
 mod values;
 mod windows;
 
-pub use apiq::ApiqConfig;
+pub use apiq::{ApiqConfig, ApiqLoss};
 pub use calibrator::{Calibrated, Calibrator, block_errors};
 pub use clipping::{ClippedWeight, ClippingGrid, Levels};
 pub use config::{CalibrationConfig, Method};

@@ -10,8 +10,8 @@ use kiln_adapters::Adapted;
 use kiln_quant_core::{PackedWeight, Projection, QuantLinear, QuantScheme, Scheme};
 
 use crate::{
-    ApiqConfig, CalibrationConfig, ClippedWeight, ClippingGrid, GptqConfig, Hessian, Method, Progress,
-    Result, Rounding, Svd,
+    ApiqConfig, ApiqLoss, CalibrationConfig, ClippedWeight, ClippingGrid, GptqConfig, Hessian, Method,
+    Progress, Result, Rounding, Svd,
     apiq::{Apiq, Layer, Objective},
     block::{Block, Place},
     gptq, loftq,
@@ -153,6 +153,7 @@ impl Block<'_> {
                         let mut objective = LayerOutput {
                             inputs: &quantized,
                             targets: self.outputs_of(&originals[index], &inputs)?,
+                            loss: config.loss,
                             device: self.device.clone(),
                         };
                         let mut apiq = Apiq::new(config, vec![layer], &self.device);
@@ -206,6 +207,7 @@ impl Block<'_> {
                 inputs: self.quantized,
                 targets,
                 second: second.as_ref(),
+                loss: config.loss,
                 device: self.device.clone(),
             };
             let (block, total) = (self.index, self.total);
@@ -308,10 +310,11 @@ fn constant(slot: &Slot) -> Slot {
     Adapted { base: slot.base, adapter: None }
 }
 
-/// The mean squared distance of a projection's outputs.
+/// The distance of a projection's outputs.
 struct LayerOutput<'a> {
     inputs: &'a Stream,
     targets: Stream,
+    loss: ApiqLoss,
     device: burn::tensor::Device,
 }
 
@@ -322,17 +325,18 @@ impl Objective for LayerOutput<'_> {
 
     fn loss(&mut self, slots: Vec<Slot>, window: usize) -> Result<Tensor<1>> {
         let y = slots[0].forward(self.inputs.tensor(window, &self.device)?);
-        Ok((y - self.targets.tensor(window, &self.device)?).square().mean())
+        Ok(self.loss.of(y, self.targets.tensor(window, &self.device)?))
     }
 }
 
-/// The mean squared distance of a block's outputs, from one target or from two.
+/// The distance of a block's outputs, from one target or from two.
 struct BlockOutput<'a> {
     stations: Vec<crate::station::Station>,
     forward: &'a dyn Fn(Tensor<2>) -> Tensor<2>,
     inputs: &'a Stream,
     targets: &'a Stream,
     second: Option<&'a Stream>,
+    loss: ApiqLoss,
     device: burn::tensor::Device,
 }
 
@@ -346,9 +350,9 @@ impl Objective for BlockOutput<'_> {
             station.set(slot);
         }
         let y = (self.forward)(self.inputs.tensor(window, &self.device)?);
-        let mut loss = (y.clone() - self.targets.tensor(window, &self.device)?).square().mean();
+        let mut loss = self.loss.of(y.clone(), self.targets.tensor(window, &self.device)?);
         if let Some(second) = self.second {
-            loss = loss + (y - second.tensor(window, &self.device)?).square().mean();
+            loss = loss + self.loss.of(y, second.tensor(window, &self.device)?);
         }
         Ok(loss)
     }

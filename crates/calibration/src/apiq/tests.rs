@@ -87,7 +87,7 @@ fn layer_wise_steps_are_torchs() {
             let before = state(&apiq, 0);
             let [gamma, beta] = apiq.logits(0);
             let levels = apiq.layers[0].weight.levels(&gamma, &beta);
-            let loss = apiq.step(&mut objective, 0).unwrap();
+            let loss = apiq.step(&mut objective, 0, 1.0).unwrap();
             let Some(entry) = log.next_if(|entry| entry["step"] == step) else { continue };
             let what = format!("symmetric {symmetric}, step {step}");
             let expected = entry["loss"].as_f64().unwrap();
