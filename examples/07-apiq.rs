@@ -8,7 +8,6 @@ use std::{
     ops::ControlFlow,
     path::{Path, PathBuf},
     sync::Arc,
-    time::Instant,
 };
 
 use clap::{Parser, ValueEnum};
@@ -211,9 +210,9 @@ struct Row {
     perplexity_after: Option<f64>,
     /// Of the evaluation text, after each block.
     activation_error: Vec<f64>,
-    /// Calibration only.
+    /// Calibration only, all blocks.
     seconds: f64,
-    /// Of each block, measuring included.
+    /// Of each block, measuring included; those read by --resume as they took when they were made.
     block_seconds: Vec<f64>,
     /// The process's peak so far: run methods one by one to compare them.
     peak_rss_bytes: Option<u64>,
@@ -224,7 +223,6 @@ struct Row {
 /// A calibrated model and what it took.
 struct Calibrated {
     model: LoraModel,
-    seconds: f64,
     report: CalibrationReport,
     block_peaks: Vec<Option<u64>>,
 }
@@ -263,7 +261,6 @@ impl Study<'_> {
             .with_style(indicatif::ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} {eta}")?)
             .with_prefix(method.name());
         let mut block_peaks = Vec::new();
-        let start = Instant::now();
         let (model, report) = calibrator.run(base, &mut |progress| {
             if let Progress::Block { report, .. } = progress {
                 block_peaks.push(peak_rss_bytes());
@@ -273,7 +270,7 @@ impl Study<'_> {
             ControlFlow::Continue(())
         })?;
         bar.finish_and_clear();
-        Ok(Calibrated { model, seconds: start.elapsed().as_secs_f64(), report, block_peaks })
+        Ok(Calibrated { model, report, block_peaks })
     }
 
     fn fine_tune(&self, model: LoraModel, steps: u64) -> Result<LoraModel> {
@@ -288,7 +285,8 @@ impl Study<'_> {
     }
 
     fn row(&self, method: MethodName) -> Result<Row> {
-        let Calibrated { model, seconds, report, block_peaks } = self.calibrate(method)?;
+        let Calibrated { model, report, block_peaks } = self.calibrate(method)?;
+        let block_seconds: Vec<f64> = report.blocks.iter().map(|block| block.seconds).collect();
         let peak = peak_rss_bytes();
         let window = self.options.length();
         let before = perplexity(&model, &self.held_out, window)?;
@@ -306,8 +304,8 @@ impl Study<'_> {
             perplexity_before: before,
             perplexity_after: after,
             activation_error,
-            seconds,
-            block_seconds: report.blocks.iter().map(|block| block.seconds).collect(),
+            seconds: block_seconds.iter().sum(),
+            block_seconds,
             peak_rss_bytes: peak,
             block_peak_rss_bytes: block_peaks,
         })

@@ -26,9 +26,12 @@ BUDGETS = {
     "tiny-llama": {"windows": 16, "length": 128, "steps": 40, "batch": 4, "lr": 1e-3},
     "smollm2": {"windows": 16, "length": 512, "steps": 30, "batch": 1, "lr": 4e-3},
 }
-APIQ = {"tiny-llama": {"epochs": 6, "lr-lora": 2e-3}, "smollm2": {"epochs": 4, "lr-lora": 5e-3}}
-# Other budgets for ApiQ block by block at 2 bits, before fine-tuning.
-LARGER = {"tiny-llama": [{"epochs": 2}, {"epochs": 30}], "smollm2": [{"epochs": 2}, {"epochs": 8}]}
+APIQ = {
+    "tiny-llama": {"epochs": 6, "lr-lora": 2e-3, "loss": "mean-squared"},
+    "smollm2": {"epochs": 4, "lr-lora": 5e-3, "loss": "relative"},
+}
+# Other budgets for ApiQ block by block at 2 bits.
+OTHERS = {"tiny-llama": [{"epochs": 2}, {"epochs": 30}], "smollm2": [{"windows": 32, "epochs": 10}]}
 SEEDS = {"tiny-llama": [0, 1, 2], "smollm2": [0]}
 
 
@@ -61,8 +64,8 @@ def study(options, model, seeds):
             for seed in seeds if method in options.methods else []:
                 figures(bits, method, seed, budget_of(model, method))
     if "apiq-bw" in options.methods:
-        for other in LARGER[model]:
-            figures(2, "apiq-bw", seeds[0], budget_of(model, "apiq-bw") | other | {"steps": 0})
+        for other in OTHERS[model]:
+            figures(2, "apiq-bw", seeds[0], budget_of(model, "apiq-bw") | other)
 
 
 def budget_of(model, method):
@@ -82,12 +85,13 @@ def table(options):
                 cells += [mean([run[name] for run in mine]) for name in ("perplexity_before", "perplexity_after")]
             if any(cells):
                 print(f"| {method} | {' | '.join(cells)} |")
-        print("\nApiQ-bw at 2 bits by budget, before fine-tuning:")
+        print("\nApiQ-bw at 2 bits by budget:")
         for run in runs:
             if (run["model"], run["bits"], run["method"]) == (model, 2, "apiq-bw"):
-                peak, budget_text = run["peak_rss_bytes"] / 1e6, {key: run["budget"][key] for key in ("windows", "epochs", "steps")}
-                print(f"{budget_text}, seed {run['seed']}: {run['perplexity_before']:.1f}, "
-                      f"{run['seconds']:.0f} s, peak {peak:.0f} MB")
+                seconds, peaks = run["block_seconds"], [peak / 1e6 for peak in run["block_peak_rss_bytes"]]
+                print(f"{run['budget']}, seed {run['seed']}: {run['perplexity_before']:.1f} -> {run['perplexity_after']:.1f}, "
+                      f"{min(seconds):.1f} to {max(seconds):.1f} s a block, {run['seconds']:.0f} s; "
+                      f"peak after the first block {peaks[0]:.0f} MB, the last {peaks[-1]:.0f} MB")
         print("\nError after the first and the last block at 2 bits:")
         for method in METHODS:
             for run in runs:

@@ -35,6 +35,7 @@ fn options_out_of_range_are_refused_by_name() {
         (Method::ApiqLayer(ApiqConfig { lr_lora: -1.0, ..apiq.clone() }), "lr_lora"),
         (Method::Clipping(ApiqConfig { lr_clipping: f64::NAN, ..apiq.clone() }), "lr_clipping"),
         (Method::ApiqBlock(ApiqConfig { weight_decay: f32::INFINITY, ..apiq.clone() }), "weight_decay"),
+        (Method::ApiqBlock(ApiqConfig { final_ratio: 1.5, ..apiq.clone() }), "final_ratio"),
         (Method::ApiqBlock(ApiqConfig { initial_logit: f32::NAN, ..apiq }), "initial_logit"),
         (Method::Gptq(GptqConfig { damping: 0.0, ..GptqConfig::default() }), "damping"),
         (Method::Gptq(GptqConfig { block: 0, ..GptqConfig::default() }), "block"),

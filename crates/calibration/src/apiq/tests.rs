@@ -49,6 +49,7 @@ fn config(epochs: usize) -> ApiqConfig {
 struct OneLayer {
     x: Tensor<2>,
     target: Tensor<2>,
+    loss: ApiqLoss,
 }
 
 impl Objective for OneLayer {
@@ -57,7 +58,7 @@ impl Objective for OneLayer {
     }
 
     fn loss(&mut self, slots: Vec<Slot>, _: usize) -> Result<Tensor<1>> {
-        Ok((slots[0].forward(self.x.clone()) - self.target.clone()).square().mean())
+        Ok(self.loss.of(slots[0].forward(self.x.clone()), self.target.clone()))
     }
 }
 
@@ -81,7 +82,7 @@ fn layer_wise_steps_are_torchs() {
         let layers = vec![layer(&vectors["W"], &vectors["A0"], symmetric, &device)];
         let mut apiq = Apiq::new(&config, layers, &device);
         let target = matrix("X").matmul(matrix("W").transpose());
-        let mut objective = OneLayer { x: matrix("Xq"), target };
+        let mut objective = OneLayer { x: matrix("Xq"), target, loss: ApiqLoss::MeanSquared };
         let mut log = trace["log"].as_array().unwrap().iter().peekable();
         for step in 0..=200u64 {
             let before = state(&apiq, 0);
@@ -227,27 +228,100 @@ fn block_wise_streams_are_the_reference() {
     }
 }
 
+/// A layer of 32 inputs and 24 outputs in groups of 16 at 2 bits, and its weight `[in, out]`.
+fn random_layer(with_lora: bool, device: &Device) -> (Layer, Tensor<2>) {
+    let weight = kiln_testkit::values(1, 24 * 32);
+    let scheme: QuantScheme = "affine2:16".parse().unwrap();
+    let grid = ClippingGrid::for_scheme(&scheme, 32, true).unwrap();
+    let lora = with_lora.then(|| {
+        let a = kiln_testkit::tensor::<2>(3, [32, 4], device) / 5.0;
+        Lora::new(a, Tensor::zeros([4, 24], device), 1.0, Dropout::new(0.0, "w", DropoutClock::new(0)))
+    });
+    let clipped = ClippedWeight::new("w", &weight, 32, 24, grid).unwrap();
+    let dense = tensor::<2>(weight, [24, 32], device).transpose();
+    (Layer { path: "w".into(), weight: clipped, bias: None, scheme, lora }, dense)
+}
+
 #[test]
 fn an_epoch_brings_the_loss_down_and_clipping_alone_less() {
     let device = Device::flex();
-    let weight = kiln_testkit::values(1, 24 * 32);
-    let scheme: QuantScheme = "affine2:16".parse().unwrap();
+    let x = kiln_testkit::tensor::<2>(2, [60, 32], &device);
     let last = |with_lora: bool| {
-        let grid = ClippingGrid::for_scheme(&scheme, 32, true).unwrap();
-        let x = kiln_testkit::tensor::<2>(2, [60, 32], &device);
-        let dense = tensor::<2>(weight.clone(), [24, 32], &device);
-        let lora = with_lora.then(|| {
-            let a = kiln_testkit::tensor::<2>(3, [32, 4], &device) / 5.0;
-            Lora::new(a, Tensor::zeros([4, 24], &device), 1.0, Dropout::new(0.0, "w", DropoutClock::new(0)))
-        });
-        let clipped = ClippedWeight::new("w", &weight, 32, 24, grid).unwrap();
-        let layer = Layer { path: "w".into(), weight: clipped, bias: None, scheme, lora };
+        let (layer, dense) = random_layer(with_lora, &device);
         let config = ApiqConfig { lr_clipping: 5e-2, lr_lora: 5e-3, epochs: 150, ..ApiqConfig::default() };
         let mut apiq = Apiq::new(&config, vec![layer], &device);
-        let mut objective = OneLayer { x: x.clone(), target: x.matmul(dense.transpose()) };
+        let target = x.clone().matmul(dense);
+        let mut objective = OneLayer { x: x.clone(), target, loss: ApiqLoss::MeanSquared };
         let losses = apiq.run("w", &mut objective, &mut |_, _| Ok(())).unwrap();
         assert!(losses[149] < 0.95 * losses[0], "{} to {}", losses[0], losses[149]);
         losses[149]
     };
     assert!(last(true) < last(false));
+}
+
+#[test]
+fn the_relative_loss_counts_every_row_alike() {
+    let device = Device::flex();
+    let (y, t) = (kiln_testkit::values(1, 12), kiln_testkit::values(2, 12));
+    let loss = |y: &[f32], t: &[f32]| {
+        let of =
+            ApiqLoss::Relative.of(tensor(y.to_vec(), [3, 4], &device), tensor(t.to_vec(), [3, 4], &device));
+        f64::from(host(of)[0])
+    };
+    let expected = (0..3).map(|row| {
+        let row = 4 * row..4 * row + 4;
+        relative_difference(&y[row.clone()], &t[row]).powi(2)
+    });
+    let expected = expected.sum::<f64>() / 3.0;
+    assert!((loss(&y, &t) - expected).abs() < 1e-6 * expected, "{} for {expected}", loss(&y, &t));
+    // The length of a row does not matter, and a target of zeros is no division by zero.
+    let longer = |values: &[f32]| -> Vec<f32> {
+        values.iter().enumerate().map(|(at, value)| if at < 4 { value * 1024.0 } else { *value }).collect()
+    };
+    assert!((loss(&longer(&y), &longer(&t)) - expected).abs() < 1e-6 * expected);
+    assert_eq!(loss(&[0.0; 12], &[0.0; 12]), 0.0);
+    assert!(loss(&y, &[0.0; 12]).is_finite());
+}
+
+#[test]
+fn a_massive_row_hides_the_others_from_the_mean_square_only() {
+    let device = Device::flex();
+    let x = kiln_testkit::tensor::<2>(2, [60, 32], &device);
+    let massive = x.clone().slice([0..1, 0..32]) * 300.0;
+    let with_massive = x.clone().slice_assign([0..1, 0..32], massive);
+    // The error of the other rows.
+    let error = |loss| {
+        let (layer, dense) = random_layer(true, &device);
+        let config =
+            ApiqConfig { lr_clipping: 5e-2, lr_lora: 5e-3, epochs: 150, loss, ..ApiqConfig::default() };
+        let mut apiq = Apiq::new(&config, vec![layer], &device);
+        let target = with_massive.clone().matmul(dense.clone());
+        apiq.run("w", &mut OneLayer { x: with_massive.clone(), target, loss }, &mut |_, _| Ok(())).unwrap();
+        let (packed, lora) = apiq.finish().unwrap().remove(0);
+        let lora = lora.unwrap();
+        let found = tensor::<2>(packed.dequantize(), [24, 32], &device).transpose()
+            + lora.lora_a.val().matmul(lora.lora_b.val()) * lora.scaling();
+        relative_difference(&host(x.clone().matmul(found)), &host(x.clone().matmul(dense)))
+    };
+    let (relative, squared) = (error(ApiqLoss::Relative), error(ApiqLoss::MeanSquared));
+    assert!(relative < 0.8 * squared, "{relative}, mean squared {squared}");
+}
+
+#[test]
+fn rates_fall_to_their_final_ratio() {
+    let device = Device::flex();
+    let x = kiln_testkit::tensor::<2>(2, [60, 32], &device);
+    let after = |epochs, final_ratio| {
+        let (layer, dense) = random_layer(true, &device);
+        let config = ApiqConfig { epochs, final_ratio, lr_clipping: 5e-2, ..ApiqConfig::default() };
+        let mut apiq = Apiq::new(&config, vec![layer], &device);
+        let target = x.clone().matmul(dense);
+        let mut objective = OneLayer { x: x.clone(), target, loss: ApiqLoss::MeanSquared };
+        apiq.run("w", &mut objective, &mut |_, _| Ok(())).unwrap();
+        state(&apiq, 0)
+    };
+    // The last of two steps is left out, the first of them whole.
+    assert_eq!(after(2, 0.0), after(1, 1.0));
+    assert_eq!(after(1, 0.0), after(1, 1.0));
+    assert_ne!(after(2, 0.5), after(2, 1.0));
 }
