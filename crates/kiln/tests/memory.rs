@@ -199,7 +199,7 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     let peft = PeftConfig::new(4, 4.0, TargetModules::AllLinear);
     let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 0).unwrap();
     let windows: Vec<Vec<u32>> =
-        (0..2u32).map(|k| (0..64).map(|i| (i * 31 + k * 7) % 512).collect()).collect();
+        (0..BATCH as u32).map(|k| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect()).collect();
     let method = Method::ApiqBlock(ApiqConfig { epochs: 1, ..ApiqConfig::default() });
     let config = CalibrationConfig::new(method, Plan::uniform(scheme));
     let mut calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
@@ -219,10 +219,10 @@ fn a_calibration_holds_the_dense_weights_of_one_block() {
         println!("BYTES {}", calibrated(folder, kind == "dense"));
         return;
     }
-    // A and B of rank 4 beside the packed weights.
+    // A and B of rank 4 beside the packed weights, but no activations: half a stream is left for scatter.
     let factors = 4 * 4 * (4 * (WIDTH + WIDTH) + 3 * (WIDTH + INNER));
-    let promised = 1.1 * (packed_block("affine2:64") + factors) as f64;
-    let slope = peak_by_block(test, "packed ", 4, 24);
+    let promised = (packed_block("affine2:64") + factors + BATCH * LENGTH * WIDTH * 4 / 2) as f64;
+    let slope = peak_by_block(test, "packed ", 4, 44);
     println!("{:.2} MB per block, promised {:.2} MB", slope / 1e6, promised / 1e6);
     assert!(slope <= promised, "{slope} > {promised}");
     // The measurement must be able to fail.
