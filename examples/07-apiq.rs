@@ -82,6 +82,9 @@ struct Options {
     /// Inputs that share a scale.
     #[arg(long, default_value_t = 64)]
     group: usize,
+    /// Zero points are codes, as in GPTQ's files, rather than real offsets; not for `nf`.
+    #[arg(long)]
+    int: bool,
     #[arg(long, default_value_t = 16)]
     rank: usize,
     /// Text for evaluation, .txt or .u16le; the embedded model's shifted test text if left out.
@@ -160,7 +163,7 @@ impl Options {
         let scheme: Scheme = match method {
             MethodName::Dense => "dense".into(),
             MethodName::Nf => format!("nf{}:{}", self.bits, self.group),
-            _ => format!("affine{}:{}", self.bits, self.group),
+            _ => format!("affine{}:{}{}", self.bits, self.group, if self.int { ":int" } else { "" }),
         }
         .parse()?;
         let apiq = ApiqConfig {
