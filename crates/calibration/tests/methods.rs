@@ -93,8 +93,8 @@ fn dead_channels_cost_nothing() {
     for method in [
         Method::Gptq(GptqConfig::default()),
         Method::Gptq(GptqConfig { act_order: true, ..GptqConfig::default() }),
-        Method::ApiqLayer(apiq(1)),
-        Method::ApiqBlock(apiq(1)),
+        Method::ApiqLayer(apiq(4)),
+        Method::ApiqBlock(apiq(4)),
     ] {
         let error = last(method.clone());
         assert!(error < 0.9 * rtn, "{method:?}: {error}, rounding {rtn}");
