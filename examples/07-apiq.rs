@@ -15,8 +15,8 @@ use kiln::{
     LoraModel,
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{
-        ApiqConfig, ApiqLoss, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig,
-        Method, Progress, Rounding, block_errors, random_windows,
+        ApiqConfig, ApiqLoss, AwqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig,
+        LoftqConfig, Method, Progress, Rounding, block_errors, random_windows,
     },
     eval::{WindowedPerplexity, peak_rss_bytes},
     models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Tokenizer},
@@ -41,6 +41,8 @@ enum MethodName {
     Rtn,
     /// NormalFloat, as published for QLoRA; 2 to 4 bits.
     Nf,
+    /// AWQ's scaling, then round to nearest.
+    Awq,
     /// GPTQ, layer after layer.
     Gptq,
     /// LoftQ, five steps.
@@ -129,6 +131,9 @@ struct Options {
     /// nearly the whole range, from where it takes thousands of steps to move.
     #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     initial_logit: f32,
+    /// AWQ's scaling before every method, not just before `awq`.
+    #[arg(long)]
+    scaling: bool,
     /// Steps of the fine-tuning; 0 leaves it out.
     #[arg(long)]
     steps: Option<u64>,
@@ -179,8 +184,11 @@ impl Options {
             augmented: self.augmented.unwrap_or(self.bits == 2),
             ..ApiqConfig::default()
         };
+        let scaling = (self.scaling || method == MethodName::Awq).then(AwqConfig::default);
         let method = match method {
-            MethodName::Dense | MethodName::Rtn | MethodName::Nf => Method::Rtn(Rounding::MinMax),
+            MethodName::Dense | MethodName::Rtn | MethodName::Nf | MethodName::Awq => {
+                Method::Rtn(Rounding::MinMax)
+            }
             MethodName::Gptq => Method::Gptq(GptqConfig::default()),
             MethodName::Loftq => Method::Loftq(LoftqConfig::default()),
             MethodName::Clipping => Method::Clipping(ApiqConfig { weight_decay: 0.0, ..apiq }),
@@ -188,7 +196,7 @@ impl Options {
             MethodName::ApiqBw => Method::ApiqBlock(apiq),
         };
         let mut config = CalibrationConfig::new(method, Plan::uniform(scheme));
-        config.measured_windows = MEASURED;
+        (config.scaling, config.measured_windows) = (scaling, MEASURED);
         Ok(config)
     }
 

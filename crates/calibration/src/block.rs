@@ -6,6 +6,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
+use kiln_models::{Context, Slots};
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear, Scheme,
 };
@@ -73,6 +74,23 @@ impl Place {
         Ok(Adapted { base, adapter: None })
     }
 
+    /// Its inputs when its block runs `forward` on `input`.
+    pub(crate) fn inputs(
+        &self,
+        forward: &dyn Fn(Tensor<2>) -> Tensor<2>,
+        input: Tensor<2>,
+    ) -> Result<Tensor<2>> {
+        self.station.listen();
+        let _ = forward(input);
+        match self.station.heard() {
+            Some([x, _]) => Ok(x),
+            None => {
+                let expected = "a projection that its block runs";
+                Err(Error::argument(&self.path, expected, "no call in its forward pass"))
+            }
+        }
+    }
+
     /// The adapter with factors whose product is to be added to the weight: its scaling is divided out of B.
     pub(crate) fn with_factors(&self, factors: &Factors, device: &Device) -> Result<Option<Lora>> {
         let Some(mut lora) = self.adapter.clone() else { return Ok(None) };
@@ -86,6 +104,12 @@ impl Place {
         lora.lora_b = Param::from_tensor(tensor(b, [factors.rank, d_output], device));
         Ok(Some(lora))
     }
+}
+
+/// Runs a model's block on one window, `[rows, width]` → `[rows, width]`.
+pub(crate) fn pass<W: Slots>(model: &W, index: usize, context: &Context, x: Tensor<2>) -> Tensor<2> {
+    let [rows, width] = x.dims();
+    model.block(index, x.reshape([1, rows, width]), context, None).reshape([rows, width])
 }
 
 /// The block, the streams before it and what it takes to run it.
@@ -160,16 +184,7 @@ impl Block<'_> {
 
     /// Inputs of the projection `listener` for one window of a residual stream.
     pub(crate) fn inputs(&self, listener: usize, input: Tensor<2>) -> Result<Tensor<2>> {
-        let station = &self.places[listener].station;
-        station.listen();
-        let _ = (self.forward)(input);
-        match station.heard() {
-            Some([x, _]) => Ok(x),
-            None => {
-                let path = &self.places[listener].path;
-                Err(Error::argument(path, "a projection that its block runs", "no call in its forward pass"))
-            }
-        }
+        self.places[listener].inputs(self.forward, input)
     }
 
     /// Projections that see the same inputs, in the order in which data flows.

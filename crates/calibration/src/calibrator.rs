@@ -4,17 +4,17 @@ use std::{path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Tensor};
 use kiln_adapters::{Adapted, Lora, LoraAttacher};
-use kiln_models::{Context, Slots, StoredWeight, TensorSource, TokenBatch};
+use kiln_models::{Context, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch};
 use kiln_quant_core::{Projection, QuantLinear, Scheme};
 
 use crate::{
-    BlockReport, CalibrationConfig, CalibrationReport, Error, Observer, Progress, Result,
-    block::{Block, Place, ratio, squares},
-    checkpoint::{Folder, Resumed},
+    BlockReport, CalibrationConfig, CalibrationReport, Error, Observer, Progress, Result, awq,
+    block::{Block, Place, pass, ratio, squares},
+    checkpoint::{Folder, Norm, Resumed, fingerprint},
     clipping::transpose,
     station::{Slot, Station},
     stream::{Store, Stream},
-    values::{Fingerprint, host},
+    values::{Fingerprint, host, tensor},
 };
 
 /// What a calibration makes of a model: its slots hold packed weights and, where there are adapters, these.
@@ -120,12 +120,12 @@ impl<'a> Calibrator<'a> {
         }
         let tokens = self.tokens(&model)?;
         let mut slots = Vec::new();
-        let model = model.try_map(|path, slot| -> Result<Station> {
+        let mut model = model.try_map(|path, slot| -> Result<Station> {
             let station = Station::new(Adapted { base: slot, adapter: None });
             slots.push((path.to_string(), station.clone()));
             Ok(station)
         })?;
-        let report = self.calibrate(&model, &tokens, slots, observer)?;
+        let report = self.calibrate(&mut model, &tokens, slots, observer)?;
         let model = model.try_map(|_, station| -> Result<Slot> { Ok(station.slot()) })?;
         Ok((model, report))
     }
@@ -151,7 +151,7 @@ impl<'a> Calibrator<'a> {
 
     fn calibrate<W: Slots<Slot = Station>>(
         &self,
-        model: &W,
+        model: &mut W,
         tokens: &[TokenBatch],
         slots: Vec<(String, Station)>,
         observer: Observer,
@@ -178,19 +178,25 @@ impl<'a> Calibrator<'a> {
         for (index, slots) in blocks.drain(..).enumerate() {
             if index < finished {
                 let folder = folder.as_ref().expect("only a folder holds finished blocks");
-                report.blocks.push(self.restore(folder, index, slots, &device)?);
+                report.blocks.push(self.restore(folder, model, index, slots)?);
                 continue;
             }
             let start = Instant::now();
-            let forward = |x: Tensor<2>| {
-                let [rows, width] = x.dims();
-                model.block(index, x.reshape([1, rows, width]), &context, None).reshape([rows, width])
-            };
             let places = slots.into_iter().map(|(path, station)| self.place(path, station, &device));
+            let mut places = places.collect::<Result<Vec<Place>>>()?;
+            let mut originals: Vec<_> =
+                places.iter().map(|place| (place.path.clone(), place.fingerprint())).collect();
+            originals
+                .extend(norms(model, index).into_iter().map(|norm| (norm.name, fingerprint(&norm.values))));
+            let scalings = match &self.config.scaling {
+                Some(awq) => awq::scale(awq, model, index, &mut places, &context, &x)?,
+                None => Vec::new(),
+            };
+            let forward = |x: Tensor<2>| pass(model, index, &context, x);
             let mut block = Block {
                 index,
                 total,
-                places: places.collect::<Result<_>>()?,
+                places,
                 forward: &forward,
                 device: device.clone(),
                 store: store.clone(),
@@ -198,11 +204,13 @@ impl<'a> Calibrator<'a> {
                 quantized: &quantized,
                 observer: &mut *observer,
             };
-            let Finished { streams, slots, originals, report: mut found } = block.calibrate(self.config)?;
+            let Finished { streams, slots, report: mut found } = block.calibrate(self.config)?;
+            found.scalings = scalings;
             found.seconds = start.elapsed().as_secs_f64();
             [x, quantized] = streams;
             if let Some(folder) = &folder {
-                folder.save(&slots, &originals, &found, [&x, &quantized])?;
+                let norms = norms(model, index);
+                folder.save(&slots, &norms, &originals, &found, [&x, &quantized])?;
             }
             tracing::info!(
                 block = index,
@@ -259,14 +267,22 @@ impl<'a> Calibrator<'a> {
     }
 
     /// Puts a finished block back; returns its report.
-    fn restore(
+    fn restore<W: Slots>(
         &self,
         folder: &Folder,
+        model: &mut W,
         index: usize,
         slots: Vec<(String, Station)>,
-        device: &Device,
     ) -> Result<BlockReport> {
         let saved = folder.load(index)?;
+        let device = &model.device();
+        for Norm { name, values } in norms(model, index) {
+            saved.check_original(&name, &fingerprint(&values))?;
+            if let Some(parameter) = model.norm_parameter(&name) {
+                let values = saved.norm(&name, values.len())?;
+                *parameter = parameter.clone().map(|old| tensor(values, old.dims(), device));
+            }
+        }
         for (path, station) in slots {
             let place = self.place(path, station, device)?;
             saved.check_original(&place.path, &place.fingerprint())?;
@@ -317,9 +333,7 @@ struct Finished {
     /// The original stream behind the block, and the quantized one.
     streams: [Stream; 2],
     slots: Vec<(String, Slot)>,
-    /// Fingerprints of the original projections, by path.
-    originals: Vec<(String, String)>,
-    /// Without the time.
+    /// Without the time and what was scaled before.
     report: BlockReport,
 }
 
@@ -343,13 +357,28 @@ impl Block<'_> {
             activation_error: ratio(error, norm),
             losses: solution.losses,
             seconds: 0.0,
+            scalings: Vec::new(),
             projections,
         };
         let paths = self.places.iter().map(|place| place.path.clone());
         let slots = paths.zip(solution.slots).collect();
-        let originals = self.places.iter().map(|place| (place.path.clone(), place.fingerprint())).collect();
-        Ok(Finished { streams: [targets, quantized], slots, originals, report })
+        Ok(Finished { streams: [targets, quantized], slots, report })
     }
+}
+
+/// The parameters of the norms before the projections of a block, in host memory.
+fn norms<W: Slots>(model: &mut W, index: usize) -> Vec<Norm> {
+    let names = model.scale_sites(index).into_iter().flat_map(|site| match site.source {
+        ScaleSource::Norm(names) => names,
+        ScaleSource::Projection(_) => Vec::new(),
+    });
+    let mut norms = Vec::new();
+    for name in names {
+        if let Some(parameter) = model.norm_parameter(&name) {
+            norms.push(Norm { values: host(parameter.val()), name });
+        }
+    }
+    norms
 }
 
 /// Slots by the block they belong to: the first number in their path.

@@ -1,8 +1,8 @@
 //! What an interrupted calibration leaves, and how it goes on.
 //!
-//! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights and LoRA factors (`<path>.lora_a`,
-//! `<path>.lora_b`, as in memory), with the run's fingerprint, those of the original projections and of the factors, and
-//! the block's report in its metadata. `streams.bin` is a line of JSON and the two residual streams before the next block,
+//! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights, LoRA factors (`<path>.lora_a`,
+//! `<path>.lora_b`, as in memory) and norms, with the run's fingerprint, those of the original projections and norms and
+//! of all dense values, and the block's report in its metadata. `streams.bin` is a line of JSON and the two residual streams before the next block,
 //! as f32. It is replaced after the block's file was written, so it alone says how far the run came.
 
 use std::{
@@ -46,8 +46,8 @@ fn original_key(path: &str) -> String {
     format!("calibration.original.{path}")
 }
 
-fn factor_key(name: &str) -> String {
-    format!("calibration.factor.{name}")
+fn dense_key(name: &str) -> String {
+    format!("calibration.dense.{name}")
 }
 
 fn of_streams(streams: [&Stream; 2]) -> Result<String> {
@@ -60,10 +60,17 @@ fn of_streams(streams: [&Stream; 2]) -> Result<String> {
     Ok(hash.text())
 }
 
-fn fingerprint(values: &[f32]) -> String {
+pub(crate) fn fingerprint(values: &[f32]) -> String {
     let mut hash = Fingerprint::new();
     hash.values(values);
     hash.text()
+}
+
+/// A norm's parameter in host memory.
+pub(crate) struct Norm {
+    /// Its name in the checkpoint.
+    pub(crate) name: String,
+    pub(crate) values: Vec<f32>,
 }
 
 /// The folder of one run.
@@ -98,31 +105,35 @@ impl Folder {
     pub(crate) fn save(
         &self,
         slots: &[(String, Slot)],
+        norms: &[Norm],
         originals: &[(String, String)],
         report: &BlockReport,
         streams: [&Stream; 2],
     ) -> Result<()> {
         let mut packed: Vec<(&str, PackedWeight)> = Vec::new();
-        let mut factors: Vec<(String, [usize; 2], Vec<f32>)> = Vec::new();
+        let mut dense: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
         for (path, slot) in slots {
             if let QuantLinear::Packed(linear) = &slot.base {
                 packed.push((path, linear.weight.to_host()?));
             }
             if let Some(lora) = &slot.adapter {
                 for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
-                    factors.push((format!("{path}.{name}"), factor.val().dims(), host(factor.val())));
+                    dense.push((format!("{path}.{name}"), factor.val().dims().into(), host(factor.val())));
                 }
             }
         }
+        dense.extend(
+            norms.iter().map(|norm| (norm.name.clone(), vec![norm.values.len()], norm.values.clone())),
+        );
         let report_text = serde_json::to_string(report).expect("a report of numbers and names");
         let mut metadata =
             BTreeMap::from([(RUN_KEY.into(), self.run.clone()), (REPORT_KEY.into(), report_text)]);
         metadata.extend(originals.iter().map(|(path, hash)| (original_key(path), hash.clone())));
-        metadata.extend(factors.iter().map(|(name, _, values)| (factor_key(name), fingerprint(values))));
+        metadata.extend(dense.iter().map(|(name, _, values)| (dense_key(name), fingerprint(values))));
         PackedFile::save(
             self.block(report.index),
             packed.iter().map(|(path, weight)| (*path, weight)),
-            factors.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])),
+            dense.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])),
             &metadata,
         )?;
         self.save_streams(report.index + 1, streams)
@@ -229,7 +240,7 @@ impl SavedBlock {
         }
     }
 
-    /// Fails unless the block was made from this original projection.
+    /// Fails unless the block was made from this original projection or norm.
     pub(crate) fn check_original(&self, path: &str, found: &str) -> Result<()> {
         match self.file.metadata().get(&original_key(path)) {
             Some(expected) if expected == found => Ok(()),
@@ -245,25 +256,34 @@ impl SavedBlock {
     /// `lora` with the factors of a projection.
     pub(crate) fn factors(&self, path: &str, mut lora: Lora) -> Result<Lora> {
         for (name, factor) in [("lora_a", &mut lora.lora_a), ("lora_b", &mut lora.lora_b)] {
-            let name = format!("{path}.{name}");
-            let (shape, values) = self.file.dense(&name)?;
             let current = factor.val();
-            if shape != current.dims() {
-                return Err(self.wrong(&name, format!("{:?}", current.dims()), format!("{shape:?}")));
-            }
-            let (stored, found) = (self.file.metadata().get(&factor_key(&name)), fingerprint(&values));
-            if stored != Some(&found) {
-                return Err(Error::File {
-                    path: self.path.clone(),
-                    field: name,
-                    expected: format!("fingerprint {stored:?}"),
-                    found,
-                });
-            }
+            let values = self.dense(&format!("{path}.{name}"), &current.dims())?;
             *factor =
                 Param::from_tensor(tensor(values, current.dims(), &current.device().without_autodiff()));
         }
         Ok(lora)
+    }
+
+    /// The values of a norm of the given width.
+    pub(crate) fn norm(&self, name: &str, width: usize) -> Result<Vec<f32>> {
+        self.dense(name, &[width])
+    }
+
+    fn dense(&self, name: &str, expected: &[usize]) -> Result<Vec<f32>> {
+        let (shape, values) = self.file.dense(name)?;
+        if shape != expected {
+            return Err(self.wrong(name, format!("{expected:?}"), format!("{shape:?}")));
+        }
+        let (stored, found) = (self.file.metadata().get(&dense_key(name)), fingerprint(&values));
+        if stored == Some(&found) {
+            return Ok(values);
+        }
+        Err(Error::File {
+            path: self.path.clone(),
+            field: name.into(),
+            expected: format!("fingerprint {stored:?}"),
+            found,
+        })
     }
 
     fn wrong(&self, field: &str, expected: String, found: String) -> Error {

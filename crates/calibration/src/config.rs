@@ -3,7 +3,9 @@
 use kiln_quant_core::{Plan, Scheme};
 use serde::{Deserialize, Serialize};
 
-use crate::{ApiqConfig, Error, GptqConfig, LoftqConfig, Result, Rounding, Svd, clipping::affine_in_groups};
+use crate::{
+    ApiqConfig, AwqConfig, Error, GptqConfig, LoftqConfig, Result, Rounding, Svd, clipping::affine_in_groups,
+};
 
 /// How codes, and with ApiQ, LoftQ and PiSSA the adapters' starting points, are chosen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -68,6 +70,7 @@ impl Method {
 /// | --- | --- | --- |
 /// | `method` | required | see [`Method`] |
 /// | `schemes` | required | by projection; for ApiQ and GPTQ affine in groups of one output |
+/// | `scaling` | none | AWQ's scaling of the original weights before the method sees them; changes norms too, see [`AwqConfig`] |
 /// | `correction` | none | methods that leave adapters alone start them from the singular vectors of the weight's error |
 /// | `measured_windows` | 4 | windows on which errors of single projections are measured; 0 measures none |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -77,6 +80,10 @@ pub struct CalibrationConfig {
     pub method: Method,
     /// The scheme of each projection; dense ones stay as they are.
     pub schemes: Plan<Scheme>,
+    /// Scales each block's original weights, and the norms before them, by [AWQ](https://arxiv.org/abs/2306.00978)'s
+    /// search. With [`Method::Rtn`] this is AWQ itself.
+    #[serde(default)]
+    pub scaling: Option<AwqConfig>,
     /// Starts adapters from what [`Method::Rtn`], [`Method::Gptq`] or [`Method::Clipping`] leave of the weight.
     #[serde(default)]
     pub correction: Option<Svd>,
@@ -92,11 +99,14 @@ fn measured_windows() -> usize {
 impl CalibrationConfig {
     /// `method` for `schemes`, everything else by default.
     pub fn new(method: Method, schemes: Plan<Scheme>) -> Self {
-        Self { method, schemes, correction: None, measured_windows: measured_windows() }
+        Self { method, schemes, scaling: None, correction: None, measured_windows: measured_windows() }
     }
 
     pub(crate) fn check(&self) -> Result<()> {
         self.method.check()?;
+        if let Some(scaling) = &self.scaling {
+            scaling.check()?;
+        }
         if self.correction.is_some() && self.method.makes_adapters() {
             let expected = "none for a method that makes the adapters itself";
             return Err(Error::argument("CalibrationConfig.correction", expected, "one"));

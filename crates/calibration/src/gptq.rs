@@ -84,7 +84,19 @@ pub fn gptq(
     scheme: &QuantScheme,
     config: &GptqConfig,
 ) -> Result<Gptq> {
-    let problem = Problem::new(name, weight, d_output, hessian, scheme, config)?;
+    gptq_shared(name, weight, d_output, &SharedFactor::new(name, hessian, config)?, scheme, config)
+}
+
+/// [`gptq`] with the factor of its inputs' Hessian, which weights with the same inputs share.
+pub(crate) fn gptq_shared(
+    name: &str,
+    weight: &[f32],
+    d_output: usize,
+    shared: &SharedFactor,
+    scheme: &QuantScheme,
+    config: &GptqConfig,
+) -> Result<Gptq> {
+    let problem = Problem::new(name, weight, d_output, shared, scheme, config)?;
     let tiles: Vec<Tile> = problem
         .weight
         .par_chunks(TILE * problem.d_input)
@@ -101,6 +113,38 @@ struct Params {
     zero: f64,
 }
 
+/// What depends on the inputs only.
+pub(crate) struct SharedFactor {
+    /// The upper factor of the inverse Hessian, `[d_input, d_input]`, permuted.
+    factor: Vec<f64>,
+    /// `order[k]` is the input quantized as the `k`-th.
+    order: Vec<usize>,
+    damping: f64,
+    /// Inputs that were zero in all samples.
+    dead: Vec<usize>,
+}
+
+impl SharedFactor {
+    /// `name` is used in errors.
+    pub(crate) fn new(name: &str, hessian: &Hessian, config: &GptqConfig) -> Result<Self> {
+        config.check()?;
+        let d_input = hessian.d_input();
+        let mut matrix = hessian.matrix();
+        let dead: Vec<usize> = (0..d_input).filter(|i| matrix[i * d_input + i] == 0.0).collect();
+        for &i in &dead {
+            matrix[i * d_input + i] = 1.0;
+        }
+        let mut order: Vec<usize> = (0..d_input).collect();
+        if config.act_order {
+            let diagonal = |i: usize| matrix[i * d_input + i];
+            // Stable, so that equal entries keep their order.
+            order.sort_by(|&a, &b| diagonal(b).total_cmp(&diagonal(a)));
+        }
+        let (factor, damping) = factor(name, &matrix, &order, config)?;
+        Ok(Self { factor, order, damping, dead })
+    }
+}
+
 /// One weight, its inputs in the order of quantization.
 struct Problem<'a> {
     name: &'a str,
@@ -114,12 +158,7 @@ struct Problem<'a> {
     top: f64,
     /// `[d_output, d_input]`, permuted.
     weight: Vec<f64>,
-    /// The upper factor of the inverse Hessian, `[d_input, d_input]`, permuted.
-    factor: Vec<f64>,
-    /// `order[k]` is the input quantized as the `k`-th.
-    order: Vec<usize>,
-    damping: f64,
-    dead: usize,
+    shared: &'a SharedFactor,
 }
 
 /// Some outputs, quantized.
@@ -136,42 +175,19 @@ impl<'a> Problem<'a> {
         name: &'a str,
         weight: &[f32],
         d_output: usize,
-        hessian: &Hessian,
+        shared: &'a SharedFactor,
         scheme: &QuantScheme,
         config: &'a GptqConfig,
     ) -> Result<Self> {
-        let d_input = hessian.d_input();
-        let (group, symmetric, top) = check(name, weight, d_output, d_input, scheme, config)?;
-        let mut matrix = hessian.matrix();
-        let dead: Vec<usize> = (0..d_input).filter(|i| matrix[i * d_input + i] == 0.0).collect();
+        let d_input = shared.order.len();
+        let (group, symmetric, top) = check(name, weight, d_output, d_input, scheme)?;
         let mut weight: Vec<f64> = weight.iter().map(|&w| f64::from(w)).collect();
-        for &i in &dead {
-            matrix[i * d_input + i] = 1.0;
+        for &i in &shared.dead {
             weight.iter_mut().skip(i).step_by(d_input).for_each(|w| *w = 0.0);
         }
-        let mut order: Vec<usize> = (0..d_input).collect();
-        if config.act_order {
-            let diagonal = |i: usize| matrix[i * d_input + i];
-            // Stable, so that equal entries keep their order.
-            order.sort_by(|&a, &b| diagonal(b).total_cmp(&diagonal(a)));
-        }
-        let permuted = weight.chunks_exact(d_input).flat_map(|row| order.iter().map(|&i| row[i])).collect();
-        let (factor, damping) = factor(name, &matrix, &order, config)?;
-        Ok(Self {
-            name,
-            d_input,
-            d_output,
-            scheme: *scheme,
-            config,
-            group,
-            symmetric,
-            top,
-            weight: permuted,
-            factor,
-            order,
-            damping,
-            dead: dead.len(),
-        })
+        let rows = weight.chunks_exact(d_input);
+        let weight = rows.flat_map(|row| shared.order.iter().map(|&i| row[i])).collect();
+        Ok(Self { name, d_input, d_output, scheme: *scheme, config, group, symmetric, top, weight, shared })
     }
 
     fn groups(&self) -> usize {
@@ -206,7 +222,7 @@ impl<'a> Problem<'a> {
             return None;
         }
         let mut natural = vec![0.0; self.d_input];
-        self.order.iter().zip(row).for_each(|(&input, &w)| natural[input] = w);
+        self.shared.order.iter().zip(row).for_each(|(&input, &w)| natural[input] = w);
         Some(natural.chunks(self.group).map(|group| self.params(group.iter().copied())).collect())
     }
 
@@ -228,9 +244,9 @@ impl<'a> Problem<'a> {
             let mut block: Vec<f64> = rows.chunks_exact(n).flat_map(|row| row[start..end].to_vec()).collect();
             let mut errors = vec![0.0; count * width];
             for i in start..end {
-                let factor = &self.factor[i * n..(i + 1) * n];
+                let factor = &self.shared.factor[i * n..(i + 1) * n];
                 for r in 0..count {
-                    let group = if is_fixed { self.order[i] / self.group } else { i / self.group };
+                    let group = if is_fixed { self.shared.order[i] / self.group } else { i / self.group };
                     let slot = &mut params[r * groups + group];
                     if !is_fixed && i % self.group == 0 {
                         let columns = r * n + i..r * n + n.min(i + self.group);
@@ -247,7 +263,7 @@ impl<'a> Problem<'a> {
                 }
             }
             for i in start..end {
-                let factor = &self.factor[i * n + end..(i + 1) * n];
+                let factor = &self.shared.factor[i * n + end..(i + 1) * n];
                 for r in 0..count {
                     subtract(&mut rows[r * n + end..(r + 1) * n], errors[r * width + i - start], factor);
                 }
@@ -266,7 +282,7 @@ impl<'a> Problem<'a> {
         for (output, (codes, params)) in rows.enumerate() {
             if self.natural_groups() {
                 let mut natural = vec![0; n];
-                self.order.iter().zip(codes).for_each(|(&input, &code)| natural[input] = code);
+                self.shared.order.iter().zip(codes).for_each(|(&input, &code)| natural[input] = code);
                 packer.set_column(output, &natural);
             } else {
                 packer.set_column(output, codes);
@@ -291,9 +307,9 @@ impl<'a> Problem<'a> {
             codes: packer.into_words(),
             scales: Scales::Plain(scales),
             offsets: self.scheme.has_offsets().then_some(offsets),
-            input_order: reordered.then(|| self.order.iter().map(|&input| input as u32).collect()),
+            input_order: reordered.then(|| self.shared.order.iter().map(|&input| input as u32).collect()),
         };
-        Ok(Gptq { weight, loss, damping: self.damping, dead: self.dead })
+        Ok(Gptq { weight, loss, damping: self.shared.damping, dead: self.shared.dead.len() })
     }
 }
 
@@ -304,10 +320,8 @@ fn check(
     d_output: usize,
     d_input: usize,
     scheme: &QuantScheme,
-    config: &GptqConfig,
 ) -> Result<(usize, bool, f64)> {
     let (bits, grid) = affine_in_groups(name, scheme)?;
-    config.check()?;
     if weight.is_empty() || d_output.checked_mul(d_input) != Some(weight.len()) {
         let expected = format!("{d_output} outputs of {d_input} values, at least one");
         return Err(Error::argument(name, expected, format!("{} values", weight.len())));

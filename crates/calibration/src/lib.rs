@@ -2,6 +2,7 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
 mod apiq;
+mod awq;
 mod block;
 mod calibrator;
 mod checkpoint;
@@ -20,6 +21,7 @@ mod values;
 mod windows;
 
 pub use apiq::{ApiqConfig, ApiqLoss};
+pub use awq::AwqConfig;
 pub use calibrator::{Calibrated, Calibrator, block_errors};
 pub use clipping::{ClippedWeight, ClippingGrid, Levels};
 pub use config::{CalibrationConfig, Method};
@@ -27,6 +29,6 @@ pub use error::{Error, Result};
 pub use gptq::{Gptq, GptqConfig, gptq};
 pub use hessian::Hessian;
 pub use loftq::{LoftqConfig, QuantizedWithFactors, Rounding, loftq, pissa};
-pub use report::{BlockReport, CalibrationReport, Observer, Progress, ProjectionReport};
+pub use report::{BlockReport, CalibrationReport, Observer, Progress, ProjectionReport, ScalingReport};
 pub use svd::{Factors, Svd, low_rank};
 pub use windows::random_windows;

@@ -12,8 +12,8 @@ pub struct ProjectionReport {
     pub path: String,
     /// How it is stored.
     pub scheme: Scheme,
-    /// `‖W - Q - A · B‖ / ‖W‖` in the Frobenius norm, the adapter's scaling included; as all errors here `f64::MAX` where
-    /// the original is zero and what was found is not.
+    /// `‖W - Q - A · B‖ / ‖W‖` in the Frobenius norm, the adapter's scaling included and `W` as scaled, if it was; as all
+    /// errors here `f64::MAX` where the original is zero and what was found is not.
     pub weight_error: f64,
     /// `‖y - y^q‖ / ‖y‖` over the measured windows, with `y` the projection's output in the original model and `y^q` in
     /// the model quantized so far, this block rounded to nearest. 0 where nothing was measured.
@@ -22,6 +22,21 @@ pub struct ProjectionReport {
     pub activation_error_after: f64,
     /// Time that solving took. Projections solved together share it by their weights, dense ones too.
     pub seconds: f64,
+}
+
+/// One place that [`AwqConfig`](crate::AwqConfig) scaled.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ScalingReport {
+    /// What writes the scaled channels: a norm's parameter or a projection.
+    pub source: String,
+    /// The projections that read them.
+    pub readers: Vec<String>,
+    /// The exponent chosen; 0 changes nothing.
+    pub exponent: f64,
+    /// `‖y - y^q‖ / ‖y‖` of the readers' outputs together for original inputs, weights rounded to nearest, without scaling.
+    pub error_before: f64,
+    /// The same with scaling.
+    pub error_after: f64,
 }
 
 /// One block.
@@ -35,6 +50,9 @@ pub struct BlockReport {
     pub losses: Vec<f64>,
     /// Time for everything, reading and measuring included.
     pub seconds: f64,
+    /// Where it was scaled before.
+    #[serde(default)]
+    pub scalings: Vec<ScalingReport>,
     /// Its projections, in the order in which data flows.
     pub projections: Vec<ProjectionReport>,
 }

@@ -14,7 +14,8 @@ use crate::{
     Progress, Result, Rounding, Svd,
     apiq::{Apiq, Layer, Objective},
     block::{Block, Place},
-    gptq, loftq,
+    gptq::{SharedFactor, gptq_shared},
+    loftq,
     loftq::difference,
     low_rank, pissa,
     station::Slot,
@@ -113,6 +114,7 @@ impl Block<'_> {
                 let input = self.quantized.tensor(window, &self.device)?;
                 hessian.add(&self.places[first].path, self.inputs(first, input)?)?;
             }
+            let mut factor = None;
             let mut shared = start.elapsed().as_secs_f64();
             for index in group {
                 let start = Instant::now();
@@ -121,7 +123,12 @@ impl Block<'_> {
                 slots[index] = match place.scheme {
                     Scheme::Dense => place.dense(),
                     Scheme::Packed(scheme) => {
-                        let found = gptq(&place.path, &place.weight, d_output, &hessian, &scheme, config)?;
+                        let (path, weight) = (&place.path, &place.weight);
+                        let factor = match &mut factor {
+                            Some(factor) => factor,
+                            none => none.insert(SharedFactor::new(path, &hessian, config)?),
+                        };
+                        let found = gptq_shared(path, weight, d_output, factor, &scheme, config)?;
                         self.corrected(place, found.weight, correction)?
                     }
                 };
@@ -210,13 +217,9 @@ impl Block<'_> {
                 loss: config.loss,
                 device: self.device.clone(),
             };
-            let (block, total) = (self.index, self.total);
-            let observer = &mut self.observer;
-            apiq.run(&format!("block {block}"), &mut objective, &mut |epoch, loss| match observer(
-                Progress::Epoch { block, projection: None, epoch, loss },
-            ) {
-                std::ops::ControlFlow::Continue(()) => Ok(()),
-                std::ops::ControlFlow::Break(()) => Err(crate::Error::Cancelled { blocks: block, total }),
+            let block = self.index;
+            apiq.run(&format!("block {block}"), &mut objective, &mut |epoch, loss| {
+                self.tell(Progress::Epoch { block, projection: None, epoch, loss })
             })?
         };
         let mut slots: Vec<Slot> = self.places.iter().map(Place::dense).collect();

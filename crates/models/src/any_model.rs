@@ -1,12 +1,12 @@
 //! The architecture as a run-time choice.
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     tensor::{Device, Tensor},
 };
 use kiln_quant_core::Projection;
 
-use crate::{CausalLm, Context, KvCache, Llama, Opt, Slots, TokenBatch};
+use crate::{CausalLm, Context, KvCache, Llama, Opt, ScaleSite, Slots, TokenBatch};
 
 /// A model of any supported architecture, for programs that learn which from a file.
 #[derive(Module, Debug)]
@@ -74,5 +74,13 @@ impl<P: Projection> Slots for AnyModel<P> {
 
     fn for_each_slot(&self, f: impl FnMut(&str, &P)) {
         either!(self, model => model.for_each_slot(f));
+    }
+
+    fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
+        either!(self, model => model.scale_sites(index))
+    }
+
+    fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>> {
+        either!(self, model => model.norm_parameter(name))
     }
 }

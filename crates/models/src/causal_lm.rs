@@ -1,12 +1,12 @@
 //! What trainers, evaluators and generators need of a language model.
 
 use burn::{
-    module::{Module, ModuleDisplay},
+    module::{Module, ModuleDisplay, Param},
     tensor::{Device, Tensor},
 };
 use kiln_quant_core::Projection;
 
-use crate::{Context, KvCache, TokenBatch};
+use crate::{Context, KvCache, ScaleSite, TokenBatch};
 
 /// A decoder-only language model, block by block.
 ///
@@ -113,4 +113,14 @@ pub trait Slots: CausalLm {
         self.for_each_slot(|path, slot| shapes.push((path.to_string(), slot.shape())));
         shapes
     }
+
+    /// Where factors can move between the parts of block `index`, in the order in which data flows.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    fn scale_sites(&self, index: usize) -> Vec<ScaleSite>;
+
+    /// A parameter of a block's norm by its name in the checkpoint, `model.layers.3.input_layernorm.weight`; `None` if
+    /// no [`scale_sites`](Self::scale_sites) names it.
+    fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>>;
 }

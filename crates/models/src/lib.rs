@@ -22,6 +22,7 @@ mod norm;
 pub mod opt;
 mod rope;
 mod sampling;
+mod scaling;
 mod source;
 mod tokenizer;
 
@@ -39,5 +40,6 @@ pub use load::{LoadOptions, LoadReport};
 pub use nll::token_nll;
 pub use norm::{LayerNorm, RmsNorm};
 pub use opt::Opt;
+pub use scaling::{ScaleSite, ScaleSource};
 pub use source::{DenseTensor, StoredWeight, TensorSource};
 pub use tokenizer::{DecodeStream, Tokenizer};

@@ -1,13 +1,13 @@
 //! The LLaMA family: LLaMA 1–3, Mistral, Qwen2, Qwen3, SmolLM2.
 
 use burn::{
-    module::Module,
+    module::{Module, Param},
     tensor::{Device, Tensor},
 };
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, RmsNorm, Slots, TokenBatch,
+    CausalLm, Context, Embedding, KvCache, RmsNorm, ScaleSite, ScaleSource, Slots, TokenBatch,
     config::{LlamaConfig, check_count, check_shape},
     rope,
 };
@@ -291,6 +291,36 @@ impl<P: Projection> Slots for Llama<P> {
             ] {
                 f(&format!("model.layers.{index}.{name}"), slot);
             }
+        }
+    }
+
+    fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
+        let path = |name: &str| format!("model.layers.{index}.{name}");
+        let site = |source, readers: &[&str]| ScaleSite {
+            source,
+            readers: readers.iter().copied().map(path).collect(),
+        };
+        let norm = |name: &str| ScaleSource::Norm(vec![path(name)]);
+        let LlamaAttention { v_proj, o_proj, .. } = &self.model.layers[index].self_attn;
+        let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+        let mut sites = vec![site(norm("input_layernorm.weight"), &attention)];
+        // Where several query heads share a value head, its channel has several readers.
+        if v_proj.shape()[1] == o_proj.shape()[0] {
+            sites.push(site(ScaleSource::Projection(path("self_attn.v_proj")), &["self_attn.o_proj"]));
+        }
+        let gated = ["mlp.gate_proj", "mlp.up_proj"];
+        sites.push(site(norm("post_attention_layernorm.weight"), &gated));
+        sites.push(site(ScaleSource::Projection(path("mlp.up_proj")), &["mlp.down_proj"]));
+        sites
+    }
+
+    fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>> {
+        let (index, name) = name.strip_prefix("model.layers.")?.split_once('.')?;
+        let block = self.model.layers.get_mut(index.parse::<usize>().ok()?)?;
+        match name {
+            "input_layernorm.weight" => Some(&mut block.input_layernorm.weight),
+            "post_attention_layernorm.weight" => Some(&mut block.post_attention_layernorm.weight),
+            _ => None,
         }
     }
 }

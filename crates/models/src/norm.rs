@@ -35,6 +35,11 @@ pub struct LayerNorm {
 }
 
 impl LayerNorm {
+    /// Whether it has gains and biases.
+    pub(crate) fn has_parameters(&self) -> bool {
+        self.weight.is_some() && self.bias.is_some()
+    }
+
     /// # Shapes
     /// `[.., width]` → `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {

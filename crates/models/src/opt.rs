@@ -7,7 +7,7 @@ use burn::{
 use kiln_quant_core::{Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, LayerNorm, Slots, TokenBatch,
+    CausalLm, Context, Embedding, KvCache, LayerNorm, ScaleSite, ScaleSource, Slots, TokenBatch,
     config::{OptConfig, check_count, check_shape},
 };
 
@@ -258,6 +258,42 @@ impl<P: Projection> Slots for Opt<P> {
             ] {
                 f(&format!("model.decoder.layers.{index}.{name}"), slot);
             }
+        }
+    }
+
+    fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
+        let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
+        let site = |source, readers: &[&str]| ScaleSite {
+            source,
+            readers: readers.iter().copied().map(path).collect(),
+        };
+        let norm = |name: &str| {
+            ScaleSource::Norm(vec![path(&format!("{name}.weight")), path(&format!("{name}.bias"))])
+        };
+        let block = &self.decoder.layers[index];
+        let mut sites = Vec::new();
+        if block.self_attn_layer_norm.has_parameters() {
+            let attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"];
+            sites.push(site(norm("self_attn_layer_norm"), &attention));
+        }
+        sites.push(site(ScaleSource::Projection(path("self_attn.v_proj")), &["self_attn.out_proj"]));
+        if block.final_layer_norm.has_parameters() {
+            sites.push(site(norm("final_layer_norm"), &["fc1"]));
+        }
+        // Factors pass through the ReLU between them.
+        sites.push(site(ScaleSource::Projection(path("fc1")), &["fc2"]));
+        sites
+    }
+
+    fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>> {
+        let (index, name) = name.strip_prefix("model.decoder.layers.")?.split_once('.')?;
+        let block = self.decoder.layers.get_mut(index.parse::<usize>().ok()?)?;
+        match name {
+            "self_attn_layer_norm.weight" => block.self_attn_layer_norm.weight.as_mut(),
+            "self_attn_layer_norm.bias" => block.self_attn_layer_norm.bias.as_mut(),
+            "final_layer_norm.weight" => block.final_layer_norm.weight.as_mut(),
+            "final_layer_norm.bias" => block.final_layer_norm.bias.as_mut(),
+            _ => None,
         }
     }
 }

@@ -1,0 +1,221 @@
+//! AWQ's scaling before any method.
+
+use std::ops::ControlFlow;
+
+use burn::tensor::{Device, Tensor};
+use kiln_adapters::LoraAttacher;
+use kiln_calibration::{
+    AwqConfig, CalibrationConfig, CalibrationReport, Calibrator, Error, GptqConfig, Method, Progress,
+    Rounding, block_errors,
+};
+use kiln_models::{
+    AnyModel, CausalLm, Checkpoint, Llama, LoadOptions, Slots, TokenBatch, export::save_model,
+};
+use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_testkit::read;
+
+use crate::setup::*;
+
+fn scaled(method: Method, scheme: &str) -> CalibrationConfig {
+    CalibrationConfig { scaling: Some(AwqConfig::default()), ..config(method, scheme) }
+}
+
+const RTN: Method = Method::Rtn(Rounding::MinMax);
+
+fn calibrate(
+    config: &CalibrationConfig,
+    model: AnyModel<QuantLinear>,
+    windows: &[Vec<u32>],
+) -> (Model, CalibrationReport) {
+    let attacher = attacher(&model);
+    Calibrator::new(config, windows).with_adapters(&attacher).run(model, &mut silent).unwrap()
+}
+
+/// The residual stream after each block.
+fn hidden(model: &impl CausalLm, window: &[u32]) -> Vec<Vec<f32>> {
+    let context = model.context(&TokenBatch::new(std::slice::from_ref(&window.to_vec())).unwrap(), None);
+    model.hidden_states(&context).into_iter().map(read).collect()
+}
+
+/// The embedded model with some inputs of each attention and MLP thirty times as large and read by weights a thirtieth
+/// as large: the same function.
+fn with_outliers() -> AnyModel<QuantLinear> {
+    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
+    for block in &mut model.model.layers {
+        let (attention, mlp) = (&mut block.self_attn, &mut block.mlp);
+        let readers = [&mut attention.q_proj, &mut attention.k_proj, &mut attention.v_proj];
+        let readers = readers.into_iter().chain([&mut mlp.gate_proj, &mut mlp.up_proj]);
+        let width = block.input_layernorm.weight.val().dims()[0];
+        let factors: Vec<f32> = (0..width).map(|i| if i % 16 == 5 { 30.0 } else { 1.0 }).collect();
+        let factors = Tensor::<1>::from_floats(factors.as_slice(), &Device::flex());
+        for norm in [&mut block.input_layernorm, &mut block.post_attention_layernorm] {
+            norm.weight = norm.weight.clone().map(|weight| weight * factors.clone());
+        }
+        for reader in readers {
+            let QuantLinear::Dense(linear) = reader else { panic!("dense") };
+            let factors = factors.clone().reshape([width, 1]);
+            linear.weight = linear.weight.clone().map(|weight| weight / factors);
+        }
+    }
+    AnyModel::Llama(model)
+}
+
+/// A model of the LLaMA family in which each query head has a copy of the key and value head that it shared.
+fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
+    let AnyModel::Llama(mut model) = model else { panic!("a LLaMA") };
+    let mut config = model.config().clone();
+    let (heads, width) = (config.num_key_value_heads, config.head_dim);
+    let copies = config.num_attention_heads / heads;
+    config.num_key_value_heads = config.num_attention_heads;
+    let copy = |weight: Tensor<2>| {
+        let [rows, columns] = weight.dims();
+        weight.reshape([rows, heads, 1, width]).repeat_dim(2, copies).reshape([rows, columns * copies])
+    };
+    for block in &mut model.model.layers {
+        for projection in [&mut block.self_attn.k_proj, &mut block.self_attn.v_proj] {
+            let QuantLinear::Dense(linear) = projection else { panic!("dense") };
+            linear.weight = linear.weight.clone().map(copy);
+            linear.bias = linear.bias.take().map(|bias| bias.map(|bias| copy(bias.unsqueeze()).squeeze()));
+        }
+    }
+    AnyModel::Llama(Llama::from_parts(model.model, model.lm_head, config).unwrap())
+}
+
+#[test]
+fn scaling_alone_changes_nothing_in_any_family() {
+    for (folder, own_heads) in [
+        ("models/tiny-llama", false),
+        ("tiny/llama-rope3-headdim24-f32", false),
+        ("tiny/mistral-swa8-f32", true),
+        ("tiny/qwen2-tied-f32", false),
+        ("tiny/qwen2-tied-f32", true),
+        ("tiny/qwen3-untied-f32", false),
+        ("tiny/opt-f32", false),
+    ] {
+        let load = || if own_heads { with_own_heads(dense(folder).1) } else { dense(folder).1 };
+        let original = load();
+        let ids: Vec<u32> =
+            ids("shift_test_moby").iter().map(|id| id % original.vocab_size() as u32).collect();
+        let windows = kiln_calibration::random_windows(&ids, 24, 3, 1).unwrap();
+        // Hardly any rounding.
+        let error = |config: &CalibrationConfig| {
+            let (model, report) = calibrate(config, load(), &windows);
+            (*block_errors(&original, &model, &windows).unwrap().last().unwrap(), report)
+        };
+        let (plain, _) = error(&config(RTN, "affine8:8"));
+        let (with, report) = error(&scaled(RTN, "affine8:8"));
+        assert!(with < 2.0 * plain && plain < 0.02, "{folder}: {with} and {plain}");
+        let scalings: Vec<_> = report.blocks.iter().flat_map(|block| &block.scalings).collect();
+        assert!(scalings.iter().any(|scaling| scaling.exponent > 0.0), "{folder}: {scalings:?}");
+        assert!(scalings.iter().all(|scaling| scaling.error_after <= scaling.error_before), "{scalings:?}");
+        let sites = if own_heads || folder.contains("opt") { 4 } else { 3 };
+        assert_eq!(report.blocks[0].scalings.len(), sites, "{folder}: {scalings:?}");
+    }
+}
+
+#[test]
+fn large_inputs_are_rounded_less_by_every_method() {
+    let (windows, held_out) = (windows(12), held_out());
+    let plain_model = tiny();
+    let errors = |config: &CalibrationConfig| {
+        let (model, report) = calibrate(config, with_outliers(), &windows);
+        (*block_errors(&plain_model, &model, &held_out).unwrap().last().unwrap(), report)
+    };
+    let (rtn, _) = errors(&config(RTN, "affine3:64"));
+    let (awq, report) = errors(&scaled(RTN, "affine3:64"));
+    assert!(awq < 0.7 * rtn, "{awq} and {rtn}");
+    for block in &report.blocks {
+        let [input, up, ..] = &block.scalings[..] else { panic!("{block:?}") };
+        assert_eq!(input.source, format!("model.layers.{}.input_layernorm.weight", block.index));
+        assert!(input.error_after < 0.8 * input.error_before, "{input:?}");
+        assert!(up.error_after <= up.error_before, "{up:?}");
+    }
+    for method in [Method::Gptq(GptqConfig::default()), Method::ApiqBlock(apiq(4))] {
+        let (without, _) = errors(&config(method.clone(), "affine3:64"));
+        let (with, _) = errors(&scaled(method.clone(), "affine3:64"));
+        assert!(with < without && with < awq, "{method:?}: {with}, {without} without, {awq}");
+    }
+}
+
+#[test]
+fn sites_with_a_projection_that_stays_are_left_alone() {
+    let mut config = scaled(RTN, "affine3:64");
+    config.schemes = Plan::uniform("affine3:64".parse().unwrap())
+        .with_override("k_proj", Scheme::Dense)
+        .unwrap()
+        .with_override(r"layers\.2\..*up_proj", Scheme::Dense)
+        .unwrap();
+    let (model, report) = calibrate(&config, with_outliers(), &windows(3));
+    let (AnyModel::Llama(model), AnyModel::Llama(original)) = (model, with_outliers()) else {
+        panic!("a LLaMA")
+    };
+    for (index, (found, original)) in model.model.layers.iter().zip(&original.model.layers).enumerate() {
+        let same = |found: &kiln_models::RmsNorm, original: &kiln_models::RmsNorm| {
+            read(found.weight.val()) == read(original.weight.val())
+        };
+        assert!(same(&found.input_layernorm, &original.input_layernorm));
+        assert_eq!(same(&found.post_attention_layernorm, &original.post_attention_layernorm), index == 2);
+        let readers: Vec<&str> =
+            report.blocks[index].scalings.iter().flat_map(|site| &site.readers).map(String::as_str).collect();
+        assert!(readers.iter().all(|path| !path.contains("q_proj")), "{readers:?}");
+        assert_eq!(readers.iter().any(|path| path.contains("down_proj")), index != 2, "{readers:?}");
+    }
+}
+
+#[test]
+fn norms_are_resumed_saved_and_compared() {
+    let (config, windows) = (scaled(RTN, "affine3:64"), windows(3));
+    let (expected, report) = calibrate(&config, with_outliers(), &windows);
+    let streams = hidden(&expected, &windows[0]);
+    let folder = tempfile::tempdir().unwrap();
+    let attacher: LoraAttacher = attacher(&tiny());
+    let run = |model, observer: kiln_calibration::Observer| {
+        let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
+        calibrator.with_folder(folder.path()).run(model, observer)
+    };
+    let interrupted = run(with_outliers(), &mut |progress| match progress {
+        Progress::Block { report, .. } if report.index == 1 => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert!(matches!(interrupted, Err(Error::Cancelled { blocks: 2, total: 4 })));
+    let (resumed, again) = run(with_outliers(), &mut silent).unwrap();
+    assert_eq!(hidden(&resumed, &windows[0]), streams);
+    assert_eq!(again.blocks[0].scalings, report.blocks[0].scalings);
+
+    // A model that differs in a norm of a finished block only.
+    let AnyModel::Llama(mut other) = with_outliers() else { panic!("a LLaMA") };
+    let norm = &mut other.model.layers[2].post_attention_layernorm;
+    norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(3..4, 0.5));
+    let message = run(AnyModel::Llama(other), &mut silent).unwrap_err().to_string();
+    assert!(message.contains("block-00002.safetensors"), "{message}");
+    assert!(message.contains("model.layers.2.post_attention_layernorm.weight"), "{message}");
+
+    // The whole model is saved with its norms, and read back to the same bits.
+    let (checkpoint, _) = dense("models/tiny-llama");
+    let base = expected.try_map(|_, slot| Ok::<_, std::convert::Infallible>(slot.into_base())).unwrap();
+    let saved = folder.path().join("saved");
+    save_model(&base, &checkpoint, &saved).unwrap();
+    let (loaded, _) =
+        Checkpoint::open(&saved).unwrap().load(&LoadOptions::default(), &Device::flex()).unwrap();
+    assert_eq!(hidden(&loaded, &windows[0]), streams);
+}
+
+#[test]
+fn weights_from_the_file_are_scaled_like_those_in_the_slots() {
+    let (config, windows) = (scaled(RTN, "affine3:64"), windows(2));
+    let (checkpoint, model) = dense("models/tiny-llama");
+    let expected = hidden(&calibrate(&config, model, &windows).0, &windows[0]);
+    let options = LoadOptions::uniform("affine2:64".parse().unwrap());
+    let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+    let calibrator = Calibrator::new(&config, &windows).with_weights(checkpoint.source());
+    let (model, _) = calibrator.run(skeleton, &mut silent).unwrap();
+    assert_eq!(hidden(&model, &windows[0]), expected);
+}
+
+#[test]
+fn an_empty_grid_is_refused() {
+    let mut config = scaled(RTN, "affine3:64");
+    config.scaling = Some(AwqConfig { grid: 0 });
+    let message = Calibrator::new(&config, &windows(1)).run(tiny(), &mut silent).unwrap_err().to_string();
+    assert!(message.contains("AwqConfig.grid"), "{message}");
+}
