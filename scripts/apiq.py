@@ -19,7 +19,7 @@ import tempfile
 
 from study import ROOT, TEXT, once, read_log
 
-METHODS = ["rtn", "nf", "gptq", "loftq", "apiq-lw", "apiq-bw"]
+METHODS = ["rtn", "nf", "awq", "gptq", "loftq", "apiq-lw", "apiq-bw"]
 GROUP, RANK = 64, 16
 # Windows of calibration, tokens of each; steps of the fine-tuning, rows of a batch, learning rate.
 BUDGETS = {

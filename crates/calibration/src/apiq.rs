@@ -11,7 +11,7 @@ use kiln_quant_core::{PackedWeight, QuantLinear, QuantScheme};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    ClippedWeight, Error, Result,
+    ClippedWeight, Error, Progress, Result,
     station::Slot,
     values::{host, tensor},
 };
@@ -244,12 +244,13 @@ impl<'a> Apiq<'a> {
         Ok(value)
     }
 
-    /// All epochs; the mean loss of each. `on_epoch` gets epoch and loss after each.
+    /// All epochs; the mean loss of each. `tell` hears of every step and epoch.
     pub(crate) fn run(
         &mut self,
-        place: &str,
+        block: usize,
+        projection: Option<&str>,
         objective: &mut dyn Objective,
-        on_epoch: &mut dyn FnMut(usize, f64) -> Result<()>,
+        tell: &mut dyn FnMut(Progress) -> Result<()>,
     ) -> Result<Vec<f64>> {
         let mut losses = Vec::new();
         let windows = objective.windows();
@@ -261,12 +262,14 @@ impl<'a> Apiq<'a> {
                 let ratio = 1.0 - (1.0 - self.config.final_ratio) * progress;
                 let loss = self.step(objective, window, ratio)?;
                 if !loss.is_finite() {
-                    return Err(Error::Diverged { place: place.into(), epoch, window, loss });
+                    let place = projection.map_or_else(|| format!("block {block}"), str::to_string);
+                    return Err(Error::Diverged { place, epoch, window, loss });
                 }
                 sum += loss;
+                tell(Progress::Step { block, projection, epoch, window, loss })?;
             }
             losses.push(sum / windows.max(1) as f64);
-            on_epoch(epoch, losses[epoch])?;
+            tell(Progress::Epoch { block, projection, epoch, loss: losses[epoch] })?;
         }
         Ok(losses)
     }

@@ -68,6 +68,19 @@ pub struct CalibrationReport {
 #[derive(Debug, Clone, Copy)]
 #[non_exhaustive]
 pub enum Progress<'a> {
+    /// ApiQ has made a step, on one window.
+    Step {
+        /// The block.
+        block: usize,
+        /// The projection, where they are optimised one by one.
+        projection: Option<&'a str>,
+        /// The epoch, counted from 0.
+        epoch: usize,
+        /// The window, counted from 0.
+        window: usize,
+        /// Its loss before the step.
+        loss: f64,
+    },
     /// An epoch of ApiQ has ended.
     Epoch {
         /// The block.
@@ -95,6 +108,6 @@ pub enum Progress<'a> {
     },
 }
 
-/// Told of every epoch, projection and block; may end the calibration, which then fails with
+/// Told of every step, epoch, projection and block; may end the calibration, which then fails with
 /// [`Error::Cancelled`](crate::Error::Cancelled). Finished blocks are kept where a folder was given.
 pub type Observer<'a> = &'a mut dyn FnMut(Progress) -> ControlFlow<()>;

@@ -166,9 +166,7 @@ impl Block<'_> {
                         let mut apiq = Apiq::new(config, vec![layer], &self.device);
                         let path = self.places[index].path.clone();
                         let block = self.index;
-                        apiq.run(&path, &mut objective, &mut |epoch, loss| {
-                            self.tell(Progress::Epoch { block, projection: Some(&path), epoch, loss })
-                        })?;
+                        apiq.run(block, Some(&path), &mut objective, &mut |progress| self.tell(progress))?;
                         let (packed, lora) = apiq.finish()?.remove(0);
                         self.places[index].packed(&packed, lora, &self.device)
                     }
@@ -217,10 +215,7 @@ impl Block<'_> {
                 loss: config.loss,
                 device: self.device.clone(),
             };
-            let block = self.index;
-            apiq.run(&format!("block {block}"), &mut objective, &mut |epoch, loss| {
-                self.tell(Progress::Epoch { block, projection: None, epoch, loss })
-            })?
+            apiq.run(self.index, None, &mut objective, &mut |progress| self.tell(progress))?
         };
         let mut slots: Vec<Slot> = self.places.iter().map(Place::dense).collect();
         for (index, (packed, lora)) in trained.into_iter().zip(apiq.finish()?) {

@@ -61,19 +61,42 @@ fn a_resumed_run_gives_the_same_bits() {
 }
 
 #[test]
+fn any_step_may_be_the_last() {
+    let windows = windows(2);
+    let steps = |method: Method, last: usize| {
+        let (config, mut seen) = (config(method, "affine2:64"), Vec::new());
+        let result = Calibrator::new(&config, &windows).run(tiny(), &mut |progress| {
+            if let Progress::Step { block, projection, epoch, window, loss } = progress {
+                assert!(loss > 0.0);
+                seen.push((block, projection.map(str::to_string), epoch, window));
+            }
+            if seen.len() == last { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        let Err(Error::Cancelled { blocks, total: 4 }) = result else { panic!("not cancelled") };
+        (blocks, seen)
+    };
+    let (blocks, seen) = steps(Method::ApiqBlock(apiq(2)), 7);
+    let at = |block, epoch, window| (block, None, epoch, window);
+    let expected =
+        [at(0, 0, 0), at(0, 0, 1), at(0, 1, 0), at(0, 1, 1), at(1, 0, 0), at(1, 0, 1), at(1, 1, 0)];
+    assert_eq!((blocks, &seen[..]), (1, &expected[..]));
+    let (blocks, seen) = steps(Method::ApiqLayer(apiq(1)), 15);
+    let expected = (1, Some("model.layers.1.self_attn.q_proj".to_string()), 0, 0);
+    assert_eq!((blocks, &seen[14]), (1, &expected));
+}
+
+#[test]
 fn an_epoch_may_be_the_last() {
     let (config, windows) = (config(Method::ApiqBlock(apiq(3)), "affine2:64"), windows(1));
-    let mut epochs = 0;
-    let result = Calibrator::new(&config, &windows).run(tiny(), &mut |progress| match progress {
-        Progress::Epoch { block: 1, epoch: 1, .. } => ControlFlow::Break(()),
-        Progress::Epoch { .. } => {
-            epochs += 1;
-            ControlFlow::Continue(())
+    let mut epochs = Vec::new();
+    let result = Calibrator::new(&config, &windows).run(tiny(), &mut |progress| {
+        if let Progress::Epoch { block, projection: None, epoch, .. } = progress {
+            epochs.push((block, epoch));
         }
-        _ => ControlFlow::Continue(()),
+        if epochs.len() == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     assert!(matches!(result, Err(Error::Cancelled { blocks: 1, total: 4 })));
-    assert_eq!(epochs, 4);
+    assert_eq!(epochs, [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]);
 }
 
 #[test]

@@ -177,7 +177,7 @@ fn block_wise_streams_are_the_reference() {
             let config = config(20);
             let mut apiq = Apiq::new(&config, layers.into(), &device);
             let mut objective = Residual { x: quantized.clone(), targets: both, losses: Vec::new() };
-            apiq.run("block", &mut objective, &mut |_, _| Ok(())).unwrap();
+            apiq.run(block, None, &mut objective, &mut |_| Ok(())).unwrap();
             let what = format!("{mode}, block {block}");
             for (epoch, tolerance) in [(0, 2e-5), (1, 1e-3)] {
                 let expected = floats(&result["epochs"][epoch]["losses"]);
@@ -252,7 +252,7 @@ fn an_epoch_brings_the_loss_down_and_clipping_alone_less() {
         let mut apiq = Apiq::new(&config, vec![layer], &device);
         let target = x.clone().matmul(dense);
         let mut objective = OneLayer { x: x.clone(), target, loss: ApiqLoss::MeanSquared };
-        let losses = apiq.run("w", &mut objective, &mut |_, _| Ok(())).unwrap();
+        let losses = apiq.run(0, Some("w"), &mut objective, &mut |_| Ok(())).unwrap();
         assert!(losses[149] < 0.95 * losses[0], "{} to {}", losses[0], losses[149]);
         losses[149]
     };
@@ -296,7 +296,8 @@ fn a_massive_row_hides_the_others_from_the_mean_square_only() {
             ApiqConfig { lr_clipping: 5e-2, lr_lora: 5e-3, epochs: 150, loss, ..ApiqConfig::default() };
         let mut apiq = Apiq::new(&config, vec![layer], &device);
         let target = with_massive.clone().matmul(dense.clone());
-        apiq.run("w", &mut OneLayer { x: with_massive.clone(), target, loss }, &mut |_, _| Ok(())).unwrap();
+        let mut objective = OneLayer { x: with_massive.clone(), target, loss };
+        apiq.run(0, Some("w"), &mut objective, &mut |_| Ok(())).unwrap();
         let (packed, lora) = apiq.finish().unwrap().remove(0);
         let lora = lora.unwrap();
         let found = tensor::<2>(packed.dequantize(), [24, 32], &device).transpose()
@@ -317,7 +318,7 @@ fn rates_fall_to_their_final_ratio() {
         let mut apiq = Apiq::new(&config, vec![layer], &device);
         let target = x.clone().matmul(dense);
         let mut objective = OneLayer { x: x.clone(), target, loss: ApiqLoss::MeanSquared };
-        apiq.run("w", &mut objective, &mut |_, _| Ok(())).unwrap();
+        apiq.run(0, Some("w"), &mut objective, &mut |_| Ok(())).unwrap();
         state(&apiq, 0)
     };
     // The last of two steps is left out, the first of them whole.
