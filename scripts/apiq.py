@@ -29,10 +29,28 @@ BUDGETS = {
 # ApiQ's own; its factors are trained when the fine-tuning starts, which on SmolLM2 wants a smaller rate than B = 0.
 APIQ = {
     "tiny-llama": {"epochs": 6, "lr-lora": 2e-3, "loss": "mean-squared"},
-    "smollm2": {"epochs": 4, "lr-lora": 5e-3, "loss": "relative", "lr": 1e-3},
+    "smollm2": {"epochs": 4, "loss": "relative", "lr": 1e-3},
 }
-# Other budgets for ApiQ block by block at 2 bits.
-OTHERS = {"tiny-llama": [{"epochs": 2}, {"epochs": 30}], "smollm2": [{"windows": 32, "epochs": 10}]}
+# And by width: the fewer levels, the more of a range is worth clipping.
+BY_BITS = {
+    "tiny-llama": {},
+    "smollm2": {
+        4: {"initial-logit": 4, "lr-lora": 2e-3},
+        3: {"initial-logit": 2, "lr-lora": 2e-3},
+        2: {"lr-lora": 5e-3},
+    },
+}
+# Other budgets at 2 bits, and of dense weights.
+OTHERS = {
+    "tiny-llama": [("apiq-bw", {"epochs": 2}), ("apiq-bw", {"epochs": 30})],
+    "smollm2": [
+        ("apiq-bw", {"windows": 32, "epochs": 10}),
+        ("apiq-bw", {"windows": 32, "epochs": 10, "steps": 240}),
+        ("apiq-bw", {"windows": 64, "epochs": 10, "lr-lora": 1e-2, "final-ratio": 0.05}),
+        ("apiq-bw", {"windows": 64, "epochs": 10, "lr-lora": 1e-2, "final-ratio": 0.05, "steps": 240}),
+        ("dense", {"lr": 2e-3, "steps": 240}),
+    ],
+}
 SEEDS = {"tiny-llama": [0, 1, 2], "smollm2": [0]}
 
 
@@ -59,45 +77,47 @@ def study(options, model, seeds):
 
     if "dense" in options.methods:
         for seed in seeds:
-            figures(32, "dense", seed, budget_of(model, "dense"))
+            figures(32, "dense", seed, budget_of(model, "dense", 32))
     for bits in (2, 4, 3):
         for method in METHODS:
             for seed in seeds if method in options.methods else []:
-                figures(bits, method, seed, budget_of(model, method))
-    if "apiq-bw" in options.methods:
-        for other in OTHERS[model]:
-            figures(2, "apiq-bw", seeds[0], budget_of(model, "apiq-bw") | other)
+                figures(bits, method, seed, budget_of(model, method, bits))
+    for method, other in OTHERS[model]:
+        if method in options.methods:
+            bits = 32 if method == "dense" else 2
+            figures(bits, method, seeds[0], budget_of(model, method, bits) | other)
 
 
-def budget_of(model, method):
-    return BUDGETS[model] | (APIQ[model] if method.startswith("apiq") else {})
+def budget_of(model, method, bits):
+    apiq = APIQ[model] | BY_BITS[model].get(bits, {}) if method.startswith("apiq") else {}
+    return BUDGETS[model] | apiq
 
 
 def table(options):
     runs = read_log(options.log)
     for model, budget in BUDGETS.items():
-        print(f"\n{model}: {budget}; ApiQ {APIQ[model]}\n\n| method | 4 bits: before | after | 3 bits: before | after | 2 bits: before | after |")
+        print(f"\n{model}: {budget}; ApiQ {APIQ[model]}, by bits {BY_BITS[model]}\n\n| method | 4 bits: before | after | 3 bits: before | after | 2 bits: before | after |")
         print("| --- " * 7 + "|")
         for method in ["dense", *METHODS]:
             cells = []
             for bits in (32,) if method == "dense" else (4, 3, 2):
-                mine = [run for run in runs if run["budget"] == budget_of(model, method)
+                mine = [run for run in runs if run["budget"] == budget_of(model, method, bits)
                         and (run["model"], run["bits"], run["method"]) == (model, bits, method)]
                 cells += [mean([run[name] for run in mine]) for name in ("perplexity_before", "perplexity_after")]
             if any(cells):
                 print(f"| {method} | {' | '.join(cells)} |")
-        print("\nApiQ-bw at 2 bits by budget:")
+        print("\nDense, and ApiQ-bw at 2 bits, by budget:")
         for run in runs:
-            if (run["model"], run["bits"], run["method"]) == (model, 2, "apiq-bw"):
+            if (run["model"], run["bits"], run["method"]) in [(model, 32, "dense"), (model, 2, "apiq-bw")]:
                 # A resumed run has no peaks of the blocks that it read.
                 seconds, peaks = run["block_seconds"], [f"{peak / 1e6:.0f}" for peak in run["block_peak_rss_bytes"]]
-                print(f"{run['budget']}, seed {run['seed']}: {run['perplexity_before']:.1f} -> {run['perplexity_after']:.1f}, "
+                print(f"{run['method']} {run['budget']}, seed {run['seed']}: {run['perplexity_before']:.1f} -> {run['perplexity_after']:.1f}, "
                       f"{min(seconds):.1f} to {max(seconds):.1f} s a block, {run['seconds']:.0f} s; "
                       f"peak in MB after the first and last block {peaks[:1] + peaks[-1:]}")
         print("\nError after the first and the last block at 2 bits:")
         for method in METHODS:
             for run in runs:
-                if (run["model"], run["bits"], run["method"], run["budget"]) == (model, 2, method, budget_of(model, method)):
+                if (run["model"], run["bits"], run["method"], run["budget"]) == (model, 2, method, budget_of(model, method, 2)):
                     errors = run["activation_error"]
                     print(f"{method}, seed {run['seed']}: {errors[0]:.3f} {errors[-1]:.3f}")
 
@@ -105,7 +125,7 @@ def table(options):
 def plot(options, model):
     """An SVG of the error of the residual stream behind each block at 2 bits, first seed, on a logarithmic axis."""
     runs = [run for run in read_log(options.log) if (run["model"], run["bits"], run["seed"]) == (model, 2, 0)
-            and run["budget"] == budget_of(model, run["method"])]
+            and run["budget"] == budget_of(model, run["method"], 2)]
     errors = [error for run in runs for error in run["activation_error"]]
     low, high = math.floor(math.log10(min(errors))), math.ceil(math.log10(max(errors)))
     blocks = len(runs[0]["activation_error"])

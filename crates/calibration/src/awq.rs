@@ -105,8 +105,8 @@ pub(crate) fn scale<W: Slots<Slot = Station>>(
         if source.iter().chain(&readers).any(|&place| places[place].scheme == Scheme::Dense) {
             continue;
         }
+        let Some(first) = readers.first().map(|&reader| &places[reader]) else { continue };
         let forward = |x: Tensor<2>| pass(model, index, context, x);
-        let first = &places[readers[0]];
         let windows = (0..x.len()).map(|window| first.inputs(&forward, x.tensor(window, &device)?));
         let inputs = Inputs::of(&first.path, first.shape[0], &device, windows)?;
         let weights: Vec<Reader> = readers.iter().filter_map(|&reader| Reader::of(&places[reader])).collect();

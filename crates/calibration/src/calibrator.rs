@@ -284,8 +284,11 @@ impl<'a> Calibrator<'a> {
             }
         }
         for (path, station) in slots {
-            let place = self.place(path, station, device)?;
+            let mut place = self.place(path, station, device)?;
             saved.check_original(&place.path, &place.fingerprint())?;
+            if let (Scheme::Packed(_), Some(bias)) = (place.scheme, place.bias.take()) {
+                place.bias = Some(saved.bias(&place.path, bias)?);
+            }
             let adapter = match place.adapter.clone() {
                 Some(lora) => Some(saved.factors(&place.path, lora)?),
                 None => None,

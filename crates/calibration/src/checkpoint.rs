@@ -1,7 +1,7 @@
 //! What an interrupted calibration leaves, and how it goes on.
 //!
-//! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights, LoRA factors (`<path>.lora_a`,
-//! `<path>.lora_b`, as in memory) and norms, with the run's fingerprint, those of the original projections and norms and
+//! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights with their biases, LoRA factors
+//! (`<path>.lora_a`, `<path>.lora_b`, as in memory) and norms, with the run's fingerprint, those of the original projections and norms and
 //! of all dense values, and the block's report in its metadata. `streams.bin` is a line of JSON and the two residual streams before the next block,
 //! as f32. It is replaced after the block's file was written, so it alone says how far the run came.
 
@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use burn::module::Param;
+use burn::{module::Param, tensor::Tensor};
 use kiln_adapters::Lora;
 use kiln_quant_core::{PackedWeight, QuantLinear, file::PackedFile, write_atomically};
 use serde::{Deserialize, Serialize};
@@ -44,6 +44,10 @@ struct Header {
 
 fn original_key(path: &str) -> String {
     format!("calibration.original.{path}")
+}
+
+fn bias_name(path: &str) -> String {
+    format!("{path}.bias")
 }
 
 fn dense_key(name: &str) -> String {
@@ -115,6 +119,9 @@ impl Folder {
         for (path, slot) in slots {
             if let QuantLinear::Packed(linear) = &slot.base {
                 packed.push((path, linear.weight.to_host()?));
+                if let Some(bias) = &linear.bias {
+                    dense.push((bias_name(path), bias.val().dims().into(), host(bias.val())));
+                }
             }
             if let Some(lora) = &slot.adapter {
                 for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
@@ -262,6 +269,13 @@ impl SavedBlock {
                 Param::from_tensor(tensor(values, current.dims(), &current.device().without_autodiff()));
         }
         Ok(lora)
+    }
+
+    /// `bias` with the values of a projection's.
+    pub(crate) fn bias(&self, path: &str, bias: Param<Tensor<1>>) -> Result<Param<Tensor<1>>> {
+        let current = bias.val();
+        let values = self.dense(&bias_name(path), &current.dims())?;
+        Ok(bias.map(|old| tensor(values, old.dims(), &current.device())))
     }
 
     /// The values of a norm of the given width.

@@ -162,23 +162,42 @@ fn sites_with_a_projection_that_stays_are_left_alone() {
     }
 }
 
+/// Cancels behind the second block and goes on; returns both models and their reports.
+fn interrupted(
+    config: &CalibrationConfig,
+    load: impl Fn() -> AnyModel<QuantLinear>,
+    windows: &[Vec<u32>],
+    folder: &std::path::Path,
+) -> [(Model, CalibrationReport); 2] {
+    let attacher = attacher(&load());
+    let run = |observer: kiln_calibration::Observer| {
+        let calibrator = Calibrator::new(config, windows).with_adapters(&attacher);
+        calibrator.with_folder(folder).run(load(), observer)
+    };
+    let result = run(&mut |progress| match progress {
+        Progress::Block { report, .. } if report.index == 0 => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    });
+    assert!(matches!(result, Err(Error::Cancelled { blocks: 1, .. })));
+    [calibrate(config, load(), windows), run(&mut silent).unwrap()]
+}
+
+#[test]
+fn biases_and_both_parameters_of_a_layer_norm_are_resumed() {
+    let folder = tempfile::tempdir().unwrap();
+    let windows = kiln_calibration::random_windows(&(0..200).collect::<Vec<u32>>(), 24, 3, 1).unwrap();
+    let load = || dense("tiny/opt-f32").1;
+    let [expected, resumed] = interrupted(&scaled(RTN, "affine3:16"), load, &windows, folder.path());
+    assert!(expected.1.blocks[0].scalings.iter().all(|scaling| scaling.exponent > 0.0), "{:?}", expected.1);
+    assert_eq!(hidden(&resumed.0, &windows[0]), hidden(&expected.0, &windows[0]));
+}
+
 #[test]
 fn norms_are_resumed_saved_and_compared() {
     let (config, windows) = (scaled(RTN, "affine3:64"), windows(3));
-    let (expected, report) = calibrate(&config, with_outliers(), &windows);
-    let streams = hidden(&expected, &windows[0]);
     let folder = tempfile::tempdir().unwrap();
-    let attacher: LoraAttacher = attacher(&tiny());
-    let run = |model, observer: kiln_calibration::Observer| {
-        let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
-        calibrator.with_folder(folder.path()).run(model, observer)
-    };
-    let interrupted = run(with_outliers(), &mut |progress| match progress {
-        Progress::Block { report, .. } if report.index == 1 => ControlFlow::Break(()),
-        _ => ControlFlow::Continue(()),
-    });
-    assert!(matches!(interrupted, Err(Error::Cancelled { blocks: 2, total: 4 })));
-    let (resumed, again) = run(with_outliers(), &mut silent).unwrap();
+    let [(expected, report), (resumed, again)] = interrupted(&config, with_outliers, &windows, folder.path());
+    let streams = hidden(&expected, &windows[0]);
     assert_eq!(hidden(&resumed, &windows[0]), streams);
     assert_eq!(again.blocks[0].scalings, report.blocks[0].scalings);
 
@@ -186,7 +205,9 @@ fn norms_are_resumed_saved_and_compared() {
     let AnyModel::Llama(mut other) = with_outliers() else { panic!("a LLaMA") };
     let norm = &mut other.model.layers[2].post_attention_layernorm;
     norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(3..4, 0.5));
-    let message = run(AnyModel::Llama(other), &mut silent).unwrap_err().to_string();
+    let attacher: LoraAttacher = attacher(&tiny());
+    let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher).with_folder(folder.path());
+    let message = calibrator.run(AnyModel::Llama(other), &mut silent).unwrap_err().to_string();
     assert!(message.contains("block-00002.safetensors"), "{message}");
     assert!(message.contains("model.layers.2.post_attention_layernorm.weight"), "{message}");
 
