@@ -128,9 +128,10 @@ struct Options {
     #[arg(long)]
     augmented: Option<bool>,
     /// Where ApiQ's clipping logits start: a range is the part `1 / (1 + exp(-logit))` of the group's. The published 4 is
-    /// nearly the whole range, from where it takes thousands of steps to move.
-    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
-    initial_logit: f32,
+    /// nearly the whole range, from where it takes thousands of steps to move; left out, it is 1 at 2 bits, 2 at 3, 4
+    /// above.
+    #[arg(long, allow_negative_numbers = true)]
+    initial_logit: Option<f32>,
     /// AWQ's scaling before every method, not just before `awq`.
     #[arg(long)]
     scaling: bool,
@@ -180,7 +181,11 @@ impl Options {
                 Loss::MeanSquared => ApiqLoss::MeanSquared,
                 Loss::Relative => ApiqLoss::Relative,
             },
-            initial_logit: self.initial_logit,
+            initial_logit: self.initial_logit.unwrap_or(match self.bits {
+                2 => 1.0,
+                3 => 2.0,
+                _ => 4.0,
+            }),
             augmented: self.augmented.unwrap_or(self.bits == 2),
             ..ApiqConfig::default()
         };

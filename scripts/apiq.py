@@ -33,7 +33,7 @@ APIQ = {
 }
 # And by width: the fewer levels, the more of a range is worth clipping.
 BY_BITS = {
-    "tiny-llama": {},
+    "tiny-llama": {4: {"initial-logit": 4}, 3: {"initial-logit": 2}},
     "smollm2": {
         4: {"initial-logit": 4, "lr-lora": 2e-3},
         3: {"initial-logit": 2, "lr-lora": 2e-3},

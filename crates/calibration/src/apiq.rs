@@ -57,8 +57,8 @@ impl ApiqLoss {
 /// | `include_zero` | true | extends groups' ranges to zero, see [`ClippingGrid`](crate::ClippingGrid) | |
 ///
 /// The published budget is 128 windows of 2048 tokens: 2560 steps. A step moves a logit by about its learning rate, so within
-/// some hundred steps ranges hardly leave the published start; start such runs at about 1 (`S = 0.73`), where rounding to 2
-/// bits errs least. AdamW has betas 0.9 and 0.999 and epsilon 1e-8.
+/// some hundred steps ranges hardly leave the published start; start such runs at 2 bits at about 1 (`S = 0.73`), where
+/// rounding errs least, at 3 bits at about 2. AdamW has betas 0.9 and 0.999 and epsilon 1e-8.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ApiqConfig {
