@@ -1,9 +1,10 @@
 //! What an interrupted calibration leaves, and how it goes on.
 //!
 //! `block-00003.safetensors` is a [`PackedFile`] of the block's packed weights with their biases, LoRA factors
-//! (`<path>.lora_a`, `<path>.lora_b`, as in memory) and norms, with the run's fingerprint, those of the original projections and norms and
-//! of all dense values, and the block's report in its metadata. `streams.bin` is a line of JSON and the two residual streams before the next block,
-//! as f32. It is replaced after the block's file was written, so it alone says how far the run came.
+//! (`<path>.lora_a`, `<path>.lora_b`, as in memory) and norms, with the run's fingerprint, those of the original
+//! projections and norms and of all dense values, and the block's report in its metadata. `streams.bin` is a line of JSON
+//! and the two residual streams before the next block, as f32. It is replaced after the block's file was written, so it
+//! alone says how far the run came.
 
 use std::{
     collections::BTreeMap,
