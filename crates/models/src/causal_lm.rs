@@ -120,7 +120,7 @@ pub trait Slots: CausalLm {
     /// If there is no such block.
     fn scale_sites(&self, index: usize) -> Vec<ScaleSite>;
 
-    /// A parameter of a block's norm by its name in the checkpoint, `model.layers.3.input_layernorm.weight`; `None` if
-    /// no [`scale_sites`](Self::scale_sites) names it.
+    /// A parameter `[width]` of a block's norm by its name in the checkpoint, `model.layers.3.input_layernorm.weight`;
+    /// `None` if no [`scale_sites`](Self::scale_sites) names it.
     fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>>;
 }
