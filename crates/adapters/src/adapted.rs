@@ -5,7 +5,7 @@ use burn::{
     nn::Linear,
     tensor::Tensor,
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Projection};
 
 use crate::{Adapter, AnyAdapter};
 
@@ -71,5 +71,12 @@ impl<P: Projection, A: Adapter> Projection for Adapted<P, A> {
 
     fn shape(&self) -> [usize; 2] {
         self.base.shape()
+    }
+
+    fn at(&self, place: Place) {
+        self.base.at(place);
+        if let Some(adapter) = &self.adapter {
+            adapter.at(place);
+        }
     }
 }

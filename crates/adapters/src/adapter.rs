@@ -4,7 +4,7 @@ use burn::{
     module::{Module, ModuleDisplay},
     tensor::Tensor,
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Projection};
 
 /// A trained part beside a frozen linear layer.
 ///
@@ -42,4 +42,7 @@ pub trait Adapter: Module + ModuleDisplay {
         let y = base.forward(x.clone());
         self.adapt(base, x, y).reshape(sizes)
     }
+
+    /// Hears where training stands before every forward pass; adapters with dropout need it.
+    fn at(&self, _place: Place) {}
 }

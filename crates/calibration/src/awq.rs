@@ -1,7 +1,7 @@
 //! AWQ's scaling: larger weights, and so finer steps, for inputs with large activations.
 
 use burn::tensor::{Device, Tensor};
-use kiln_models::{Context, ScaleSource, Slots};
+use kiln_models::{Context, ScaleSites, ScaleSource};
 use kiln_quant_core::{HostQuantizer, MinMax, QuantScheme, Scheme};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -79,7 +79,7 @@ struct Found {
 /// are left alone.
 ///
 /// `x` is the original residual stream before the block, the stations of `places` are those of `model`.
-pub(crate) fn scale<W: Slots<Slot = Station>>(
+pub(crate) fn scale<W: ScaleSites<Slot = Station>>(
     config: &AwqConfig,
     model: &mut W,
     index: usize,

@@ -6,7 +6,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
-use kiln_models::{Context, Slots};
+use kiln_models::{CausalLm, Context};
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear, Scheme,
 };
@@ -107,7 +107,7 @@ impl Place {
 }
 
 /// Runs a model's block on one window, `[rows, width]` → `[rows, width]`.
-pub(crate) fn pass<W: Slots>(model: &W, index: usize, context: &Context, x: Tensor<2>) -> Tensor<2> {
+pub(crate) fn pass<W: CausalLm>(model: &W, index: usize, context: &Context, x: Tensor<2>) -> Tensor<2> {
     let [rows, width] = x.dims();
     model.block(index, x.reshape([1, rows, width]), context, None).reshape([rows, width])
 }

@@ -4,7 +4,7 @@ use std::{path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Tensor};
 use kiln_adapters::{Adapted, Lora, LoraAttacher};
-use kiln_models::{Context, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch};
+use kiln_models::{CausalLm, Context, ScaleSites, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch};
 use kiln_quant_core::{Projection, QuantLinear, Scheme};
 
 use crate::{
@@ -103,11 +103,11 @@ impl<'a> Calibrator<'a> {
     /// [`Error::Argument`] for windows that don't fit the model, or options out of range; [`Error::NotFinite`] naming
     /// the projection whose weights or activations hold NaN or infinity; [`Error::Singular`]; [`Error::Diverged`];
     /// [`Error::Cancelled`]; [`Error::File`] for a folder of another run; whatever reading weights refuses.
-    pub fn run<M: Slots<Slot = QuantLinear>>(
-        &self,
-        model: M,
-        observer: Observer,
-    ) -> Result<(Calibrated<M>, CalibrationReport)> {
+    pub fn run<M>(&self, model: M, observer: Observer) -> Result<(Calibrated<M>, CalibrationReport)>
+    where
+        M: ScaleSites<Slot = QuantLinear>,
+        M::With<Station>: ScaleSites<Slot = Station>,
+    {
         self.config.check()?;
         if self.attacher.is_none()
             && (self.config.method.needs_adapters() || self.config.correction.is_some())
@@ -131,7 +131,7 @@ impl<'a> Calibrator<'a> {
     }
 
     /// Checks the windows against the model.
-    fn tokens<M: Slots>(&self, model: &M) -> Result<Vec<TokenBatch>> {
+    fn tokens<M: CausalLm>(&self, model: &M) -> Result<Vec<TokenBatch>> {
         let fail =
             |expected: String, found: String| Err(Error::argument("calibration windows", expected, found));
         let length = self.windows.first().map_or(0, Vec::len);
@@ -149,7 +149,7 @@ impl<'a> Calibrator<'a> {
         self.windows.iter().map(|window| Ok(TokenBatch::new(std::slice::from_ref(window))?)).collect()
     }
 
-    fn calibrate<W: Slots<Slot = Station>>(
+    fn calibrate<W: ScaleSites<Slot = Station>>(
         &self,
         model: &mut W,
         tokens: &[TokenBatch],
@@ -267,7 +267,7 @@ impl<'a> Calibrator<'a> {
     }
 
     /// Puts a finished block back; returns its report.
-    fn restore<W: Slots>(
+    fn restore<W: ScaleSites>(
         &self,
         folder: &Folder,
         model: &mut W,
@@ -370,7 +370,7 @@ impl Block<'_> {
 }
 
 /// The parameters of the norms before the projections of a block, in host memory.
-fn norms<W: Slots>(model: &mut W, index: usize) -> Vec<Norm> {
+fn norms<W: ScaleSites>(model: &mut W, index: usize) -> Vec<Norm> {
     let names = model.scale_sites(index).into_iter().flat_map(|site| match site.source {
         ScaleSource::Norm(names) => names,
         ScaleSource::Projection(_) => Vec::new(),
@@ -400,7 +400,7 @@ fn by_block(slots: Vec<(String, Station)>, total: usize) -> Result<Vec<Vec<(Stri
 }
 
 /// The residual stream before the first block.
-fn embed<W: Slots>(model: &W, tokens: &[TokenBatch], store: &Store) -> Result<Stream> {
+fn embed<W: CausalLm>(model: &W, tokens: &[TokenBatch], store: &Store) -> Result<Stream> {
     let mut stream: Option<Stream> = None;
     for (window, tokens) in tokens.iter().enumerate() {
         let x = model.embed(&model.context(tokens, None));
@@ -432,7 +432,7 @@ fn copy(stream: &Stream, store: &Store) -> Result<Stream> {
 ///
 /// # Errors
 /// [`Error::Argument`] if the models differ in their number of blocks; whatever the windows' tokens refuse.
-pub fn block_errors<A: Slots, B: Slots>(original: &A, found: &B, windows: &[Vec<u32>]) -> Result<Vec<f64>> {
+pub fn block_errors<A: CausalLm, B: CausalLm>(original: &A, found: &B, windows: &[Vec<u32>]) -> Result<Vec<f64>> {
     let total = original.num_blocks();
     if found.num_blocks() != total {
         return Err(Error::argument("blocks", total.to_string(), found.num_blocks()));

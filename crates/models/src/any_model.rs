@@ -4,9 +4,9 @@ use burn::{
     module::{Module, Param},
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Projection};
 
-use crate::{CausalLm, Context, KvCache, Llama, Opt, ScaleSite, Slots, TokenBatch};
+use crate::{CausalLm, Context, KvCache, Llama, Opt, ScaleSite, ScaleSites, Slots, TokenBatch};
 
 /// A model of any supported architecture, for programs that learn which from a file.
 #[derive(Module, Debug)]
@@ -59,6 +59,9 @@ impl<P: Projection> CausalLm for AnyModel<P> {
     fn device(&self) -> Device {
         either!(self, model => model.device())
     }
+    fn at(&self, place: Place) {
+        either!(self, model => model.at(place));
+    }
 }
 
 impl<P: Projection> Slots for AnyModel<P> {
@@ -72,10 +75,12 @@ impl<P: Projection> Slots for AnyModel<P> {
         })
     }
 
-    fn for_each_slot(&self, f: impl FnMut(&str, &P)) {
-        either!(self, model => model.for_each_slot(f));
+    fn slots(&self) -> Vec<(String, &P)> {
+        either!(self, model => model.slots())
     }
+}
 
+impl<P: Projection> ScaleSites for AnyModel<P> {
     fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
         either!(self, model => model.scale_sites(index))
     }

@@ -4,7 +4,7 @@ use burn::{
     module::{Module, ModuleDisplay, Param},
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Slots};
 
 use crate::{Context, KvCache, ScaleSite, TokenBatch};
 
@@ -54,6 +54,10 @@ pub trait CausalLm: Module + ModuleDisplay {
     /// Where the parameters are.
     fn device(&self) -> Device;
 
+    /// Tells every part whose results depend on it where training stands (seeded dropout); trainers call it before each
+    /// forward pass.
+    fn at(&self, place: Place);
+
     /// The residual stream after the last block, before the final norm; what training without recomputation runs.
     fn residual(&self, context: &Context, mut cache: Option<&mut KvCache>) -> Tensor<3> {
         let mut x = self.embed(context);
@@ -86,34 +90,9 @@ pub trait CausalLm: Module + ModuleDisplay {
     }
 }
 
-/// A model whose blocks' linears can be visited and replaced by name.
-///
-/// Paths are the checkpoint's: `model.layers.3.self_attn.q_proj`.
-pub trait Slots: CausalLm {
-    /// What stands in the slots now.
-    type Slot: Projection;
-    /// The same model with another projection.
-    type With<Q: Projection>: Slots<Slot = Q>;
-
-    /// Replaces every projection, in the order in which data flows.
-    ///
-    /// # Errors
-    /// The first error of `f`.
-    fn try_map<Q: Projection, E>(
-        self,
-        f: impl FnMut(&str, Self::Slot) -> Result<Q, E>,
-    ) -> Result<Self::With<Q>, E>;
-
-    /// Visits every projection, in the order in which data flows.
-    fn for_each_slot(&self, f: impl FnMut(&str, &Self::Slot));
-
-    /// Paths and shapes `[d_input, d_output]` of all slots.
-    fn slot_shapes(&self) -> Vec<(String, [usize; 2])> {
-        let mut shapes = Vec::new();
-        self.for_each_slot(|path, slot| shapes.push((path.to_string(), slot.shape())));
-        shapes
-    }
-
+/// A model in which factors can move between norms and linears without changing what it computes, as AWQ's scaling
+/// does.
+pub trait ScaleSites: CausalLm + Slots {
     /// Where factors can move between the parts of block `index`, in the order in which data flows.
     ///
     /// # Panics

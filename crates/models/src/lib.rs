@@ -28,7 +28,8 @@ mod tokenizer;
 
 pub use any_model::AnyModel;
 pub use batch::TokenBatch;
-pub use causal_lm::{CausalLm, Slots};
+pub use causal_lm::{CausalLm, ScaleSites};
+pub use kiln_quant_core::{Place, Slots};
 pub use checkpoint::Checkpoint;
 pub use context::{Context, KvCache};
 pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients, residual_gradient};

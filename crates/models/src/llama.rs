@@ -4,10 +4,10 @@ use burn::{
     module::{Module, Param},
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::{Projection, QuantLinear, fused};
+use kiln_quant_core::{Place, Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, RmsNorm, ScaleSite, ScaleSource, Slots, TokenBatch,
+    CausalLm, Context, Embedding, KvCache, RmsNorm, ScaleSite, ScaleSites, ScaleSource, Slots, TokenBatch,
     config::{LlamaConfig, check_count, check_shape},
     rope,
 };
@@ -241,6 +241,10 @@ impl<P: Projection> CausalLm for Llama<P> {
     fn device(&self) -> Device {
         self.model.norm.weight.val().device().without_autodiff()
     }
+
+    fn at(&self, place: Place) {
+        self.for_each_slot(|_, slot| slot.at(place));
+    }
 }
 
 impl<P: Projection> Slots for Llama<P> {
@@ -277,10 +281,11 @@ impl<P: Projection> Slots for Llama<P> {
         })
     }
 
-    fn for_each_slot(&self, mut f: impl FnMut(&str, &P)) {
+    fn slots(&self) -> Vec<(String, &P)> {
+        let mut slots = Vec::new();
         for (index, block) in self.model.layers.iter().enumerate() {
-            let (attention, mlp) = (&block.self_attn, &block.mlp);
-            for (name, slot) in [
+            let attention = &block.self_attn;
+            let named = [
                 ("self_attn.q_proj", &attention.q_proj),
                 ("self_attn.k_proj", &attention.k_proj),
                 ("self_attn.v_proj", &attention.v_proj),
@@ -288,12 +293,14 @@ impl<P: Projection> Slots for Llama<P> {
                 ("mlp.gate_proj", &mlp.gate_proj),
                 ("mlp.up_proj", &mlp.up_proj),
                 ("mlp.down_proj", &mlp.down_proj),
-            ] {
-                f(&format!("model.layers.{index}.{name}"), slot);
-            }
+            ];
+            slots.extend(named.map(|(name, slot)| (format!("model.layers.{index}.{name}"), slot)));
         }
+        slots
     }
+}
 
+impl<P: Projection> ScaleSites for Llama<P> {
     fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
         let path = |name: &str| format!("model.layers.{index}.{name}");
         let site = |source, readers: &[&str]| ScaleSite {

@@ -4,10 +4,10 @@ use burn::{
     module::{Module, Param},
     tensor::{Device, Tensor, activation::relu},
 };
-use kiln_quant_core::{Projection, QuantLinear, fused};
+use kiln_quant_core::{Place, Projection, QuantLinear, fused};
 
 use crate::{
-    CausalLm, Context, Embedding, KvCache, LayerNorm, ScaleSite, ScaleSource, Slots, TokenBatch,
+    CausalLm, Context, Embedding, KvCache, LayerNorm, ScaleSite, ScaleSites, ScaleSource, Slots, TokenBatch,
     config::{OptConfig, check_count, check_shape},
 };
 
@@ -209,6 +209,10 @@ impl<P: Projection> CausalLm for Opt<P> {
     fn device(&self) -> Device {
         self.decoder.embed_positions.val().device().without_autodiff()
     }
+
+    fn at(&self, place: Place) {
+        self.for_each_slot(|_, slot| slot.at(place));
+    }
 }
 
 impl<P: Projection> Slots for Opt<P> {
@@ -245,22 +249,25 @@ impl<P: Projection> Slots for Opt<P> {
         })
     }
 
-    fn for_each_slot(&self, mut f: impl FnMut(&str, &P)) {
+    fn slots(&self) -> Vec<(String, &P)> {
+        let mut slots = Vec::new();
         for (index, block) in self.decoder.layers.iter().enumerate() {
             let attention = &block.self_attn;
-            for (name, slot) in [
+            let named = [
                 ("self_attn.q_proj", &attention.q_proj),
                 ("self_attn.k_proj", &attention.k_proj),
                 ("self_attn.v_proj", &attention.v_proj),
                 ("self_attn.out_proj", &attention.out_proj),
                 ("fc1", &block.fc1),
                 ("fc2", &block.fc2),
-            ] {
-                f(&format!("model.decoder.layers.{index}.{name}"), slot);
-            }
+            ];
+            slots.extend(named.map(|(name, slot)| (format!("model.decoder.layers.{index}.{name}"), slot)));
         }
+        slots
     }
+}
 
+impl<P: Projection> ScaleSites for Opt<P> {
     fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
         let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
         let site = |source, readers: &[&str]| ScaleSite {

@@ -16,7 +16,7 @@ pub struct ScaleSite {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ScaleSource {
     /// Norm parameters of one value a channel, by their names in the checkpoint; see
-    /// [`Slots::norm_parameter`](crate::Slots::norm_parameter).
+    /// [`ScaleSites::norm_parameter`](crate::ScaleSites::norm_parameter).
     Norm(Vec<String>),
     /// The outputs of the projection with this path, weight and bias.
     Projection(String),

@@ -28,6 +28,20 @@ pub trait Projection: Module + ModuleDisplay {
 
     /// `[d_input, d_output]`.
     fn shape(&self) -> [usize; 2];
+
+    /// Hears where training stands before every forward pass; seeded dropout needs it, most projections don't.
+    fn at(&self, _place: Place) {}
+}
+
+/// Where a forward pass stands in a training run; masks drawn at random depend on nothing else.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// The step, counted from 0.
+    pub step: u64,
+    /// The micro-batch within the step.
+    pub micro_batch: u64,
+    /// Whether gradients are taken: `false` while evaluating.
+    pub training: bool,
 }
 
 impl Projection for Linear {

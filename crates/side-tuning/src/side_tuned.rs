@@ -6,7 +6,7 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use kiln_models::{CausalLm, Context, KvCache, TokenBatch};
+use kiln_models::{CausalLm, Context, KvCache, Place, TokenBatch};
 
 use crate::{
     Backbone, Result, SideConfig, SideNetwork,
@@ -186,6 +186,9 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
     fn device(&self) -> Device {
         self.backbone().device()
     }
+
+    /// The backbone is frozen, and side networks draw nothing at random.
+    fn at(&self, _place: Place) {}
 
     fn residual(&self, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
         let hidden = self.hidden.as_deref().filter(|_| cache.is_none());

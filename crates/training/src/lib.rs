@@ -17,4 +17,5 @@ pub use data::{DataOptions, DataReport, Dataset, Example, LongSequences, Message
 pub use error::{Error, Result};
 pub use schedule::{Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
-pub use trainer::{Observer, Place, RunOptions, StepReport, Trainer, TrainerConfig};
+pub use kiln_models::Place;
+pub use trainer::{Observer, RunOptions, StepReport, Trainer, TrainerConfig};

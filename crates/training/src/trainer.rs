@@ -3,7 +3,7 @@
 use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
-use kiln_models::{CausalLm, DriverOptions, Recompute, Targets, TokenBatch, loss_and_gradients};
+use kiln_models::{CausalLm, DriverOptions, Place, Recompute, Targets, TokenBatch, loss_and_gradients};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -132,17 +132,6 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
-/// Where a forward pass stands in the run; masks drawn at random must depend on nothing else.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Place {
-    /// The step, counted from 0.
-    pub step: u64,
-    /// The micro-batch within the step.
-    pub micro_batch: u64,
-    /// Whether gradients are taken: `false` while evaluating.
-    pub training: bool,
-}
-
 /// Hears what happens, evaluates, and may stop the run. All methods have empty defaults.
 pub trait Observer<M> {
     /// After every step; [`ControlFlow::Break`] ends the run.
@@ -188,7 +177,6 @@ pub struct Trainer<M: CausalLm> {
     dataset: Arc<Dataset>,
     step: u64,
     best: Option<f64>,
-    clock: Box<dyn Fn(Place) + Send>,
 }
 
 impl<M: CausalLm> Trainer<M> {
@@ -224,14 +212,7 @@ impl<M: CausalLm> Trainer<M> {
             dataset,
             step: 0,
             best: None,
-            clock: Box::new(|_| {}),
         })
-    }
-
-    /// Calls `clock` before every forward pass: how seeded dropout learns where it is.
-    pub fn with_clock(mut self, clock: impl Fn(Place) + Send + 'static) -> Self {
-        self.clock = Box::new(clock);
-        self
     }
 
     /// The training model.
@@ -294,12 +275,12 @@ impl<M: CausalLm> Trainer<M> {
             if batch.target_count() == 0 {
                 continue;
             }
-            (self.clock)(Place { step: self.step, micro_batch: index as u64, training: true });
+            model.at(Place { step: self.step, micro_batch: index as u64, training: true });
             let (tokens, targets, scored) = parts(batch);
             let targets = Targets { ids: &targets, scored: &scored };
             nll += loss_and_gradients(model, &tokens, targets, &options, &mut sums)?;
         }
-        (self.clock)(Place { step: self.step, micro_batch: 0, training: false });
+        model.at(Place { step: self.step, micro_batch: 0, training: false });
         // Sums of sums, divided once: k micro-batches are one batch, however their tokens are spread.
         let loss = nll / targets as f64;
         let gradients = sums.grads();
