@@ -4,7 +4,9 @@ use std::{path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Tensor};
 use kiln_adapters::{Adapted, Lora, LoraAttacher};
-use kiln_models::{CausalLm, Context, ScaleSites, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch};
+use kiln_models::{
+    CausalLm, Context, ScaleSites, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch,
+};
 use kiln_quant_core::{Projection, QuantLinear, Scheme};
 
 use crate::{
@@ -372,7 +374,7 @@ impl Block<'_> {
 /// The parameters of the norms before the projections of a block, in host memory.
 fn norms<W: ScaleSites>(model: &mut W, index: usize) -> Vec<Norm> {
     let names = model.scale_sites(index).into_iter().flat_map(|site| match site.source {
-        ScaleSource::Norm(names) => names,
+        ScaleSource::Norm { parameters, .. } => parameters,
         ScaleSource::Projection(_) => Vec::new(),
     });
     let mut norms = Vec::new();
@@ -432,7 +434,11 @@ fn copy(stream: &Stream, store: &Store) -> Result<Stream> {
 ///
 /// # Errors
 /// [`Error::Argument`] if the models differ in their number of blocks; whatever the windows' tokens refuse.
-pub fn block_errors<A: CausalLm, B: CausalLm>(original: &A, found: &B, windows: &[Vec<u32>]) -> Result<Vec<f64>> {
+pub fn block_errors<A: CausalLm, B: CausalLm>(
+    original: &A,
+    found: &B,
+    windows: &[Vec<u32>],
+) -> Result<Vec<f64>> {
     let total = original.num_blocks();
     if found.num_blocks() != total {
         return Err(Error::argument("blocks", total.to_string(), found.num_blocks()));

@@ -18,9 +18,7 @@ use kiln::{
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
-    pruning::{
-        BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
-    },
+    pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
@@ -72,9 +70,9 @@ fn predicted_bytes_are_the_loaded_models() {
             let (plan, predicted) = (space.plan(&config), space.bytes(&config));
             let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
             assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
-            assert_eq!(model_bytes(&loaded) as u64, predicted);
+            assert_eq!(loaded.stored_bytes() as u64, predicted);
             let made = variants.model(&plan).unwrap();
-            assert_eq!(model_bytes(&made) as u64, predicted);
+            assert_eq!(made.stored_bytes() as u64, predicted);
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
             let logits = |model: &AnyModel<QuantLinear>| {

@@ -14,7 +14,7 @@ use kiln_quant_core::{Projection, QuantLinear};
 use crate::{
     Calibration, Error, Result,
     criterion::{Axis, Criterion, InputStatistics, Matrix},
-    structure::{Role, Structure},
+    structure::Structure,
     tapped::{Recording, Tape, Tapped},
 };
 
@@ -38,8 +38,8 @@ pub(crate) enum Scored {
 }
 
 impl Scored {
-    fn axis(self, input: Role) -> Axis {
-        match (self, input == Role::Hidden) {
+    fn axis(self, input: Channels) -> Axis {
+        match (self, input == Channels::Hidden) {
             (Self::Groups, true) | (Self::Hidden, false) => Axis::Output,
             (Self::Groups, false) | (Self::Hidden, true) => Axis::Input,
         }
@@ -88,7 +88,7 @@ impl<'a> Runner<'a> {
         let tape = Tape::default();
         let linears = structure.by_path();
         let model = model.valid().try_map(|path, base| {
-            let listens = linears.get(path).is_some_and(|linear| linear.input != Role::Hidden);
+            let listens = linears.get(path).is_some_and(|linear| linear.input != Channels::Hidden);
             Ok::<_, Error>(Tapped::new(path, base, listens, &tape))
         })?;
         let batches = calibration.batches()?;
@@ -337,7 +337,6 @@ mod tests {
     use kiln_models::{Checkpoint, DriverOptions, LoadOptions, loss_and_gradients};
 
     use super::*;
-    use crate::model_config;
 
     /// Gradients of all weights of a dense model at once, `[d_input, d_output]`, of the mean loss of some windows.
     fn plain(model: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
@@ -366,7 +365,7 @@ mod tests {
         for folder in ["llama-untied-bf16", "qwen3-untied-f32", "opt-f32"] {
             let checkpoint = Checkpoint::open(kiln_testkit::testdata(&format!("tiny/{folder}"))).unwrap();
             let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-            let structure = Structure::of(&model_config(&model)).unwrap();
+            let structure = Structure::of(model.config());
             let windows: Vec<Vec<u32>> =
                 (0..5).map(|w| (0..12).map(|i| (w * 31 + i * 7 + i * i) % 256).collect()).collect();
             // Batches of 2, 2 and 1 windows.

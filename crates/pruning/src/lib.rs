@@ -13,7 +13,6 @@ mod packed;
 mod pad;
 mod prune;
 mod selection;
-mod size;
 mod structure;
 mod tapped;
 #[cfg(test)]
@@ -35,5 +34,5 @@ pub use prune::{BlockPruning, HiddenPruning, LayerPruning, Pruned, PruningReport
 pub use selection::{
     Budget, HeadRounding, LayerRange, Normalise, Scope, removed_channels, removed_heads, removed_mlp_channels,
 };
-pub use size::{model_bytes, parameters};
-pub use structure::{Coupling, Layer, Role, Structure, model_config};
+pub use size::parameters;
+pub use structure::{Coupling, Layer, Structure};

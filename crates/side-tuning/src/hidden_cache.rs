@@ -12,7 +12,7 @@ use kiln_models::Context;
 use kiln_quant_core::safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors};
 use sha2::{Digest, Sha256};
 
-use crate::{Backbone, Error, Result, SideTuned, fingerprint, network::width_and_layers};
+use crate::{Backbone, Error, Result, SideTuned};
 
 /// Changes with the layout of the files.
 const VERSION: &str = "1";
@@ -96,11 +96,9 @@ impl HiddenCache {
         limit_bytes: u64,
         precision: StatePrecision,
     ) -> Result<Self> {
-        use kiln_models::config::{ModelConfig, RopeScaling};
+        use kiln_models::config::RopeScaling;
         let (folder, backbone, config) = (folder.into(), model.backbone().model_config(), model.config());
-        if let ModelConfig::Llama(llama) = &backbone
-            && matches!(llama.rope.scaling, RopeScaling::Dynamic { .. })
-        {
+        if backbone.rope.iter().any(|rope| matches!(rope.scaling, RopeScaling::Dynamic { .. })) {
             return Err(Error::argument("rope_scaling", "one that doesn't depend on the batch", "dynamic"));
         }
         fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -108,7 +106,7 @@ impl HiddenCache {
         for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
             bytes += entry.and_then(|entry| entry.metadata()).map_err(Error::io(&folder))?.len();
         }
-        let [width, _] = width_and_layers(&backbone);
+        let width = backbone.hidden_size;
         let pooled = config.downsample.is_pool();
         let top = if pooled { width } else { 0 };
         let kind =

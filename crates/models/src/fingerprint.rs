@@ -1,4 +1,4 @@
-//! Which model a side network belongs to.
+//! Which model something was made for.
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
@@ -18,7 +18,10 @@ pub fn fingerprint<M: Module>(model: &M) -> Result<String> {
     let mut hash = Hash { path: Vec::new(), sha: Sha256::new(), problem: None };
     model.visit(&mut hash);
     match hash.problem {
-        Some(problem) => Err(Error::argument("backbone", "parameters that can be read", problem)),
+        Some(found) => {
+            let expected = "parameters that can be read from the device".into();
+            Err(Error::Argument { name: "model".into(), expected, found })
+        }
         None => Ok(hash.sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()),
     }
 }
