@@ -8,7 +8,9 @@ use burn::{
     module::Module,
     tensor::{FloatDType, Tensor},
 };
-use kiln_models::{AnyModel, CausalLm, Context, Slots, Targets, TokenBatch, residual_gradient};
+use kiln_models::{
+    AnyModel, CausalLm, Context, Slots, Targets, TokenBatch, families::Channels, residual_gradient,
+};
 use kiln_quant_core::{Projection, QuantLinear};
 
 use crate::{

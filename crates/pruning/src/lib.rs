@@ -34,5 +34,4 @@ pub use prune::{BlockPruning, HiddenPruning, LayerPruning, Pruned, PruningReport
 pub use selection::{
     Budget, HeadRounding, LayerRange, Normalise, Scope, removed_channels, removed_heads, removed_mlp_channels,
 };
-pub use size::parameters;
 pub use structure::{Coupling, Layer, Structure};

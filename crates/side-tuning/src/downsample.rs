@@ -5,7 +5,7 @@ use burn::{
     nn::Linear,
     tensor::{Tensor, activation::silu},
 };
-use kiln_models::Norm;
+use kiln_models::{Norm, families::NormKind};
 
 use crate::{Downsample, SideConfig, init::Init};
 
@@ -39,7 +39,7 @@ impl Downsampler {
             }
             Downsample::MaxPool | Downsample::AvgPool => (None, None),
         };
-        let norm = config.downsample_norm.then(|| init.layer_norm(side, true));
+        let norm = config.downsample_norm.then(|| init.norm(NormKind::Layer, side, 1e-5, true));
         Self { down, up, norm, kind, side_width: side }
     }
 

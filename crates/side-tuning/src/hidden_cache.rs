@@ -8,7 +8,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kiln_models::Context;
+use kiln_models::{Context, fingerprint};
 use kiln_quant_core::safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors};
 use sha2::{Digest, Sha256};
 
@@ -137,7 +137,7 @@ impl HiddenCache {
             let data = data.map_err(|error| Error::argument("ids", "ids that can be read", error))?;
             Ok::<Vec<i64>, Error>(data.iter::<i64>().collect())
         };
-        let (length, segments) = (context.length(), context.attention(1, None).query_segments);
+        let (length, segments) = (context.length(), context.attention(1.0, None).query_segments);
         let (ids, positions) = (host(context.ids.clone())?, host(context.positions.clone())?);
         let rows = ids.chunks(length).zip(positions.chunks(length)).zip(segments.chunks(length));
         let key = |((ids, positions), segments): ((&[i64], &[i64]), &[u32])| {

@@ -8,7 +8,7 @@ use burn::{
         activation::{gelu_approximate, relu, silu},
     },
 };
-use kiln_models::Slots;
+use kiln_models::{CausalLm, Slots};
 use kiln_quant_core::Projection;
 use serde::{Deserialize, Serialize};
 
@@ -115,7 +115,7 @@ const OUTPUTS: [&str; 4] = [".self_attn.o_proj", ".mlp.down_proj", ".self_attn.o
 ///
 /// # Errors
 /// A bottleneck of zero or wider than the model.
-pub fn attach_houlsby<M: Slots>(
+pub fn attach_houlsby<M: CausalLm + Slots>(
     model: M,
     bottleneck: usize,
     activation: Activation,

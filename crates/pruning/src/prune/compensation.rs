@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use kiln_models::AnyModel;
+use kiln_models::families::Channels;
 use kiln_quant_core::QuantLinear;
 
 use super::matrix;
