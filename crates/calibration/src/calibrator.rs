@@ -4,7 +4,9 @@ use std::{path::PathBuf, time::Instant};
 
 use burn::tensor::{Device, Tensor};
 use kiln_adapters::{Adapted, Lora, LoraAttacher};
-use kiln_models::{CausalLm, Context, ScaleSites, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch};
+use kiln_models::{
+    CausalLm, Context, ScaleSites, ScaleSource, Slots, StoredWeight, TensorSource, TokenBatch,
+};
 use kiln_quant_core::{Projection, QuantLinear, Scheme};
 
 use crate::{
@@ -432,7 +434,11 @@ fn copy(stream: &Stream, store: &Store) -> Result<Stream> {
 ///
 /// # Errors
 /// [`Error::Argument`] if the models differ in their number of blocks; whatever the windows' tokens refuse.
-pub fn block_errors<A: CausalLm, B: CausalLm>(original: &A, found: &B, windows: &[Vec<u32>]) -> Result<Vec<f64>> {
+pub fn block_errors<A: CausalLm, B: CausalLm>(
+    original: &A,
+    found: &B,
+    windows: &[Vec<u32>],
+) -> Result<Vec<f64>> {
     let total = original.num_blocks();
     if found.num_blocks() != total {
         return Err(Error::argument("blocks", total.to_string(), found.num_blocks()));

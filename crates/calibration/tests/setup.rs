@@ -7,6 +7,7 @@ use kiln_adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules};
 use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress, random_windows};
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
+pub use kiln_testkit::ids;
 use kiln_testkit::{read, testdata};
 
 /// A calibrated model.
@@ -24,12 +25,6 @@ pub fn dense(folder: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
 
 pub fn tiny() -> AnyModel<QuantLinear> {
     dense("models/tiny-llama").1
-}
-
-/// Token ids of the embedded model's texts.
-pub fn ids(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
 }
 
 /// Calibration windows.

@@ -25,7 +25,7 @@ use kiln::{
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-use kiln_testkit::{assert_close, read, testdata};
+use kiln_testkit::{assert_close, figures_of, ids, peak, read, report, task, testdata};
 
 const EMBEDDED: &str = "models/tiny-llama";
 
@@ -44,8 +44,7 @@ fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
 }
 
 fn text(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+    ids(name)
 }
 
 fn windows(count: usize, length: usize) -> Vec<Vec<u32>> {
@@ -531,31 +530,20 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
     let mut trainer = Trainer::new(model, dataset, training).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    (kiln::eval::peak_rss_bytes().unwrap() as f64, space.report(&space.config(&plan).unwrap()).peak as f64)
+    (peak(), space.report(&space.config(&plan).unwrap()).peak as f64)
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn the_predicted_training_peak_is_measured() {
-    const TASK: &str = "KILN_MIXQ_PEAK_TASK";
     let test = "mixq::the_predicted_training_peak_is_measured";
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let recompute = if task.contains("block") { Recompute::Block } else { Recompute::None };
         let (measured, predicted) = training_peak(recompute, task.contains("pruned"));
-        println!("PEAK {measured} {predicted}");
-        return;
+        return report(&[measured, predicted]);
     }
     for task in ["none", "pruned none", "pruned block"] {
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-            .env(TASK, task)
-            .env("RAYON_NUM_THREADS", "2")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line =
-            text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
-        let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+        let figures = figures_of(test, task);
         println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
         assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
     }

@@ -19,7 +19,7 @@ use burn::{
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
 use kiln_pruning::{Calibration, Kept, Role, Structure, model_config};
 use kiln_quant_core::{Projection, QuantLinear};
-use kiln_testkit::{Golden, read, testdata};
+use kiln_testkit::{Golden, ids, read, testdata};
 
 /// A checkpoint of each architecture, with and without biases, tied and untied, with a window.
 pub(crate) const FOLDERS: [&str; 6] = [
@@ -43,9 +43,7 @@ pub(crate) fn load(folder: &str) -> AnyModel<QuantLinear> {
 pub(crate) fn embedded() -> (AnyModel<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-    let bytes = std::fs::read(testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le")).unwrap();
-    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
-    (model, ids)
+    (model, ids("indomain_heldout_sotu_2011"))
 }
 
 /// The fixtures' two rows of 24 tokens.
