@@ -16,10 +16,10 @@ use kiln::{
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{
         ApiqConfig, ApiqLoss, AwqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig,
-        LoftqConfig, Method, Progress, Rounding, block_errors, random_windows,
+        LoftqConfig, Method, Progress, Rounding, block_errors,
     },
     eval::{WindowedPerplexity, peak_rss_bytes},
-    models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Tokenizer},
+    models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Tokenizer, Windows},
     quant::{Plan, QuantLinear, Scheme},
     training::{
         BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, Order, RunOptions, ScheduleKind,
@@ -255,7 +255,7 @@ struct Study<'a> {
     tokenizer: Tokenizer,
     original: AnyModel<QuantLinear>,
     calibration: PathBuf,
-    windows: Vec<Vec<u32>>,
+    windows: Windows,
     held_out: Vec<u32>,
 }
 
@@ -385,7 +385,7 @@ fn main() -> Result<()> {
     let eval = text(&options.eval, "models/tiny-llama/text/shift_test_moby.txt");
     let ids = read_ids(&calibration, &tokenizer)?;
     let count = options.budget(options.windows, 16, 32);
-    let windows = random_windows(&ids, options.length(), count, options.seed)?;
+    let windows = Windows::random(&ids, options.length(), count, options.seed)?;
     let held_out = read_ids(&eval, &tokenizer)?;
     if !options.no_original {
         println!("original: perplexity {:.2}", perplexity(&original, &held_out, options.length())?);

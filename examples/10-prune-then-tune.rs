@@ -13,10 +13,9 @@ use clap::Parser;
 use kiln::{
     adapters::{PeftConfig, TargetModules},
     eval::WindowedPerplexity,
-    models::{AnyModel, CausalLm, Checkpoint, Recompute},
+    models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
     pruning::{
-        BlockPruning, Calibration, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat,
-        save_pruned,
+        BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
     quant::QuantLinear,
     training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
@@ -120,7 +119,7 @@ fn main() -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
-    let calibration = Calibration::sample(&train, options.windows, options.window_length, options.seed)?;
+    let calibration = Windows::disjoint(&train, options.window_length, options.windows, options.seed)?;
     let dense = perplexity(&model, &held_out, options.seq_len)?;
     println!("dense: perplexity {dense:.2}");
     println!(

@@ -49,7 +49,7 @@
 //! | [`AdapterConfig`], [`PeftConfig`], [`TargetModules`], [`InitLoraWeights`] | the configuration, with PEFT's names |
 //! | [`Targets`], [`Target`], [`Unmatched`] | which modules of a model it selects, and with which rank and scaling |
 //! | [`Attacher`], [`LoraAttacher`], [`AnyAttacher`] | makes the adapters of a model, new or loaded |
-//! | [`ReplaceWeight`] | bases that PiSSA and OLoRA may take a part of |
+//! | [`low_rank()`], [`Factors`], [`Svd`] | the best approximation of a matrix by two factors |
 //! | [`PackedMerge`] | merging into packed weights without touching a code |
 //! | [`Adapted::requantize`], [`RequantizeError`] | merging with loss, and how much |
 //! | [`AdapterSet`], [`AdapterMix`], [`AdapterSetAttacher`] | several adapters on one base, switched and weighted at run time |
@@ -109,8 +109,8 @@ mod dora;
 mod dropout;
 mod error;
 mod json_fields;
-mod linear_algebra;
 mod lora;
+mod low_rank;
 mod methods;
 mod packed_merge;
 mod parity;
@@ -135,6 +135,7 @@ pub use dora::Dora;
 pub use dropout::{Dropout, DropoutClock};
 pub use error::{Error, Result};
 pub use lora::Lora;
+pub use low_rank::{Factors, Svd, low_rank};
 pub use methods::{InitH, Method, QBara, QaBlora, QaHira, QaLora};
 pub use packed_merge::PackedMerge;
 pub use parity::{Parity, ParityBudget};
@@ -142,5 +143,4 @@ pub use peft::{PeftFolder, WEIGHTS_FILE, save_peft};
 pub use peft_config::{CONFIG_FILE, InitLoraWeights, MAX_RANK, PeftConfig, TargetModules};
 pub use pooled::{Core, Full, Geometry, LowRank, PooledAdapter, Pooling};
 pub use requantize::{OutputError, RequantizeError};
-pub use residual::ReplaceWeight;
 pub use target::{Target, Targets, Unmatched};

@@ -55,6 +55,7 @@
 //! that changes another's shape can't be searched. There is no random forest among the surrogates.
 
 mod builder;
+mod digest;
 mod divergence;
 mod error;
 mod front;

@@ -15,7 +15,7 @@ mod trainer;
 pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, in_order};
 pub use data::{DataOptions, DataReport, Dataset, Example, LongSequences, Message, TokenizeText};
 pub use error::{Error, Result};
+pub use kiln_models::Place;
 pub use schedule::{Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
-pub use kiln_models::Place;
 pub use trainer::{Observer, RunOptions, StepReport, Trainer, TrainerConfig};
