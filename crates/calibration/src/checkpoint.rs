@@ -15,7 +15,9 @@ use std::{
 
 use burn::{module::Param, tensor::Tensor};
 use kiln_adapters::Lora;
-use kiln_quant_core::{PackedWeight, QuantLinear, file::PackedFile, hash::Fnv1a, to_host, write_atomically};
+use kiln_quant_core::{
+    PackedWeight, QuantLinear, hash::Fnv1a, packed_file::PackedFile, to_host, write_atomically,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{

@@ -147,7 +147,7 @@ impl Part {
 /// nested scales, offset), offsets and input order.
 ///
 /// ```
-/// use kiln_quant_core::{HostQuantizer, MinMax, file::fingerprint};
+/// use kiln_quant_core::{HostQuantizer, MinMax, packed_file::fingerprint};
 /// let weight: Vec<f32> = (0..64).map(|i| i as f32).collect();
 /// let a = MinMax.quantize("a", &weight, 32, 2, &"affine4:32".parse()?)?;
 /// let b = MinMax.quantize("a", &weight, 32, 2, &"affine2:32".parse()?)?;
@@ -179,7 +179,7 @@ fn update(hasher: &mut Sha256, path: &str, weight: &PackedWeight) {
 ///
 /// ```
 /// use std::collections::BTreeMap;
-/// use kiln_quant_core::{HostQuantizer, MinMax, file::PackedFile};
+/// use kiln_quant_core::{HostQuantizer, MinMax, packed_file::PackedFile};
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("model.safetensors");
 /// let weight: Vec<f32> = (0..128).map(|i| (i as f32).sin()).collect();
