@@ -273,7 +273,7 @@ fn main() -> Result<()> {
     } else {
         Trainer::new(model, dataset, config)?
     };
-    let trainable = kiln_examples::trainable_parameters(trainer.model());
+    let trainable = kiln::quant::trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut trainer = follow(trainer, attacher.clock().clone());
     let mut bar = Bar(indicatif::ProgressBar::new(options.steps)

@@ -158,17 +158,3 @@ pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>
     let held_out = ids.split_off(ids.len() * 2 / 3);
     Ok((ids, held_out))
 }
-
-/// Values of all parameters that require gradients.
-pub fn trainable_parameters<M: burn::module::Module>(model: &M) -> usize {
-    struct Count(usize);
-    impl burn::module::ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<burn::tensor::Tensor<D>>) {
-            let tensor = param.val();
-            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
-        }
-    }
-    let mut count = Count(0);
-    model.visit(&mut count);
-    count.0
-}
