@@ -53,7 +53,6 @@
 //! | [`PackedMerge`] | merging into packed weights without touching a code |
 //! | [`Adapted::requantize`], [`RequantizeError`] | merging with loss, and how much |
 //! | [`AdapterSet`], [`AdapterMix`], [`AdapterSetAttacher`] | several adapters on one base, switched and weighted at run time |
-//! | [`ParityBudget`], [`Parity`] | methods at equal numbers of trained values |
 //! | [`PeftFolder`], [`save_peft`] | PEFT's adapter folders: LoRA, rank-stabilised LoRA, DoRA, PiSSA, OLoRA, QA-LoRA |
 //! | [`AdapterFolder`], [`save_adapters`] | own folders, for every method, tied to their base by its fingerprint |
 //! | [`Dropout`], [`DropoutClock`] | dropout that recomputation and resumption repeat exactly |
@@ -113,7 +112,6 @@ mod lora;
 mod low_rank;
 mod methods;
 mod packed_merge;
-mod parity;
 mod part;
 mod peft;
 mod peft_config;
@@ -138,7 +136,6 @@ pub use lora::Lora;
 pub use low_rank::{Factors, Svd, low_rank};
 pub use methods::{InitH, Method, QBara, QaBlora, QaHira, QaLora};
 pub use packed_merge::PackedMerge;
-pub use parity::{Parity, ParityBudget};
 pub use peft::{PeftFolder, WEIGHTS_FILE, save_peft};
 pub use peft_config::{CONFIG_FILE, InitLoraWeights, MAX_RANK, PeftConfig, TargetModules};
 pub use pooled::{Core, Full, Geometry, LowRank, PooledAdapter, Pooling};
