@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, ValueEnum};
 use kiln::{
     models::{LoadOptions, Slots},
-    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, file::PackedFile},
+    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, packed_file::PackedFile},
 };
 use kiln_examples::{ModelArgs, Result, write_json};
 

@@ -9,11 +9,10 @@ use kiln::{
     adapters::{AdapterConfig, InitLoraWeights, Method, PeftConfig, TargetModules},
     eval::peak_rss_bytes,
     models::{CausalLm, GenerateOptions, generate},
+    quant::trained_values,
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{
-    Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, trainable_parameters, write_json,
-};
+use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Adapter {
@@ -127,7 +126,7 @@ fn run(mut options: Options) -> Result<()> {
         true => Trainer::resume(model, data, options.trainer(), &options.out.join("last"))?,
         false => Trainer::new(model, data, options.trainer())?,
     };
-    let trainable = trainable_parameters(trainer.model());
+    let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut bar = Bar::new(options.steps);
     let checkpoints = RunOptions { folder: Some(options.out.clone()), ..RunOptions::default() };

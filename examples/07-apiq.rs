@@ -7,8 +7,8 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, sync::Arc};
 use clap::Parser;
 use kiln::{
     adapters::{LoraAttacher, PeftConfig, TargetModules},
-    calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method, Progress, Rounding, random_windows},
-    models::{CausalLm, Slots},
+    calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method, Progress, Rounding},
+    models::{CausalLm, Slots, Windows},
     quant::{Plan, Scheme},
     training::{BatchOptions, RunOptions, Trainer, TrainerConfig},
 };
@@ -57,7 +57,7 @@ fn run(options: Options) -> Result<()> {
     let held_out = text(&options.eval, "models/tiny-llama/text/shift_test_moby.u16le");
     let held_out = read_ids(&held_out, &tokenizer)?;
     let ids = read_ids(&train, &tokenizer)?;
-    let windows = random_windows(&ids, options.length, options.windows, options.seed)?;
+    let windows = Windows::random(&ids, options.length, options.windows, options.seed)?;
     let peft = PeftConfig::new(options.rank, options.rank as f64, TargetModules::AllLinear);
     // Rates for a small budget; at 2 bits clipping starts from a narrower range, and each block also repairs its output for
     // the original input.

@@ -9,16 +9,14 @@ use clap::Parser;
 use kiln::{
     adapters::{PeftConfig, TargetModules},
     models::{CausalLm, Recompute},
-    quant::Scheme,
+    quant::{Scheme, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
         memory::{Method, ProcessConstants, Step, estimate},
     },
     training::{BatchOptions, Dataset, RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{
-    Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, trainable_parameters, write_json,
-};
+use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
 const RANK: usize = 16;
 
@@ -64,7 +62,7 @@ fn train<M: CausalLm>(
     let mut recipe = TrainerConfig::new(options.steps, BatchOptions::new(options.batch));
     (recipe.lr, recipe.recompute) = (lr, Recompute::None);
     let mut trainer = Trainer::new(model, data.clone(), recipe)?;
-    let values = trainable_parameters(trainer.model());
+    let values = trained_values(trainer.model());
     let mut bar = Bar::new(options.steps);
     let steps = trainer.run(&RunOptions::default(), &mut bar)?;
     bar.finish();

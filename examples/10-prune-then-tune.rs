@@ -12,10 +12,9 @@ use std::{
 use clap::Parser;
 use kiln::{
     adapters::{PeftConfig, TargetModules},
-    models::{AnyModel, CausalLm, Checkpoint, Recompute},
+    models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
     pruning::{
-        BlockPruning, Calibration, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat,
-        save_pruned,
+        BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
     quant::QuantLinear,
     training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
@@ -112,7 +111,7 @@ fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
-    let calibration = Calibration::sample(&train, options.windows, options.window_length, options.seed)?;
+    let calibration = Windows::disjoint(&train, options.window_length, options.windows, options.seed)?;
     let dense = perplexity(&model, &held_out, options.seq_len)?.perplexity;
     println!("dense: perplexity {dense:.2}");
     println!(

@@ -9,7 +9,7 @@ use clap::Parser;
 use kiln::{
     mixq::{Choices, KlOptions, ModelObjective, Variants, load_options, space_of},
     mixq_search::{Fidelity, Granularity, Objective, SearchSettings, TrialLog, method, search},
-    models::LoadOptions,
+    models::{LoadOptions, Windows},
     quant::Scheme,
 };
 use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
@@ -52,8 +52,7 @@ fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
-    let windows: Vec<Vec<u32>> =
-        train.chunks_exact(options.length.max(1)).take(8).map(<[u32]>::to_vec).collect();
+    let windows = Windows::leading(&train, options.length, 8)?;
 
     let choices = Choices::new(options.schemes.iter().copied()).with_granularity(Granularity::Block);
     let space = space_of(&model, &choices)?;

@@ -195,17 +195,3 @@ pub fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<
     let quiet = &mut |_| std::ops::ControlFlow::Continue(());
     Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids, quiet)?)
 }
-
-/// Values of all parameters that require gradients.
-pub fn trainable_parameters<M: burn::module::Module>(model: &M) -> usize {
-    struct Count(usize);
-    impl burn::module::ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &burn::module::Param<burn::tensor::Tensor<D>>) {
-            let tensor = param.val();
-            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
-        }
-    }
-    let mut count = Count(0);
-    model.visit(&mut count);
-    count.0
-}

@@ -16,10 +16,10 @@ use kiln::{
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{
         ApiqConfig, ApiqLoss, AwqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig,
-        LoftqConfig, Method, Progress, Rounding, block_errors, random_windows,
+        LoftqConfig, Method, Progress, Rounding, block_errors,
     },
     eval::peak_rss_bytes,
-    models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots},
+    models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Windows},
     quant::{Plan, QuantLinear, Scheme},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -245,7 +245,7 @@ struct Study<'a> {
     checkpoint: Checkpoint,
     original: AnyModel<QuantLinear>,
     calibration: PathBuf,
-    windows: Vec<Vec<u32>>,
+    windows: Windows,
     held_out: Vec<u32>,
 }
 
@@ -289,8 +289,7 @@ impl Study<'_> {
         let peak = peak_rss_bytes();
         let window = self.options.length();
         let before = perplexity(&model, &self.held_out, window)?.perplexity;
-        let measured: Vec<Vec<u32>> =
-            self.held_out.chunks_exact(window).take(MEASURED).map(<[u32]>::to_vec).collect();
+        let measured = Windows::leading(&self.held_out, window, MEASURED)?;
         let activation_error = block_errors(&self.original, &model, &measured)?;
         let steps = self.options.budget(self.options.steps, 40, 100);
         let after = match steps {
@@ -367,7 +366,7 @@ pub fn run(options: Options) -> Result<()> {
     let eval = text(&options.eval, "models/tiny-llama/text/shift_test_moby.txt");
     let ids = read_ids(&calibration, &tokenizer)?;
     let count = options.budget(options.windows, 16, 32);
-    let windows = random_windows(&ids, options.length(), count, options.seed)?;
+    let windows = Windows::random(&ids, options.length(), count, options.seed)?;
     let held_out = read_ids(&eval, &tokenizer)?;
     if !options.no_original {
         println!(

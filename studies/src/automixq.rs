@@ -24,8 +24,8 @@ use kiln::{
         Config, Fidelity, Finalists, Front, FrontPoint, Granularity, Halving, METHODS, MemoryAxis, Objective,
         Outcome, SearchMethod, SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
-    models::{AnyModel, CausalLm, Recompute},
-    pruning::{BlockPruning, Calibration, Criterion, CutOptions, HeadRounding},
+    models::{AnyModel, CausalLm, Recompute, Windows},
+    pruning::{BlockPruning, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, ScheduleKind, TrainerConfig},
@@ -206,27 +206,15 @@ impl Options {
 }
 
 /// The first windows of a text.
-fn windows(ids: &[u32], options: &Options) -> Result<Vec<Vec<u32>>> {
-    let found: Vec<Vec<u32>> =
-        ids.chunks_exact(options.length.max(1)).take(options.windows).map(<[u32]>::to_vec).collect();
-    match found.len() == options.windows && options.windows > 0 {
-        true => Ok(found),
-        false => {
-            let (windows, length) = (options.windows, options.length);
-            Err(format!(
-                "text: expected {windows} windows of {length} tokens, at least one, found {}",
-                found.len()
-            )
-            .into())
-        }
-    }
+fn windows(ids: &[u32], options: &Options) -> Result<Windows> {
+    Ok(Windows::leading(ids, options.length, options.windows)?)
 }
 
 fn prune(model: AnyModel<QuantLinear>, options: &Options, ids: &[u32]) -> Result<AnyModel<QuantLinear>> {
     if options.ratio == 0.0 {
         return Ok(model);
     }
-    let calibration = Calibration::sample(ids, 32, 64, options.seed)?;
+    let calibration = Windows::disjoint(ids, 64, 32, options.seed)?;
     let mut pruning = BlockPruning::new(Criterion::TaylorFirst, options.ratio);
     (pruning.round_to, pruning.head_rounding, pruning.seed) = (64, HeadRounding::Nearest, options.seed);
     let pruned = pruning.prune(model, Some(&calibration), &CutOptions::default())?;
@@ -347,7 +335,7 @@ struct Tuning<'a> {
     options: &'a Options,
     variants: &'a mut Variants,
     held_out: &'a [u32],
-    calibration: Vec<Vec<u32>>,
+    calibration: Windows,
     plain: FineTune,
     steps: u64,
 }

@@ -15,12 +15,10 @@ use kiln::{
     },
     eval::peak_rss_bytes,
     models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
-    quant::Scheme,
+    quant::{Scheme, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{
-    Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, trainable_parameters, write_json,
-};
+use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Method {
@@ -234,7 +232,7 @@ pub fn run(mut options: Options) -> Result<()> {
     } else {
         Trainer::new(model, dataset, config)?
     };
-    let trainable = trainable_parameters(trainer.model());
+    let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut bar = Bar::new(options.steps);
     let run = RunOptions {

@@ -15,14 +15,14 @@ use kiln::{
     adapters::{PeftConfig, TargetModules},
     eval::peak_rss_bytes,
     models::{CausalLm, Recompute, Tokenizer},
-    quant::Scheme,
+    quant::{Scheme, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
         memory::{Method, ProcessConstants, Step, estimate, step_macs},
     },
     training::{BatchOptions, DataOptions, Dataset, Order, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, perplexity, testdata, trainable_parameters, write_json};
+use kiln_examples::{ModelArgs, Result, perplexity, testdata, write_json};
 use serde::{Deserialize, Serialize};
 
 const METHODS: [&str; 5] = ["full", "lora", "qlora", "lst", "qst"];
@@ -139,7 +139,7 @@ fn train<M: CausalLm>(
 ) -> Result<(usize, f64, u64, f64)> {
     let window = dataset.options().seq_len;
     let mut trainer = Trainer::new(model, dataset, config.clone())?;
-    let trainable = trainable_parameters(trainer.model());
+    let trainable = trained_values(trainer.model());
     let mut seconds = Vec::new();
     for _ in 0..config.steps {
         seconds.push(trainer.step()?.seconds);

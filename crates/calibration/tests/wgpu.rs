@@ -5,7 +5,7 @@
 use burn::tensor::Device;
 use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
 use kiln_calibration::{CalibrationConfig, Calibrator, LoftqConfig, Method};
-use kiln_models::{Checkpoint, LoadOptions, Slots};
+use kiln_models::{Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::Scheme;
 use kiln_testkit::{relative_difference, testdata, vulkan};
 
@@ -17,8 +17,8 @@ fn calibrated(config: &CalibrationConfig, device: &Device) -> Vec<Contents> {
     let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), device).unwrap();
     let peft = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
     let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 3).unwrap();
-    let windows: Vec<Vec<u32>> =
-        (0..2).map(|k| (0..12).map(|i| (i * i * 7 + k * 31) % 256).collect()).collect();
+    let windows = (0..2).map(|k| (0..12).map(|i| (i * i * 7 + k * 31) % 256).collect()).collect();
+    let windows = Windows::new(windows).unwrap();
     let (model, _) =
         Calibrator::new(config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
     contents(&model)

@@ -10,7 +10,7 @@ use burn::{
 use kiln::{
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
-    models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots},
+    models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Windows},
     quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
@@ -171,8 +171,8 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let peft = PeftConfig::new(4, 4.0, TargetModules::AllLinear);
     let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 0).unwrap();
-    let windows: Vec<Vec<u32>> =
-        (0..BATCH as u32).map(|k| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect()).collect();
+    let window = |k: u32| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect();
+    let windows = Windows::new((0..BATCH as u32).map(window).collect()).unwrap();
     let method = Method::ApiqBlock(ApiqConfig { epochs: 1, ..ApiqConfig::default() });
     let config = CalibrationConfig::new(method, Plan::uniform(scheme));
     let mut calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);

@@ -17,7 +17,7 @@ use kiln::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
     pruning::{
         BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
     },
@@ -47,8 +47,8 @@ fn text(name: &str) -> Vec<u32> {
     ids(name)
 }
 
-fn windows(count: usize, length: usize) -> Vec<Vec<u32>> {
-    text("shift_test_moby").chunks_exact(length).take(count).map(<[u32]>::to_vec).collect()
+fn windows(count: usize, length: usize) -> Windows {
+    Windows::leading(&text("shift_test_moby"), length, count).unwrap()
 }
 
 /// Plans all over a space, the same each time.
@@ -149,14 +149,9 @@ fn ranks_and_adapters_are_counted_and_attached() {
     assert!(tuned.loss.is_finite() && tuned.steps == 2);
 }
 
-fn direct_kl(
-    original: &AnyModel<QuantLinear>,
-    quantized: &AnyModel<QuantLinear>,
-    windows: &[Vec<u32>],
-) -> f64 {
+fn direct_kl(original: &AnyModel<QuantLinear>, quantized: &AnyModel<QuantLinear>, windows: &Windows) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
-    for window in windows {
-        let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+    for tokens in windows.batches_of(1) {
         let logits = |model: &AnyModel<QuantLinear>| {
             read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
         };
@@ -208,7 +203,8 @@ fn kl_is_that_of_the_logits_and_caches_change_no_bit() {
             true
         })
         .unwrap();
-    let expected = direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows[..4]);
+    let expected =
+        direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows.first(4));
     assert_eq!(part.figures["tokens"], 192.0);
     assert!((part.score - expected).abs() < 1e-4 * expected);
     assert_eq!(heard.iter().map(|(tokens, _)| *tokens).collect::<Vec<_>>(), [96]);
@@ -346,8 +342,7 @@ fn output_errors_are_those_of_the_outputs() {
     for name in ["affine2:64", "affine4:64"] {
         let quantized = variants.projection(path, scheme(name)).unwrap();
         let (mut error, mut signal) = (0.0, 0.0);
-        for window in &windows {
-            let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+        for tokens in windows.batches_of(1) {
             let x = model.embed(&model.context(&tokens, None));
             let x = llama.model.layers[0].input_layernorm.forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
@@ -385,8 +380,8 @@ fn fisher_weighs_errors_by_squared_gradients() {
         let model = model.clone().try_map(|known, kept| {
             Ok::<_, std::convert::Infallible>(if known == path { slot.clone() } else { kept })
         });
-        let tokens = TokenBatch::new(&window).unwrap();
-        let ids: Vec<u32> = window[0][1..].iter().copied().chain([0]).collect();
+        let tokens = window.batches().remove(0);
+        let ids: Vec<u32> = window.as_slice()[0][1..].iter().copied().chain([0]).collect();
         let scored: Vec<bool> = (0..40).map(|place| place < 39).collect();
         let nll = token_nll(&model.unwrap(), &tokens, Targets { ids: &ids, scored: &scored }).unwrap();
         nll.into_iter().map(f64::from).sum::<f64>()

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod builder;
+mod digest;
 mod divergence;
 mod error;
 mod front;

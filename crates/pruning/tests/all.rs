@@ -16,8 +16,8 @@ use burn::{
     nn::Linear,
     tensor::{Device, Tensor, TensorData},
 };
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
-use kiln_pruning::{Calibration, Kept, Role, Structure, model_config};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows};
+use kiln_pruning::{Kept, Role, Structure, model_config};
 use kiln_quant_core::{Projection, QuantLinear};
 use kiln_testkit::{Golden, ids, read, testdata};
 
@@ -59,8 +59,8 @@ pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<
 }
 
 /// Windows of pseudo-random ids below 256.
-pub(crate) fn calibration() -> Calibration {
-    Calibration::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
+pub(crate) fn calibration() -> Windows {
+    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
         .unwrap()
 }
 

@@ -1,11 +1,11 @@
 //! What measuring importances holds, as peak resident memory of a process of its own: the test runs this binary again.
 
 use kiln_models::{
-    DenseEmbedding, Embedding, Llama, RmsNorm,
+    DenseEmbedding, Embedding, Llama, RmsNorm, Windows,
     config::{LlamaConfig, RopeConfig, RopeScaling},
     llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
 };
-use kiln_pruning::{BlockPruning, Calibration, Criterion, CutOptions, LayerRange, SplitBlocks};
+use kiln_pruning::{BlockPruning, Criterion, CutOptions, LayerRange, SplitBlocks};
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor};
 use kiln_testkit::{peak, peak_of, report, resident, task};
 
@@ -78,7 +78,7 @@ fn grown(blocks: usize, criterion: Criterion) -> f64 {
     let model = model(blocks);
     let rows = TOKENS / 64;
     let windows = (0..rows).map(|w| (0..64).map(|i| ((w * 61 + i * 7) % 256) as u32).collect()).collect();
-    let calibration = Calibration::new(windows).unwrap();
+    let calibration = Windows::new(windows).unwrap();
     let mut pruning = BlockPruning::new(criterion, 0.25);
     pruning.layers = LayerRange::Between { start: 0, end: 1 };
     pruning.ratio = kiln_quant_core::Plan::uniform(0.0).with_override("self_attn", 0.25).unwrap();

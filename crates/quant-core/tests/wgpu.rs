@@ -133,5 +133,5 @@ fn packed_weights_move_between_devices_and_records_unchanged() {
 fn no_rows_give_no_rows() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), &device);
-    assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], &device)).dims(), [0, 24]);
+    assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], device)).dims(), [0, 24]);
 }

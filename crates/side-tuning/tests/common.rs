@@ -103,17 +103,3 @@ pub fn next_token_gradients<M: CausalLm>(
     }
     (loss / count as f64, gradients.found)
 }
-
-/// Values of all parameters that require gradients.
-pub fn trained<M: Module>(model: &M) -> usize {
-    struct Count(usize);
-    impl ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let tensor = param.val();
-            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
-        }
-    }
-    let mut count = Count(0);
-    model.visit(&mut count);
-    count.0
-}

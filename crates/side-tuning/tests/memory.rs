@@ -84,7 +84,7 @@ fn steps<M: CausalLm>(model: M, case: &Case) -> usize {
     let mut config = TrainerConfig::new(2, BatchOptions::new(case.batch));
     (config.recompute, config.logit_rows) = (case.recompute, LOGIT_ROWS);
     let mut trainer = Trainer::new(model, dataset, config).unwrap();
-    let trainable = crate::common::trained(trainer.model());
+    let trainable = kiln_quant_core::trained_values(trainer.model());
     for _ in 0..2 {
         trainer.step().unwrap();
     }
