@@ -163,7 +163,7 @@ impl Objective for ModelObjective {
         let amount = match fidelity.measure {
             Measure::Kl => self.kl.rounded(fidelity.amount),
             Measure::Finetune => fidelity.amount,
-            _ => fidelity.amount.next_multiple_of(self.windows[0].len() as u64),
+            _ => fidelity.amount.next_multiple_of(self.windows.length() as u64),
         };
         Fidelity { amount, ..fidelity }
     }
