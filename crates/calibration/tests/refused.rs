@@ -174,7 +174,7 @@ fn embeddings_that_are_not_finite_and_missing_folders_are_refused() {
     let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
     let Embedding::Dense(embedding) = &mut model.model.embed_tokens else { panic!("dense") };
     let windows = windows(2);
-    let id = windows[1][3] as usize;
+    let id = windows.as_slice()[1][3] as usize;
     embedding.weight = embedding.weight.clone().map(|weight| weight.slice_fill([id..id + 1, 0..1], f32::NAN));
     let error = refused(AnyModel::Llama(model), &config, &windows);
     assert!(matches!(&error, Error::NotFinite { place, .. } if place == "embedding"), "{error}");
