@@ -2,6 +2,8 @@
 //!
 //! It is trained dense on one task, packed to 4 bits, and then adapted to a shifted task through LoRA alone.
 
+use std::process::ExitCode;
+
 use burn::{
     module::Module,
     nn::{Linear, LinearConfig},
@@ -98,8 +100,8 @@ fn pack(name: &str, linear: Linear, device: &Device) -> Result<QuantLinear> {
     }))
 }
 
-fn main() -> Result<()> {
-    let device = Options::parse().device.open()?;
+fn run(options: Options) -> Result<()> {
+    let device = options.device.open()?;
     device.seed(7);
     let dense = Classifier {
         hidden: LinearConfig::new(INPUTS, HIDDEN).init(&device),
@@ -123,4 +125,8 @@ fn main() -> Result<()> {
     let adapted = train(adapted, 4, &device);
     println!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 4, &device)));
     Ok(())
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

@@ -4,24 +4,22 @@
 //! part calibrates and repairs and whose last third is evaluated.
 
 use std::{
-    ops::ControlFlow,
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::Arc,
 };
 
 use clap::Parser;
 use kiln::{
     adapters::{PeftConfig, TargetModules},
-    eval::WindowedPerplexity,
-    models::{AnyModel, CausalLm, Checkpoint, Recompute},
+    models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
     pruning::{
-        BlockPruning, Calibration, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat,
-        save_pruned,
+        BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
     quant::QuantLinear,
     training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, split_ids, write_json};
+use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -80,12 +78,6 @@ fn name(criterion: Criterion) -> Result<String> {
     Ok(name.as_str().unwrap_or_default().to_string())
 }
 
-fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
-    let found =
-        WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?;
-    Ok(found.perplexity)
-}
-
 /// Trains LoRA on all linears of the pruned model; returns the perplexity after that.
 fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_out: &[u32]) -> Result<f64> {
     let dataset = Dataset::from_ids(train.to_vec(), &DataOptions::new(options.seq_len, model.vocab_size()))?;
@@ -102,7 +94,7 @@ fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_o
     for _ in 0..options.steps {
         trainer.step()?;
     }
-    perplexity(&trainer.into_model(), held_out, options.seq_len)
+    Ok(perplexity(&trainer.into_model(), held_out, options.seq_len)?.perplexity)
 }
 
 fn save(checkpoint: &Checkpoint, pruning: &BlockPruning, pruned: &Pruned, folder: &Path) -> Result<()> {
@@ -115,13 +107,12 @@ fn save(checkpoint: &Checkpoint, pruning: &BlockPruning, pruned: &Pruned, folder
     Ok(())
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
-    let calibration = Calibration::sample(&train, options.windows, options.window_length, options.seed)?;
-    let dense = perplexity(&model, &held_out, options.seq_len)?;
+    let calibration = Windows::disjoint(&train, options.window_length, options.windows, options.seed)?;
+    let dense = perplexity(&model, &held_out, options.seq_len)?.perplexity;
     println!("dense: perplexity {dense:.2}");
     println!(
         "{:<14} {:>6} {:>12} {:>12} {:>10} {:>10}",
@@ -136,7 +127,7 @@ fn main() -> Result<()> {
             pruning.seed = options.seed;
             pruning.bias_compensation = name(criterion)?.starts_with("flap");
             let pruned = pruning.prune(model.clone(), Some(&calibration), &CutOptions::default())?;
-            let before = perplexity(&pruned.model, &held_out, options.seq_len)?;
+            let before = perplexity(&pruned.model, &held_out, options.seq_len)?.perplexity;
             if let Some(out) = &options.out {
                 let folder = out.join(format!("{}-{ratio}", name(criterion)?));
                 save(&checkpoint, &pruning, &pruned, &folder)?;
@@ -161,4 +152,8 @@ fn main() -> Result<()> {
         }
     }
     write_json(options.json.as_deref(), &serde_json::json!({ "rows": rows }))
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

@@ -7,7 +7,7 @@ use burn::{
 };
 use kiln_adapters::{
     Adapted, Adapter, AnyAdapter, Attacher, Core, Dora, Dropout, DropoutClock, Error, InitLoraWeights, Lora,
-    LoraAttacher, LowRank, PeftConfig, PooledAdapter, Pooling, ReplaceWeight, TargetModules,
+    LoraAttacher, LowRank, PeftConfig, PooledAdapter, Pooling, TargetModules,
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear, quantizers,
@@ -47,7 +47,8 @@ fn config(init: InitLoraWeights) -> PeftConfig {
     config
 }
 
-fn attach<P: ReplaceWeight>(init: InitLoraWeights, base: P) -> Result<Adapted<P, Lora>, Error> {
+fn attach(init: InitLoraWeights, base: impl Into<QuantLinear>) -> Result<Adapted<QuantLinear, Lora>, Error> {
+    let base = base.into();
     LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())], 7)?
         .attach_to_residual("proj", base)
 }
@@ -187,7 +188,7 @@ fn initialisations_that_change_the_base_need_one_that_can_change() {
             let mut config = config(init);
             change(&mut config);
             let attacher = LoraAttacher::new(&config, &slots, 7).unwrap();
-            let error = attacher.attach_to_residual("proj", weight()).unwrap_err().to_string();
+            let error = attacher.attach_to_residual("proj", weight().into()).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
         }
     }

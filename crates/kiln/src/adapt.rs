@@ -7,7 +7,7 @@ use kiln_adapters::{
     AnyAttacher, KILN_CONFIG_FILE, PeftFolder, Result,
 };
 use kiln_models::{AnyModel, Slots};
-use kiln_quant_core::{PackedWeight, QuantLinear, file::fingerprint};
+use kiln_quant_core::{PackedWeight, QuantLinear, packed_file::fingerprint};
 
 /// A model whose blocks' linears carry adapters, where the configuration says so.
 pub type AdaptedModel = AnyModel<Adapted<QuantLinear, AnyAdapter>>;

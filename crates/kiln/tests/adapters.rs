@@ -16,7 +16,7 @@ use kiln::{
     quant::{MinMax, PackedWeight, Plan, Projection, QuantLinear},
     training::{BatchOptions, DataOptions, Dataset, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_testkit::{Golden, assert_close, read, relative_difference, testdata};
+use kiln_testkit::{Golden, assert_close, ids, read, relative_difference, testdata};
 
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
@@ -82,9 +82,7 @@ fn train(
     attacher: &kiln::adapters::AnyAttacher,
     steps: u64,
 ) -> (AdaptedModel, Vec<f64>) {
-    let text = std::fs::read(testdata("models/tiny-llama/text/shift_test_moby.u16le")).unwrap();
-    let ids: Vec<u32> =
-        text.chunks_exact(2).take(128).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
+    let ids: Vec<u32> = ids("shift_test_moby").into_iter().take(128).collect();
     let data = Dataset::from_ids(ids, &DataOptions::new(64, model.vocab_size())).unwrap();
     let mut config = TrainerConfig::new(steps, BatchOptions::new(2));
     (config.lr, config.warmup, config.schedule) = (3e-3, 0, ScheduleKind::Constant);

@@ -17,13 +17,13 @@ use kiln::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-use kiln_testkit::{assert_close, read, testdata};
+use kiln_testkit::{assert_close, figures_of, ids, peak, read, report, task, testdata};
 
 const EMBEDDED: &str = "models/tiny-llama";
 
@@ -42,12 +42,11 @@ fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
 }
 
 fn text(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+    ids(name)
 }
 
-fn windows(count: usize, length: usize) -> Vec<Vec<u32>> {
-    text("shift_test_moby").chunks_exact(length).take(count).map(<[u32]>::to_vec).collect()
+fn windows(count: usize, length: usize) -> Windows {
+    Windows::leading(&text("shift_test_moby"), length, count).unwrap()
 }
 
 /// Plans all over a space, the same each time.
@@ -148,14 +147,9 @@ fn ranks_and_adapters_are_counted_and_attached() {
     assert!(tuned.loss.is_finite() && tuned.steps == 2);
 }
 
-fn direct_kl(
-    original: &AnyModel<QuantLinear>,
-    quantized: &AnyModel<QuantLinear>,
-    windows: &[Vec<u32>],
-) -> f64 {
+fn direct_kl(original: &AnyModel<QuantLinear>, quantized: &AnyModel<QuantLinear>, windows: &Windows) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
-    for window in windows {
-        let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+    for tokens in windows.batches_of(1) {
         let logits = |model: &AnyModel<QuantLinear>| {
             read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
         };
@@ -207,7 +201,8 @@ fn kl_is_that_of_the_logits_and_caches_change_no_bit() {
             true
         })
         .unwrap();
-    let expected = direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows[..4]);
+    let expected =
+        direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows.first(4));
     assert_eq!(part.figures["tokens"], 192.0);
     assert!((part.score - expected).abs() < 1e-4 * expected);
     assert_eq!(heard.iter().map(|(tokens, _)| *tokens).collect::<Vec<_>>(), [96]);
@@ -345,8 +340,7 @@ fn output_errors_are_those_of_the_outputs() {
     for name in ["affine2:64", "affine4:64"] {
         let quantized = variants.projection(path, scheme(name)).unwrap();
         let (mut error, mut signal) = (0.0, 0.0);
-        for window in &windows {
-            let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+        for tokens in windows.batches_of(1) {
             let x = model.embed(&model.context(&tokens, None));
             let x = llama.model.layers[0].input_layernorm.forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
@@ -384,8 +378,8 @@ fn fisher_weighs_errors_by_squared_gradients() {
         let model = model.clone().try_map(|known, kept| {
             Ok::<_, std::convert::Infallible>(if known == path { slot.clone() } else { kept })
         });
-        let tokens = TokenBatch::new(&window).unwrap();
-        let ids: Vec<u32> = window[0][1..].iter().copied().chain([0]).collect();
+        let tokens = window.batches().remove(0);
+        let ids: Vec<u32> = window.as_slice()[0][1..].iter().copied().chain([0]).collect();
         let scored: Vec<bool> = (0..40).map(|place| place < 39).collect();
         let nll = token_nll(&model.unwrap(), &tokens, Targets { ids: &ids, scored: &scored }).unwrap();
         nll.into_iter().map(f64::from).sum::<f64>()
@@ -529,31 +523,20 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
     let mut trainer = Trainer::new(model, dataset, training).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    (kiln::eval::peak_rss_bytes().unwrap() as f64, space.report(&space.config(&plan).unwrap()).peak as f64)
+    (peak(), space.report(&space.config(&plan).unwrap()).peak as f64)
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn the_predicted_training_peak_is_measured() {
-    const TASK: &str = "KILN_MIXQ_PEAK_TASK";
     let test = "mixq::the_predicted_training_peak_is_measured";
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let recompute = if task.contains("block") { Recompute::Block } else { Recompute::None };
         let (measured, predicted) = training_peak(recompute, task.contains("pruned"));
-        println!("PEAK {measured} {predicted}");
-        return;
+        return report(&[measured, predicted]);
     }
     for task in ["none", "pruned none", "pruned block"] {
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-            .env(TASK, task)
-            .env("RAYON_NUM_THREADS", "2")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line =
-            text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
-        let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+        let figures = figures_of(test, task);
         println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
         assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
     }

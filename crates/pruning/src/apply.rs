@@ -12,7 +12,6 @@ use kiln_models::{
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
-    quantizers,
 };
 use serde::{Deserialize, Serialize};
 
@@ -174,12 +173,10 @@ impl Cutter<'_> {
             self.requantized.push(Requantized { path: path.into(), scheme: None, error: None });
             return Ok(Cut::Dense(dense));
         }
-        let [d_input, d_output] = dense.dims();
-        let values = crate::importance::host(dense.transpose())?;
-        let packed = self.options.quantizer.quantize(path, &values, d_input, d_output, &scheme)?;
-        let error = Some(quantizers::error(&values, &packed));
-        self.requantized.push(Requantized { path: path.into(), scheme: Some(scheme), error });
-        Ok(Cut::Packed(PackedTensor::new(&packed, &self.device)))
+        let (packed, error) =
+            PackedTensor::quantize_and_measure(path, dense, &scheme, self.options.quantizer)?;
+        self.requantized.push(Requantized { path: path.into(), scheme: Some(scheme), error: Some(error) });
+        Ok(Cut::Packed(packed))
     }
 
     fn embedding(&mut self, path: &str, table: Embedding, hidden: &Positions) -> Result<Embedding> {

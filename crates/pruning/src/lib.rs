@@ -3,7 +3,6 @@
 
 mod aggregation;
 mod apply;
-mod calibration;
 mod checkpoint;
 mod criterion;
 mod error;
@@ -14,13 +13,11 @@ mod pad;
 mod prune;
 mod selection;
 mod structure;
-mod tapped;
 #[cfg(test)]
 mod vectors;
 
 pub use aggregation::{Aggregation, GqaFold, head_sums, standardise};
 pub use apply::{CutOptions, Requantized, SplitBlocks, apply};
-pub use calibration::Calibration;
 pub use checkpoint::{
     PruningRecord, RECORD_FILE, SaveFormat, SavedCheckpoint, load_pruned, save_padded, save_pruned,
 };

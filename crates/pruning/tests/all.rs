@@ -17,10 +17,10 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln_models::families::Channels;
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
-use kiln_pruning::{Calibration, Kept, Structure};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows};
+use kiln_pruning::{Kept, Structure};
 use kiln_quant_core::{Projection, QuantLinear};
-use kiln_testkit::{Golden, read, testdata};
+use kiln_testkit::{Golden, ids, read, testdata};
 
 /// A checkpoint of each architecture, with and without biases, tied and untied, with a window.
 pub(crate) const FOLDERS: [&str; 6] = [
@@ -44,9 +44,7 @@ pub(crate) fn load(folder: &str) -> AnyModel<QuantLinear> {
 pub(crate) fn embedded() -> (AnyModel<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-    let bytes = std::fs::read(testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le")).unwrap();
-    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
-    (model, ids)
+    (model, ids("indomain_heldout_sotu_2011"))
 }
 
 /// The fixtures' two rows of 24 tokens.
@@ -62,8 +60,8 @@ pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<
 }
 
 /// Windows of pseudo-random ids below 256.
-pub(crate) fn calibration() -> Calibration {
-    Calibration::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
+pub(crate) fn calibration() -> Windows {
+    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
         .unwrap()
 }
 

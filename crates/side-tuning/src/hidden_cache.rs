@@ -9,7 +9,12 @@ use std::{
 
 use burn::tensor::{Device, Tensor, TensorData};
 use kiln_models::{Context, fingerprint};
-use kiln_quant_core::safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors};
+use kiln_quant_core::{
+    hash::hex,
+    ints_to_host,
+    safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors},
+    to_host,
+};
 use sha2::{Digest, Sha256};
 
 use crate::{Backbone, Error, Result, SideTuned};
@@ -132,13 +137,9 @@ impl HiddenCache {
     }
 
     fn keys(&self, context: &Context) -> Result<Vec<String>> {
-        let host = |tensor: burn::tensor::Tensor<2, burn::tensor::Int>| {
-            let data = tensor.try_into_data();
-            let data = data.map_err(|error| Error::argument("ids", "ids that can be read", error))?;
-            Ok::<Vec<i64>, Error>(data.iter::<i64>().collect())
-        };
         let (length, segments) = (context.length(), context.attention(1.0, None).query_segments);
-        let (ids, positions) = (host(context.ids.clone())?, host(context.positions.clone())?);
+        let ids = ints_to_host("ids", context.ids.clone())?;
+        let positions = ints_to_host("positions", context.positions.clone())?;
         let rows = ids.chunks(length).zip(positions.chunks(length)).zip(segments.chunks(length));
         let key = |((ids, positions), segments): ((&[i64], &[i64]), &[u32])| {
             let mut sha = Sha256::new();
@@ -148,7 +149,7 @@ impl HiddenCache {
                 values.iter().for_each(|value| sha.update(value.to_le_bytes()));
             }
             segments.iter().for_each(|segment| sha.update(segment.to_le_bytes()));
-            sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+            hex(sha.finalize())
         };
         Ok(rows.map(key).collect())
     }
@@ -223,13 +224,11 @@ impl HiddenCache {
     fn store_row(&self, key: &str, row: usize, states: &[Tensor<3>], top: &Tensor<3>) -> Result<()> {
         let apart = (self.widths[1] > 0).then(|| (TOP.to_string(), top));
         let named = states.iter().enumerate().map(|(state, tensor)| (state.to_string(), tensor)).chain(apart);
-        let values = |tensor: &Tensor<3>| {
-            let data = tensor.clone().inner().narrow(0, row, 1).try_into_data();
-            let data = data.map_err(|error| Error::argument("states", "states that can be read", error))?;
-            Ok::<Vec<f32>, Error>(data.convert::<f32>().iter::<f32>().collect())
-        };
         let parts = named
-            .map(|(name, tensor)| Ok((name, tensor.dims(), values(tensor)?)))
+            .map(|(name, tensor)| {
+                let values = to_host(&name, tensor.clone().inner().narrow(0, row, 1))?;
+                Ok((name, tensor.dims(), values))
+            })
             .collect::<Result<Vec<_>>>()?;
         let bytes =
             parts.iter().map(|(_, _, values)| values.len() as u64).sum::<u64>() * self.precision.bytes();

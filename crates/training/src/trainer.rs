@@ -4,6 +4,7 @@ use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, Place, Recompute, Targets, TokenBatch, loss_and_gradients};
+use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -188,7 +189,7 @@ impl<M: CausalLm> Trainer<M> {
     pub fn new(model: M, dataset: Arc<Dataset>, config: TrainerConfig) -> Result<Self> {
         let schedule = config.check()?;
         let model = model.train();
-        if trainable::collect(&model).is_empty() {
+        if trained_values(&model) == 0 {
             return Err(Error::Argument {
                 name: "model".into(),
                 expected: "parameters that require gradients".into(),
@@ -358,7 +359,7 @@ impl<M: CausalLm> Trainer<M> {
             config: self.config.clone(),
             data: self.dataset.fingerprint(),
         };
-        checkpoint::save(folder, &state, trainable::collect(self.model()), &self.optimizer)
+        checkpoint::save(folder, &state, trainable::collect(self.model())?, &self.optimizer)
     }
 
     /// Goes on from a checkpoint: the following steps are, on the CPU, those that the saved run would have made, bit for
@@ -375,7 +376,7 @@ impl<M: CausalLm> Trainer<M> {
         folder: &std::path::Path,
     ) -> Result<Self> {
         let mut trainer = Self::new(model, dataset, config)?;
-        let fresh = trainable::collect(trainer.model());
+        let fresh = trainable::collect(trainer.model())?;
         let saved = checkpoint::load(folder, &trainer.config, &trainer.dataset.fingerprint(), &fresh)?;
         trainer.optimizer = checkpoint::load_optimizer(folder, trainer.config.optimizer())?;
         trainer.model = trainer.model.take().map(|model| trainable::restore(model, saved.parameters));

@@ -6,7 +6,7 @@ use kiln_adapters::{DropoutClock, LoraAttacher, PeftConfig};
 use kiln_calibration::{CalibrationConfig, Calibrator, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, CausalLm, Slots};
+use kiln_models::{AnyModel, CausalLm, Slots, Windows};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Trainer, TrainerConfig};
 
@@ -20,7 +20,7 @@ pub struct FineTune {
     window: usize,
     trainer: TrainerConfig,
     peft: PeftConfig,
-    start: Option<(Method, Vec<Vec<u32>>)>,
+    start: Option<(Method, Windows)>,
     evaluate_every: u64,
 }
 
@@ -60,7 +60,7 @@ impl FineTune {
     /// Codes and adapters start from a calibration on these windows (LoftQ, ApiQ) rather than from rounding and LoRA's
     /// own start.
     #[must_use]
-    pub fn with_start(mut self, method: Method, windows: Vec<Vec<u32>>) -> Self {
+    pub fn with_start(mut self, method: Method, windows: Windows) -> Self {
         self.start = Some((method, windows));
         self
     }
@@ -118,13 +118,7 @@ impl FineTune {
         let mut config = self.trainer.clone();
         (config.steps, config.batch.seed) = (steps, seed);
         config.warmup = config.warmup.min(steps / 10);
-        let set = clocks.clone();
-        let mut trainer = Trainer::new(model, self.train.clone(), config)?.with_clock(move |place| {
-            for clock in &set {
-                clock.set(place.step, place.micro_batch);
-                clock.train(place.training);
-            }
-        });
+        let mut trainer = Trainer::new(model, self.train.clone(), config)?;
         let mut tuned = Tuned { loss: f64::NAN, train_loss: f64::NAN, steps: 0 };
         for step in 1..=steps {
             match trainer.step() {

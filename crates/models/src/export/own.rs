@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use kiln_quant_core::{QuantLinear, Scheme, file::PackedFile};
+use kiln_quant_core::{QuantLinear, Scheme, packed_file::PackedFile};
 use serde_json::{Value, json};
 
 use super::{

@@ -2,8 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::AnyModel;
-use kiln_models::families::Channels;
+use kiln_models::{AnyModel, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -11,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run, compensation::compensation, matrix};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     aggregation::{Aggregation, GqaFold, head_sums},
     apply::{CutOptions, add_biases},
     criterion::{Criterion, InputStatistics},
@@ -44,12 +43,12 @@ use crate::{
 ///
 /// ```
 /// use burn::tensor::Device;
-/// use kiln_models::{Checkpoint, LoadOptions};
-/// use kiln_pruning::{BlockPruning, Calibration, Criterion, CutOptions};
+/// use kiln_models::{Checkpoint, LoadOptions, Windows};
+/// use kiln_pruning::{BlockPruning, Criterion, CutOptions};
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
 /// let (model, _) = Checkpoint::open(folder)?.load(&LoadOptions::default(), &Device::flex())?;
 /// let ids: Vec<u32> = (0..640).map(|i| (i * 37 + 11) % 2048).collect();
-/// let calibration = Calibration::sample(&ids, 4, 32, 42)?;
+/// let calibration = Windows::disjoint(&ids, 32, 4, 42)?;
 ///
 /// let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
 /// pruning.round_to = 64;
@@ -130,7 +129,7 @@ impl BlockPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
         self.check(calibration)?;
@@ -159,7 +158,7 @@ impl BlockPruning {
         run.finish()
     }
 
-    fn check(&self, calibration: Option<&Calibration>) -> Result<()> {
+    fn check(&self, calibration: Option<&Windows>) -> Result<()> {
         let fail = |field: &str, expected: &str, found: String| {
             Err(Error::option(&format!("BlockPruning.{field}"), expected, found))
         };
@@ -248,7 +247,7 @@ impl BlockPruning {
         structure: &Structure,
         blocks: &[usize],
         share: f64,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
     ) -> Result<(Vec<[Vec<usize>; 2]>, Statistics)> {
         let local = |layer: usize, scores: &LayerScores| {
             let (first, now) = (initial.layers[layer].shape, structure.layers[layer].shape);
@@ -298,7 +297,7 @@ impl BlockPruning {
         run: &mut Run,
         structure: &Structure,
         found: &Statistics,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
     ) -> Result<Vec<LayerScores>> {
         let layers = 0..structure.layers.len();
         if self.criterion == Criterion::Random {

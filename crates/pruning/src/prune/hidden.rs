@@ -1,6 +1,6 @@
 //! The width of the residual stream.
 
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Windows};
 use kiln_quant_core::QuantLinear;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     aggregation::Aggregation,
     apply::CutOptions,
     criterion::Criterion,
@@ -50,7 +50,7 @@ impl HiddenPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
         if !(0.0..=1.0).contains(&self.ratio) {

@@ -1,12 +1,12 @@
 //! Whole blocks.
 
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Windows};
 use kiln_quant_core::QuantLinear;
 use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run};
 use crate::{
-    Calibration, Error, Result, apply::CutOptions, importance::statistics, kept::Kept, selection::lowest,
+    Error, Result, apply::CutOptions, importance::statistics, kept::Kept, selection::lowest,
     structure::Structure,
 };
 
@@ -36,7 +36,7 @@ impl LayerPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: &Calibration,
+        calibration: &Windows,
         options: &CutOptions,
     ) -> Result<Pruned> {
         let structure = Structure::of(model.config());

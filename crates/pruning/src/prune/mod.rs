@@ -5,16 +5,15 @@ mod compensation;
 mod hidden;
 mod layers;
 
-use kiln_models::{AnyModel, Slots};
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_models::{AnyModel, Slots, Windows};
+use kiln_quant_core::{Projection, QuantLinear, to_host};
 use serde::{Deserialize, Serialize};
 
 pub use self::{blocks::BlockPruning, compensation::bias_of, hidden::HiddenPruning, layers::LayerPruning};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     apply::{CutOptions, Requantized, apply},
     criterion::Matrix,
-    importance::host,
     kept::Kept,
     structure::Structure,
 };
@@ -58,7 +57,7 @@ struct Run {
 }
 
 impl Run {
-    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Calibration>) -> Self {
+    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
         let kept = Kept::everything(structure);
         let report = PruningReport {
             parameters_before: model.config().parameters(),
@@ -68,7 +67,7 @@ impl Run {
             kept: kept.clone(),
             requantized: Vec::new(),
             calibration_loss: Vec::new(),
-            calibration: calibration.map(Calibration::hash),
+            calibration: calibration.map(Windows::hash),
         };
         Self { model, kept, report, losses: Vec::new() }
     }
@@ -95,14 +94,11 @@ impl Run {
 
 /// The weight of one linear in host memory.
 fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
-    let mut found = Err(Error::mismatch(path, "a linear of the model", "none of that name"));
-    model.for_each_slot(|slot_path, slot| {
-        if slot_path == path {
-            let [_, d_output] = slot.shape();
-            found = host(slot.weight()).map(|weight| Matrix { weight, d_output, ..Matrix::default() });
-        }
-    });
-    found
+    let slot = model.slots().into_iter().find(|(slot_path, _)| slot_path == path);
+    let (_, slot) =
+        slot.ok_or_else(|| Error::mismatch(path, "a linear of the model", "none of that name"))?;
+    let (weight, [_, d_output]) = (to_host(path, slot.weight())?, slot.shape());
+    Ok(Matrix { weight, d_output, ..Matrix::default() })
 }
 
 /// Widths stay as they are.

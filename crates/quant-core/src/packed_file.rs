@@ -26,6 +26,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales,
+    hash::hex,
     packing::code_rows,
     safetensors_file::{Dtype, SafetensorsFile, TensorPlan, Values, stream_safetensors},
     scheme::DOUBLE_BLOCK,
@@ -146,7 +147,7 @@ impl Part {
 /// nested scales, offset), offsets and input order.
 ///
 /// ```
-/// use kiln_quant_core::{HostQuantizer, MinMax, file::fingerprint};
+/// use kiln_quant_core::{HostQuantizer, MinMax, packed_file::fingerprint};
 /// let weight: Vec<f32> = (0..64).map(|i| i as f32).collect();
 /// let a = MinMax.quantize("a", &weight, 32, 2, &"affine4:32".parse()?)?;
 /// let b = MinMax.quantize("a", &weight, 32, 2, &"affine2:32".parse()?)?;
@@ -160,7 +161,7 @@ pub fn fingerprint<'a>(weights: impl IntoIterator<Item = (&'a str, &'a PackedWei
     for (path, weight) in weights {
         update(&mut hasher, path, weight);
     }
-    hex(hasher)
+    hex(hasher.finalize())
 }
 
 fn update(hasher: &mut Sha256, path: &str, weight: &PackedWeight) {
@@ -174,15 +175,11 @@ fn update(hasher: &mut Sha256, path: &str, weight: &PackedWeight) {
     }
 }
 
-fn hex(hasher: Sha256) -> String {
-    hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
-}
-
 /// An open file of packed and dense tensors: the header is checked at once, tensors are read when asked for.
 ///
 /// ```
 /// use std::collections::BTreeMap;
-/// use kiln_quant_core::{HostQuantizer, MinMax, file::PackedFile};
+/// use kiln_quant_core::{HostQuantizer, MinMax, packed_file::PackedFile};
 /// let folder = tempfile::tempdir()?;
 /// let path = folder.path().join("model.safetensors");
 /// let weight: Vec<f32> = (0..128).map(|i| (i as f32).sin()).collect();
@@ -387,7 +384,7 @@ impl PackedFile {
         for path in self.packed.keys() {
             update(&mut hasher, path, &self.packed(path)?);
         }
-        let found = hex(hasher);
+        let found = hex(hasher.finalize());
         if found != self.fingerprint {
             return Err(self.file.wrong(FINGERPRINT_KEY, self.fingerprint.as_str(), found));
         }
@@ -494,7 +491,7 @@ fn write<'a, E: From<Error>>(
         origin.insert(name.to_owned(), (name, None));
         plan.push(TensorPlan { name: name.into(), dtype: Dtype::F32, shape: shape.clone() });
     }
-    let metadata = metadata(&entries, hex(hasher), extra)?;
+    let metadata = metadata(&entries, hex(hasher.finalize()), extra)?;
     stream_safetensors(path, plan, &metadata, |tensor, put| match origin[&tensor.name] {
         (path, Some(part)) => {
             let weight = read_packed(path)?;
