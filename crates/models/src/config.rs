@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    Error, Result,
     families::{Channels, Family, LinearRole, NormKind, NormPlace, Part},
+    hf::parse_config,
     stored_config::StoredConfig,
 };
 
@@ -110,6 +112,35 @@ pub struct TensorShape {
 }
 
 impl ModelConfig {
+    /// The shape that the text of a `config.json` describes.
+    ///
+    /// # Errors
+    /// Text that isn't a JSON object, an unknown family, or whatever the family's keys must not say.
+    ///
+    /// ```
+    /// use kiln_models::config::ModelConfig;
+    /// let config = ModelConfig::from_json(
+    ///     r#"{"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+    ///         "num_hidden_layers": 32, "num_attention_heads": 32}"#,
+    /// )?;
+    /// assert_eq!(config.parameters(), 6_738_415_616);
+    /// # Ok::<(), kiln_models::Error>(())
+    /// ```
+    pub fn from_json(text: &str) -> Result<Self> {
+        let map = serde_json::from_str(text).map_err(|error| Error::File {
+            path: "config.json".into(),
+            field: "content".into(),
+            expected: "a JSON object".into(),
+            found: error.to_string(),
+        })?;
+        parse_config(&map)
+    }
+
+    /// The window of every block.
+    pub fn sliding_windows(&self) -> Vec<Option<usize>> {
+        self.layer_attention.iter().map(|layer| layer.sliding_window).collect()
+    }
+
     /// Widths of block `index`.
     pub fn layer(&self, index: usize) -> LayerShape {
         self.layer_shapes.get(index).copied().unwrap_or(self.common_shape())

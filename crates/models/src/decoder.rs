@@ -39,6 +39,23 @@ impl<P: Projection> Decoder<P> {
         &self.config
     }
 
+    /// A model of its parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first tensor whose shape isn't that of `config`.
+    pub fn from_parts(
+        config: ModelConfig,
+        embed_tokens: Embedding,
+        embed_positions: Option<Param<Tensor<2>>>,
+        blocks: Vec<Block<P>>,
+        final_norm: Norm,
+        lm_head: Option<QuantLinear>,
+    ) -> crate::Result<Self> {
+        let decoder = Self { embed_tokens, embed_positions, blocks, final_norm, lm_head, config };
+        decoder.check()?;
+        Ok(decoder)
+    }
+
     /// The same parts under another configuration, as after a cut.
     ///
     /// # Errors

@@ -259,8 +259,7 @@ fn write(config: &ModelConfig, class: &Class, map: &mut Map<String, Value>) {
     if class.mlp_bias {
         set(map, [("mlp_bias", json!(config.biases.mlp))]);
     }
-    let windows: Vec<_> = config.layer_attention.iter().map(|layer| layer.sliding_window).collect();
-    let window = windows.iter().copied().flatten().next();
+    let window = config.sliding_windows().into_iter().flatten().next();
     match class.windows {
         Windows::Never => {}
         Windows::All => set(map, [("sliding_window", json!(window))]),
