@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use kiln_calibration::{CalibrationConfig, Calibrator, Error, GptqConfig, Method, Progress};
-use kiln_models::{families::LinearRole, AnyModel, LoadOptions, Windows};
+use kiln_models::{AnyModel, LoadOptions, Windows, families::LinearRole};
 use kiln_quant_core::QuantLinear;
 
 use crate::setup::*;

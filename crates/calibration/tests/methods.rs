@@ -6,8 +6,9 @@ use kiln_calibration::{
     ApiqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig, Method, Rounding,
     Svd, block_errors,
 };
-use kiln_models::{families::NormPlace, 
-    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, loss_and_gradients, token_nll,
+use kiln_models::{
+    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, families::NormPlace, loss_and_gradients,
+    token_nll,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 

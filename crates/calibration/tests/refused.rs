@@ -3,7 +3,10 @@
 use kiln_calibration::{
     ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
-use kiln_models::{families::{LinearRole, NormPlace}, AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows};
+use kiln_models::{
+    AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows,
+    families::{LinearRole, NormPlace},
+};
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;

@@ -9,8 +9,9 @@ use kiln_calibration::{
     Rounding, block_errors,
 };
 use kiln_models::{
+    AnyModel, Block, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows,
+    export::save_model,
     families::{LinearRole, NormPlace},
-    AnyModel, Block, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows, export::save_model,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 use kiln_testkit::read;

@@ -17,7 +17,10 @@ use kiln::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{families::NormPlace, AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
+    models::{
+        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, families::NormPlace,
+        token_nll,
+    },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},

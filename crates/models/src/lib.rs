@@ -46,7 +46,7 @@ pub use error::{Error, Result};
 pub use fingerprint::fingerprint;
 pub use generate::{Finish, GenerateOptions, Generation, generate};
 pub use kiln_quant_core::{Place, Slots};
-pub use load::{LoadOptions, LoadReport};
+pub use load::{LoadOptions, LoadReport, Tables};
 pub use nll::token_nll;
 pub use norm::Norm;
 pub use probe::{Call, Keep, Probe, Tape};

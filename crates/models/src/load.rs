@@ -19,11 +19,21 @@ use crate::{
 };
 
 /// How to load a model.
+///
+/// | option | default | purpose |
+/// | --- | --- | --- |
+/// | `schemes` | as stored | what becomes of the blocks' linears |
+/// | `tables` | as stored | what becomes of embedding and head |
+/// | `quantizer` | [`MinMax`] | makes the packed weights |
+/// | `measure` | no | whether to measure the error of each quantized weight |
+/// | `progress` | none | called after each tensor, with its path |
+#[non_exhaustive]
 pub struct LoadOptions<'a> {
-    /// `None` keeps every weight as stored. `Some` gives each linear of the blocks its scheme, by path; weights that
-    /// are stored packed are dequantized first. Embedding and head stay as stored, unless the plan's default is
-    /// [`Scheme::Dense`], which makes them dense too.
+    /// `None` keeps every linear of the blocks as stored. `Some` gives each its scheme, by path; weights that are stored
+    /// packed are dequantized first.
     pub schemes: Option<Plan<Scheme>>,
+    /// What becomes of embedding and head.
+    pub tables: Tables,
     /// Makes the packed weights.
     pub quantizer: &'a dyn HostQuantizer,
     /// Whether to measure the error of each quantized weight.
@@ -32,16 +42,71 @@ pub struct LoadOptions<'a> {
     pub progress: Option<&'a dyn Fn(&str)>,
 }
 
+/// What becomes of embedding and head.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Tables {
+    /// Packed where the file is, else dense.
+    #[default]
+    AsStored,
+    /// Dense, as full fine-tuning needs them.
+    Dense,
+}
+
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { schemes: None, quantizer: &MinMax, measure: false, progress: None }
+        Self { schemes: None, tables: Tables::AsStored, quantizer: &MinMax, measure: false, progress: None }
     }
 }
 
-impl LoadOptions<'_> {
-    /// One scheme for all linears of the blocks.
+impl<'a> LoadOptions<'a> {
+    /// One scheme for all linears of the blocks; with [`Scheme::Dense`] everything is dense.
     pub fn uniform(scheme: Scheme) -> Self {
-        Self { schemes: Some(Plan::uniform(scheme)), ..Self::default() }
+        let tables = if scheme == Scheme::Dense { Tables::Dense } else { Tables::AsStored };
+        Self { tables, ..Self::planned(Plan::uniform(scheme)) }
+    }
+
+    /// A scheme for each linear of the blocks.
+    pub fn planned(schemes: Plan<Scheme>) -> Self {
+        Self { schemes: Some(schemes), ..Self::default() }
+    }
+
+    /// Sets `tables`.
+    #[must_use]
+    pub fn with_tables(mut self, tables: Tables) -> Self {
+        self.tables = tables;
+        self
+    }
+
+    /// Sets `quantizer`.
+    #[must_use]
+    pub fn with_quantizer(mut self, quantizer: &'a dyn HostQuantizer) -> Self {
+        self.quantizer = quantizer;
+        self
+    }
+
+    /// Sets `measure`.
+    #[must_use]
+    pub fn with_measure(mut self, measure: bool) -> Self {
+        self.measure = measure;
+        self
+    }
+
+    /// Sets `progress`.
+    #[must_use]
+    pub fn with_progress(mut self, progress: &'a dyn Fn(&str)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl std::fmt::Debug for LoadOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("schemes", &self.schemes)
+            .field("tables", &self.tables)
+            .field("measure", &self.measure)
+            .finish_non_exhaustive()
     }
 }
 
@@ -124,15 +189,10 @@ impl Loader<'_> {
         Ok(Decoder { embed_tokens, embed_positions, blocks, final_norm, lm_head, config: config.clone() })
     }
 
-    /// Whether everything is to be dense, embedding and head included.
-    fn all_dense(&self) -> bool {
-        self.options.schemes.as_ref().is_some_and(|plan| *plan.default_value() == Scheme::Dense)
-    }
-
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
         let stored = self.stored(path, [width, rows])?;
         Ok(match stored {
-            StoredWeight::Packed(weight) if !self.all_dense() => {
+            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
                 self.record(path, Scheme::Packed(weight.scheme), &[width, rows], None);
                 Embedding::Packed(PackedTensor::new(&weight, &self.device))
             }
@@ -153,7 +213,9 @@ impl Loader<'_> {
         let shape = [config.hidden_size, config.vocab_size];
         let stored = self.stored(path, shape)?;
         let scheme = match &stored {
-            StoredWeight::Packed(weight) if !self.all_dense() => Scheme::Packed(weight.scheme),
+            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
+                Scheme::Packed(weight.scheme)
+            }
             _ => Scheme::Dense,
         };
         self.place(path, stored, scheme, shape, None, true).map(Some)

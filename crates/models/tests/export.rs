@@ -355,7 +355,7 @@ fn mlx_states_layers_that_differ_by_path() {
         .unwrap()
         .with_override("layers.1.self_attn.q_proj", Scheme::Dense)
         .unwrap();
-    let options = LoadOptions { schemes: Some(plan), ..LoadOptions::default() };
+    let options = LoadOptions::planned(plan);
     let model = source.load(&options, &Device::flex()).unwrap().0;
     let (_folder, path) = place("mlx");
     export_mlx(&model, &source, &path, &ExportOptions::new(FloatType::Bf16)).unwrap();

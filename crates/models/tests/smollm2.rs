@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_models::{
-    families::NormPlace,
-    AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, generate,
+    AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, families::NormPlace,
+    generate,
 };
 use kiln_quant_core::{Projection, QuantLinear, Scheme, fused};
 use kiln_testkit::{Golden, assert_close, read, relative_difference, smollm2};
@@ -99,8 +99,13 @@ fn smollm2_has_the_gradients_of_torch() {
             .chunks(7)
             .zip(&model.blocks)
             .flat_map(|(linears, block)| {
-                let norms = [NormPlace::PreAttention, NormPlace::PreMlp].map(|place| block.norm(place).unwrap());
-                linears.iter().copied().chain(norms.map(|norm| gain(norm.weight.as_ref().unwrap().val()))).collect::<Vec<_>>()
+                let norms =
+                    [NormPlace::PreAttention, NormPlace::PreMlp].map(|place| block.norm(place).unwrap());
+                linears
+                    .iter()
+                    .copied()
+                    .chain(norms.map(|norm| gain(norm.weight.as_ref().unwrap().val())))
+                    .collect::<Vec<_>>()
             })
             .collect();
         let expected = golden.floats(&format!("p{k}.grad_l2_by_layer"));

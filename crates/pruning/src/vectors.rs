@@ -5,8 +5,7 @@ use serde_json::{Value, json};
 
 use crate::{
     Aggregation, Axis, Criterion, GqaFold, HeadRounding, InputStatistics, Matrix, bias_of, block_influence,
-    head_sums, removed_channels, removed_heads, removed_mlp_channels, selection::lowest,
-    standardise,
+    head_sums, removed_channels, removed_heads, removed_mlp_channels, selection::lowest, standardise,
 };
 
 /// Values are exact or rounded to 10 digits.

@@ -1,6 +1,6 @@
 //! Cutting gives what masking gives.
 
-use kiln_models::{Block, AnyModel, Embedding};
+use kiln_models::{AnyModel, Block, Embedding};
 use kiln_pruning::{BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Structure};
 use kiln_testkit::{Golden, assert_close, read};
 

@@ -6,10 +6,10 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::Tensor,
 };
+use kiln_models::fingerprint;
 use kiln_models::{CausalLm, GenerateOptions, KvCache, Recompute, Targets, TokenBatch, generate, token_nll};
 use kiln_quant_core::trained_values;
 use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned};
-use kiln_models::fingerprint;
 use kiln_testkit::{assert_close, max_difference, read, testdata};
 use kiln_training::{RunOptions, Trainer};
 

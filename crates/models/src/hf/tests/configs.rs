@@ -64,10 +64,7 @@ fn the_fixtures_say_what_their_table_says() {
     let mistral = llama(&tiny_file("mistral-swa8-f32", "config.json"));
     assert_eq!(mistral.sliding_windows(), [Some(8), Some(8)]);
     let qwen2 = llama(&tiny_file("qwen2-tied-f32", "config.json"));
-    assert_eq!(
-        (qwen2.biases, qwen2.tie_word_embeddings),
-        (Biases { qkv: true, o: false, mlp: false }, true)
-    );
+    assert_eq!((qwen2.biases, qwen2.tie_word_embeddings), (Biases { qkv: true, o: false, mlp: false }, true));
     assert_eq!(qwen2.sliding_windows(), [None, None]);
     let qwen3 = llama(&tiny_file("qwen3-untied-f32", "config.json"));
     assert_eq!((qwen3.biases, qwen3.tie_word_embeddings), (Biases::default(), false));
