@@ -215,7 +215,7 @@ fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>
 }
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<kiln::eval::Perplexity> {
-    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?)
+    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids)?)
 }
 
 /// Shows each step.
@@ -304,9 +304,7 @@ fn main() -> Result<()> {
     let sample = generate(
         &model,
         &tokenizer.encode(prompt, true)?,
-        &GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone()),
-        &mut |_| ControlFlow::Continue(()),
-    )?;
+        &GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone()))?;
     println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
     write_json(
         options.json.as_deref(),

@@ -54,7 +54,7 @@ fn main() -> Result<()> {
     print!("{}", if options.chat { "" } else { &options.prompt });
     let mut stream = tokenizer.decode_stream(true);
     let start = Instant::now();
-    let result = generate(&model, &prompt, &generation, &mut |id| {
+    let result = generate_with(&model, &prompt, &generation, &mut |id| {
         print!("{}", stream.push(id).unwrap_or_default());
         // A closed terminal is no reason to go on.
         if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }

@@ -245,7 +245,7 @@ struct Calibrated {
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
     let protocol = WindowedPerplexity::new(window);
-    Ok(protocol.evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?.perplexity)
+    Ok(protocol.evaluate(&model.valid(), ids)?.perplexity)
 }
 
 /// What all methods share.

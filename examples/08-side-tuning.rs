@@ -152,7 +152,7 @@ fn train<M: CausalLm>(
     let median = later.get(later.len() / 2).or(seconds.first()).copied().unwrap_or(0.0);
     let model = trainer.into_model();
     let score =
-        WindowedPerplexity::new(window).evaluate(&model, held_out, &mut |_| ControlFlow::Continue(()))?;
+        WindowedPerplexity::new(window).evaluate(&model, held_out)?;
     Ok((trainable, median, peak, score.nll))
 }
 

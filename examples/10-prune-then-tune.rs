@@ -82,7 +82,7 @@ fn name(criterion: Criterion) -> Result<String> {
 
 fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
     let found =
-        WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?;
+        WindowedPerplexity::new(window).evaluate(&model.valid(), ids)?;
     Ok(found.perplexity)
 }
 

@@ -20,6 +20,11 @@ impl Problem {
         Self { field: field.into(), expected: expected.into(), found: found.to_string() }
     }
 
+    /// The same under the name that `rename` gives the field.
+    pub(crate) fn renamed(self, rename: fn(&str) -> &str) -> Self {
+        Self { field: rename(&self.field).to_owned(), ..self }
+    }
+
     /// The same of a part of `path`.
     pub(crate) fn within(self, path: &str) -> Self {
         Self { field: format!("{path}.{}", self.field), ..self }

@@ -60,7 +60,7 @@ impl ParityBudget {
             let expected = "at least one linear layer, and sizes and rank of at least 1";
             return Err(Problem::new("budget", expected, format!("rank {r} of {shapes:?}")).argument());
         }
-        let budget = Method::Lora.parameters(shapes, r);
+        let budget = Method::lora().parameters(shapes, r);
         Ok(Self { shapes: shapes.to_vec(), r, budget })
     }
 

@@ -27,7 +27,7 @@ fn pipeline(device: &Device, recompute: Recompute) -> Vec<f64> {
     let mut trainer = Trainer::new(model, Arc::new(dataset), config).unwrap();
     let mut figures: Vec<f64> = (0..3).map(|_| trainer.step().unwrap().loss).collect();
     let protocol = WindowedPerplexity::new(16).with_max_windows(2);
-    let found = protocol.evaluate(&trainer.into_model(), &ids, &mut |_| ControlFlow::Continue(())).unwrap();
+    let found = protocol.evaluate(&trainer.into_model(), &ids).unwrap();
     figures.push(found.nll);
     figures
 }

@@ -35,7 +35,7 @@ pub use context::{Context, KvCache};
 pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients, residual_gradient};
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
-pub use generate::{Finish, GenerateOptions, Generation, generate};
+pub use generate::{Finish, GenerateOptions, Generation, generate, generate_with};
 pub use llama::Llama;
 pub use load::{LoadOptions, LoadReport};
 pub use nll::token_nll;

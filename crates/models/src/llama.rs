@@ -284,7 +284,7 @@ impl<P: Projection> Slots for Llama<P> {
     fn slots(&self) -> Vec<(String, &P)> {
         let mut slots = Vec::new();
         for (index, block) in self.model.layers.iter().enumerate() {
-            let attention = &block.self_attn;
+            let (attention, mlp) = (&block.self_attn, &block.mlp);
             let named = [
                 ("self_attn.q_proj", &attention.q_proj),
                 ("self_attn.k_proj", &attention.k_proj),

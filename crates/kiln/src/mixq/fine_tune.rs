@@ -147,7 +147,7 @@ impl FineTune {
     fn score<M: CausalLm>(&self, model: &M, clocks: &[DropoutClock]) -> Result<f64> {
         clocks.iter().for_each(|clock| clock.train(false));
         let protocol = WindowedPerplexity::new(self.window).with_batch(4);
-        match protocol.evaluate(&model.valid(), &self.held_out, &mut |_| ControlFlow::Continue(())) {
+        match protocol.evaluate(&model.valid(), &self.held_out) {
             Ok(found) => Ok(found.nll),
             Err(kiln_eval::Error::NotFinite { .. }) => Ok(f64::NAN),
             Err(error) => Err(error.into()),
