@@ -43,8 +43,15 @@ pub struct Base {
 #[must_use = "`load` makes the model"]
 pub struct OpenBase {
     checkpoint: Checkpoint,
-    schemes: Option<Plan<Scheme>>,
+    format: Format,
     device: Option<Device>,
+}
+
+/// Weight format of the blocks' linears.
+enum Format {
+    AsStored,
+    Bits(u32),
+    Schemes(Plan<Scheme>),
 }
 
 /// What texts and conversations need besides a model.
@@ -56,8 +63,9 @@ pub(crate) struct Language {
 
 impl OpenBase {
     /// Packs the blocks' linears to `bits` bits (2, 3, 4 or 8) in groups of 64 inputs, as they are read.
-    pub fn with_bits(self, bits: u32) -> Self {
-        self.with_scheme(Scheme::Packed(QuantScheme::affine(bits, 64)))
+    pub fn with_bits(mut self, bits: u32) -> Self {
+        self.format = Format::Bits(bits);
+        self
     }
 
     /// Gives all linears of the blocks one format: `"nf4:64:double".parse()?`.
@@ -67,7 +75,7 @@ impl OpenBase {
 
     /// Gives each linear of the blocks its format, by path.
     pub fn with_schemes(mut self, schemes: Plan<Scheme>) -> Self {
-        self.schemes = Some(schemes);
+        self.format = Format::Schemes(schemes);
         self
     }
 
@@ -85,9 +93,17 @@ impl OpenBase {
     /// Reads tokenizer, chat template and model. Peak memory is the loaded model and one dense tensor.
     ///
     /// # Errors
-    /// A missing tokenizer, and as [`Checkpoint::load`].
+    /// Another number of bits, a missing tokenizer, and as [`Checkpoint::load`].
     pub fn load(self) -> Result<Base> {
-        let options = LoadOptions { schemes: self.schemes, ..LoadOptions::default() };
+        let schemes = match self.format {
+            Format::AsStored => None,
+            Format::Bits(bits @ (2 | 3 | 4 | 8)) => {
+                Some(Plan::uniform(Scheme::Packed(QuantScheme::affine(bits, 64))))
+            }
+            Format::Bits(other) => return Err(Error::argument("bits", "2, 3, 4 or 8", other)),
+            Format::Schemes(schemes) => Some(schemes),
+        };
+        let options = LoadOptions { schemes, ..LoadOptions::default() };
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
         let (tokenizer, template) = (self.checkpoint.tokenizer()?, self.checkpoint.chat_template()?);
         let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });
@@ -108,7 +124,7 @@ impl Base {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open(path: impl AsRef<Path>) -> Result<OpenBase> {
-        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, schemes: None, device: None })
+        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, format: Format::AsStored, device: None })
     }
 
     /// The model.

@@ -28,7 +28,7 @@ impl Fisher {
     /// Takes gradients of the original model's loss on windows of equal length, one at a time.
     ///
     /// # Errors
-    /// [`Error::Argument`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn measure(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> Result<Self> {
         check_windows(original, windows)?;
         let trained = original.clone().try_map(|_, slot| {
@@ -67,7 +67,7 @@ impl Fisher {
     /// weight errors, weighted.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a path that the model lacks.
+    /// [`Error::is_argument`] for a path that the model lacks.
     pub fn harm(&self, path: &str, original: &QuantLinear, quantized: &QuantLinear) -> Result<f64> {
         let squares =
             self.squares.get(path).ok_or_else(|| Error::argument(path, "a measured linear", "none"))?;

@@ -62,7 +62,7 @@ impl LogitKl {
     /// Runs the original on windows of equal length.
     ///
     /// # Errors
-    /// [`Error::Argument`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn new(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>], options: &KlOptions) -> Result<Self> {
         check_windows(original, windows)?;
         let length = windows[0].len();
@@ -123,7 +123,7 @@ impl LogitKl {
     /// may end the measurement.
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than there are, or a text too few or too many.
+    /// [`Error::is_argument`] for more tokens than there are, or a text too few or too many.
     pub fn measure(
         &mut self,
         quantized: &AnyModel<QuantLinear>,
