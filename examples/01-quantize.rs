@@ -1,11 +1,11 @@
 //! Quantizes a checkpoint and shows the error and the bytes of every weight.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use kiln::{
     models::{LoadOptions, Slots},
-    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, file::PackedFile},
+    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, packed_file::PackedFile},
 };
 use kiln_examples::{ModelArgs, Result, write_json};
 
@@ -35,8 +35,7 @@ struct Options {
     json: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let mut options = Options::parse();
+fn run(mut options: Options) -> Result<()> {
     let scheme = *options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
     let quantizer: Box<dyn HostQuantizer> = match options.quantizer {
         Quantizer::MinMax => Box::new(MinMax),
@@ -96,4 +95,8 @@ fn main() -> Result<()> {
         options.json.as_deref(),
         &serde_json::json!({ "scheme": scheme, "storage": report.storage, "total_bytes": bytes, "errors": errors }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

@@ -1,6 +1,6 @@
 //! Tasks of the lm-evaluation-harness on a model: the embedded model and a quiz, or yours and your data.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kiln::eval::{DataFolder, Evaluation, ModelScorer, Probe, Report, Scorer, Task, TaskData, disk_bytes};
@@ -108,8 +108,7 @@ fn results(report: &Report) -> serde_json::Value {
     results.into()
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let mut evaluation = Evaluation::new().with_model(options.model_name());
     (evaluation.shots, evaluation.limit, evaluation.samples) =
         (options.shots, options.limit, options.samples());
@@ -153,4 +152,8 @@ fn main() -> Result<()> {
             "report": report,
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

@@ -11,6 +11,7 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use kiln::{
+    Tuned,
     adapters::AdapterConfig,
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
     quant::{Plan, QuantLinear, Scheme},

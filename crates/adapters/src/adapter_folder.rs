@@ -211,7 +211,7 @@ impl AdapterFolder {
 
 /// Writes `adapters`, by the paths of their modules, and the `config` that they were made with as an own folder, which is
 /// created if missing. `base_fingerprint` is that of the model's packed weights
-/// ([`kiln_quant_core::file::fingerprint`]), `None` without such.
+/// ([`kiln_quant_core::packed_file::fingerprint`]), `None` without such.
 ///
 /// Each file is written to a temporary sibling and renamed; the configuration last.
 ///

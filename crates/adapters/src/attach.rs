@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, marker::PhantomData};
 
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Projection, QuantLinear};
 
 use crate::{
     Adapted, AdapterConfig, AdapterKind, AnyAdapter, Core, Dora, Dropout, InitLoraWeights, Lora, Method,
@@ -12,7 +12,7 @@ use crate::{
     lora,
     part::{Description, Part, Parts},
     random::{Purpose, generator, path_hash},
-    residual::{ReplaceWeight, olora, pissa, subtract, to_host},
+    residual::split,
 };
 
 /// Gives each slot of one model its adapter of kind `A`.
@@ -107,29 +107,20 @@ impl<A: AdapterKind> Attacher<A> {
     ///
     /// # Errors
     /// As [`attach`](Self::attach); a rank above the smaller size of the weight, a scaling that isn't positive, and
-    /// what [`ReplaceWeight::with_weight`] refuses.
-    pub fn attach_to_residual<P: ReplaceWeight>(&self, path: &str, base: P) -> Result<Adapted<P, A>> {
+    /// what [`QuantLinear::with_weight`] refuses.
+    pub fn attach_to_residual(&self, path: &str, base: QuantLinear) -> Result<Adapted<QuantLinear, A>> {
         let init = self.config.method.init();
         let Some(target) = self.targets.get(path).filter(|_| init.changes_base()) else {
             return self.attach(path, base);
         };
-        let ([d_input, d_output], r, scaling) = (base.shape(), target.r, target.scaling);
-        let weight = to_host(path, base.weight())?;
-        let first = match (init, &self.source) {
-            (InitLoraWeights::Olora, _) => olora(path, &weight, [d_input, d_output], r, scaling),
-            (InitLoraWeights::Pissa { iterations: Some(iterations) }, Source::Initial) => {
-                let random = Some((iterations, self.config.seed));
-                pissa(path, &weight, [d_input, d_output], r, scaling, random)
-            }
-            _ => pissa(path, &weight, [d_input, d_output], r, scaling, None),
-        }?;
+        let seed = match &self.source {
+            Source::Initial => Some(self.config.seed),
+            Source::Stored(_) => None,
+        };
         let description = self.config.describe(target, base.shape());
-        let base = subtract(path, base, &first, r, scaling)?;
+        let (base, first) = split(init, target, base, seed)?;
         let parts = match &self.source {
-            Source::Initial => {
-                let [a, b] = first;
-                vec![(Part::A, a), (Part::B, b)]
-            }
+            Source::Initial => vec![(Part::A, first.a), (Part::B, first.b)],
             Source::Stored(_) => self.parts(target, &description, base.shape())?,
         };
         self.adapted(target, &description, parts, base)

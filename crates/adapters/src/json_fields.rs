@@ -25,11 +25,6 @@ impl Problem {
         Self { field: rename(&self.field).to_owned(), ..self }
     }
 
-    /// The same of a part of `path`.
-    pub(crate) fn within(self, path: &str) -> Self {
-        Self { field: format!("{path}.{}", self.field), ..self }
-    }
-
     pub(crate) fn in_file(self, path: &Path) -> Error {
         Error::File { path: path.into(), field: self.field, expected: self.expected, found: self.found }
     }

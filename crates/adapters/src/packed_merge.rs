@@ -1,8 +1,9 @@
 //! Merging into packed weights without touching a code.
 
-use burn::tensor::DType;
+use burn::tensor::Tensor;
 use kiln_quant_core::{
     Grid, PackedLinear, PackedTensor, PackedWeight, QuantLinear, QuantScheme, ScaleType, Scales, Value,
+    to_host,
 };
 
 use crate::{
@@ -62,9 +63,8 @@ impl PackedMerge for AnyAdapter {
 impl PooledAdapter {
     /// What each tile of weights gets, `[d_input / pool, d_output / repeat]`.
     fn tile_values(&self) -> Result<Vec<f64>> {
-        let read = |tensor: burn::tensor::Tensor<2>| -> Result<Vec<f64>> {
-            let values = crate::residual::to_host("map", tensor.cast(DType::F32))?;
-            Ok(values.into_iter().map(f64::from).collect())
+        let read = |tensor: Tensor<2>| -> Result<Vec<f64>> {
+            Ok(to_host("map", tensor)?.into_iter().map(f64::from).collect())
         };
         let factor = self.update_factor();
         let map = match &self.core {
@@ -72,9 +72,13 @@ impl PooledAdapter {
             Core::LowRank(LowRank { a, b }) => {
                 let ([rows, rank], [_, columns]) = (a.val().dims(), b.val().dims());
                 let (a, b) = (read(a.val())?, read(b.val())?);
-                let [a, b] = [(rows, rank, a), (rank, columns, b)]
-                    .map(|(rows, columns, values)| crate::linear_algebra::Matrix::new(rows, columns, values));
-                a.multiply(&b).values
+                let mut map = vec![0.0; rows * columns];
+                for (row, a) in map.chunks_mut(columns.max(1)).zip(a.chunks(rank.max(1))) {
+                    for (a, b) in a.iter().zip(b.chunks(columns.max(1))) {
+                        row.iter_mut().zip(b).for_each(|(sum, b)| *sum += a * b);
+                    }
+                }
+                map
             }
         };
         match map.iter().find(|value| !value.is_finite()) {

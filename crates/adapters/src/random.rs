@@ -1,5 +1,6 @@
 //! Random numbers that depend on a key and on nothing else: not on the order of calls, the device or the thread.
 
+use kiln_quant_core::hash::Fnv1a;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -8,8 +9,6 @@ use rand_chacha::ChaCha8Rng;
 pub(crate) enum Purpose {
     Dropout,
     Initialization,
-    /// The start of a search for singular vectors.
-    Subspace,
 }
 
 /// A generator for the module called `slot` (a [`path_hash`]) at one micro-batch of one step.
@@ -25,9 +24,7 @@ pub(crate) fn generator(purpose: Purpose, seed: u64, slot: u64, step: u64, micro
 
 /// FNV-1a of a module's path: the same in every build, unlike the standard library's hashes.
 pub(crate) fn path_hash(path: &str) -> u64 {
-    path.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
-    })
+    Fnv1a::of(path.bytes()).value()
 }
 
 /// In -1..1, in steps of 2⁻²³.
@@ -40,27 +37,25 @@ pub(crate) fn uniform(rng: &mut ChaCha8Rng, bound: f64, count: usize) -> Vec<f32
     (0..count).map(|_| (unit(rng) * bound) as f32).collect()
 }
 
-/// By Box and Muller's transformation.
+/// Normally distributed around 0.
 pub(crate) fn normal(rng: &mut ChaCha8Rng, deviation: f64, count: usize) -> Vec<f32> {
     let value = |_| {
         // In 0..1 without 0, whose logarithm is infinite.
-        let radius = (-2.0 * (1.0 - (unit(rng) + 1.0) / 2.0).ln()).sqrt();
-        (deviation * radius * (std::f64::consts::PI * unit(rng)).cos()) as f32
+        let within = 1.0 - (unit(rng) + 1.0) / 2.0;
+        box_muller(deviation, within, unit(rng) / 2.0) as f32
     };
     (0..count).map(value).collect()
+}
+
+/// Box and Muller's transformation of two uniform numbers, `within` in 0..1 without 0 and `turn` of any whole turn, to a
+/// normally distributed one.
+pub(crate) fn box_muller(deviation: f64, within: f64, turn: f64) -> f64 {
+    deviation * (-2.0 * within.ln()).sqrt() * (std::f64::consts::TAU * turn).cos()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// The test vectors of the function's authors.
-    #[test]
-    fn hash_is_fnv_1a() {
-        assert_eq!(path_hash(""), 0xcbf2_9ce4_8422_2325);
-        assert_eq!(path_hash("a"), 0xaf63_dc4c_8601_ec8c);
-        assert_eq!(path_hash("foobar"), 0x8594_4171_f739_67e8);
-    }
 
     #[test]
     fn every_part_of_the_key_counts() {

@@ -1,13 +1,12 @@
 //! Merging into a packed weight with loss, and how much is lost.
 
-use burn::tensor::{DType, Tensor};
+use burn::tensor::Tensor;
 use kiln_quant_core::{
-    HostQuantizer, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
-    quantizers::error,
+    HostQuantizer, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme, to_host,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Adapted, Adapter, Result, residual::to_host};
+use crate::{Adapted, Adapter, Result};
 
 /// What quantizing a merged weight again lost.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -47,16 +46,10 @@ impl<A: Adapter> Adapted<QuantLinear, A> {
         if self.adapter.is_none() {
             return Ok((self.base, None));
         }
-        let ([d_input, d_output], merged) = (self.shape(), self.weight().without_autodiff());
-        let device = merged.device();
-        let values = to_host(path, merged.transpose())?;
-        let packed = quantizer.quantize(path, &values, d_input, d_output, scheme)?;
-        let weight = error(&values, &packed);
-        let bias = match &self.base {
-            QuantLinear::Packed(PackedLinear { bias, .. }) => bias.clone(),
-            QuantLinear::Dense(linear) => linear.bias.clone(),
-        };
-        let layer = QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &device), bias });
+        let merged = self.weight().without_autodiff();
+        let (packed, weight) = PackedTensor::quantize_and_measure(path, merged, scheme, quantizer)?;
+        let bias = self.base.bias_parameter().cloned();
+        let layer = QuantLinear::Packed(PackedLinear { weight: packed, bias });
         let output = match inputs {
             Some(x) => {
                 let [y, b] = [self.forward(x.clone()), self.base.forward(x.clone())];
@@ -69,8 +62,7 @@ impl<A: Adapter> Adapted<QuantLinear, A> {
 }
 
 fn output_error(path: &str, z: Tensor<2>, y: Tensor<2>, b: Tensor<2>) -> Result<OutputError> {
-    let host = |tensor: Tensor<2>| to_host(path, tensor.cast(DType::F32));
-    let (z, y, b) = (host(z)?, host(y)?, host(b)?);
+    let (z, y, b) = (to_host(path, z)?, to_host(path, y)?, to_host(path, b)?);
     let distance = |a: &[f32], b: &[f32]| -> f64 {
         a.iter().zip(b).map(|(a, b)| (f64::from(*a) - f64::from(*b)).powi(2)).sum::<f64>().sqrt()
     };

@@ -13,7 +13,7 @@ use kiln_adapters::{
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear,
-    file::fingerprint,
+    packed_file::fingerprint,
 };
 use kiln_testkit::{read, relative_difference, tensor, values};
 use safetensors::SafeTensors;

@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AnyAdapter, Core, Dropout, Full, Geometry, Lora, LowRank, Method,
-    ParityBudget, PooledAdapter, Pooling, QBara, QaBlora, QaHira, QaLora,
+    Adapted, Adapter, AnyAdapter, Core, Dropout, Full, Geometry, Lora, LowRank, Method, PooledAdapter,
+    Pooling, QBara, QaBlora, QaHira, QaLora,
 };
 use kiln_quant_core::{Place, Projection};
 use kiln_testkit::{assert_close, read, relative_difference, tensor};
@@ -223,47 +223,6 @@ fn counts_and_rank_bounds_are_those_of_the_specification() {
             assert_eq!(found, size(&bounds[bound]), "{name} {bound}");
         }
     }
-}
-
-#[test]
-fn every_method_reaches_loras_number_of_values() {
-    for (hidden, ffn) in [(4096, 11008), (5120, 13824), (576, 1536), (128, 352)] {
-        let block = llama_block(hidden, ffn);
-        let budget = ParityBudget::of_lora(&block, 16).unwrap();
-        assert_eq!(budget.parameters(), Method::lora().parameters(&block, 16));
-        for lambda in [2, 4, 8] {
-            let choice = budget.q_bara(lambda).unwrap();
-            assert_eq!((choice.parameters, choice.r), (budget.parameters(), 16));
-        }
-        // A whole rank more or less is 1 / r of the budget.
-        let lora = budget.qa_lora(16, Pooling::Average).unwrap();
-        assert!((lora.ratio() - 1.0).abs() <= 0.5 / lora.r as f64, "{lora:?}");
-        let blora = budget.qa_blora(4, 2).unwrap();
-        assert!((blora.ratio() - 1.0).abs() < 0.02, "{blora:?}");
-        assert_eq!(blora.parameters, blora.method.parameters(&block, blora.r));
-        // Sizes only have the divisors that they have.
-        let hira = budget.qa_hira([4, 1]).unwrap();
-        assert!((0.7..1.42).contains(&hira.ratio()), "{hira:?}");
-        let Method::QaHira(QaHira { pool, repeat, .. }) = hira.method else { panic!("{hira:?}") };
-        assert!(pool.is_multiple_of(4) && block.iter().all(|[i, o]| i % pool == 0 && o % repeat == 0));
-    }
-    let square = ParityBudget::of_lora(&[[4096, 4096]; 4], 64).unwrap();
-    let choice = square.qa_hira([4, 8]).unwrap();
-    assert_eq!((choice.method, choice.ratio()), (Method::QaHira(QaHira::default()), 1.0));
-    let rows = square.qa_hira([32, 1]).unwrap();
-    assert_eq!((rows.method, rows.ratio()), (Method::QaHira(QaHira::for_groups(32)), 1.0));
-}
-
-#[test]
-fn budgets_refuse_what_does_not_divide_and_say_what_does() {
-    let budget = ParityBudget::of_lora(&[[12, 18], [18, 12]], 2).unwrap();
-    let text = |result: kiln_adapters::Result<kiln_adapters::Parity>| result.unwrap_err().to_string();
-    let expected = "lambda: expected a size that divides all layers: 1, 2, 3, 6, found 4";
-    assert_eq!(text(budget.q_bara(4)), expected);
-    assert!(text(budget.qa_lora(0, Pooling::Sum)).starts_with("pool"));
-    assert!(text(budget.qa_blora(2, 5)).starts_with("repeat"));
-    assert!(text(budget.qa_hira([4, 1])).contains("1, 2, 3, 6, found 4"));
-    assert!(ParityBudget::of_lora(&[], 2).is_err() && ParityBudget::of_lora(&[[4, 4]], 0).is_err());
 }
 
 #[test]

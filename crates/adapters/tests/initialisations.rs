@@ -7,7 +7,7 @@ use burn::{
 };
 use kiln_adapters::{
     Adapted, Adapter, AdapterConfig, AnyAdapter, Attacher, Core, Dora, Dropout, Error, InitLoraWeights, Lora,
-    LoraAttacher, LowRank, Method, PooledAdapter, Pooling, ReplaceWeight,
+    LoraAttacher, LowRank, Method, PooledAdapter, Pooling,
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Place, Projection, QuantLinear, quantizers,
@@ -45,7 +45,8 @@ fn config(init: InitLoraWeights) -> AdapterConfig {
     AdapterConfig::new(Method::Lora { init }, 4, 6.0).with_targets(["proj"]).with_seed(7)
 }
 
-fn attach<P: ReplaceWeight>(init: InitLoraWeights, base: P) -> Result<Adapted<P, Lora>, Error> {
+fn attach(init: InitLoraWeights, base: impl Into<QuantLinear>) -> Result<Adapted<QuantLinear, Lora>, Error> {
+    let base = base.into();
     LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())])?
         .attach_to_residual("proj", base)
 }
@@ -185,7 +186,7 @@ fn initialisations_that_change_the_base_need_one_that_can_change() {
             let mut config = config(init);
             change(&mut config);
             let attacher = LoraAttacher::new(&config, &slots).unwrap();
-            let error = attacher.attach_to_residual("proj", weight()).unwrap_err().to_string();
+            let error = attacher.attach_to_residual("proj", weight().into()).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
         }
     }

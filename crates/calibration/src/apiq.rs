@@ -7,14 +7,10 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
-use kiln_quant_core::{PackedWeight, QuantLinear, QuantScheme};
+use kiln_quant_core::{PackedWeight, QuantLinear, QuantScheme, to_host};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    ClippedWeight, Error, Progress, Result,
-    station::Slot,
-    values::{host, tensor},
-};
+use crate::{ClippedWeight, Error, Progress, Result, station::Slot, values::tensor};
 
 /// The distance of outputs from their targets, `[rows, width]` each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -196,19 +192,19 @@ impl<'a> Apiq<'a> {
     }
 
     /// Logits of layer `index`, gamma and beta.
-    pub(crate) fn logits(&self, index: usize) -> [Vec<f32>; 2] {
-        let Clipping { gamma, beta } = &self.clippings[index];
-        [host(gamma.val().inner()), host(beta.val().inner())]
+    pub(crate) fn logits(&self, index: usize) -> Result<[Vec<f32>; 2]> {
+        let (Clipping { gamma, beta }, path) = (&self.clippings[index], &self.layers[index].path);
+        Ok([to_host(path, gamma.val().inner())?, to_host(path, beta.val().inner())?])
     }
 
     /// One window's loss before the step, which it then makes with `ratio` of the learning rates.
     pub(crate) fn step(&mut self, objective: &mut dyn Objective, window: usize, ratio: f64) -> Result<f64> {
         let levels: Vec<_> = (0..self.layers.len())
             .map(|index| {
-                let [gamma, beta] = self.logits(index);
-                self.layers[index].weight.levels(&gamma, &beta)
+                let [gamma, beta] = self.logits(index)?;
+                Ok(self.layers[index].weight.levels(&gamma, &beta))
             })
-            .collect();
+            .collect::<Result<_>>()?;
         let mut weights = Vec::new();
         let mut slots = Vec::new();
         for ((layer, levels), lora) in self.layers.iter().zip(&levels).zip(&self.loras) {
@@ -220,7 +216,7 @@ impl<'a> Apiq<'a> {
             slots.push(Adapted { base, adapter: lora.clone() });
         }
         let loss = objective.loss(slots, window)?;
-        let value = f64::from(host(loss.clone().inner())[0]);
+        let value = f64::from(to_host("loss", loss.clone().inner())?[0]);
         if !value.is_finite() {
             return Ok(value);
         }
@@ -229,8 +225,8 @@ impl<'a> Apiq<'a> {
         for (index, (weight, levels)) in weights.into_iter().zip(&levels).enumerate() {
             // A weight that the loss doesn't depend on has none.
             let Some(gradient) = weight.grad_remove(&mut gradients) else { continue };
-            let (layer, clipping) = (&self.layers[index].weight, &self.clippings[index]);
-            let [gamma, beta] = layer.gradients(levels, &host(gradient));
+            let (Layer { path, weight: layer, .. }, clipping) = (&self.layers[index], &self.clippings[index]);
+            let [gamma, beta] = layer.gradients(levels, &to_host(path, gradient)?);
             let shape = layer.groups();
             clipping_gradients.register(clipping.gamma.id, tensor::<2>(gamma, shape, &self.device));
             clipping_gradients.register(clipping.beta.id, tensor::<2>(beta, shape, &self.device));
@@ -278,7 +274,7 @@ impl<'a> Apiq<'a> {
     pub(crate) fn finish(self) -> Result<Vec<(PackedWeight, Option<Lora>)>> {
         let mut solved = Vec::new();
         for index in 0..self.layers.len() {
-            let [gamma, beta] = self.logits(index);
+            let [gamma, beta] = self.logits(index)?;
             let Layer { path, weight, scheme, .. } = &self.layers[index];
             let packed = weight.pack(path, &weight.levels(&gamma, &beta), scheme)?;
             solved.push((packed, self.loras[index].clone().map(detached)));

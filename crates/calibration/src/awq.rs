@@ -1,18 +1,18 @@
 //! AWQ's scaling: larger weights, and so finer steps, for inputs with large activations.
 
 use burn::tensor::{Device, Tensor};
-use kiln_models::{Context, ScaleSites, ScaleSource};
-use kiln_quant_core::{HostQuantizer, MinMax, QuantScheme, Scheme};
+use kiln_models::{Context, Probe, ScaleSites, ScaleSource, Tape};
+use kiln_quant_core::{HostQuantizer, MinMax, QuantScheme, Scheme, to_host};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Hessian, Result, ScalingReport,
-    block::{Place, pass, ratio},
+    block::{Place, pass},
     loftq::difference,
     station::Station,
     stream::Stream,
-    values::{host, tensor},
+    values::{ratio, tensor},
 };
 
 /// Smallest factor before they are normalised, as published.
@@ -78,10 +78,11 @@ struct Found {
 /// Scales the original weights of block `index` and the norms before them. Sites with a projection that stays as it is
 /// are left alone.
 ///
-/// `x` is the original residual stream before the block, the stations of `places` are those of `model`.
-pub(crate) fn scale<W: ScaleSites<Slot = Station>>(
+/// `x` is the original residual stream before the block; the stations of `places` are those of `model`, on `tape`.
+pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
     config: &AwqConfig,
     model: &mut W,
+    tape: &Tape,
     index: usize,
     places: &mut [Place],
     context: &Context,
@@ -99,7 +100,7 @@ pub(crate) fn scale<W: ScaleSites<Slot = Station>>(
         };
         let readers: Vec<usize> = site.readers.iter().map(|path| find(path)).collect::<Result<_>>()?;
         let source = match &site.source {
-            ScaleSource::Norm(_) => None,
+            ScaleSource::Norm { .. } => None,
             ScaleSource::Projection(path) => Some(find(path)?),
         };
         if source.iter().chain(&readers).any(|&place| places[place].scheme == Scheme::Dense) {
@@ -107,15 +108,18 @@ pub(crate) fn scale<W: ScaleSites<Slot = Station>>(
         }
         let Some(first) = readers.first().map(|&reader| &places[reader]) else { continue };
         let forward = |x: Tensor<2>| pass(model, index, context, x);
-        let windows = (0..x.len()).map(|window| first.inputs(&forward, x.tensor(window, &device)?));
+        let windows = (0..x.len()).map(|window| first.inputs(tape, &forward, x.tensor(window, &device)?));
         let inputs = Inputs::of(&first.path, first.shape[0], &device, windows)?;
         let weights: Vec<Reader> = readers.iter().filter_map(|&reader| Reader::of(&places[reader])).collect();
         let found = search(config, &weights, &inputs)?;
-        let norm = weights.iter().map(|reader| inputs.squares(reader.weight.to_vec())).sum();
+        let mut norm = 0.0;
+        for reader in &weights {
+            norm += inputs.squares(reader.path, reader.weight.to_vec())?;
+        }
         let best = found.errors.iter().copied().fold(f64::INFINITY, f64::min);
         reports.push(ScalingReport {
             source: match &site.source {
-                ScaleSource::Norm(names) => names.join(", "),
+                ScaleSource::Norm { parameters, .. } => parameters.join(", "),
                 ScaleSource::Projection(path) => path.clone(),
             },
             readers: site.readers,
@@ -129,14 +133,17 @@ pub(crate) fn scale<W: ScaleSites<Slot = Station>>(
         if let Some(source) = source {
             divide_outputs(&mut places[source], &found.factors, &device);
         }
-        if let ScaleSource::Norm(names) = site.source {
-            divisions.push((names, found.factors));
+        if let ScaleSource::Norm { parameters, one_plus } = site.source {
+            divisions.push((parameters, one_plus, found.factors));
         }
     }
-    for (names, factors) in divisions {
+    for (names, one_plus, factors) in divisions {
         for name in names {
             if let Some(parameter) = model.norm_parameter(&name) {
-                *parameter = parameter.clone().map(|values| divided(values, &factors, &device));
+                *parameter = parameter.clone().map(|values| match one_plus {
+                    true => divided(values.add_scalar(1.0), &factors, &device).sub_scalar(1.0),
+                    false => divided(values, &factors, &device),
+                });
             }
         }
     }
@@ -174,7 +181,7 @@ impl Inputs {
         for x in windows {
             let x = x?;
             rows += x.dims()[0];
-            let sums = host(x.clone().abs().sum_dim(0));
+            let sums = to_host(path, x.clone().abs().sum_dim(0))?;
             magnitudes.iter_mut().zip(sums).for_each(|(total, sum)| *total += f64::from(sum));
             hessian.add(path, x)?;
         }
@@ -183,14 +190,14 @@ impl Inputs {
         Ok(Self { moments: tensor(moments, [d_input, d_input], device), magnitudes })
     }
 
-    /// `sum ‖w x‖²` over all inputs `x`, for rows `w` of a weight.
-    fn squares(&self, weight: Vec<f32>) -> f64 {
+    /// `sum ‖w x‖²` over all inputs `x`, for rows `w` of the weight of `path`.
+    fn squares(&self, path: &str, weight: Vec<f32>) -> Result<f64> {
         let d_input = self.magnitudes.len();
         let shape = [weight.len() / d_input, d_input];
         let weight = tensor(weight, shape, &self.moments.device());
         let squares = weight.clone().matmul(self.moments.clone()) * weight;
         // Rounding may leave less than nothing.
-        host(squares.sum_dim(1)).into_iter().map(f64::from).sum::<f64>().max(0.0)
+        Ok(to_host(path, squares.sum_dim(1))?.into_iter().map(f64::from).sum::<f64>().max(0.0))
     }
 }
 
@@ -213,7 +220,7 @@ fn search(config: &AwqConfig, readers: &[Reader], inputs: &Inputs) -> Result<Fou
         let factors = factors(&inputs.magnitudes, exponent);
         let mut error = 0.0;
         for reader in readers {
-            error += inputs.squares(difference(reader.weight, &reader.rounded(&factors)?));
+            error += inputs.squares(reader.path, difference(reader.weight, &reader.rounded(&factors)?))?;
         }
         errors.push(error);
     }

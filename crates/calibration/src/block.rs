@@ -1,14 +1,17 @@
 //! One block under calibration: its original weights, its slots, passes through it.
 
+use std::collections::HashMap;
+
 use burn::{
     module::{Param, ParamId},
     nn::Linear,
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
-use kiln_models::{CausalLm, Context};
+use kiln_models::{Call, CausalLm, Context, Keep, Tape};
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear, Scheme,
+    hash::Fnv1a, to_host,
 };
 
 use crate::{
@@ -16,7 +19,7 @@ use crate::{
     clipping::transpose,
     station::{Slot, Station},
     stream::{Store, Stream},
-    values::{Fingerprint, host, tensor},
+    values::{finite, ratio, squares, tensor},
 };
 
 /// One projection of the block.
@@ -37,11 +40,13 @@ pub(crate) struct Place {
 
 impl Place {
     /// Of the original weight and bias.
-    pub(crate) fn fingerprint(&self) -> String {
-        let mut hash = Fingerprint::new();
-        hash.values(&self.weight);
-        hash.values(&self.bias.as_ref().map(|bias| host(bias.val())).unwrap_or_default());
-        hash.text()
+    pub(crate) fn fingerprint(&self) -> Result<String> {
+        let mut hash = Fnv1a::default();
+        hash.update_values(&self.weight);
+        if let Some(bias) = &self.bias {
+            hash.update_values(&to_host(&self.path, bias.val())?);
+        }
+        Ok(hash.text())
     }
 
     /// The original weight, dense, without an adapter.
@@ -77,13 +82,13 @@ impl Place {
     /// Its inputs when its block runs `forward` on `input`.
     pub(crate) fn inputs(
         &self,
+        tape: &Tape,
         forward: &dyn Fn(Tensor<2>) -> Tensor<2>,
         input: Tensor<2>,
     ) -> Result<Tensor<2>> {
-        self.station.listen();
-        let _ = forward(input);
-        match self.station.heard() {
-            Some([x, _]) => Ok(x),
+        let (_, calls) = tape.record_of(&[&self.path], Keep::Inputs, || forward(input));
+        match calls.into_iter().next_back() {
+            Some(call) => Ok(call.input),
             None => {
                 let expected = "a projection that its block runs";
                 Err(Error::argument(&self.path, expected, "no call in its forward pass"))
@@ -119,6 +124,8 @@ pub(crate) struct Block<'a> {
     pub(crate) places: Vec<Place>,
     /// Runs the block with what stands in its stations, `[rows, width]` → `[rows, width]`.
     pub(crate) forward: &'a dyn Fn(Tensor<2>) -> Tensor<2>,
+    /// Hears the model's projections.
+    pub(crate) tape: &'a Tape,
     pub(crate) device: Device,
     pub(crate) store: Store,
     /// The original residual stream.
@@ -149,8 +156,8 @@ impl Block<'_> {
 
     /// The block's output for one window; NaN and infinity are errors that name the projection they come from.
     pub(crate) fn pass(&self, input: Tensor<2>, window: usize) -> Result<Vec<f32>> {
-        let output = host((self.forward)(input.clone()));
-        if finite(&output) { Ok(output) } else { Err(self.blame(input, window)) }
+        let output = to_host(&format!("block {}", self.index), (self.forward)(input.clone()))?;
+        if finite(&output) { Ok(output) } else { Err(self.blame(input, window)?) }
     }
 
     /// The block's outputs for all windows of a stream.
@@ -163,39 +170,43 @@ impl Block<'_> {
     }
 
     /// Finds the first projection with a bad output.
-    fn blame(&self, input: Tensor<2>, window: usize) -> Error {
-        self.places.iter().for_each(|place| place.station.listen());
-        let _ = (self.forward)(input);
-        let heard: Vec<_> = self.places.iter().map(|place| (place, place.station.heard())).collect();
-        for (place, heard) in heard {
-            let Some([x, y]) = heard else { continue };
-            for (what, values) in [("inputs", x), ("outputs", y)] {
-                if !finite(&host(values)) {
+    fn blame(&self, input: Tensor<2>, window: usize) -> Result<Error> {
+        for call in self.listen(Keep::Outputs, input).into_iter().flatten() {
+            for (what, values) in [("inputs", Some(call.input)), ("outputs", call.output)] {
+                let Some(values) = values else { continue };
+                if !finite(&to_host(&call.path, values)?) {
                     let quantity = format!("{what} in window {window} are");
-                    return Error::NotFinite { place: place.path.clone(), quantity };
+                    return Ok(Error::NotFinite { place: call.path, quantity });
                 }
             }
         }
-        Error::NotFinite {
+        Ok(Error::NotFinite {
             place: format!("block {}", self.index),
             quantity: format!("activations in window {window} are"),
-        }
+        })
+    }
+
+    /// Runs the block; the call of each of its projections.
+    fn listen(&self, keep: Keep, input: Tensor<2>) -> Vec<Option<Call>> {
+        let (_, calls) = self.tape.record(keep, || (self.forward)(input));
+        let mut heard: HashMap<String, Call> =
+            calls.into_iter().map(|call| (call.path.clone(), call)).collect();
+        self.places.iter().map(|place| heard.remove(&place.path)).collect()
     }
 
     /// Inputs of the projection `listener` for one window of a residual stream.
     pub(crate) fn inputs(&self, listener: usize, input: Tensor<2>) -> Result<Tensor<2>> {
-        self.places[listener].inputs(self.forward, input)
+        self.places[listener].inputs(self.tape, self.forward, input)
     }
 
     /// Projections that see the same inputs, in the order in which data flows.
     pub(crate) fn input_groups(&self, originals: &[Slot]) -> Result<Vec<Vec<usize>>> {
         self.install(originals);
-        self.places.iter().for_each(|place| place.station.listen());
-        let _ = (self.forward)(self.quantized.tensor(0, &self.device)?);
+        let calls = self.listen(Keep::Inputs, self.quantized.tensor(0, &self.device)?);
         let mut groups: Vec<Vec<usize>> = Vec::new();
         let mut last = Vec::new();
-        for (index, place) in self.places.iter().enumerate() {
-            let inputs = place.station.heard().map_or_else(Vec::new, |[x, _]| host(x));
+        for (index, call) in calls.into_iter().enumerate() {
+            let inputs = call.map(|call| to_host(&call.path, call.input)).transpose()?.unwrap_or_default();
             match groups.last_mut() {
                 Some(group) if inputs == last => group.push(index),
                 _ => groups.push(vec![index]),
@@ -231,20 +242,21 @@ impl Block<'_> {
             }
         }
         let reports = self.places.iter().zip(slots).zip(&originals).zip(sums.iter().zip(seconds));
-        Ok(reports
+        reports
             .map(|(((place, slot), original), (sums, seconds))| {
-                let (weight, found) = (host(original.weight()), host(slot.weight()));
+                let host = |slot: &Slot| to_host(&place.path, slot.weight());
+                let (weight, found) = (host(original)?, host(slot)?);
                 let error = squares(weight.iter().zip(&found).map(|(a, b)| a - b));
-                ProjectionReport {
+                Ok(ProjectionReport {
                     path: place.path.clone(),
                     scheme: place.scheme,
                     weight_error: ratio(error, squares(weight.iter().copied())),
                     activation_error_before: ratio(sums[1], sums[0]),
                     activation_error_after: ratio(sums[2], sums[0]),
                     seconds: *seconds,
-                }
+                })
             })
-            .collect())
+            .collect()
     }
 
     /// Outputs of all projections with `slots` in place, for a window of the original or the quantized stream.
@@ -252,22 +264,10 @@ impl Block<'_> {
         self.install(slots);
         let stream = if original { self.x } else { self.quantized };
         let input = stream.tensor(window, &self.device)?;
-        self.places.iter().for_each(|place| place.station.listen());
-        let _ = (self.forward)(input);
-        let heard = self.places.iter().map(|place| place.station.heard());
-        Ok(heard.map(|heard| heard.map_or_else(Vec::new, |[_, y]| host(y))).collect())
+        let outputs = self.listen(Keep::Outputs, input).into_iter().map(|call| {
+            let output = call.and_then(|call| Some((call.path, call.output?)));
+            Ok(output.map(|(path, y)| to_host(&path, y)).transpose()?.unwrap_or_default())
+        });
+        outputs.collect()
     }
-}
-
-pub(crate) fn finite(values: &[f32]) -> bool {
-    values.iter().all(|value| value.is_finite())
-}
-
-pub(crate) fn squares(values: impl Iterator<Item = f32>) -> f64 {
-    values.map(|value| f64::from(value) * f64::from(value)).sum()
-}
-
-/// `sqrt(error / norm)`, 0 where there is no error; always a number, so that it can be stored and read back.
-pub(crate) fn ratio(error: f64, norm: f64) -> f64 {
-    if error == 0.0 { 0.0 } else { (error / norm).sqrt().min(f64::MAX) }
 }

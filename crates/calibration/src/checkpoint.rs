@@ -15,14 +15,16 @@ use std::{
 
 use burn::{module::Param, tensor::Tensor};
 use kiln_adapters::Lora;
-use kiln_quant_core::{PackedWeight, QuantLinear, file::PackedFile, write_atomically};
+use kiln_quant_core::{
+    PackedWeight, QuantLinear, hash::Fnv1a, packed_file::PackedFile, to_host, write_atomically,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
     BlockReport, Error, Result,
     station::Slot,
     stream::{Store, Stream},
-    values::{Fingerprint, host, tensor},
+    values::tensor,
 };
 
 const RUN_KEY: &str = "calibration.run";
@@ -56,18 +58,18 @@ fn dense_key(name: &str) -> String {
 }
 
 fn of_streams(streams: [&Stream; 2]) -> Result<String> {
-    let mut hash = Fingerprint::new();
+    let mut hash = Fnv1a::default();
     for stream in streams {
         for window in 0..stream.len() {
-            hash.values(&stream.get(window)?);
+            hash.update_values(&stream.get(window)?);
         }
     }
     Ok(hash.text())
 }
 
 pub(crate) fn fingerprint(values: &[f32]) -> String {
-    let mut hash = Fingerprint::new();
-    hash.values(values);
+    let mut hash = Fnv1a::default();
+    hash.update_values(values);
     hash.text()
 }
 
@@ -121,12 +123,13 @@ impl Folder {
             if let QuantLinear::Packed(linear) = &slot.base {
                 packed.push((path, linear.weight.to_host()?));
                 if let Some(bias) = &linear.bias {
-                    dense.push((bias_name(path), bias.val().dims().into(), host(bias.val())));
+                    dense.push((bias_name(path), bias.val().dims().into(), to_host(path, bias.val())?));
                 }
             }
             if let Some(lora) = &slot.adapter {
                 for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
-                    dense.push((format!("{path}.{name}"), factor.val().dims().into(), host(factor.val())));
+                    let values = to_host(path, factor.val())?;
+                    dense.push((format!("{path}.{name}"), factor.val().dims().into(), values));
                 }
             }
         }

@@ -55,12 +55,6 @@ pub enum Error {
         /// The last damping tried.
         damping: f64,
     },
-    /// A singular value decomposition that didn't converge.
-    #[error("{projection}: the singular value decomposition did not converge")]
-    Decomposition {
-        /// The projection.
-        projection: String,
-    },
     /// Optimisation that can't go on because the loss is no longer finite.
     #[error("{place}, epoch {epoch}, window {window}: the loss is {loss}")]
     Diverged {

@@ -1,8 +1,9 @@
 //! Second moments of a linear layer's inputs.
 
 use burn::tensor::Tensor;
+use kiln_quant_core::to_host;
 
-use crate::{Error, Result, values::host};
+use crate::{Error, Result};
 
 /// `sum X^T X` over samples of a layer's inputs `X` `[rows, d_input]`, in f64.
 ///
@@ -25,13 +26,13 @@ impl Hessian {
     /// device of `x`, in its type.
     ///
     /// # Errors
-    /// [`Error::NotFinite`] naming `projection` for inputs that hold NaN or infinity.
+    /// [`Error::NotFinite`] naming `projection` for inputs that hold NaN or infinity; a device that can't be read.
     ///
     /// # Panics
     /// If `x` doesn't have `d_input` columns.
     pub fn add(&mut self, projection: &str, x: Tensor<2>) -> Result<()> {
         assert_eq!(x.dims()[1], self.d_input, "inputs of {projection}");
-        let product = host(x.clone().transpose().matmul(x));
+        let product = to_host(projection, x.clone().transpose().matmul(x))?;
         // A bad input spoils its own diagonal entry.
         if product.iter().step_by(self.d_input + 1).any(|value| !value.is_finite()) {
             return Err(Error::NotFinite {

@@ -7,7 +7,7 @@ use burn::{
     tensor::Tensor,
 };
 use kiln_adapters::Adapted;
-use kiln_quant_core::{PackedWeight, Projection, QuantLinear, QuantScheme, Scheme};
+use kiln_quant_core::{PackedWeight, Projection, QuantLinear, QuantScheme, Scheme, to_host};
 
 use crate::{
     ApiqConfig, ApiqLoss, CalibrationConfig, ClippedWeight, ClippingGrid, GptqConfig, Hessian, Method,
@@ -20,6 +20,7 @@ use crate::{
     low_rank, pissa,
     station::Slot,
     stream::Stream,
+    values::finite,
 };
 
 /// What a method made of a block.
@@ -157,14 +158,14 @@ impl Block<'_> {
                     Scheme::Dense => self.places[index].dense(),
                     Scheme::Packed(scheme) => {
                         let layer = self.layer(index, &scheme, config, true)?;
+                        let path = self.places[index].path.clone();
                         let mut objective = LayerOutput {
                             inputs: &quantized,
-                            targets: self.outputs_of(&originals[index], &inputs)?,
+                            targets: self.outputs_of(&path, &originals[index], &inputs)?,
                             loss: config.loss,
                             device: self.device.clone(),
                         };
                         let mut apiq = Apiq::new(config, vec![layer], &self.device);
-                        let path = self.places[index].path.clone();
                         let block = self.index;
                         apiq.run(block, Some(&path), &mut objective, &mut |progress| self.tell(progress))?;
                         let (packed, lora) = apiq.finish()?.remove(0);
@@ -257,8 +258,8 @@ impl Block<'_> {
         let mut inputs = Stream::new(&self.store, [stream.shape()[0], self.places[listener].shape[0]])?;
         for window in 0..stream.len() {
             let input = stream.tensor(window, &self.device)?;
-            let values = crate::values::host(self.inputs(listener, input.clone())?);
-            if !crate::block::finite(&values) {
+            let values = to_host(&self.places[listener].path, self.inputs(listener, input.clone())?)?;
+            if !finite(&values) {
                 self.pass(input, window)?;
             }
             inputs.set(window, values)?;
@@ -267,11 +268,11 @@ impl Block<'_> {
     }
 
     /// A projection's outputs for a stream of its inputs.
-    fn outputs_of(&self, slot: &Slot, inputs: &Stream) -> Result<Stream> {
+    fn outputs_of(&self, path: &str, slot: &Slot, inputs: &Stream) -> Result<Stream> {
         let mut outputs = Stream::new(&self.store, [inputs.shape()[0], slot.shape()[1]])?;
         for window in 0..inputs.len() {
             let y = slot.forward(inputs.tensor(window, &self.device)?);
-            outputs.set(window, crate::values::host(y))?;
+            outputs.set(window, to_host(path, y)?)?;
         }
         Ok(outputs)
     }

@@ -1,4 +1,4 @@
-//! The slot of a linear layer during calibration: what stands in it can be exchanged and listened to from outside.
+//! The slot of a linear layer during calibration: what stands in it can be exchanged from outside.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -13,65 +13,38 @@ pub(crate) type Slot = Adapted<QuantLinear, Lora>;
 #[derive(Module, Debug)]
 pub struct Station {
     #[module(skip)]
-    state: Handle,
+    slot: Handle,
 }
 
 #[derive(Debug, Clone)]
-struct Handle(Arc<Mutex<State>>);
-
-#[derive(Debug)]
-struct State {
-    slot: Slot,
-    listening: bool,
-    heard: Option<[Tensor<2>; 2]>,
-}
+struct Handle(Arc<Mutex<Slot>>);
 
 impl Station {
     pub(crate) fn new(slot: Slot) -> Self {
-        Self { state: Handle(Arc::new(Mutex::new(State { slot, listening: false, heard: None }))) }
+        Self { slot: Handle(Arc::new(Mutex::new(slot))) }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, Slot> {
         // A panic while the lock was held leaves a whole slot.
-        self.state.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slot.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What stands in the slot; tensors are shared, not copied.
     pub(crate) fn slot(&self) -> Slot {
-        self.state().slot.clone()
+        self.lock().clone()
     }
 
     pub(crate) fn set(&self, slot: Slot) {
-        self.state().slot = slot;
-    }
-
-    /// Keeps input and output of the next passes, until [`heard`](Self::heard).
-    pub(crate) fn listen(&self) {
-        self.state().listening = true;
-    }
-
-    /// Input and output `[rows, ..]` of the last pass; `None` if there was none. Ends the listening.
-    pub(crate) fn heard(&self) -> Option<[Tensor<2>; 2]> {
-        let mut state = self.state();
-        state.listening = false;
-        state.heard.take()
+        *self.lock() = slot;
     }
 }
 
 impl Projection for Station {
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let (slot, listening) = {
-            let state = self.state();
-            (state.slot.clone(), state.listening)
-        };
         let mut sizes = x.dims();
         let rows = sizes[..D - 1].iter().product::<usize>();
-        let x = x.reshape([rows, sizes[D - 1]]);
-        let y = Projection::forward(&slot, x.clone());
+        let y = Projection::forward(&self.slot(), x.reshape([rows, sizes[D - 1]]));
         sizes[D - 1] = y.dims()[1];
-        if listening {
-            self.state().heard = Some([x, y.clone()]);
-        }
         y.reshape(sizes)
     }
 
@@ -84,6 +57,6 @@ impl Projection for Station {
     }
 
     fn shape(&self) -> [usize; 2] {
-        self.state().slot.shape()
+        self.lock().shape()
     }
 }

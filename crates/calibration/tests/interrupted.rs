@@ -4,12 +4,12 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use kiln_calibration::{CalibrationConfig, Calibrator, Error, GptqConfig, Method, Progress};
-use kiln_models::{AnyModel, LoadOptions};
+use kiln_models::{AnyModel, LoadOptions, Windows};
 use kiln_quant_core::QuantLinear;
 
 use crate::setup::*;
 
-fn uninterrupted(config: &CalibrationConfig, windows: &[Vec<u32>]) -> Vec<Contents> {
+fn uninterrupted(config: &CalibrationConfig, windows: &Windows) -> Vec<Contents> {
     let model = tiny();
     let attacher = attacher(&model);
     let (model, _) =
@@ -149,11 +149,11 @@ fn projections_of_zeros_are_calibrated_and_read_back() {
 fn another_runs_folder_and_damaged_files_are_refused() {
     let (folder, windows) = (tempfile::tempdir().unwrap(), windows(2));
     let attacher = attacher(&tiny());
-    let calibrate = |config: &CalibrationConfig, windows: &[Vec<u32>], model| {
+    let calibrate = |config: &CalibrationConfig, windows: &Windows, model| {
         let calibrator = Calibrator::new(config, windows).with_adapters(&attacher);
         calibrator.with_folder(folder.path()).run(model, &mut silent).map(|_| ())
     };
-    let run = |config: &CalibrationConfig, windows: &[Vec<u32>]| calibrate(config, windows, tiny());
+    let run = |config: &CalibrationConfig, windows: &Windows| calibrate(config, windows, tiny());
     let gptq = config(Method::Gptq(GptqConfig::default()), "affine3:64");
     run(&gptq, &windows).unwrap();
     let refused = |result: Result<(), Error>, file: &str| {
@@ -162,7 +162,10 @@ fn another_runs_folder_and_damaged_files_are_refused() {
     };
     let other = config(Method::Gptq(GptqConfig::default()), "affine2:64");
     refused(run(&other, &windows), "streams.bin");
-    refused(run(&gptq, &crate::setup::windows(3)[1..]), "streams.bin");
+    refused(
+        run(&gptq, &Windows::new(crate::setup::windows(3).as_slice()[1..].to_vec()).unwrap()),
+        "streams.bin",
+    );
 
     // A model that differs in one weight of a finished block, whichever it is.
     let other = |block| changed(block, |weight| weight.slice_fill([0..1, 0..1], 0.5));

@@ -6,7 +6,9 @@ use kiln_calibration::{
     ApiqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig, LoftqConfig, Method, Rounding,
     Svd, block_errors,
 };
-use kiln_models::{AnyModel, DriverOptions, Slots, Targets, TokenBatch, loss_and_gradients, token_nll};
+use kiln_models::{
+    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, loss_and_gradients, token_nll,
+};
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 
 use crate::setup::*;
@@ -24,7 +26,7 @@ fn last_error(model: &Model) -> f64 {
 
 fn nll(model: &impl kiln_models::CausalLm) -> f64 {
     let windows = held_out();
-    let sums = windows.iter().map(|window| {
+    let sums = windows.as_slice().iter().map(|window| {
         let mut targets = window[1..].to_vec();
         targets.push(0);
         let mut scored = vec![true; window.len()];
@@ -33,7 +35,7 @@ fn nll(model: &impl kiln_models::CausalLm) -> f64 {
         let nll = token_nll(model, &TokenBatch::new(std::slice::from_ref(window)).unwrap(), targets).unwrap();
         nll.iter().map(|nll| f64::from(*nll)).sum::<f64>() / nll.len() as f64
     });
-    sums.sum::<f64>() / windows.len() as f64
+    sums.sum::<f64>() / windows.count() as f64
 }
 
 #[test]
@@ -179,9 +181,9 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     assert_eq!(contents(&loaded), contents(&model));
 
     let training = model.train();
-    let tokens = TokenBatch::new(&windows[..1]).unwrap();
+    let tokens = windows.batches_of(1).remove(0);
     let scored = vec![true; 48];
-    let targets = Targets { ids: &windows[1], scored: &scored };
+    let targets = Targets { ids: &windows.as_slice()[1], scored: &scored };
     let mut gradients = GradientsAccumulator::new();
     let options = DriverOptions::default();
     loss_and_gradients(&training, &tokens, targets, &options, &mut gradients).unwrap();
@@ -200,7 +202,7 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         .with_override(r"layers\.1\.fc2", scheme("affine4:col"))
         .unwrap();
     let ids: Vec<u32> = ids("shift_test_moby").iter().map(|id| id % 256).collect();
-    let windows = kiln_calibration::random_windows(&ids, 24, 5, 1).unwrap();
+    let windows = Windows::random(&ids, 24, 5, 1).unwrap();
     for method in [
         Method::ApiqBlock(ApiqConfig { augmented: true, ..apiq(12) }),
         Method::ApiqLayer(apiq(6)),

@@ -9,7 +9,7 @@ use kiln_calibration::{
     Rounding, block_errors,
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, Llama, LoadOptions, Slots, TokenBatch, export::save_model,
+    AnyModel, CausalLm, Checkpoint, Llama, LoadOptions, Slots, TokenBatch, Windows, export::save_model,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 use kiln_testkit::read;
@@ -25,7 +25,7 @@ const RTN: Method = Method::Rtn(Rounding::MinMax);
 fn calibrate(
     config: &CalibrationConfig,
     model: AnyModel<QuantLinear>,
-    windows: &[Vec<u32>],
+    windows: &Windows,
 ) -> (Model, CalibrationReport) {
     let attacher = attacher(&model);
     Calibrator::new(config, windows).with_adapters(&attacher).run(model, &mut silent).unwrap()
@@ -96,7 +96,7 @@ fn scaling_alone_changes_nothing_in_any_family() {
         let original = load();
         let ids: Vec<u32> =
             ids("shift_test_moby").iter().map(|id| id % original.vocab_size() as u32).collect();
-        let windows = kiln_calibration::random_windows(&ids, 24, 3, 1).unwrap();
+        let windows = Windows::random(&ids, 24, 3, 1).unwrap();
         // Hardly any rounding.
         let error = |config: &CalibrationConfig| {
             let (model, report) = calibrate(config, load(), &windows);
@@ -166,7 +166,7 @@ fn sites_with_a_projection_that_stays_are_left_alone() {
 fn interrupted(
     config: &CalibrationConfig,
     load: impl Fn() -> AnyModel<QuantLinear>,
-    windows: &[Vec<u32>],
+    windows: &Windows,
     folder: &std::path::Path,
 ) -> [(Model, CalibrationReport); 2] {
     let attacher = attacher(&load());
@@ -185,11 +185,11 @@ fn interrupted(
 #[test]
 fn biases_and_both_parameters_of_a_layer_norm_are_resumed() {
     let folder = tempfile::tempdir().unwrap();
-    let windows = kiln_calibration::random_windows(&(0..200).collect::<Vec<u32>>(), 24, 3, 1).unwrap();
+    let windows = Windows::random(&(0..200).collect::<Vec<u32>>(), 24, 3, 1).unwrap();
     let load = || dense("tiny/opt-f32").1;
     let [expected, resumed] = interrupted(&scaled(RTN, "affine3:16"), load, &windows, folder.path());
     assert!(expected.1.blocks[0].scalings.iter().all(|scaling| scaling.exponent > 0.0), "{:?}", expected.1);
-    assert_eq!(hidden(&resumed.0, &windows[0]), hidden(&expected.0, &windows[0]));
+    assert_eq!(hidden(&resumed.0, &windows.as_slice()[0]), hidden(&expected.0, &windows.as_slice()[0]));
 }
 
 #[test]
@@ -197,8 +197,8 @@ fn norms_are_resumed_saved_and_compared() {
     let (config, windows) = (scaled(RTN, "affine3:64"), windows(3));
     let folder = tempfile::tempdir().unwrap();
     let [(expected, report), (resumed, again)] = interrupted(&config, with_outliers, &windows, folder.path());
-    let streams = hidden(&expected, &windows[0]);
-    assert_eq!(hidden(&resumed, &windows[0]), streams);
+    let streams = hidden(&expected, &windows.as_slice()[0]);
+    assert_eq!(hidden(&resumed, &windows.as_slice()[0]), streams);
     assert_eq!(again.blocks[0].scalings, report.blocks[0].scalings);
 
     // A model that differs in a norm of a finished block only.
@@ -218,19 +218,19 @@ fn norms_are_resumed_saved_and_compared() {
     save_model(&base, &checkpoint, &saved).unwrap();
     let (loaded, _) =
         Checkpoint::open(&saved).unwrap().load(&LoadOptions::default(), &Device::flex()).unwrap();
-    assert_eq!(hidden(&loaded, &windows[0]), streams);
+    assert_eq!(hidden(&loaded, &windows.as_slice()[0]), streams);
 }
 
 #[test]
 fn weights_from_the_file_are_scaled_like_those_in_the_slots() {
     let (config, windows) = (scaled(RTN, "affine3:64"), windows(2));
     let (checkpoint, model) = dense("models/tiny-llama");
-    let expected = hidden(&calibrate(&config, model, &windows).0, &windows[0]);
+    let expected = hidden(&calibrate(&config, model, &windows).0, &windows.as_slice()[0]);
     let options = LoadOptions::uniform("affine2:64".parse().unwrap());
     let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let calibrator = Calibrator::new(&config, &windows).with_weights(checkpoint.source());
     let (model, _) = calibrator.run(skeleton, &mut silent).unwrap();
-    assert_eq!(hidden(&model, &windows[0]), expected);
+    assert_eq!(hidden(&model, &windows.as_slice()[0]), expected);
 }
 
 #[test]

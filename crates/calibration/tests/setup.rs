@@ -4,9 +4,10 @@ use std::ops::ControlFlow;
 
 use burn::tensor::Device;
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
-use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress, random_windows};
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots};
+use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress};
+use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
+pub use kiln_testkit::ids;
 use kiln_testkit::{read, testdata};
 
 /// A calibrated model.
@@ -26,20 +27,14 @@ pub fn tiny() -> AnyModel<QuantLinear> {
     dense("models/tiny-llama").1
 }
 
-/// Token ids of the embedded model's texts.
-pub fn ids(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
-}
-
 /// Calibration windows.
-pub fn windows(count: usize) -> Vec<Vec<u32>> {
-    random_windows(&ids("indomain_heldout_sotu_2011"), 48, count, 2).unwrap()
+pub fn windows(count: usize) -> Windows {
+    Windows::random(&ids("indomain_heldout_sotu_2011"), 48, count, 2).unwrap()
 }
 
 /// Windows of the same text that are not calibrated on, but for chance.
-pub fn held_out() -> Vec<Vec<u32>> {
-    random_windows(&ids("indomain_heldout_sotu_2011"), 48, 6, 77).unwrap()
+pub fn held_out() -> Windows {
+    Windows::random(&ids("indomain_heldout_sotu_2011"), 48, 6, 77).unwrap()
 }
 
 pub fn attacher<M: Slots>(model: &M) -> LoraAttacher {

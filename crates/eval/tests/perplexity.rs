@@ -11,7 +11,7 @@ use kiln_eval::{
 };
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions};
 use kiln_quant_core::QuantLinear;
-use kiln_testkit::{Golden, testdata};
+use kiln_testkit::{Golden, smollm2, testdata, u16le};
 
 fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> AnyModel<QuantLinear> {
     let options = match scheme {
@@ -22,11 +22,6 @@ fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> AnyModel<Qua
 }
 
 /// Ids of a file of little-endian u16.
-fn ids(path: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(path)).unwrap();
-    bytes.as_chunks().0.iter().map(|pair| u32::from(u16::from_le_bytes(*pair))).collect()
-}
-
 #[track_caller]
 fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
     assert!(
@@ -67,7 +62,7 @@ fn the_embedded_model_has_the_perplexities_of_its_readme() {
         let model = load(testdata("models/tiny-llama"), scheme);
         for ((text, tolerance), expected) in texts.into_iter().zip(expected) {
             let Some(expected) = expected else { continue };
-            let ids = ids(&format!("models/tiny-llama/text/{text}.u16le"));
+            let ids = u16le(&format!("models/tiny-llama/text/{text}.u16le"));
             let found =
                 WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids).unwrap();
             assert_eq!((found.windows, found.tokens), (64, 64 * 255));
@@ -257,11 +252,8 @@ fn message<T: std::fmt::Debug>(result: kiln_eval::Result<T>) -> String {
 /// 20 windows of 512 tokens; the references are PyTorch's, in f32.
 #[test]
 fn smollm2_has_the_perplexities_of_the_fixtures() {
-    let Some(path) = std::env::var_os("KILN_SMOLLM2") else {
-        eprintln!("KILN_SMOLLM2 does not name SmolLM2's file: nothing was tested");
-        return;
-    };
-    let ids = ids("text/moby_ch100_smollm2_10240.u16le");
+    let Some(path) = smollm2() else { return };
+    let ids = u16le("text/moby_ch100_smollm2_10240.u16le");
     for (scheme, expected, tolerance) in
         [("dense", 48.357, 0.05), ("affine4:64:int", 61.78, 0.3), ("nf4:64", 61.12, 0.3)]
     {

@@ -8,7 +8,7 @@ use kiln_adapters::{
     RequantizeError,
 };
 use kiln_models::AnyModel;
-use kiln_quant_core::{HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, file::fingerprint};
+use kiln_quant_core::{HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, packed_file::fingerprint};
 
 use crate::{Error, Result};
 

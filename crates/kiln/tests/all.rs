@@ -5,5 +5,4 @@ mod adapters;
 mod memory;
 #[cfg(feature = "mixq-search")]
 mod mixq;
-#[cfg(all(feature = "flex", feature = "wgpu"))]
 mod wgpu;

@@ -7,25 +7,24 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     calibration::{LoftqConfig, Method},
     mixq::{
         Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
-        attach, load_options, peft, schemes, space_of,
+        adapters, attach, load_options, schemes, space_of,
     },
     mixq_search::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, token_nll},
-    pruning::{
-        BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
-    },
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
+    pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-use kiln_testkit::{assert_close, read, testdata};
+use kiln_testkit::{assert_close, figures_of, ids, peak, read, report, task, testdata};
 
 const EMBEDDED: &str = "models/tiny-llama";
 
@@ -44,12 +43,11 @@ fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
 }
 
 fn text(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+    ids(name)
 }
 
-fn windows(count: usize, length: usize) -> Vec<Vec<u32>> {
-    text("shift_test_moby").chunks_exact(length).take(count).map(<[u32]>::to_vec).collect()
+fn windows(count: usize, length: usize) -> Windows {
+    Windows::leading(&text("shift_test_moby"), length, count).unwrap()
 }
 
 /// Plans all over a space, the same each time.
@@ -72,9 +70,9 @@ fn predicted_bytes_are_the_loaded_models() {
             let (plan, predicted) = (space.plan(&config), space.bytes(&config));
             let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
             assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
-            assert_eq!(model_bytes(&loaded) as u64, predicted);
+            assert_eq!(loaded.stored_bytes() as u64, predicted);
             let made = variants.model(&plan).unwrap();
-            assert_eq!(model_bytes(&made) as u64, predicted);
+            assert_eq!(made.stored_bytes() as u64, predicted);
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
             let logits = |model: &AnyModel<QuantLinear>| {
@@ -120,10 +118,10 @@ fn ranks_and_adapters_are_counted_and_attached() {
     let dataset = Arc::new(
         Dataset::from_ids(text("shift_test_moby")[..256].to_vec(), &DataOptions::new(32, 2048)).unwrap(),
     );
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    let config = AdapterConfig::lora(4, 8.0);
     for choice in some_configs(&space, 2) {
         let plan = space.plan(&choice);
-        let config = peft(&plan, &config);
+        let config = adapters(&plan, &config);
         let slots = model.slot_shapes();
         let mut expected = 0;
         for (path, [d_input, d_output]) in &slots {
@@ -134,7 +132,7 @@ fn ranks_and_adapters_are_counted_and_attached() {
         let report = space.report(&choice);
         assert_eq!(report.adapters, 12 * expected as u64);
         assert!(report.peak > report.total && report.total == report.storage + report.adapters);
-        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots, 0).unwrap();
+        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots).unwrap();
         for (path, _) in &slots {
             let target = attacher.targets().get(path).unwrap();
             assert_eq!(target.r as u32, plan.get(path).unwrap().rank.unwrap(), "{path}");
@@ -150,14 +148,9 @@ fn ranks_and_adapters_are_counted_and_attached() {
     assert!(tuned.loss.is_finite() && tuned.steps == 2);
 }
 
-fn direct_kl(
-    original: &AnyModel<QuantLinear>,
-    quantized: &AnyModel<QuantLinear>,
-    windows: &[Vec<u32>],
-) -> f64 {
+fn direct_kl(original: &AnyModel<QuantLinear>, quantized: &AnyModel<QuantLinear>, windows: &Windows) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
-    for window in windows {
-        let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+    for tokens in windows.batches_of(1) {
         let logits = |model: &AnyModel<QuantLinear>| {
             read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
         };
@@ -209,7 +202,8 @@ fn kl_is_that_of_the_logits_and_caches_change_no_bit() {
             true
         })
         .unwrap();
-    let expected = direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows[..4]);
+    let expected =
+        direct_kl(&model, &Variants::new(model.clone()).model(&lowest).unwrap(), &windows.first(4));
     assert_eq!(part.figures["tokens"], 192.0);
     assert!((part.score - expected).abs() < 1e-4 * expected);
     assert_eq!(heard.iter().map(|(tokens, _)| *tokens).collect::<Vec<_>>(), [96]);
@@ -317,8 +311,7 @@ fn what_can_not_be_searched_says_why() {
     assert!(schemes(&pruned).unwrap_err().to_string().contains("prune=0.5"));
     let path = "model.layers.0.self_attn.q_proj";
     let houlsby: Plan = serde_json::from_str(&format!(r#"{{"{path}":"dense adapter=houlsby"}}"#)).unwrap();
-    let base = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let error = attach(model.clone(), &houlsby, &base, 0).unwrap_err().to_string();
+    let error = attach(model.clone(), &houlsby, &AdapterConfig::lora(4, 8.0)).unwrap_err().to_string();
     assert!(error.contains(path) && error.contains("houlsby"), "{error}");
     // Scores of KL are the same under every seed, so fresh seeds would only repeat them.
     let settings = SearchSettings::new(4, Fidelity::kl(32)).with_finalists(Finalists::default());
@@ -347,8 +340,7 @@ fn output_errors_are_those_of_the_outputs() {
     for name in ["affine2:64", "affine4:64"] {
         let quantized = variants.projection(path, scheme(name)).unwrap();
         let (mut error, mut signal) = (0.0, 0.0);
-        for window in &windows {
-            let tokens = TokenBatch::new(std::slice::from_ref(window)).unwrap();
+        for tokens in windows.batches_of(1) {
             let x = model.embed(&model.context(&tokens, None));
             let x = llama.model.layers[0].input_layernorm.forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
@@ -386,8 +378,8 @@ fn fisher_weighs_errors_by_squared_gradients() {
         let model = model.clone().try_map(|known, kept| {
             Ok::<_, std::convert::Infallible>(if known == path { slot.clone() } else { kept })
         });
-        let tokens = TokenBatch::new(&window).unwrap();
-        let ids: Vec<u32> = window[0][1..].iter().copied().chain([0]).collect();
+        let tokens = window.batches().remove(0);
+        let ids: Vec<u32> = window.as_slice()[0][1..].iter().copied().chain([0]).collect();
         let scored: Vec<bool> = (0..40).map(|place| place < 39).collect();
         let nll = token_nll(&model.unwrap(), &tokens, Targets { ids: &ids, scored: &scored }).unwrap();
         nll.into_iter().map(f64::from).sum::<f64>()
@@ -419,8 +411,7 @@ fn fine_tunes_repeat_improve_and_stop() {
     let ids = text("shift_test_moby");
     let dataset =
         Arc::new(Dataset::from_ids(ids[..4096].to_vec(), &DataOptions::new(64, model.vocab_size())).unwrap());
-    let mut lora = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    lora.lora_dropout = 0.05;
+    let lora = AdapterConfig::lora(4, 8.0).with_dropout(0.05);
     let tuning = FineTune::new(dataset, ids[8192..8704].to_vec(), 64, trainer(), lora).unwrap();
     let objective = |tuning: &FineTune| {
         ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default())
@@ -522,8 +513,8 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
         true => load_pruned(folder.path(), &options, &Device::flex()).unwrap().0,
     };
     drop(checkpoint);
-    let config = peft(&plan, &PeftConfig::new(16, 16.0, TargetModules::AllLinear));
-    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let config = adapters(&plan, &AdapterConfig::lora(16, 16.0));
+    let model = Tuned::attach(model, &config).unwrap().into_model();
     let ids = (0..8192u32).map(|i| i * 31 % 2048).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(512, 2048)).unwrap());
     let mut training = TrainerConfig::new(2, BatchOptions::new(4));
@@ -531,31 +522,20 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
     let mut trainer = Trainer::new(model, dataset, training).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    (kiln::eval::peak_rss_bytes().unwrap() as f64, space.report(&space.config(&plan).unwrap()).peak as f64)
+    (peak(), space.report(&space.config(&plan).unwrap()).peak as f64)
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn the_predicted_training_peak_is_measured() {
-    const TASK: &str = "KILN_MIXQ_PEAK_TASK";
     let test = "mixq::the_predicted_training_peak_is_measured";
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let recompute = if task.contains("block") { Recompute::Block } else { Recompute::None };
         let (measured, predicted) = training_peak(recompute, task.contains("pruned"));
-        println!("PEAK {measured} {predicted}");
-        return;
+        return report(&[measured, predicted]);
     }
     for task in ["none", "pruned none", "pruned block"] {
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-            .env(TASK, task)
-            .env("RAYON_NUM_THREADS", "2")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line =
-            text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
-        let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+        let figures = figures_of(test, task);
         println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
         assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
     }

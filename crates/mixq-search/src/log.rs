@@ -8,9 +8,8 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::{Error, Result, SearchSpace, Trial, TrialKey};
+use crate::{Error, Result, SearchSpace, Trial, TrialKey, digest::digest};
 
 const FORMAT: &str = "kiln-mixq-log";
 const VERSION: u32 = 1;
@@ -173,10 +172,7 @@ impl TrialLog {
     pub(crate) fn claim(&self, key: &TrialKey) -> Result<Option<Claim>> {
         let Some(disk) = &self.disk else { return Ok(Some(Claim { file: None })) };
         let folder = disk.claims();
-        let mut hash = Sha256::new();
-        hash.update(format!("{key:?}"));
-        let name: String = hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect();
-        let path = folder.join(name);
+        let path = folder.join(&digest(format!("{key:?}"))[..32]);
         let file = open_claim(&folder, &path).map_err(Error::io(&path))?;
         match file.try_lock() {
             Ok(()) => Ok(Some(Claim { file: Some((file, path)) })),

@@ -3,9 +3,8 @@
 use std::{collections::BTreeMap, error::Error as StdError};
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::{Config, Error, Plan, Result, SearchSpace};
+use crate::{Config, Error, Plan, Result, SearchSpace, digest::digest};
 
 /// What is measured, from cheap to expensive.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -186,10 +185,7 @@ impl AdditiveProxy {
 
 impl Objective for AdditiveProxy {
     fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
-        hash.update(format!("{:?}", self.table));
-        let hash: String = hash.finalize().iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-        format!("{} {hash}", self.name)
+        format!("{} {}", self.name, &digest(format!("{:?}", self.table))[..16])
     }
 
     fn has_seeds(&self, _measure: Measure) -> bool {

@@ -3,9 +3,8 @@
 use std::collections::HashSet;
 
 use serde::{Deserialize, Serialize};
-use sha2::{Digest, Sha256};
 
-use crate::{Cost, Error, MemoryModel, MemoryReport, Plan, Result, Setting};
+use crate::{Cost, Error, MemoryModel, MemoryReport, Plan, Result, Setting, digest::digest};
 
 /// One option of a unit.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -264,10 +263,8 @@ impl SearchSpace {
 
     /// SHA-256 over units, choices, bytes and the memory model: a log of another space is told apart by it.
     pub fn fingerprint(&self) -> String {
-        let mut hash = Sha256::new();
         // Serializing these types into memory can't fail; an empty text would only make fingerprints coincide.
-        hash.update(serde_json::to_string(&(&self.units, &self.memory)).unwrap_or_default());
-        hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+        digest(serde_json::to_string(&(&self.units, &self.memory)).unwrap_or_default())
     }
 }
 

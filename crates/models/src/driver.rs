@@ -4,7 +4,7 @@ use burn::{
     optim::{GradientsAccumulator, GradientsParams},
     tensor::{Int, Tensor, TensorData},
 };
-use kiln_quant_core::fused;
+use kiln_quant_core::{fused, to_host};
 use serde::{Deserialize, Serialize};
 
 use crate::{CausalLm, Context, Error, Result, TokenBatch};
@@ -64,7 +64,7 @@ pub fn loss_and_gradients<M: CausalLm>(
     match options.recompute {
         Recompute::None => {
             let x = model.residual(&context, None);
-            let (nll, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients);
+            let (nll, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients)?;
             backward(model, x, dx, gradients);
             Ok(nll)
         }
@@ -75,7 +75,7 @@ pub fn loss_and_gradients<M: CausalLm>(
                 inputs.push(inference.block(index, inputs[index].clone(), &context, None));
             }
             let top = inputs.pop().expect("the embedding at least");
-            let (nll, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients);
+            let (nll, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients)?;
             let mut output = top;
             for index in (0..model.num_blocks()).rev() {
                 let input = inputs.pop().expect("an input for every block");
@@ -104,7 +104,7 @@ pub fn residual_gradient<M: CausalLm>(
     logit_rows: usize,
 ) -> Result<(f64, Tensor<3>)> {
     check(model, tokens, targets)?;
-    Ok(head(model, x, targets, logit_rows, &mut GradientsAccumulator::new()))
+    head(model, x, targets, logit_rows, &mut GradientsAccumulator::new())
 }
 
 /// Runs one block again under autodiff; returns the gradient of its input.
@@ -137,7 +137,7 @@ fn head<M: CausalLm>(
     targets: Targets,
     logit_rows: usize,
     gradients: &mut GradientsAccumulator<M>,
-) -> (f64, Tensor<3>) {
+) -> Result<(f64, Tensor<3>)> {
     let [batch, length, width] = x.dims();
     let device = x.device();
     let places: Vec<usize> = (0..batch * length).filter(|&place| targets.scored[place]).collect();
@@ -153,14 +153,14 @@ fn head<M: CausalLm>(
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
         let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();
         let losses = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
-        let values = losses.clone().inner().into_data().convert::<f32>();
-        nll += values.iter::<f32>().map(f64::from).sum::<f64>();
+        let values = to_host("losses", losses.clone().inner())?;
+        nll += values.into_iter().map(f64::from).sum::<f64>();
         let mut found = losses.sum().backward();
         let d_part = part.grad_remove(&mut found).expect("the head passes gradients to its input");
         dx = dx.select_assign(0, index, d_part, burn::tensor::IndexingUpdateOp::Add);
         gradients.accumulate(model, GradientsParams::from_grads(found, model));
     }
-    (nll, dx.reshape([batch, length, width]))
+    Ok((nll, dx.reshape([batch, length, width])))
 }
 
 fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Result<()> {

@@ -2,11 +2,9 @@
 
 use std::ops::ControlFlow;
 
-use crate::{
-    CausalLm, Error, KvCache, Result, TokenBatch,
-    nll::{check_tokens, host_values},
-    sampling::Sampler,
-};
+use kiln_quant_core::to_host;
+
+use crate::{CausalLm, Error, KvCache, Result, TokenBatch, nll::check_tokens, sampling::Sampler};
 
 /// How to generate.
 ///
@@ -201,7 +199,7 @@ fn next_logits<M: CausalLm>(model: &M, ids: Vec<u32>, cache: &mut KvCache) -> Re
     let x = model.residual(&context, Some(cache));
     // No other row's logits are needed.
     let last = x.narrow(1, tokens.length - 1, 1);
-    host_values(model.lm_head(model.final_norm(last)))
+    Ok(to_host("logits", model.lm_head(model.final_norm(last)))?)
 }
 
 fn check_prompt<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOptions) -> Result<()> {

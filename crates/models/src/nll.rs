@@ -1,7 +1,7 @@
 //! Negative log-likelihoods of given tokens, without a graph and without all logits at once.
 
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
-use kiln_quant_core::fused;
+use kiln_quant_core::{fused, to_host};
 
 use crate::{CausalLm, Error, Result, Targets, TokenBatch};
 
@@ -47,7 +47,7 @@ pub fn token_nll<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
         let index = ints(places.iter().map(|&place| place as i64).collect());
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
         let logits = model.lm_head(model.final_norm(rows.clone().select(0, index)));
-        nll.extend(host_values(fused::cross_entropy(logits.cast(FloatDType::F32), ids))?);
+        nll.extend(to_host("likelihoods", fused::cross_entropy(logits.cast(FloatDType::F32), ids))?);
     }
     Ok(nll)
 }
@@ -91,14 +91,4 @@ fn check_ids<M: CausalLm>(name: &str, model: &M, mut ids: impl Iterator<Item = u
         }),
         None => Ok(()),
     }
-}
-
-/// A tensor's values in host memory.
-pub(crate) fn host_values<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let values = tensor.into_data().convert::<f32>().try_to_vec();
-    values.map_err(|error| Error::Argument {
-        name: "values on the device".into(),
-        expected: "values that can be read as f32".into(),
-        found: error.to_string(),
-    })
 }

@@ -16,7 +16,7 @@ use kiln_models::{
 };
 use kiln_quant_core::{
     PackedLinear, PackedTensor, PackedWeight, Plan, Projection, QuantLinear, Scales, Scheme,
-    file::fingerprint, safetensors_file::SafetensorsFile,
+    packed_file::fingerprint, safetensors_file::SafetensorsFile,
 };
 use kiln_testkit::{max_difference, read, testdata};
 use serde_json::Value;

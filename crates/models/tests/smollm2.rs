@@ -8,17 +8,13 @@ use kiln_models::{
     AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, generate,
 };
 use kiln_quant_core::{Projection, QuantLinear, Scheme, fused};
-use kiln_testkit::{Golden, assert_close, read, relative_difference};
+use kiln_testkit::{Golden, assert_close, read, relative_difference, smollm2};
 
 /// Two correct f32 implementations differ by up to 6e-5 in a logit.
 const TOLERANCE: f32 = 2e-3;
 
 fn checkpoint() -> Option<Checkpoint> {
-    let Ok(path) = std::env::var("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return None;
-    };
-    Some(Checkpoint::open(path).unwrap())
+    smollm2().map(|path| Checkpoint::open(path).unwrap())
 }
 
 fn prompts() -> (Golden, Vec<Vec<u32>>) {

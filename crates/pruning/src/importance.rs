@@ -4,18 +4,17 @@
 
 use std::collections::BTreeMap;
 
-use burn::{
-    module::Module,
-    tensor::{FloatDType, Tensor},
+use burn::{module::Module, tensor::Tensor};
+use kiln_models::{
+    AnyModel, CausalLm, Context, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
+    residual_gradient,
 };
-use kiln_models::{AnyModel, CausalLm, Context, Slots, Targets, TokenBatch, residual_gradient};
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_quant_core::{Projection, QuantLinear, to_host};
 
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     criterion::{Axis, Criterion, InputStatistics, Matrix},
-    structure::{Role, Structure},
-    tapped::{Recording, Tape, Tapped},
+    structure::Structure,
 };
 
 /// Rows of logits held at once.
@@ -23,12 +22,6 @@ const LOGIT_ROWS: usize = 256;
 
 /// Scores of channels by the path of their matrix.
 pub(crate) type MatrixScores = BTreeMap<String, Vec<f64>>;
-
-/// A tensor's values in host memory.
-pub(crate) fn host<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let values = tensor.cast(FloatDType::F32).into_data().try_to_vec::<f32>();
-    values.map_err(|error| Error::mismatch("values on the device", "values that can be read as f32", error))
-}
 
 /// Which channels of a matrix are scored: those of its group, or those of the residual stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,8 +31,8 @@ pub(crate) enum Scored {
 }
 
 impl Scored {
-    fn axis(self, input: Role) -> Axis {
-        match (self, input == Role::Hidden) {
+    fn axis(self, input: Channels) -> Axis {
+        match (self, input == Channels::Hidden) {
             (Self::Groups, true) | (Self::Hidden, false) => Axis::Output,
             (Self::Groups, false) | (Self::Hidden, true) => Axis::Input,
         }
@@ -54,46 +47,39 @@ pub(crate) fn weight_scores(
     scored: Scored,
 ) -> Result<MatrixScores> {
     let linears = structure.by_path();
-    let mut scores = Ok(MatrixScores::new());
-    model.for_each_slot(|path, slot| {
-        let (Ok(all), Some(linear)) = (&mut scores, linears.get(path)) else { return };
+    let mut scores = MatrixScores::new();
+    for (path, slot) in model.slots() {
+        let Some(linear) = linears.get(path.as_str()) else { continue };
         let [_, d_output] = slot.shape();
-        match host(slot.weight()) {
-            Ok(weight) => {
-                let matrix = Matrix { weight, d_output, ..Matrix::default() };
-                all.insert(path.into(), matrix.scores(criterion, scored.axis(linear.input)));
-            }
-            Err(error) => scores = Err(error),
-        }
-    });
-    scores
+        let matrix = Matrix { weight: to_host(&path, slot.weight())?, d_output, ..Matrix::default() };
+        let values = matrix.scores(criterion, scored.axis(linear.input));
+        scores.insert(path, values);
+    }
+    Ok(scores)
 }
 
 /// A model on a tape, and the batches that go through it.
 struct Runner<'a> {
-    model: AnyModel<Tapped>,
+    model: AnyModel<Probe<QuantLinear>>,
     tape: Tape,
     structure: &'a Structure,
+    /// Paths of the linears whose inputs are pruned: o and down.
+    pruned_inputs: Vec<&'a str>,
     batches: Vec<TokenBatch>,
     contexts: Vec<Context>,
 }
 
 impl<'a> Runner<'a> {
-    fn new(
-        model: &AnyModel<QuantLinear>,
-        structure: &'a Structure,
-        calibration: &Calibration,
-    ) -> Result<Self> {
-        calibration.check(model.vocab_size(), model.max_positions())?;
+    fn new(model: &AnyModel<QuantLinear>, structure: &'a Structure, calibration: &Windows) -> Result<Self> {
+        calibration.check(model)?;
         let tape = Tape::default();
-        let linears = structure.by_path();
-        let model = model.valid().try_map(|path, base| {
-            let listens = linears.get(path).is_some_and(|linear| linear.input != Role::Hidden);
-            Ok::<_, Error>(Tapped::new(path, base, listens, &tape))
-        })?;
-        let batches = calibration.batches()?;
+        let model = model.valid().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
+        let batches = calibration.batches();
         let contexts = batches.iter().map(|tokens| model.context(tokens, None)).collect();
-        Ok(Self { model, tape, structure, batches, contexts })
+        let linears = structure.by_path().into_iter();
+        let pruned_inputs =
+            linears.filter(|(_, linear)| linear.input != Channels::Hidden).map(|(path, _)| path);
+        Ok(Self { model, tape, structure, pruned_inputs: pruned_inputs.collect(), batches, contexts })
     }
 
     fn embed(&self) -> Vec<Tensor<3>> {
@@ -112,7 +98,7 @@ pub(crate) fn gradient_scores(
     structure: &Structure,
     criterion: Criterion,
     scored: Scored,
-    calibration: &Calibration,
+    calibration: &Windows,
 ) -> Result<(MatrixScores, f64)> {
     let runner = Runner::new(model, structure, calibration)?;
     let blocks = runner.model.num_blocks();
@@ -127,7 +113,7 @@ pub(crate) fn gradient_scores(
         nll += sum;
         gradients.push(gradient);
     }
-    let windows = calibration.windows().len();
+    let windows = calibration.count();
     let targets = calibration.length() - 1;
     let mut scores = MatrixScores::new();
     for index in (0..blocks).rev() {
@@ -143,7 +129,11 @@ pub(crate) fn gradient_scores(
 }
 
 /// Sum of the next-token losses of all rows, and its gradient at the residual stream after the last block.
-fn top_gradient(model: &AnyModel<Tapped>, tokens: &TokenBatch, x: Tensor<3>) -> Result<(f64, Tensor<3>)> {
+fn top_gradient(
+    model: &AnyModel<Probe<QuantLinear>>,
+    tokens: &TokenBatch,
+    x: Tensor<3>,
+) -> Result<(f64, Tensor<3>)> {
     let length = tokens.length;
     let next = |place: usize| tokens.ids.get(place + 1).copied().unwrap_or(0);
     let ids: Vec<u32> = (0..tokens.ids.len()).map(next).collect();
@@ -199,11 +189,11 @@ impl Runner<'_> {
         sums: &mut BlockGradients,
     ) -> Result<Tensor<3>> {
         let input = Tensor::from_inner(input).require_grad();
-        self.tape.record(Recording::Gradients);
-        let y = self.model.block(index, input.clone(), &self.contexts[batch], None);
-        self.tape.record(Recording::Nothing);
+        let (y, calls) = self
+            .tape
+            .record(Keep::Gradients, || self.model.block(index, input.clone(), &self.contexts[batch], None));
         let mut found = (y * Tensor::from_inner(dy)).sum().backward();
-        for call in self.tape.take() {
+        for call in calls {
             let Some(gradient) = call.tap.and_then(|tap| tap.grad_remove(&mut found)) else { continue };
             sums.add(call.path, call.input, gradient);
         }
@@ -221,18 +211,20 @@ impl Runner<'_> {
         scores: &mut MatrixScores,
     ) -> Result<()> {
         let linears = self.structure.by_path();
-        let mut slots = Vec::new();
-        self.model.for_each_slot(|path, slot| {
-            if linears.get(path).is_some_and(|linear| linear.layer == index) {
-                slots.push((path.to_string(), slot.weight(), slot.shape()));
+        for (path, slot) in self.model.slots() {
+            if linears.get(path.as_str()).is_none_or(|linear| linear.layer != index) {
+                continue;
             }
-        });
-        for (path, weight, [_, d_output]) in slots {
             let Some((gradient, fisher)) = sums.by_path.remove(&path) else {
                 return Err(Error::mismatch(path, "a gradient", "none"));
             };
-            let fisher = fisher.map(host).transpose()?.unwrap_or_default();
-            let matrix = Matrix { weight: host(weight)?, gradient: host(gradient)?, fisher, d_output };
+            let host = |tensor: Tensor<2>| to_host(&path, tensor);
+            let matrix = Matrix {
+                weight: host(slot.weight())?,
+                gradient: host(gradient)?,
+                fisher: fisher.map(host).transpose()?.unwrap_or_default(),
+                d_output: slot.shape()[1],
+            };
             let values = matrix.scores(criterion, scored.axis(linears[path.as_str()].input));
             if values.iter().any(|value| !value.is_finite()) {
                 return Err(Error::mismatch(path, "finite importances", "one that is not"));
@@ -260,24 +252,26 @@ pub(crate) type Decide<'a> =
 pub(crate) fn statistics(
     model: &AnyModel<QuantLinear>,
     structure: &Structure,
-    calibration: &Calibration,
+    calibration: &Windows,
     mut decide: Option<Decide>,
 ) -> Result<Statistics> {
     let runner = Runner::new(model, structure, calibration)?;
     let mut found = Statistics::default();
     let mut inputs = runner.embed();
     for index in 0..runner.model.num_blocks() {
-        runner.tape.record(Recording::Inputs);
         let mut block: BTreeMap<String, InputStatistics> = BTreeMap::new();
         let mut outputs = Vec::new();
         for (x, context) in inputs.iter().zip(&runner.contexts) {
-            outputs.push(runner.model.block(index, x.clone(), context, None));
-            for call in runner.tape.take() {
+            let (output, calls) = runner.tape.record_of(&runner.pruned_inputs, Keep::Inputs, || {
+                runner.model.block(index, x.clone(), context, None)
+            });
+            outputs.push(output);
+            for call in calls {
                 let [_, width] = call.input.dims();
-                block.entry(call.path).or_default().add(&host(call.input)?, width);
+                let inputs = to_host(&call.path, call.input)?;
+                block.entry(call.path).or_default().add(&inputs, width);
             }
         }
-        runner.tape.record(Recording::Nothing);
         if let Some(decide) = &mut decide {
             for (path, stays) in decide(index, &block)? {
                 let mask: Vec<f32> = stays.iter().map(|&stays| f32::from(u8::from(stays))).collect();
@@ -296,7 +290,7 @@ fn influence(inputs: &[Tensor<3>], outputs: &[Tensor<3>]) -> Result<f64> {
     let (mut sum, mut count) = (0.0, 0);
     for (x, y) in inputs.iter().zip(outputs) {
         let [_, _, width] = x.dims();
-        let (x, y) = (host(x.clone())?, host(y.clone())?);
+        let (x, y) = (to_host("x", x.clone())?, to_host("y", y.clone())?);
         sum += cosines(&x, &y, width).iter().sum::<f64>();
         count += x.len() / width;
     }
@@ -335,9 +329,9 @@ mod tests {
         tensor::Device,
     };
     use kiln_models::{Checkpoint, DriverOptions, LoadOptions, loss_and_gradients};
+    use kiln_testkit::read;
 
     use super::*;
-    use crate::model_config;
 
     /// Gradients of all weights of a dense model at once, `[d_input, d_output]`, of the mean loss of some windows.
     fn plain(model: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
@@ -353,11 +347,11 @@ mod tests {
         let gradients: GradientsParams = gradients.grads();
         let count = (windows.len() * (length - 1)) as f32;
         let mut found = BTreeMap::new();
-        model.for_each_slot(|path, slot| {
+        for (path, slot) in model.slots() {
             let QuantLinear::Dense(linear) = slot else { panic!("{path} is packed") };
             let gradient = gradients.get::<2>(linear.weight.id).unwrap();
-            found.insert(path.to_string(), host(gradient / count).unwrap());
-        });
+            found.insert(path, read(gradient / count));
+        }
         found
     }
 
@@ -366,11 +360,11 @@ mod tests {
         for folder in ["llama-untied-bf16", "qwen3-untied-f32", "opt-f32"] {
             let checkpoint = Checkpoint::open(kiln_testkit::testdata(&format!("tiny/{folder}"))).unwrap();
             let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-            let structure = Structure::of(&model_config(&model)).unwrap();
+            let structure = Structure::of(model.config());
             let windows: Vec<Vec<u32>> =
                 (0..5).map(|w| (0..12).map(|i| (w * 31 + i * 7 + i * i) % 256).collect()).collect();
             // Batches of 2, 2 and 1 windows.
-            let calibration = Calibration::new(windows.clone()).unwrap().with_rows(2);
+            let calibration = Windows::new(windows.clone()).unwrap().with_rows(2);
             let whole = plain(&model, &windows);
             let single: Vec<_> = windows.iter().map(|w| plain(&model, std::slice::from_ref(w))).collect();
             for criterion in [
@@ -383,10 +377,11 @@ mod tests {
                     let (found, loss) =
                         gradient_scores(&model, &structure, criterion, scored, &calibration).unwrap();
                     assert!(loss > 4.0 && loss < 7.0, "{loss}");
-                    model.for_each_slot(|path, slot| {
+                    for (path, slot) in model.slots() {
+                        let path = path.as_str();
                         let mean =
                             |i: usize| single.iter().map(|g| g[path][i] * g[path][i]).sum::<f32>() / 5.0;
-                        let weight = host(slot.weight()).unwrap();
+                        let weight = read(slot.weight());
                         let matrix = Matrix {
                             gradient: whole[path].clone(),
                             fisher: (0..weight.len()).map(mean).collect(),
@@ -403,7 +398,7 @@ mod tests {
                                 "{folder} {criterion:?} {path}: {found} {expected}"
                             );
                         }
-                    });
+                    }
                 }
             }
         }

@@ -3,7 +3,6 @@
 
 mod aggregation;
 mod apply;
-mod calibration;
 mod checkpoint;
 mod criterion;
 mod error;
@@ -13,15 +12,12 @@ mod packed;
 mod pad;
 mod prune;
 mod selection;
-mod size;
 mod structure;
-mod tapped;
 #[cfg(test)]
 mod vectors;
 
 pub use aggregation::{Aggregation, GqaFold, head_sums, standardise};
 pub use apply::{CutOptions, Requantized, SplitBlocks, apply};
-pub use calibration::Calibration;
 pub use checkpoint::{
     PruningRecord, RECORD_FILE, SaveFormat, SavedCheckpoint, load_pruned, save_padded, save_pruned,
 };
@@ -35,5 +31,4 @@ pub use prune::{BlockPruning, HiddenPruning, LayerPruning, Pruned, PruningReport
 pub use selection::{
     Budget, HeadRounding, LayerRange, Normalise, Scope, removed_channels, removed_heads, removed_mlp_channels,
 };
-pub use size::{model_bytes, parameters};
-pub use structure::{Coupling, Layer, Role, Structure, model_config};
+pub use structure::{Coupling, Layer, Structure};

@@ -2,16 +2,16 @@
 
 use std::ops::Range;
 
-use kiln_models::{Targets, token_nll};
+use kiln_models::{Targets, Windows, token_nll};
 use kiln_pruning::{
-    BlockPruning, Budget, Calibration, Criterion, CutOptions, HeadRounding, LayerPruning, LayerRange,
-    Normalise, Pruned, Scope,
+    BlockPruning, Budget, Criterion, CutOptions, HeadRounding, LayerPruning, LayerRange, Normalise, Pruned,
+    Scope,
 };
 use kiln_quant_core::Plan;
 
 use super::*;
 
-fn prune(pruning: &BlockPruning, model: &AnyModel<QuantLinear>, calibration: &Calibration) -> Pruned {
+fn prune(pruning: &BlockPruning, model: &AnyModel<QuantLinear>, calibration: &Windows) -> Pruned {
     pruning.prune(model.clone(), Some(calibration), &CutOptions::default()).unwrap()
 }
 
@@ -31,7 +31,7 @@ const EVALUATION: Range<usize> = 8192..12288;
 #[test]
 fn every_informed_criterion_beats_random_on_a_trained_model() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 16, 64, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 16, 1).unwrap();
     let lost = |criterion: Criterion, seed: u64| {
         let mut pruning = BlockPruning::new(criterion, 0.5);
         (pruning.layers, pruning.seed) = (LayerRange::All, seed);
@@ -60,7 +60,7 @@ fn every_informed_criterion_beats_random_on_a_trained_model() {
 #[test]
 fn bias_compensation_repairs_what_the_mean_can() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 16, 64, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 16, 1).unwrap();
     let mut pruning = BlockPruning::new(Criterion::FlapWifv, 0.5);
     pruning.layers = LayerRange::All;
     let plain = prune(&pruning, &model, &calibration);
@@ -74,13 +74,13 @@ fn bias_compensation_repairs_what_the_mean_can() {
 #[test]
 fn steps_end_at_the_widths_of_one_shot() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 4, 32, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 32, 4, 1).unwrap();
     let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
     (pruning.layers, pruning.round_to) = (LayerRange::All, 32);
     let once = prune(&pruning, &model, &calibration);
     pruning.steps = 4;
     let stepwise = prune(&pruning, &model, &calibration);
-    assert_eq!(model_config(&once.model), model_config(&stepwise.model));
+    assert_eq!(once.model.config().clone(), stepwise.model.config().clone());
     assert_eq!(stepwise.report.calibration_loss.len(), 4);
     assert_ne!(once.report.kept, stepwise.report.kept);
     // Kept indices are the original's: the mask of the original computes the same.
@@ -92,7 +92,7 @@ fn steps_end_at_the_widths_of_one_shot() {
 #[test]
 fn the_same_seed_gives_the_same_choice() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 4, 32, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 32, 4, 1).unwrap();
     for criterion in [Criterion::Random, Criterion::TaylorMixed, Criterion::FlapWifv] {
         let mut pruning = BlockPruning::new(criterion, 0.5);
         let [a, b] = [(); 2].map(|()| prune(&pruning, &model, &calibration).report);
@@ -106,8 +106,8 @@ fn the_same_seed_gives_the_same_choice() {
 #[test]
 fn a_global_ratio_is_a_share_of_the_budget() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 4, 64, 1).unwrap();
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 4, 1).unwrap();
+    let structure = Structure::of(model.config());
     let weights = |kept: &Kept| -> f64 {
         let cost = |layer: &kiln_pruning::KeptLayer| {
             layer.heads.len() * structure.head_parameters(layer.layer)
@@ -163,7 +163,7 @@ fn ratios_by_path_protected_blocks_and_rounding_are_obeyed() {
 #[test]
 fn rerunning_shows_later_blocks_what_they_will_get() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 8, 64, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 8, 1).unwrap();
     let mut pruning = BlockPruning::new(Criterion::Wanda, 0.5);
     pruning.layers = LayerRange::All;
     let plain = prune(&pruning, &model, &calibration).report.kept;
@@ -173,7 +173,7 @@ fn rerunning_shows_later_blocks_what_they_will_get() {
     assert_eq!(plain.layers[0], rerun.layers[0]);
     assert_ne!(plain.layers[3], rerun.layers[3]);
     // What it saw is what a model pruned in the blocks before gives.
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let mut before = Kept::everything(&structure);
     before.layers[..3].clone_from_slice(&rerun.layers[..3]);
     let (before, _) = kiln_pruning::apply(model, &before, &CutOptions::default()).unwrap();
@@ -186,7 +186,7 @@ fn rerunning_shows_later_blocks_what_they_will_get() {
 #[test]
 fn the_least_influential_block_goes() {
     let (model, ids) = embedded();
-    let calibration = Calibration::sample(&ids[CALIBRATION], 8, 64, 1).unwrap();
+    let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 8, 1).unwrap();
     // Two blocks that do next to nothing.
     let faint = edit(model, |path, _, weight, _| {
         if path.contains("layers.1.") || path.contains("layers.2.") {

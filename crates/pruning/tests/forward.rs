@@ -116,7 +116,7 @@ fn attention_and_mlp_are_the_specification_s_before_and_after() {
     let model = model();
     check(&model, "dense");
     let model = AnyModel::Llama(model);
-    let mut kept = Kept::everything(&Structure::of(&model_config(&model)).unwrap());
+    let mut kept = Kept::everything(&Structure::of(model.config()));
     let removed = |key: &str| -> Vec<usize> { serde_json::from_value(vectors[key].clone()).unwrap() };
     kept.layers[0].channels.retain(|channel| !removed("pruned_mlp_channels").contains(channel));
     kept.layers[0].heads.retain(|head| !removed("pruned_heads").contains(head));

@@ -1,10 +1,7 @@
 //! Cutting gives what masking gives.
 
 use kiln_models::{AnyModel, Embedding};
-use kiln_pruning::{
-    BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Role, Structure,
-    model_config,
-};
+use kiln_pruning::{BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Structure};
 use kiln_testkit::{Golden, assert_close, read};
 
 use super::*;
@@ -36,7 +33,7 @@ fn heads_and_channels_cut_are_heads_and_channels_masked() {
             pruning.layers = LayerRange::Between { start: 0, end: 2 };
             let pruned = pruning.prune(model.clone(), Some(&calibration), &CutOptions::default()).unwrap();
             let kept = &pruned.report.kept;
-            let heads = Structure::of(&model_config(&model)).unwrap().layers[0].shape.num_key_value_heads;
+            let heads = Structure::of(model.config()).layers[0].shape.num_key_value_heads;
             for layer in &kept.layers {
                 assert_eq!(
                     (layer.heads.len(), layer.channels.len()),
@@ -60,7 +57,7 @@ fn blocks_that_differ_in_width_are_masked_blocks_too() {
         let mut pruning = BlockPruning::new(Criterion::L1, 0.5);
         pruning.layers = LayerRange::Between { start: 1, end: 2 };
         let pruned = pruning.prune(model.clone(), None, &CutOptions::default()).unwrap();
-        let shapes = Structure::of(&model_config(&pruned.model)).unwrap().layers;
+        let shapes = Structure::of(pruned.model.config()).layers;
         assert_eq!([shapes[0].shape.intermediate_size, shapes[1].shape.intermediate_size], [128, 64]);
         let expected = logits(&masked(model, &pruned.report.kept), &tokens);
         assert_close(folder, &logits(&pruned.model, &tokens), &expected, TOLERANCE);
@@ -81,11 +78,11 @@ fn blocks_cut_are_blocks_masked() {
 
 /// Zeroes channels of the residual stream wherever something is written to it.
 fn masked_stream(model: AnyModel<QuantLinear>, gone: &[usize]) -> AnyModel<QuantLinear> {
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let writes: Vec<String> = structure
         .linears
         .iter()
-        .filter(|linear| linear.output == Role::Hidden)
+        .filter(|linear| linear.output == Channels::Hidden)
         .map(|linear| linear.path.clone())
         .collect();
     let model = edit(model, |path, [_, outputs], weight, bias| {
@@ -144,7 +141,7 @@ fn a_narrower_stream_under_rms_norm_is_the_masked_one() {
 fn a_narrower_stream_under_layer_norm_is_torch_s_reference() {
     let golden = Golden::open("pruning/opt_hidden.safetensors");
     let (model, tokens) = (load("opt-f32"), tokens("opt-f32"));
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let mut kept = Kept::everything(&structure);
     kept.hidden = golden.ints("kept").into_iter().map(|channel| channel as usize).collect();
     let (pruned, _) = kiln_pruning::apply(model, &kept, &CutOptions::default()).unwrap();

@@ -1,29 +1,20 @@
 //! What measuring importances holds, as peak resident memory of a process of its own: the test runs this binary again.
 
-use std::process::Command;
-
 use kiln_models::{
-    DenseEmbedding, Embedding, Llama, RmsNorm,
+    DenseEmbedding, Embedding, Llama, RmsNorm, Windows,
     config::{LlamaConfig, RopeConfig, RopeScaling},
     llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
 };
-use kiln_pruning::{BlockPruning, Calibration, Criterion, CutOptions, LayerRange, SplitBlocks};
+use kiln_pruning::{BlockPruning, Criterion, CutOptions, LayerRange, SplitBlocks};
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor};
+use kiln_testkit::{peak, peak_of, report, resident, task};
 
 use super::*;
 
-/// Set in the child processes: blocks and criterion.
-const TASK: &str = "KILN_MEMORY_TASK";
 const WIDTH: usize = 512;
 const INNER: usize = 2048;
 const TOKENS: usize = 4 * 64;
 const BLOCK_WEIGHTS: usize = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER;
-
-fn status(key: &str) -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
-}
 
 /// A packed model of weights without a meaning.
 fn model(blocks: usize) -> AnyModel<QuantLinear> {
@@ -87,44 +78,31 @@ fn grown(blocks: usize, criterion: Criterion) -> f64 {
     let model = model(blocks);
     let rows = TOKENS / 64;
     let windows = (0..rows).map(|w| (0..64).map(|i| ((w * 61 + i * 7) % 256) as u32).collect()).collect();
-    let calibration = Calibration::new(windows).unwrap();
+    let calibration = Windows::new(windows).unwrap();
     let mut pruning = BlockPruning::new(criterion, 0.25);
     pruning.layers = LayerRange::Between { start: 0, end: 1 };
     pruning.ratio = kiln_quant_core::Plan::uniform(0.0).with_override("self_attn", 0.25).unwrap();
     // The peak so far is that of quantizing: fill up to it, so that growth is seen.
-    let fill = vec![1u8; (status("VmHWM:") - status("VmRSS:")).max(0.0) as usize];
-    let before = status("VmHWM:");
+    let fill = vec![1u8; (peak() - resident()).max(0.0) as usize];
+    let before = peak();
     let options = CutOptions { split_blocks: SplitBlocks::Refuse, ..CutOptions::default() };
     pruning.prune(model, Some(&calibration), &options).unwrap();
-    let grown = status("VmHWM:") - before;
+    let grown = peak() - before;
     assert_eq!(std::hint::black_box(&fill).iter().filter(|byte| **byte != 1).count(), 0);
     grown
 }
 
-fn measure(blocks: usize, criterion: &str) -> f64 {
-    let test = "memory::importance_holds_the_gradients_of_one_block";
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env(TASK, format!("{blocks} {criterion}"))
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
-    line.and_then(|bytes| bytes.trim().parse().ok())
-        .unwrap_or_else(|| panic!("{text} {}", String::from_utf8_lossy(&output.stderr)))
-}
-
 #[test]
 fn importance_holds_the_gradients_of_one_block() {
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let (blocks, criterion) = task.split_once(' ').unwrap();
         let criterion = serde_json::from_value(criterion.into()).unwrap();
-        println!("BYTES {}", grown(blocks.parse().unwrap(), criterion));
-        return;
+        return report(&[grown(blocks.parse().unwrap(), criterion)]);
     }
+    let test = "memory::importance_holds_the_gradients_of_one_block";
     let (dense, input) = ((4 * BLOCK_WEIGHTS) as f64, (4 * TOKENS * WIDTH) as f64);
     for criterion in ["taylor_first", "taylor_mixed"] {
-        let [few, many] = [2, 10].map(|blocks| measure(blocks, criterion));
+        let [few, many] = [2, 10].map(|blocks| peak_of(test, &format!("{blocks} {criterion}")));
         let slope = (many - few) / 8.0;
         println!(
             "{criterion}: {:.1} and {:.1} MB for 2 and 10 blocks; a block's weights have {:.1} MB, its input {:.1} MB",

@@ -1,8 +1,9 @@
 //! Bad input.
 
+use kiln_models::Windows;
 use kiln_pruning::{
-    BlockPruning, Budget, Calibration, Criterion, CutOptions, Error, HiddenPruning, LayerPruning, LayerRange,
-    Normalise, Pruned, Result, Scope,
+    BlockPruning, Budget, Criterion, CutOptions, Error, HiddenPruning, LayerPruning, LayerRange, Normalise,
+    Pruned, Result, Scope,
 };
 use kiln_quant_core::Plan;
 
@@ -101,27 +102,20 @@ fn calibration_that_is_missing_short_or_foreign_is_refused() {
     (pruning.layers, pruning.bias_compensation) = (LayerRange::All, true);
     assert_error(pruning.prune(load("opt-f32"), None, &CutOptions::default()), &["calibration data"]);
 
-    assert_error(Calibration::new(Vec::new()), &["at least one window"]);
-    assert_error(Calibration::new(vec![vec![1]]), &["at least 2 tokens"]);
-    assert_error(Calibration::new(vec![vec![1, 2], vec![1, 2, 3]]), &["one length", "2 and 3"]);
-    assert_error(Calibration::sample(&[1; 639], 10, 64, 0), &["at least 10 windows of 64", "639 tokens"]);
-    assert_error(Calibration::sample(&[1; 639], usize::MAX, 64, 0), &["639 tokens"]);
-    assert_error(Calibration::sample(&[1; 639], 0, 64, 0), &["at least one window"]);
-
     let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
     pruning.layers = LayerRange::All;
     let with = |windows| {
-        let calibration = Calibration::new(windows).unwrap();
+        let calibration = Windows::new(windows).unwrap();
         pruning.prune(load("llama-untied-bf16"), Some(&calibration), &CutOptions::default())
     };
-    assert_error(with(vec![vec![1, 256]]), &["calibration data", "ids below 256", "256"]);
-    assert_error(with(vec![vec![1; 257]]), &["calibration data", "at most 256 tokens", "257"]);
+    assert_error(with(vec![vec![1, 256]]), &["windows", "ids below 256", "256"]);
+    assert_error(with(vec![vec![1; 257]]), &["windows", "at most 256 tokens", "257"]);
 }
 
 #[test]
 fn indices_that_do_not_fit_are_refused_by_group() {
     let model = load("llama-untied-bf16");
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let with = |change: &dyn Fn(&mut Kept)| {
         let mut kept = Kept::everything(&structure);
         change(&mut kept);

@@ -6,8 +6,11 @@ use burn::{
 };
 
 use crate::{
-    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, fused,
+    DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales, fused,
+    host::unreadable,
+    ints_to_host,
     ops::{self, PackedSpec},
+    quantizers, to_host,
 };
 
 /// A packed weight as a Burn module: recorded, moved between devices, never trained.
@@ -61,6 +64,19 @@ fn words<const D: usize>(words: Vec<u32>, shape: [usize; D], device: &Device) ->
     Param::initialized(ParamId::new(), tensor)
 }
 
+/// A weight as checkpoints store it, `[d_output, d_input]`, and packed.
+fn quantize(
+    name: &str,
+    weight: Tensor<2>,
+    scheme: &QuantScheme,
+    quantizer: &dyn HostQuantizer,
+) -> Result<(Vec<f32>, PackedWeight)> {
+    let [d_input, d_output] = weight.dims();
+    let values = to_host(name, weight.transpose())?;
+    let packed = quantizer.quantize(name, &values, d_input, d_output, scheme)?;
+    Ok((values, packed))
+}
+
 impl PackedTensor {
     /// Moves `weight` to `device`.
     ///
@@ -112,6 +128,34 @@ impl PackedTensor {
             scheme: weight.scheme,
             size: [weight.d_input, weight.d_output],
         }
+    }
+
+    /// Packs the dense `weight` `[d_input, d_output]`, inputs in their own order, on its device. `name` is for errors.
+    ///
+    /// # Errors
+    /// As [`HostQuantizer::quantize`]; a device that can't be read.
+    pub fn quantize(
+        name: &str,
+        weight: Tensor<2>,
+        scheme: &QuantScheme,
+        quantizer: &dyn HostQuantizer,
+    ) -> Result<Self> {
+        let (device, (_, packed)) = (weight.device(), quantize(name, weight, scheme, quantizer)?);
+        Ok(Self::new(&packed, &device))
+    }
+
+    /// As [`quantize`](Self::quantize), with the distance from `weight`.
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize).
+    pub fn quantize_and_measure(
+        name: &str,
+        weight: Tensor<2>,
+        scheme: &QuantScheme,
+        quantizer: &dyn HostQuantizer,
+    ) -> Result<(Self, QuantError)> {
+        let (device, (values, packed)) = (weight.device(), quantize(name, weight, scheme, quantizer)?);
+        Ok((Self::new(&packed, &device), quantizers::error(&values, &packed)))
     }
 
     /// The format.
@@ -223,45 +267,34 @@ impl PackedTensor {
     /// Back to host memory, for saving or exporting.
     ///
     /// # Errors
-    /// If the device can't be read, or holds another type than was put there.
+    /// If the device can't be read.
     pub fn to_host(&self) -> Result<PackedWeight> {
-        fn read<E: burn::tensor::Element>(data: TensorData, part: &str) -> Result<Vec<E>> {
-            let found = format!("{:?}", data.dtype());
-            data.try_to_vec().map_err(|error| Error::Tensor {
-                name: part.into(),
-                expected: format!("{:?}", E::dtype()),
-                found: format!("{found} ({error})"),
-            })
-        }
-        let floats = |tensor: &Param<Tensor<2>>, part: &str| {
-            read::<f32>(tensor.val().into_data().convert::<f32>(), part)
+        let words = |tensor: Tensor<2, Int>| {
+            tensor.try_into_vec_as::<u32>().map_err(|error| unreadable::<u32>("codes", error))
         };
         let scales = match (&self.scale_codes, &self.scale_offset) {
             (Some(codes), Some(offset)) => {
                 let [rows, columns] = self.scheme.scale_shape(self.size[0], self.size[1]);
-                let words = read::<u32>(codes.val().into_data(), "scale_codes")?;
+                let words = words(codes.val().unsqueeze())?;
                 Scales::Double(DoubleScales {
                     codes: words.iter().flat_map(|word| word.to_le_bytes()).take(rows * columns).collect(),
-                    nested: floats(&self.scales, "scales_nested")?,
-                    offset: read::<f32>(offset.val().into_data(), "scale_offset")?[0],
+                    nested: to_host("scales_nested", self.scales.val())?,
+                    offset: to_host("scale_offset", offset.val())?[0],
                 })
             }
-            _ => Scales::Plain(floats(&self.scales, "scales")?),
+            _ => Scales::Plain(to_host("scales", self.scales.val())?),
         };
+        let offsets = self.offsets.as_ref().map(|offsets| to_host("offsets", offsets.val())).transpose()?;
+        let order =
+            self.input_order.as_ref().map(|order| ints_to_host("input_order", order.val())).transpose()?;
         Ok(PackedWeight {
             scheme: self.scheme,
             d_input: self.size[0],
             d_output: self.size[1],
-            codes: read(self.codes.val().into_data(), "codes")?,
+            codes: words(self.codes.val())?,
             scales,
-            offsets: self.offsets.as_ref().map(|offsets| floats(offsets, "offsets")).transpose()?,
-            input_order: match &self.input_order {
-                Some(order) => {
-                    let order: Vec<i64> = read(order.val().into_data().convert::<i64>(), "input_order")?;
-                    Some(order.into_iter().map(|input| input as u32).collect())
-                }
-                None => None,
-            },
+            offsets,
+            input_order: order.map(|order| order.into_iter().map(|input| input as u32).collect()),
         })
     }
 }

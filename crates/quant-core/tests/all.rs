@@ -2,5 +2,4 @@
 
 mod fused;
 mod ops;
-#[cfg(feature = "wgpu")]
 mod wgpu;

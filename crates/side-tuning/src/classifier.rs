@@ -9,7 +9,7 @@ use burn::{
     tensor::{Int, Tensor, TensorData},
 };
 use kiln_models::{CausalLm, TokenBatch};
-use kiln_quant_core::fused;
+use kiln_quant_core::{fused, to_host};
 
 use crate::{Backbone, Error, Result, SideConfig, SideTuned, files, init::Init};
 
@@ -44,7 +44,7 @@ impl<M: Backbone> SideClassifier<M> {
             return Err(Error::argument("labels", "at least 2", labels));
         }
         let init = Init { seed, device: backbone.device() };
-        let [width, _] = crate::network::width_and_layers(&backbone.model_config());
+        let width = backbone.model_config().hidden_size;
         let model = SideTuned::new(backbone, config, seed)?;
         Ok(Self { model, score: init.linear("score", [width, labels], false), labels })
     }
@@ -90,9 +90,7 @@ impl<M: Backbone> SideClassifier<M> {
         let ids: Vec<i64> = labels.iter().map(|&label| label as i64).collect();
         let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [labels.len()]), &self.model.device());
         let losses = fused::cross_entropy(self.forward(tokens)?, ids);
-        let values = losses.clone().inner().try_into_data();
-        let values = values.map_err(|error| Error::argument("losses", "values that can be read", error))?;
-        let sum = values.convert::<f32>().iter::<f32>().map(f64::from).sum();
+        let sum = to_host("losses", losses.clone().inner())?.into_iter().map(f64::from).sum();
         gradients.accumulate(self, GradientsParams::from_grads(losses.sum().backward(), self));
         Ok(sum)
     }

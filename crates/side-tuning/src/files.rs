@@ -8,16 +8,19 @@ use std::{
 };
 
 use burn::{
-    module::{Module, ModuleMapper, ModuleVisitor, Param},
+    module::{Module, ModuleMapper, Param},
     tensor::{Tensor, TensorData},
 };
 use kiln_quant_core::{
+    HostValues, Parameter, for_each_parameter,
     safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
     write_atomically,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Backbone, Error, Result, SideConfig, SideTuned, fingerprint};
+use kiln_models::fingerprint;
+
+use crate::{Backbone, Error, Result, SideConfig, SideTuned};
 
 /// The configuration's file in a side network's folder.
 pub const CONFIG_FILE: &str = "side_config.json";
@@ -54,47 +57,9 @@ fn transpose(values: &[f32], [rows, columns]: [usize; 2]) -> Vec<f32> {
     (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }
 
-/// A parameter as files have it.
-struct Stored {
-    shape: Vec<usize>,
-    /// Or why the device can't be read.
-    values: std::result::Result<Vec<f32>, String>,
-}
-
-/// All parameters of a module, by name; matrices as checkpoints have them, `[d_output, d_input]`.
-struct Collect {
-    path: Vec<String>,
-    found: BTreeMap<String, Stored>,
-}
-
-impl ModuleVisitor for Collect {
-    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let tensor = param.val().inner();
-        let mut shape = tensor.dims().to_vec();
-        let values = tensor.try_into_data().map_err(|error| error.to_string()).map(|data| {
-            let values: Vec<f32> = data.convert::<f32>().iter::<f32>().collect();
-            match shape[..] {
-                [rows, columns] => transpose(&values, [rows, columns]),
-                _ => values,
-            }
-        });
-        shape.reverse();
-        self.found.insert(tensor_name(&self.path), Stored { shape, values });
-    }
-
-    fn enter_module(&mut self, name: &str, _: &str) {
-        self.path.push(name.to_string());
-    }
-
-    fn exit_module(&mut self, _: &str, _: &str) {
-        self.path.pop();
-    }
-}
-
-fn collect<M: Module>(module: &M) -> Collect {
-    let mut collect = Collect { path: Vec::new(), found: BTreeMap::new() };
-    module.visit(&mut collect);
-    collect
+/// A parameter's sizes as files have them: matrices `[d_output, d_input]`.
+fn stored_shape(parameter: &Parameter) -> Vec<usize> {
+    parameter.shape.iter().rev().copied().collect()
 }
 
 /// Puts values from a file in a module's parameters.
@@ -136,13 +101,22 @@ pub(crate) fn save<B: Module, M: Module>(
 ) -> Result<()> {
     let weights_path = folder.join(WEIGHTS_FILE);
     let mut parts = Vec::new();
-    for (name, Stored { shape, values }) in collect(module).found {
-        let values = values.map_err(|error| Error::argument(&name, "values that can be read", error))?;
+    for_each_parameter(module, |parameter| {
+        let name = tensor_name(parameter.path);
+        let HostValues::Floats(values) = parameter.values()? else {
+            return Err(Error::argument(&name, "float values", "whole numbers"));
+        };
         if let Some(value) = values.iter().find(|value| !value.is_finite()) {
             return Err(Error::argument(&name, "finite values", value));
         }
-        parts.push((name, shape, values));
-    }
+        let values = match parameter.shape[..] {
+            [rows, columns] => transpose(&values, [rows, columns]),
+            _ => values,
+        };
+        parts.push((name, stored_shape(&parameter), values));
+        Ok(())
+    })?;
+    parts.sort_by(|a, b| a.0.cmp(&b.0));
     let tensors: Vec<NewTensor<'_>> = parts
         .iter()
         .map(|(name, shape, values)| NewTensor {
@@ -183,13 +157,17 @@ pub(crate) fn open<B: Module>(folder: &Path, backbone: &B) -> Result<Opened> {
 /// Fills `module`, made by the folder's configuration, with the folder's weights.
 pub(crate) fn restore<M: Module>(folder: &Path, module: M) -> Result<M> {
     let file = SafetensorsFile::open(folder.join(WEIGHTS_FILE))?;
-    let expected = collect(&module).found;
+    let mut expected = BTreeMap::new();
+    for_each_parameter(&module, |parameter| {
+        expected.insert(tensor_name(parameter.path), stored_shape(&parameter));
+        Ok::<_, Error>(())
+    })?;
     let names: BTreeSet<&str> = file.names().collect();
     if let Some(name) = names.iter().find(|name| !expected.contains_key(**name)) {
         return Err(file.wrong(name, "only tensors that the configuration asks for", "this one").into());
     }
     let mut values = BTreeMap::new();
-    for (name, Stored { shape, .. }) in &expected {
+    for (name, shape) in &expected {
         let wanted = format!("F32 {shape:?}");
         if !names.contains(name.as_str()) {
             return Err(file.wrong(name, wanted, "no such tensor").into());

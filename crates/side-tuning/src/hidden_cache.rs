@@ -8,11 +8,16 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kiln_models::Context;
-use kiln_quant_core::safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors};
+use kiln_models::{Context, fingerprint};
+use kiln_quant_core::{
+    hash::hex,
+    ints_to_host,
+    safetensors_file::{NewTensor, SafetensorsFile, Values, write_safetensors},
+    to_host,
+};
 use sha2::{Digest, Sha256};
 
-use crate::{Backbone, Error, Result, SideTuned, fingerprint, network::width_and_layers};
+use crate::{Backbone, Error, Result, SideTuned};
 
 /// Changes with the layout of the files.
 const VERSION: &str = "1";
@@ -96,11 +101,9 @@ impl HiddenCache {
         limit_bytes: u64,
         precision: StatePrecision,
     ) -> Result<Self> {
-        use kiln_models::config::{ModelConfig, RopeScaling};
+        use kiln_models::config::RopeScaling;
         let (folder, backbone, config) = (folder.into(), model.backbone().model_config(), model.config());
-        if let ModelConfig::Llama(llama) = &backbone
-            && matches!(llama.rope.scaling, RopeScaling::Dynamic { .. })
-        {
+        if backbone.rope.iter().any(|rope| matches!(rope.scaling, RopeScaling::Dynamic { .. })) {
             return Err(Error::argument("rope_scaling", "one that doesn't depend on the batch", "dynamic"));
         }
         fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -108,7 +111,7 @@ impl HiddenCache {
         for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
             bytes += entry.and_then(|entry| entry.metadata()).map_err(Error::io(&folder))?.len();
         }
-        let [width, _] = width_and_layers(&backbone);
+        let width = backbone.hidden_size;
         let pooled = config.downsample.is_pool();
         let top = if pooled { width } else { 0 };
         let kind =
@@ -134,13 +137,9 @@ impl HiddenCache {
     }
 
     fn keys(&self, context: &Context) -> Result<Vec<String>> {
-        let host = |tensor: burn::tensor::Tensor<2, burn::tensor::Int>| {
-            let data = tensor.try_into_data();
-            let data = data.map_err(|error| Error::argument("ids", "ids that can be read", error))?;
-            Ok::<Vec<i64>, Error>(data.iter::<i64>().collect())
-        };
-        let (length, segments) = (context.length(), context.attention(1, None).query_segments);
-        let (ids, positions) = (host(context.ids.clone())?, host(context.positions.clone())?);
+        let (length, segments) = (context.length(), context.attention(1.0, None).query_segments);
+        let ids = ints_to_host("ids", context.ids.clone())?;
+        let positions = ints_to_host("positions", context.positions.clone())?;
         let rows = ids.chunks(length).zip(positions.chunks(length)).zip(segments.chunks(length));
         let key = |((ids, positions), segments): ((&[i64], &[i64]), &[u32])| {
             let mut sha = Sha256::new();
@@ -150,7 +149,7 @@ impl HiddenCache {
                 values.iter().for_each(|value| sha.update(value.to_le_bytes()));
             }
             segments.iter().for_each(|segment| sha.update(segment.to_le_bytes()));
-            sha.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
+            hex(sha.finalize())
         };
         Ok(rows.map(key).collect())
     }
@@ -225,13 +224,11 @@ impl HiddenCache {
     fn store_row(&self, key: &str, row: usize, states: &[Tensor<3>], top: &Tensor<3>) -> Result<()> {
         let apart = (self.widths[1] > 0).then(|| (TOP.to_string(), top));
         let named = states.iter().enumerate().map(|(state, tensor)| (state.to_string(), tensor)).chain(apart);
-        let values = |tensor: &Tensor<3>| {
-            let data = tensor.clone().inner().narrow(0, row, 1).try_into_data();
-            let data = data.map_err(|error| Error::argument("states", "states that can be read", error))?;
-            Ok::<Vec<f32>, Error>(data.convert::<f32>().iter::<f32>().collect())
-        };
         let parts = named
-            .map(|(name, tensor)| Ok((name, tensor.dims(), values(tensor)?)))
+            .map(|(name, tensor)| {
+                let values = to_host(&name, tensor.clone().inner().narrow(0, row, 1))?;
+                Ok((name, tensor.dims(), values))
+            })
             .collect::<Result<Vec<_>>>()?;
         let bytes =
             parts.iter().map(|(_, _, values)| values.len() as u64).sum::<u64>() * self.precision.bytes();

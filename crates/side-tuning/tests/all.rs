@@ -5,7 +5,6 @@ mod common;
 mod counts;
 mod files;
 mod hidden_cache;
-mod houlsby;
 mod memory;
 mod tiny;
 mod training;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path, sync::Arc};
 
 use burn::{
-    module::{Module, ModuleVisitor, Param},
+    module::{ModuleVisitor, Param},
     optim::{GradientsAccumulator, GradientsParams},
     tensor::{Device, Tensor},
 };
@@ -12,7 +12,7 @@ use kiln_models::{
     loss_and_gradients,
 };
 use kiln_quant_core::{QuantLinear, Scheme};
-use kiln_testkit::testdata;
+use kiln_testkit::{ids, testdata};
 use kiln_training::{BatchOptions, Batches, DataOptions, Dataset, TrainerConfig};
 
 pub type Base = AnyModel<QuantLinear>;
@@ -33,8 +33,7 @@ pub fn embedded() -> Base {
 
 /// Rows of the embedded model's training text.
 pub fn text(seq_len: usize) -> Arc<Dataset> {
-    let bytes = std::fs::read(testdata("models/tiny-llama/text/shift_test_moby.u16le")).unwrap();
-    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).take(40 * seq_len);
+    let ids = ids("shift_test_moby").into_iter().take(40 * seq_len);
     Arc::new(Dataset::from_ids(ids.collect(), &DataOptions::new(seq_len, 2048)).unwrap())
 }
 
@@ -103,18 +102,4 @@ pub fn next_token_gradients<M: CausalLm>(
         values.iter_mut().for_each(|value| *value /= count as f32);
     }
     (loss / count as f64, gradients.found)
-}
-
-/// Values of all parameters that require gradients.
-pub fn trained<M: Module>(model: &M) -> usize {
-    struct Count(usize);
-    impl ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let tensor = param.val();
-            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
-        }
-    }
-    let mut count = Count(0);
-    model.visit(&mut count);
-    count.0
 }

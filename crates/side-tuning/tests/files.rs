@@ -4,10 +4,11 @@ use std::{fs, path::Path};
 
 use burn::module::Module;
 use kiln_models::{CausalLm, TokenBatch};
+use kiln_quant_core::trained_values;
 use kiln_side_tuning::{CONFIG_FILE, Downsample, GateShape, HeadMix, SideConfig, SideTuned, WEIGHTS_FILE};
 use kiln_testkit::{read, testdata};
 
-use crate::common::{Base, embedded, load, trained};
+use crate::common::{Base, embedded, load};
 
 fn logits(model: &SideTuned<Base>) -> Vec<f32> {
     let tokens = TokenBatch::new(&[vec![5, 90, 17, 33]]).unwrap();
@@ -37,7 +38,7 @@ fn what_was_saved_is_loaded() {
         let values = config.parameter_counts(&backbone).unwrap().total();
         assert!(bytes > 4 * values && bytes < 4 * values + 20_000, "{bytes} {values}");
         // Training can go on.
-        assert_eq!(trained(&loaded.train()), values);
+        assert_eq!(trained_values(&loaded.train()), values);
     }
 }
 

@@ -5,11 +5,12 @@ use burn::{
     tensor::Tensor,
 };
 use kiln_models::{CausalLm, GenerateOptions, KvCache, Recompute, Targets, TokenBatch, generate, token_nll};
+use kiln_quant_core::trained_values;
 use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned, fingerprint};
 use kiln_testkit::{assert_close, max_difference, read, testdata};
 use kiln_training::{RunOptions, Trainer};
 
-use crate::common::{Base, embedded, first_row, load, next_token_gradients, text, trained, trainer_config};
+use crate::common::{Base, embedded, first_row, load, next_token_gradients, text, trainer_config};
 
 const IDS: [u32; 12] = [5, 900, 17, 33, 2000, 8, 8, 450, 1023, 77, 6, 300];
 
@@ -70,7 +71,7 @@ fn training_learns_and_leaves_the_backbone_as_it_was() {
         let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
         assert!(reports.iter().all(|report| report.loss.is_finite()));
         let counts = config.parameter_counts(&kiln_side_tuning::Backbone::model_config(&base)).unwrap();
-        assert_eq!(trained(trainer.model()), counts.total());
+        assert_eq!(trained_values(trainer.model()), counts.total());
         assert_plain(trainer.model().backbone());
         let model = trainer.into_model();
         let end = held_out(&model);

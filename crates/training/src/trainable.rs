@@ -3,9 +3,12 @@
 use std::collections::BTreeMap;
 
 use burn::{
-    module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId},
+    module::{Module, ModuleMapper, Param, ParamId},
     tensor::{Tensor, TensorData},
 };
+use kiln_quant_core::{HostValues, for_each_parameter};
+
+use crate::Result;
 
 /// A parameter in host memory, with the id under which the optimizer knows it.
 #[derive(Debug, Clone)]
@@ -23,46 +26,23 @@ pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
     fields.collect::<Vec<_>>().join(".")
 }
 
-/// Number of values of all parameters that require gradients.
-pub(crate) fn count<M: Module>(model: &M) -> usize {
-    struct Count(usize);
-    impl ModuleVisitor for Count {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let tensor = param.val();
-            self.0 += if tensor.is_require_grad() { tensor.shape().num_elements() } else { 0 };
-        }
-    }
-    let mut count = Count(0);
-    model.visit(&mut count);
-    count.0
-}
-
 /// Copies all parameters that require gradients.
-pub(crate) fn collect<M: Module>(model: &M) -> BTreeMap<String, Parameter> {
-    struct Collect {
-        path: Vec<String>,
-        found: BTreeMap<String, Parameter>,
-    }
-    impl ModuleVisitor for Collect {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            let tensor = param.val();
-            if tensor.is_require_grad() {
-                let shape = tensor.dims().to_vec();
-                let data = tensor.inner().into_data().convert::<f32>();
-                let values = data.iter::<f32>().collect();
-                self.found.insert(stable_name(&self.path), Parameter { id: param.id.val(), shape, values });
-            }
+///
+/// # Errors
+/// A device that can't be read.
+pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter>> {
+    let mut found = BTreeMap::new();
+    for_each_parameter(model, |parameter| {
+        if !parameter.trained {
+            return Ok(());
         }
-        fn enter_module(&mut self, name: &str, _: &str) {
-            self.path.push(name.to_string());
+        if let HostValues::Floats(values) = parameter.values()? {
+            let (name, id) = (stable_name(parameter.path), parameter.id.val());
+            found.insert(name, Parameter { id, shape: parameter.shape, values });
         }
-        fn exit_module(&mut self, _: &str, _: &str) {
-            self.path.pop();
-        }
-    }
-    let mut collect = Collect { path: Vec::new(), found: BTreeMap::new() };
-    model.visit(&mut collect);
-    collect.found
+        Ok::<_, kiln_models::Error>(())
+    })?;
+    Ok(found)
 }
 
 /// Puts parameters back, values and ids; `parameters` must have the paths and shapes that [`collect`] finds.

@@ -10,6 +10,7 @@ use std::{
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, Place, Recompute, loss_and_gradients};
+use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -275,7 +276,7 @@ impl<M: CausalLm> Trainer<M> {
     pub fn new(model: M, dataset: Arc<Dataset>, config: TrainerConfig) -> Result<Self> {
         let schedule = config.check()?;
         let model = model.train();
-        if trainable::collect(&model).is_empty() {
+        if trained_values(&model) == 0 {
             return Err(Error::Argument {
                 name: "model".into(),
                 expected: "parameters that require gradients".into(),
@@ -348,7 +349,7 @@ impl<M: CausalLm> Trainer<M> {
 
     /// Number of values that are trained.
     pub fn trained_values(&self) -> usize {
-        trainable::count(self.model())
+        trained_values(self.model())
     }
 
     /// One optimizer step over [`TrainerConfig::accumulate`] micro-batches.
@@ -472,7 +473,7 @@ impl<M: CausalLm> Trainer<M> {
         let Some(score) = score else { return Ok(None) };
         let is_best = self.best.as_ref().is_none_or(|best| score < best.score);
         if is_best {
-            self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model()) });
+            self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model())? });
         }
         Ok(Some(Evaluation { steps: self.step, score, is_best }))
     }
@@ -510,7 +511,7 @@ impl<M: CausalLm> Trainer<M> {
             data: self.dataset.fingerprint(),
             model: self.identity.clone(),
         };
-        checkpoint::save(folder.as_ref(), &state, trainable::collect(self.model()), &self.optimizer)
+        checkpoint::save(folder.as_ref(), &state, trainable::collect(self.model())?, &self.optimizer)
     }
 
     /// A run that goes on from a checkpoint: [`new`](Self::new), then [`resumed`](Self::resumed).
@@ -537,7 +538,7 @@ impl<M: CausalLm> Trainer<M> {
     /// [identity](Self::with_identity): the first difference is named.
     pub fn resumed(mut self, folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
-        let fresh = trainable::collect(self.model());
+        let fresh = trainable::collect(self.model())?;
         let run = checkpoint::Run {
             config: &self.config,
             data: &self.dataset.fingerprint(),

@@ -2,7 +2,7 @@
 
 use kiln_adapters::Dropout;
 use kiln_quant_core::{Projection, fused, packing::unpack_column};
-use kiln_testkit::{assert_close, max_difference, relative_difference, testdata};
+use kiln_testkit::{assert_close, max_difference, read, relative_difference, testdata};
 use serde_json::Value as Json;
 
 use super::*;
@@ -65,9 +65,9 @@ impl Objective for OneLayer {
 /// Parameters of a state as the reference orders them: gamma and beta by output, A `[rank, in]`, B `[out, rank]`.
 fn state(apiq: &Apiq, index: usize) -> [Vec<f32>; 4] {
     let [rows, columns] = apiq.layers[index].weight.groups();
-    let [gamma, beta] = apiq.logits(index).map(|logits| transpose(&logits, rows, columns));
+    let [gamma, beta] = apiq.logits(index).unwrap().map(|logits| transpose(&logits, rows, columns));
     let lora = apiq.loras[index].as_ref().unwrap();
-    let flip = |factor: &Param<Tensor<2>>| host(factor.val().inner().transpose());
+    let flip = |factor: &Param<Tensor<2>>| read(factor.val().inner().transpose());
     [gamma, beta, flip(&lora.lora_a), flip(&lora.lora_b)]
 }
 
@@ -86,7 +86,7 @@ fn layer_wise_steps_are_torchs() {
         let mut log = trace["log"].as_array().unwrap().iter().peekable();
         for step in 0..=200u64 {
             let before = state(&apiq, 0);
-            let [gamma, beta] = apiq.logits(0);
+            let [gamma, beta] = apiq.logits(0).unwrap();
             let levels = apiq.layers[0].weight.levels(&gamma, &beta);
             let loss = apiq.step(&mut objective, 0, 1.0).unwrap();
             let Some(entry) = log.next_if(|entry| entry["step"] == step) else { continue };
@@ -137,7 +137,7 @@ impl Objective for Residual {
         let y = residual(&slots, self.x[window].clone());
         let losses = self.targets[window].iter().map(|target| (y.clone() - target.clone()).square().mean());
         let loss = losses.reduce(|sum, loss| sum + loss).unwrap();
-        self.losses.push(f64::from(host(loss.clone().inner())[0]));
+        self.losses.push(f64::from(read(loss.clone().inner())[0]));
         Ok(loss)
     }
 }
@@ -220,7 +220,7 @@ fn block_wise_streams_are_the_reference() {
             assert!(share > 0.9, "{what}: {share} of the codes agree");
             x = targets;
             quantized = quantized.into_iter().map(|x| residual(&slots, x)).collect();
-            let flat = |x: &[Tensor<2>]| -> Vec<f32> { x.iter().flat_map(|x| host(x.clone())).collect() };
+            let flat = |x: &[Tensor<2>]| -> Vec<f32> { x.iter().flat_map(|x| read(x.clone())).collect() };
             assert_close(&what, &flat(&x), &floats(&result["out_fp"]), 1e-5);
             let found = relative_difference(&flat(&quantized), &floats(&result["out_quant"]));
             assert!(found < 0.05, "{what}: quantized stream differs by {found}");
@@ -266,7 +266,7 @@ fn the_relative_loss_counts_every_row_alike() {
     let loss = |y: &[f32], t: &[f32]| {
         let of =
             ApiqLoss::Relative.of(tensor(y.to_vec(), [3, 4], &device), tensor(t.to_vec(), [3, 4], &device));
-        f64::from(host(of)[0])
+        f64::from(read(of)[0])
     };
     let expected = (0..3).map(|row| {
         let row = 4 * row..4 * row + 4;
@@ -302,7 +302,7 @@ fn a_massive_row_hides_the_others_from_the_mean_square_only() {
         let lora = lora.unwrap();
         let found = tensor::<2>(packed.dequantize(), [24, 32], &device).transpose()
             + lora.lora_a.val().matmul(lora.lora_b.val()) * lora.scaling();
-        relative_difference(&host(x.clone().matmul(found)), &host(x.clone().matmul(dense)))
+        relative_difference(&read(x.clone().matmul(found)), &read(x.clone().matmul(dense)))
     };
     let (relative, squared) = (error(ApiqLoss::Relative), error(ApiqLoss::MeanSquared));
     assert!(relative < 0.8 * squared, "{relative}, mean squared {squared}");

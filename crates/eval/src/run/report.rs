@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, fmt, path::Path};
 
+use kiln_quant_core::hash::hex;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
@@ -103,7 +104,7 @@ impl TaskReport {
             hash.update(text.as_bytes());
             hash.update([0]);
         }
-        let requests = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let requests = hex(hash.finalize());
         let keys = scores.first().into_iter().flat_map(BTreeMap::keys);
         let metrics = keys.map(|key| {
             let (metric, filter) = key;

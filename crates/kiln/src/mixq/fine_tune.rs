@@ -6,7 +6,7 @@ use kiln_adapters::{AdapterConfig, LoraAttacher};
 use kiln_calibration::{CalibrationConfig, Calibrator, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, CausalLm, Slots};
+use kiln_models::{AnyModel, CausalLm, Slots, Windows};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Event, Observer, RunOptions, Trainer, TrainerConfig};
 
@@ -21,7 +21,7 @@ pub struct FineTune {
     window: usize,
     trainer: TrainerConfig,
     adapters: AdapterConfig,
-    start: Option<(Method, Vec<Vec<u32>>)>,
+    start: Option<(Method, Windows)>,
     evaluate_every: u64,
 }
 
@@ -66,7 +66,7 @@ impl FineTune {
     /// Codes and adapters start from a calibration on these windows (LoftQ, ApiQ) rather than from rounding and LoRA's
     /// own start.
     #[must_use]
-    pub fn with_start(mut self, method: Method, windows: Vec<Vec<u32>>) -> Self {
+    pub fn with_start(mut self, method: Method, windows: Windows) -> Self {
         self.start = Some((method, windows));
         self
     }

@@ -8,10 +8,12 @@ use burn::{
     optim::{GradientsAccumulator, GradientsParams},
     tensor::Tensor,
 };
-use kiln_models::{AnyModel, DriverOptions, Recompute, Slots, Targets, TokenBatch, loss_and_gradients};
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_models::{
+    AnyModel, DriverOptions, Recompute, Slots, Targets, TokenBatch, Windows, loss_and_gradients,
+};
+use kiln_quant_core::{Projection, QuantLinear, to_host};
 
-use super::{Error, Result, kl::check_windows, variants::host};
+use super::{Error, Result};
 
 /// The mean over windows of the squared gradient of a window's loss, for every weight of the blocks' linears.
 ///
@@ -25,23 +27,20 @@ pub struct Fisher {
 }
 
 impl Fisher {
-    /// Takes gradients of the original model's loss on windows of equal length, one at a time.
+    /// Takes gradients of the original model's loss on the windows, one at a time.
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn measure(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> Result<Self> {
-        check_windows(original, windows)?;
+    pub fn measure(original: &AnyModel<QuantLinear>, windows: &Windows) -> Result<Self> {
+        windows.check(original)?;
         let trained = original.clone().try_map(|_, slot| {
-            let bias = match &slot {
-                QuantLinear::Packed(linear) => linear.bias.clone(),
-                QuantLinear::Dense(linear) => linear.bias.clone(),
-            };
+            let bias = slot.bias_parameter().cloned();
             Ok::<_, Error>(Linear { weight: Param::from_tensor(slot.weight()), bias })
         })?;
         let trained = trained.train();
         let options = DriverOptions { recompute: Recompute::Block, ..DriverOptions::default() };
         let mut squares: HashMap<String, Tensor<2>> = HashMap::new();
-        for window in windows {
+        for window in windows.as_slice() {
             let mut gradients = GradientsAccumulator::new();
             let ids: Vec<u32> = window[1..].iter().copied().chain([0]).collect();
             let scored: Vec<bool> = (0..ids.len()).map(|place| place + 1 < ids.len()).collect();
@@ -49,18 +48,18 @@ impl Fisher {
             let targets = Targets { ids: &ids, scored: &scored };
             loss_and_gradients(&trained, &tokens, targets, &options, &mut gradients)?;
             let gradients: GradientsParams = gradients.grads();
-            trained.for_each_slot(|path, linear| {
+            for (path, linear) in trained.slots() {
                 if let Some(gradient) = gradients.get::<2>(linear.weight.id) {
-                    let square = gradient.powi_scalar(2) / windows.len() as f64;
-                    let sum = match squares.remove(path) {
+                    let square = gradient.powi_scalar(2) / windows.count() as f64;
+                    let sum = match squares.remove(&path) {
                         Some(sum) => sum + square,
                         None => square,
                     };
-                    squares.insert(path.to_string(), sum);
+                    squares.insert(path, sum);
                 }
-            });
+            }
         }
-        Ok(Self { squares, tokens: windows[0].len() - 1 })
+        Ok(Self { squares, tokens: windows.length() - 1 })
     }
 
     /// The second-order estimate of what the projection's error adds to the loss, in nats a token: half the squared
@@ -73,7 +72,7 @@ impl Fisher {
             self.squares.get(path).ok_or_else(|| Error::argument(path, "a measured linear", "none"))?;
         let error = original.weight() - quantized.weight();
         let sums = (error.powi_scalar(2) * squares.clone()).sum_dim(0);
-        let sum: f64 = host(path, sums)?.into_iter().map(f64::from).sum();
+        let sum: f64 = to_host(path, sums)?.into_iter().map(f64::from).sum();
         Ok(0.5 * sum / self.tokens as f64)
     }
 }

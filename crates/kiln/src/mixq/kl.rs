@@ -1,10 +1,10 @@
 //! How far a quantized model's predictions are from the original's.
 
 use burn::tensor::{FloatDType, Tensor, activation::log_softmax};
-use kiln_models::{AnyModel, CausalLm, Context, TokenBatch};
-use kiln_quant_core::QuantLinear;
+use kiln_models::{AnyModel, CausalLm, Context, Windows};
+use kiln_quant_core::{QuantLinear, to_host};
 
-use super::{Error, Result, variants::host};
+use super::{Error, Result};
 
 /// What a measurement of [`LogitKl`] holds.
 ///
@@ -59,24 +59,23 @@ enum Teacher {
 }
 
 impl LogitKl {
-    /// Runs the original on windows of equal length.
+    /// Runs the original on the windows.
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn new(original: &AnyModel<QuantLinear>, windows: &[Vec<u32>], options: &KlOptions) -> Result<Self> {
-        check_windows(original, windows)?;
-        let length = windows[0].len();
-        let rows = (options.batch_tokens / length).max(1);
+    pub fn new(original: &AnyModel<QuantLinear>, windows: &Windows, options: &KlOptions) -> Result<Self> {
+        windows.check(original)?;
+        let length = windows.length();
         let mut batches = Vec::new();
-        for windows in windows.chunks(rows) {
-            let context = original.context(&TokenBatch::new(windows)?, None);
+        for batch in windows.batches_of(options.batch_tokens / length) {
+            let context = original.context(&batch, None);
             let embedded = original.embed(&context);
-            let tokens = windows.len() * length;
+            let tokens = batch.ids.len();
             let last = flat(original.residual(&context, None));
             let (teacher, trail) = (Teacher::States(last), Vec::new());
             batches.push(Batch { context, tokens, embedded, teacher, trail });
         }
-        let (tokens, width) = (windows.len() * length, batches[0].embedded.dims()[2]);
+        let (tokens, width) = (windows.count() * length, batches[0].embedded.dims()[2]);
         let probabilities = tokens.saturating_mul(4 * original.vocab_size());
         let mut left = options.cache_bytes;
         let mut kl = Self { batches, options: *options, keeps_streams: false };
@@ -177,7 +176,7 @@ impl Batch {
             };
             let found = log_probabilities(model, x.clone().narrow(0, start, count));
             let rows = (reference.clone().exp() * (reference - found)).sum_dim(1);
-            sum += host("divergences", rows)?.into_iter().map(f64::from).sum::<f64>();
+            sum += to_host("divergences", rows)?.into_iter().map(f64::from).sum::<f64>();
         }
         Ok(sum)
     }
@@ -197,23 +196,4 @@ fn flat(x: Tensor<3>) -> Tensor<2> {
 fn chunks(total: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
     let size = size.max(1);
     (0..total).step_by(size).map(move |start| (start, size.min(total - start)))
-}
-
-/// Fails unless there are windows of one length that the model can read.
-pub(super) fn check_windows<M: CausalLm>(model: &M, windows: &[Vec<u32>]) -> Result<()> {
-    let fail = |expected: String, found: String| Err(Error::argument("windows", expected, found));
-    let length = windows.first().map_or(0, Vec::len);
-    let limit = model.max_positions();
-    if length < 2 || length > limit {
-        let found = format!("{} of {length} tokens", windows.len());
-        return fail(format!("at least one, of 2 to {limit} tokens"), found);
-    }
-    if let Some(window) = windows.iter().find(|window| window.len() != length) {
-        return fail("windows of one length".into(), format!("{length} and {} tokens", window.len()));
-    }
-    let vocabulary = model.vocab_size();
-    match windows.iter().flatten().find(|id| **id as usize >= vocabulary) {
-        Some(id) => fail(format!("ids below {vocabulary}, the vocabulary"), id.to_string()),
-        None => Ok(()),
-    }
 }

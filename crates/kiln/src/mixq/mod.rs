@@ -20,7 +20,7 @@
 //! use kiln::{
 //!     mixq::{Choices, KlOptions, ModelObjective, Variants, load_options, space_of},
 //!     mixq_search::{Fidelity, KlMix, SearchSettings, TrialLog, search},
-//!     models::{Checkpoint, LoadOptions},
+//!     models::{Checkpoint, LoadOptions, Windows},
 //! };
 //!
 //! let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
@@ -28,7 +28,8 @@
 //! let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex())?;
 //! let space = space_of(&model, &Choices::new(["affine2:64".parse()?, "affine4:64".parse()?]))?;
 //!
-//! let windows: Vec<Vec<u32>> = (0..2).map(|w| (0..32).map(|i| (w * 32 + i) * 37 % 2048).collect()).collect();
+//! let ids: Vec<u32> = (0..64).map(|i| i * 37 % 2048).collect();
+//! let windows = Windows::leading(&ids, 32, 2)?;
 //! let mut objective = ModelObjective::new(Variants::new(model), &windows, &KlOptions::default())?;
 //! let mut log = TrialLog::in_memory(&space);
 //! let settings = SearchSettings::new(8, Fidelity::kl(64));

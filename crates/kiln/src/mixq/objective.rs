@@ -3,8 +3,8 @@
 use kiln_mixq_search::{
     Evaluation, Fidelity, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request,
 };
-use kiln_models::{CausalLm, Slots};
-use kiln_quant_core::{QuantLinear, Scheme};
+use kiln_models::{CausalLm, Slots, Windows};
+use kiln_quant_core::{QuantLinear, Scheme, hash::hex};
 use sha2::{Digest, Sha256};
 
 use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Variants, apply::scheme_of};
@@ -21,7 +21,7 @@ use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Varian
 /// All are of the quantized model, less is better, and only the fine-tune depends on the seed.
 pub struct ModelObjective {
     variants: Variants,
-    windows: Vec<Vec<u32>>,
+    windows: Windows,
     kl: LogitKl,
     /// Of the amount asked for last.
     moments: Option<(usize, Moments)>,
@@ -36,18 +36,18 @@ pub struct ModelObjective {
 }
 
 impl ModelObjective {
-    /// Runs the original model on windows of equal length.
+    /// Runs the original model on the windows.
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn new(variants: Variants, windows: &[Vec<u32>], options: &KlOptions) -> Result<Self> {
+    pub fn new(variants: Variants, windows: &Windows, options: &KlOptions) -> Result<Self> {
         let original = variants.original();
         let kl = LogitKl::new(original, windows, options)?;
         let blocks = blocks_of(original)?;
-        let model_hash = kiln_side_tuning::fingerprint(original)?;
+        let model_hash = kiln_models::fingerprint(original)?;
         let mut objective = Self {
             variants,
-            windows: windows.to_vec(),
+            windows: windows.clone(),
             kl,
             moments: None,
             fisher: None,
@@ -86,7 +86,7 @@ impl ModelObjective {
         if let Some(fine_tune) = &self.fine_tune {
             hash.update(fine_tune.describe());
         }
-        self.fingerprint = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        self.fingerprint = hex(hash.finalize());
     }
 
     /// The divergence of a plan's model on the first `tokens` tokens.
@@ -114,8 +114,8 @@ impl ModelObjective {
             let expected = format!("1 to {}, the windows' tokens", self.tokens());
             return Err(Error::argument("tokens", expected, tokens));
         }
-        let count = tokens.div_ceil(self.windows[0].len() as u64) as usize;
-        let windows = &self.windows[..count];
+        let count = tokens.div_ceil(self.windows.length() as u64) as usize;
+        let windows = &self.windows.first(count);
         match measure {
             Measure::Fisher if self.fisher.as_ref().is_none_or(|(known, _)| *known != count) => {
                 self.fisher = Some((count, Fisher::measure(self.variants.original(), windows)?));
@@ -163,7 +163,7 @@ impl Objective for ModelObjective {
         let amount = match fidelity.measure {
             Measure::Kl => self.kl.rounded(fidelity.amount),
             Measure::Finetune => fidelity.amount,
-            _ => fidelity.amount.next_multiple_of(self.windows[0].len() as u64),
+            _ => fidelity.amount.next_multiple_of(self.windows.length() as u64),
         };
         Fidelity { amount, ..fidelity }
     }

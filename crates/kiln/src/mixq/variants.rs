@@ -2,15 +2,10 @@
 
 use std::collections::HashMap;
 
-use burn::{
-    module::{Param, ParamId},
-    nn::Linear,
-    tensor::{DType, Tensor},
-};
 use kiln_calibration::Rounding;
 use kiln_mixq_search::Plan;
 use kiln_models::{AnyModel, Slots};
-use kiln_quant_core::{PackedLinear, PackedTensor, Projection, QuantLinear, Scheme};
+use kiln_quant_core::{QuantLinear, Scheme};
 
 use super::{Error, Result, apply::scheme_of};
 
@@ -74,18 +69,10 @@ impl Variants {
     /// # Errors
     /// [`Error::is_argument`] for a path that the model lacks; what the quantizer refuses.
     pub fn projection(&mut self, path: &str, scheme: Scheme) -> Result<QuantLinear> {
-        let original = self.projection_of_original(path)?;
-        variant(&mut self.made, self.rounding, path, original, scheme)
-    }
-
-    fn projection_of_original(&self, path: &str) -> Result<QuantLinear> {
-        let mut found = None;
-        self.model.for_each_slot(|known, slot| {
-            if known == path {
-                found = Some(slot.clone());
-            }
-        });
-        found.ok_or_else(|| Error::argument(path, "a linear of the model's blocks", "none"))
+        let original = self.model.slots().into_iter().find(|(known, _)| known == path);
+        let (_, original) =
+            original.ok_or_else(|| Error::argument(path, "a linear of the model's blocks", "none"))?;
+        variant(&mut self.made, self.rounding, path, original.clone(), scheme)
     }
 }
 
@@ -100,37 +87,7 @@ fn variant(
     if let Some(variant) = variants.get(&scheme) {
         return Ok(variant.clone());
     }
-    let variant = make(rounding, path, original, scheme)?;
+    let variant = original.requantized(path, &scheme, &*rounding.quantizer())?;
     variants.insert(scheme, variant.clone());
     Ok(variant)
-}
-
-fn make(rounding: Rounding, path: &str, original: QuantLinear, scheme: Scheme) -> Result<QuantLinear> {
-    let [d_input, d_output] = original.shape();
-    let bias = match &original {
-        QuantLinear::Packed(linear) => linear.bias.clone(),
-        QuantLinear::Dense(linear) => linear.bias.clone(),
-    };
-    match (scheme, original) {
-        (Scheme::Dense, dense @ QuantLinear::Dense(_)) => Ok(dense),
-        (Scheme::Dense, packed) => {
-            let weight = Param::initialized(ParamId::new(), packed.weight());
-            Ok(QuantLinear::Dense(Linear { weight, bias }))
-        }
-        (Scheme::Packed(scheme), original) => {
-            let weight = original.weight();
-            let device = weight.device();
-            // As checkpoints store it.
-            let values = host(path, weight.transpose())?;
-            let packed = rounding.quantizer().quantize(path, &values, d_input, d_output, &scheme)?;
-            Ok(QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &device), bias }))
-        }
-    }
-}
-
-/// A tensor's values in host memory.
-pub(super) fn host<const D: usize>(name: &str, tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let data = tensor.into_data();
-    let data = if data.dtype() == DType::F32 { data } else { data.convert::<f32>() };
-    data.try_into_vec().map_err(|error| Error::argument(name, "values that can be read as f32", error))
 }

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use kiln_quant_core::file::PackedFile;
+use kiln_quant_core::packed_file::PackedFile;
 
 use super::{
     Quantization,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run, compensation::compensation, matrix};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     aggregation::{Aggregation, GqaFold, head_sums},
     apply::{CutOptions, add_biases},
     criterion::{Criterion, InputStatistics},
@@ -20,7 +20,7 @@ use crate::{
         GlobalRanking, HeadRounding, LayerRange, LayerScores, Scope, UnitScores, lowest, removed_heads,
         removed_mlp_channels, without,
     },
-    structure::{Role, Structure, model_config},
+    structure::Structure,
 };
 
 /// Prunes attention heads and MLP channels block by block.
@@ -43,12 +43,12 @@ use crate::{
 ///
 /// ```
 /// use burn::tensor::Device;
-/// use kiln_models::{Checkpoint, LoadOptions};
-/// use kiln_pruning::{BlockPruning, Calibration, Criterion, CutOptions};
+/// use kiln_models::{Checkpoint, LoadOptions, Windows};
+/// use kiln_pruning::{BlockPruning, Criterion, CutOptions};
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
 /// let (model, _) = Checkpoint::open(folder)?.load(&LoadOptions::default(), &Device::flex())?;
 /// let ids: Vec<u32> = (0..640).map(|i| (i * 37 + 11) % 2048).collect();
-/// let calibration = Calibration::sample(&ids, 4, 32, 42)?;
+/// let calibration = Windows::disjoint(&ids, 32, 4, 42)?;
 ///
 /// let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);
 /// pruning.round_to = 64;
@@ -129,17 +129,17 @@ impl BlockPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
         self.check(calibration)?;
-        let initial = Structure::of(&model_config(&model))?;
+        let initial = Structure::of(model.config());
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
         let mut run = Run::start(model, &initial, calibration);
         for step in 1..=self.steps {
             let share = step as f64 / self.steps as f64;
-            let structure = Structure::of(&model_config(&run.model))?;
+            let structure = Structure::of(run.model.config());
             let (removed, statistics) =
                 self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
             let mut kept = Kept::everything(&structure);
@@ -158,7 +158,7 @@ impl BlockPruning {
         run.finish()
     }
 
-    fn check(&self, calibration: Option<&Calibration>) -> Result<()> {
+    fn check(&self, calibration: Option<&Windows>) -> Result<()> {
         let fail = |field: &str, expected: &str, found: String| {
             Err(Error::option(&format!("BlockPruning.{field}"), expected, found))
         };
@@ -247,7 +247,7 @@ impl BlockPruning {
         structure: &Structure,
         blocks: &[usize],
         share: f64,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
     ) -> Result<(Vec<[Vec<usize>; 2]>, Statistics)> {
         let local = |layer: usize, scores: &LayerScores| {
             let (first, now) = (initial.layers[layer].shape, structure.layers[layer].shape);
@@ -297,7 +297,7 @@ impl BlockPruning {
         run: &mut Run,
         structure: &Structure,
         found: &Statistics,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
     ) -> Result<Vec<LayerScores>> {
         let layers = 0..structure.layers.len();
         if self.criterion == Criterion::Random {
@@ -336,7 +336,7 @@ impl BlockPruning {
             let lists = structure.group(layer, attention).into_iter().map(|linear| {
                 let scores = matrices.get(&linear.path);
                 let scores = scores.ok_or_else(|| Error::mismatch(&linear.path, "scores", "none"))?;
-                let queries = linear.input == Role::Query || linear.output == Role::Query;
+                let queries = linear.input == Channels::Query || linear.output == Channels::Query;
                 Ok(match queries {
                     true => self.gqa_fold.apply(scores, heads, structure.head_dim),
                     false => scores.clone(),

@@ -1,6 +1,6 @@
 //! The width of the residual stream.
 
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Windows};
 use kiln_quant_core::QuantLinear;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -8,14 +8,14 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     aggregation::Aggregation,
     apply::CutOptions,
     criterion::Criterion,
     importance::{MatrixScores, Scored, gradient_scores, weight_scores},
     kept::Kept,
     selection::{lowest, removed_mlp_channels, without},
-    structure::{Structure, model_config},
+    structure::Structure,
 };
 
 /// Prunes the residual stream: the same channels everywhere.
@@ -50,7 +50,7 @@ impl HiddenPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: Option<&Calibration>,
+        calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
         if !(0.0..=1.0).contains(&self.ratio) {
@@ -64,7 +64,7 @@ impl HiddenPruning {
                 found,
             ));
         }
-        let structure = Structure::of(&model_config(&model))?;
+        let structure = Structure::of(model.config());
         let removed = removed_mlp_channels(structure.hidden, self.ratio, self.round_to);
         if removed >= structure.hidden {
             return Err(Error::RemovesAll {

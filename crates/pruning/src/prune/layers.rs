@@ -1,17 +1,13 @@
 //! Whole blocks.
 
-use kiln_models::AnyModel;
+use kiln_models::{AnyModel, Windows};
 use kiln_quant_core::QuantLinear;
 use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run};
 use crate::{
-    Calibration, Error, Result,
-    apply::CutOptions,
-    importance::statistics,
-    kept::Kept,
-    selection::lowest,
-    structure::{Structure, model_config},
+    Error, Result, apply::CutOptions, importance::statistics, kept::Kept, selection::lowest,
+    structure::Structure,
 };
 
 /// Removes whole blocks: those with the least influence on the residual stream (ShortGPT, arXiv 2403.03853). The result
@@ -40,10 +36,10 @@ impl LayerPruning {
     pub fn prune(
         &self,
         model: AnyModel<QuantLinear>,
-        calibration: &Calibration,
+        calibration: &Windows,
         options: &CutOptions,
     ) -> Result<Pruned> {
-        let structure = Structure::of(&model_config(&model))?;
+        let structure = Structure::of(model.config());
         let count = structure.layers.len();
         if self.remove >= count {
             let ratio = self.remove as f64 / count as f64;

@@ -5,19 +5,17 @@ mod compensation;
 mod hidden;
 mod layers;
 
-use kiln_models::{AnyModel, Slots};
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_models::{AnyModel, Slots, Windows};
+use kiln_quant_core::{Projection, QuantLinear, to_host};
 use serde::{Deserialize, Serialize};
 
 pub use self::{blocks::BlockPruning, compensation::bias_of, hidden::HiddenPruning, layers::LayerPruning};
 use crate::{
-    Calibration, Error, Result,
+    Error, Result,
     apply::{CutOptions, Requantized, apply},
     criterion::Matrix,
-    importance::host,
     kept::Kept,
-    size::{model_bytes, parameters},
-    structure::{Structure, model_config},
+    structure::Structure,
 };
 
 /// A pruned model.
@@ -59,17 +57,17 @@ struct Run {
 }
 
 impl Run {
-    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Calibration>) -> Self {
+    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
         let kept = Kept::everything(structure);
         let report = PruningReport {
-            parameters_before: parameters(&model_config(&model)),
+            parameters_before: model.config().parameters(),
             parameters_after: 0,
-            bytes_before: model_bytes(&model),
+            bytes_before: model.stored_bytes(),
             bytes_after: 0,
             kept: kept.clone(),
             requantized: Vec::new(),
             calibration_loss: Vec::new(),
-            calibration: calibration.map(Calibration::hash),
+            calibration: calibration.map(Windows::hash),
         };
         Self { model, kept, report, losses: Vec::new() }
     }
@@ -84,8 +82,8 @@ impl Run {
 
     fn finish(self) -> Result<Pruned> {
         let report = PruningReport {
-            parameters_after: parameters(&model_config(&self.model)),
-            bytes_after: model_bytes(&self.model),
+            parameters_after: self.model.config().parameters(),
+            bytes_after: self.model.stored_bytes(),
             kept: self.kept,
             calibration_loss: self.losses,
             ..self.report
@@ -96,14 +94,11 @@ impl Run {
 
 /// The weight of one linear in host memory.
 fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
-    let mut found = Err(Error::mismatch(path, "a linear of the model", "none of that name"));
-    model.for_each_slot(|slot_path, slot| {
-        if slot_path == path {
-            let [_, d_output] = slot.shape();
-            found = host(slot.weight()).map(|weight| Matrix { weight, d_output, ..Matrix::default() });
-        }
-    });
-    found
+    let slot = model.slots().into_iter().find(|(slot_path, _)| slot_path == path);
+    let (_, slot) =
+        slot.ok_or_else(|| Error::mismatch(path, "a linear of the model", "none of that name"))?;
+    let (weight, [_, d_output]) = (to_host(path, slot.weight())?, slot.shape());
+    Ok(Matrix { weight, d_output, ..Matrix::default() })
 }
 
 /// Widths stay as they are.

@@ -166,10 +166,7 @@ fn values_that_are_not_finite_are_errors() {
 
 #[test]
 fn smollm2_is_read_as_its_model_card_says() {
-    let Some(path) = std::env::var_os("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return;
-    };
+    let Some(path) = kiln_testkit::smollm2() else { return };
     let file = Gguf::open(path).unwrap();
     let ModelConfig::Llama(config) = file.config().unwrap() else { panic!("not of the LLaMA family") };
     let expected = LlamaConfig {
