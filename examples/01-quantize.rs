@@ -5,7 +5,7 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, ValueEnum};
 use kiln::{
     models::{LoadOptions, Slots},
-    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, packed_file::PackedFile},
+    quant::{HostQuantizer, Hqq, MinMax, MseClipped, QuantLinear, Scheme, packed_file::PackedFile},
 };
 use kiln_examples::{ModelArgs, Result, write_json};
 
@@ -45,12 +45,10 @@ fn run(mut options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let bar = indicatif::ProgressBar::new_spinner();
     let progress = |path: &str| bar.set_message(path.to_string());
-    let load = LoadOptions {
-        schemes: Some(Plan::uniform(scheme)),
-        quantizer: quantizer.as_ref(),
-        measure: true,
-        progress: Some(&progress),
-    };
+    let load = LoadOptions::uniform(scheme)
+        .with_quantizer(quantizer.as_ref())
+        .with_measure(true)
+        .with_progress(&progress);
     let (model, report) = checkpoint.load(&load, &options.model.device.open()?)?;
     bar.finish_and_clear();
     println!(

@@ -10,7 +10,7 @@ use kiln::{
     AdaptedModel,
     eval::{Perplexity, WindowedPerplexity},
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, LoadReport, Tokenizer},
-    quant::{Plan, QuantLinear, Scheme},
+    quant::{QuantLinear, Scheme},
     training::{DataOptions, Dataset, ModelTokenizer},
 };
 
@@ -88,7 +88,7 @@ impl ModelArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
-        let options = LoadOptions { schemes: self.scheme.map(Plan::uniform), ..LoadOptions::default() };
+        let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default();
         let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
         for note in &report.notes {
             eprintln!("note: {note}");

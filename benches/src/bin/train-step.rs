@@ -13,7 +13,7 @@ use burn::{
 use kiln::{
     adapters::{PeftConfig, TargetModules},
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
-    quant::{Plan, QuantLinear, Scheme},
+    quant::{QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 
@@ -27,12 +27,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
 
     let checkpoint = Checkpoint::open(model)?;
-    let schemes = match scheme.as_str() {
-        "stored" => None,
-        "burn-qlora" => Some(Plan::uniform(Scheme::Dense)),
-        scheme => Some(Plan::uniform(scheme.parse::<Scheme>()?)),
+    let options = match scheme.as_str() {
+        "stored" => LoadOptions::default(),
+        "burn-qlora" => LoadOptions::uniform(Scheme::Dense),
+        scheme => LoadOptions::uniform(scheme.parse::<Scheme>()?),
     };
-    let (model, report) = checkpoint.load(&LoadOptions { schemes, ..LoadOptions::default() }, &device)?;
+    let (model, report) = checkpoint.load(&options, &device)?;
     let parameters = report.storage.total_values();
     let loaded = peak_rss();
     let vocabulary = model.vocab_size();

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use kiln_calibration::{CalibrationConfig, Calibrator, Error, GptqConfig, Method, Progress};
-use kiln_models::{AnyModel, LoadOptions, Windows};
+use kiln_models::{AnyModel, LoadOptions, Windows, families::LinearRole};
 use kiln_quant_core::QuantLinear;
 
 use crate::setup::*;
@@ -120,10 +120,11 @@ fn streams_are_read_back_into_a_spill_folder() {
 
 /// A model whose down projection of a block is changed by `change`.
 fn changed(block: usize, change: impl FnOnce(Tensor<2>) -> Tensor<2>) -> AnyModel<QuantLinear> {
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    let QuantLinear::Dense(linear) = &mut model.model.layers[block].mlp.down_proj else { panic!("dense") };
+    let mut model = tiny();
+    let down = model.blocks[block].linear_mut(LinearRole::Down).unwrap();
+    let QuantLinear::Dense(linear) = down else { panic!("dense") };
     linear.weight = linear.weight.clone().map(change);
-    AnyModel::Llama(model)
+    model
 }
 
 #[test]

@@ -7,7 +7,8 @@ use kiln_calibration::{
     Svd, block_errors,
 };
 use kiln_models::{
-    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, loss_and_gradients, token_nll,
+    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, families::NormPlace, loss_and_gradients,
+    token_nll,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 
@@ -67,10 +68,11 @@ fn at_two_bits_activations_are_ordered_as_in_the_paper() {
 
 /// The embedded model with an input of a block's attention that is always zero.
 fn with_dead_channel(block: usize, channel: usize) -> AnyModel<QuantLinear> {
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    let norm = &mut model.model.layers[block].input_layernorm;
-    norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(channel..channel + 1, 0.0));
-    AnyModel::Llama(model)
+    let mut model = tiny();
+    let norm = model.blocks[block].norm_mut(NormPlace::PreAttention).unwrap();
+    let weight = norm.weight.take().unwrap();
+    norm.weight = Some(weight.map(|weight| weight.slice_fill(channel..channel + 1, 0.0)));
+    model
 }
 
 #[test]

@@ -3,7 +3,10 @@
 use kiln_calibration::{
     ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
-use kiln_models::{AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows};
+use kiln_models::{
+    AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows,
+    families::{LinearRole, NormPlace},
+};
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;
@@ -94,19 +97,21 @@ fn activations_and_weights_that_are_not_finite_name_the_projection() {
     ];
     for method in methods {
         let config = config(method, "affine2:64");
-        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-        let norm = &mut model.model.layers[1].post_attention_layernorm;
-        norm.weight = norm.weight.clone().map(|weight| weight * f32::NAN);
-        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        let mut model = tiny();
+        let norm = model.blocks[1].norm_mut(NormPlace::PreMlp).unwrap();
+        norm.weight = norm.weight.take().map(|weight| weight.map(|weight| weight * f32::NAN));
+        let error = refused(model, &config, &windows(2));
         assert!(
             matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.1.mlp.gate_proj"),
             "{error}"
         );
 
-        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-        let QuantLinear::Dense(linear) = &mut model.model.layers[2].mlp.down_proj else { panic!("dense") };
+        let mut model = tiny();
+        let QuantLinear::Dense(linear) = model.blocks[2].linear_mut(LinearRole::Down).unwrap() else {
+            panic!("dense")
+        };
         linear.weight = linear.weight.clone().map(|weight| weight.slice_fill([3..4, 5..6], f32::INFINITY));
-        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        let error = refused(model, &config, &windows(2));
         assert!(
             matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.2.mlp.down_proj"),
             "{error}"
@@ -171,12 +176,12 @@ fn weights_of_a_source_are_checked() {
 #[test]
 fn embeddings_that_are_not_finite_and_missing_folders_are_refused() {
     let config = config(Method::Rtn(Rounding::MinMax), "affine2:64");
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    let Embedding::Dense(embedding) = &mut model.model.embed_tokens else { panic!("dense") };
+    let mut model = tiny();
+    let Embedding::Dense(embedding) = &mut model.embed_tokens else { panic!("dense") };
     let windows = windows(2);
     let id = windows.as_slice()[1][3] as usize;
     embedding.weight = embedding.weight.clone().map(|weight| weight.slice_fill([id..id + 1, 0..1], f32::NAN));
-    let error = refused(AnyModel::Llama(model), &config, &windows);
+    let error = refused(model, &config, &windows);
     assert!(matches!(&error, Error::NotFinite { place, .. } if place == "embedding"), "{error}");
 
     let missing = std::path::Path::new("no/such/folder");

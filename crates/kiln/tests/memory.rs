@@ -11,7 +11,7 @@ use kiln::{
     adapters::{LoraAttacher, PeftConfig, TargetModules},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
     models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Windows},
-    quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
+    quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 use kiln_testkit::{peak, peak_of, report, resident, smollm2, task};
@@ -208,8 +208,7 @@ fn loading_smollm2_holds_one_dense_tensor() {
     let test = "memory::loading_smollm2_holds_one_dense_tensor";
     let Some(file) = smollm2() else { return };
     let load = || {
-        let schemes = Some(Plan::uniform("affine4:64".parse::<Scheme>().unwrap()));
-        let options = LoadOptions { schemes, ..LoadOptions::default() };
+        let options = LoadOptions::uniform("affine4:64".parse().unwrap());
         Checkpoint::open(&file).unwrap().load(&options, &Device::flex()).unwrap()
     };
     if task().is_some() {

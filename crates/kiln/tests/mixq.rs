@@ -17,10 +17,11 @@ use kiln::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
-    pruning::{
-        BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
+    models::{
+        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, families::NormPlace,
+        token_nll,
     },
+    pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
@@ -71,9 +72,9 @@ fn predicted_bytes_are_the_loaded_models() {
             let (plan, predicted) = (space.plan(&config), space.bytes(&config));
             let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
             assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
-            assert_eq!(model_bytes(&loaded) as u64, predicted);
+            assert_eq!(loaded.stored_bytes() as u64, predicted);
             let made = variants.model(&plan).unwrap();
-            assert_eq!(model_bytes(&made) as u64, predicted);
+            assert_eq!(made.stored_bytes() as u64, predicted);
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
             let logits = |model: &AnyModel<QuantLinear>| {
@@ -335,7 +336,6 @@ fn output_errors_are_those_of_the_outputs() {
     let (_, model) = load(EMBEDDED);
     let windows = windows(2, 40);
     let moments = Moments::measure(&model, &windows).unwrap();
-    let AnyModel::Llama(llama) = &model else { panic!("LLaMA") };
     let mut variants = Variants::new(model.clone());
     let path = "model.layers.0.self_attn.q_proj";
     let original = variants.projection(path, Scheme::Dense).unwrap();
@@ -344,7 +344,7 @@ fn output_errors_are_those_of_the_outputs() {
         let (mut error, mut signal) = (0.0, 0.0);
         for tokens in windows.batches_of(1) {
             let x = model.embed(&model.context(&tokens, None));
-            let x = llama.model.layers[0].input_layernorm.forward(x);
+            let x = model.blocks[0].norm(NormPlace::PreAttention).unwrap().forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
             error += y.iter().zip(&found).map(|(y, found)| f64::from(y - found).powi(2)).sum::<f64>();
             signal += y.iter().map(|y| f64::from(*y).powi(2)).sum::<f64>();

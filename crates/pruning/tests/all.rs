@@ -16,8 +16,9 @@ use burn::{
     nn::Linear,
     tensor::{Device, Tensor, TensorData},
 };
+use kiln_models::families::Channels;
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows};
-use kiln_pruning::{Kept, Role, Structure, model_config};
+use kiln_pruning::{Kept, Structure};
 use kiln_quant_core::{Projection, QuantLinear};
 use kiln_testkit::{Golden, ids, read, testdata};
 
@@ -85,14 +86,14 @@ pub(crate) fn edit(
 
 /// The original with removed heads and channels made inert: what they send to the residual stream is zero.
 pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<QuantLinear> {
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let by_path: BTreeMap<_, _> =
         structure.linears.iter().map(|linear| (linear.path.clone(), linear)).collect();
     edit(model, |path, [_, outputs], weight, bias| {
         let linear = by_path[path];
         let layer = kept.layers.iter().find(|layer| layer.layer == linear.layer);
         let Some(layer) = layer else {
-            if linear.output == Role::Hidden {
+            if linear.output == Channels::Hidden {
                 weight.fill(0.0);
                 if let Some(bias) = bias {
                     bias.fill(0.0);
@@ -102,9 +103,11 @@ pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<Quan
         };
         let groups = &structure.layers[linear.layer];
         let stays = |input: usize| match linear.input {
-            Role::Hidden | Role::KeyValue => true,
-            Role::Channels => layer.channels.contains(&input),
-            Role::Query => layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group())),
+            Channels::Hidden | Channels::KeyValue => true,
+            Channels::Mlp => layer.channels.contains(&input),
+            Channels::Query => {
+                layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group()))
+            }
         };
         for (input, row) in weight.chunks_mut(outputs).enumerate() {
             if !stays(input) {

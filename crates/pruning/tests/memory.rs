@@ -1,13 +1,16 @@
 //! What measuring importances holds, as peak resident memory of a process of its own: the test runs this binary again.
 
+use std::convert::Infallible;
+
 use kiln_models::{
-    DenseEmbedding, Embedding, Llama, RmsNorm, Windows,
-    config::{LlamaConfig, RopeConfig, RopeScaling},
-    llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
+    Block, BlockPart, Decoder, DenseEmbedding, Embedding, Norm, PartShape, Windows, config::ModelConfig,
+    families::NormKind,
 };
 use kiln_pruning::{BlockPruning, Criterion, CutOptions, LayerRange, SplitBlocks};
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor};
 use kiln_testkit::{peak, peak_of, report, resident, task};
+
+use serde_json::json;
 
 use super::*;
 
@@ -19,7 +22,6 @@ const BLOCK_WEIGHTS: usize = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER;
 /// A packed model of weights without a meaning.
 fn model(blocks: usize) -> AnyModel<QuantLinear> {
     let device = Device::flex();
-    let frozen = |tensor: Tensor<1>| Param::initialized(ParamId::new(), tensor);
     let linear = |seed: u64, [d_input, d_output]: [usize; 2]| {
         let values: Vec<f32> =
             kiln_testkit::values(seed, d_input * d_output).iter().map(|value| value * 0.05).collect();
@@ -27,50 +29,41 @@ fn model(blocks: usize) -> AnyModel<QuantLinear> {
             MinMax.quantize("w", &values, d_input, d_output, &"affine4:64".parse().unwrap()).unwrap();
         QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &device), bias: None })
     };
-    let norm = || RmsNorm { weight: frozen(Tensor::ones([WIDTH], &device)), eps: 1e-5 };
+    let norm = || Norm {
+        weight: Some(Param::initialized(ParamId::new(), Tensor::ones([WIDTH], &device))),
+        bias: None,
+        eps: 1e-5,
+        kind: NormKind::Rms,
+    };
+    let config = json!({
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true,
+    });
+    let config = ModelConfig::from_json(&config.to_string()).unwrap();
     let block = |index: usize| {
-        let seed = 10 * index as u64;
-        LlamaBlock {
-            input_layernorm: norm(),
-            self_attn: LlamaAttention {
-                q_proj: linear(seed, [WIDTH, WIDTH]),
-                k_proj: linear(seed + 1, [WIDTH, WIDTH]),
-                v_proj: linear(seed + 2, [WIDTH, WIDTH]),
-                o_proj: linear(seed + 3, [WIDTH, WIDTH]),
-                q_norm: None,
-                k_norm: None,
-            },
-            post_attention_layernorm: norm(),
-            mlp: LlamaMlp {
-                gate_proj: linear(seed + 4, [WIDTH, INNER]),
-                up_proj: linear(seed + 5, [WIDTH, INNER]),
-                down_proj: linear(seed + 6, [INNER, WIDTH]),
-            },
-        }
+        let mut seed = 10 * index as u64;
+        let block = Block::build(&config, index, |_, shape| {
+            Ok::<_, Infallible>(match shape {
+                PartShape::Norm(_) => BlockPart::Norm(norm()),
+                PartShape::Linear(shape, _) => {
+                    seed += 1;
+                    BlockPart::Linear(linear(seed - 1, shape))
+                }
+            })
+        });
+        block.unwrap()
     };
     let table = kiln_testkit::tensor::<2>(99, [256, WIDTH], &device);
     let embed_tokens = Embedding::Dense(DenseEmbedding { weight: Param::initialized(ParamId::new(), table) });
-    let config = LlamaConfig {
-        vocab_size: 256,
-        hidden_size: WIDTH,
-        intermediate_size: INNER,
-        num_hidden_layers: blocks,
-        num_attention_heads: 8,
-        num_key_value_heads: 8,
-        head_dim: 64,
-        max_position_embeddings: 512,
-        rms_norm_eps: 1e-5,
-        rope: RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default },
-        sliding_window: vec![None; blocks],
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tie_word_embeddings: true,
-        layer_shapes: Vec::new(),
-    };
-    let parts = LlamaModel { embed_tokens, layers: (0..blocks).map(block).collect(), norm: norm() };
-    AnyModel::Llama(Llama::from_parts(parts, None, config).unwrap())
+    let blocks = (0..blocks).map(block).collect();
+    Decoder::from_parts(config.clone(), embed_tokens, None, blocks, norm(), None).unwrap()
 }
 
 /// Growth of the peak while heads of the first block are chosen; all blocks are measured.

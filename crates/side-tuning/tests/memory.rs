@@ -6,7 +6,7 @@ use std::sync::Arc;
 use burn::{module::Module, tensor::Device};
 use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, config::ModelConfig};
-use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_side_tuning::{
     SideConfig, SideTuned,
     memory::{Method, ProcessConstants, Step, estimate},
@@ -50,7 +50,7 @@ impl Case {
 /// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
 fn load(path: &str, case: &Case) -> (AnyModel<QuantLinear>, ModelConfig, usize) {
     let scheme: Scheme = case.scheme().parse().unwrap();
-    let options = LoadOptions { schemes: Some(Plan::uniform(scheme)), ..LoadOptions::default() };
+    let options = LoadOptions::uniform(scheme);
     let checkpoint = Checkpoint::open(path).unwrap();
     let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
     (model, checkpoint.config().clone(), report.storage.total_bytes())

@@ -6,9 +6,10 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::Tensor,
 };
+use kiln_models::fingerprint;
 use kiln_models::{CausalLm, GenerateOptions, KvCache, Recompute, Targets, TokenBatch, generate, token_nll};
 use kiln_quant_core::trained_values;
-use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned, fingerprint};
+use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned};
 use kiln_testkit::{assert_close, max_difference, read, testdata};
 use kiln_training::{RunOptions, Trainer};
 
@@ -72,7 +73,7 @@ fn training_learns_and_leaves_the_backbone_as_it_was() {
         let mut trainer = Trainer::new(model, text(64), trainer_config(30, 4)).unwrap();
         let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
         assert!(reports.iter().all(|report| report.loss.is_finite()));
-        let counts = config.parameter_counts(&kiln_side_tuning::Backbone::model_config(&base)).unwrap();
+        let counts = config.parameter_counts(base.config()).unwrap();
         assert_eq!(trained_values(trainer.model()), counts.total());
         assert_plain(trainer.model().backbone());
         let model = trainer.into_model();

@@ -3,7 +3,7 @@
 use kiln_adapters::{AnyAttacher, DropoutClock, PeftConfig};
 use kiln_mixq_search::{Plan, Setting};
 use kiln_models::{AnyModel, LoadOptions, Slots};
-use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, QuantScheme, Scheme};
+use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, Scheme};
 
 use super::{Error, Result};
 
@@ -20,9 +20,7 @@ pub(super) fn scheme_of(path: &str, setting: &Setting) -> Result<Scheme> {
 /// # Errors
 /// A scheme that doesn't parse; [`Error::Argument`] for a setting with a pruning ratio.
 pub fn schemes(plan: &Plan) -> Result<Schemes<Scheme>> {
-    // Nothing falls back to it, but a dense one would make embedding and head dense too.
-    let default = Scheme::Packed(QuantScheme::affine(8, 64));
-    plan.iter().try_fold(Schemes::uniform(default), |schemes, (path, setting)| {
+    plan.iter().try_fold(Schemes::uniform(Scheme::Dense), |schemes, (path, setting)| {
         Ok(schemes.with_path(path, scheme_of(path, setting)?))
     })
 }
@@ -32,7 +30,7 @@ pub fn schemes(plan: &Plan) -> Result<Schemes<Scheme>> {
 /// # Errors
 /// Those of [`schemes`].
 pub fn load_options(plan: &Plan) -> Result<LoadOptions<'static>> {
-    Ok(LoadOptions { schemes: Some(schemes(plan)?), ..LoadOptions::default() })
+    Ok(LoadOptions::planned(schemes(plan)?))
 }
 
 /// `base` with the plan's ranks, where it has any; they win over `base`'s patterns, and the scaling of an adapter is what

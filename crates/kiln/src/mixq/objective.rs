@@ -44,7 +44,7 @@ impl ModelObjective {
         let original = variants.original();
         let kl = LogitKl::new(original, windows, options)?;
         let blocks = blocks_of(original)?;
-        let model_hash = kiln_side_tuning::fingerprint(original)?;
+        let model_hash = kiln_models::fingerprint(original)?;
         let mut objective = Self {
             variants,
             windows: windows.clone(),

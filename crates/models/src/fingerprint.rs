@@ -1,4 +1,4 @@
-//! Which model a side network belongs to.
+//! Which model something was made for.
 
 use burn::module::Module;
 use kiln_quant_core::{HostValues, for_each_parameter, hash::hex};
