@@ -1,5 +1,6 @@
 //! Integration tests, one binary.
 
+mod batteries;
 mod fused;
 mod ops;
 mod wgpu;
