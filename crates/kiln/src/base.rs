@@ -95,15 +95,14 @@ impl OpenBase {
     /// # Errors
     /// Another number of bits, a missing tokenizer, and as [`Checkpoint::load`].
     pub fn load(self) -> Result<Base> {
-        let schemes = match self.format {
-            Format::AsStored => None,
+        let options = match self.format {
+            Format::AsStored => LoadOptions::default(),
             Format::Bits(bits @ (2 | 3 | 4 | 8)) => {
-                Some(Plan::uniform(Scheme::Packed(QuantScheme::affine(bits, 64))))
+                LoadOptions::uniform(Scheme::Packed(QuantScheme::affine(bits, 64)))
             }
             Format::Bits(other) => return Err(Error::argument("bits", "2, 3, 4 or 8", other)),
-            Format::Schemes(schemes) => Some(schemes),
+            Format::Schemes(schemes) => LoadOptions::planned(schemes),
         };
-        let options = LoadOptions { schemes, ..LoadOptions::default() };
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
         let (tokenizer, template) = (self.checkpoint.tokenizer()?, self.checkpoint.chat_template()?);
         let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });
