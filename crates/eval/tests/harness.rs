@@ -247,7 +247,6 @@ fn a_document_that_does_not_fit_is_named() {
         "{error}"
     );
     let task = task("quiz_generate", 0);
-    let error =
-        Evaluation::new().with_limit(1).evaluate(&scorer, &[task]).unwrap_err().to_string();
+    let error = Evaluation::new().with_limit(1).evaluate(&scorer, &[task]).unwrap_err().to_string();
     assert!(error.contains("quiz_generate, evaluated document 0: max_gen_toks"), "{error}");
 }
