@@ -5,4 +5,5 @@ mod adapters;
 mod memory;
 #[cfg(feature = "mixq-search")]
 mod mixq;
+mod recipe;
 mod wgpu;
