@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_eval::{
-    Error, Perplexity, Progress, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
+    Error, Perplexity, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
 };
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions};
 use kiln_quant_core::QuantLinear;
