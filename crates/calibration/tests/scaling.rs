@@ -91,6 +91,7 @@ fn scaling_alone_changes_nothing_in_any_family() {
         ("tiny/qwen2-tied-f32", true),
         ("tiny/qwen3-untied-f32", false),
         ("tiny/opt-f32", false),
+        ("tiny/gemma3-text-f32", false),
     ] {
         let load = || if own_heads { with_own_heads(dense(folder).1) } else { dense(folder).1 };
         let original = load();
