@@ -13,7 +13,7 @@ use kiln_models::{
     export::save_model,
     families::{LinearRole, NormPlace},
 };
-use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_quant_core::{Plan, Projection, QuantLinear, Scheme};
 use kiln_testkit::read;
 
 use crate::setup::*;
@@ -78,7 +78,7 @@ fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
             linear.bias = linear.bias.take().map(|bias| bias.map(|bias| copy(bias.unsqueeze()).squeeze()));
         }
     }
-    AnyModel::Llama(model.with_config(config).unwrap())
+    model.with_config(config).unwrap()
 }
 
 #[test]
@@ -91,6 +91,7 @@ fn scaling_alone_changes_nothing_in_any_family() {
         ("tiny/qwen2-tied-f32", true),
         ("tiny/qwen3-untied-f32", false),
         ("tiny/opt-f32", false),
+        ("tiny/gemma3-text-f32", false),
     ] {
         let load = || if own_heads { with_own_heads(dense(folder).1) } else { dense(folder).1 };
         let original = load();

@@ -1,6 +1,7 @@
 //! Integration tests, one binary.
 
 mod adapters;
+mod families;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(feature = "mixq-search")]
