@@ -108,7 +108,7 @@ impl FineTune {
         calibration.measured_windows = 0;
         let (model, _) = Calibrator::new(&calibration, windows)
             .with_adapters(&attacher)
-            .run(original.clone(), &mut |_| ControlFlow::Continue(()))?;
+            .run(original.clone())?;
         self.tune(model, steps, seed, keep_going)
     }
 
