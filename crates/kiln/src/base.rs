@@ -7,7 +7,7 @@ use kiln_adapters::AdapterConfig;
 use kiln_models::{
     AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
-    export::{ExportReport, Fallback, GgufOptions, export_gguf},
+    export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
 };
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, Scheme};
@@ -269,6 +269,14 @@ impl Base {
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<String> {
         self.language.chat(&self.model, messages, options.into(), on_text)
+    }
+
+    /// Writes the model as Kiln's own folder, exactly as it is, with its tokenizer; [`open`](Self::open) reads it.
+    ///
+    /// # Errors
+    /// As [`save_model`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<ExportReport> {
+        Ok(save_model(&self.model, &self.language.checkpoint, folder)?)
     }
 
     /// Writes the model as a `.gguf` file with its tokenizer. Weights that no block type holds become dense; the report

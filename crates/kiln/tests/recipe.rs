@@ -158,6 +158,54 @@ fn a_chat_is_tuned_stopped_saved_reloaded_merged_and_exported() {
     assert!(error.is_argument() && error.to_string().contains("LoRA"), "{error}");
 }
 
+/// The whole chain: a smaller model, bits where they count, a calibrated start, and a fine-tune of it.
+#[test]
+#[cfg(feature = "mixq-search")]
+fn the_stages_follow_one_another() {
+    use kiln::{
+        calibration::{CalibrationConfig, LoftqConfig, Method},
+        mixq::Choices,
+        pruning::{BlockPruning, Criterion},
+        quant::Plan,
+    };
+    let base = Base::open(testdata("models/tiny-llama")).unwrap().load().unwrap();
+    let data = std::sync::Arc::new(text(&base));
+    let windows = data.windows(2).unwrap();
+    let (pruned, report) = base.prune(&BlockPruning::new(Criterion::L2, 0.25), None).unwrap();
+    assert!(report.parameters_after < report.parameters_before);
+    let choices = Choices::new(["affine4:32".parse().unwrap(), "affine8:32".parse().unwrap()]);
+    let found = pruned.search(&choices, &windows, 4).unwrap();
+    let mixed = pruned.with_plan(&found.front.points[0].plan).unwrap();
+    let tuned = mixed.finetune(lora(0.0), data.clone()).with_steps(2).run().unwrap();
+    assert!(tuned.evaluate(&data).unwrap().nll.is_finite());
+
+    let config = CalibrationConfig::new(
+        Method::Loftq(LoftqConfig::default()),
+        Plan::uniform("affine2:32".parse().unwrap()),
+    );
+    let start = base.calibrate(lora(0.0), &config, &windows).unwrap();
+    let rounded = base.with_plan(&uniform_plan(&base, "affine2:32")).unwrap();
+    let [corrected, rounded] =
+        [start.evaluate(&data).unwrap().nll, rounded.evaluate(&data).unwrap().nll];
+    assert!(corrected < rounded, "LoftQ's adapters repair some of the rounding: {corrected} {rounded}");
+    let tuned = start.finetune(data.clone()).with_steps(6).with_lr(5e-3).run().unwrap();
+    assert!(tuned.evaluate(&data).unwrap().nll < corrected);
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
+    tuned.without_adapters().save(&whole).unwrap();
+    tuned.save(&adapter).unwrap();
+    let again = Base::open(&whole).unwrap().load().unwrap().load_adapters(&adapter).unwrap();
+    assert_eq!(again.evaluate(&data).unwrap(), tuned.evaluate(&data).unwrap());
+}
+
+#[cfg(feature = "mixq-search")]
+fn uniform_plan(base: &Base, scheme: &str) -> kiln::mixq_search::Plan {
+    let paths = base.model().slot_shapes().into_iter();
+    let plan: serde_json::Map<String, serde_json::Value> =
+        paths.map(|(path, _)| (path, scheme.into())).collect();
+    serde_json::from_value(plan.into()).unwrap()
+}
+
 #[test]
 fn errors_tell_their_kind_and_what_was_expected() {
     let error = Base::open("HuggingFaceTB/SmolLM2-135M").unwrap_err();
