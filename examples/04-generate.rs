@@ -3,7 +3,10 @@
 use std::{io::Write, ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
-use kiln::models::{GenerateOptions, chat::Message, generate_with};
+use kiln::{
+    models::{GenerateOptions, chat::Message, generate_with},
+    training::ModelTokenizer,
+};
 use kiln_examples::{ModelArgs, Result, write_json};
 
 #[derive(Parser)]
@@ -36,10 +39,9 @@ fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = if options.chat {
-        let template = checkpoint.chat_template()?.ok_or("the model has no chat template")?;
-        let text =
-            template.render(&[Message::new("user", options.prompt.as_str())], true, &Default::default())?;
-        tokenizer.encode(&text, false)?
+        let template = checkpoint.chat_template()?;
+        let text = ModelTokenizer::new(&tokenizer, template.as_ref(), Default::default());
+        text.prompt(&[Message::new("user", options.prompt.as_str())])?
     } else {
         tokenizer.encode(&options.prompt, true)?
     };

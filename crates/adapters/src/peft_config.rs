@@ -277,7 +277,8 @@ impl PeftConfig {
     ///
     /// # Errors
     /// A file that can't be read or is unreasonably large, and the errors of those two.
-    pub fn read(path: &Path) -> Result<Self> {
+    pub fn read(path: impl AsRef<Path>) -> Result<Self> {
+        let path = path.as_ref();
         let mut text = Vec::new();
         let file = File::open(path).map_err(Error::io(path))?;
         file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(path))?;
@@ -398,7 +399,8 @@ impl PeftConfig {
     ///
     /// # Errors
     /// [`validate`](Self::validate)'s, and the operating system's; `path` is then as it was before.
-    pub fn write(&self, path: &Path) -> Result<()> {
+    pub fn write(&self, path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
         self.validate()?;
         let text = serde_json::to_vec_pretty(&self.to_json())
             .map_err(|error| Error::io(path)(std::io::Error::other(error)))?;

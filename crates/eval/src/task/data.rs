@@ -107,7 +107,8 @@ fn files_of_split(folder: &Path, split: &str) -> Result<Vec<PathBuf>> {
 ///
 /// # Errors
 /// [`Error::Io`], or [`Error::File`] for a line that isn't a JSON object.
-pub fn read_documents(path: &Path) -> Result<Vec<Document>> {
+pub fn read_documents(path: impl AsRef<Path>) -> Result<Vec<Document>> {
+    let path = path.as_ref();
     if path.extension().is_some_and(|extension| extension == "parquet") {
         return read_parquet(path);
     }
