@@ -11,6 +11,7 @@ use crate::{Error, Result, peak_rss_bytes};
 
 /// What a piece of work cost.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// Wall-clock time.
     pub seconds: f64,

@@ -17,6 +17,7 @@ use crate::{Error, Result};
 
 /// How surprised a model is by a text.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Perplexity {
     /// Mean negative log-likelihood of a scored token, in nats.
     pub nll: f64,
@@ -33,6 +34,7 @@ pub struct Perplexity {
 /// Standard errors of the mean negative log-likelihood, in nats; that of the perplexity is about `perplexity` times as
 /// large. `None` where there is one sample only.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct StandardError {
     /// With windows as samples, weighted by their tokens. Tokens of a text depend on one another, so this is the honest
     /// one, provided that there are a few dozen windows.
@@ -43,6 +45,7 @@ pub struct StandardError {
 
 /// How far an evaluation is.
 #[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
 pub struct Progress {
     /// Windows scored.
     pub windows: usize,

@@ -21,6 +21,7 @@ use crate::{Error, Result, wikitext::count_words};
 /// | `prefix` | – | the token before a document: the model's BOS, or else EOS | below the vocabulary |
 /// | `batch` | 1 | windows in a forward pass; changes results by rounding only | from 1 |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RollingPerplexity {
     /// Tokens of input.
     pub max_length: usize,
@@ -51,6 +52,7 @@ impl RollingDocument {
 
 /// What [`RollingPerplexity`] found.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct RollingResult {
     /// Per token.
     pub token: Perplexity,

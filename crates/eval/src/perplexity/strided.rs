@@ -21,6 +21,7 @@ use crate::{Error, Result};
 /// | `stride` | – | new tokens in a window | from 2 (one new token would count as none) to `window` |
 /// | `batch` | 1 | windows in a forward pass; changes results by rounding only | from 1 |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct StridedPerplexity {
     /// Tokens in a window.
     pub window: usize,

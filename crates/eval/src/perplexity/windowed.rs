@@ -19,6 +19,7 @@ use crate::{Error, Result};
 /// | `max_windows` | all | windows scored, from the start | from 1 |
 /// | `batch` | 1 | windows in a forward pass; changes results by rounding only | from 1 |
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct WindowedPerplexity {
     /// Tokens in a window.
     pub window: usize,
