@@ -49,7 +49,7 @@ fn run(options: Options) -> Result<()> {
         protocol = protocol.with_max_windows(most);
     }
     let bar = indicatif::ProgressBar::new(0);
-    let found = protocol.evaluate(&model, &ids, &mut |progress| {
+    let found = protocol.evaluate_with(&model, &ids, &mut |progress| {
         bar.set_length(progress.total as u64);
         bar.set_position(progress.windows as u64);
         ControlFlow::Continue(())

@@ -2,14 +2,15 @@
 //!
 //! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
 
-use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Parser, ValueEnum};
 use kiln::{
-    adapters::{AdapterConfig, InitLoraWeights, Method, PeftConfig, TargetModules},
+    Tuned,
+    adapters::{AdapterConfig, InitLoraWeights, Method},
     eval::peak_rss_bytes,
-    models::{CausalLm, GenerateOptions, generate},
-    quant::trained_values,
+    models::{AnyModel, CausalLm, GenerateOptions, generate},
+    quant::{QuantLinear, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
 use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
@@ -74,19 +75,22 @@ struct Options {
 
 impl Options {
     fn adapters(&self) -> AdapterConfig {
-        let targets = match self.targets.as_slice() {
-            [] => TargetModules::AllLinear,
-            names => TargetModules::Names(names.to_vec()),
+        let method = match self.method {
+            Adapter::Lora => Method::lora(),
+            Adapter::Dora => Method::dora(),
+            Adapter::Pissa => Method::Lora { init: InitLoraWeights::Pissa { iterations: None } },
         };
-        let mut config = PeftConfig::new(self.rank, self.alpha, targets);
-        (config.lora_dropout, config.use_dora) = (self.dropout, self.method == Adapter::Dora);
-        // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
-        let base = self.model.model.as_ref().and_then(|path| path.file_name());
-        config.base_model_name_or_path = base.map(|name| name.to_string_lossy().into_owned());
-        if self.method == Adapter::Pissa {
-            config.init_lora_weights = InitLoraWeights::Pissa { iterations: None };
+        let mut config = AdapterConfig::new(method, self.rank, self.alpha)
+            .with_dropout(self.dropout)
+            .with_seed(self.seed);
+        if !self.targets.is_empty() {
+            config = config.with_targets(self.targets.clone());
         }
-        AdapterConfig::new(Method::Lora, config)
+        // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
+        match self.model.model.as_ref().and_then(|path| path.file_name()) {
+            Some(name) => config.with_base_model(name.to_string_lossy()),
+            None => config,
+        }
     }
 
     fn trainer(&self) -> TrainerConfig {
@@ -118,34 +122,35 @@ fn run(mut options: Options) -> Result<()> {
     let held_out = read_ids(&held_out, &tokenizer)?;
     let window = options.window.unwrap_or(options.seq_len);
 
-    let (model, attacher) = kiln::attach_adapters(base, &options.adapters(), options.seed)?;
+    let tuned = Tuned::attach(base, &options.adapters())?;
+    let identity = tuned.identity()?;
+    let (model, adapters) = tuned.into_parts();
     let before = perplexity(&model, &held_out, window)?;
     println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
 
-    let mut trainer = match options.resume {
-        true => Trainer::resume(model, data, options.trainer(), &options.out.join("last"))?,
-        false => Trainer::new(model, data, options.trainer())?,
-    };
+    let mut trainer = Trainer::new(model, data, options.trainer())?.with_identity(identity);
+    if options.resume {
+        trainer = trainer.resumed(options.out.join("last"))?;
+    }
     let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut bar = Bar::new(options.steps);
-    let checkpoints = RunOptions { folder: Some(options.out.clone()), ..RunOptions::default() };
-    let steps = trainer.run(&checkpoints, &mut bar)?;
+    let steps = trainer.run_with(&RunOptions::new().with_folder(&options.out), &mut bar)?.steps;
     bar.finish();
 
-    let model = trainer.into_model();
-    let after = perplexity(&model, &held_out, window)?;
+    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = steps.iter().map(|step| step.tokens).sum();
     let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>();
     println!("perplexity after: {:.3}; {rate:.0} tokens/s", after.perplexity);
     let adapter = options.out.join("adapter");
-    kiln::save_peft(&model, attacher.adapter_config(), &adapter)?;
+    tuned.save_peft(&adapter)?;
     println!("adapter written to {}", adapter.display());
 
     let prompt = "The whale";
     let stop = GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone());
     let ids = tokenizer.encode(prompt, true)?;
-    let sample = generate(&model, &ids, &stop, &mut |_| ControlFlow::Continue(()))?;
+    let sample = generate(tuned.model(), &ids, &stop)?;
     println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
     write_json(
         options.json.as_deref(),

@@ -3,7 +3,7 @@
 use std::{io::Write, ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
-use kiln::models::{GenerateOptions, chat::Message, generate};
+use kiln::models::{GenerateOptions, chat::Message, generate_with};
 use kiln_examples::{ModelArgs, Result, write_json};
 
 #[derive(Parser)]
@@ -53,7 +53,7 @@ fn run(options: Options) -> Result<()> {
     print!("{}", if options.chat { "" } else { &options.prompt });
     let mut stream = tokenizer.decode_stream(true);
     let start = Instant::now();
-    let result = generate(&model, &prompt, &generation, &mut |id| {
+    let result = generate_with(&model, &prompt, &generation, &mut |id| {
         print!("{}", stream.push(id).unwrap_or_default());
         // A closed terminal is no reason to go on.
         if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }

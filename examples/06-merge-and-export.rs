@@ -12,13 +12,14 @@ use std::{
 use burn::tensor::Device;
 use clap::Parser;
 use kiln::{
-    adapters::{AdapterConfig, Method, PeftConfig, QaHira, TargetModules},
+    Tuned,
+    adapters::{AdapterConfig, QaHira},
     models::{
         AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch,
         export::{ExportOptions, Fallback, FloatType, GgufOptions, export_gguf, export_mlx, verify_export},
     },
     quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
-    training::{BatchOptions, RunOptions, Trainer, TrainerConfig},
+    training::{RunOptions, Trainer, TrainerConfig},
 };
 use kiln_examples::{Bar, ModelArgs, Result, open_data, testdata, write_json};
 
@@ -52,16 +53,15 @@ struct Options {
 }
 
 /// QA-HiRA whose tiles are the base's blocks.
-fn config(scheme: Scheme, reach: f64) -> Result<AdapterConfig> {
+fn config(scheme: Scheme, reach: f64, seed: u64) -> Result<AdapterConfig> {
     let Scheme::Packed(packed) = scheme else {
         return Err("a dense base has nothing to merge into: choose an affine --scheme".into());
     };
     let (Value::Affine { .. }, Some(inputs)) = (packed.value, packed.block.inputs) else {
         return Err(format!("{packed}: exact merges need affine codes in groups of inputs").into());
     };
-    // The rank serves the scaling only.
-    let lora = PeftConfig::new(1, reach * inputs as f64, TargetModules::AllLinear);
-    Ok(AdapterConfig::new(Method::QaHira(QaHira::for_tiles(packed.block.outputs, inputs)), lora))
+    let method = QaHira::for_tiles(packed.block.outputs, inputs);
+    Ok(AdapterConfig::qa_hira(method, reach * inputs as f64).with_seed(seed))
 }
 
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Result<Vec<f32>> {
@@ -139,17 +139,17 @@ fn run(mut options: Options) -> Result<()> {
         options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
     let dataset = open_data(&text, &checkpoint, options.seq_len, base.vocab_size())?;
 
-    let (model, _) = kiln::attach_adapters(base, &config(scheme, options.reach)?, options.seed)?;
-    let mut config = TrainerConfig::new(options.steps, BatchOptions::new(options.batch));
-    config.lr = options.lr;
-    let mut trainer = Trainer::new(model, Arc::new(dataset), config)?;
+    let tuned = Tuned::attach(base, &config(scheme, options.reach, options.seed)?)?;
+    let (model, adapters) = tuned.into_parts();
+    let recipe = TrainerConfig::new(options.steps, options.batch).with_lr(options.lr);
+    let mut trainer = Trainer::new(model, Arc::new(dataset), recipe)?;
     let mut bar = Bar::new(options.steps);
-    trainer.run(&RunOptions::default(), &mut bar)?;
+    trainer.run_with(&RunOptions::new(), &mut bar)?;
     bar.finish();
-    let model = trainer.into_model();
+    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
 
-    let adapted = logits(&model, &prompt)?;
-    let merged = kiln::merge_packed(model)?;
+    let adapted = logits(tuned.model(), &prompt)?;
+    let merged = tuned.merge_packed()?;
     let merged_logits = logits(&merged, &prompt)?;
     let shift = distance(&adapted, &base_logits);
     let adapter_shift = shift / norm(&base_logits);

@@ -6,11 +6,11 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
-    adapters::{LoraAttacher, PeftConfig, TargetModules},
+    adapters::{AdapterConfig, LoraAttacher},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method, Progress, Rounding},
     models::{CausalLm, Slots, Windows},
     quant::{Plan, Scheme},
-    training::{BatchOptions, RunOptions, Trainer, TrainerConfig},
+    training::{RunOptions, Trainer, TrainerConfig},
 };
 use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
@@ -58,7 +58,7 @@ fn run(options: Options) -> Result<()> {
     let held_out = read_ids(&held_out, &tokenizer)?;
     let ids = read_ids(&train, &tokenizer)?;
     let windows = Windows::random(&ids, options.length, options.windows, options.seed)?;
-    let peft = PeftConfig::new(options.rank, options.rank as f64, TargetModules::AllLinear);
+    let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
     // Rates for a small budget; at 2 bits clipping starts from a narrower range, and each block also repairs its output for
     // the original input.
     let apiq = ApiqConfig {
@@ -75,7 +75,7 @@ fn run(options: Options) -> Result<()> {
     for (name, method) in [("rounding", Method::Rtn(Rounding::MinMax)), ("apiq", Method::ApiqBlock(apiq))] {
         let (base, _) = options.model.load(&checkpoint)?;
         let data = open_data(&train, &checkpoint, options.length, base.vocab_size())?;
-        let attacher = LoraAttacher::new(&peft, &base.slot_shapes(), options.seed)?;
+        let attacher = LoraAttacher::new(&adapters, &base.slot_shapes())?;
         let config = CalibrationConfig::new(method, Plan::uniform(options.bits));
         let blocks = indicatif::ProgressBar::new(base.num_blocks() as u64);
         let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
@@ -88,11 +88,10 @@ fn run(options: Options) -> Result<()> {
         blocks.finish_and_clear();
         let before = perplexity(&model, &held_out, options.length)?.perplexity;
 
-        let mut recipe = TrainerConfig::new(options.steps, BatchOptions::new(4));
-        recipe.lr = 1e-3;
+        let recipe = TrainerConfig::new(options.steps, 4).with_lr(1e-3);
         let mut trainer = Trainer::new(model, Arc::new(data), recipe)?;
         let mut bar = Bar::new(options.steps);
-        trainer.run(&RunOptions::default(), &mut bar)?;
+        trainer.run_with(&RunOptions::new(), &mut bar)?;
         bar.finish();
         let after = perplexity(&trainer.into_model(), &held_out, options.length)?.perplexity;
         println!("{name:<10} {before:>8.2} {after:>8.2}");

@@ -7,14 +7,15 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     models::{CausalLm, Recompute},
     quant::{Scheme, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
         memory::{Method, ProcessConstants, Step, estimate},
     },
-    training::{BatchOptions, Dataset, RunOptions, Trainer, TrainerConfig},
+    training::{Dataset, RunOptions, Trainer, TrainerConfig},
 };
 use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
@@ -59,12 +60,11 @@ fn train<M: CausalLm>(
     held_out: &[u32],
     options: &Options,
 ) -> Result<Trained<M>> {
-    let mut recipe = TrainerConfig::new(options.steps, BatchOptions::new(options.batch));
-    (recipe.lr, recipe.recompute) = (lr, Recompute::None);
+    let recipe = TrainerConfig::new(options.steps, options.batch).with_lr(lr);
     let mut trainer = Trainer::new(model, data.clone(), recipe)?;
     let values = trained_values(trainer.model());
     let mut bar = Bar::new(options.steps);
-    let steps = trainer.run(&RunOptions::default(), &mut bar)?;
+    let steps = trainer.run_with(&RunOptions::new(), &mut bar)?.steps;
     bar.finish();
     let seconds = steps.iter().map(|step| step.seconds).fold(f64::INFINITY, f64::min);
     let model = trainer.into_model();
@@ -90,8 +90,7 @@ fn run(mut options: Options) -> Result<()> {
     let predicted = [predict(Method::Lora { rank: RANK })?, predict(Method::Side(side.clone()))?]
         .map(|memory| memory.peak_rss(&ProcessConstants::CPU));
 
-    let peft = PeftConfig::new(RANK, RANK as f64, TargetModules::AllLinear);
-    let (adapted, _) = kiln::attach_lora(backbone.clone(), &peft, 0)?;
+    let adapted = Tuned::attach(backbone.clone(), &AdapterConfig::lora(RANK, RANK as f64))?.into_model();
     let lora = train(adapted, 1e-3, &data, &held_out, &options)?;
     // A side network starts at random and takes larger steps than weights that were trained before.
     let qst = train(SideTuned::new(backbone, &side, 0)?, 3e-3, &data, &held_out, &options)?;

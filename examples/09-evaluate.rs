@@ -125,7 +125,7 @@ fn run(options: Options) -> Result<()> {
     }
     let probe = Probe::start();
     let bar = indicatif::ProgressBar::new(0);
-    let report = evaluation.evaluate(&scorer, &tasks, &mut |progress| {
+    let report = evaluation.evaluate_with(&scorer, &tasks, &mut |progress| {
         bar.set_length(progress.total as u64);
         bar.set_position(progress.documents as u64);
         ControlFlow::Continue(())

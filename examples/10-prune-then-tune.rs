@@ -11,13 +11,14 @@ use std::{
 
 use clap::Parser;
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
     pruning::{
         BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
     quant::QuantLinear,
-    training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
+    training::{BatchOptions, DataOptions, Dataset, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
 use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
 
@@ -81,8 +82,8 @@ fn name(criterion: Criterion) -> Result<String> {
 /// Trains LoRA on all linears of the pruned model; returns the perplexity after that.
 fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_out: &[u32]) -> Result<f64> {
     let dataset = Dataset::from_ids(train.to_vec(), &DataOptions::new(options.seq_len, model.vocab_size()))?;
-    let peft = PeftConfig::new(options.rank, 2.0 * options.rank as f64, TargetModules::AllLinear);
-    let (model, _) = kiln::attach_lora(model, &peft, options.seed)?;
+    let adapters = AdapterConfig::lora(options.rank, 2.0 * options.rank as f64).with_seed(options.seed);
+    let model = Tuned::attach(model, &adapters)?.into_model();
     let mut batch = BatchOptions::new(4);
     (batch.seed, batch.order) = (options.seed, Order::Shuffled);
     let mut config = TrainerConfig::new(options.steps, batch);
@@ -91,9 +92,7 @@ fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_o
     config.clip = Some(1.0);
     config.recompute = Recompute::None;
     let mut trainer = Trainer::new(model, Arc::new(dataset), config)?;
-    for _ in 0..options.steps {
-        trainer.step()?;
-    }
+    trainer.run(&RunOptions::new())?;
     Ok(perplexity(&trainer.into_model(), held_out, options.seq_len)?.perplexity)
 }
 

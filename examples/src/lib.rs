@@ -104,7 +104,7 @@ impl ModelArgs {
         use kiln::{adapters::Adapted, models::Slots};
         let (model, report) = self.load(checkpoint)?;
         let model = match &self.adapter {
-            Some(folder) => kiln::load_adapters(model, folder, 0)?.0,
+            Some(folder) => kiln::Tuned::load(model, folder)?.into_model(),
             None => model.try_map(|_, base| Ok::<_, std::convert::Infallible>(Adapted::new(base, None)))?,
         };
         Ok((model, report))
@@ -168,21 +168,14 @@ pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>
 /// Whatever the file refuses.
 pub fn open_data(path: &Path, checkpoint: &Checkpoint, seq_len: usize, vocab_size: usize) -> Result<Dataset> {
     let tokenizer = checkpoint.tokenizer()?;
-    let text = ModelTokenizer::new(&tokenizer, checkpoint.chat_template()?, Default::default());
+    let template = checkpoint.chat_template()?;
+    let text = ModelTokenizer::new(&tokenizer, template.as_ref(), Default::default());
     let mut options = DataOptions::new(seq_len, vocab_size);
     options.eos = tokenizer.special().eos.first().copied();
     let data = Dataset::open(path, &text, &options)?;
     let report = data.report();
-    let counts = [
-        (report.truncated, "rows were cut"),
-        (report.dropped_tokens, "tokens were left out"),
-        (report.without_targets, "examples have no token to learn"),
-    ];
-    for (count, what) in counts.iter().filter(|(count, _)| *count > 0) {
-        eprintln!("note: {}: {count} {what}", path.display());
-    }
-    for field in &report.ignored_fields {
-        eprintln!("note: {}: the key \"{field}\" has no meaning here", path.display());
+    if report.dropped_tokens > 0 || report.truncated > 0 || !report.ignored_fields.is_empty() {
+        eprintln!("note: {}: {report}", path.display());
     }
     Ok(data)
 }
@@ -192,6 +185,5 @@ pub fn open_data(path: &Path, checkpoint: &Checkpoint, seq_len: usize, vocab_siz
 /// # Errors
 /// Fewer ids than a window.
 pub fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<Perplexity> {
-    let quiet = &mut |_| std::ops::ControlFlow::Continue(());
-    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids, quiet)?)
+    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids)?)
 }

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use kiln::training::{Observer, StepReport};
+use kiln::training::{Event, Observer};
 
 /// Shows the steps of a training run.
 #[derive(Debug)]
@@ -23,7 +23,8 @@ impl Bar {
 }
 
 impl<M> Observer<M> for Bar {
-    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        let Event::Step(report) = event else { return ControlFlow::Continue(()) };
         let rate = report.tokens as f64 / report.seconds;
         self.0.set_position(report.step + 1);
         self.0.set_message(format!("loss {:.4}, {rate:.0} tokens/s", report.loss));

@@ -12,8 +12,7 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use kiln::{
-    LoraModel,
-    adapters::{LoraAttacher, PeftConfig, TargetModules},
+    adapters::{Adapted, AdapterConfig, Lora, LoraAttacher},
     calibration::{
         ApiqConfig, ApiqLoss, AwqConfig, CalibrationConfig, CalibrationReport, Calibrator, GptqConfig,
         LoftqConfig, Method, Progress, Rounding, block_errors,
@@ -232,6 +231,8 @@ struct Row {
     block_peak_rss_bytes: Vec<Option<u64>>,
 }
 
+type LoraModel = AnyModel<Adapted<QuantLinear, Lora>>;
+
 /// A calibrated model and what it took.
 struct Calibrated {
     model: LoraModel,
@@ -252,8 +253,8 @@ struct Study<'a> {
 impl Study<'_> {
     fn calibrate(&self, method: MethodName) -> Result<Calibrated> {
         let (base, _) = self.options.model.load(&self.checkpoint)?;
-        let peft = PeftConfig::new(self.options.rank, self.options.rank as f64, TargetModules::AllLinear);
-        let attacher = LoraAttacher::new(&peft, &base.slot_shapes(), self.options.seed)?;
+        let adapters = AdapterConfig::lora(self.options.rank, self.options.rank as f64);
+        let attacher = LoraAttacher::new(&adapters.with_seed(self.options.seed), &base.slot_shapes())?;
         let config = self.options.config(method)?;
         let mut calibrator = Calibrator::new(&config, &self.windows).with_adapters(&attacher);
         if self.options.resume {
@@ -279,7 +280,7 @@ impl Study<'_> {
         let dataset =
             open_data(&self.calibration, &self.checkpoint, self.options.length(), model.vocab_size())?;
         let mut trainer = Trainer::new(model, Arc::new(dataset), self.options.trainer(steps))?;
-        trainer.run(&RunOptions::default(), &mut ())?;
+        trainer.run(&RunOptions::new())?;
         Ok(trainer.into_model())
     }
 

@@ -7,7 +7,6 @@
 //! options its tables were made with.
 
 use std::{
-    ops::ControlFlow,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -16,7 +15,7 @@ use std::{
 use burn::module::Module;
 use clap::{Args, ValueEnum};
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    adapters::AdapterConfig,
     calibration::{ApiqConfig, LoftqConfig, Method},
     eval::WindowedPerplexity,
     mixq::{Choices, FineTune, KlOptions, ModelObjective, TrainingShape, Variants, space_of},
@@ -358,7 +357,7 @@ impl Tuning<'_> {
         let quantized = self.variants.model(&plan)?;
         let protocol = WindowedPerplexity::new(self.options.length);
         let rounded =
-            protocol.evaluate(&quantized.valid(), self.held_out, &mut |_| ControlFlow::Continue(()))?;
+            protocol.evaluate(&quantized.valid(), self.held_out)?;
         let tuning = match start {
             Some(method) => self.plain.clone().with_start(method, self.calibration.clone()),
             None => self.plain.clone(),
@@ -383,8 +382,8 @@ fn fine_tune(
     let mut config = TrainerConfig::new(1, BatchOptions::new(BATCH));
     (config.lr, config.warmup, config.recompute) = (options.lr, 100, Recompute::None);
     config.schedule = ScheduleKind::Linear { final_ratio: 0.1 };
-    let peft = PeftConfig::new(options.rank, 2.0 * options.rank as f64, TargetModules::AllLinear);
-    Ok(FineTune::new(Arc::new(data), held_out.to_vec(), options.length, config, peft)?)
+    let adapters = AdapterConfig::lora(options.rank, 2.0 * options.rank as f64);
+    Ok(FineTune::new(Arc::new(data), held_out.to_vec(), options.length, config, adapters)?)
 }
 
 /// The plan of a limit: of those that halving left, the best mean under fresh seeds; without halving the best by KL.

@@ -1,7 +1,6 @@
 //! One fine-tune with every option of every adapter: perplexity before and after, speed and memory.
 
 use std::{
-    ops::ControlFlow,
     path::{Path, PathBuf},
     sync::Arc,
     time::Instant,
@@ -9,13 +8,13 @@ use std::{
 
 use clap::{Args, ValueEnum};
 use kiln::{
+    Tuned,
     adapters::{
-        AdapterConfig, InitLoraWeights, Method as AdapterMethod, PeftConfig, Pooling, QBara, QaBlora, QaHira,
-        QaLora, TargetModules,
+        AdapterConfig, InitLoraWeights, Method as AdapterMethod, Pooling, QBara, QaBlora, QaHira, QaLora,
     },
     eval::peak_rss_bytes,
-    models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
-    quant::{Scheme, trained_values},
+    models::{AnyModel, CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
+    quant::{QuantLinear, Scheme, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
 use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
@@ -149,31 +148,25 @@ impl Options {
             Method::Qalora => AdapterMethod::QaLora(QaLora { pool, pooling }),
             Method::Qahira => AdapterMethod::QaHira(QaHira::for_tiles(repeat, pool)),
             Method::Qablora => AdapterMethod::QaBlora(QaBlora { pool, repeat, rank: None }),
-            Method::Lora | Method::Rslora | Method::Dora | Method::Pissa | Method::Olora => {
-                AdapterMethod::Lora
-            }
+            Method::Dora => AdapterMethod::dora(),
+            Method::Lora | Method::Rslora => AdapterMethod::lora(),
+            Method::Pissa => AdapterMethod::Lora { init: InitLoraWeights::Pissa { iterations: None } },
+            Method::Olora => AdapterMethod::Lora { init: InitLoraWeights::Olora },
         };
-        AdapterConfig::new(method, self.peft())
-    }
-
-    fn peft(&self) -> PeftConfig {
-        let targets = match self.targets.as_str() {
-            "all-linear" => TargetModules::AllLinear,
-            names => TargetModules::Names(names.split(',').map(str::to_string).collect()),
-        };
-        let mut config = PeftConfig::new(self.rank, self.alpha, targets);
-        config.lora_dropout = self.dropout;
-        config.use_rslora = matches!(self.method, Method::Rslora);
-        config.use_dora = matches!(self.method, Method::Dora);
-        config.init_lora_weights = match self.method {
-            Method::Pissa => InitLoraWeights::Pissa { iterations: None },
-            Method::Olora => InitLoraWeights::Olora,
-            _ => InitLoraWeights::Kaiming,
-        };
+        let mut config = AdapterConfig::new(method, self.rank, self.alpha)
+            .with_dropout(self.dropout)
+            .with_seed(self.seed);
+        if matches!(self.method, Method::Rslora) {
+            config = config.with_rslora();
+        }
+        if self.targets != "all-linear" {
+            config = config.with_targets(self.targets.split(',').collect::<Vec<_>>());
+        }
         // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
-        let base = self.model.model.as_ref().and_then(|path| path.file_name());
-        config.base_model_name_or_path = base.map(|name| name.to_string_lossy().into_owned());
-        config
+        match self.model.model.as_ref().and_then(|path| path.file_name()) {
+            Some(name) => config.with_base_model(name.to_string_lossy()),
+            None => config,
+        }
     }
 
     fn trainer(&self) -> TrainerConfig {
@@ -222,48 +215,40 @@ pub fn run(mut options: Options) -> Result<()> {
     let held_out = evaluation_ids(options.eval.as_deref(), &tokenizer)?;
     let window = options.window.unwrap_or(options.seq_len);
 
-    let (model, attacher) = kiln::attach_adapters(base, &options.adapters(), options.seed)?;
+    let tuned = Tuned::attach(base, &options.adapters())?;
+    let identity = tuned.identity()?;
+    let (model, adapters) = tuned.into_parts();
     let before = perplexity(&model, &held_out, window)?;
     println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
 
     let (dataset, config) = (Arc::new(dataset), options.trainer());
-    let mut trainer = if options.resume {
-        Trainer::resume(model, dataset, config, &options.out.join("last"))?
-    } else {
-        Trainer::new(model, dataset, config)?
-    };
+    let mut trainer = Trainer::new(model, dataset, config)?.with_identity(identity);
+    if options.resume {
+        trainer = trainer.resumed(options.out.join("last"))?;
+    }
     let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut bar = Bar::new(options.steps);
-    let run = RunOptions {
-        save_every: options.save_every,
-        folder: Some(options.out.clone()),
-        ..Default::default()
-    };
+    let run = RunOptions::new().with_save_every(options.save_every).with_folder(&options.out);
     let start = Instant::now();
-    let reports = trainer.run(&run, &mut bar)?;
+    let reports = trainer.run_with(&run, &mut bar)?.steps;
     let seconds = start.elapsed().as_secs_f64();
     bar.finish();
 
-    let model = trainer.into_model();
-    let after = perplexity(&model, &held_out, window)?;
+    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = reports.iter().map(|report| report.tokens).sum();
     println!("perplexity after: {:.3}; {:.0} tokens/s", after.perplexity, tokens as f64 / seconds);
     let folder = options.out.join("adapter");
-    let config = attacher.adapter_config();
-    match config.to_peft() {
-        Ok(_) => kiln::save_peft(&model, config, &folder)?,
+    match tuned.config().to_peft() {
+        Ok(_) => tuned.save_peft(&folder)?,
         // PEFT has no such adapters; the own folder holds them.
-        Err(_) => kiln::save_adapters(&model, config, &folder)?,
+        Err(_) => tuned.save(&folder)?,
     }
     println!("adapter written to {}", folder.display());
     let prompt = "The whale";
-    let sample = generate(
-        &model,
-        &tokenizer.encode(prompt, true)?,
-        &GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone()),
-        &mut |_| ControlFlow::Continue(()),
-    )?;
+    let stop = GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone());
+    let sample = generate(tuned.model(), &tokenizer.encode(prompt, true)?, &stop)?;
     println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
     write_json(
         options.json.as_deref(),

@@ -12,7 +12,8 @@ use std::{
 
 use clap::Args;
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     eval::peak_rss_bytes,
     models::{CausalLm, Recompute, Tokenizer},
     quant::{Scheme, trained_values},
@@ -175,8 +176,8 @@ fn measure(options: &mut Options, name: &str, recompute: Recompute) -> Result<Ro
     let (trainable, step_seconds, peak, loss) = match &method {
         Method::Full => train(burn::module::Module::unfreeze(base), dataset, config, &held_out)?,
         Method::Lora { rank } => {
-            let peft = PeftConfig::new(*rank, *rank as f64, TargetModules::AllLinear);
-            train(kiln::attach_lora(base, &peft, 0)?.0, dataset, config, &held_out)?
+            let tuned = Tuned::attach(base, &AdapterConfig::lora(*rank, *rank as f64))?;
+            train(tuned.into_model(), dataset, config, &held_out)?
         }
         Method::Side(side) => train(SideTuned::new(base, side, 0)?, dataset, config, &held_out)?,
         other => return Err(format!("{other:?}: not a row of this program").into()),

@@ -11,7 +11,8 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
     quant::{QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
@@ -47,8 +48,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let step = if scheme == "burn-qlora" {
         time_steps(Trainer::new(burn_qlora(model)?, dataset, options)?, steps)?
     } else {
-        let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-        time_steps(Trainer::new(kiln::attach_lora(model, &config, 0)?.0, dataset, options)?, steps)?
+        let tuned = Tuned::attach(model, &AdapterConfig::lora(16, 16.0))?;
+        time_steps(Trainer::new(tuned.into_model(), dataset, options)?, steps)?
     };
     let peak = peak_rss();
 

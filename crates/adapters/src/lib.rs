@@ -32,9 +32,9 @@ pub use adapter_folder::{AdapterFolder, KILN_CONFIG_FILE, KILN_WEIGHTS_FILE, sav
 pub use adapter_set::{AdapterMix, AdapterSet, AdapterSetAttacher};
 pub use any::{AdapterKind, AnyAdapter};
 pub use attach::{AnyAttacher, Attacher, LoraAttacher};
-pub use config::AdapterConfig;
+pub use config::{AdapterConfig, AdapterMetadata};
 pub use dora::Dora;
-pub use dropout::{Dropout, DropoutClock};
+pub use dropout::Dropout;
 pub use error::{Error, Result};
 pub use lora::Lora;
 pub use low_rank::{Factors, Svd, low_rank};

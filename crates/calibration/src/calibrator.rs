@@ -32,7 +32,7 @@ pub type Calibrated<M> = <M as Slots>::With<Slot>;
 /// ```no_run
 /// use std::ops::ControlFlow;
 /// use burn::tensor::Device;
-/// use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+/// use kiln_adapters::{AdapterConfig, LoraAttacher};
 /// use kiln_calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method};
 /// use kiln_models::{Checkpoint, LoadOptions, Slots, Windows};
 /// use kiln_quant_core::Plan;
@@ -42,8 +42,7 @@ pub type Calibrated<M> = <M as Slots>::With<Slot>;
 /// let ids = checkpoint.tokenizer()?.encode(&std::fs::read_to_string("text.txt")?, false)?;
 /// let windows = Windows::random(&ids, 512, 32, 2)?;
 ///
-/// let peft = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-/// let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 42)?;
+/// let attacher = LoraAttacher::new(&AdapterConfig::lora(16, 16.0), &model.slot_shapes())?;
 /// let method = Method::ApiqBlock(ApiqConfig::default());
 /// let config = CalibrationConfig::new(method, Plan::uniform("affine2:64".parse()?));
 /// let (model, report) = Calibrator::new(&config, &windows)

@@ -177,7 +177,8 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     save_peft(folder.path(), attacher.config(), adapters.iter().map(|(path, lora)| (path.as_str(), lora)))
         .unwrap();
     let base = model.clone().try_map(|_, slot| Ok::<_, std::convert::Infallible>(slot.into_base())).unwrap();
-    let stored = PeftFolder::open(folder.path()).unwrap().attacher(&base.slot_shapes(), 0).unwrap();
+    let stored = PeftFolder::open(folder.path()).unwrap();
+    let stored = stored.attacher::<kiln_adapters::Lora>(&base.slot_shapes(), 0).unwrap();
     let loaded = base.try_map(|path, base| stored.attach(path, base)).unwrap();
     assert_eq!(contents(&loaded), contents(&model));
 
@@ -210,12 +211,9 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         Method::Gptq(GptqConfig { act_order: true, ..GptqConfig::default() }),
     ] {
         let (_, model) = dense("tiny/opt-f32");
-        let peft = kiln_adapters::PeftConfig::new(
-            4,
-            4.0,
-            kiln_adapters::TargetModules::Names(vec!["v_proj".into(), "fc1".into()]),
-        );
-        let attacher = kiln_adapters::LoraAttacher::new(&peft, &model.slot_shapes(), 1).unwrap();
+        let adapters =
+            kiln_adapters::AdapterConfig::lora(4, 4.0).with_targets(["v_proj", "fc1"]).with_seed(1);
+        let attacher = kiln_adapters::LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
         let before = model.clone();
         let config = CalibrationConfig::new(method, schemes.clone());
         let (found, report) =

@@ -3,7 +3,7 @@
 use std::ops::ControlFlow;
 
 use burn::tensor::Device;
-use kiln_adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules};
+use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
 use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress};
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
@@ -39,8 +39,7 @@ pub fn held_out() -> Windows {
 
 pub fn attacher<M: Slots>(model: &M) -> LoraAttacher {
     // A scaling other than 1, as the published runs have.
-    let config = PeftConfig::new(8, 2.0, TargetModules::AllLinear);
-    LoraAttacher::new(&config, &model.slot_shapes(), 3).unwrap()
+    LoraAttacher::new(&AdapterConfig::lora(8, 2.0).with_seed(3), &model.slot_shapes()).unwrap()
 }
 
 pub fn config(method: Method, scheme: &str) -> CalibrationConfig {

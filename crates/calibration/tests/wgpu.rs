@@ -3,7 +3,7 @@
 //! Without a Vulkan adapter, or the feature `wgpu`, the test says so and passes, unless `KILN_REQUIRE_VULKAN=1`.
 
 use burn::tensor::Device;
-use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+use kiln_adapters::{AdapterConfig, LoraAttacher};
 use kiln_calibration::{CalibrationConfig, Calibrator, LoftqConfig, Method};
 use kiln_models::{Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::Scheme;
@@ -15,8 +15,8 @@ use crate::setup::*;
 fn calibrated(config: &CalibrationConfig, device: &Device) -> Vec<Contents> {
     let checkpoint = Checkpoint::open(testdata("tiny/llama-tied-f32-sharded")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), device).unwrap();
-    let peft = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 3).unwrap();
+    let adapters = AdapterConfig::lora(4, 8.0).with_seed(3);
+    let attacher = LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
     let windows = (0..2).map(|k| (0..12).map(|i| (i * i * 7 + k * 31) % 256).collect()).collect();
     let windows = Windows::new(windows).unwrap();
     let (model, _) =

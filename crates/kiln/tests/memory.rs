@@ -8,7 +8,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln::{
-    adapters::{LoraAttacher, PeftConfig, TargetModules},
+    Tuned,
+    adapters::{AdapterConfig, LoraAttacher},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
     models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Windows},
     quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme},
@@ -71,8 +72,8 @@ fn recomputed_steps(folder: &str) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let options = LoadOptions::uniform("affine4:64".parse::<Scheme>().unwrap());
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
-    let config = PeftConfig::new(1, 1.0, TargetModules::Names(vec!["q_proj".into()]));
-    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let config = AdapterConfig::lora(1, 1.0).with_targets(["q_proj"]);
+    let model = Tuned::attach(model, &config).unwrap().into_model();
     let ids = (0..4096u32).map(|i| i * 31 % 512).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(LENGTH, 512)).unwrap());
     let mut config = TrainerConfig::new(2, BatchOptions::new(BATCH));
@@ -169,8 +170,7 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     let scheme: Scheme = "affine2:64".parse().unwrap();
     let options = LoadOptions::uniform(if dense { Scheme::Dense } else { scheme });
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
-    let peft = PeftConfig::new(4, 4.0, TargetModules::AllLinear);
-    let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 0).unwrap();
+    let attacher = LoraAttacher::new(&AdapterConfig::lora(4, 4.0), &model.slot_shapes()).unwrap();
     let window = |k: u32| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect();
     let windows = Windows::new((0..BATCH as u32).map(window).collect()).unwrap();
     let method = Method::ApiqBlock(ApiqConfig { epochs: 1, ..ApiqConfig::default() });

@@ -7,11 +7,12 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     calibration::{LoftqConfig, Method},
     mixq::{
         Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
-        attach, load_options, peft, schemes, space_of,
+        adapters, attach, load_options, schemes, space_of,
     },
     mixq_search::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
@@ -120,10 +121,10 @@ fn ranks_and_adapters_are_counted_and_attached() {
     let dataset = Arc::new(
         Dataset::from_ids(text("shift_test_moby")[..256].to_vec(), &DataOptions::new(32, 2048)).unwrap(),
     );
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    let config = AdapterConfig::lora(4, 8.0);
     for choice in some_configs(&space, 2) {
         let plan = space.plan(&choice);
-        let config = peft(&plan, &config);
+        let config = adapters(&plan, &config);
         let slots = model.slot_shapes();
         let mut expected = 0;
         for (path, [d_input, d_output]) in &slots {
@@ -134,7 +135,7 @@ fn ranks_and_adapters_are_counted_and_attached() {
         let report = space.report(&choice);
         assert_eq!(report.adapters, 12 * expected as u64);
         assert!(report.peak > report.total && report.total == report.storage + report.adapters);
-        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots, 0).unwrap();
+        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots).unwrap();
         for (path, _) in &slots {
             let target = attacher.targets().get(path).unwrap();
             assert_eq!(target.r as u32, plan.get(path).unwrap().rank.unwrap(), "{path}");
@@ -313,8 +314,7 @@ fn what_can_not_be_searched_says_why() {
     assert!(schemes(&pruned).unwrap_err().to_string().contains("prune=0.5"));
     let path = "model.layers.0.self_attn.q_proj";
     let houlsby: Plan = serde_json::from_str(&format!(r#"{{"{path}":"dense adapter=houlsby"}}"#)).unwrap();
-    let base = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let error = attach(model.clone(), &houlsby, &base, 0).unwrap_err().to_string();
+    let error = attach(model.clone(), &houlsby, &AdapterConfig::lora(4, 8.0)).unwrap_err().to_string();
     assert!(error.contains(path) && error.contains("houlsby"), "{error}");
     // Scores of KL are the same under every seed, so fresh seeds would only repeat them.
     let settings = SearchSettings::new(4, Fidelity::kl(32)).with_finalists(Finalists::default());
@@ -413,8 +413,7 @@ fn fine_tunes_repeat_improve_and_stop() {
     let ids = text("shift_test_moby");
     let dataset =
         Arc::new(Dataset::from_ids(ids[..4096].to_vec(), &DataOptions::new(64, model.vocab_size())).unwrap());
-    let mut lora = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    lora.lora_dropout = 0.05;
+    let lora = AdapterConfig::lora(4, 8.0).with_dropout(0.05);
     let tuning = FineTune::new(dataset, ids[8192..8704].to_vec(), 64, trainer(), lora).unwrap();
     let objective = |tuning: &FineTune| {
         ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default())
@@ -516,8 +515,8 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
         true => load_pruned(folder.path(), &options, &Device::flex()).unwrap().0,
     };
     drop(checkpoint);
-    let config = peft(&plan, &PeftConfig::new(16, 16.0, TargetModules::AllLinear));
-    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let config = adapters(&plan, &AdapterConfig::lora(16, 16.0));
+    let model = Tuned::attach(model, &config).unwrap().into_model();
     let ids = (0..8192u32).map(|i| i * 31 % 2048).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(512, 2048)).unwrap());
     let mut training = TrainerConfig::new(2, BatchOptions::new(4));

@@ -6,7 +6,8 @@ use std::{ops::ControlFlow, sync::Arc};
 
 use burn::tensor::Device;
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     eval::WindowedPerplexity,
     models::{Checkpoint, LoadOptions, Recompute},
     quant::Scheme,
@@ -19,8 +20,7 @@ fn pipeline(device: &Device, recompute: Recompute) -> Vec<f64> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/llama-tied-f32-sharded");
     let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
     let (model, _) = Checkpoint::open(folder).unwrap().load(&options, device).unwrap();
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let (model, _) = kiln::attach_lora(model, &config, 3).unwrap();
+    let model = Tuned::attach(model, &AdapterConfig::lora(4, 8.0).with_seed(3)).unwrap().into_model();
     let ids: Vec<u32> = (0..160u32).map(|i| (i * i * 7 + i) % 256).collect();
     let dataset = Dataset::from_ids(ids.clone(), &DataOptions::new(16, 256)).unwrap();
     let mut config = TrainerConfig::new(3, BatchOptions::new(2));
@@ -28,7 +28,7 @@ fn pipeline(device: &Device, recompute: Recompute) -> Vec<f64> {
     let mut trainer = Trainer::new(model, Arc::new(dataset), config).unwrap();
     let mut figures: Vec<f64> = (0..3).map(|_| trainer.step().unwrap().loss).collect();
     let protocol = WindowedPerplexity::new(16).with_max_windows(2);
-    let found = protocol.evaluate(&trainer.into_model(), &ids, &mut |_| ControlFlow::Continue(())).unwrap();
+    let found = protocol.evaluate(&trainer.into_model(), &ids).unwrap();
     figures.push(found.nll);
     figures
 }

@@ -44,7 +44,7 @@ pub type AnyModel<P> = Decoder<P>;
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
 pub use fingerprint::fingerprint;
-pub use generate::{Finish, GenerateOptions, Generation, generate};
+pub use generate::{Finish, GenerateOptions, Generation, generate, generate_with};
 pub use kiln_quant_core::{Place, Slots};
 pub use load::{LoadOptions, LoadReport, Tables};
 pub use nll::token_nll;

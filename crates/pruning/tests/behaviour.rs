@@ -206,13 +206,12 @@ fn the_least_influential_block_goes() {
 
 #[test]
 fn adapters_go_on_a_pruned_model() {
-    use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+    use kiln_adapters::{AdapterConfig, LoraAttacher};
     let (model, ids) = embedded();
     let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
     pruning.layers = LayerRange::Inner;
     let pruned = pruning.prune(model, None, &CutOptions::default()).unwrap().model;
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let attacher = LoraAttacher::new(&config, &pruned.slot_shapes(), 0).unwrap();
+    let attacher = LoraAttacher::new(&AdapterConfig::lora(4, 8.0), &pruned.slot_shapes()).unwrap();
     let adapted = pruned.clone().try_map(|path, base| attacher.attach(path, base)).unwrap();
     let tokens = TokenBatch::new(&[ids[..16].to_vec()]).unwrap();
     // LoRA begins as nothing.

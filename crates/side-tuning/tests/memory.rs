@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use burn::{module::Module, tensor::Device};
-use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+use kiln_adapters::{AdapterConfig, LoraAttacher};
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, config::ModelConfig};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_side_tuning::{
@@ -65,8 +65,8 @@ fn measure(model_path: &str, case: &Case) -> (f64, f64) {
     let run = |case: &Case| match case.method() {
         Method::Full => steps(model.unfreeze(), case),
         Method::Lora { rank } => {
-            let config = PeftConfig::new(rank, 16.0, TargetModules::AllLinear);
-            let attacher = LoraAttacher::new(&config, &model.slot_shapes(), 0).unwrap();
+            let attacher =
+                LoraAttacher::new(&AdapterConfig::lora(rank, 16.0), &model.slot_shapes()).unwrap();
             steps(model.try_map(|path, base| attacher.attach(path, base)).unwrap(), case)
         }
         Method::Side(config) => steps(SideTuned::new(model, &config, 0).unwrap(), case),

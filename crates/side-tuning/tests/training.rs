@@ -1,7 +1,5 @@
 //! Training, evaluation and generation with side-tuned models.
 
-use std::ops::ControlFlow;
-
 use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::Tensor,
@@ -170,7 +168,7 @@ fn check_generation<M: CausalLm>(model: &M, ids: &[u32]) {
     assert_close("logits", &rows, &whole, 2e-4);
     let mut prompt = ids.to_vec();
     let options = GenerateOptions::new(5);
-    let found = generate(model, &prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap().ids;
+    let found = generate(model, &prompt, &options).unwrap().ids;
     for id in found {
         let row = logits(model, &prompt);
         let last = &row[(prompt.len() - 1) * vocabulary..];

@@ -22,7 +22,7 @@ fn load(base: impl AsRef<std::path::Path>, adapter: &str) -> Model {
     let checkpoint = Checkpoint::open(base.as_ref()).unwrap();
     let (base, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     let folder = PeftFolder::open(testdata(adapter)).unwrap();
-    let attacher = folder.attacher(&base.slot_shapes(), 0).unwrap();
+    let attacher = folder.attacher::<kiln_adapters::Lora>(&base.slot_shapes(), 0).unwrap();
     base.try_map(|path, slot| attacher.attach(path, slot)).unwrap()
 }
 

@@ -132,7 +132,7 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 /// [`kiln_models::memory`], process and allocator included; its activations hardly depend on the bits.
 ///
 /// # Errors
-/// [`Error::Argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
+/// [`Error::is_argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
 pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
     choices.check()?;
     let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
