@@ -80,9 +80,8 @@ impl Options {
             Adapter::Dora => Method::dora(),
             Adapter::Pissa => Method::Lora { init: InitLoraWeights::Pissa { iterations: None } },
         };
-        let mut config = AdapterConfig::new(method, self.rank, self.alpha)
-            .with_dropout(self.dropout)
-            .with_seed(self.seed);
+        let mut config =
+            AdapterConfig::new(method, self.rank, self.alpha).with_dropout(self.dropout).with_seed(self.seed);
         if !self.targets.is_empty() {
             config = config.with_targets(self.targets.clone());
         }

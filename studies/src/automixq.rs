@@ -356,8 +356,7 @@ impl Tuning<'_> {
         let predicted_peak_bytes = space.report(config).peak;
         let quantized = self.variants.model(&plan)?;
         let protocol = WindowedPerplexity::new(self.options.length);
-        let rounded =
-            protocol.evaluate(&quantized.valid(), self.held_out)?;
+        let rounded = protocol.evaluate(&quantized.valid(), self.held_out)?;
         let tuning = match start {
             Some(method) => self.plain.clone().with_start(method, self.calibration.clone()),
             None => self.plain.clone(),

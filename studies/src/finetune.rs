@@ -153,9 +153,8 @@ impl Options {
             Method::Pissa => AdapterMethod::Lora { init: InitLoraWeights::Pissa { iterations: None } },
             Method::Olora => AdapterMethod::Lora { init: InitLoraWeights::Olora },
         };
-        let mut config = AdapterConfig::new(method, self.rank, self.alpha)
-            .with_dropout(self.dropout)
-            .with_seed(self.seed);
+        let mut config =
+            AdapterConfig::new(method, self.rank, self.alpha).with_dropout(self.dropout).with_seed(self.seed);
         if matches!(self.method, Method::Rslora) {
             config = config.with_rslora();
         }

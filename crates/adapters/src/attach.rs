@@ -156,9 +156,7 @@ impl<A: AdapterKind> Attacher<A> {
                 let magnitude = magnitude.map(|row| row.squeeze_dim(0));
                 AnyAdapter::Dora(Dora::new(&base, a, b, magnitude, scaling, dropout))
             }
-            (Method::Lora { .. }, Some(a), Some(b), _) => {
-                AnyAdapter::Lora(Lora::new(a, b, scaling, dropout))
-            }
+            (Method::Lora { .. }, Some(a), Some(b), _) => AnyAdapter::Lora(Lora::new(a, b, scaling, dropout)),
             (_, Some(a), Some(b), _) => pooled(Core::low_rank(a, b)),
             (_, _, _, Some(h)) => pooled(Core::full(h)),
             _ => return Err(self.misfit(&target.path, base.shape())),

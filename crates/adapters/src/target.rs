@@ -325,8 +325,7 @@ mod tests {
         config.alpha_pattern = vec![("q_proj".into(), 2.0), ("model.layers.1.self_attn.q_proj".into(), 3.0)];
         let targets = Targets::resolve(&config, &llama(2), None).unwrap();
         let unmatched: Vec<_> = targets.unmatched.iter().map(|u| (u.key, u.entry.as_str())).collect();
-        let expected =
-            [("targets", "c_attn"), ("exclude", "absent"), ("rank_pattern", "up_proj")];
+        let expected = [("targets", "c_attn"), ("exclude", "absent"), ("rank_pattern", "up_proj")];
         assert_eq!(unmatched, expected);
         assert!(targets.require_all().unwrap_err().to_string().contains("c_attn"));
         let config = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj"]));
@@ -350,8 +349,7 @@ mod tests {
             let rank =
                 AdapterConfig { rank_pattern: vec![("q_proj".into(), 2), (bad.into(), 2)], ..base.clone() };
             let alpha = AdapterConfig { alpha_pattern: vec![(bad.into(), 2.0)], ..base.clone() };
-            let layers =
-                AdapterConfig { layers: Some(vec![1]), layers_pattern: vec![bad.into()], ..base };
+            let layers = AdapterConfig { layers: Some(vec![1]), layers_pattern: vec![bad.into()], ..base };
             let configs = [
                 ("targets", target),
                 ("exclude", exclude),

@@ -8,8 +8,8 @@ use burn::{
 };
 use kiln_adapters::{
     Adapted, AdapterConfig, AdapterFolder, AnyAdapter, AnyAttacher, CONFIG_FILE, Core, Dora, Error, InitH,
-    KILN_CONFIG_FILE, KILN_WEIGHTS_FILE, Lora, LoraAttacher, Method, PeftFolder, PooledAdapter,
-    Pooling, QBara, QaBlora, QaHira, QaLora, TargetModules, save_adapters, save_peft,
+    KILN_CONFIG_FILE, KILN_WEIGHTS_FILE, Lora, LoraAttacher, Method, PeftFolder, PooledAdapter, Pooling,
+    QBara, QaBlora, QaHira, QaLora, TargetModules, save_adapters, save_peft,
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear,
@@ -88,7 +88,8 @@ fn trained(adapter: AnyAdapter) -> AnyAdapter {
 }
 
 fn adapted(config: &AdapterConfig) -> Adapted<QuantLinear, AnyAdapter> {
-    let adapted = AnyAttacher::new(&config.clone().with_seed(7), &slots()).unwrap().attach(PATH, base()).unwrap();
+    let adapted =
+        AnyAttacher::new(&config.clone().with_seed(7), &slots()).unwrap().attach(PATH, base()).unwrap();
     Adapted { base: adapted.base, adapter: adapted.adapter.map(trained) }
 }
 

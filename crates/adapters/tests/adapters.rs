@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AdapterConfig, AnyAdapter, AnyAttacher, Core, InitLoraWeights, Lora, LoraAttacher, Method,
-    PeftFolder, Pooling, QBara, QaBlora, QaHira, QaLora, save_peft,
+    Adapted, Adapter, AdapterConfig, AnyAdapter, AnyAttacher, Core, InitLoraWeights, Lora, LoraAttacher,
+    Method, PeftFolder, Pooling, QBara, QaBlora, QaHira, QaLora, save_peft,
 };
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};

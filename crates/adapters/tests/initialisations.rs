@@ -47,8 +47,7 @@ fn config(init: InitLoraWeights) -> AdapterConfig {
 
 fn attach(init: InitLoraWeights, base: impl Into<QuantLinear>) -> Result<Adapted<QuantLinear, Lora>, Error> {
     let base = base.into();
-    LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())])?
-        .attach_to_residual("proj", base)
+    LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())])?.attach_to_residual("proj", base)
 }
 
 #[test]
@@ -298,8 +297,7 @@ fn new_adapters_of_every_kind_leave_the_base_as_it_is() {
     let x = tensor::<2>(4, [5, 24], &device);
     let expected = read(packed.forward(x.clone()));
     let dora = AdapterConfig::dora(4, 6.0).with_targets(["proj"]).with_seed(1);
-    let adapted =
-        Attacher::<AnyAdapter>::new(&dora, &slots).unwrap().attach("proj", packed.clone()).unwrap();
+    let adapted = Attacher::<AnyAdapter>::new(&dora, &slots).unwrap().attach("proj", packed.clone()).unwrap();
     assert!(matches!(adapted.adapter, Some(AnyAdapter::Dora(_))));
     let found = read(adapted.forward(x));
     assert!(max_difference(&found, &expected) < 1e-6);

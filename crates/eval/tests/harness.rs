@@ -3,7 +3,7 @@
 
 use burn::tensor::Device;
 use kiln_eval::{
-    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskProgress, TaskReport,
+    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskReport,
     read_samples,
 };
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Tokenizer};
@@ -247,7 +247,6 @@ fn a_document_that_does_not_fit_is_named() {
         "{error}"
     );
     let task = task("quiz_generate", 0);
-    let error =
-        Evaluation::new().with_limit(1).evaluate(&scorer, &[task]).unwrap_err().to_string();
+    let error = Evaluation::new().with_limit(1).evaluate(&scorer, &[task]).unwrap_err().to_string();
     assert!(error.contains("quiz_generate, evaluated document 0: max_gen_toks"), "{error}");
 }

@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_eval::{
-    Error, Perplexity, Progress, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
+    Error, Perplexity, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
 };
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions};
 use kiln_quant_core::QuantLinear;
@@ -63,8 +63,7 @@ fn the_embedded_model_has_the_perplexities_of_its_readme() {
         for ((text, tolerance), expected) in texts.into_iter().zip(expected) {
             let Some(expected) = expected else { continue };
             let ids = u16le(&format!("models/tiny-llama/text/{text}.u16le"));
-            let found =
-                WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids).unwrap();
+            let found = WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids).unwrap();
             assert_eq!((found.windows, found.tokens), (64, 64 * 255));
             assert_near(&format!("{scheme:?} {text}"), found.perplexity, expected, tolerance);
         }
@@ -137,8 +136,7 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
         words,
         bytes,
     };
-    let found =
-        RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
+    let found = RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
     let sum: f64 = nll[0].iter().sum();
     assert_eq!((found.token.tokens, found.token.windows, found.words, found.bytes), (23, 1, 5, 60));
     assert_near("per token", found.token.nll, sum / 23.0, 1e-5);
@@ -147,8 +145,7 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
     assert_near("bits", found.bits_per_byte, sum / 60.0 / 2f64.ln(), 1e-5);
 
     // Windows of 10 over 23 tokens: 10, 10, and 3 that see ten.
-    let found =
-        RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
+    let found = RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
     let part = |range: std::ops::Range<usize>, last: usize| {
         let whole = &ids[range];
         let nll = |ids: &[u32]| {
@@ -163,9 +160,8 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
 
     // Two documents are two texts, whatever the batch.
     let documents = [document(0, 5, 60), document(1, 7, 80), RollingDocument::new(vec![], " a ")];
-    let both = |batch| {
-        RollingPerplexity::new(10, ids[0]).with_batch(batch).evaluate(&model, &documents).unwrap()
-    };
+    let both =
+        |batch| RollingPerplexity::new(10, ids[0]).with_batch(batch).evaluate(&model, &documents).unwrap();
     let second = RollingPerplexity::new(10, ids[0]).evaluate(&model, &documents[1..2]).unwrap();
     assert_near("two documents", both(1).token.nll, (found.token.nll + second.token.nll) / 2.0, 1e-6);
     assert_near("batch", both(3).token.nll, both(1).token.nll, 1e-6);
@@ -186,10 +182,8 @@ fn the_callback_ends_an_evaluation() {
 fn bad_options_and_data_are_errors_that_name_them() {
     let (model, ids, _) = tiny();
     let limit = model.max_positions();
-    let windowed =
-        |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
-    let strided =
-        |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
+    let windowed = |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
+    let strided = |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
     let rolling = |protocol: RollingPerplexity, documents: &[RollingDocument]| {
         message(protocol.evaluate(&model, documents))
     };

@@ -4,7 +4,7 @@ use std::{cell::Cell, fs, ops::ControlFlow, path::Path};
 
 use kiln_eval::{
     Comparison, Error, Evaluation, GenerateRequest, Group, Metric, OnAnswer, Report, Response, Result,
-    Scorer, SignificanceTest, Task, TaskData, TaskProgress, read_samples,
+    Scorer, SignificanceTest, Task, TaskData, read_samples,
 };
 use serde_json::{Value, json};
 

@@ -51,7 +51,8 @@ pub struct OpenBase {
 enum Format {
     AsStored,
     Bits(u32),
-    Schemes(Plan<Scheme>),
+    Uniform(Scheme),
+    Planned(Plan<Scheme>),
 }
 
 /// What texts and conversations need besides a model.
@@ -69,13 +70,14 @@ impl OpenBase {
     }
 
     /// Gives all linears of the blocks one format: `"nf4:64:double".parse()?`.
-    pub fn with_scheme(self, scheme: Scheme) -> Self {
-        self.with_schemes(Plan::uniform(scheme))
+    pub fn with_scheme(mut self, scheme: Scheme) -> Self {
+        self.format = Format::Uniform(scheme);
+        self
     }
 
     /// Gives each linear of the blocks its format, by path.
     pub fn with_schemes(mut self, schemes: Plan<Scheme>) -> Self {
-        self.format = Format::Schemes(schemes);
+        self.format = Format::Planned(schemes);
         self
     }
 
@@ -95,15 +97,15 @@ impl OpenBase {
     /// # Errors
     /// Another number of bits, a missing tokenizer, and as [`Checkpoint::load`].
     pub fn load(self) -> Result<Base> {
-        let schemes = match self.format {
-            Format::AsStored => None,
+        let options = match self.format {
+            Format::AsStored => LoadOptions::default(),
             Format::Bits(bits @ (2 | 3 | 4 | 8)) => {
-                Some(Plan::uniform(Scheme::Packed(QuantScheme::affine(bits, 64))))
+                LoadOptions::uniform(Scheme::Packed(QuantScheme::affine(bits, 64)))
             }
             Format::Bits(other) => return Err(Error::argument("bits", "2, 3, 4 or 8", other)),
-            Format::Schemes(schemes) => Some(schemes),
+            Format::Uniform(scheme) => LoadOptions::uniform(scheme),
+            Format::Planned(schemes) => LoadOptions::planned(schemes),
         };
-        let options = LoadOptions { schemes, ..LoadOptions::default() };
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
         let (tokenizer, template) = (self.checkpoint.tokenizer()?, self.checkpoint.chat_template()?);
         let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });

@@ -339,9 +339,10 @@ impl FineTuned {
     /// Adapters of another kind, and as [`export_gguf_lora`].
     pub fn export_gguf_lora(&self, path: impl AsRef<Path>) -> Result<()> {
         let host = |path: &str, tensor: Tensor<2>| -> Result<Vec<f32>> {
-            tensor.transpose().try_into_vec_as().map_err(|error| {
-                Error::argument(path, "adapters on a device that can be read", error)
-            })
+            tensor
+                .transpose()
+                .try_into_vec_as()
+                .map_err(|error| Error::argument(path, "adapters on a device that can be read", error))
         };
         let mut found = Vec::new();
         for (path, adapter) in self.tuned.adapters() {

@@ -8,7 +8,9 @@ use kiln_adapters::{
     RequantizeError,
 };
 use kiln_models::AnyModel;
-use kiln_quant_core::{HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, packed_file::fingerprint};
+use kiln_quant_core::{
+    HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, packed_file::fingerprint,
+};
 
 use crate::{Error, Result};
 
@@ -206,11 +208,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     ///
     /// # Errors
     /// As [`HostQuantizer::quantize`].
-    pub fn requantize(
-        self,
-        schemes: &Plan<Scheme>,
-        quantizer: &dyn HostQuantizer,
-    ) -> Result<Requantized<M>> {
+    pub fn requantize(self, schemes: &Plan<Scheme>, quantizer: &dyn HostQuantizer) -> Result<Requantized<M>> {
         self.requantize_with(schemes, quantizer, &mut |_| None)
     }
 

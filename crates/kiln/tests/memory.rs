@@ -12,7 +12,7 @@ use kiln::{
     adapters::{AdapterConfig, LoraAttacher},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
     models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Windows},
-    quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme},
+    quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 use kiln_testkit::{peak, peak_of, report, resident, smollm2, task};

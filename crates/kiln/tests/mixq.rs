@@ -19,8 +19,8 @@ use kiln::{
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
     models::{
-        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, families::NormPlace,
-        token_nll,
+        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
+        families::NormPlace, token_nll,
     },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
@@ -304,11 +304,10 @@ fn what_can_not_be_searched_says_why() {
     let plan: Plan = serde_json::from_str(r#"{"model.layers.0.self_attn.q_proj":"affine4:64"}"#).unwrap();
     let error = Variants::new(model.clone()).model(&plan).unwrap_err().to_string();
     assert!(error.contains("k_proj") && error.contains("none"), "{error}");
-    assert!(LogitKl::new(&model, &[], &KlOptions::default()).is_err());
     for bad in [vec![1; 513], vec![2048, 1], vec![1]] {
-        assert!(LogitKl::new(&model, &[bad], &KlOptions::default()).is_err());
+        let windows = Windows::new(vec![bad]).unwrap();
+        assert!(LogitKl::new(&model, &windows, &KlOptions::default()).is_err());
     }
-    assert!(LogitKl::new(&model, &[vec![1, 2], vec![1, 2, 3]], &KlOptions::default()).is_err());
     assert!(schemes(&serde_json::from_str(r#"{"a":"affine9:64"}"#).unwrap()).is_err());
     let pruned: Plan = serde_json::from_str(r#"{"a":"affine4:64 prune=0.5"}"#).unwrap();
     assert!(schemes(&pruned).unwrap_err().to_string().contains("prune=0.5"));

@@ -2,7 +2,7 @@
 //!
 //! Without a Vulkan adapter, or the feature `wgpu`, the test says so and passes, unless `KILN_REQUIRE_VULKAN=1`.
 
-use std::{ops::ControlFlow, sync::Arc};
+use std::sync::Arc;
 
 use burn::tensor::Device;
 use kiln::{

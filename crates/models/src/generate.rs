@@ -150,11 +150,7 @@ pub enum Finish {
 /// # Errors
 /// [`Error::Argument`] for an option out of range, an empty prompt, ids beyond the vocabulary, more tokens than the
 /// model has positions, or a model whose logits are not numbers.
-pub fn generate<M: CausalLm>(
-    model: &M,
-    prompt_ids: &[u32],
-    options: &GenerateOptions,
-) -> Result<Generation> {
+pub fn generate<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOptions) -> Result<Generation> {
     generate_with(model, prompt_ids, options, &mut |_| ControlFlow::Continue(()))
 }
 
@@ -219,7 +215,10 @@ fn check_prompt<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOp
     if new > room {
         return Err(Error::Argument {
             name: "GenerateOptions.max_new_tokens".into(),
-            expected: format!("at most {room}: the model has {limit} positions, the prompt {} tokens", prompt_ids.len()),
+            expected: format!(
+                "at most {room}: the model has {limit} positions, the prompt {} tokens",
+                prompt_ids.len()
+            ),
             found: new.to_string(),
         });
     }

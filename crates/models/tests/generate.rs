@@ -3,7 +3,9 @@
 use std::ops::ControlFlow;
 
 use burn::{module::Module, tensor::Device};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, Finish, GenerateOptions, LoadOptions, generate, generate_with};
+use kiln_models::{
+    AnyModel, CausalLm, Checkpoint, Finish, GenerateOptions, LoadOptions, generate, generate_with,
+};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, testdata};
 

@@ -2,10 +2,7 @@
 
 use std::path::Path;
 
-use kiln_models::{
-    config::ModelConfig,
-    export::{ExportOptions, FloatType},
-};
+use kiln_models::export::{ExportOptions, FloatType};
 use kiln_pruning::{
     BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Pruned, PruningRecord,
     SaveFormat, SavedCheckpoint, load_pruned, save_padded, save_pruned,

@@ -39,7 +39,7 @@ pub fn text(seq_len: usize) -> Arc<Dataset> {
 
 /// The first of those rows.
 pub fn first_row(seq_len: usize) -> Vec<u32> {
-    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().input_ids
+    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().tokens.ids
 }
 
 pub fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {

@@ -65,8 +65,7 @@ fn measure(model_path: &str, case: &Case) -> (f64, f64) {
     let run = |case: &Case| match case.method() {
         Method::Full => steps(model.unfreeze(), case),
         Method::Lora { rank } => {
-            let attacher =
-                LoraAttacher::new(&AdapterConfig::lora(rank, 16.0), &model.slot_shapes()).unwrap();
+            let attacher = LoraAttacher::new(&AdapterConfig::lora(rank, 16.0), &model.slot_shapes()).unwrap();
             steps(model.try_map(|path, base| attacher.attach(path, base)).unwrap(), case)
         }
         Method::Side(config) => steps(SideTuned::new(model, &config, 0).unwrap(), case),

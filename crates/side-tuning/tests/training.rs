@@ -69,7 +69,7 @@ fn training_learns_and_leaves_the_backbone_as_it_was() {
         let model = SideTuned::new(base.clone(), &config, 3).unwrap();
         let start = held_out(&model);
         let mut trainer = Trainer::new(model, text(64), trainer_config(30, 4)).unwrap();
-        let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
+        let reports = trainer.run(&RunOptions::new()).unwrap().steps;
         assert!(reports.iter().all(|report| report.loss.is_finite()));
         let counts = config.parameter_counts(base.config()).unwrap();
         assert_eq!(trained_values(trainer.model()), counts.total());
@@ -129,7 +129,7 @@ fn recomputation_changes_nothing() {
             let mut options = trainer_config(3, 2);
             options.recompute = recompute;
             let mut trainer = Trainer::new(model, text(64), options).unwrap();
-            trainer.run(&RunOptions::default(), &mut ()).unwrap()
+            trainer.run(&RunOptions::new()).unwrap().steps
         };
         for (plain, again) in run(Recompute::None).iter().zip(run(Recompute::Block)) {
             assert!((plain.loss / again.loss - 1.0).abs() < 1e-6, "{config:?} {plain:?} {again:?}");

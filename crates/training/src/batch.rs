@@ -467,7 +467,10 @@ mod tests {
     fn one_pass_in_order_ends_with_a_short_batch() {
         let data = dataset(&[2, 4, 3], 4);
         let batches: Vec<_> = in_order(&data, 2, 9).unwrap().collect();
-        assert_eq!(batches.iter().map(|b| (b.tokens.batch, b.tokens.length)).collect::<Vec<_>>(), [(2, 4), (1, 3)]);
+        assert_eq!(
+            batches.iter().map(|b| (b.tokens.batch, b.tokens.length)).collect::<Vec<_>>(),
+            [(2, 4), (1, 3)]
+        );
         assert_eq!(batches[0].tokens.ids, [1, 2, 9, 9, 3, 4, 5, 6]);
         let targets: usize = batches.iter().map(Batch::target_count).sum();
         assert_eq!(targets, data.report().targets);

@@ -261,11 +261,7 @@ impl Dataset {
     /// [`Error::Data`] naming line and key for a row of no form or of several, of another form than the first, or that
     /// the tokenizer refuses; [`Error::File`] for an unknown extension, broken text and a data set without a token to
     /// learn; ids outside the vocabulary; options out of range; the operating system's refusal.
-    pub fn open(
-        path: impl AsRef<Path>,
-        tokenizer: &dyn TokenizeText,
-        options: &DataOptions,
-    ) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Result<Self> {
         Self::read_file(path.as_ref(), tokenizer, options)
     }
 
@@ -447,7 +443,8 @@ impl Dataset {
         }
         let options = self.options;
         let part = |kept: bool| {
-            let mut part = Self { examples: Vec::new(), options: options.clone(), report: DataReport::default() };
+            let mut part =
+                Self { examples: Vec::new(), options: options.clone(), report: DataReport::default() };
             for (example, held_out) in self.examples.iter().zip(&is_held_out) {
                 if *held_out == kept {
                     part.report.rows += 1;
@@ -678,14 +675,17 @@ pub(crate) mod tests {
         assert_eq!((dataset.examples().len(), dataset.report().without_targets), (1, 1));
         assert_eq!(dataset.report().dropped_tokens, 8);
         let report = dataset.report().to_string();
-        let expected = "row in line 1 was left out: the 7 tokens before the first one to learn fill the sequence";
+        let expected =
+            "row in line 1 was left out: the 7 tokens before the first one to learn fill the sequence";
         assert!(report.contains(expected), "{report}");
     }
 
     #[test]
     fn rows_without_an_assistant_are_left_out_by_line() {
         let chat = |role| {
-            format!(r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "{role}", "content": "b"}}]}}"#)
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "{role}", "content": "b"}}]}}"#
+            )
         };
         let rows = format!("\u{feff}{}\n\n{}\n", chat("assistant"), chat("user"));
         let dataset = jsonl(&rows, &options(16)).unwrap();

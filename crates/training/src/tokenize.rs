@@ -41,7 +41,8 @@ impl<'a> ModelTokenizer<'a> {
     /// # Errors
     /// A model without a template, or a conversation that the template refuses, in words.
     pub fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>, String> {
-        let text = self.template()?.render(messages, true, &self.context).map_err(|error| error.to_string())?;
+        let text =
+            self.template()?.render(messages, true, &self.context).map_err(|error| error.to_string())?;
         // The template writes the special tokens itself.
         self.tokenizer.encode(&text, false).map_err(|error| error.to_string())
     }

@@ -1,12 +1,6 @@
 //! The loop: micro-batches to gradients to a step of AdamW.
 
-use std::{
-    collections::BTreeMap,
-    ops::ControlFlow,
-    path::Path,
-    sync::Arc,
-    time::Instant,
-};
+use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc, time::Instant};
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, Place, Recompute, loss_and_gradients};
@@ -560,8 +554,7 @@ impl<M: CausalLm> Trainer<M> {
         };
         self.optimizer = checkpoint::load_optimizer(folder, self.config.optimizer())?;
         self.model = self.model.take().map(|model| trainable::restore(model, saved.parameters));
-        self.batches =
-            Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
+        self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
         self.step = saved.state.step;
         Ok(self)
     }

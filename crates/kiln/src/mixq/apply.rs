@@ -74,7 +74,11 @@ pub fn attach(model: AnyModel<QuantLinear>, plan: &Plan, base: &AdapterConfig) -
     for (path, _) in &slots {
         let dora = is_dora(path)?;
         if attachers[usize::from(dora)].is_none() {
-            let method = if dora { Method::Dora { init: init(&config) } } else { Method::Lora { init: init(&config) } };
+            let method = if dora {
+                Method::Dora { init: init(&config) }
+            } else {
+                Method::Lora { init: init(&config) }
+            };
             let config = config.clone().with_method(method);
             attachers[usize::from(dora)] = Some(AnyAttacher::new(&config, &slots)?);
         }

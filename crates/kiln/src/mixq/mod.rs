@@ -50,8 +50,8 @@ mod objective;
 mod space;
 mod variants;
 
-pub use apply::{adapters, attach, load_options, schemes};
 use crate::{Error, Result};
+pub use apply::{adapters, attach, load_options, schemes};
 pub use fine_tune::{FineTune, Outcome};
 pub use fisher::Fisher;
 pub use kl::{KlOptions, LogitKl};
