@@ -24,7 +24,9 @@ const EXPORTERS: [(&str, &str, Export); 6] = [
     ("MLX", "affine4:64", |model, source, path| {
         export_mlx(model, source, path, &ExportOptions::new(FloatType::F32))
     }),
-    ("GGUF", "affine4:32:f16", |model, source, path| export_gguf(model, source, path, &GgufOptions::default())),
+    ("GGUF", "affine4:32:f16", |model, source, path| {
+        export_gguf(model, source, path, &GgufOptions::default())
+    }),
     ("GPTQ", "affine8:32:sym:f16", |model, source, path| {
         export_gptq(model, source, path, &ExportOptions::new(FloatType::F32))
     }),
@@ -61,13 +63,7 @@ fn every_exporter_writes_what_it_reports_or_refuses_by_name() {
 }
 
 /// Reads an export again, and compares the linears with the model and with what the report says of each.
-fn check(
-    what: &str,
-    model: &AnyModel<QuantLinear>,
-    source: &Checkpoint,
-    report: &ExportReport,
-    exact: bool,
-) {
+fn check(what: &str, model: &AnyModel<QuantLinear>, source: &Checkpoint, report: &ExportReport, exact: bool) {
     let again = Checkpoint::open(&report.path).unwrap();
     assert_eq!(again.config(), source.config(), "{what}");
     assert_eq!(again.special_tokens(), source.special_tokens(), "{what}");
@@ -77,7 +73,11 @@ fn check(
         let row = row.unwrap_or_else(|| panic!("{what}: no row of {path}"));
         let [before, after] = [before, after].map(|slot| read(slot.weight()));
         let found = max_difference(&after, &before);
-        assert!(found <= row.max_difference, "{what} {path}: off by {found}, reported {}", row.max_difference);
+        assert!(
+            found <= row.max_difference,
+            "{what} {path}: off by {found}, reported {}",
+            row.max_difference
+        );
         assert!(!exact || found == 0.0, "{what} {path}: off by {found}");
     }
     let prompt = [3, 200, 17, 99, 255, 0, 1, 42, 128];
