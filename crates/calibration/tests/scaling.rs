@@ -13,7 +13,7 @@ use kiln_models::{
     export::save_model,
     families::{LinearRole, NormPlace},
 };
-use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_quant_core::{Plan, Projection, QuantLinear, Scheme};
 use kiln_testkit::read;
 
 use crate::setup::*;
@@ -78,7 +78,7 @@ fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
             linear.bias = linear.bias.take().map(|bias| bias.map(|bias| copy(bias.unsqueeze()).squeeze()));
         }
     }
-    AnyModel::Llama(model.with_config(config).unwrap())
+    model.with_config(config).unwrap()
 }
 
 #[test]

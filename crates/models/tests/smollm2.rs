@@ -5,8 +5,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, families::NormPlace,
-    generate,
+    CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, families::NormPlace, generate,
 };
 use kiln_quant_core::{Projection, QuantLinear, Scheme, fused};
 use kiln_testkit::{Golden, assert_close, read, relative_difference, smollm2};
