@@ -3,8 +3,7 @@
 
 use burn::tensor::Device;
 use kiln_eval::{
-    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskReport,
-    read_samples,
+    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskReport, read_samples,
 };
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Tokenizer};
 use kiln_quant_core::QuantLinear;
