@@ -1,5 +1,7 @@
 //! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
 
+#[cfg(doctest)]
+mod documents;
 mod errors;
 mod progress;
 
