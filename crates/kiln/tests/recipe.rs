@@ -131,7 +131,7 @@ fn a_chat_is_tuned_stopped_saved_reloaded_merged_and_exported() {
     let after = tuned.evaluate(&held_out).unwrap();
     assert!(after.nll < before.nll - 0.5, "{before:?} {after:?}");
     let best = tuned.report().unwrap().evaluations.iter().map(|e| e.score).fold(f64::INFINITY, f64::min);
-    assert!((after.nll - best).abs() < 1e-6, "the best model comes back: {best} {after:?}");
+    assert!((after.nll - best).abs() < 1e-5, "the best model comes back: {best} {after:?}");
 
     let question = [Message::new("user", "Bill 4?")];
     let answer = tuned.chat(&question, 12).unwrap();

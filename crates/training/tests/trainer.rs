@@ -212,7 +212,9 @@ fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
     }
     assert_eq!(found.tokens, held_out.report().targets);
     assert!((found.nll / (sum / found.tokens as f64) - 1.0).abs() < 1e-6, "{found:?}");
-    assert_eq!(found.nll, evaluate(&model, &held_out, 1).unwrap().nll, "rows are seen alone");
+    // Rows are seen alone: padding beside them moves sums by rounding only.
+    let alone = evaluate(&model, &held_out, 1).unwrap();
+    assert!((found.nll / alone.nll - 1.0).abs() < 1e-6, "{found:?} {alone:?}");
 }
 
 /// Scores from a list, one an evaluation.
