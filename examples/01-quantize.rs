@@ -1,11 +1,11 @@
 //! Quantizes a checkpoint and shows the error and the bytes of every weight.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, ValueEnum};
 use kiln::{
     models::{LoadOptions, Slots},
-    quant::{HostQuantizer, Hqq, MinMax, MseClipped, Plan, QuantLinear, Scheme, packed_file::PackedFile},
+    quant::{HostQuantizer, Hqq, MinMax, MseClipped, QuantLinear, Scheme, packed_file::PackedFile},
 };
 use kiln_examples::{ModelArgs, Result, write_json};
 
@@ -35,8 +35,7 @@ struct Options {
     json: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let mut options = Options::parse();
+fn run(mut options: Options) -> Result<()> {
     let scheme = *options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
     let quantizer: Box<dyn HostQuantizer> = match options.quantizer {
         Quantizer::MinMax => Box::new(MinMax),
@@ -46,12 +45,10 @@ fn main() -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let bar = indicatif::ProgressBar::new_spinner();
     let progress = |path: &str| bar.set_message(path.to_string());
-    let load = LoadOptions {
-        schemes: Some(Plan::uniform(scheme)),
-        quantizer: quantizer.as_ref(),
-        measure: true,
-        progress: Some(&progress),
-    };
+    let load = LoadOptions::uniform(scheme)
+        .with_quantizer(quantizer.as_ref())
+        .with_measure(true)
+        .with_progress(&progress);
     let (model, report) = checkpoint.load(&load, &options.model.device.open()?)?;
     bar.finish_and_clear();
     println!(
@@ -96,4 +93,8 @@ fn main() -> Result<()> {
         options.json.as_deref(),
         &serde_json::json!({ "scheme": scheme, "storage": report.storage, "total_bytes": bytes, "errors": errors }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

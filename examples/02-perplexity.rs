@@ -1,6 +1,6 @@
 //! Perplexity of a model on a text, over windows that don't overlap.
 
-use std::{ops::ControlFlow, path::PathBuf, time::Instant};
+use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use kiln::eval::{WindowedPerplexity, peak_rss_bytes};
@@ -31,8 +31,7 @@ struct Options {
     json: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let ids = match (&options.tokens, &options.text) {
         (None, Some(path)) => {
@@ -50,7 +49,7 @@ fn main() -> Result<()> {
         protocol = protocol.with_max_windows(most);
     }
     let bar = indicatif::ProgressBar::new(0);
-    let found = protocol.evaluate(&model, &ids, &mut |progress| {
+    let found = protocol.evaluate_with(&model, &ids, &mut |progress| {
         bar.set_length(progress.total as u64);
         bar.set_position(progress.windows as u64);
         ControlFlow::Continue(())
@@ -73,4 +72,8 @@ fn main() -> Result<()> {
             "peak_rss_bytes": peak_rss_bytes(),
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

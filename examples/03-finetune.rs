@@ -2,71 +2,27 @@
 //!
 //! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
 
-use std::{
-    ops::ControlFlow,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Instant,
-};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Parser, ValueEnum};
 use kiln::{
-    AdaptedModel,
-    adapters::{
-        AdapterConfig, DropoutClock, InitLoraWeights, Method as AdapterMethod, PeftConfig, Pooling, QBara,
-        QaBlora, QaHira, QaLora, TargetModules,
-    },
-    eval::{WindowedPerplexity, peak_rss_bytes},
-    models::{CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
-    quant::Scheme,
-    training::{
-        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, Order, RunOptions, ScheduleKind,
-        StepReport, Trainer, TrainerConfig,
-    },
+    Tuned,
+    adapters::{AdapterConfig, InitLoraWeights, Method},
+    eval::peak_rss_bytes,
+    models::{AnyModel, CausalLm, GenerateOptions, generate},
+    quant::{QuantLinear, trained_values},
+    training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, read_ids, testdata, write_json};
+use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Method {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Adapter {
     /// Low-rank adapters.
     Lora,
-    /// Low-rank adapters scaled by alpha / sqrt(rank).
-    Rslora,
     /// Low-rank adapters with trained magnitudes.
     Dora,
     /// Low-rank adapters that start as the weights' largest singular values.
     Pissa,
-    /// Low-rank adapters that start as a part of the weights' QR decomposition.
-    Olora,
-    /// Q-BaRA: inputs and outputs joined by --lambda, the rank raised by it.
-    Qbara,
-    /// QA-LoRA: groups of --pool inputs joined by --pooling.
-    Qalora,
-    /// QA-HiRA: a single matrix between groups of --pool inputs and of --repeat outputs.
-    Qahira,
-    /// QA-BLoRA: two factors between groups of --pool inputs and of --repeat outputs.
-    Qablora,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum PoolingName {
-    Average,
-    Sum,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Schedule {
-    Constant,
-    /// Down to a tenth.
-    Linear,
-    /// Down to zero.
-    Cosine,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum RecomputeName {
-    None,
-    Block,
 }
 
 #[derive(Parser)]
@@ -76,47 +32,25 @@ struct Options {
     model: ModelArgs,
     /// What is trained.
     #[arg(long, value_enum, default_value = "lora")]
-    method: Method,
-    /// Q-BaRA's compression factor.
-    #[arg(long, default_value_t = 2)]
-    lambda: usize,
-    /// Neighbouring inputs that QA-LoRA, QA-HiRA and QA-BLoRA join: a multiple of the base's group, for exact merging.
-    #[arg(long, default_value_t = 64)]
-    pool: usize,
-    /// Neighbouring outputs that QA-HiRA and QA-BLoRA make alike.
-    #[arg(long, default_value_t = 1)]
-    repeat: usize,
-    /// What QA-LoRA makes of a group of inputs.
-    #[arg(long, value_enum, default_value = "average")]
-    pooling: PoolingName,
+    method: Adapter,
     #[arg(long, default_value_t = 16)]
     rank: usize,
     #[arg(long, default_value_t = 16.0)]
     alpha: f64,
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
-    /// Names of the linears to adapt, separated by commas, or all-linear.
-    #[arg(long, default_value = "all-linear")]
-    targets: String,
+    /// Names of the linears to adapt, separated by commas; all of the blocks' if left out.
+    #[arg(long, value_delimiter = ',')]
+    targets: Vec<String>,
     #[arg(long, default_value_t = 100)]
     steps: u64,
-    /// Rows of a micro-batch.
+    /// Rows of a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
-    /// Micro-batches of a step.
-    #[arg(long, default_value_t = 1)]
-    accumulate: usize,
     #[arg(long, default_value_t = 256)]
     seq_len: usize,
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
-    #[arg(long, value_enum, default_value = "linear")]
-    schedule: Schedule,
-    #[arg(long, default_value_t = 10)]
-    warmup: u64,
-    /// Largest global gradient norm; 0 leaves gradients as they are.
-    #[arg(long, default_value_t = 1.0)]
-    clip: f64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// .txt, .jsonl or .u16le; the embedded model's shifted text if left out.
@@ -128,15 +62,10 @@ struct Options {
     /// Tokens of an evaluation window; the sequence length if left out.
     #[arg(long)]
     window: Option<usize>,
-    #[arg(long, value_enum, default_value = "none")]
-    recompute: RecomputeName,
     /// Goes on from the last checkpoint below --out.
     #[arg(long)]
     resume: bool,
-    /// Steps between checkpoints; 0 saves at the end only.
-    #[arg(long, default_value_t = 0)]
-    save_every: u64,
-    /// Gets the adapter folder (adapter/) and checkpoints (last/).
+    /// Gets the adapter folder (adapter/) and the last checkpoint (last/).
     #[arg(long, default_value = "target/kiln-finetune")]
     out: PathBuf,
     /// Where the figures go.
@@ -146,179 +75,95 @@ struct Options {
 
 impl Options {
     fn adapters(&self) -> AdapterConfig {
-        let Self { lambda, pool, repeat, .. } = *self;
-        let pooling = match self.pooling {
-            PoolingName::Average => Pooling::Average,
-            PoolingName::Sum => Pooling::Sum,
-        };
         let method = match self.method {
-            Method::Qbara => AdapterMethod::QBara(QBara { lambda }),
-            Method::Qalora => AdapterMethod::QaLora(QaLora { pool, pooling }),
-            Method::Qahira => AdapterMethod::QaHira(QaHira::for_tiles(repeat, pool)),
-            Method::Qablora => AdapterMethod::QaBlora(QaBlora { pool, repeat, rank: None }),
-            Method::Lora | Method::Rslora | Method::Dora | Method::Pissa | Method::Olora => {
-                AdapterMethod::Lora
-            }
+            Adapter::Lora => Method::lora(),
+            Adapter::Dora => Method::dora(),
+            Adapter::Pissa => Method::Lora { init: InitLoraWeights::Pissa { iterations: None } },
         };
-        AdapterConfig::new(method, self.peft())
-    }
-
-    fn peft(&self) -> PeftConfig {
-        let targets = match self.targets.as_str() {
-            "all-linear" => TargetModules::AllLinear,
-            names => TargetModules::Names(names.split(',').map(str::to_string).collect()),
-        };
-        let mut config = PeftConfig::new(self.rank, self.alpha, targets);
-        config.lora_dropout = self.dropout;
-        config.use_rslora = matches!(self.method, Method::Rslora);
-        config.use_dora = matches!(self.method, Method::Dora);
-        config.init_lora_weights = match self.method {
-            Method::Pissa => InitLoraWeights::Pissa { iterations: None },
-            Method::Olora => InitLoraWeights::Olora,
-            _ => InitLoraWeights::Kaiming,
-        };
+        let mut config =
+            AdapterConfig::new(method, self.rank, self.alpha).with_dropout(self.dropout).with_seed(self.seed);
+        if !self.targets.is_empty() {
+            config = config.with_targets(self.targets.clone());
+        }
         // The name only: the folder may be published, and paths of this machine mean nothing elsewhere.
-        let base = self.model.model.as_ref().and_then(|path| path.file_name());
-        config.base_model_name_or_path = base.map(|name| name.to_string_lossy().into_owned());
-        config
+        match self.model.model.as_ref().and_then(|path| path.file_name()) {
+            Some(name) => config.with_base_model(name.to_string_lossy()),
+            None => config,
+        }
     }
 
     fn trainer(&self) -> TrainerConfig {
         let mut batch = BatchOptions::new(self.batch);
-        (batch.seed, batch.packing) =
-            (self.seed, self.data.as_ref().is_some_and(|path| has_extension(path, "jsonl")));
-        batch.order = Order::Shuffled;
+        (batch.seed, batch.order) = (self.seed, Order::Shuffled);
+        // Short rows share a sequence.
+        batch.packing =
+            self.data.as_ref().is_some_and(|path| path.extension().is_some_and(|found| found == "jsonl"));
         let mut config = TrainerConfig::new(self.steps, batch);
-        config.accumulate = self.accumulate;
-        (config.lr, config.warmup) = (self.lr, self.warmup);
-        config.schedule = match self.schedule {
-            Schedule::Constant => ScheduleKind::Constant,
-            Schedule::Linear => ScheduleKind::Linear { final_ratio: 0.1 },
-            Schedule::Cosine => ScheduleKind::Cosine { final_ratio: 0.0 },
-        };
-        config.clip = (self.clip > 0.0).then_some(self.clip);
-        config.recompute = match self.recompute {
-            RecomputeName::None => Recompute::None,
-            RecomputeName::Block => Recompute::Block,
-        };
+        (config.lr, config.warmup) = (self.lr, 10);
+        config.schedule = ScheduleKind::Linear { final_ratio: 0.1 };
         config
     }
 }
 
-fn has_extension(path: &Path, extension: &str) -> bool {
-    path.extension().is_some_and(|found| found == extension)
-}
-
-/// Held-out ids.
-fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    read_ids(path.unwrap_or(&testdata("models/tiny-llama/text/shift_test_moby.u16le")), tokenizer)
-}
-
-fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<kiln::eval::Perplexity> {
-    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?)
-}
-
-/// Shows each step.
-struct Bar(indicatif::ProgressBar);
-
-impl Observer<AdaptedModel> for Bar {
-    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
-        self.0.set_position(report.step + 1);
-        self.0.set_message(format!(
-            "loss {:.4}, {:.0} tokens/s",
-            report.loss,
-            report.tokens as f64 / report.seconds
-        ));
-        ControlFlow::Continue(())
-    }
-}
-
-fn follow(trainer: Trainer<AdaptedModel>, clock: DropoutClock) -> Trainer<AdaptedModel> {
-    trainer.with_clock(move |place| {
-        clock.set(place.step, place.micro_batch);
-        clock.train(place.training);
-    })
-}
-
-fn main() -> Result<()> {
-    let mut options = Options::parse();
+fn run(mut options: Options) -> Result<()> {
     if options.model.model.is_none() {
-        options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
+        options.model.scheme.get_or_insert("affine4:64".parse()?);
     }
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let (base, report) = options.model.load(&checkpoint)?;
     println!("base: {} values in {} bytes", report.storage.total_values(), report.storage.total_bytes());
 
-    let data_options = {
-        let mut data = DataOptions::new(options.seq_len, base.vocab_size());
-        data.eos = tokenizer.special().eos.first().copied();
-        data
-    };
-    let data =
-        options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
-    let template = checkpoint.chat_template()?;
-    let dataset =
-        Dataset::open(&data, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data_options)?;
-    let held_out = evaluation_ids(options.eval.as_deref(), &tokenizer)?;
+    let text = |path: &Option<PathBuf>, name: &str| path.clone().unwrap_or_else(|| testdata(name));
+    let data = text(&options.data, "models/tiny-llama/text/shift_train_moby.txt");
+    let data = Arc::new(open_data(&data, &checkpoint, options.seq_len, base.vocab_size())?);
+    let held_out = text(&options.eval, "models/tiny-llama/text/shift_test_moby.u16le");
+    let held_out = read_ids(&held_out, &tokenizer)?;
     let window = options.window.unwrap_or(options.seq_len);
 
-    let (model, attacher) = kiln::attach_adapters(base, &options.adapters(), options.seed)?;
+    let tuned = Tuned::attach(base, &options.adapters())?;
+    let identity = tuned.identity()?;
+    let (model, adapters) = tuned.into_parts();
     let before = perplexity(&model, &held_out, window)?;
     println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
 
-    let (dataset, config) = (Arc::new(dataset), options.trainer());
-    let trainer = if options.resume {
-        Trainer::resume(model, dataset, config, &options.out.join("last"))?
-    } else {
-        Trainer::new(model, dataset, config)?
-    };
-    let trainable = kiln::quant::trained_values(trainer.model());
-    println!("training {trainable} parameters");
-    let mut trainer = follow(trainer, attacher.clock().clone());
-    let mut bar = Bar(indicatif::ProgressBar::new(options.steps)
-        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?));
-    let run = RunOptions {
-        save_every: options.save_every,
-        folder: Some(options.out.clone()),
-        ..Default::default()
-    };
-    let start = Instant::now();
-    let reports = trainer.run(&run, &mut bar)?;
-    let seconds = start.elapsed().as_secs_f64();
-    bar.0.finish_and_clear();
-
-    let model = trainer.into_model();
-    let after = perplexity(&model, &held_out, window)?;
-    let tokens: usize = reports.iter().map(|report| report.tokens).sum();
-    println!("perplexity after: {:.3}; {:.0} tokens/s", after.perplexity, tokens as f64 / seconds);
-    let folder = options.out.join("adapter");
-    let config = attacher.adapter_config();
-    match config.to_peft() {
-        Ok(_) => kiln::save_peft(&model, config, &folder)?,
-        // PEFT has no such adapters; the own folder holds them.
-        Err(_) => kiln::save_adapters(&model, config, &folder)?,
+    let mut trainer = Trainer::new(model, data, options.trainer())?.with_identity(identity);
+    if options.resume {
+        trainer = trainer.resumed(options.out.join("last"))?;
     }
-    println!("adapter written to {}", folder.display());
+    let trainable = trained_values(trainer.model());
+    println!("training {trainable} parameters");
+    let mut bar = Bar::new(options.steps);
+    let steps = trainer.run_with(&RunOptions::new().with_folder(&options.out), &mut bar)?.steps;
+    bar.finish();
+
+    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let after = perplexity(tuned.model(), &held_out, window)?;
+    let tokens: usize = steps.iter().map(|step| step.tokens).sum();
+    let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>();
+    println!("perplexity after: {:.3}; {rate:.0} tokens/s", after.perplexity);
+    let adapter = options.out.join("adapter");
+    tuned.save_peft(&adapter)?;
+    println!("adapter written to {}", adapter.display());
+
     let prompt = "The whale";
-    let sample = generate(
-        &model,
-        &tokenizer.encode(prompt, true)?,
-        &GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone()),
-        &mut |_| ControlFlow::Continue(()),
-    )?;
+    let stop = GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone());
+    let ids = tokenizer.encode(prompt, true)?;
+    let sample = generate(tuned.model(), &ids, &stop)?;
     println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
     write_json(
         options.json.as_deref(),
         &serde_json::json!({
-            "losses": reports.iter().map(|report| report.loss).collect::<Vec<_>>(),
+            "losses": steps.iter().map(|step| step.loss).collect::<Vec<_>>(),
             "perplexity_before": before.perplexity,
             "perplexity_after": after.perplexity,
-            "nll_before": before.nll,
-            "nll_after": after.nll,
-            "tokens_per_second": tokens as f64 / seconds,
+            "tokens_per_second": rate,
             "peak_rss_bytes": peak_rss_bytes(),
             "trainable_parameters": trainable,
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

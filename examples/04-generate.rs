@@ -1,9 +1,9 @@
 //! Continues a prompt, token by token.
 
-use std::{io::Write, ops::ControlFlow, path::PathBuf, time::Instant};
+use std::{io::Write, ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
-use kiln::models::{GenerateOptions, chat::Message, generate};
+use kiln::models::{GenerateOptions, chat::Message, generate_with};
 use kiln_examples::{ModelArgs, Result, write_json};
 
 #[derive(Parser)]
@@ -32,8 +32,7 @@ struct Options {
     json: Option<PathBuf>,
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = if options.chat {
@@ -54,7 +53,7 @@ fn main() -> Result<()> {
     print!("{}", if options.chat { "" } else { &options.prompt });
     let mut stream = tokenizer.decode_stream(true);
     let start = Instant::now();
-    let result = generate(&model, &prompt, &generation, &mut |id| {
+    let result = generate_with(&model, &prompt, &generation, &mut |id| {
         print!("{}", stream.push(id).unwrap_or_default());
         // A closed terminal is no reason to go on.
         if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
@@ -70,4 +69,8 @@ fn main() -> Result<()> {
             "tokens_per_second": rate,
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

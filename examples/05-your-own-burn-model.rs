@@ -2,16 +2,19 @@
 //!
 //! It is trained dense on one task, packed to 4 bits, and then adapted to a shifted task through LoRA alone.
 
+use std::process::ExitCode;
+
 use burn::{
     module::Module,
-    nn::{Linear, LinearConfig},
+    nn::{LayerNorm, LayerNormConfig, LinearConfig},
     optim::{AdamWConfig, GradientsParams},
     tensor::{Device, Int, Tensor, TensorData, activation::relu},
 };
 use clap::Parser;
 use kiln::{
-    adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules},
-    quant::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear, fused},
+    Tuned,
+    adapters::AdapterConfig,
+    quant::{Projection, QuantLinear, QuantScheme, Slots, fused, slots},
 };
 use kiln_examples::{DeviceName, Result};
 
@@ -27,8 +30,11 @@ struct Options {
 #[derive(Module, Debug)]
 struct Classifier<P: Projection> {
     hidden: P,
+    norm: LayerNorm,
     output: P,
 }
+
+slots!(Classifier { slot hidden, keep norm, slot output });
 
 const INPUTS: usize = 64;
 const HIDDEN: usize = 128;
@@ -36,11 +42,7 @@ const CLASSES: usize = 8;
 
 impl<P: Projection> Classifier<P> {
     fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        self.output.forward(relu(self.hidden.forward(x)))
-    }
-
-    fn map<Q: Projection>(self, mut f: impl FnMut(&str, P) -> Result<Q>) -> Result<Classifier<Q>> {
-        Ok(Classifier { hidden: f("hidden", self.hidden)?, output: f("output", self.output)? })
+        self.output.forward(relu(self.norm.forward(self.hidden.forward(x))))
     }
 }
 
@@ -85,42 +87,34 @@ fn train<P: Projection>(model: Classifier<P>, shift: usize, device: &Device) -> 
     model
 }
 
-/// Packs a trained linear to 4 bits.
-fn pack(name: &str, linear: Linear, device: &Device) -> Result<QuantLinear> {
-    let [d_input, d_output] = linear.weight.dims();
-    // Quantizers take weights as checkpoints store them, an output a row.
-    let rows: Vec<f32> = linear.weight.val().transpose().into_data().iter::<f32>().collect();
-    let packed = MinMax.quantize(name, &rows, d_input, d_output, &"affine4:32".parse()?)?;
-    println!("{name}: {:.2} bits per weight", packed.scheme.bits_per_weight(d_input, d_output));
-    Ok(QuantLinear::Packed(PackedLinear {
-        weight: PackedTensor::new(&packed, device),
-        bias: linear.bias.map(|b| b.no_grad()),
-    }))
-}
-
-fn main() -> Result<()> {
-    let device = Options::parse().device.open()?;
+fn run(options: Options) -> Result<()> {
+    let device = options.device.open()?;
     device.seed(7);
     let dense = Classifier {
         hidden: LinearConfig::new(INPUTS, HIDDEN).init(&device),
+        norm: LayerNormConfig::new(HIDDEN).init(&device),
         output: LinearConfig::new(HIDDEN, CLASSES).init(&device),
     };
     let dense = train(dense, 0, &device).valid();
     println!("dense: accuracy {:.3}", accuracy(&dense, points(1000, 0, &device)));
 
-    let packed = dense.map(|name, linear| pack(name, linear, &device))?;
+    let scheme: QuantScheme = "affine4:32".parse()?;
+    println!("hidden: {:.2} bits per weight", scheme.bits_per_weight(INPUTS, HIDDEN));
+    let packed = dense.try_map(|name, linear| QuantLinear::pack(name, linear, &scheme))?;
     println!("packed: accuracy {:.3}", accuracy(&packed, points(1000, 0, &device)));
     println!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 4, &device)));
 
-    let slots = [("hidden".to_string(), [INPUTS, HIDDEN]), ("output".to_string(), [HIDDEN, CLASSES])];
-    let attacher = LoraAttacher::new(
-        &PeftConfig::new(4, 8.0, TargetModules::Names(vec!["hidden".into(), "output".into()])),
-        &slots,
-        0,
-    )?;
-    let adapted: Classifier<Adapted<QuantLinear, Lora>> =
-        packed.map(|name, base| Ok(attacher.attach(name, base)?))?;
-    let adapted = train(adapted, 4, &device);
+    // Attaching freezes what stands outside the adapters, here the norm: a folder of adapters would not hold it.
+    let tuned = Tuned::attach(packed.clone(), &AdapterConfig::lora(4, 8.0))?;
+    let tuned = tuned.map_model(|model| train(model, 4, &device).valid());
+    let folder = std::env::temp_dir().join(format!("kiln-example-05-{}", std::process::id()));
+    tuned.save(&folder)?;
+    let adapted = Tuned::load(packed, &folder)?.into_model();
+    std::fs::remove_dir_all(&folder)?;
     println!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 4, &device)));
     Ok(())
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

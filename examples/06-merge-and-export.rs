@@ -4,27 +4,24 @@
 
 use std::{
     collections::BTreeMap,
-    ops::ControlFlow,
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::Arc,
 };
 
 use burn::tensor::Device;
 use clap::Parser;
 use kiln::{
-    AdaptedModel,
-    adapters::{AdapterConfig, Method, PeftConfig, QaHira, TargetModules},
+    Tuned,
+    adapters::{AdapterConfig, QaHira},
     models::{
         AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch,
         export::{ExportOptions, Fallback, FloatType, GgufOptions, export_gguf, export_mlx, verify_export},
     },
     quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
-    training::{
-        BatchOptions, DataOptions, Dataset, ModelTokenizer, Observer, RunOptions, ScheduleKind, StepReport,
-        Trainer, TrainerConfig,
-    },
+    training::{RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, testdata, write_json};
+use kiln_examples::{Bar, ModelArgs, Result, open_data, testdata, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -56,26 +53,15 @@ struct Options {
 }
 
 /// QA-HiRA whose tiles are the base's blocks.
-fn config(scheme: Scheme, reach: f64) -> Result<AdapterConfig> {
+fn config(scheme: Scheme, reach: f64, seed: u64) -> Result<AdapterConfig> {
     let Scheme::Packed(packed) = scheme else {
         return Err("a dense base has nothing to merge into: choose an affine --scheme".into());
     };
     let (Value::Affine { .. }, Some(inputs)) = (packed.value, packed.block.inputs) else {
         return Err(format!("{packed}: exact merges need affine codes in groups of inputs").into());
     };
-    // The rank serves the scaling only.
-    let lora = PeftConfig::new(1, reach * inputs as f64, TargetModules::AllLinear);
-    Ok(AdapterConfig::new(Method::QaHira(QaHira::for_tiles(packed.block.outputs, inputs)), lora))
-}
-
-struct Bar(indicatif::ProgressBar);
-
-impl Observer<AdaptedModel> for Bar {
-    fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
-        self.0.set_position(report.step + 1);
-        self.0.set_message(format!("loss {:.4}", report.loss));
-        ControlFlow::Continue(())
-    }
+    let method = QaHira::for_tiles(packed.block.outputs, inputs);
+    Ok(AdapterConfig::qa_hira(method, reach * inputs as f64).with_seed(seed))
 }
 
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Result<Vec<f32>> {
@@ -140,40 +126,30 @@ fn file_difference(path: &Path, expected: &BTreeMap<String, Vec<f32>>) -> Result
     Ok(pairs.map(|(a, b)| (a - b).abs()).fold(0.0, f32::max))
 }
 
-fn main() -> Result<()> {
-    let mut options = Options::parse();
+fn run(mut options: Options) -> Result<()> {
     let scheme = *options.model.scheme.get_or_insert("affine4:64:f16".parse::<Scheme>()?);
     let checkpoint = options.model.checkpoint()?;
-    let tokenizer = checkpoint.tokenizer()?;
     let (base, _) = options.model.load(&checkpoint)?;
-    let prompt = tokenizer.encode("The whale rose slowly out of the cold grey sea, and the men", true)?;
+    let prompt = checkpoint
+        .tokenizer()?
+        .encode("The whale rose slowly out of the cold grey sea, and the men", true)?;
     let (base_logits, base_codes) = (logits(&base, &prompt)?, codes(&base)?);
 
-    let mut data = DataOptions::new(options.seq_len, base.vocab_size());
-    data.eos = tokenizer.special().eos.first().copied();
     let text =
         options.data.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
-    let template = checkpoint.chat_template()?;
-    let dataset =
-        Dataset::open(&text, &ModelTokenizer::new(&tokenizer, template, Default::default()), &data)?;
+    let dataset = open_data(&text, &checkpoint, options.seq_len, base.vocab_size())?;
 
-    let (model, attacher) = kiln::attach_adapters(base, &config(scheme, options.reach)?, options.seed)?;
-    let mut config = TrainerConfig::new(options.steps, BatchOptions::new(options.batch));
-    (config.lr, config.warmup, config.schedule) = (options.lr, 0, ScheduleKind::Constant);
-    let clock = attacher.clock().clone();
-    let mut trainer = Trainer::new(model, Arc::new(dataset), config)?.with_clock(move |place| {
-        clock.set(place.step, place.micro_batch);
-        clock.train(place.training);
-    });
-    let mut bar = Bar(indicatif::ProgressBar::new(options.steps)
-        .with_style(indicatif::ProgressStyle::with_template("{bar:40} {pos}/{len} {msg} {eta}")?));
-    trainer.run(&RunOptions::default(), &mut bar)?;
-    bar.0.finish_and_clear();
-    attacher.clock().train(false);
-    let model = trainer.into_model();
+    let tuned = Tuned::attach(base, &config(scheme, options.reach, options.seed)?)?;
+    let (model, adapters) = tuned.into_parts();
+    let recipe = TrainerConfig::new(options.steps, options.batch).with_lr(options.lr);
+    let mut trainer = Trainer::new(model, Arc::new(dataset), recipe)?;
+    let mut bar = Bar::new(options.steps);
+    trainer.run_with(&RunOptions::new(), &mut bar)?;
+    bar.finish();
+    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
 
-    let adapted = logits(&model, &prompt)?;
-    let merged = kiln::merge_packed(model)?;
+    let adapted = logits(tuned.model(), &prompt)?;
+    let merged = tuned.merge_packed()?;
     let merged_logits = logits(&merged, &prompt)?;
     let shift = distance(&adapted, &base_logits);
     let adapter_shift = shift / norm(&base_logits);
@@ -212,4 +188,8 @@ fn main() -> Result<()> {
             "f16_logit_shift": gguf_shift.relative.max(mlx_shift.relative),
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

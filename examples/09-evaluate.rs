@@ -1,6 +1,6 @@
 //! Tasks of the lm-evaluation-harness on a model: the embedded model and a quiz, or yours and your data.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{ops::ControlFlow, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kiln::eval::{DataFolder, Evaluation, ModelScorer, Probe, Report, Scorer, Task, TaskData, disk_bytes};
@@ -108,8 +108,7 @@ fn results(report: &Report) -> serde_json::Value {
     results.into()
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let mut evaluation = Evaluation::new().with_model(options.model_name());
     (evaluation.shots, evaluation.limit, evaluation.samples) =
         (options.shots, options.limit, options.samples());
@@ -126,7 +125,7 @@ fn main() -> Result<()> {
     }
     let probe = Probe::start();
     let bar = indicatif::ProgressBar::new(0);
-    let report = evaluation.evaluate(&scorer, &tasks, &mut |progress| {
+    let report = evaluation.evaluate_with(&scorer, &tasks, &mut |progress| {
         bar.set_length(progress.total as u64);
         bar.set_position(progress.documents as u64);
         ControlFlow::Continue(())
@@ -153,4 +152,8 @@ fn main() -> Result<()> {
             "report": report,
         }),
     )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

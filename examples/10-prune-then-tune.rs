@@ -4,23 +4,23 @@
 //! part calibrates and repairs and whose last third is evaluated.
 
 use std::{
-    ops::ControlFlow,
     path::{Path, PathBuf},
+    process::ExitCode,
     sync::Arc,
 };
 
 use clap::Parser;
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
-    eval::WindowedPerplexity,
+    Tuned,
+    adapters::AdapterConfig,
     models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
     pruning::{
         BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
     quant::QuantLinear,
-    training::{BatchOptions, DataOptions, Dataset, Order, ScheduleKind, Trainer, TrainerConfig},
+    training::{BatchOptions, DataOptions, Dataset, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, split_ids, write_json};
+use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -79,17 +79,11 @@ fn name(criterion: Criterion) -> Result<String> {
     Ok(name.as_str().unwrap_or_default().to_string())
 }
 
-fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<f64> {
-    let found =
-        WindowedPerplexity::new(window).evaluate(&model.valid(), ids, &mut |_| ControlFlow::Continue(()))?;
-    Ok(found.perplexity)
-}
-
 /// Trains LoRA on all linears of the pruned model; returns the perplexity after that.
 fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_out: &[u32]) -> Result<f64> {
     let dataset = Dataset::from_ids(train.to_vec(), &DataOptions::new(options.seq_len, model.vocab_size()))?;
-    let peft = PeftConfig::new(options.rank, 2.0 * options.rank as f64, TargetModules::AllLinear);
-    let (model, _) = kiln::attach_lora(model, &peft, options.seed)?;
+    let adapters = AdapterConfig::lora(options.rank, 2.0 * options.rank as f64).with_seed(options.seed);
+    let model = Tuned::attach(model, &adapters)?.into_model();
     let mut batch = BatchOptions::new(4);
     (batch.seed, batch.order) = (options.seed, Order::Shuffled);
     let mut config = TrainerConfig::new(options.steps, batch);
@@ -98,10 +92,8 @@ fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_o
     config.clip = Some(1.0);
     config.recompute = Recompute::None;
     let mut trainer = Trainer::new(model, Arc::new(dataset), config)?;
-    for _ in 0..options.steps {
-        trainer.step()?;
-    }
-    perplexity(&trainer.into_model(), held_out, options.seq_len)
+    trainer.run(&RunOptions::new())?;
+    Ok(perplexity(&trainer.into_model(), held_out, options.seq_len)?.perplexity)
 }
 
 fn save(checkpoint: &Checkpoint, pruning: &BlockPruning, pruned: &Pruned, folder: &Path) -> Result<()> {
@@ -114,13 +106,12 @@ fn save(checkpoint: &Checkpoint, pruning: &BlockPruning, pruned: &Pruned, folder
     Ok(())
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
     let calibration = Windows::disjoint(&train, options.window_length, options.windows, options.seed)?;
-    let dense = perplexity(&model, &held_out, options.seq_len)?;
+    let dense = perplexity(&model, &held_out, options.seq_len)?.perplexity;
     println!("dense: perplexity {dense:.2}");
     println!(
         "{:<14} {:>6} {:>12} {:>12} {:>10} {:>10}",
@@ -135,7 +126,7 @@ fn main() -> Result<()> {
             pruning.seed = options.seed;
             pruning.bias_compensation = name(criterion)?.starts_with("flap");
             let pruned = pruning.prune(model.clone(), Some(&calibration), &CutOptions::default())?;
-            let before = perplexity(&pruned.model, &held_out, options.seq_len)?;
+            let before = perplexity(&pruned.model, &held_out, options.seq_len)?.perplexity;
             if let Some(out) = &options.out {
                 let folder = out.join(format!("{}-{ratio}", name(criterion)?));
                 save(&checkpoint, &pruning, &pruned, &folder)?;
@@ -160,4 +151,8 @@ fn main() -> Result<()> {
         }
     }
     write_json(options.json.as_deref(), &serde_json::json!({ "rows": rows }))
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

@@ -1,6 +1,6 @@
 //! Logits of given token ids, for comparing with other programs.
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{collections::HashMap, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kiln::models::{CausalLm, TokenBatch};
@@ -44,8 +44,7 @@ fn integers(file: &SafeTensors, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     Ok((values, shape))
 }
 
-fn main() -> Result<()> {
-    let options = Options::parse();
+fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let tokens = match &options.ids {
         Some(path) => {
@@ -77,4 +76,8 @@ fn main() -> Result<()> {
         safetensors::serialize_to_file([("logits", view)], metadata, path)?;
     }
     Ok(())
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
 }

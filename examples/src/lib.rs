@@ -1,19 +1,23 @@
-//! What the example programs share: devices, checkpoints, tables of figures.
+//! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
 
-use std::{
-    error::Error,
-    path::{Path, PathBuf},
-};
+#[cfg(doctest)]
+mod documents;
+mod errors;
+mod progress;
+
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
 use kiln::{
     AdaptedModel,
-    models::{AnyModel, Checkpoint, LoadOptions, LoadReport, Tokenizer},
-    quant::{Plan, QuantLinear, Scheme},
+    eval::{Perplexity, WindowedPerplexity},
+    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, LoadReport, Tokenizer},
+    quant::{QuantLinear, Scheme},
+    training::{DataOptions, Dataset, ModelTokenizer},
 };
 
-/// `Result` with any error.
-pub type Result<T> = std::result::Result<T, Box<dyn Error>>;
+pub use errors::{Result, program};
+pub use progress::Bar;
 
 /// Where to compute.
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -86,7 +90,7 @@ impl ModelArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
-        let options = LoadOptions { schemes: self.scheme.map(Plan::uniform), ..LoadOptions::default() };
+        let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default();
         let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
         for note in &report.notes {
             eprintln!("note: {note}");
@@ -102,7 +106,7 @@ impl ModelArgs {
         use kiln::{adapters::Adapted, models::Slots};
         let (model, report) = self.load(checkpoint)?;
         let model = match &self.adapter {
-            Some(folder) => kiln::load_adapters(model, folder, 0)?.0,
+            Some(folder) => kiln::Tuned::load(model, folder)?.into_model(),
             None => model.try_map(|_, base| Ok::<_, std::convert::Infallible>(Adapted::new(base, None)))?,
         };
         Ok((model, report))
@@ -157,4 +161,31 @@ pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>
     let mut ids = read_ids(data.unwrap_or(&default), tokenizer)?;
     let held_out = ids.split_off(ids.len() * 2 / 3);
     Ok((ids, held_out))
+}
+
+/// Examples of at most `seq_len` tokens of a .txt, .jsonl or .u16le file, by the tokenizer and the chat template of
+/// `checkpoint`; what was cut, left out or ignored is printed.
+///
+/// # Errors
+/// Whatever the file refuses.
+pub fn open_data(path: &Path, checkpoint: &Checkpoint, seq_len: usize, vocab_size: usize) -> Result<Dataset> {
+    let tokenizer = checkpoint.tokenizer()?;
+    let template = checkpoint.chat_template()?;
+    let text = ModelTokenizer::new(&tokenizer, template.as_ref(), Default::default());
+    let mut options = DataOptions::new(seq_len, vocab_size);
+    options.eos = tokenizer.special().eos.first().copied();
+    let data = Dataset::open(path, &text, &options)?;
+    let report = data.report();
+    if report.dropped_tokens > 0 || report.truncated > 0 || !report.ignored_fields.is_empty() {
+        eprintln!("note: {}: {report}", path.display());
+    }
+    Ok(data)
+}
+
+/// Perplexity over windows that don't overlap.
+///
+/// # Errors
+/// Fewer ids than a window.
+pub fn perplexity<M: CausalLm>(model: &M, ids: &[u32], window: usize) -> Result<Perplexity> {
+    Ok(WindowedPerplexity::new(window).evaluate(&model.valid(), ids)?)
 }

@@ -11,9 +11,10 @@ use burn::{
     tensor::{Device, Distribution, Tensor},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
-    quant::{Plan, QuantLinear, Scheme},
+    quant::{QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 
@@ -27,12 +28,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
 
     let checkpoint = Checkpoint::open(model)?;
-    let schemes = match scheme.as_str() {
-        "stored" => None,
-        "burn-qlora" => Some(Plan::uniform(Scheme::Dense)),
-        scheme => Some(Plan::uniform(scheme.parse::<Scheme>()?)),
+    let options = match scheme.as_str() {
+        "stored" => LoadOptions::default(),
+        "burn-qlora" => LoadOptions::uniform(Scheme::Dense),
+        scheme => LoadOptions::uniform(scheme.parse::<Scheme>()?),
     };
-    let (model, report) = checkpoint.load(&LoadOptions { schemes, ..LoadOptions::default() }, &device)?;
+    let (model, report) = checkpoint.load(&options, &device)?;
     let parameters = report.storage.total_values();
     let loaded = peak_rss();
     let vocabulary = model.vocab_size();
@@ -47,8 +48,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let step = if scheme == "burn-qlora" {
         time_steps(Trainer::new(burn_qlora(model)?, dataset, options)?, steps)?
     } else {
-        let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-        time_steps(Trainer::new(kiln::attach_lora(model, &config, 0)?.0, dataset, options)?, steps)?
+        let tuned = Tuned::attach(model, &AdapterConfig::lora(16, 16.0))?;
+        time_steps(Trainer::new(tuned.into_model(), dataset, options)?, steps)?
     };
     let peak = peak_rss();
 

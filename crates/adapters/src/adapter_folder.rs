@@ -1,6 +1,7 @@
 //! Kiln's own adapter folders, for every method: `kiln_adapter.json` and `kiln_adapter.safetensors`.
 //!
-//! The first holds `version` (1), `method` (as [`Method`] writes itself), `lora` (PEFT's keys: rank, alpha, selection)
+//! The first holds `version` (1), `method` (its name, with the options of those that pool), `lora` (PEFT's keys: rank,
+//! alpha, selection, `use_dora`, initialisation)
 //! and `base_fingerprint` (of the packed base that the adapters were trained on, or null). Unknown keys are errors. The
 //! second holds `PATH.A` `[rank, d_input / pool]`, `PATH.B` `[d_output / repeat, rank]`, `PATH.H`
 //! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, where PATH is the module's name in the
@@ -17,10 +18,12 @@ use kiln_quant_core::{safetensors_file::SafetensorsFile, write_atomically};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AdapterConfig, AdapterKind, Attacher, Method, PeftConfig,
+    AdapterConfig, AdapterKind, AnyAdapter, Attacher, InitLoraWeights, Method, PeftConfig, QBara, QaBlora,
+    QaHira, QaLora,
     error::{Error, Result},
     json_fields::Problem,
     part::Part,
+    peft_config::in_file,
     store,
 };
 
@@ -39,11 +42,57 @@ const MAX_BYTES: u64 = 16 << 20;
 #[serde(deny_unknown_fields)]
 struct Description {
     version: u32,
-    method: Method,
+    method: StoredMethod,
     /// Must be there, null or not: a missing key is no statement.
     #[serde(deserialize_with = "Option::deserialize")]
     base_fingerprint: Option<String>,
     lora: serde_json::Map<String, serde_json::Value>,
+}
+
+/// A method as the file names it; what else belongs to LoRA and DoRA is among PEFT's keys.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum StoredMethod {
+    Lora,
+    QBara(QBara),
+    QaLora(QaLora),
+    QaHira(QaHira),
+    QaBlora(QaBlora),
+}
+
+impl From<Method> for StoredMethod {
+    fn from(method: Method) -> Self {
+        match method {
+            Method::Lora { .. } | Method::Dora { .. } => Self::Lora,
+            Method::QBara(numbers) => Self::QBara(numbers),
+            Method::QaLora(numbers) => Self::QaLora(numbers),
+            Method::QaHira(numbers) => Self::QaHira(numbers),
+            Method::QaBlora(numbers) => Self::QaBlora(numbers),
+        }
+    }
+}
+
+impl StoredMethod {
+    /// The method, together with PEFT's keys, which may contradict it.
+    fn with_keys(self, lora: &PeftConfig) -> std::result::Result<Method, Problem> {
+        if lora.use_qalora {
+            return Err(Problem::new("use_qalora", "false; the method says it", true));
+        }
+        let method = match self {
+            Self::Lora => return Ok(lora.adapter().method),
+            Self::QBara(numbers) => Method::QBara(numbers),
+            Self::QaLora(numbers) => Method::QaLora(numbers),
+            Self::QaHira(numbers) => Method::QaHira(numbers),
+            Self::QaBlora(numbers) => Method::QaBlora(numbers),
+        };
+        if lora.use_dora {
+            return Err(Problem::new("use_dora", format!("false for {}", method.name()), true));
+        }
+        match lora.init_lora_weights {
+            InitLoraWeights::Kaiming => Ok(method),
+            other => Err(Problem::new("init_lora_weights", format!("true for {}", method.name()), other)),
+        }
+    }
 }
 
 /// An own adapter folder on disk, open.
@@ -110,7 +159,9 @@ impl AdapterFolder {
         if let Some(key) = lora.unknown_keys.first() {
             return wrong(&format!("lora.{key}"), "a key of version 1", "an unknown one".into());
         }
-        let config = AdapterConfig::new(method, lora);
+        lora.supported(&config_path)?;
+        let method = method.with_keys(&lora).map_err(|problem| problem.in_file(&config_path))?;
+        let config = AdapterConfig { method, ..lora.adapter() };
         config.validate().map_err(|error| in_file(error, &config_path))?;
         let weights = SafetensorsFile::open(folder.as_ref().join(KILN_WEIGHTS_FILE))?;
         Ok(Self { config, base_fingerprint, config_path, weights })
@@ -141,19 +192,6 @@ impl AdapterFolder {
         }
     }
 
-    /// Refuses adapters that were trained by another method than `expected`, or with another number of it, such as the
-    /// pooling scale.
-    ///
-    /// # Errors
-    /// [`Error::File`] naming `method`.
-    pub fn check_method(&self, expected: &Method) -> Result<()> {
-        if self.config.method == *expected {
-            return Ok(());
-        }
-        let text = |method: &Method| serde_json::to_string(method).unwrap_or_else(|_| method.name().into());
-        Err(Problem::new("method", text(expected), text(&self.config.method)).in_file(&self.config_path))
-    }
-
     /// Reads the adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. `seed` decides
     /// the dropout of further training.
     ///
@@ -164,17 +202,10 @@ impl AdapterFolder {
     pub fn attacher<A: AdapterKind>(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<Attacher<A>> {
         let at = |error| in_file(error, &self.config_path);
         A::accept(&self.config).map_err(at)?;
-        let targets = self.config.targets(slots).and_then(crate::Targets::require_all).map_err(at)?;
-        let parts =
-            store::read(&self.weights, &self.config, &targets, slots, Part::kiln_name, KILN_CONFIG_FILE)?;
-        Ok(Attacher::stored(self.config.clone(), targets, parts, seed))
-    }
-}
-
-fn in_file(error: Error, path: &Path) -> Error {
-    match error {
-        Error::Argument { name, expected, found } => Problem::new(name, expected, found).in_file(path),
-        other => other,
+        let config = self.config.clone().with_seed(seed);
+        let targets = config.select(slots).and_then(crate::Targets::require_all).map_err(at)?;
+        let parts = store::read(&self.weights, &config, &targets, slots, Part::kiln_name, KILN_CONFIG_FILE)?;
+        Ok(Attacher::stored(config, targets, parts))
     }
 }
 
@@ -188,27 +219,73 @@ fn in_file(error: Error, path: &Path) -> Error {
 /// An adapter that `config` doesn't select, or of another kind, rank, scaling, pooling or size, because the folder could
 /// then not be loaded again; two adapters of one path; values that aren't finite; the operating system's errors.
 pub fn save_adapters<'a, S: AsRef<str>, A: AdapterKind + 'a>(
-    folder: &Path,
+    folder: impl AsRef<Path>,
     config: &AdapterConfig,
     base_fingerprint: Option<&str>,
     adapters: impl IntoIterator<Item = (S, &'a A)>,
 ) -> Result<()> {
-    A::accept(config)?;
-    let adapters = store::collect(adapters);
-    store::check_adapters(config, &adapters)?;
-    let serde_json::Value::Object(lora) = config.lora.to_json() else {
+    save(folder.as_ref(), config, base_fingerprint, &store::collect(adapters))
+}
+
+fn save(
+    folder: &Path,
+    config: &AdapterConfig,
+    base_fingerprint: Option<&str>,
+    adapters: &[(String, AnyAdapter)],
+) -> Result<()> {
+    let config_path = folder.join(KILN_CONFIG_FILE);
+    let lora = config.peft_keys();
+    lora.supported(&config_path)?;
+    store::check_adapters(config, adapters)?;
+    let serde_json::Value::Object(lora) = lora.to_json() else {
         return Err(Problem::new("lora", "an object", "another value").argument());
     };
     let description = Description {
         version: VERSION,
-        method: config.method,
+        method: config.method.into(),
         base_fingerprint: base_fingerprint.map(Into::into),
         lora,
     };
-    let config_path = folder.join(KILN_CONFIG_FILE);
     let text = serde_json::to_vec_pretty(&description)
         .map_err(|error| Error::io(&config_path)(std::io::Error::other(error)))?;
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    store::write(&folder.join(KILN_WEIGHTS_FILE), &adapters, Part::kiln_name, &BTreeMap::new())?;
+    store::write(&folder.join(KILN_WEIGHTS_FILE), adapters, Part::kiln_name, &BTreeMap::new())?;
     Ok(write_atomically(&config_path, |file| file.write_all(&text))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::InitH;
+
+    #[test]
+    fn methods_are_named_objects_without_unknown_keys() {
+        let methods = [
+            (StoredMethod::Lora, r#""lora""#),
+            (StoredMethod::QBara(QBara { lambda: 2 }), r#"{"q-bara":{"lambda":2}}"#),
+            (StoredMethod::QaLora(QaLora::default()), r#"{"qa-lora":{"pool":32,"pooling":"average"}}"#),
+            (
+                StoredMethod::QaHira(QaHira { pool: 4, repeat: 8, init: InitH::Kaiming }),
+                r#"{"qa-hira":{"pool":4,"repeat":8,"init":"kaiming"}}"#,
+            ),
+            (
+                StoredMethod::QaBlora(QaBlora { pool: 4, repeat: 2, rank: Some(3) }),
+                r#"{"qa-blora":{"pool":4,"repeat":2,"rank":3}}"#,
+            ),
+        ];
+        for (method, text) in methods {
+            assert_eq!(serde_json::to_string(&method).unwrap(), text);
+            assert_eq!(serde_json::from_str::<StoredMethod>(text).unwrap(), method);
+        }
+        for bad in [
+            r#"{"q-bara":{"lambda":2,"mu":3}}"#,
+            r#"{"q-bara":{}}"#,
+            r#"{"q-bara":{"lambda":-2}}"#,
+            r#"{"qa-lora":{"pool":4}}"#,
+            r#"{"qa-lora":{"pool":4,"pooling":"median"}}"#,
+            r#""hira""#,
+        ] {
+            assert!(serde_json::from_str::<StoredMethod>(bad).is_err(), "{bad}");
+        }
+    }
 }

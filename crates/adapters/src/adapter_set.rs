@@ -6,7 +6,7 @@ use std::{
 };
 
 use burn::{module::Module, tensor::Tensor};
-use kiln_quant_core::{PackedTensor, Projection};
+use kiln_quant_core::{PackedTensor, Place, Projection};
 
 use crate::{Adapted, Adapter, AdapterKind, AnyAdapter, Attacher, PackedMerge, Result, json_fields::Problem};
 
@@ -159,6 +159,10 @@ impl<A: Adapter> Adapter for AdapterSet<A> {
             sum + (adapter.merged_weight(base) - weight.clone()).mul_scalar(share)
         })
     }
+
+    fn at(&self, place: Place) {
+        self.adapters.iter().for_each(|adapter| adapter.at(place));
+    }
 }
 
 /// Exact where each working adapter is.
@@ -175,8 +179,8 @@ impl<A: AdapterKind> PackedMerge for AdapterSet<A> {
 ///
 /// ```no_run
 /// # fn example(slots: Vec<(String, [usize; 2])>) -> Result<(), kiln_adapters::Error> {
-/// use kiln_adapters::{AdapterSetAttacher, PeftFolder};
-/// let open = |folder: &str| PeftFolder::open(folder)?.attacher(&slots, 0);
+/// use kiln_adapters::{AdapterSetAttacher, Lora, PeftFolder};
+/// let open = |folder: &str| PeftFolder::open(folder)?.attacher::<Lora>(&slots, 0);
 /// let attacher = AdapterSetAttacher::new(vec![
 ///     ("german".into(), open("german-adapter")?),
 ///     ("sql".into(), open("sql-adapter")?),

@@ -4,7 +4,7 @@ use burn::{
     module::Module,
     tensor::{DType, Tensor},
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Projection};
 
 use crate::{
     Adapter, Core, Dora, Full, Geometry, Lora, LowRank, Method, PooledAdapter, Result,
@@ -52,7 +52,7 @@ impl AnyAdapter {
     }
 
     pub(crate) fn describe(&self) -> Description {
-        let low_rank = |r| Method::Lora.geometry([1, 1], r);
+        let low_rank = |r| Method::lora().geometry([1, 1], r);
         let described =
             |geometry: Geometry, scaling, magnitudes| Description { geometry, scaling, magnitudes };
         match self {
@@ -98,6 +98,10 @@ impl Adapter for AnyAdapter {
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
         either!(self, adapter => adapter.merged_weight(base))
     }
+
+    fn at(&self, place: Place) {
+        either!(self, adapter => adapter.at(place));
+    }
 }
 
 mod sealed {
@@ -110,6 +114,10 @@ mod sealed {
 
 /// A kind of adapter that a configuration can ask for: [`Lora`], [`Dora`], [`PooledAdapter`], or [`AnyAdapter`] where
 /// the configuration decides.
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no kind of adapter that a configuration can ask for",
+    note = "the kinds are `Lora`, `Dora`, `PooledAdapter`, and `AnyAdapter` where the configuration decides"
+)]
 pub trait AdapterKind: Adapter + Into<AnyAdapter> + sealed::Sealed {
     /// Refuses configurations of other kinds.
     ///
@@ -121,22 +129,17 @@ pub trait AdapterKind: Adapter + Into<AnyAdapter> + sealed::Sealed {
     fn from_any(adapter: AnyAdapter) -> Option<Self>;
 }
 
-fn accept(config: &AdapterConfig, pooled: bool, dora: bool) -> Result<()> {
-    let found = config.method.name();
-    match (config.method, pooled) {
-        (Method::Lora, true) => Err(Problem::new("method", "one that pools", found).argument()),
-        (Method::Lora, false) if config.lora.use_dora != dora => {
-            Err(Problem::new("use_dora", dora.to_string(), !dora).argument())
-        }
-        (Method::Lora, false) => Ok(()),
-        (_, false) => Err(Problem::new("method", "lora", found).argument()),
-        (_, true) => Ok(()),
-    }
+/// The refusal of a configuration that asks for something else than `expected`.
+fn other_kind<T>(config: &AdapterConfig, expected: &str) -> Result<T> {
+    Err(Problem::new("method", expected, config.method.name()).argument())
 }
 
 impl AdapterKind for Lora {
     fn accept(config: &AdapterConfig) -> Result<()> {
-        accept(config, false, false)
+        match config.method {
+            Method::Lora { .. } => Ok(()),
+            _ => other_kind(config, "lora"),
+        }
     }
 
     fn from_any(adapter: AnyAdapter) -> Option<Self> {
@@ -146,7 +149,10 @@ impl AdapterKind for Lora {
 
 impl AdapterKind for Dora {
     fn accept(config: &AdapterConfig) -> Result<()> {
-        accept(config, false, true)
+        match config.method {
+            Method::Dora { .. } => Ok(()),
+            _ => other_kind(config, "dora"),
+        }
     }
 
     fn from_any(adapter: AnyAdapter) -> Option<Self> {
@@ -156,7 +162,10 @@ impl AdapterKind for Dora {
 
 impl AdapterKind for PooledAdapter {
     fn accept(config: &AdapterConfig) -> Result<()> {
-        accept(config, true, false)
+        match config.method {
+            Method::Lora { .. } | Method::Dora { .. } => other_kind(config, "one that pools"),
+            _ => Ok(()),
+        }
     }
 
     fn from_any(adapter: AnyAdapter) -> Option<Self> {

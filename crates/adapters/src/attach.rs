@@ -5,8 +5,8 @@ use std::{collections::BTreeMap, marker::PhantomData};
 use kiln_quant_core::{Projection, QuantLinear};
 
 use crate::{
-    Adapted, AdapterConfig, AdapterKind, AnyAdapter, Core, Dora, Dropout, DropoutClock, InitLoraWeights,
-    Lora, Method, PeftConfig, PooledAdapter, Result, Target, Targets,
+    Adapted, AdapterConfig, AdapterKind, AnyAdapter, Core, Dora, Dropout, InitLoraWeights, Lora, Method,
+    PooledAdapter, Result, Target, Targets,
     any::tensor,
     json_fields::Problem,
     lora,
@@ -19,7 +19,7 @@ use crate::{
 ///
 /// ```no_run
 /// # use burn::nn::Linear;
-/// # use kiln_adapters::{Adapted, Error, Lora, LoraAttacher, PeftConfig, TargetModules};
+/// # use kiln_adapters::{Adapted, AdapterConfig, Error, Lora, LoraAttacher};
 /// # struct Model;
 /// # impl Model {
 /// #     fn slot_shapes(&self) -> Vec<(String, [usize; 2])> { vec![] }
@@ -28,10 +28,8 @@ use crate::{
 /// #     }
 /// # }
 /// # fn example(model: Model) -> Result<(), Error> {
-/// let config = PeftConfig::new(16, 16.0, TargetModules::AllLinear);
-/// let attacher = LoraAttacher::new(&config, &model.slot_shapes(), 42)?;
+/// let attacher = LoraAttacher::new(&AdapterConfig::lora(16, 16.0), &model.slot_shapes())?;
 /// let model = model.try_map(|path, base| attacher.attach(path, base))?;
-/// attacher.clock().train(true);
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
@@ -39,7 +37,6 @@ pub struct Attacher<A> {
     config: AdapterConfig,
     targets: Targets,
     source: Source,
-    clock: DropoutClock,
     kind: PhantomData<fn() -> A>,
 }
 
@@ -51,69 +48,39 @@ pub type AnyAttacher = Attacher<AnyAdapter>;
 
 #[derive(Debug)]
 enum Source {
-    Initial { seed: u64 },
+    Initial,
     Stored(BTreeMap<String, Parts>),
 }
 
 impl<A: AdapterKind> Attacher<A> {
-    /// New adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. `seed` decides the
-    /// initial values and the dropout.
+    /// New adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`.
     ///
     /// # Errors
     /// A configuration that is out of range, asks for another kind or for what isn't implemented, selects nothing, has
     /// an entry without effect, or a size that doesn't divide a selected layer's.
-    pub fn new<C: Clone + Into<AdapterConfig>>(
-        config: &C,
-        slots: &[(String, [usize; 2])],
-        seed: u64,
-    ) -> Result<Self> {
-        let config: AdapterConfig = config.clone().into();
-        A::accept(&config)?;
-        if config.lora.init_lora_weights == InitLoraWeights::Orthogonal {
+    pub fn new(config: &AdapterConfig, slots: &[(String, [usize; 2])]) -> Result<Self> {
+        A::accept(config)?;
+        if config.method.init() == InitLoraWeights::Orthogonal {
             let expected = "Kaiming, Random, Gaussian, Pissa or Olora for new adapters";
-            return Err(Problem::new("init_lora_weights", expected, "Orthogonal").argument());
+            return Err(Problem::new("init", expected, "Orthogonal").argument());
         }
-        let mut checked = config.clone();
-        if let InitLoraWeights::Pissa { iterations } = &mut checked.lora.init_lora_weights {
-            // Files can't hold what started at random; new adapters can.
-            *iterations = None;
-        }
-        let targets = checked.targets(slots)?.require_all()?;
-        Ok(Self::from_source(config, targets, Source::Initial { seed }, seed))
+        let targets = config.select(slots)?.require_all()?;
+        Ok(Self { config: config.clone(), targets, source: Source::Initial, kind: PhantomData })
     }
 
     /// Adapters with weights from a file, which were checked against the model.
-    pub(crate) fn stored(
-        config: AdapterConfig,
-        targets: Targets,
-        parts: BTreeMap<String, Parts>,
-        seed: u64,
-    ) -> Self {
-        Self::from_source(config, targets, Source::Stored(parts), seed)
+    pub(crate) fn stored(config: AdapterConfig, targets: Targets, parts: BTreeMap<String, Parts>) -> Self {
+        Self { config, targets, source: Source::Stored(parts), kind: PhantomData }
     }
 
-    fn from_source(config: AdapterConfig, targets: Targets, source: Source, seed: u64) -> Self {
-        Self { config, targets, source, clock: DropoutClock::new(seed), kind: PhantomData }
-    }
-
-    /// The options under PEFT's names, to be saved with LoRA adapters.
-    pub fn config(&self) -> &PeftConfig {
-        &self.config.lora
-    }
-
-    /// The whole configuration, to be saved with adapters of any kind.
-    pub fn adapter_config(&self) -> &AdapterConfig {
+    /// The configuration, to be saved with the adapters.
+    pub fn config(&self) -> &AdapterConfig {
         &self.config
     }
 
     /// The selected modules, and the entries of a loaded configuration that have no effect on this model.
     pub fn targets(&self) -> &Targets {
         &self.targets
-    }
-
-    /// The clock of all dropouts: a trainer's to set.
-    pub fn clock(&self) -> &DropoutClock {
-        &self.clock
     }
 
     /// Puts the adapter of the slot `path`, if it gets one, on `base`, which is frozen. To be called before
@@ -126,10 +93,9 @@ impl<A: AdapterKind> Attacher<A> {
     /// those need [`attach_to_residual`](Self::attach_to_residual).
     pub fn attach<P: Projection>(&self, path: &str, base: P) -> Result<Adapted<P, A>> {
         let Some(target) = self.targets.get(path) else { return Ok(Adapted::new(base, None)) };
-        if self.config.lora.init_lora_weights.changes_base() {
+        if self.config.method.init().changes_base() {
             let expected = "an initialisation that leaves the base as it is, or a base that can be replaced";
-            let found = self.config.lora.to_json()["init_lora_weights"].to_string();
-            return Err(Problem::new("init_lora_weights", expected, found).argument());
+            return Err(Problem::new("init", expected, self.config.method.init()).argument());
         }
         let description = self.config.describe(target, base.shape());
         let parts = self.parts(target, &description, base.shape())?;
@@ -143,18 +109,18 @@ impl<A: AdapterKind> Attacher<A> {
     /// As [`attach`](Self::attach); a rank above the smaller size of the weight, a scaling that isn't positive, and
     /// what [`QuantLinear::with_weight`] refuses.
     pub fn attach_to_residual(&self, path: &str, base: QuantLinear) -> Result<Adapted<QuantLinear, A>> {
-        let init = self.config.lora.init_lora_weights;
+        let init = self.config.method.init();
         let Some(target) = self.targets.get(path).filter(|_| init.changes_base()) else {
             return self.attach(path, base);
         };
         let seed = match &self.source {
-            Source::Initial { seed } => Some(*seed),
+            Source::Initial => Some(self.config.seed),
             Source::Stored(_) => None,
         };
         let description = self.config.describe(target, base.shape());
         let (base, first) = split(init, target, base, seed)?;
         let parts = match &self.source {
-            Source::Initial { .. } => vec![(Part::A, first.a), (Part::B, first.b)],
+            Source::Initial => vec![(Part::A, first.a), (Part::B, first.b)],
             Source::Stored(_) => self.parts(target, &description, base.shape())?,
         };
         self.adapted(target, &description, parts, base)
@@ -168,7 +134,7 @@ impl<A: AdapterKind> Attacher<A> {
         base: P,
     ) -> Result<Adapted<P, A>> {
         let device = base.devices().into_iter().next().unwrap_or_default();
-        let dropout = Dropout::new(self.config.lora.lora_dropout, &target.path, self.clock.clone());
+        let dropout = Dropout::new(self.config.dropout, &target.path, self.config.seed);
         let shapes = description.parts(base.shape());
         let [mut a, mut b, mut h, mut magnitude] = [const { None }; 4];
         for ((part, values), (_, shape)) in parts.into_iter().zip(shapes) {
@@ -186,11 +152,11 @@ impl<A: AdapterKind> Attacher<A> {
             AnyAdapter::Pooled(PooledAdapter::new(core, sizes, geometry.pooling, scaling, dropout.clone()))
         };
         let adapter = match (self.config.method, a, b, h) {
-            (Method::Lora, Some(a), Some(b), _) if description.magnitudes => {
+            (Method::Dora { .. }, Some(a), Some(b), _) => {
                 let magnitude = magnitude.map(|row| row.squeeze_dim(0));
                 AnyAdapter::Dora(Dora::new(&base, a, b, magnitude, scaling, dropout))
             }
-            (Method::Lora, Some(a), Some(b), _) => AnyAdapter::Lora(Lora::new(a, b, scaling, dropout)),
+            (Method::Lora { .. }, Some(a), Some(b), _) => AnyAdapter::Lora(Lora::new(a, b, scaling, dropout)),
             (_, Some(a), Some(b), _) => pooled(Core::low_rank(a, b)),
             (_, _, _, Some(h)) => pooled(Core::full(h)),
             _ => return Err(self.misfit(&target.path, base.shape())),
@@ -207,17 +173,7 @@ impl<A: AdapterKind> Attacher<A> {
         }
         let layout = description.parts(shape);
         let parts = match &self.source {
-            Source::Initial { seed } if self.config.method == Method::Lora => {
-                let init = self.config.lora.init_lora_weights;
-                let factors = lora::initial_values(init, shape, *r, *seed, path);
-                factors.map(|[a, b]| vec![(Part::A, a), (Part::B, b)])
-            }
-            Source::Initial { seed } => {
-                let mut rng = generator(Purpose::Initialization, *seed, path_hash(path), 0, 0);
-                let initial =
-                    |(part, size): &(Part, _)| (*part, self.config.method.initial(*part, *size, &mut rng));
-                Some(layout.iter().map(initial).collect())
-            }
+            Source::Initial => self.initial(path, shape, *r, &layout),
             Source::Stored(stored) => stored.get(path).cloned(),
         };
         let fits = |parts: &Parts| {
@@ -227,6 +183,23 @@ impl<A: AdapterKind> Attacher<A> {
             })
         };
         parts.filter(fits).ok_or_else(|| self.misfit(path, shape))
+    }
+
+    /// Values before training; `None` for rules that aren't implemented.
+    fn initial(
+        &self,
+        path: &str,
+        shape: [usize; 2],
+        r: usize,
+        layout: &[(Part, [usize; 2])],
+    ) -> Option<Parts> {
+        let (method, seed) = (&self.config.method, self.config.seed);
+        if let Method::Lora { init } | Method::Dora { init } = *method {
+            let [a, b] = lora::initial_values(init, shape, r, seed, path)?;
+            return Some(vec![(Part::A, a), (Part::B, b)]);
+        }
+        let mut rng = generator(Purpose::Initialization, seed, path_hash(path), 0, 0);
+        Some(layout.iter().map(|(part, size)| (*part, method.initial(*part, *size, &mut rng))).collect())
     }
 
     fn misfit(&self, path: &str, [d_input, d_output]: [usize; 2]) -> crate::Error {

@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param, ParamId},
     tensor::{DType, Tensor},
 };
-use kiln_quant_core::{Projection, fused};
+use kiln_quant_core::{Place, Projection, fused};
 
 use crate::{Adapter, Dropout};
 
@@ -131,5 +131,8 @@ impl Adapter for Dora {
         let dtype = weight.dtype();
         let update = self.lora_a.val().mul_scalar(self.scaling).matmul(self.lora_b.val());
         (weight + update.cast(dtype)) * self.scale(base, dtype).cast(dtype).unsqueeze()
+    }
+    fn at(&self, place: Place) {
+        self.dropout.at(place);
     }
 }

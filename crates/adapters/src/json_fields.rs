@@ -20,6 +20,11 @@ impl Problem {
         Self { field: field.into(), expected: expected.into(), found: found.to_string() }
     }
 
+    /// The same under the name that `rename` gives the field.
+    pub(crate) fn renamed(self, rename: fn(&str) -> &str) -> Self {
+        Self { field: rename(&self.field).to_owned(), ..self }
+    }
+
     pub(crate) fn in_file(self, path: &Path) -> Error {
         Error::File { path: path.into(), field: self.field, expected: self.expected, found: self.found }
     }

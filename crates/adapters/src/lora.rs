@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
-use kiln_quant_core::{Projection, fused};
+use kiln_quant_core::{Place, Projection, fused};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
@@ -99,6 +99,10 @@ impl Adapter for Lora {
         let dtype = weight.dtype();
         weight + update.cast(dtype)
     }
+
+    fn at(&self, place: Place) {
+        self.dropout.at(place);
+    }
 }
 
 /// Values of A `[d_input, r]` and B `[r, d_output]` before training, as PEFT's rules draw them: a function of `seed`
@@ -133,7 +137,7 @@ mod tests {
     use kiln_testkit::{read, relative_difference, tensor};
 
     use super::*;
-    use crate::{Adapted, DropoutClock};
+    use crate::Adapted;
 
     fn adapted(dropout: Dropout, device: &Device) -> Adapted<Linear, Lora> {
         let base = LinearConfig::new(24, 10).init(device);
@@ -141,46 +145,44 @@ mod tests {
         Adapted::new(base, Some(lora))
     }
 
-    fn training_clock() -> DropoutClock {
-        let clock = DropoutClock::new(11);
-        clock.train(true);
-        clock
+    fn training(step: u64, micro_batch: u64) -> Place {
+        Place { step, micro_batch, training: true }
     }
 
     #[test]
     fn dropout_acts_on_the_adapter_only_and_is_compensated() {
-        let (device, clock) = (Device::flex(), training_clock());
-        let dropout = Dropout::new(0.4, "up", clock.clone());
+        let (device, dropout) = (Device::flex(), Dropout::new(0.4, "up", 11));
         let layer = adapted(dropout.clone(), &device);
+        layer.at(training(0, 0));
         let x = tensor(3, [6, 24], &device);
         let kept = dropout.dropped([6, 24], &device).unwrap().bool_not().float();
         let lora = layer.adapter.as_ref().unwrap();
         let expected = layer.base.forward(x.clone())
             + ((x.clone() * kept / 0.6).matmul(lora.lora_a.val()).matmul(lora.lora_b.val()) * 1.5);
         assert!(relative_difference(&read(layer.forward(x.clone())), &read(expected)) < 1e-6);
-        clock.train(false);
+        layer.at(Place { training: false, ..training(0, 0) });
         let y = x.clone().matmul(layer.weight()) + layer.bias().unwrap().unsqueeze();
         assert!(relative_difference(&read(layer.forward(x)), &read(y)) < 1e-6);
     }
 
     #[test]
     fn a_block_computed_again_without_and_with_a_graph_drops_the_same() {
-        let (device, clock) = (Device::flex(), training_clock());
-        clock.set(5, 2);
-        let model = adapted(Dropout::new(0.4, "up", clock.clone()), &device).train();
+        let device = Device::flex();
+        let model = adapted(Dropout::new(0.4, "up", 11), &device).train();
+        model.at(training(5, 2));
         let x = tensor::<2>(3, [6, 24], &device);
         let plain = read(model.valid().forward(x.clone()));
-        clock.set(5, 3);
+        model.at(training(5, 3));
         assert_ne!(read(model.valid().forward(x.clone())), plain);
-        clock.set(5, 2);
+        model.at(training(5, 2));
         assert_eq!(read(model.forward(x)), plain);
     }
 
     #[test]
     fn gradients_under_dropout_are_those_of_the_masked_input() {
-        let (device, clock) = (Device::flex(), training_clock());
-        let dropout = Dropout::new(0.4, "up", clock);
+        let (device, dropout) = (Device::flex(), Dropout::new(0.4, "up", 11));
         let model = adapted(dropout.clone(), &device).train();
+        model.at(training(0, 0));
         let x = tensor::<2>(3, [6, 24], &device);
         let dy = tensor::<2>(4, [6, 10], &device);
         let gradients = (model.forward(x.clone()) * dy.clone()).sum().backward();
@@ -237,7 +239,7 @@ mod tests {
     #[should_panic(expected = "differ in rank")]
     fn factors_of_different_rank_are_refused() {
         let device = Device::flex();
-        let dropout = Dropout::new(0.0, "up", DropoutClock::new(0));
+        let dropout = Dropout::new(0.0, "up", 0);
         let _ = Lora::new(tensor(1, [24, 4], &device), tensor(2, [5, 10], &device), 1.0, dropout);
     }
 }

@@ -18,6 +18,11 @@ use crate::{
 /// a block, and `scale · code + offset` takes it into the offset. Codes and scales stay as they are, bit for bit; what
 /// remains is the rounding of the offset, which is therefore kept in f32, whatever type the base has: an integer zero
 /// point would lose four fifths of a light fine-tune, bf16 some percent of it.
+#[diagnostic::on_unimplemented(
+    message = "packed weights can't take `{Self}` without loss",
+    note = "adapters that pool (Q-BaRA, QA-LoRA, QA-HiRA, QA-BLoRA) merge into packed weights; LoRA and DoRA merge into \
+            dense weights (`merge_dense`), or with loss (`requantize`)"
+)]
 pub trait PackedMerge: Adapter {
     /// `base` with the adapter in its offsets. The result has float offsets and scales and offsets in f32.
     ///

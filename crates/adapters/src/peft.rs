@@ -13,10 +13,10 @@ use std::{
 use kiln_quant_core::safetensors_file::SafetensorsFile;
 
 use crate::{
-    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, LoraAttacher, PeftConfig, Pooling,
+    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, PeftConfig, Pooling,
     error::{Error, Result},
-    json_fields::Problem,
     part::Part,
+    peft_config::in_file,
     store,
 };
 
@@ -27,12 +27,12 @@ pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 ///
 /// ```no_run
 /// # fn example(slot_shapes: Vec<(String, [usize; 2])>) -> Result<(), kiln_adapters::Error> {
-/// use kiln_adapters::PeftFolder;
+/// use kiln_adapters::{AnyAdapter, PeftFolder};
 /// let folder = PeftFolder::open("my-adapter")?;
 /// for key in &folder.config().unknown_keys {
 ///     println!("unknown key {key}");
 /// }
-/// let attacher = folder.attacher(&slot_shapes, 42)?;
+/// let attacher = folder.attacher::<AnyAdapter>(&slot_shapes, 42)?;
 /// # Ok(()) }
 /// ```
 #[derive(Debug)]
@@ -59,39 +59,22 @@ impl PeftFolder {
         &self.config
     }
 
-    /// Reads the LoRA adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. `seed`
-    /// decides the dropout of further training.
+    /// Reads the adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. They are of the
+    /// kind `A`: [`AnyAdapter`] takes what the folder holds. `seed` decides the dropout of further training.
     ///
     /// Entries of the configuration that match no slot belong into a report: [`Attacher::targets`] lists them.
     ///
     /// # Errors
-    /// A folder of another kind of adapter; a configuration that selects none of `slots`; a module that it selects and
-    /// that lacks one of its tensors, or has one of another shape or type; values that aren't finite; a tensor that no
-    /// selected module uses.
-    pub fn attacher(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<LoraAttacher> {
-        self.attacher_of(slots, seed)
-    }
-
-    /// As [`attacher`](Self::attacher), for adapters of the kind `A`: [`AnyAdapter`] takes what the folder holds.
-    ///
-    /// # Errors
-    /// As [`attacher`](Self::attacher), and groups of inputs that don't divide a layer's.
-    pub fn attacher_of<A: AdapterKind>(
-        &self,
-        slots: &[(String, [usize; 2])],
-        seed: u64,
-    ) -> Result<Attacher<A>> {
-        let config = AdapterConfig::from(self.config.clone());
-        let in_file = |error| match error {
-            Error::Argument { name, expected, found } => {
-                Problem::new(name, expected, found).in_file(&self.config_path)
-            }
-            other => other,
-        };
-        A::accept(&config).map_err(in_file)?;
-        let targets = config.targets(slots).map_err(in_file)?;
+    /// A folder of another kind of adapter; a configuration that selects none of `slots`; groups of inputs that don't
+    /// divide a layer's; a module that it selects and that lacks one of its tensors, or has one of another shape or
+    /// type; values that aren't finite; a tensor that no selected module uses.
+    pub fn attacher<A: AdapterKind>(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<Attacher<A>> {
+        let at = |error| in_file(error, &self.config_path);
+        let config = AdapterConfig::from_peft(&self.config).map_err(at)?.with_seed(seed);
+        A::accept(&config).map_err(at)?;
+        let targets = config.select(slots).map_err(at)?;
         let parts = store::read(&self.weights, &config, &targets, slots, Part::peft_name, CONFIG_FILE)?;
-        Ok(Attacher::stored(config, targets, parts, seed))
+        Ok(Attacher::stored(config, targets, parts))
     }
 }
 
@@ -103,47 +86,45 @@ impl PeftFolder {
 ///
 /// ```
 /// # use burn::{nn::LinearConfig, tensor::Device};
-/// # use kiln_adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules, save_peft};
-/// # let config = PeftConfig::new(4, 8.0, TargetModules::Names(vec!["up_proj".into()]));
-/// # let attacher = LoraAttacher::new(&config, &[("up_proj".to_owned(), [16, 32])], 42)?;
+/// # use kiln_adapters::{AdapterConfig, LoraAttacher, save_peft};
+/// # let config = AdapterConfig::lora(4, 8.0).with_targets(["up_proj"]);
+/// # let attacher = LoraAttacher::new(&config, &[("up_proj".to_owned(), [16, 32])])?;
 /// # let slot = attacher.attach("up_proj", LinearConfig::new(16, 32).init(&Device::flex()))?;
-/// # let model = [("up_proj", slot)];
-/// # let for_each_slot = |mut f: Box<dyn FnMut(&str, &Adapted<_, Lora>) + '_>| model.iter().for_each(|(p, s)| f(p, s));
+/// # let slots = [("up_proj", slot)];
 /// # let folder = tempfile::tempdir().unwrap();
-/// let mut adapters = Vec::new();
-/// // For a model of kiln-models: `model.for_each_slot(|path, slot| ..)`. Clones share their tensors.
-/// # for_each_slot(Box::new(
-/// |path, slot| adapters.extend(slot.adapter.clone().map(|lora| (path.to_owned(), lora)))
-/// # ));
-/// # ;
-/// save_peft(folder.path(), attacher.config(), adapters.iter().map(|(path, lora)| (path, lora)))?;
+/// // Of a model: `model.slots()`.
+/// let adapters = slots.iter().filter_map(|(path, slot)| Some((path, slot.adapter.as_ref()?)));
+/// save_peft(folder.path(), attacher.config(), adapters)?;
 /// # Ok::<(), kiln_adapters::Error>(())
 /// ```
 ///
 /// QA-LoRA adapters are converted to PEFT's pooling: B takes the difference.
 ///
 /// # Errors
-/// An adapter that `config` doesn't select, or of another kind, rank or scaling, because the folder could then not be
-/// loaded again; two adapters of one path; values that aren't finite; the operating system's errors.
+/// A method that PEFT doesn't know; an adapter that `config` doesn't select, or of another kind, rank or scaling, because
+/// the folder could then not be loaded again; two adapters of one path; values that aren't finite; the operating system's
+/// errors.
 pub fn save_peft<'a, S: AsRef<str>, A: AdapterKind + 'a>(
-    folder: &Path,
-    config: &PeftConfig,
+    folder: impl AsRef<Path>,
+    config: &AdapterConfig,
     adapters: impl IntoIterator<Item = (S, &'a A)>,
 ) -> Result<()> {
+    save(folder.as_ref(), config, store::collect(adapters))
+}
+
+fn save(folder: &Path, config: &AdapterConfig, mut adapters: Vec<(String, AnyAdapter)>) -> Result<()> {
     let config_path = folder.join(CONFIG_FILE);
-    config.supported(&config_path)?;
-    let mut adapters = store::collect(adapters);
+    let peft = config.to_peft()?;
+    peft.supported(&config_path)?;
     for (_, adapter) in &mut adapters {
         if let AnyAdapter::Pooled(pooled) = adapter {
             *pooled = pooled.clone().with_pooling(Pooling::AverageTimesGroups);
         }
     }
-    let stored = AdapterConfig::from(config.clone());
-    A::accept(&stored)?;
-    store::check_adapters(&stored, &adapters)?;
+    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters)?;
     fs::create_dir_all(folder).map_err(Error::io(folder))?;
     // As PEFT marks its files.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     store::write(&folder.join(WEIGHTS_FILE), &adapters, Part::peft_name, &metadata)?;
-    config.write(&config_path)
+    peft.write(&config_path)
 }

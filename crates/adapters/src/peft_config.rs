@@ -25,7 +25,7 @@ pub const MAX_RANK: usize = 1 << 16;
 const MAX_BYTES: u64 = 16 << 20;
 
 /// The PEFT version whose fields are written.
-const PEFT_VERSION: &str = "0.21.2";
+pub(crate) const PEFT_VERSION: &str = "0.21.2";
 
 /// Which modules get an adapter: `target_modules` and `exclude_modules`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,20 @@ pub enum TargetModules {
     Pattern(String),
     /// The string `all-linear`: every linear but the output head.
     AllLinear,
+}
+
+/// A list of names.
+impl<S: Into<String>, const N: usize> From<[S; N]> for TargetModules {
+    fn from(names: [S; N]) -> Self {
+        Self::Names(names.into_iter().map(Into::into).collect())
+    }
+}
+
+/// A list of names.
+impl<S: Into<String>> From<Vec<S>> for TargetModules {
+    fn from(names: Vec<S>) -> Self {
+        Self::Names(names.into_iter().map(Into::into).collect())
+    }
 }
 
 impl TargetModules {
@@ -111,7 +125,7 @@ impl InitLoraWeights {
         matches!(self, Self::Pissa { .. } | Self::Olora)
     }
 
-    fn to_value(self) -> Value {
+    pub(crate) fn to_value(self) -> Value {
         match self {
             Self::Kaiming => json!(true),
             Self::Random => json!(false),
@@ -124,7 +138,16 @@ impl InitLoraWeights {
     }
 }
 
-/// A LoRA adapter's configuration, with PEFT's names.
+/// As PEFT's files write it: `true`, `"pissa"`, ..
+impl std::fmt::Display for InitLoraWeights {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        self.to_value().fmt(f)
+    }
+}
+
+/// `adapter_config.json` of a PEFT folder. Everywhere else an [`AdapterConfig`](crate::AdapterConfig) says what is
+/// trained; the two are made of each other by [`AdapterConfig::from_peft`](crate::AdapterConfig::from_peft) and
+/// [`AdapterConfig::to_peft`](crate::AdapterConfig::to_peft).
 ///
 /// | name | default | meaning | range |
 /// | --- | --- | --- | --- |
@@ -365,40 +388,10 @@ impl PeftConfig {
     }
 
     fn problem(&self) -> Option<Problem> {
-        let ranks = self.rank_pattern.iter().map(|(pattern, r)| (format!("rank_pattern.{pattern}"), *r));
-        for (name, r) in std::iter::once(("r".to_owned(), self.r)).chain(ranks) {
-            if !(1..=MAX_RANK).contains(&r) {
-                return Some(Problem::new(name, format!("a rank from 1 to {MAX_RANK}"), r));
-            }
-        }
-        let alphas =
-            self.alpha_pattern.iter().map(|(pattern, alpha)| (format!("alpha_pattern.{pattern}"), *alpha));
-        for (name, alpha) in std::iter::once(("lora_alpha".to_owned(), self.lora_alpha)).chain(alphas) {
-            if !alpha.is_finite() {
-                return Some(Problem::new(name, "a finite number", alpha));
-            }
-        }
-        if !(0.0..1.0).contains(&self.lora_dropout) {
-            return Some(Problem::new("lora_dropout", "a number from 0 to below 1", self.lora_dropout));
-        }
         if self.qalora_group_size == 0 {
             return Some(Problem::new("qalora_group_size", "at least 1", 0));
         }
-        let layers = self.layers_to_transform.is_some();
-        if !matches!(self.target_modules, TargetModules::Names(_))
-            && (layers || !self.layers_pattern.is_empty())
-        {
-            let key = if layers { "layers_to_transform" } else { "layers_pattern" };
-            return Some(Problem::new(key, "nothing, because target_modules is a string", "a value"));
-        }
-        if !layers && !self.layers_pattern.is_empty() {
-            return Some(Problem::new(
-                "layers_to_transform",
-                "a value, because layers_pattern has one",
-                "nothing",
-            ));
-        }
-        None
+        self.adapter().problem().map(|problem| problem.renamed(peft_key))
     }
 
     /// Writes every key that PEFT 0.21 writes, sorted, to `path`: to a temporary sibling first, then renamed.
@@ -444,6 +437,30 @@ impl PeftConfig {
             fields.into_iter().chain(constants).map(|(key, value)| (key.to_owned(), value)).collect();
         map.sort_keys();
         Value::Object(map)
+    }
+}
+
+/// PEFT's name of an option of [`AdapterConfig`](crate::AdapterConfig).
+fn peft_key(option: &str) -> &str {
+    match option {
+        "rank" => "r",
+        "alpha" => "lora_alpha",
+        "dropout" => "lora_dropout",
+        "targets" => "target_modules",
+        "exclude" => "exclude_modules",
+        "layers" => "layers_to_transform",
+        "init" => "init_lora_weights",
+        other => other,
+    }
+}
+
+/// An error about an option as one about the file that holds it, under PEFT's name.
+pub(crate) fn in_file(error: Error, path: &Path) -> Error {
+    match error {
+        Error::Argument { name, expected, found } => {
+            Problem::new(peft_key(&name), expected, found).in_file(path)
+        }
+        other => other,
     }
 }
 

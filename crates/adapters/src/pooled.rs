@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
-use kiln_quant_core::{Projection, fused};
+use kiln_quant_core::{Place, Projection, fused};
 use serde::{Deserialize, Serialize};
 
 use crate::{Adapter, Dropout};
@@ -268,5 +268,9 @@ impl Adapter for PooledAdapter {
         let weight = base.weight();
         let dtype = weight.dtype();
         weight + self.update().cast(dtype)
+    }
+
+    fn at(&self, place: Place) {
+        self.dropout.at(place);
     }
 }

@@ -107,7 +107,7 @@ fn check_finite(name: &str, values: &[f32]) -> std::result::Result<(), Problem> 
 pub(crate) fn check_adapters(config: &AdapterConfig, adapters: &[(String, AnyAdapter)]) -> Result<()> {
     let slots: Vec<(String, [usize; 2])> =
         adapters.iter().map(|(path, adapter)| (path.clone(), adapter.base_shape())).collect();
-    let targets = config.targets(&slots)?;
+    let targets = config.select(&slots)?;
     for (path, adapter) in adapters {
         let found = adapter.describe();
         let expected = targets.get(path).map(|target| config.describe(target, adapter.base_shape()));

@@ -7,7 +7,7 @@ use regex::{Regex, RegexBuilder};
 
 use crate::error::Result;
 use crate::json_fields::Problem;
-use crate::peft_config::{PeftConfig, TargetModules};
+use crate::{AdapterConfig, TargetModules};
 
 /// The largest compiled regular expression, in bytes; bounds time and memory for patterns from files.
 const MAX_REGEX_BYTES: usize = 256 << 10;
@@ -33,13 +33,13 @@ pub struct Target {
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Unmatched {
-    /// `target_modules`, `exclude_modules`, `rank_pattern` or `alpha_pattern`.
+    /// `targets`, `exclude`, `rank_pattern` or `alpha_pattern`.
     pub key: &'static str,
     /// The name or regular expression.
     pub entry: String,
 }
 
-/// The modules of one model that a [`PeftConfig`] selects.
+/// The modules of one model that an [`AdapterConfig`] selects.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Targets {
@@ -55,27 +55,27 @@ impl Targets {
     /// `all-linear` leaves out.
     ///
     /// A listed name selects the module of that name and those that end in `.name`; a string must match a whole name as
-    /// a regular expression. `exclude_modules`, read in the same way, wins. `layers_to_transform` drops modules whose
+    /// a regular expression. `exclude`, read in the same way, wins. `layers` drops modules whose
     /// first number in the name (or, with `layers_pattern`, the first number after a match of it) isn't listed, except
-    /// modules that `target_modules` lists by their whole name. The first entry of `rank_pattern` and of
+    /// modules that `targets` lists by their whole name. The first entry of `rank_pattern` and of
     /// `alpha_pattern` that matches the name, or its part after any dot, replaces `r` and `lora_alpha`.
     ///
     /// # Errors
     /// [`Error::Argument`](crate::Error::Argument) naming the key, for a configuration that fails
-    /// [`PeftConfig::validate`], a regular expression that can't be expressed, and a selection without modules.
+    /// [`AdapterConfig::validate`], a regular expression that can't be expressed, and a selection without modules.
     pub fn resolve<S: AsRef<str>>(
-        config: &PeftConfig,
+        config: &AdapterConfig,
         linears: &[S],
         output_head: Option<&str>,
     ) -> Result<Self> {
         config.validate()?;
         let mut linears: Vec<&str> = linears.iter().map(AsRef::as_ref).collect();
-        if config.target_modules == TargetModules::AllLinear {
+        if config.targets == TargetModules::AllLinear {
             linears.retain(|name| Some(*name) != output_head);
         }
-        let target = Selector::new("target_modules", &config.target_modules)?;
-        let exclude = config.exclude_modules.as_ref();
-        let exclude = exclude.map(|modules| Selector::new("exclude_modules", modules)).transpose()?;
+        let target = Selector::new("targets", &config.targets)?;
+        let exclude = config.exclude.as_ref();
+        let exclude = exclude.map(|modules| Selector::new("exclude", modules)).transpose()?;
         let layers = Layers::new(config)?;
         let adapted: Vec<&str> = linears
             .iter()
@@ -85,8 +85,8 @@ impl Targets {
             .collect();
         if adapted.is_empty() {
             let expected = format!("a selection of at least one of the model's {} linears", linears.len());
-            let found = format!("{:?}, which selects none", config.target_modules);
-            return Err(Problem::new("target_modules", expected, found).argument());
+            let found = format!("{:?}, which selects none", config.targets);
+            return Err(Problem::new("targets", expected, found).argument());
         }
 
         let mut unmatched = target.unmatched(&linears);
@@ -94,8 +94,8 @@ impl Targets {
         let r = first_matches("rank_pattern", &config.rank_pattern, &adapted, &mut unmatched)?;
         let alpha = first_matches("alpha_pattern", &config.alpha_pattern, &adapted, &mut unmatched)?;
         let adapted = adapted.iter().zip(r.into_iter().zip(alpha)).map(|(path, (r, alpha))| {
-            let (r, alpha) = (r.unwrap_or(config.r), alpha.unwrap_or(config.lora_alpha));
-            let divisor = if config.use_rslora { (r as f64).sqrt() } else { r as f64 };
+            let (r, alpha) = (r.unwrap_or(config.rank), alpha.unwrap_or(config.alpha));
+            let divisor = if config.rslora { (r as f64).sqrt() } else { r as f64 };
             Target { path: (*path).into(), r, alpha, scaling: alpha / divisor }
         });
         Ok(Self { adapted: adapted.collect(), unmatched })
@@ -121,7 +121,7 @@ impl Targets {
     }
 }
 
-/// `target_modules` or `exclude_modules`, ready to match.
+/// `targets` or `exclude`, ready to match.
 struct Selector<'a> {
     key: &'static str,
     modules: &'a TargetModules,
@@ -164,15 +164,15 @@ fn names(entry: &str, name: &str) -> bool {
     name.strip_suffix(entry).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
-/// `layers_to_transform` and `layers_pattern`, ready to match.
+/// `layers` and `layers_pattern`, ready to match.
 struct Layers<'a> {
     wanted: &'a [usize],
     patterns: Vec<Regex>,
 }
 
 impl<'a> Layers<'a> {
-    fn new(config: &'a PeftConfig) -> Result<Self> {
-        let wanted = config.layers_to_transform.as_deref().unwrap_or_default();
+    fn new(config: &'a AdapterConfig) -> Result<Self> {
+        let wanted = config.layers.as_deref().unwrap_or_default();
         let any_name = [r"[^.]*".to_owned()];
         let (before, patterns) = match config.layers_pattern.as_slice() {
             // Without a pattern PEFT wants a dot before the numbered name, so `layers.3.` at the very start doesn't
@@ -249,7 +249,7 @@ mod tests {
     use serde_json::{Map, Value};
 
     use super::*;
-    use crate::error::Error;
+    use crate::{PeftConfig, error::Error};
 
     const CASES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/peft/target_cases.json");
 
@@ -280,12 +280,13 @@ mod tests {
             map.insert("lora_alpha".into(), 16.into());
             let text = serde_json::to_vec(&map).unwrap();
             let config = PeftConfig::from_json(&text, Path::new("case")).unwrap();
+            let config = AdapterConfig::from_peft(&config).unwrap();
             let model = file["models"][case["model"].as_str().unwrap()].as_array().unwrap();
             let model: Vec<&str> = model.iter().map(|name| name.as_str().unwrap()).collect();
             let expected = case["adapted"].as_array().unwrap();
             if expected.is_empty() {
                 let error = Targets::resolve(&config, &model, None).unwrap_err();
-                assert!(error.to_string().contains("target_modules"), "{error}");
+                assert!(error.to_string().contains("targets"), "{error}");
                 continue;
             }
             let targets = Targets::resolve(&config, &model, None).unwrap();
@@ -308,7 +309,7 @@ mod tests {
     #[test]
     fn all_linear_leaves_out_the_output_head_only() {
         let model = llama(2);
-        let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+        let config = AdapterConfig::lora(4, 8.0);
         let targets = Targets::resolve(&config, &model, Some("lm_head")).unwrap();
         assert_eq!(names_of(&targets), model[..6]);
         assert_eq!(names_of(&Targets::resolve(&config, &model, None).unwrap()), model);
@@ -318,24 +319,23 @@ mod tests {
 
     #[test]
     fn entries_without_effect_are_listed_and_can_be_refused() {
-        let mut config = PeftConfig::new(4, 8.0, list(&["q_proj", "c_attn"]));
-        config.exclude_modules = Some(list(&["absent"]));
+        let mut config = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj", "c_attn"]));
+        config.exclude = Some(list(&["absent"]));
         config.rank_pattern = vec![("q_proj".into(), 2), ("up_proj".into(), 3)];
         config.alpha_pattern = vec![("q_proj".into(), 2.0), ("model.layers.1.self_attn.q_proj".into(), 3.0)];
         let targets = Targets::resolve(&config, &llama(2), None).unwrap();
         let unmatched: Vec<_> = targets.unmatched.iter().map(|u| (u.key, u.entry.as_str())).collect();
-        let expected =
-            [("target_modules", "c_attn"), ("exclude_modules", "absent"), ("rank_pattern", "up_proj")];
+        let expected = [("targets", "c_attn"), ("exclude", "absent"), ("rank_pattern", "up_proj")];
         assert_eq!(unmatched, expected);
         assert!(targets.require_all().unwrap_err().to_string().contains("c_attn"));
-        let config = PeftConfig::new(4, 8.0, list(&["q_proj"]));
+        let config = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj"]));
         assert!(Targets::resolve(&config, &llama(2), None).unwrap().require_all().is_ok());
     }
 
     #[test]
     fn excluding_everything_is_an_error() {
-        let mut config = PeftConfig::new(4, 8.0, list(&["q_proj"]));
-        config.exclude_modules = Some(TargetModules::Pattern(".*".into()));
+        let mut config = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj"]));
+        config.exclude = Some(TargetModules::Pattern(".*".into()));
         assert!(Targets::resolve(&config, &llama(2), None).is_err());
     }
 
@@ -343,17 +343,16 @@ mod tests {
     fn expressions_that_cannot_be_expressed_name_their_key() {
         for bad in [r"(?!lm_head).*", r"(q)_\1", "(", "a)(b", r"\w{5000}"] {
             let pattern = TargetModules::Pattern(bad.into());
-            let base = PeftConfig::new(4, 8.0, list(&["q_proj"]));
-            let target = PeftConfig { target_modules: pattern.clone(), ..base.clone() };
-            let exclude = PeftConfig { exclude_modules: Some(pattern), ..base.clone() };
+            let base = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj"]));
+            let target = AdapterConfig { targets: pattern.clone(), ..base.clone() };
+            let exclude = AdapterConfig { exclude: Some(pattern), ..base.clone() };
             let rank =
-                PeftConfig { rank_pattern: vec![("q_proj".into(), 2), (bad.into(), 2)], ..base.clone() };
-            let alpha = PeftConfig { alpha_pattern: vec![(bad.into(), 2.0)], ..base.clone() };
-            let layers =
-                PeftConfig { layers_to_transform: Some(vec![1]), layers_pattern: vec![bad.into()], ..base };
+                AdapterConfig { rank_pattern: vec![("q_proj".into(), 2), (bad.into(), 2)], ..base.clone() };
+            let alpha = AdapterConfig { alpha_pattern: vec![(bad.into(), 2.0)], ..base.clone() };
+            let layers = AdapterConfig { layers: Some(vec![1]), layers_pattern: vec![bad.into()], ..base };
             let configs = [
-                ("target_modules", target),
-                ("exclude_modules", exclude),
+                ("targets", target),
+                ("exclude", exclude),
                 ("rank_pattern", rank),
                 ("alpha_pattern", alpha),
                 ("layers_pattern", layers),
@@ -369,12 +368,12 @@ mod tests {
     proptest! {
         #[test]
         fn any_pattern_gives_an_answer(pattern in ".{0,20}", layer in 0usize..4) {
-            let mut config = PeftConfig::new(4, 8.0, list(&["q_proj"]));
+            let mut config = AdapterConfig::lora(4, 8.0).with_targets(list(&["q_proj"]));
             config.rank_pattern = vec![(pattern.clone(), 2)];
-            config.layers_to_transform = Some(vec![layer]);
+            config.layers = Some(vec![layer]);
             config.layers_pattern = vec![pattern.clone()];
             let _ = Targets::resolve(&config, &llama(2), None);
-            let config = PeftConfig::new(4, 8.0, TargetModules::Pattern(pattern));
+            let config = AdapterConfig::lora(4, 8.0).with_targets(TargetModules::Pattern(pattern));
             let _ = Targets::resolve(&config, &llama(2), None);
         }
 
@@ -384,7 +383,7 @@ mod tests {
             let dotted = format!(".{part}");
             let expected: Vec<&str> =
                 model.iter().map(String::as_str).filter(|n| **n == part || n.ends_with(&dotted)).collect();
-            match Targets::resolve(&PeftConfig::new(4, 8.0, list(&[&part])), &model, None) {
+            match Targets::resolve(&AdapterConfig::lora(4, 8.0).with_targets(list(&[&part])), &model, None) {
                 Ok(targets) => prop_assert_eq!(names_of(&targets), expected),
                 Err(_) => prop_assert!(expected.is_empty()),
             }

@@ -3,7 +3,7 @@
 use burn::{module::Module, tensor::Device};
 use kiln_adapters::{
     Adapted, AdapterConfig, AdapterMix, AdapterSet, AdapterSetAttacher, AnyAdapter, AnyAttacher, Dora, Lora,
-    Method, PackedMerge, PeftConfig, PooledAdapter, Pooling, QaHira, TargetModules,
+    PackedMerge, PooledAdapter, Pooling, QaHira,
 };
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
@@ -111,13 +111,9 @@ fn a_weighted_set_merges_exactly_where_its_adapters_do() {
 #[test]
 fn one_attacher_carries_the_sets_of_a_model() {
     let slots = [("a.q_proj".to_owned(), SIZE), ("a.v_proj".to_owned(), SIZE), ("a.o_proj".to_owned(), SIZE)];
-    let names = |names: &[&str]| TargetModules::Names(names.iter().map(|name| (*name).into()).collect());
-    let lora = AdapterConfig::from(PeftConfig::new(2, 4.0, names(&["q_proj", "v_proj"])));
-    let hira = AdapterConfig::new(
-        Method::QaHira(QaHira::for_groups(8)),
-        PeftConfig::new(2, 4.0, names(&["v_proj"])),
-    );
-    let attacher = |config| AnyAttacher::new(config, &slots, 3).unwrap();
+    let lora = AdapterConfig::lora(2, 4.0).with_targets(["q_proj", "v_proj"]);
+    let hira = AdapterConfig::qa_hira(QaHira::for_groups(8), 2.0).with_targets(["v_proj"]);
+    let attacher = |config| AnyAttacher::new(config, &slots).unwrap();
     let sets = AdapterSetAttacher::new(vec![
         ("lora".to_owned(), attacher(&lora)),
         ("hira".to_owned(), attacher(&hira)),

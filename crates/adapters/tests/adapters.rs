@@ -7,8 +7,8 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AdapterConfig, AnyAdapter, AnyAttacher, Core, Lora, LoraAttacher, Method, PeftConfig,
-    PeftFolder, Pooling, QBara, QaBlora, QaHira, QaLora, TargetModules, save_peft,
+    Adapted, Adapter, AdapterConfig, AnyAdapter, AnyAttacher, Core, InitLoraWeights, Lora, LoraAttacher,
+    Method, PeftFolder, Pooling, QBara, QaBlora, QaHira, QaLora, save_peft,
 };
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
@@ -38,13 +38,13 @@ fn slots() -> Vec<(String, [usize; 2])> {
     vec![(PATH.into(), SIZE)]
 }
 
-fn config() -> PeftConfig {
-    PeftConfig::new(6, 9.0, TargetModules::Names(vec!["up_proj".into()]))
+fn config() -> AdapterConfig {
+    AdapterConfig::lora(6, 9.0).with_targets(["up_proj"]).with_seed(7)
 }
 
 /// A LoRA adapter as after training: B is no longer zero.
-fn lora<P: Projection>(base: P, config: &PeftConfig) -> Adapted<P, Lora> {
-    let adapted = LoraAttacher::new(config, &slots(), 7).unwrap().attach(PATH, base).unwrap();
+fn lora<P: Projection>(base: P, config: &AdapterConfig) -> Adapted<P, Lora> {
+    let adapted = LoraAttacher::new(config, &slots()).unwrap().attach(PATH, base).unwrap();
     let device = adapted.devices()[0].clone();
     let trained = |mut lora: Lora| {
         let shape = lora.lora_b.val().dims();
@@ -120,12 +120,11 @@ fn others<P: Projection>(base: &P) -> Vec<(&'static str, AnyAdapter, usize)> {
         ("QA-LoRA", Method::QaLora(QaLora { pool: 32, pooling: Pooling::Sum }), 2),
         ("QA-HiRA", Method::QaHira(QaHira::for_tiles(8, 4)), 1),
         ("QA-BLoRA", Method::QaBlora(QaBlora { pool: 32, repeat: 5, rank: None }), 2),
-        ("DoRA", Method::Lora, 3),
+        ("DoRA", Method::dora(), 3),
     ];
     let make = |(name, method, parameters)| {
-        let mut config = AdapterConfig::new(method, config());
-        config.lora.use_dora = name == "DoRA";
-        let adapted = AnyAttacher::new(&config, &slots(), 7).unwrap().attach(PATH, base.clone()).unwrap();
+        let config = config().with_method(method);
+        let adapted = AnyAttacher::new(&config, &slots()).unwrap().attach(PATH, base.clone()).unwrap();
         let adapter = match adapted.adapter.unwrap() {
             AnyAdapter::Dora(mut dora) => {
                 dora.lora_b = Param::from_tensor(tensor::<2>(3, dora.lora_b.val().dims(), &device) * 0.3);
@@ -173,9 +172,7 @@ fn every_other_adapter_keeps_the_promises_on_every_base() {
 fn an_adapter_stands_on_an_adapted_base_too() {
     let device = Device::flex();
     let lower = lora(packed("affine4:32", &device), &config());
-    let mut rank_stabilised = config();
-    rank_stabilised.use_rslora = true;
-    battery("two", lora(lower.clone(), &rank_stabilised), &lower, 2);
+    battery("two", lora(lower.clone(), &config().with_rslora()), &lower, 2);
 }
 
 #[test]
@@ -201,7 +198,7 @@ fn lora_gradients_are_those_of_the_formula() {
 fn a_new_lora_adapter_changes_nothing() {
     let device = Device::flex();
     let base = packed("affine4:32", &device);
-    let adapted = LoraAttacher::new(&config(), &slots(), 7).unwrap().attach(PATH, base.clone()).unwrap();
+    let adapted = LoraAttacher::new(&config(), &slots()).unwrap().attach(PATH, base.clone()).unwrap();
     let adapter = adapted.adapter.as_ref().unwrap();
     assert_eq!((adapter.lora_a.val().dims(), adapter.lora_b.val().dims()), ([96, 6], [6, 40]));
     let x = tensor::<2>(4, [10, SIZE[0]], &device);
@@ -210,12 +207,12 @@ fn a_new_lora_adapter_changes_nothing() {
 
 #[test]
 fn scalings_are_alpha_over_rank_and_over_its_root() {
-    let scaling = |config: &PeftConfig| lora(dense(&Device::flex()), config).adapter.unwrap().scaling();
+    let scaling = |config: &AdapterConfig| lora(dense(&Device::flex()), config).adapter.unwrap().scaling();
     let mut config = config();
     assert_eq!(scaling(&config), 1.5);
     config.alpha_pattern = vec![("up_proj".into(), 3.0)];
     assert_eq!(scaling(&config), 0.5);
-    config.use_rslora = true;
+    config.rslora = true;
     assert_eq!(scaling(&config), 3.0 / 6f64.sqrt());
     config.rank_pattern = vec![("up_proj".into(), 4)];
     assert_eq!(scaling(&config), 1.5);
@@ -225,7 +222,7 @@ fn scalings_are_alpha_over_rank_and_over_its_root() {
 #[test]
 fn the_seed_decides_the_initial_values() {
     let a = |seed| {
-        let attacher = LoraAttacher::new(&config(), &slots(), seed).unwrap();
+        let attacher = LoraAttacher::new(&config().with_seed(seed), &slots()).unwrap();
         read(attacher.attach(PATH, dense(&Device::flex())).unwrap().adapter.unwrap().lora_a.val())
     };
     assert_eq!(a(1), a(1));
@@ -236,7 +233,7 @@ fn the_seed_decides_the_initial_values() {
 fn modules_that_are_not_selected_stay_as_they_are() {
     let device = Device::flex();
     let slots = [slots(), vec![("model.layers.0.mlp.down_proj".into(), SIZE)]].concat();
-    let attacher = LoraAttacher::new(&config(), &slots, 7).unwrap();
+    let attacher = LoraAttacher::new(&config(), &slots).unwrap();
     let other = attacher.attach("model.layers.0.mlp.down_proj", dense(&device)).unwrap();
     assert!(other.adapter.is_none());
     // Not even they are trained.
@@ -247,18 +244,18 @@ fn modules_that_are_not_selected_stay_as_they_are() {
 
 #[test]
 fn options_that_would_be_ignored_are_refused() {
-    let refused = |change: fn(&mut PeftConfig), key: &str| {
+    let refused = |change: fn(&mut AdapterConfig), key: &str| {
         let mut config = config();
         change(&mut config);
-        let error = LoraAttacher::new(&config, &slots(), 7).unwrap_err().to_string();
+        let error = LoraAttacher::new(&config, &slots()).unwrap_err().to_string();
         assert!(error.contains(key), "{error}");
     };
-    refused(|c| c.use_dora = true, "use_dora");
-    refused(|c| c.init_lora_weights = kiln_adapters::InitLoraWeights::Orthogonal, "init_lora_weights");
+    refused(|c| c.method = Method::dora(), "method: expected lora");
+    refused(|c| c.method = Method::Lora { init: InitLoraWeights::Orthogonal }, "init");
     refused(|c| c.rank_pattern = vec![("down_proj".into(), 2)], "rank_pattern");
-    refused(|c| c.target_modules = TargetModules::Names(vec!["c_attn".into()]), "target_modules");
-    refused(|c| c.lora_dropout = 1.0, "lora_dropout");
-    refused(|c| c.r = 0, "r: expected");
+    refused(|c| c.targets = ["c_attn"].into(), "targets");
+    refused(|c| c.dropout = 1.0, "dropout");
+    refused(|c| c.rank = 0, "rank: expected");
 }
 
 #[test]
@@ -266,16 +263,14 @@ fn a_saved_adapter_loads_with_the_same_output() {
     let (device, folder) = (Device::flex(), tempfile::tempdir().unwrap());
     let folder = folder.path().join("made/on/demand");
     let x = tensor::<2>(4, [10, SIZE[0]], &device);
-    let mut config = config();
-    config.use_rslora = true;
-    config.lora_dropout = 0.1;
+    let config = config().with_rslora().with_dropout(0.1);
     for scheme in SCHEMES {
         let base = packed(scheme, &device);
         let adapted = lora(base.clone(), &config);
         save_peft(&folder, &config, adapted.adapter.iter().map(|lora| (PATH, lora))).unwrap();
         let opened = PeftFolder::open(&folder).unwrap();
-        assert_eq!(opened.config(), &config);
-        let loaded = opened.attacher(&slots(), 0).unwrap().attach(PATH, base).unwrap();
+        assert_eq!(opened.config(), &config.to_peft().unwrap());
+        let loaded = opened.attacher::<Lora>(&slots(), 0).unwrap().attach(PATH, base).unwrap();
         assert_eq!(read(loaded.forward(x.clone())), read(adapted.forward(x.clone())), "{scheme}");
     }
 }

@@ -7,10 +7,10 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AnyAdapter, Core, Dropout, DropoutClock, Full, Geometry, Lora, LowRank, Method,
-    PooledAdapter, Pooling, QBara, QaBlora, QaHira, QaLora,
+    Adapted, Adapter, AnyAdapter, Core, Dropout, Full, Geometry, Lora, LowRank, Method, PooledAdapter,
+    Pooling, QBara, QaBlora, QaHira, QaLora,
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Place, Projection};
 use kiln_testkit::{assert_close, read, relative_difference, tensor};
 use serde_json::Value;
 
@@ -20,7 +20,7 @@ use crate::vectors::{floats, linear, matrix, open, size};
 const TOLERANCE: f32 = 1e-6;
 
 pub fn no_dropout() -> Dropout {
-    Dropout::new(0.0, "", DropoutClock::new(0))
+    Dropout::new(0.0, "", 0)
 }
 
 /// The adapter of `method` with the matrices of `params`, stored in the papers' orientation.
@@ -45,7 +45,7 @@ fn adapter(name: &str, case: &Value, shape: [usize; 2], device: &Device) -> (Any
             let transposed = |name: &str| matrix(&case["params"][name], device).transpose();
             let scaling = case["scaling"].as_f64().unwrap();
             let lora = Lora::new(transposed("A"), transposed("B"), scaling, no_dropout());
-            return (lora.into(), Method::Lora.geometry(shape, p("r")));
+            return (lora.into(), Method::lora().geometry(shape, p("r")));
         }
         "qbara" => Method::QBara(QBara { lambda: p("lambda_") }),
         "qalora_avg" => Method::QaLora(QaLora { pool: p("group"), pooling: Pooling::Average }),
@@ -212,7 +212,7 @@ fn counts_and_rank_bounds_are_those_of_the_specification() {
         let bounds = &model["rank_bounds_hxh"];
         let hira = |p, q| Method::QaHira(QaHira::for_tiles(q, p));
         for (key, bound, method) in [
-            ("lora_r64", "lora", Method::Lora),
+            ("lora_r64", "lora", Method::lora()),
             ("qbara_lambda2_rank128", "qbara", Method::QBara(QBara { lambda: 2 })),
             ("qalora_g32_r64", "qalora_g32", Method::QaLora(QaLora::default())),
             ("qahira_pool4_repeat8", "qahira_4_8", hira(4, 8)),
@@ -227,9 +227,8 @@ fn counts_and_rank_bounds_are_those_of_the_specification() {
 
 #[test]
 fn dropout_comes_after_the_pooling() {
-    let (device, clock) = (Device::flex(), DropoutClock::new(3));
-    clock.train(true);
-    let dropout = Dropout::new(0.4, "up", clock.clone());
+    let (device, dropout) = (Device::flex(), Dropout::new(0.4, "up", 3));
+    dropout.at(Place { step: 0, micro_batch: 0, training: true });
     let core = Core::low_rank(tensor(1, [6, 3], &device), tensor(2, [3, 5], &device));
     let adapter = PooledAdapter::new(core, [4, 2], Pooling::Average, 1.5, dropout.clone());
     let base = Linear { weight: Param::from_tensor(tensor(3, [24, 10], &device)), bias: None };

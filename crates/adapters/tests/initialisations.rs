@@ -6,11 +6,11 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln_adapters::{
-    Adapted, Adapter, AnyAdapter, Attacher, Core, Dora, Dropout, DropoutClock, Error, InitLoraWeights, Lora,
-    LoraAttacher, LowRank, PeftConfig, PooledAdapter, Pooling, TargetModules,
+    Adapted, Adapter, AdapterConfig, AnyAdapter, Attacher, Core, Dora, Dropout, Error, InitLoraWeights, Lora,
+    LoraAttacher, LowRank, Method, PooledAdapter, Pooling,
 };
 use kiln_quant_core::{
-    HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantLinear, quantizers,
+    HostQuantizer, MinMax, PackedLinear, PackedTensor, Place, Projection, QuantLinear, quantizers,
 };
 use kiln_testkit::{Golden, assert_close, max_difference, read, relative_difference, tensor, values};
 
@@ -41,16 +41,13 @@ fn base(weight: Tensor<2>, bias: Option<Tensor<1>>) -> Linear {
     Linear { weight: frozen(weight), bias }
 }
 
-fn config(init: InitLoraWeights) -> PeftConfig {
-    let mut config = PeftConfig::new(4, 6.0, TargetModules::Names(vec!["proj".into()]));
-    config.init_lora_weights = init;
-    config
+fn config(init: InitLoraWeights) -> AdapterConfig {
+    AdapterConfig::new(Method::Lora { init }, 4, 6.0).with_targets(["proj"]).with_seed(7)
 }
 
 fn attach(init: InitLoraWeights, base: impl Into<QuantLinear>) -> Result<Adapted<QuantLinear, Lora>, Error> {
     let base = base.into();
-    LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())], 7)?
-        .attach_to_residual("proj", base)
+    LoraAttacher::new(&config(init), &[("proj".to_owned(), base.shape())])?.attach_to_residual("proj", base)
 }
 
 #[test]
@@ -174,20 +171,20 @@ fn a_trained_adapter_can_be_put_on_the_untouched_base() {
 fn initialisations_that_change_the_base_need_one_that_can_change() {
     let slots = [("proj".to_owned(), [24, 10])];
     let weight = || base(transposed(&golden(), "pissa.wide.weight"), None);
-    let attacher = LoraAttacher::new(&config(InitLoraWeights::Olora), &slots, 7).unwrap();
+    let attacher = LoraAttacher::new(&config(InitLoraWeights::Olora), &slots).unwrap();
     let error = attacher.attach("proj", weight()).unwrap_err().to_string();
-    assert!(error.starts_with("init_lora_weights") && error.contains("olora"), "{error}");
+    assert!(error.starts_with("init") && error.contains("olora"), "{error}");
     for (change, name) in [
         (
-            (|config: &mut PeftConfig| config.r = 11) as fn(&mut PeftConfig),
+            (|config: &mut AdapterConfig| config.rank = 11) as fn(&mut AdapterConfig),
             "proj.r: expected a rank of at most 10",
         ),
-        (|config| config.lora_alpha = -1.0, "proj.lora_alpha: expected a positive scaling"),
+        (|config| config.alpha = -1.0, "proj.lora_alpha: expected a positive scaling"),
     ] {
         for init in [InitLoraWeights::Pissa { iterations: None }, InitLoraWeights::Olora] {
             let mut config = config(init);
             change(&mut config);
-            let attacher = LoraAttacher::new(&config, &slots, 7).unwrap();
+            let attacher = LoraAttacher::new(&config, &slots).unwrap();
             let error = attacher.attach_to_residual("proj", weight().into()).unwrap_err().to_string();
             assert!(error.starts_with(name), "{error}");
         }
@@ -233,9 +230,8 @@ fn dora_outputs_gradients_and_merged_weights_equal_peft() {
 
 #[test]
 fn dora_with_dropout_sees_the_dropped_input_only() {
-    let (device, clock) = (Device::flex(), DropoutClock::new(3));
-    clock.train(true);
-    let dropout = Dropout::new(0.4, "proj", clock);
+    let (device, dropout) = (Device::flex(), Dropout::new(0.4, "proj", 3));
+    dropout.at(Place { step: 0, micro_batch: 0, training: true });
     let linear = base(tensor(1, [24, 10], &device), Some(tensor(2, [10], &device)));
     let (a, b) = (tensor::<2>(3, [24, 4], &device), tensor::<2>(4, [4, 10], &device));
     let with = |dropout| {
@@ -300,10 +296,8 @@ fn new_adapters_of_every_kind_leave_the_base_as_it_is() {
     let packed = quantized(&weight, [24, 10], "affine4:8");
     let x = tensor::<2>(4, [5, 24], &device);
     let expected = read(packed.forward(x.clone()));
-    let mut dora = config(InitLoraWeights::Kaiming);
-    dora.use_dora = true;
-    let adapted =
-        Attacher::<AnyAdapter>::new(&dora, &slots, 1).unwrap().attach("proj", packed.clone()).unwrap();
+    let dora = AdapterConfig::dora(4, 6.0).with_targets(["proj"]).with_seed(1);
+    let adapted = Attacher::<AnyAdapter>::new(&dora, &slots).unwrap().attach("proj", packed.clone()).unwrap();
     assert!(matches!(adapted.adapter, Some(AnyAdapter::Dora(_))));
     let found = read(adapted.forward(x));
     assert!(max_difference(&found, &expected) < 1e-6);

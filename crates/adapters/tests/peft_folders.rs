@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{
-    Adapted, CONFIG_FILE, Dropout, DropoutClock, Error, Lora, LoraAttacher, PeftConfig, PeftFolder,
+    Adapted, AdapterConfig, CONFIG_FILE, Dropout, Error, Lora, LoraAttacher, PeftConfig, PeftFolder,
     TargetModules, WEIGHTS_FILE, save_peft,
 };
 use kiln_testkit::{Golden, read, tensor, testdata};
@@ -42,7 +42,7 @@ fn attach_all(attacher: &LoraAttacher, slots: &Slots) -> Vec<(String, Lora)> {
     adapted.flatten().collect()
 }
 
-fn save(folder: &Path, config: &PeftConfig, adapters: &[(String, Lora)]) -> Result<(), Error> {
+fn save(folder: &Path, config: &AdapterConfig, adapters: &[(String, Lora)]) -> Result<(), Error> {
     save_peft(folder, config, adapters.iter().map(|(path, lora)| (path, lora)))
 }
 
@@ -55,7 +55,7 @@ fn folders_of_peft_load_whole_and_are_written_back_the_same() {
     for (name, slots, count, r, scaling) in folders {
         let folder = PeftFolder::open(testdata("peft").join(name)).unwrap();
         assert!(folder.config().unknown_keys.is_empty());
-        let attacher = folder.attacher(&slots, 0).unwrap();
+        let attacher = folder.attacher::<Lora>(&slots, 0).unwrap();
         assert!(attacher.targets().unmatched.is_empty());
         let adapters = attach_all(&attacher, &slots);
         assert_eq!(adapters.len(), count, "{name}");
@@ -84,7 +84,7 @@ fn folders_of_peft_load_whole_and_are_written_back_the_same() {
         assert_eq!(tensors(&ours), tensors(&theirs), "{name}");
         let (_, header) = SafeTensors::read_metadata(&ours).unwrap();
         assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
-        assert_eq!(&PeftConfig::read(&written.path().join(CONFIG_FILE)).unwrap(), attacher.config());
+        assert_eq!(&PeftConfig::read(&written.path().join(CONFIG_FILE)).unwrap(), folder.config());
     }
 }
 
@@ -264,28 +264,27 @@ fn a_base_of_another_shape_is_refused() {
 
 fn lora(seed: u64, r: usize, scaling: f64) -> Lora {
     let device = Device::flex();
-    let dropout = Dropout::new(0.0, "", DropoutClock::new(0));
+    let dropout = Dropout::new(0.0, "", 0);
     Lora::new(tensor(seed, [8, r], &device), tensor(seed + 1, [r, 4], &device), scaling, dropout)
 }
 
 #[test]
 fn what_could_not_be_loaded_again_is_not_saved() {
     let folder = tempfile::tempdir().unwrap();
-    let config = PeftConfig::new(2, 4.0, TargetModules::Names(vec!["v_proj".into()]));
-    let refused = |config: &PeftConfig, path: &str, lora: Lora, reason: &str| {
+    let config = AdapterConfig::lora(2, 4.0).with_targets(["v_proj"]);
+    let refused = |config: &AdapterConfig, path: &str, lora: Lora, reason: &str| {
         let error = save(folder.path(), config, &[(path.into(), lora)]).unwrap_err().to_string();
         assert!(error.contains(reason), "{error}");
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     };
     refused(&config, "a.v_proj", lora(1, 3, 2.0), "rank 2 and scaling 2, as configured, found rank 3");
     refused(&config, "a.v_proj", lora(1, 2, 1.0), "found rank 2 and scaling 1");
-    refused(&config, "a.q_proj", lora(1, 2, 2.0), "target_modules");
+    refused(&config, "a.q_proj", lora(1, 2, 2.0), "targets");
     let mut bad = lora(1, 2, 2.0);
     bad.lora_b = bad.lora_b.map(|b: Tensor<2>| b / 0.0);
     refused(&config, "a.v_proj", bad, "a.v_proj.lora_B.weight: expected finite values");
-    let mut dora = config.clone();
-    dora.use_dora = true;
-    refused(&dora, "a.v_proj", lora(1, 2, 2.0), "use_dora");
+    let dora = AdapterConfig::dora(2, 4.0).with_targets(["v_proj"]);
+    refused(&dora, "a.v_proj", lora(1, 2, 2.0), "magnitudes, as configured, found rank 2");
     let two = [("a.v_proj".into(), lora(1, 2, 2.0)), ("a.v_proj".into(), lora(3, 2, 2.0))];
     assert!(save(folder.path(), &config, &two).is_err());
     let one = [("a.v_proj".into(), lora(1, 2, 2.0)), ("a.q_proj".into(), lora(3, 2, 2.0))];
@@ -298,7 +297,7 @@ fn a_folder_that_can_not_be_made_is_an_error_that_names_it() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("file");
     fs::write(&path, "").unwrap();
-    let config = PeftConfig::new(2, 4.0, TargetModules::Names(vec!["v_proj".into()]));
+    let config = AdapterConfig::lora(2, 4.0).with_targets(["v_proj"]);
     let adapters = [("v_proj".into(), lora(1, 2, 2.0))];
     let error = save(&path.join("adapter"), &config, &adapters).unwrap_err();
     assert!(matches!(&error, Error::Io { .. }) && error.to_string().contains("file"), "{error}");

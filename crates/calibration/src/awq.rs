@@ -100,7 +100,7 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
         };
         let readers: Vec<usize> = site.readers.iter().map(|path| find(path)).collect::<Result<_>>()?;
         let source = match &site.source {
-            ScaleSource::Norm(_) => None,
+            ScaleSource::Norm { .. } => None,
             ScaleSource::Projection(path) => Some(find(path)?),
         };
         if source.iter().chain(&readers).any(|&place| places[place].scheme == Scheme::Dense) {
@@ -119,7 +119,7 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
         let best = found.errors.iter().copied().fold(f64::INFINITY, f64::min);
         reports.push(ScalingReport {
             source: match &site.source {
-                ScaleSource::Norm(names) => names.join(", "),
+                ScaleSource::Norm { parameters, .. } => parameters.join(", "),
                 ScaleSource::Projection(path) => path.clone(),
             },
             readers: site.readers,
@@ -133,14 +133,17 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
         if let Some(source) = source {
             divide_outputs(&mut places[source], &found.factors, &device);
         }
-        if let ScaleSource::Norm(names) = site.source {
-            divisions.push((names, found.factors));
+        if let ScaleSource::Norm { parameters, one_plus } = site.source {
+            divisions.push((parameters, one_plus, found.factors));
         }
     }
-    for (names, factors) in divisions {
+    for (names, one_plus, factors) in divisions {
         for name in names {
             if let Some(parameter) = model.norm_parameter(&name) {
-                *parameter = parameter.clone().map(|values| divided(values, &factors, &device));
+                *parameter = parameter.clone().map(|values| match one_plus {
+                    true => divided(values.add_scalar(1.0), &factors, &device).sub_scalar(1.0),
+                    false => divided(values, &factors, &device),
+                });
             }
         }
     }

@@ -121,7 +121,7 @@ impl Calibrator<'_> {
 /// The parameters of the norms before the projections of a block, in host memory.
 pub(crate) fn norms<W: ScaleSites>(model: &mut W, index: usize) -> Result<Vec<Norm>> {
     let names = model.scale_sites(index).into_iter().flat_map(|site| match site.source {
-        ScaleSource::Norm(names) => names,
+        ScaleSource::Norm { parameters, .. } => parameters,
         ScaleSource::Projection(_) => Vec::new(),
     });
     let mut norms = Vec::new();

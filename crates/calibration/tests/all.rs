@@ -5,5 +5,4 @@ mod methods;
 mod refused;
 mod scaling;
 mod setup;
-#[cfg(all(feature = "flex", feature = "wgpu"))]
 mod wgpu;

@@ -7,7 +7,8 @@ use kiln_calibration::{
     Svd, block_errors,
 };
 use kiln_models::{
-    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, loss_and_gradients, token_nll,
+    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, families::NormPlace, loss_and_gradients,
+    token_nll,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
 
@@ -16,7 +17,7 @@ use crate::setup::*;
 fn calibrate(config: &CalibrationConfig, count: usize) -> (Model, CalibrationReport) {
     let (model, windows) = (tiny(), windows(count));
     let attacher = attacher(&model);
-    Calibrator::new(config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap()
+    Calibrator::new(config, &windows).with_adapters(&attacher).run(model).unwrap()
 }
 
 /// Held-out error of the residual stream after the last block.
@@ -67,10 +68,11 @@ fn at_two_bits_activations_are_ordered_as_in_the_paper() {
 
 /// The embedded model with an input of a block's attention that is always zero.
 fn with_dead_channel(block: usize, channel: usize) -> AnyModel<QuantLinear> {
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    let norm = &mut model.model.layers[block].input_layernorm;
-    norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(channel..channel + 1, 0.0));
-    AnyModel::Llama(model)
+    let mut model = tiny();
+    let norm = model.blocks[block].norm_mut(NormPlace::PreAttention).unwrap();
+    let weight = norm.weight.take().unwrap();
+    norm.weight = Some(weight.map(|weight| weight.slice_fill(channel..channel + 1, 0.0)));
+    model
 }
 
 #[test]
@@ -81,7 +83,7 @@ fn dead_channels_cost_nothing() {
         let attacher = attacher(&model);
         let config = config(method, "affine2:64");
         let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let q_proj = &report.blocks[1].projections[0];
         assert!(q_proj.activation_error_after < q_proj.activation_error_before * 1.001, "{q_proj:?}");
         for (path, weight, factors) in contents(&found) {
@@ -167,7 +169,7 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     let attacher = attacher(&model);
     let config = config(Method::ApiqBlock(apiq(2)), "affine2:64");
     let (model, _) =
-        Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+        Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     let mut adapters = Vec::new();
@@ -175,7 +177,8 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     save_peft(folder.path(), attacher.config(), adapters.iter().map(|(path, lora)| (path.as_str(), lora)))
         .unwrap();
     let base = model.clone().try_map(|_, slot| Ok::<_, std::convert::Infallible>(slot.into_base())).unwrap();
-    let stored = PeftFolder::open(folder.path()).unwrap().attacher(&base.slot_shapes(), 0).unwrap();
+    let stored = PeftFolder::open(folder.path()).unwrap();
+    let stored = stored.attacher::<kiln_adapters::Lora>(&base.slot_shapes(), 0).unwrap();
     let loaded = base.try_map(|path, base| stored.attach(path, base)).unwrap();
     assert_eq!(contents(&loaded), contents(&model));
 
@@ -208,16 +211,13 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         Method::Gptq(GptqConfig { act_order: true, ..GptqConfig::default() }),
     ] {
         let (_, model) = dense("tiny/opt-f32");
-        let peft = kiln_adapters::PeftConfig::new(
-            4,
-            4.0,
-            kiln_adapters::TargetModules::Names(vec!["v_proj".into(), "fc1".into()]),
-        );
-        let attacher = kiln_adapters::LoraAttacher::new(&peft, &model.slot_shapes(), 1).unwrap();
+        let adapters =
+            kiln_adapters::AdapterConfig::lora(4, 4.0).with_targets(["v_proj", "fc1"]).with_seed(1);
+        let attacher = kiln_adapters::LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
         let before = model.clone();
         let config = CalibrationConfig::new(method, schemes.clone());
         let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let mut kinds = Vec::new();
         found.for_each_slot(|path, slot| {
             let kind = match &slot.base {

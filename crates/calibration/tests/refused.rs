@@ -3,13 +3,16 @@
 use kiln_calibration::{
     ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
-use kiln_models::{AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows};
+use kiln_models::{
+    AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows,
+    families::{LinearRole, NormPlace},
+};
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;
 
 fn refused(model: AnyModel<QuantLinear>, config: &CalibrationConfig, windows: &Windows) -> Error {
-    Calibrator::new(config, windows).run(model, &mut silent).map(|_| ()).unwrap_err()
+    Calibrator::new(config, windows).run(model).map(|_| ()).unwrap_err()
 }
 
 #[test]
@@ -53,7 +56,7 @@ fn options_out_of_range_are_refused_by_name() {
             config.schemes = config.schemes.with_path(last, scheme.parse().unwrap());
             let run = |progress: kiln_calibration::Progress| panic!("{progress:?}");
             let windows = windows(1);
-            let error = Calibrator::new(&config, &windows).run(tiny(), &mut { run }).map(|_| ()).unwrap_err();
+            let error = Calibrator::new(&config, &windows).run_with(tiny(), &mut { run }).map(|_| ()).unwrap_err();
             let message = error.to_string();
             assert!(
                 message.contains(last) && message.contains("affine") && message.contains(scheme),
@@ -94,19 +97,21 @@ fn activations_and_weights_that_are_not_finite_name_the_projection() {
     ];
     for method in methods {
         let config = config(method, "affine2:64");
-        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-        let norm = &mut model.model.layers[1].post_attention_layernorm;
-        norm.weight = norm.weight.clone().map(|weight| weight * f32::NAN);
-        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        let mut model = tiny();
+        let norm = model.blocks[1].norm_mut(NormPlace::PreMlp).unwrap();
+        norm.weight = norm.weight.take().map(|weight| weight.map(|weight| weight * f32::NAN));
+        let error = refused(model, &config, &windows(2));
         assert!(
             matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.1.mlp.gate_proj"),
             "{error}"
         );
 
-        let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-        let QuantLinear::Dense(linear) = &mut model.model.layers[2].mlp.down_proj else { panic!("dense") };
+        let mut model = tiny();
+        let QuantLinear::Dense(linear) = model.blocks[2].linear_mut(LinearRole::Down).unwrap() else {
+            panic!("dense")
+        };
         linear.weight = linear.weight.clone().map(|weight| weight.slice_fill([3..4, 5..6], f32::INFINITY));
-        let error = refused(AnyModel::Llama(model), &config, &windows(2));
+        let error = refused(model, &config, &windows(2));
         assert!(
             matches!(&error, Error::NotFinite { place, .. } if place == "model.layers.2.mlp.down_proj"),
             "{error}"
@@ -147,7 +152,7 @@ fn weights_of_a_source_are_checked() {
         });
         let windows = windows(1);
         let calibrator = Calibrator::new(&config, &windows).with_weights(&source);
-        calibrator.run(model.clone(), &mut silent).map(|_| ()).unwrap_err()
+        calibrator.run(model.clone()).map(|_| ()).unwrap_err()
     };
     let error = run(|mut tensor| {
         tensor.shape.reverse();
@@ -164,24 +169,24 @@ fn weights_of_a_source_are_checked() {
     let other = Checkpoint::open(kiln_testkit::testdata("tiny/opt-f32")).unwrap();
     let windows = windows(1);
     let missing = Calibrator::new(&config, &windows).with_weights(other.source());
-    let message = missing.run(model, &mut silent).map(|_| ()).unwrap_err().to_string();
+    let message = missing.run(model).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("model.layers.0"), "{message}");
 }
 
 #[test]
 fn embeddings_that_are_not_finite_and_missing_folders_are_refused() {
     let config = config(Method::Rtn(Rounding::MinMax), "affine2:64");
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    let Embedding::Dense(embedding) = &mut model.model.embed_tokens else { panic!("dense") };
+    let mut model = tiny();
+    let Embedding::Dense(embedding) = &mut model.embed_tokens else { panic!("dense") };
     let windows = windows(2);
     let id = windows.as_slice()[1][3] as usize;
     embedding.weight = embedding.weight.clone().map(|weight| weight.slice_fill([id..id + 1, 0..1], f32::NAN));
-    let error = refused(AnyModel::Llama(model), &config, &windows);
+    let error = refused(model, &config, &windows);
     assert!(matches!(&error, Error::NotFinite { place, .. } if place == "embedding"), "{error}");
 
     let missing = std::path::Path::new("no/such/folder");
     let calibrator = Calibrator::new(&config, &windows).with_spill(missing);
-    let message = calibrator.run(tiny(), &mut silent).map(|_| ()).unwrap_err().to_string();
+    let message = calibrator.run(tiny()).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("no/such/folder"), "{message}");
 }
 
@@ -194,7 +199,7 @@ fn a_loss_that_is_not_finite_ends_the_run_and_names_the_place() {
     ] {
         let (model, config, windows) = (tiny(), config(method, "affine2:64"), windows(2));
         let attacher = attacher(&model);
-        let run = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent);
+        let run = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model);
         let error = run.map(|_| ()).unwrap_err();
         assert!(matches!(&error, Error::Diverged { place: found, .. } if found == place), "{error}");
     }

@@ -9,9 +9,11 @@ use kiln_calibration::{
     Rounding, block_errors,
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, Llama, LoadOptions, Slots, TokenBatch, Windows, export::save_model,
+    AnyModel, Block, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows,
+    export::save_model,
+    families::{LinearRole, NormPlace},
 };
-use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_quant_core::{Plan, Projection, QuantLinear, Scheme};
 use kiln_testkit::read;
 
 use crate::setup::*;
@@ -28,7 +30,7 @@ fn calibrate(
     windows: &Windows,
 ) -> (Model, CalibrationReport) {
     let attacher = attacher(&model);
-    Calibrator::new(config, windows).with_adapters(&attacher).run(model, &mut silent).unwrap()
+    Calibrator::new(config, windows).with_adapters(&attacher).run(model).unwrap()
 }
 
 /// The residual stream after each block.
@@ -40,29 +42,27 @@ fn hidden(model: &impl CausalLm, window: &[u32]) -> Vec<Vec<f32>> {
 /// The embedded model with some inputs of each attention and MLP thirty times as large and read by weights a thirtieth
 /// as large: the same function.
 fn with_outliers() -> AnyModel<QuantLinear> {
-    let AnyModel::Llama(mut model) = tiny() else { panic!("a LLaMA") };
-    for block in &mut model.model.layers {
-        let (attention, mlp) = (&mut block.self_attn, &mut block.mlp);
-        let readers = [&mut attention.q_proj, &mut attention.k_proj, &mut attention.v_proj];
-        let readers = readers.into_iter().chain([&mut mlp.gate_proj, &mut mlp.up_proj]);
-        let width = block.input_layernorm.weight.val().dims()[0];
+    let mut model = tiny();
+    for block in &mut model.blocks {
+        let width = block.linear(LinearRole::Query).unwrap().shape()[0];
         let factors: Vec<f32> = (0..width).map(|i| if i % 16 == 5 { 30.0 } else { 1.0 }).collect();
         let factors = Tensor::<1>::from_floats(factors.as_slice(), &Device::flex());
-        for norm in [&mut block.input_layernorm, &mut block.post_attention_layernorm] {
-            norm.weight = norm.weight.clone().map(|weight| weight * factors.clone());
+        for (_, norm) in block.norms_mut() {
+            norm.weight = norm.weight.take().map(|weight| weight.map(|weight| weight * factors.clone()));
         }
-        for reader in readers {
-            let QuantLinear::Dense(linear) = reader else { panic!("dense") };
+        use LinearRole::{Gate, Key, Query, Up, Value};
+        for reader in [Query, Key, Value, Gate, Up] {
+            let QuantLinear::Dense(linear) = block.linear_mut(reader).unwrap() else { panic!("dense") };
             let factors = factors.clone().reshape([width, 1]);
             linear.weight = linear.weight.clone().map(|weight| weight / factors);
         }
     }
-    AnyModel::Llama(model)
+    model
 }
 
 /// A model of the LLaMA family in which each query head has a copy of the key and value head that it shared.
 fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
-    let AnyModel::Llama(mut model) = model else { panic!("a LLaMA") };
+    let mut model = model;
     let mut config = model.config().clone();
     let (heads, width) = (config.num_key_value_heads, config.head_dim);
     let copies = config.num_attention_heads / heads;
@@ -71,14 +71,14 @@ fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
         let [rows, columns] = weight.dims();
         weight.reshape([rows, heads, 1, width]).repeat_dim(2, copies).reshape([rows, columns * copies])
     };
-    for block in &mut model.model.layers {
-        for projection in [&mut block.self_attn.k_proj, &mut block.self_attn.v_proj] {
-            let QuantLinear::Dense(linear) = projection else { panic!("dense") };
+    for block in &mut model.blocks {
+        for role in [LinearRole::Key, LinearRole::Value] {
+            let QuantLinear::Dense(linear) = block.linear_mut(role).unwrap() else { panic!("dense") };
             linear.weight = linear.weight.clone().map(copy);
             linear.bias = linear.bias.take().map(|bias| bias.map(|bias| copy(bias.unsqueeze()).squeeze()));
         }
     }
-    AnyModel::Llama(Llama::from_parts(model.model, model.lm_head, config).unwrap())
+    model.with_config(config).unwrap()
 }
 
 #[test]
@@ -91,6 +91,7 @@ fn scaling_alone_changes_nothing_in_any_family() {
         ("tiny/qwen2-tied-f32", true),
         ("tiny/qwen3-untied-f32", false),
         ("tiny/opt-f32", false),
+        ("tiny/gemma3-text-f32", false),
     ] {
         let load = || if own_heads { with_own_heads(dense(folder).1) } else { dense(folder).1 };
         let original = load();
@@ -146,15 +147,13 @@ fn sites_with_a_projection_that_stays_are_left_alone() {
         .with_override(r"layers\.2\..*up_proj", Scheme::Dense)
         .unwrap();
     let (model, report) = calibrate(&config, with_outliers(), &windows(3));
-    let (AnyModel::Llama(model), AnyModel::Llama(original)) = (model, with_outliers()) else {
-        panic!("a LLaMA")
-    };
-    for (index, (found, original)) in model.model.layers.iter().zip(&original.model.layers).enumerate() {
-        let same = |found: &kiln_models::RmsNorm, original: &kiln_models::RmsNorm| {
-            read(found.weight.val()) == read(original.weight.val())
-        };
-        assert!(same(&found.input_layernorm, &original.input_layernorm));
-        assert_eq!(same(&found.post_attention_layernorm, &original.post_attention_layernorm), index == 2);
+    let original = with_outliers();
+    for (index, (found, original)) in model.blocks.iter().zip(&original.blocks).enumerate() {
+        let gains = |block: &Block<_>, place| read(block.norm(place).unwrap().weight.as_ref().unwrap().val());
+        let original = |place| read(original.norm(place).unwrap().weight.as_ref().unwrap().val());
+        assert_eq!(gains(found, NormPlace::PreAttention), original(NormPlace::PreAttention));
+        let same = gains(found, NormPlace::PreMlp) == original(NormPlace::PreMlp);
+        assert_eq!(same, index == 2);
         let readers: Vec<&str> =
             report.blocks[index].scalings.iter().flat_map(|site| &site.readers).map(String::as_str).collect();
         assert!(readers.iter().all(|path| !path.contains("q_proj")), "{readers:?}");
@@ -172,14 +171,14 @@ fn interrupted(
     let attacher = attacher(&load());
     let run = |observer: kiln_calibration::Observer| {
         let calibrator = Calibrator::new(config, windows).with_adapters(&attacher);
-        calibrator.with_folder(folder).run(load(), observer)
+        calibrator.with_folder(folder).run_with(load(), observer)
     };
     let result = run(&mut |progress| match progress {
         Progress::Block { report, .. } if report.index == 0 => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     });
     assert!(matches!(result, Err(Error::Cancelled { blocks: 1, .. })));
-    [calibrate(config, load(), windows), run(&mut silent).unwrap()]
+    [calibrate(config, load(), windows), run(&mut |_| ControlFlow::Continue(())).unwrap()]
 }
 
 #[test]
@@ -202,12 +201,12 @@ fn norms_are_resumed_saved_and_compared() {
     assert_eq!(again.blocks[0].scalings, report.blocks[0].scalings);
 
     // A model that differs in a norm of a finished block only.
-    let AnyModel::Llama(mut other) = with_outliers() else { panic!("a LLaMA") };
-    let norm = &mut other.model.layers[2].post_attention_layernorm;
-    norm.weight = norm.weight.clone().map(|weight| weight.slice_fill(3..4, 0.5));
+    let mut other = with_outliers();
+    let norm = other.blocks[2].norm_mut(NormPlace::PreMlp).unwrap();
+    norm.weight = norm.weight.take().map(|weight| weight.map(|weight| weight.slice_fill(3..4, 0.5)));
     let attacher: LoraAttacher = attacher(&tiny());
     let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher).with_folder(folder.path());
-    let message = calibrator.run(AnyModel::Llama(other), &mut silent).unwrap_err().to_string();
+    let message = calibrator.run(other).unwrap_err().to_string();
     assert!(message.contains("block-00002.safetensors"), "{message}");
     assert!(message.contains("model.layers.2.post_attention_layernorm.weight"), "{message}");
 
@@ -229,7 +228,7 @@ fn weights_from_the_file_are_scaled_like_those_in_the_slots() {
     let options = LoadOptions::uniform("affine2:64".parse().unwrap());
     let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let calibrator = Calibrator::new(&config, &windows).with_weights(checkpoint.source());
-    let (model, _) = calibrator.run(skeleton, &mut silent).unwrap();
+    let (model, _) = calibrator.run(skeleton).unwrap();
     assert_eq!(hidden(&model, &windows.as_slice()[0]), expected);
 }
 
@@ -237,6 +236,6 @@ fn weights_from_the_file_are_scaled_like_those_in_the_slots() {
 fn an_empty_grid_is_refused() {
     let mut config = scaled(RTN, "affine3:64");
     config.scaling = Some(AwqConfig { grid: 0 });
-    let message = Calibrator::new(&config, &windows(1)).run(tiny(), &mut silent).unwrap_err().to_string();
+    let message = Calibrator::new(&config, &windows(1)).run(tiny()).unwrap_err().to_string();
     assert!(message.contains("AwqConfig.grid"), "{message}");
 }

@@ -1,12 +1,11 @@
 //! What the tests share.
 
-use std::ops::ControlFlow;
-
 use burn::tensor::Device;
-use kiln_adapters::{Adapted, Lora, LoraAttacher, PeftConfig, TargetModules};
-use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress};
+use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
+use kiln_calibration::{ApiqConfig, CalibrationConfig, Method};
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
+pub use kiln_testkit::ids;
 use kiln_testkit::{read, testdata};
 
 /// A calibrated model.
@@ -26,12 +25,6 @@ pub fn tiny() -> AnyModel<QuantLinear> {
     dense("models/tiny-llama").1
 }
 
-/// Token ids of the embedded model's texts.
-pub fn ids(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
-}
-
 /// Calibration windows.
 pub fn windows(count: usize) -> Windows {
     Windows::random(&ids("indomain_heldout_sotu_2011"), 48, count, 2).unwrap()
@@ -44,8 +37,7 @@ pub fn held_out() -> Windows {
 
 pub fn attacher<M: Slots>(model: &M) -> LoraAttacher {
     // A scaling other than 1, as the published runs have.
-    let config = PeftConfig::new(8, 2.0, TargetModules::AllLinear);
-    LoraAttacher::new(&config, &model.slot_shapes(), 3).unwrap()
+    LoraAttacher::new(&AdapterConfig::lora(8, 2.0).with_seed(3), &model.slot_shapes()).unwrap()
 }
 
 pub fn config(method: Method, scheme: &str) -> CalibrationConfig {
@@ -55,10 +47,6 @@ pub fn config(method: Method, scheme: &str) -> CalibrationConfig {
 /// Larger rates than the published ones, for small budgets.
 pub fn apiq(epochs: usize) -> ApiqConfig {
     ApiqConfig { epochs, lr_clipping: 1e-2, lr_lora: 2e-3, ..ApiqConfig::default() }
-}
-
-pub fn silent(_: Progress) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }
 
 /// Everything that a calibration decides.

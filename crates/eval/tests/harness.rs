@@ -1,12 +1,9 @@
 //! The embedded model against what lm-evaluation-harness 0.4.13 found with transformers, on tasks of our own and on its
 //! own tasks with made-up rows (`testdata/eval/lm_eval_*reference.json`, written by `scripts/compare-lm-eval.py`).
 
-use std::ops::ControlFlow;
-
 use burn::tensor::Device;
 use kiln_eval::{
-    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskProgress, TaskReport,
-    read_samples,
+    DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskReport, read_samples,
 };
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Tokenizer};
 use kiln_quant_core::QuantLinear;
@@ -15,10 +12,6 @@ use serde_json::Value;
 
 /// Of a log-likelihood; two correct implementations in f32 differ by about 1e-4 in a sum over a text.
 const TOLERANCE: f64 = 1e-3;
-
-fn quiet(_: TaskProgress) -> ControlFlow<()> {
-    ControlFlow::Continue(())
-}
 
 fn load() -> (AnyModel<QuantLinear>, Tokenizer) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
@@ -55,7 +48,7 @@ fn evaluate(
     let folder = tempfile::tempdir().unwrap();
     let log = folder.path().join("samples.jsonl");
     let tasks = [task];
-    let report = evaluation.clone().with_samples(&log).evaluate(scorer, &tasks, &mut quiet).unwrap();
+    let report = evaluation.clone().with_samples(&log).evaluate(scorer, &tasks).unwrap();
     let mut samples = read_samples(&log).unwrap();
     samples.sort_by_key(|sample| sample.document);
     (report.tasks.into_iter().next().unwrap(), samples)
@@ -247,13 +240,12 @@ fn a_document_that_does_not_fit_is_named() {
     let fine = serde_json::json!({"goal": "a", "sol1": "b", "sol2": "c", "label": 0});
     let evaluated = [fine, row].map(|row| row.as_object().unwrap().clone()).to_vec();
     let tasks = [(Task::builtin("piqa").unwrap(), TaskData { evaluated, fewshot: vec![] })];
-    let error = Evaluation::new().evaluate(&scorer, &tasks, &mut quiet).unwrap_err().to_string();
+    let error = Evaluation::new().evaluate(&scorer, &tasks).unwrap_err().to_string();
     assert!(
         error.contains("task piqa, evaluated document 1: choice 1, continuation: expected at most 8 tokens"),
         "{error}"
     );
     let task = task("quiz_generate", 0);
-    let error =
-        Evaluation::new().with_limit(1).evaluate(&scorer, &[task], &mut quiet).unwrap_err().to_string();
+    let error = Evaluation::new().with_limit(1).evaluate(&scorer, &[task]).unwrap_err().to_string();
     assert!(error.contains("quiz_generate, evaluated document 0: max_gen_toks"), "{error}");
 }

@@ -7,15 +7,11 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_eval::{
-    Error, Perplexity, Progress, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
+    Error, Perplexity, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
 };
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions};
 use kiln_quant_core::QuantLinear;
-use kiln_testkit::{Golden, testdata};
-
-fn quiet(_: Progress) -> ControlFlow<()> {
-    ControlFlow::Continue(())
-}
+use kiln_testkit::{Golden, smollm2, testdata, u16le};
 
 fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> AnyModel<QuantLinear> {
     let options = match scheme {
@@ -26,11 +22,6 @@ fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> AnyModel<Qua
 }
 
 /// Ids of a file of little-endian u16.
-fn ids(path: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(path)).unwrap();
-    bytes.as_chunks().0.iter().map(|pair| u32::from(u16::from_le_bytes(*pair))).collect()
-}
-
 #[track_caller]
 fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
     assert!(
@@ -71,9 +62,8 @@ fn the_embedded_model_has_the_perplexities_of_its_readme() {
         let model = load(testdata("models/tiny-llama"), scheme);
         for ((text, tolerance), expected) in texts.into_iter().zip(expected) {
             let Some(expected) = expected else { continue };
-            let ids = ids(&format!("models/tiny-llama/text/{text}.u16le"));
-            let found =
-                WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids, &mut quiet).unwrap();
+            let ids = u16le(&format!("models/tiny-llama/text/{text}.u16le"));
+            let found = WindowedPerplexity::new(256).with_batch(4).evaluate(&model, &ids).unwrap();
             assert_eq!((found.windows, found.tokens), (64, 64 * 255));
             assert_near(&format!("{scheme:?} {text}"), found.perplexity, expected, tolerance);
         }
@@ -87,7 +77,7 @@ fn windowed_perplexity_equals_a_calculation_by_hand() {
     for batch in [1, 2, 5] {
         let mut heard = Vec::new();
         let protocol = WindowedPerplexity::new(24).with_batch(batch);
-        let found = protocol.evaluate(&model, &ids, &mut |progress| {
+        let found = protocol.evaluate_with(&model, &ids, &mut |progress| {
             heard.push((progress.windows, progress.total));
             ControlFlow::Continue(())
         });
@@ -106,18 +96,18 @@ fn windowed_perplexity_equals_a_calculation_by_hand() {
         );
         assert_eq!(heard, if batch == 1 { vec![(1, 2), (2, 2)] } else { vec![(2, 2)] });
     }
-    let first = WindowedPerplexity::new(24).with_max_windows(1).evaluate(&model, &ids, &mut quiet).unwrap();
+    let first = WindowedPerplexity::new(24).with_max_windows(1).evaluate(&model, &ids).unwrap();
     assert_near("first window", first.nll, mean(&nll[0]), 1e-5);
     // What doesn't fill a window is dropped.
-    let cut = WindowedPerplexity::new(24).evaluate(&model, &ids[..47], &mut quiet).unwrap();
+    let cut = WindowedPerplexity::new(24).evaluate(&model, &ids[..47]).unwrap();
     assert_eq!(cut, first);
 }
 
 #[test]
 fn strided_perplexity_with_stride_window_equals_windowed() {
     let (model, ids, _) = tiny();
-    let windowed = WindowedPerplexity::new(12).evaluate(&model, &ids, &mut quiet).unwrap();
-    let strided = StridedPerplexity::new(12, 12).evaluate(&model, &ids, &mut quiet).unwrap();
+    let windowed = WindowedPerplexity::new(12).evaluate(&model, &ids).unwrap();
+    let strided = StridedPerplexity::new(12, 12).evaluate(&model, &ids).unwrap();
     assert_eq!(strided, windowed);
 }
 
@@ -125,14 +115,14 @@ fn strided_perplexity_with_stride_window_equals_windowed() {
 fn strided_perplexity_equals_a_calculation_by_hand() {
     let (model, ids, nll) = tiny();
     // One row in one window: the stride doesn't matter.
-    let row = StridedPerplexity::new(24, 8).evaluate(&model, &ids[..24], &mut quiet).unwrap();
+    let row = StridedPerplexity::new(24, 8).evaluate(&model, &ids[..24]).unwrap();
     assert_near("one window", row.nll, mean(&nll[0]), 1e-5);
     // Windows of 24 over the first 32 tokens, stride 8: 24 new ones, then 8 in the window 8..32; the guide counts 23 and 7.
-    let found = StridedPerplexity::new(24, 8).evaluate(&model, &ids[..32], &mut quiet).unwrap();
+    let found = StridedPerplexity::new(24, 8).evaluate(&model, &ids[..32]).unwrap();
     assert_eq!((found.tokens, found.windows), (30, 2));
     // The second window's logits aren't in the fixture; its last 8 tokens are those of a text of 24 whose last 8 count.
-    let whole = WindowedPerplexity::new(24).evaluate(&model, &ids[8..32], &mut quiet).unwrap();
-    let start = WindowedPerplexity::new(16).evaluate(&model, &ids[8..24], &mut quiet).unwrap();
+    let whole = WindowedPerplexity::new(24).evaluate(&model, &ids[8..32]).unwrap();
+    let start = WindowedPerplexity::new(16).evaluate(&model, &ids[8..24]).unwrap();
     let last = (whole.nll * 23.0 - start.nll * 15.0) / 8.0;
     assert_near("two windows", found.nll, (mean(&nll[0]) * 23.0 + last * 7.0) / 30.0, 1e-5);
 }
@@ -146,8 +136,7 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
         words,
         bytes,
     };
-    let found =
-        RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
+    let found = RollingPerplexity::new(23, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
     let sum: f64 = nll[0].iter().sum();
     assert_eq!((found.token.tokens, found.token.windows, found.words, found.bytes), (23, 1, 5, 60));
     assert_near("per token", found.token.nll, sum / 23.0, 1e-5);
@@ -156,12 +145,11 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
     assert_near("bits", found.bits_per_byte, sum / 60.0 / 2f64.ln(), 1e-5);
 
     // Windows of 10 over 23 tokens: 10, 10, and 3 that see ten.
-    let found =
-        RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)], &mut quiet).unwrap();
+    let found = RollingPerplexity::new(10, ids[0]).evaluate(&model, &[document(0, 5, 60)]).unwrap();
     let part = |range: std::ops::Range<usize>, last: usize| {
         let whole = &ids[range];
         let nll = |ids: &[u32]| {
-            let found = WindowedPerplexity::new(ids.len()).evaluate(&model, ids, &mut quiet).unwrap();
+            let found = WindowedPerplexity::new(ids.len()).evaluate(&model, ids).unwrap();
             found.nll * (ids.len() - 1) as f64
         };
         let before = whole.len() - last;
@@ -172,10 +160,9 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
 
     // Two documents are two texts, whatever the batch.
     let documents = [document(0, 5, 60), document(1, 7, 80), RollingDocument::new(vec![], " a ")];
-    let both = |batch| {
-        RollingPerplexity::new(10, ids[0]).with_batch(batch).evaluate(&model, &documents, &mut quiet).unwrap()
-    };
-    let second = RollingPerplexity::new(10, ids[0]).evaluate(&model, &documents[1..2], &mut quiet).unwrap();
+    let both =
+        |batch| RollingPerplexity::new(10, ids[0]).with_batch(batch).evaluate(&model, &documents).unwrap();
+    let second = RollingPerplexity::new(10, ids[0]).evaluate(&model, &documents[1..2]).unwrap();
     assert_near("two documents", both(1).token.nll, (found.token.nll + second.token.nll) / 2.0, 1e-6);
     assert_near("batch", both(3).token.nll, both(1).token.nll, 1e-6);
     assert_eq!((both(1).words, both(1).bytes, both(1).token.windows), (15, 143, 6));
@@ -184,7 +171,7 @@ fn rolling_perplexity_equals_a_calculation_by_hand() {
 #[test]
 fn the_callback_ends_an_evaluation() {
     let (model, ids, _) = tiny();
-    let result = WindowedPerplexity::new(4).evaluate(&model, &ids, &mut |progress| {
+    let result = WindowedPerplexity::new(4).evaluate_with(&model, &ids, &mut |progress| {
         assert!(progress.nll.is_finite());
         if progress.windows == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -195,12 +182,10 @@ fn the_callback_ends_an_evaluation() {
 fn bad_options_and_data_are_errors_that_name_them() {
     let (model, ids, _) = tiny();
     let limit = model.max_positions();
-    let windowed =
-        |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
-    let strided =
-        |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids, &mut quiet));
+    let windowed = |protocol: WindowedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
+    let strided = |protocol: StridedPerplexity, ids: &[u32]| message(protocol.evaluate(&model, ids));
     let rolling = |protocol: RollingPerplexity, documents: &[RollingDocument]| {
-        message(protocol.evaluate(&model, documents, &mut quiet))
+        message(protocol.evaluate(&model, documents))
     };
     let document = |ids: &[u32]| RollingDocument::new(ids.to_vec(), "two words");
     for (found, parts) in [
@@ -250,7 +235,7 @@ impl ModuleMapper for Infinite {
 fn a_model_that_gives_no_numbers_is_an_error() {
     let (model, ids, _) = tiny();
     let model = model.map(&mut Infinite);
-    let result = WindowedPerplexity::new(8).evaluate(&model, &ids, &mut quiet);
+    let result = WindowedPerplexity::new(8).evaluate(&model, &ids);
     assert!(matches!(result, Err(Error::NotFinite { window: 0, .. })), "{result:?}");
 }
 
@@ -261,17 +246,14 @@ fn message<T: std::fmt::Debug>(result: kiln_eval::Result<T>) -> String {
 /// 20 windows of 512 tokens; the references are PyTorch's, in f32.
 #[test]
 fn smollm2_has_the_perplexities_of_the_fixtures() {
-    let Some(path) = std::env::var_os("KILN_SMOLLM2") else {
-        eprintln!("KILN_SMOLLM2 does not name SmolLM2's file: nothing was tested");
-        return;
-    };
-    let ids = ids("text/moby_ch100_smollm2_10240.u16le");
+    let Some(path) = smollm2() else { return };
+    let ids = u16le("text/moby_ch100_smollm2_10240.u16le");
     for (scheme, expected, tolerance) in
         [("dense", 48.357, 0.05), ("affine4:64:int", 61.78, 0.3), ("nf4:64", 61.12, 0.3)]
     {
         let model = load(&path, Some(scheme));
         let start = Instant::now();
-        let found: Perplexity = WindowedPerplexity::new(512).evaluate(&model, &ids, &mut quiet).unwrap();
+        let found: Perplexity = WindowedPerplexity::new(512).evaluate(&model, &ids).unwrap();
         eprintln!("{scheme}: {found:?}, {:.1} s", start.elapsed().as_secs_f64());
         assert_eq!((found.windows, found.tokens), (20, 20 * 511));
         assert_near(scheme, found.perplexity, expected, tolerance);

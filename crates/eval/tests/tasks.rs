@@ -4,7 +4,7 @@ use std::{cell::Cell, fs, ops::ControlFlow, path::Path};
 
 use kiln_eval::{
     Comparison, Error, Evaluation, GenerateRequest, Group, Metric, OnAnswer, Report, Response, Result,
-    Scorer, SignificanceTest, Task, TaskData, TaskProgress, read_samples,
+    Scorer, SignificanceTest, Task, TaskData, read_samples,
 };
 use serde_json::{Value, json};
 
@@ -90,16 +90,12 @@ fn all() -> Vec<(Task, TaskData)> {
     vec![piqa(), lambada(), wikitext(), gsm8k()]
 }
 
-fn quiet(_: TaskProgress) -> ControlFlow<()> {
-    ControlFlow::Continue(())
-}
-
 fn evaluation() -> Evaluation {
     Evaluation::new().with_shots(0).with_resamples(2000).with_model("stub")
 }
 
 fn run(evaluation: &Evaluation, stub: &Stub) -> Result<Report> {
-    evaluation.evaluate(stub, &all(), &mut quiet)
+    evaluation.evaluate(stub, &all())
 }
 
 #[test]
@@ -142,7 +138,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
     let (whole, log) = (folder.path().join("whole.jsonl"), folder.path().join("log.jsonl"));
     let expected = run(&evaluation().with_samples(&whole), &Stub::default()).unwrap();
     let (stub, logged) = (Stub::default(), evaluation().with_samples(&log));
-    let result = logged.evaluate(&stub, &all(), &mut |progress| {
+    let result = logged.evaluate_with(&stub, &all(), &mut |progress| {
         assert_eq!((progress.total, progress.resumed), (10, 0));
         if progress.documents == 4 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
@@ -154,7 +150,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
     fs::write(&log, bytes).unwrap();
     let before = stub.asked.get();
     let mut heard = Vec::new();
-    let report = logged.evaluate(&stub, &all(), &mut |progress| {
+    let report = logged.evaluate_with(&stub, &all(), &mut |progress| {
         heard.push((progress.documents, progress.resumed));
         ControlFlow::Continue(())
     });
@@ -168,7 +164,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
     assert_eq!(lines(&log), lines(&whole));
     // Once more there is nothing to do.
     let idle = Stub { refuses: Some(0), ..Stub::default() };
-    let again = logged.evaluate(&idle, &all(), &mut quiet).unwrap();
+    let again = logged.evaluate(&idle, &all()).unwrap();
     assert_eq!((again.tasks, idle.asked.get()), (expected.tasks, 0));
 }
 
@@ -179,7 +175,7 @@ fn the_log_of_another_run_is_not_resumed() {
     let logged = evaluation().with_samples(&log);
     run(&logged, &Stub::default()).unwrap();
     let message = |evaluation: &Evaluation, tasks: &[(Task, TaskData)]| {
-        evaluation.evaluate(&Stub::default(), tasks, &mut quiet).unwrap_err().to_string()
+        evaluation.evaluate(&Stub::default(), tasks).unwrap_err().to_string()
     };
     let other = message(&logged.clone().with_model("another"), &all());
     assert!(other.contains("log.jsonl: line 1") && other.contains("another"), "{other}");
@@ -191,7 +187,7 @@ fn the_log_of_another_run_is_not_resumed() {
     let mut tasks = vec![piqa()];
     tasks[0].1.fewshot = tasks[0].1.evaluated.clone();
     let stub = Stub::default();
-    logged.clone().with_shots(1).evaluate(&stub, &tasks, &mut quiet).unwrap();
+    logged.clone().with_shots(1).evaluate(&stub, &tasks).unwrap();
     assert_eq!(stub.asked.get(), 12);
     let good = fs::read_to_string(&log).unwrap();
     for (number, line) in [(0, "{}"), (2, "nonsense"), (3, "{\"task\": 1}")] {
@@ -213,7 +209,7 @@ fn the_log_of_another_run_is_not_resumed() {
 #[test]
 fn bad_options_and_requests_are_errors_that_name_them() {
     let message = |evaluation: &Evaluation, tasks: &[(Task, TaskData)], stub: &Stub| {
-        evaluation.evaluate(stub, tasks, &mut quiet).unwrap_err().to_string()
+        evaluation.evaluate(stub, tasks).unwrap_err().to_string()
     };
     let stub = Stub::default();
     for (found, part) in [
@@ -282,7 +278,7 @@ fn groups_have_micro_and_macro_means() {
     };
     // All choices are equally likely, so the first is chosen.
     let tasks = [subject("mmlu_anatomy", &[0, 0, 0, 1]), subject("mmlu_virology", &[0, 1])];
-    let mut report = evaluation().evaluate(&Stub::default(), &tasks, &mut quiet).unwrap();
+    let mut report = evaluation().evaluate(&Stub::default(), &tasks).unwrap();
     assert!(report.groups.is_empty());
     let group = |tasks: &[&str]| Group {
         group: "both".into(),

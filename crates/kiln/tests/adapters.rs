@@ -7,16 +7,15 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::log_softmax},
 };
 use kiln::{
-    AdaptedModel,
+    Tuned,
     adapters::{
-        AdapterConfig, AnyAdapter, InitLoraWeights, Method, PeftConfig, Pooling, QBara, QaBlora, QaHira,
-        QaLora, TargetModules,
+        Adapted, AdapterConfig, AnyAdapter, InitLoraWeights, Method, Pooling, QBara, QaBlora, QaHira, QaLora,
     },
     models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch},
     quant::{MinMax, PackedWeight, Plan, Projection, QuantLinear},
     training::{BatchOptions, DataOptions, Dataset, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_testkit::{Golden, assert_close, read, relative_difference, testdata};
+use kiln_testkit::{Golden, assert_close, ids, read, relative_difference, testdata};
 
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
@@ -38,9 +37,9 @@ fn load(path: &str, scheme: Option<&str>) -> AnyModel<QuantLinear> {
 fn logits_and_gradients_of_a_dora_adapter_equal_peft() {
     let golden = Golden::open("peft/tiny-dora-r4/golden.safetensors");
     let base = load("tiny/llama-untied-bf16", None);
-    let (model, attacher) = kiln::load_adapters(base, testdata("peft/tiny-dora-r4"), 0).unwrap();
-    assert!(attacher.config().use_dora);
-    let trained = model.clone().train();
+    let tuned = Tuned::load(base, testdata("peft/tiny-dora-r4")).unwrap();
+    assert_eq!(tuned.config().method, Method::dora());
+    let trained = tuned.model().clone().train();
     let ids: Vec<u32> = golden.ints("p0.ids").into_iter().map(|id| id as u32).collect();
     let found = logits(&trained, &ids);
     assert_close("logits", &read(found.clone()), &golden.floats("p0.logits"), TOLERANCE);
@@ -63,7 +62,7 @@ fn logits_and_gradients_of_a_dora_adapter_equal_peft() {
         check("magnitude_vector", read(dora.magnitude.grad(&gradients).unwrap()));
     });
     assert_eq!(seen, golden.names().filter(|name| name.starts_with("p0.grad.")).count());
-    let last = logits(&kiln::merge_dense(model), &ids).narrow(0, ids.len() - 1, 1);
+    let last = logits(&tuned.merge_dense(), &ids).narrow(0, ids.len() - 1, 1);
     let mut top = read(last);
     top.sort_by(|a, b| b.total_cmp(a));
     let name = "p0.merged_logits_last_top";
@@ -72,31 +71,23 @@ fn logits_and_gradients_of_a_dora_adapter_equal_peft() {
 
 const EMBEDDED: &str = "models/tiny-llama";
 
-fn lora() -> PeftConfig {
-    PeftConfig::new(4, 8.0, TargetModules::AllLinear)
+fn lora() -> AdapterConfig {
+    AdapterConfig::lora(4, 8.0).with_seed(1)
 }
 
+type TunedModel = Tuned<AnyModel<QuantLinear>>;
+
 /// A few steps on two rows of the embedded model's shifted text, dropout included.
-fn train(
-    model: AdaptedModel,
-    attacher: &kiln::adapters::AnyAttacher,
-    steps: u64,
-) -> (AdaptedModel, Vec<f64>) {
-    let text = std::fs::read(testdata("models/tiny-llama/text/shift_test_moby.u16le")).unwrap();
-    let ids: Vec<u32> =
-        text.chunks_exact(2).take(128).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
+fn train(tuned: TunedModel, steps: u64) -> (TunedModel, Vec<f64>) {
+    let (model, adapters) = tuned.into_parts();
+    let ids: Vec<u32> = ids("shift_test_moby").into_iter().take(128).collect();
     let data = Dataset::from_ids(ids, &DataOptions::new(64, model.vocab_size())).unwrap();
     let mut config = TrainerConfig::new(steps, BatchOptions::new(2));
     (config.lr, config.warmup, config.schedule) = (3e-3, 0, ScheduleKind::Constant);
-    let clock = attacher.clock().clone();
-    let mut trainer = Trainer::new(model, Arc::new(data), config).unwrap().with_clock(move |place| {
-        clock.set(place.step, place.micro_batch);
-        clock.train(place.training);
-    });
-    let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
-    let model = trainer.into_model();
-    attacher.clock().train(false);
-    (model, reports.iter().map(|report| report.loss).collect())
+    let mut trainer = Trainer::new(model, Arc::new(data), config).unwrap();
+    let reports = trainer.run(&RunOptions::new()).unwrap().steps;
+    let tuned = Tuned::from_parts(trainer.into_model(), adapters);
+    (tuned, reports.iter().map(|report| report.loss).collect())
 }
 
 fn packed(model: &AnyModel<QuantLinear>) -> Vec<PackedWeight> {
@@ -126,18 +117,21 @@ fn trained_adapters_merge_into_packed_models_without_a_changed_code() {
     ] {
         let base = load(EMBEDDED, Some(scheme));
         let (before, base_logits) = (packed(&base), read(logits(&base, &prompt())));
-        let mut config = AdapterConfig::new(method, lora());
+        let mut config = lora().with_method(method).with_dropout(0.05);
         if let Method::QaHira(QaHira { pool, .. }) = method {
             // So that the weight moves by half the rate.
-            config.lora.lora_alpha = 2.0 * pool as f64;
+            config.alpha = 2.0 * pool as f64;
         }
-        config.lora.lora_dropout = 0.05;
-        let (model, attacher) = kiln::attach_adapters(base, &config, 1).unwrap();
-        assert_eq!(read(logits(&model, &prompt())), base_logits, "{scheme}: training starts at the base");
-        let (model, losses) = train(model, &attacher, 6);
+        let tuned = Tuned::attach(base, &config).unwrap();
+        assert_eq!(
+            read(logits(tuned.model(), &prompt())),
+            base_logits,
+            "{scheme}: training starts at the base"
+        );
+        let (tuned, losses) = train(tuned, 6);
         assert!(losses[5] < losses[0] - 0.05, "{scheme}: {losses:?}");
-        let adapted = read(logits(&model, &prompt()));
-        let merged_model = kiln::merge_packed(model).unwrap();
+        let adapted = read(logits(tuned.model(), &prompt()));
+        let merged_model = tuned.merge_packed().unwrap();
         let merged = read(logits(&merged_model, &prompt()));
         let moved = relative_difference(&adapted, &base_logits);
         let norm = |values: &[f32]| values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>().sqrt();
@@ -154,9 +148,11 @@ fn trained_adapters_merge_into_packed_models_without_a_changed_code() {
 
 #[test]
 fn a_model_that_can_not_take_its_adapters_says_what_would_fit() {
-    let config = AdapterConfig::new(Method::QBara(QBara { lambda: 2 }), lora());
-    let (model, _) = kiln::attach_adapters(load(EMBEDDED, Some("affine4:64")), &config, 1).unwrap();
-    let error = kiln::merge_packed(model).unwrap_err().to_string();
+    let config = lora().with_method(Method::QBara(QBara { lambda: 2 }));
+    let tuned = Tuned::attach(load(EMBEDDED, Some("affine4:64")), &config).unwrap();
+    let error = tuned.merge_packed().unwrap_err();
+    assert!(error.is_argument());
+    let error = error.to_string();
     let expected = "model.layers.0.self_attn.q_proj.pool: expected a multiple of the 64 inputs of the blocks of \
                     affine4:64 that divides 192: 64, 192, found 2";
     assert_eq!(error, expected);
@@ -164,42 +160,32 @@ fn a_model_that_can_not_take_its_adapters_says_what_would_fit() {
 
 #[test]
 fn folders_of_every_method_load_onto_their_base_only() {
-    let dora = {
-        let mut dora = lora();
-        dora.use_dora = true;
-        dora
-    };
-    let olora = {
-        let mut olora = lora();
-        olora.init_lora_weights = InitLoraWeights::Olora;
-        olora
-    };
+    let of = |method| lora().with_method(method);
     for config in [
-        AdapterConfig::from(lora()),
-        dora.into(),
-        olora.into(),
-        AdapterConfig::new(Method::QBara(QBara { lambda: 4 }), lora()),
-        AdapterConfig::new(Method::QaLora(QaLora { pool: 64, pooling: Pooling::Average }), lora()),
-        AdapterConfig::new(Method::QaHira(QaHira::for_groups(64)), lora()),
+        lora(),
+        of(Method::dora()),
+        of(Method::Lora { init: InitLoraWeights::Olora }),
+        of(Method::QBara(QBara { lambda: 4 })),
+        of(Method::QaLora(QaLora { pool: 64, pooling: Pooling::Average })),
+        of(Method::QaHira(QaHira::for_groups(64))),
     ] {
         let base = load(EMBEDDED, Some("affine4:64"));
-        let (model, attacher) = kiln::attach_adapters(base.clone(), &config, 1).unwrap();
-        let (model, _) = train(model, &attacher, 2);
-        let expected = read(logits(&model, &prompt()));
+        let (tuned, _) = train(Tuned::attach(base.clone(), &config).unwrap(), 2);
+        let expected = read(logits(tuned.model(), &prompt()));
         let folder = tempfile::tempdir().unwrap();
-        kiln::save_adapters(&model, attacher.adapter_config(), folder.path()).unwrap();
-        let (loaded, _) = kiln::load_adapters(base.clone(), folder.path(), 0).unwrap();
-        assert_eq!(read(logits(&loaded, &prompt())), expected, "{config:?}");
-        let error = kiln::load_adapters(load(EMBEDDED, Some("affine4:32")), folder.path(), 0).unwrap_err();
-        assert!(error.to_string().contains("base_fingerprint"), "{error}");
+        tuned.save(&folder).unwrap();
+        let loaded = Tuned::load(base.clone(), &folder).unwrap();
+        assert_eq!(read(logits(loaded.model(), &prompt())), expected, "{config:?}");
+        let error = Tuned::load(load(EMBEDDED, Some("affine4:32")), &folder).unwrap_err();
+        assert!(error.is_file() && error.to_string().contains("base_fingerprint"), "{error}");
+        let folder = tempfile::tempdir().unwrap();
         if config.to_peft().is_ok() {
-            let folder = tempfile::tempdir().unwrap();
-            kiln::save_peft(&model, &config, folder.path()).unwrap();
-            let (loaded, _) = kiln::load_adapters(base, folder.path(), 0).unwrap();
-            let found = read(logits(&loaded, &prompt()));
+            tuned.save_peft(&folder).unwrap();
+            let loaded = Tuned::load(base, &folder).unwrap();
+            let found = read(logits(loaded.model(), &prompt()));
             assert!(relative_difference(&found, &expected) < 1e-6, "{config:?}");
         } else {
-            assert!(kiln::save_peft(&model, &config, tempfile::tempdir().unwrap().path()).is_err());
+            assert!(tuned.save_peft(&folder).is_err());
         }
     }
 }
@@ -209,13 +195,12 @@ fn adapters_of_one_model_are_switched_and_mixed() {
     let base = load(EMBEDDED, Some("affine4:64"));
     let base_logits = read(logits(&base, &prompt()));
     let folders = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
-    let hira = AdapterConfig::new(Method::QaHira(QaHira::for_groups(64)), lora());
+    let hira = lora().with_method(Method::QaHira(QaHira::for_groups(64)));
     let mut alone = Vec::new();
-    for (config, folder) in [AdapterConfig::from(lora()), hira].iter().zip(&folders) {
-        let (model, attacher) = kiln::attach_adapters(base.clone(), config, 1).unwrap();
-        let (model, _) = train(model, &attacher, 2);
-        alone.push(read(logits(&model, &prompt())));
-        kiln::save_adapters(&model, config, folder.path()).unwrap();
+    for (config, folder) in [lora(), hira].iter().zip(&folders) {
+        let (tuned, _) = train(Tuned::attach(base.clone(), config).unwrap(), 2);
+        alone.push(read(logits(tuned.model(), &prompt())));
+        tuned.save(folder).unwrap();
     }
     let named = [("lora", folders[0].path()), ("hira", folders[1].path())];
     let (model, mix) = kiln::load_adapter_set(base, &named).unwrap();
@@ -234,12 +219,11 @@ fn adapters_of_one_model_are_switched_and_mixed() {
 #[test]
 fn requantizing_a_model_reports_every_linear() {
     let base = load(EMBEDDED, Some("affine4:64"));
-    let (model, attacher) = kiln::attach_adapters(base, &lora(), 1).unwrap();
-    let (model, _) = train(model, &attacher, 2);
-    let slots = model.slot_shapes().len();
-    let dense = kiln::merge_dense(model.clone());
+    let (tuned, _) = train(Tuned::attach(base, &lora()).unwrap(), 2);
+    let slots = tuned.model().slot_shapes().len();
+    let dense = tuned.clone().merge_dense();
     let schemes = Plan::uniform("affine4:64".parse().unwrap());
-    let (requantized, errors) = kiln::requantize(model, &schemes, &MinMax, &mut |_| None).unwrap();
+    let (requantized, errors) = tuned.requantize(&schemes, &MinMax).unwrap();
     assert_eq!(errors.len(), slots);
     assert!(errors.iter().all(|(_, error)| error.weight.relative > 0.0 && error.output.is_none()));
     assert_eq!(packed(&requantized).len(), slots);
@@ -253,13 +237,9 @@ fn requantizing_a_model_reports_every_linear() {
         assert!((relative / errors[index].1.weight.relative - 1.0).abs() < 1e-4, "{path}");
         index += 1;
     });
-    let none = kiln::requantize(
-        load(EMBEDDED, Some("affine4:64"))
-            .try_map(|_, base| Ok::<_, Infallible>(kiln::adapters::Adapted::<_, AnyAdapter>::new(base, None)))
-            .unwrap(),
-        &schemes,
-        &MinMax,
-        &mut |_| None,
-    );
+    let bare = load(EMBEDDED, Some("affine4:64"))
+        .try_map(|_, base| Ok::<_, Infallible>(Adapted::<_, AnyAdapter>::new(base, None)))
+        .unwrap();
+    let none = TunedModel::from_parts(bare, lora()).requantize(&schemes, &MinMax);
     assert!(none.unwrap().1.is_empty());
 }

@@ -1,9 +1,10 @@
 //! Integration tests, one binary.
 
 mod adapters;
+mod families;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(feature = "mixq-search")]
 mod mixq;
-#[cfg(all(feature = "flex", feature = "wgpu"))]
+mod recipe;
 mod wgpu;

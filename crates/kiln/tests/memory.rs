@@ -1,40 +1,21 @@
 //! Memory promises, as peak resident memory of a process of their own: each measurement runs this test binary again
 //! with the name of the one test that does it.
 
-use std::{ops::ControlFlow, process::Command, sync::Arc};
+use std::sync::Arc;
 
 use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
 use kiln::{
-    adapters::{LoraAttacher, PeftConfig, TargetModules},
+    Tuned,
+    adapters::{AdapterConfig, LoraAttacher},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method},
-    eval::peak_rss_bytes,
     models::{CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Windows},
     quant::{HostQuantizer, MinMax, PackedTensor, Plan, QuantScheme, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-
-/// Set in the child processes; what they are to measure.
-const TASK: &str = "KILN_MEMORY_TASK";
-
-/// Runs `test` of this binary in a process of its own and returns the bytes that it reports.
-fn measure(test: &str, task: &str) -> f64 {
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env(TASK, task)
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
-    line.and_then(|bytes| bytes.trim().parse().ok())
-        .unwrap_or_else(|| panic!("{test} {task}: {text} {}", String::from_utf8_lossy(&output.stderr)))
-}
-
-fn peak() -> f64 {
-    peak_rss_bytes().unwrap() as f64
-}
+use kiln_testkit::{peak, peak_of, report, resident, smollm2, task};
 
 /// Growth of the peak over a training step of 8 packed layers of 2048² with 16 rows; `dense` multiplies by dequantized
 /// weights instead, which the graph then keeps.
@@ -59,8 +40,7 @@ fn packed_step(scheme: &str, dense: bool) -> f64 {
     // Buffers of the thread pool and of the matrix product are not the step's.
     step(&layers[..1]);
     // The peak so far is that of quantizing: fill up to it, so that growth is seen.
-    let resident = current_rss();
-    let fill = vec![1u8; (peak() - resident).max(0.0) as usize];
+    let fill = vec![1u8; (peak() - resident()).max(0.0) as usize];
     let before = peak();
     step(&layers);
     let grown = peak() - before;
@@ -68,26 +48,20 @@ fn packed_step(scheme: &str, dense: bool) -> f64 {
     grown
 }
 
-fn current_rss() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
-}
-
 #[test]
 fn a_training_step_holds_no_dense_weights() {
     let test = "memory::a_training_step_holds_no_dense_weights";
-    if let Ok(scheme) = std::env::var(TASK) {
+    if let Some(scheme) = task() {
         let (scheme, dense) = scheme.split_once(' ').map_or((&*scheme, false), |(scheme, _)| (scheme, true));
-        println!("BYTES {}", packed_step(scheme, dense));
+        report(&[packed_step(scheme, dense)]);
         return;
     }
     let dense = (8 * 2048 * 2048 * 4) as f64;
     // The measurement must be able to fail.
-    let control = measure(test, "affine4:64 dense");
+    let control = peak_of(test, "affine4:64 dense");
     assert!(control > 0.7 * dense, "a step that keeps dense weights: {control} of {dense}");
     for scheme in ["affine2:64", "affine3:64", "affine4:64", "affine8:64", "nf4:64:double", "affine2:8x4"] {
-        let grown = measure(test, scheme);
+        let grown = peak_of(test, scheme);
         println!("{scheme}: a step grows the peak by {:.1} MB of {:.0} MB dense", grown / 1e6, dense / 1e6);
         assert!(grown < dense / 4.0, "{scheme}: {grown} of {dense}");
     }
@@ -98,8 +72,8 @@ fn recomputed_steps(folder: &str) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let options = LoadOptions::uniform("affine4:64".parse::<Scheme>().unwrap());
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
-    let config = PeftConfig::new(1, 1.0, TargetModules::Names(vec!["q_proj".into()]));
-    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let config = AdapterConfig::lora(1, 1.0).with_targets(["q_proj"]);
+    let model = Tuned::attach(model, &config).unwrap().into_model();
     let ids = (0..4096u32).map(|i| i * 31 % 512).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(LENGTH, 512)).unwrap());
     let mut config = TrainerConfig::new(2, BatchOptions::new(BATCH));
@@ -160,8 +134,8 @@ fn write_model(blocks: usize) -> std::path::PathBuf {
 #[test]
 fn recomputation_keeps_one_input_per_block() {
     let test = "memory::recomputation_keeps_one_input_per_block";
-    if let Ok(folder) = std::env::var(TASK) {
-        println!("BYTES {}", recomputed_steps(&folder));
+    if let Some(folder) = task() {
+        report(&[recomputed_steps(&folder)]);
         return;
     }
     let promised = 1.1 * (packed_block("affine4:64") + BATCH * LENGTH * WIDTH * 4) as f64;
@@ -182,7 +156,7 @@ fn packed_block(scheme: &str) -> usize {
 fn peak_by_block(test: &str, kind: &str, few: usize, many: usize) -> f64 {
     let peak = |blocks: usize| {
         let folder = write_model(blocks);
-        let peak = measure(test, &format!("{kind}{}", folder.display()));
+        let peak = peak_of(test, &format!("{kind}{}", folder.display()));
         std::fs::remove_dir_all(&folder).unwrap();
         peak
     };
@@ -196,8 +170,7 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     let scheme: Scheme = "affine2:64".parse().unwrap();
     let options = LoadOptions::uniform(if dense { Scheme::Dense } else { scheme });
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
-    let peft = PeftConfig::new(4, 4.0, TargetModules::AllLinear);
-    let attacher = LoraAttacher::new(&peft, &model.slot_shapes(), 0).unwrap();
+    let attacher = LoraAttacher::new(&AdapterConfig::lora(4, 4.0), &model.slot_shapes()).unwrap();
     let window = |k: u32| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect();
     let windows = Windows::new((0..BATCH as u32).map(window).collect()).unwrap();
     let method = Method::ApiqBlock(ApiqConfig { epochs: 1, ..ApiqConfig::default() });
@@ -206,7 +179,7 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     if !dense {
         calibrator = calibrator.with_weights(checkpoint.source());
     }
-    let (model, _) = calibrator.run(model, &mut |_| ControlFlow::Continue(())).unwrap();
+    let (model, _) = calibrator.run(model).unwrap();
     drop(model);
     peak()
 }
@@ -214,9 +187,9 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
 #[test]
 fn a_calibration_holds_the_dense_weights_of_one_block() {
     let test = "memory::a_calibration_holds_the_dense_weights_of_one_block";
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let (kind, folder) = task.split_once(' ').unwrap();
-        println!("BYTES {}", calibrated(folder, kind == "dense"));
+        report(&[calibrated(folder, kind == "dense")]);
         return;
     }
     // A and B of rank 4 beside the packed weights, but no activations: half a stream is left for scatter.
@@ -233,24 +206,20 @@ fn a_calibration_holds_the_dense_weights_of_one_block() {
 #[test]
 fn loading_smollm2_holds_one_dense_tensor() {
     let test = "memory::loading_smollm2_holds_one_dense_tensor";
-    let Ok(file) = std::env::var("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return;
-    };
+    let Some(file) = smollm2() else { return };
     let load = || {
-        let schemes = Some(Plan::uniform("affine4:64".parse::<Scheme>().unwrap()));
-        let options = LoadOptions { schemes, ..LoadOptions::default() };
+        let options = LoadOptions::uniform("affine4:64".parse().unwrap());
         Checkpoint::open(&file).unwrap().load(&options, &Device::flex()).unwrap()
     };
-    if std::env::var(TASK).is_ok() {
+    if task().is_some() {
         let loaded = load();
-        println!("BYTES {}", peak());
+        report(&[peak()]);
         drop(loaded);
         return;
     }
     let (model, report) = load();
     assert_eq!(model.valid().num_blocks(), 30);
-    let (found, total) = (measure(test, "load"), report.storage.total_bytes() as f64);
+    let (found, total) = (peak_of(test, "load"), report.storage.total_bytes() as f64);
     println!("loading peaks at {:.1} MB; the model is {:.1} MB", found / 1e6, total / 1e6);
     assert!(found < total + 120e6, "{found} {total}");
 }

@@ -7,25 +7,27 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln::{
-    adapters::{PeftConfig, TargetModules},
+    Tuned,
+    adapters::AdapterConfig,
     calibration::{LoftqConfig, Method},
     mixq::{
         Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
-        attach, load_options, peft, schemes, space_of,
+        adapters, attach, load_options, schemes, space_of,
     },
     mixq_search::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, Windows, token_nll},
-    pruning::{
-        BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, model_bytes, save_pruned,
+    models::{
+        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
+        families::NormPlace, token_nll,
     },
+    pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-use kiln_testkit::{assert_close, read, testdata};
+use kiln_testkit::{assert_close, figures_of, ids, peak, read, report, task, testdata};
 
 const EMBEDDED: &str = "models/tiny-llama";
 
@@ -44,8 +46,7 @@ fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
 }
 
 fn text(name: &str) -> Vec<u32> {
-    let bytes = std::fs::read(testdata(&format!("models/tiny-llama/text/{name}.u16le"))).unwrap();
-    bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect()
+    ids(name)
 }
 
 fn windows(count: usize, length: usize) -> Windows {
@@ -72,9 +73,9 @@ fn predicted_bytes_are_the_loaded_models() {
             let (plan, predicted) = (space.plan(&config), space.bytes(&config));
             let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
             assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
-            assert_eq!(model_bytes(&loaded) as u64, predicted);
+            assert_eq!(loaded.stored_bytes() as u64, predicted);
             let made = variants.model(&plan).unwrap();
-            assert_eq!(model_bytes(&made) as u64, predicted);
+            assert_eq!(made.stored_bytes() as u64, predicted);
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
             let logits = |model: &AnyModel<QuantLinear>| {
@@ -120,10 +121,10 @@ fn ranks_and_adapters_are_counted_and_attached() {
     let dataset = Arc::new(
         Dataset::from_ids(text("shift_test_moby")[..256].to_vec(), &DataOptions::new(32, 2048)).unwrap(),
     );
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
+    let config = AdapterConfig::lora(4, 8.0);
     for choice in some_configs(&space, 2) {
         let plan = space.plan(&choice);
-        let config = peft(&plan, &config);
+        let config = adapters(&plan, &config);
         let slots = model.slot_shapes();
         let mut expected = 0;
         for (path, [d_input, d_output]) in &slots {
@@ -134,7 +135,7 @@ fn ranks_and_adapters_are_counted_and_attached() {
         let report = space.report(&choice);
         assert_eq!(report.adapters, 12 * expected as u64);
         assert!(report.peak > report.total && report.total == report.storage + report.adapters);
-        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots, 0).unwrap();
+        let attacher = kiln::adapters::LoraAttacher::new(&config, &slots).unwrap();
         for (path, _) in &slots {
             let target = attacher.targets().get(path).unwrap();
             assert_eq!(target.r as u32, plan.get(path).unwrap().rank.unwrap(), "{path}");
@@ -303,18 +304,16 @@ fn what_can_not_be_searched_says_why() {
     let plan: Plan = serde_json::from_str(r#"{"model.layers.0.self_attn.q_proj":"affine4:64"}"#).unwrap();
     let error = Variants::new(model.clone()).model(&plan).unwrap_err().to_string();
     assert!(error.contains("k_proj") && error.contains("none"), "{error}");
-    assert!(LogitKl::new(&model, &[], &KlOptions::default()).is_err());
     for bad in [vec![1; 513], vec![2048, 1], vec![1]] {
-        assert!(LogitKl::new(&model, &[bad], &KlOptions::default()).is_err());
+        let windows = Windows::new(vec![bad]).unwrap();
+        assert!(LogitKl::new(&model, &windows, &KlOptions::default()).is_err());
     }
-    assert!(LogitKl::new(&model, &[vec![1, 2], vec![1, 2, 3]], &KlOptions::default()).is_err());
     assert!(schemes(&serde_json::from_str(r#"{"a":"affine9:64"}"#).unwrap()).is_err());
     let pruned: Plan = serde_json::from_str(r#"{"a":"affine4:64 prune=0.5"}"#).unwrap();
     assert!(schemes(&pruned).unwrap_err().to_string().contains("prune=0.5"));
     let path = "model.layers.0.self_attn.q_proj";
     let houlsby: Plan = serde_json::from_str(&format!(r#"{{"{path}":"dense adapter=houlsby"}}"#)).unwrap();
-    let base = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let error = attach(model.clone(), &houlsby, &base, 0).unwrap_err().to_string();
+    let error = attach(model.clone(), &houlsby, &AdapterConfig::lora(4, 8.0)).unwrap_err().to_string();
     assert!(error.contains(path) && error.contains("houlsby"), "{error}");
     // Scores of KL are the same under every seed, so fresh seeds would only repeat them.
     let settings = SearchSettings::new(4, Fidelity::kl(32)).with_finalists(Finalists::default());
@@ -336,7 +335,6 @@ fn output_errors_are_those_of_the_outputs() {
     let (_, model) = load(EMBEDDED);
     let windows = windows(2, 40);
     let moments = Moments::measure(&model, &windows).unwrap();
-    let AnyModel::Llama(llama) = &model else { panic!("LLaMA") };
     let mut variants = Variants::new(model.clone());
     let path = "model.layers.0.self_attn.q_proj";
     let original = variants.projection(path, Scheme::Dense).unwrap();
@@ -345,7 +343,7 @@ fn output_errors_are_those_of_the_outputs() {
         let (mut error, mut signal) = (0.0, 0.0);
         for tokens in windows.batches_of(1) {
             let x = model.embed(&model.context(&tokens, None));
-            let x = llama.model.layers[0].input_layernorm.forward(x);
+            let x = model.blocks[0].norm(NormPlace::PreAttention).unwrap().forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
             error += y.iter().zip(&found).map(|(y, found)| f64::from(y - found).powi(2)).sum::<f64>();
             signal += y.iter().map(|y| f64::from(*y).powi(2)).sum::<f64>();
@@ -414,8 +412,7 @@ fn fine_tunes_repeat_improve_and_stop() {
     let ids = text("shift_test_moby");
     let dataset =
         Arc::new(Dataset::from_ids(ids[..4096].to_vec(), &DataOptions::new(64, model.vocab_size())).unwrap());
-    let mut lora = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    lora.lora_dropout = 0.05;
+    let lora = AdapterConfig::lora(4, 8.0).with_dropout(0.05);
     let tuning = FineTune::new(dataset, ids[8192..8704].to_vec(), 64, trainer(), lora).unwrap();
     let objective = |tuning: &FineTune| {
         ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default())
@@ -517,8 +514,8 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
         true => load_pruned(folder.path(), &options, &Device::flex()).unwrap().0,
     };
     drop(checkpoint);
-    let config = peft(&plan, &PeftConfig::new(16, 16.0, TargetModules::AllLinear));
-    let (model, _) = kiln::attach_lora(model, &config, 0).unwrap();
+    let config = adapters(&plan, &AdapterConfig::lora(16, 16.0));
+    let model = Tuned::attach(model, &config).unwrap().into_model();
     let ids = (0..8192u32).map(|i| i * 31 % 2048).collect();
     let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(512, 2048)).unwrap());
     let mut training = TrainerConfig::new(2, BatchOptions::new(4));
@@ -526,31 +523,20 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
     let mut trainer = Trainer::new(model, dataset, training).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    (kiln::eval::peak_rss_bytes().unwrap() as f64, space.report(&space.config(&plan).unwrap()).peak as f64)
+    (peak(), space.report(&space.config(&plan).unwrap()).peak as f64)
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn the_predicted_training_peak_is_measured() {
-    const TASK: &str = "KILN_MIXQ_PEAK_TASK";
     let test = "mixq::the_predicted_training_peak_is_measured";
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let recompute = if task.contains("block") { Recompute::Block } else { Recompute::None };
         let (measured, predicted) = training_peak(recompute, task.contains("pruned"));
-        println!("PEAK {measured} {predicted}");
-        return;
+        return report(&[measured, predicted]);
     }
     for task in ["none", "pruned none", "pruned block"] {
-        let output = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-            .env(TASK, task)
-            .env("RAYON_NUM_THREADS", "2")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line =
-            text.lines().find_map(|line| line.split("PEAK ").nth(1)).unwrap_or_else(|| panic!("{text}"));
-        let figures: Vec<f64> = line.split(' ').map(|figure| figure.parse().unwrap()).collect();
+        let figures = figures_of(test, task);
         println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
         assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
     }

@@ -33,7 +33,11 @@ impl Checkpoint {
     /// Whatever is missing, malformed or not supported, by file and field.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref().to_path_buf();
-        let metadata = std::fs::metadata(&path).map_err(Error::io(&path))?;
+        let metadata = std::fs::metadata(&path).map_err(|error| {
+            // A hub id or a typo: the operating system's words alone don't say that this is a path.
+            let hint = "expected a folder or a .gguf file on this machine; nothing is downloaded";
+            Error::io(&path)(std::io::Error::new(error.kind(), format!("{error}: {hint}")))
+        })?;
         if metadata.is_dir() {
             if PackedFolder::is_one(&path) {
                 let folder = PackedFolder::open(&path)?;

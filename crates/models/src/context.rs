@@ -14,8 +14,8 @@ pub struct Context {
     pub ids: Tensor<2, Int>,
     /// Positions `[batch, length]`.
     pub positions: Tensor<2, Int>,
-    /// Cosines and sines `[batch * length, head_dim / 2]`, for models with rotary positions.
-    pub rotary: Option<[Tensor<2>; 2]>,
+    /// Cosines and sines `[batch * length, head_dim / 2]` of the model's rotary tables; none with learned positions.
+    pub rotary: Vec<[Tensor<2>; 2]>,
     /// The same tokens as a network beside the model sees them (side tuning): other rotary tables.
     pub beside: Option<Arc<Context>>,
     query_segments: Arc<[u32]>,
@@ -27,7 +27,7 @@ impl Context {
     pub(crate) fn new(
         tokens: &TokenBatch,
         past: &[u32],
-        rotary: Option<[Tensor<2>; 2]>,
+        rotary: Vec<[Tensor<2>; 2]>,
         device: &Device,
     ) -> Self {
         let (batch, length) = (tokens.batch, tokens.length);
@@ -61,10 +61,10 @@ impl Context {
         &self.key_segments
     }
 
-    /// What queries may see; the usual `1 / sqrt(head_dim)` as scale.
-    pub fn attention(&self, head_dim: usize, window: Option<usize>) -> AttentionSpec {
+    /// What queries may see, and the factor on their scores.
+    pub fn attention(&self, scale: f32, window: Option<usize>) -> AttentionSpec {
         AttentionSpec {
-            scale: (head_dim as f32).powf(-0.5),
+            scale,
             window,
             query_segments: self.query_segments.clone(),
             key_segments: self.key_segments.clone(),

@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Int, Tensor},
+    tensor::{Device, Int, Tensor},
 };
 use kiln_quant_core::PackedTensor;
 
@@ -59,6 +59,14 @@ impl Embedding {
     /// Whether the table requires gradients; a packed one never does.
     pub fn is_trained(&self) -> bool {
         matches!(self, Self::Dense(table) if table.weight.val().is_require_grad())
+    }
+
+    /// Where the table is.
+    pub fn device(&self) -> Device {
+        match self {
+            Self::Dense(table) => table.weight.val().device(),
+            Self::Packed(table) => table.codes.val().device(),
+        }
     }
 
     /// `[vocabulary, width]`.

@@ -20,6 +20,7 @@ use crate::{CausalLm, Error, KvCache, Result, TokenBatch, nll::check_tokens, sam
 /// Temperature, top-k and top-p apply in this order, as in transformers; at temperature 0 the other two and the seed
 /// change nothing. The same options and logits give the same tokens.
 #[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
 pub struct GenerateOptions {
     /// Tokens to generate at most.
     pub max_new_tokens: usize,
@@ -100,6 +101,13 @@ impl GenerateOptions {
     }
 }
 
+/// The most likely token each time, at most so many times.
+impl From<usize> for GenerateOptions {
+    fn from(max_new_tokens: usize) -> Self {
+        Self::new(max_new_tokens)
+    }
+}
+
 /// What was generated.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generation {
@@ -121,12 +129,11 @@ pub enum Finish {
     Cancelled,
 }
 
-/// Continues `prompt_ids`; every new token, a stop token too, goes to `on_token` at once, which may end the text.
+/// Continues `prompt_ids`.
 ///
 /// Works on a model that is being trained, and records no gradients.
 ///
 /// ```no_run
-/// use std::ops::ControlFlow;
 /// use burn::tensor::Device;
 /// use kiln_models::{Checkpoint, GenerateOptions, LoadOptions, generate};
 /// let checkpoint = Checkpoint::open("SmolLM2-135M-Instruct.Q4_1.gguf")?;
@@ -135,10 +142,7 @@ pub enum Finish {
 ///     .with_temperature(0.8)
 ///     .with_top_p(0.95)
 ///     .with_stop(checkpoint.special_tokens().eos.clone());
-/// let generation = generate(&model, &[504, 3575, 282], &options, &mut |id| {
-///     println!("{id}");
-///     ControlFlow::Continue(())
-/// })?;
+/// let generation = generate(&model, &[504, 3575, 282], &options)?;
 /// println!("{} tokens, {:?}", generation.ids.len(), generation.finish);
 /// # Ok::<(), kiln_models::Error>(())
 /// ```
@@ -146,7 +150,15 @@ pub enum Finish {
 /// # Errors
 /// [`Error::Argument`] for an option out of range, an empty prompt, ids beyond the vocabulary, more tokens than the
 /// model has positions, or a model whose logits are not numbers.
-pub fn generate<M: CausalLm>(
+pub fn generate<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOptions) -> Result<Generation> {
+    generate_with(model, prompt_ids, options, &mut |_| ControlFlow::Continue(()))
+}
+
+/// As [`generate`]; every new token, a stop token too, goes to `on_token` at once, which may end the text.
+///
+/// # Errors
+/// As [`generate`].
+pub fn generate_with<M: CausalLm>(
     model: &M,
     prompt_ids: &[u32],
     options: &GenerateOptions,
@@ -193,9 +205,22 @@ fn check_prompt<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOp
         return fail("at least one token".into(), "none".into());
     }
     let (limit, new) = (model.max_positions(), options.max_new_tokens);
-    if prompt_ids.len().checked_add(new).is_none_or(|total| total > limit) {
-        let expected = format!("at most {limit} tokens, the model's limit, with {new} new ones");
-        return fail(expected, format!("{} tokens", prompt_ids.len()));
+    if prompt_ids.len() >= limit {
+        return fail(
+            format!("fewer than {limit} tokens, the model's limit"),
+            format!("{} tokens", prompt_ids.len()),
+        );
+    }
+    let room = limit - prompt_ids.len();
+    if new > room {
+        return Err(Error::Argument {
+            name: "GenerateOptions.max_new_tokens".into(),
+            expected: format!(
+                "at most {room}: the model has {limit} positions, the prompt {} tokens",
+                prompt_ids.len()
+            ),
+            found: new.to_string(),
+        });
     }
     check_tokens(model, &TokenBatch::continuing(prompt_ids.to_vec(), 0))
 }

@@ -1,48 +1,54 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod any_model;
 mod batch;
+mod block;
 mod causal_lm;
 pub mod chat;
 mod checkpoint;
 pub mod config;
 mod context;
+mod decoder;
 mod driver;
 mod embedding;
 mod error;
 pub mod export;
+pub mod families;
+mod fingerprint;
 mod generate;
 pub mod gguf;
 pub mod hf;
-pub mod llama;
 mod load;
+pub mod memory;
+mod module_tree;
 mod nll;
 mod norm;
-pub mod opt;
 mod probe;
 mod rope;
 mod sampling;
 mod scaling;
 mod source;
+mod stored_config;
 mod tokenizer;
 mod windows;
 
-pub use any_model::AnyModel;
 pub use batch::TokenBatch;
+pub use block::{Block, BlockPart, PartShape};
 pub use causal_lm::{CausalLm, ScaleSites};
 pub use checkpoint::Checkpoint;
 pub use context::{Context, KvCache};
+pub use decoder::Decoder;
 pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients, residual_gradient};
+/// The name that programs know it by.
+pub type AnyModel<P> = Decoder<P>;
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
-pub use generate::{Finish, GenerateOptions, Generation, generate};
+pub use fingerprint::fingerprint;
+pub use generate::{Finish, GenerateOptions, Generation, generate, generate_with};
 pub use kiln_quant_core::{Place, Slots};
-pub use llama::Llama;
-pub use load::{LoadOptions, LoadReport};
+pub use load::{LoadOptions, LoadReport, Tables};
 pub use nll::token_nll;
-pub use norm::{LayerNorm, RmsNorm};
-pub use opt::Opt;
+pub use norm::Norm;
 pub use probe::{Call, Keep, Probe, Tape};
 pub use scaling::{ScaleSite, ScaleSource};
 pub use source::{DenseTensor, StoredWeight, TensorSource};

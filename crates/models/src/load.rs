@@ -11,20 +11,29 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    AnyModel, Checkpoint, Embedding, Error, LayerNorm, Llama, Opt, Result, RmsNorm,
-    config::{LlamaConfig, ModelConfig, OptConfig},
+    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, Result,
+    config::ModelConfig,
     embedding::DenseEmbedding,
-    llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
-    opt::{OptAttention, OptBlock, OptDecoder},
+    families::NormKind,
     source::{DenseTensor, StoredWeight, TensorSource},
 };
 
 /// How to load a model.
+///
+/// | option | default | purpose |
+/// | --- | --- | --- |
+/// | `schemes` | as stored | what becomes of the blocks' linears |
+/// | `tables` | as stored | what becomes of embedding and head |
+/// | `quantizer` | [`MinMax`] | makes the packed weights |
+/// | `measure` | no | whether to measure the error of each quantized weight |
+/// | `progress` | none | called after each tensor, with its path |
+#[non_exhaustive]
 pub struct LoadOptions<'a> {
-    /// `None` keeps every weight as stored. `Some` gives each linear of the blocks its scheme, by path; weights that
-    /// are stored packed are dequantized first. Embedding and head stay as stored, unless the plan's default is
-    /// [`Scheme::Dense`], which makes them dense too.
+    /// `None` keeps every linear of the blocks as stored. `Some` gives each its scheme, by path; weights that are stored
+    /// packed are dequantized first.
     pub schemes: Option<Plan<Scheme>>,
+    /// What becomes of embedding and head.
+    pub tables: Tables,
     /// Makes the packed weights.
     pub quantizer: &'a dyn HostQuantizer,
     /// Whether to measure the error of each quantized weight.
@@ -33,16 +42,71 @@ pub struct LoadOptions<'a> {
     pub progress: Option<&'a dyn Fn(&str)>,
 }
 
+/// What becomes of embedding and head.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Tables {
+    /// Packed where the file is, else dense.
+    #[default]
+    AsStored,
+    /// Dense, as full fine-tuning needs them.
+    Dense,
+}
+
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { schemes: None, quantizer: &MinMax, measure: false, progress: None }
+        Self { schemes: None, tables: Tables::AsStored, quantizer: &MinMax, measure: false, progress: None }
     }
 }
 
-impl LoadOptions<'_> {
-    /// One scheme for all linears of the blocks.
+impl<'a> LoadOptions<'a> {
+    /// One scheme for all linears of the blocks; with [`Scheme::Dense`] everything is dense.
     pub fn uniform(scheme: Scheme) -> Self {
-        Self { schemes: Some(Plan::uniform(scheme)), ..Self::default() }
+        let tables = if scheme == Scheme::Dense { Tables::Dense } else { Tables::AsStored };
+        Self { tables, ..Self::planned(Plan::uniform(scheme)) }
+    }
+
+    /// A scheme for each linear of the blocks.
+    pub fn planned(schemes: Plan<Scheme>) -> Self {
+        Self { schemes: Some(schemes), ..Self::default() }
+    }
+
+    /// Sets `tables`.
+    #[must_use]
+    pub fn with_tables(mut self, tables: Tables) -> Self {
+        self.tables = tables;
+        self
+    }
+
+    /// Sets `quantizer`.
+    #[must_use]
+    pub fn with_quantizer(mut self, quantizer: &'a dyn HostQuantizer) -> Self {
+        self.quantizer = quantizer;
+        self
+    }
+
+    /// Sets `measure`.
+    #[must_use]
+    pub fn with_measure(mut self, measure: bool) -> Self {
+        self.measure = measure;
+        self
+    }
+
+    /// Sets `progress`.
+    #[must_use]
+    pub fn with_progress(mut self, progress: &'a dyn Fn(&str)) -> Self {
+        self.progress = Some(progress);
+        self
+    }
+}
+
+impl std::fmt::Debug for LoadOptions<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LoadOptions")
+            .field("schemes", &self.schemes)
+            .field("tables", &self.tables)
+            .field("measure", &self.measure)
+            .finish_non_exhaustive()
     }
 }
 
@@ -76,11 +140,7 @@ impl Checkpoint {
     /// println!("{}", report.storage);
     /// # Ok::<(), kiln_models::Error>(())
     /// ```
-    pub fn load(
-        &self,
-        options: &LoadOptions,
-        device: &Device,
-    ) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
+    pub fn load(&self, options: &LoadOptions, device: &Device) -> Result<(Decoder<QuantLinear>, LoadReport)> {
         let mut loader = Loader {
             checkpoint: self,
             source: self.source(),
@@ -89,10 +149,7 @@ impl Checkpoint {
             report: LoadReport { notes: self.notes(), ..LoadReport::default() },
             used: Vec::new(),
         };
-        let model = match self.config() {
-            ModelConfig::Llama(config) => AnyModel::Llama(loader.llama(config)?),
-            ModelConfig::Opt(config) => AnyModel::Opt(loader.opt(config)?),
-        };
+        let model = loader.decoder(self.config())?;
         loader.note_unused();
         Ok((model, loader.report))
     }
@@ -108,88 +165,34 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn llama(&mut self, config: &LlamaConfig) -> Result<Llama<QuantLinear>> {
-        let (hidden, head_dim) = (config.hidden_size, config.head_dim);
-        let embed_tokens = self.embedding("model.embed_tokens", config.vocab_size, hidden)?;
-        let mut layers = Vec::new();
-        for index in 0..config.num_hidden_layers {
-            let shape = config.layer(index);
-            let (query, key) = (shape.num_attention_heads * head_dim, shape.num_key_value_heads * head_dim);
-            let inner = shape.intermediate_size;
-            let path = |name: &str| format!("model.layers.{index}.{name}");
-            let head_norm = |loader: &mut Self, name: &str| {
-                config
-                    .qk_norm
-                    .then(|| loader.rms_norm(&path(name), head_dim, config.rms_norm_eps))
-                    .transpose()
-            };
-            let (qkv_bias, mlp_bias) = (config.qkv_bias, config.mlp_bias);
-            layers.push(LlamaBlock {
-                input_layernorm: self.rms_norm(&path("input_layernorm"), hidden, config.rms_norm_eps)?,
-                self_attn: LlamaAttention {
-                    q_proj: self.linear(&path("self_attn.q_proj"), [hidden, query], qkv_bias)?,
-                    k_proj: self.linear(&path("self_attn.k_proj"), [hidden, key], qkv_bias)?,
-                    v_proj: self.linear(&path("self_attn.v_proj"), [hidden, key], qkv_bias)?,
-                    o_proj: self.linear(&path("self_attn.o_proj"), [query, hidden], config.o_bias)?,
-                    q_norm: head_norm(self, "self_attn.q_norm")?,
-                    k_norm: head_norm(self, "self_attn.k_norm")?,
-                },
-                post_attention_layernorm: self.rms_norm(
-                    &path("post_attention_layernorm"),
-                    hidden,
-                    config.rms_norm_eps,
-                )?,
-                mlp: LlamaMlp {
-                    gate_proj: self.linear(&path("mlp.gate_proj"), [hidden, inner], mlp_bias)?,
-                    up_proj: self.linear(&path("mlp.up_proj"), [hidden, inner], mlp_bias)?,
-                    down_proj: self.linear(&path("mlp.down_proj"), [inner, hidden], mlp_bias)?,
-                },
-            });
-        }
-        let norm = self.rms_norm("model.norm", hidden, config.rms_norm_eps)?;
-        let lm_head = self.head(config.tie_word_embeddings, hidden, config.vocab_size)?;
-        Ok(Llama { model: LlamaModel { embed_tokens, layers, norm }, lm_head, config: config.clone() })
-    }
-
-    fn opt(&mut self, config: &OptConfig) -> Result<Opt<QuantLinear>> {
-        let (width, bias, affine) = (config.hidden_size, config.bias, config.layer_norm_affine);
-        let embed_tokens = self.embedding("model.decoder.embed_tokens", config.vocab_size, width)?;
-        let rows = config.max_position_embeddings + 2;
-        let embed_positions = self.dense("model.decoder.embed_positions.weight", &[rows, width])?;
-        let embed_positions = frozen(self.tensor(embed_positions, [rows, width]));
-        let mut layers = Vec::new();
-        for index in 0..config.num_hidden_layers {
-            let shape = config.layer(index);
-            let (heads, inner) = (shape.num_attention_heads * config.head_dim, shape.intermediate_size);
-            let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
-            layers.push(OptBlock {
-                self_attn_layer_norm: self.layer_norm(&path("self_attn_layer_norm"), width, affine)?,
-                self_attn: OptAttention {
-                    q_proj: self.linear(&path("self_attn.q_proj"), [width, heads], bias)?,
-                    k_proj: self.linear(&path("self_attn.k_proj"), [width, heads], bias)?,
-                    v_proj: self.linear(&path("self_attn.v_proj"), [width, heads], bias)?,
-                    out_proj: self.linear(&path("self_attn.out_proj"), [heads, width], bias)?,
-                },
-                final_layer_norm: self.layer_norm(&path("final_layer_norm"), width, affine)?,
-                fc1: self.linear(&path("fc1"), [width, inner], bias)?,
-                fc2: self.linear(&path("fc2"), [inner, width], bias)?,
-            });
-        }
-        let final_layer_norm = self.layer_norm("model.decoder.final_layer_norm", width, affine)?;
-        let lm_head = self.head(config.tie_word_embeddings, width, config.vocab_size)?;
-        let decoder = OptDecoder { embed_tokens, embed_positions, layers, final_layer_norm };
-        Ok(Opt { decoder, lm_head, config: config.clone() })
-    }
-
-    /// Whether everything is to be dense, embedding and head included.
-    fn all_dense(&self) -> bool {
-        self.options.schemes.as_ref().is_some_and(|plan| *plan.default_value() == Scheme::Dense)
+    fn decoder(&mut self, config: &ModelConfig) -> Result<Decoder<QuantLinear>> {
+        let (names, width) = (&config.family.names, config.hidden_size);
+        let embed_tokens = self.embedding(names.embedding, config.vocab_size, width)?;
+        let embed_positions = names.positions.map(|learned| {
+            let shape = [config.max_position_embeddings + learned.offset, width];
+            let table = self.dense(&format!("{}.weight", learned.path), &shape)?;
+            Ok::<_, Error>(frozen(self.tensor(table, shape)))
+        });
+        let embed_positions = embed_positions.transpose()?;
+        let blocks = (0..config.num_hidden_layers).map(|index| {
+            Block::build(config, index, |name, shape| {
+                let path = config.family.path(index, name);
+                match shape {
+                    PartShape::Norm(width) => self.norm(&path, width, config).map(BlockPart::Norm),
+                    PartShape::Linear(shape, bias) => self.linear(&path, shape, bias).map(BlockPart::Linear),
+                }
+            })
+        });
+        let blocks = blocks.collect::<Result<_>>()?;
+        let final_norm = self.norm(names.final_norm, width, config)?;
+        let lm_head = self.head(names.head, config)?;
+        Ok(Decoder { embed_tokens, embed_positions, blocks, final_norm, lm_head, config: config.clone() })
     }
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
         let stored = self.stored(path, [width, rows])?;
         Ok(match stored {
-            StoredWeight::Packed(weight) if !self.all_dense() => {
+            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
                 self.record(path, Scheme::Packed(weight.scheme), &[width, rows], None);
                 Embedding::Packed(PackedTensor::new(&weight, &self.device))
             }
@@ -201,18 +204,21 @@ impl Loader<'_> {
         })
     }
 
-    fn head(&mut self, tied: bool, width: usize, vocabulary: usize) -> Result<Option<QuantLinear>> {
-        if tied {
+    fn head(&mut self, path: &str, config: &ModelConfig) -> Result<Option<QuantLinear>> {
+        if config.tie_word_embeddings {
             // Some writers store the tied matrix twice.
-            self.used.push("lm_head.weight".into());
+            self.used.push(format!("{path}.weight"));
             return Ok(None);
         }
-        let stored = self.stored("lm_head", [width, vocabulary])?;
+        let shape = [config.hidden_size, config.vocab_size];
+        let stored = self.stored(path, shape)?;
         let scheme = match &stored {
-            StoredWeight::Packed(weight) if !self.all_dense() => Scheme::Packed(weight.scheme),
+            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
+                Scheme::Packed(weight.scheme)
+            }
             _ => Scheme::Dense,
         };
-        self.place("lm_head", stored, scheme, [width, vocabulary], None).map(Some)
+        self.place(path, stored, scheme, shape, None, true).map(Some)
     }
 
     fn linear(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Result<QuantLinear> {
@@ -228,10 +234,10 @@ impl Loader<'_> {
             (None, StoredWeight::Packed(weight)) => Scheme::Packed(weight.scheme),
             (None, StoredWeight::Dense(_)) => Scheme::Dense,
         };
-        self.place(path, stored, scheme, shape, bias)
+        self.place(path, stored, scheme, shape, bias, self.options.schemes.is_none())
     }
 
-    /// Brings a stored weight to `scheme` and onto the device.
+    /// Brings a stored weight to `scheme` and onto the device; `as_stored` leaves packed ones as they are.
     fn place(
         &mut self,
         path: &str,
@@ -239,8 +245,8 @@ impl Loader<'_> {
         scheme: Scheme,
         [d_input, d_output]: [usize; 2],
         bias: Option<Param<Tensor<1>>>,
+        as_stored: bool,
     ) -> Result<QuantLinear> {
-        let as_stored = self.options.schemes.is_none() || path == "lm_head";
         let packed = match (stored, scheme) {
             (StoredWeight::Packed(weight), Scheme::Packed(_)) if as_stored => weight,
             (stored, Scheme::Packed(scheme)) => {
@@ -262,20 +268,17 @@ impl Loader<'_> {
         Ok(QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &self.device), bias }))
     }
 
-    fn rms_norm(&mut self, path: &str, width: usize, eps: f64) -> Result<RmsNorm> {
-        let weight = self.dense(&format!("{path}.weight"), &[width])?;
-        Ok(RmsNorm { weight: frozen(self.tensor(weight, [width])), eps })
-    }
-
-    fn layer_norm(&mut self, path: &str, width: usize, affine: bool) -> Result<LayerNorm> {
-        let mut part = |name: &str| -> Result<Option<Param<Tensor<1>>>> {
-            if !affine {
+    fn norm(&mut self, path: &str, width: usize, config: &ModelConfig) -> Result<Norm> {
+        let kind = config.family.norm;
+        let mut part = |name: &str, there: bool| -> Result<Option<Param<Tensor<1>>>> {
+            if !(there && config.norm_affine) {
                 return Ok(None);
             }
             let values = self.dense(&format!("{path}.{name}"), &[width])?;
             Ok(Some(frozen(self.tensor(values, [width]))))
         };
-        Ok(LayerNorm { weight: part("weight")?, bias: part("bias")?, eps: 1e-5 })
+        let (weight, bias) = (part("weight", true)?, part("bias", kind == NormKind::Layer)?);
+        Ok(Norm { weight, bias, eps: config.norm_eps, kind })
     }
 
     /// The weight of a module as the file holds it, its shape checked.

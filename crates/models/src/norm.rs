@@ -1,4 +1,4 @@
-//! Normalisation layers, with the checkpoint's field names.
+//! Normalisation over the last axis, with the checkpoint's parameter names.
 
 use burn::{
     module::{Module, Param},
@@ -6,52 +6,53 @@ use burn::{
 };
 use kiln_quant_core::fused;
 
-/// Root-mean-square norm over the last axis: `x / sqrt(mean(x²) + eps) * weight`.
-#[derive(Module, Debug)]
-pub struct RmsNorm {
-    /// Gains.
-    pub weight: Param<Tensor<1>>,
-    /// Added to the mean square.
-    pub eps: f64,
-}
+use crate::families::NormKind;
 
-impl RmsNorm {
-    /// # Shapes
-    /// `[.., width]` → `[.., width]`.
-    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        fused::rms_norm(x, self.weight.val(), self.eps)
-    }
-}
-
-/// Layer norm over the last axis, with or without gains and biases.
+/// A norm of any kind.
 #[derive(Module, Debug)]
-pub struct LayerNorm {
-    /// Gains.
+pub struct Norm {
+    /// Gains; with [`NormKind::RmsOnePlus`] what is added to 1. Only layer norms may lack them.
     pub weight: Option<Param<Tensor<1>>>,
-    /// Biases.
+    /// Biases, of layer norms only.
     pub bias: Option<Param<Tensor<1>>>,
-    /// Added to the variance.
+    /// Added to the mean square or variance.
     pub eps: f64,
+    /// What it computes.
+    #[module(skip)]
+    pub kind: NormKind,
 }
 
-impl LayerNorm {
-    /// Whether it has gains and biases.
-    pub(crate) fn has_parameters(&self) -> bool {
-        self.weight.is_some() && self.bias.is_some()
+impl Norm {
+    /// Parameters with the names that checkpoints give them after the norm's path.
+    pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Param<Tensor<1>>)> {
+        let named = [("weight", &self.weight), ("bias", &self.bias)];
+        named.into_iter().filter_map(|(name, parameter)| Some((name, parameter.as_ref()?)))
     }
 
     /// # Shapes
     /// `[.., width]` → `[.., width]`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let centred = x.clone() - x.mean_dim(D - 1);
-        let variance = centred.clone().square().mean_dim(D - 1);
-        let mut y = centred / variance.add_scalar(self.eps).sqrt();
-        if let Some(weight) = &self.weight {
-            y = y * weight.val().unsqueeze();
+        match (self.kind, &self.weight) {
+            (NormKind::Rms, Some(weight)) => fused::rms_norm(x, weight.val(), self.eps),
+            (NormKind::RmsOnePlus, Some(weight)) => {
+                fused::rms_norm(x, weight.val().add_scalar(1.0), self.eps)
+            }
+            (NormKind::Rms | NormKind::RmsOnePlus, None) => {
+                let scale = x.clone().square().mean_dim(D - 1).add_scalar(self.eps).sqrt().recip();
+                x * scale
+            }
+            (NormKind::Layer, weight) => {
+                let centred = x.clone() - x.mean_dim(D - 1);
+                let variance = centred.clone().square().mean_dim(D - 1);
+                let mut y = centred / variance.add_scalar(self.eps).sqrt();
+                if let Some(weight) = weight {
+                    y = y * weight.val().unsqueeze();
+                }
+                if let Some(bias) = &self.bias {
+                    y = y + bias.val().unsqueeze();
+                }
+                y
+            }
         }
-        if let Some(bias) = &self.bias {
-            y = y + bias.val().unsqueeze();
-        }
-        y
     }
 }

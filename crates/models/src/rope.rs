@@ -77,25 +77,15 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
 impl RopeConfig {
     /// Cosines and sines `[positions, head_dim / 2]`, as [`Context::rotary`](crate::Context::rotary) holds them.
     pub fn tables(&self, head_dim: usize, positions: &[u32], device: &Device) -> [Tensor<2>; 2] {
-        tables(self, head_dim, positions, device)
+        let length = positions.iter().max().map_or(1, |last| *last as usize + 1);
+        let (frequencies, factor) = frequencies(self, head_dim, length);
+        let table = |f: fn(f32) -> f32| {
+            let values: Vec<f32> = positions
+                .iter()
+                .flat_map(|&position| frequencies.iter().map(move |w| f(position as f32 * w) * factor))
+                .collect();
+            Tensor::from_data(TensorData::new(values, [positions.len(), head_dim / 2]), device)
+        };
+        [table(f32::cos), table(f32::sin)]
     }
-}
-
-/// Cosines and sines `[tokens, head_dim / 2]` of the given positions.
-pub(crate) fn tables(
-    rope: &RopeConfig,
-    head_dim: usize,
-    positions: &[u32],
-    device: &Device,
-) -> [Tensor<2>; 2] {
-    let length = positions.iter().max().map_or(1, |last| *last as usize + 1);
-    let (frequencies, factor) = frequencies(rope, head_dim, length);
-    let table = |f: fn(f32) -> f32| {
-        let values: Vec<f32> = positions
-            .iter()
-            .flat_map(|&position| frequencies.iter().map(move |w| f(position as f32 * w) * factor))
-            .collect();
-        Tensor::from_data(TensorData::new(values, [positions.len(), head_dim / 2]), device)
-    };
-    [table(f32::cos), table(f32::sin)]
 }

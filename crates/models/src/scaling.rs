@@ -15,9 +15,14 @@ pub struct ScaleSite {
 /// The writing side of a [`ScaleSite`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum ScaleSource {
-    /// Norm parameters of one value a channel, by their names in the checkpoint; see
-    /// [`ScaleSites::norm_parameter`](crate::ScaleSites::norm_parameter).
-    Norm(Vec<String>),
+    /// A norm.
+    Norm {
+        /// Its parameters of one value a channel, by their names in the checkpoint; see
+        /// [`ScaleSites::norm_parameter`](crate::ScaleSites::norm_parameter).
+        parameters: Vec<String>,
+        /// Whether its gains are 1 plus the parameter: it is that sum that is divided.
+        one_plus: bool,
+    },
     /// The outputs of the projection with this path, weight and bias.
     Projection(String),
 }

@@ -2,6 +2,7 @@
 
 mod driver;
 mod export;
+mod exporters;
 mod generate;
 mod golden;
 mod nll;

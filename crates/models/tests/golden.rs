@@ -23,7 +23,7 @@ fn rows(golden: &Golden, name: &str) -> Vec<Vec<u32>> {
     golden.ints(name).chunks(length).map(|row| row.iter().map(|&id| id as u32).collect()).collect()
 }
 
-const DENSE: [&str; 11] = [
+const DENSE: [&str; 12] = [
     "llama-tied-f32-sharded",
     "llama-untied-bf16",
     "llama-untied-f16",
@@ -35,6 +35,7 @@ const DENSE: [&str; 11] = [
     "qwen3-untied-f32",
     "mistral-swa8-f32",
     "opt-f32",
+    "gemma3-text-f32",
 ];
 
 const ROPE_SCALINGS: [&str; 3] = ["llama-rope-linear", "llama-rope-dynamic", "llama-rope-yarn"];

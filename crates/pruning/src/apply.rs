@@ -6,19 +6,16 @@ use burn::{
     tensor::{Device, Int, Tensor},
 };
 use kiln_models::{
-    AnyModel, CausalLm, DenseEmbedding, Embedding, LayerNorm, Llama, Opt, RmsNorm, Slots, config::ModelConfig,
+    Block, CausalLm, Decoder, DenseEmbedding, Embedding, Norm, Slots,
+    config::ModelConfig,
+    families::{Channels, NormKind},
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Error, Result,
-    kept::Kept,
-    packed::cut_packed,
-    structure::{Role, Structure, model_config},
-};
+use crate::{Error, Result, kept::Kept, packed::cut_packed, structure::Structure};
 
 /// What becomes of a packed weight whose blocks a cut would split.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -68,12 +65,12 @@ pub struct Requantized {
 /// # Errors
 /// [`Error::Mismatch`] if `kept` doesn't fit the model, or names a weight that must not be split.
 pub fn apply(
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     kept: &Kept,
     options: &CutOptions,
-) -> Result<(AnyModel<QuantLinear>, Vec<Requantized>)> {
-    let original = model_config(&model);
-    let structure = Structure::of(&original)?;
+) -> Result<(Decoder<QuantLinear>, Vec<Requantized>)> {
+    let original = model.config().clone();
+    let structure = Structure::of(&original);
     kept.validate(&structure)?;
     let mut cutter = Cutter { options, device: model.device(), requantized: Vec::new() };
     let linears = structure.by_path();
@@ -82,20 +79,11 @@ pub fn apply(
         let Some(place) = kept.layers.iter().position(|layer| layer.layer == linear.layer) else {
             return Ok(slot);
         };
-        let positions = |role| kept.positions(&structure, place, role);
+        let positions = |channels| kept.positions(&structure, place, channels);
         cutter.linear(path, slot, positions(linear.input), positions(linear.output))
     })?;
-    let config = kept.config(&original)?;
-    let hidden = kept.positions(&structure, 0, Role::Hidden);
-    let model = match (model, config) {
-        (AnyModel::Llama(model), ModelConfig::Llama(config)) => {
-            AnyModel::Llama(cutter.llama(model, config, kept, hidden)?)
-        }
-        (AnyModel::Opt(model), ModelConfig::Opt(config)) => {
-            AnyModel::Opt(cutter.opt(model, config, kept, hidden)?)
-        }
-        _ => return Err(Error::mismatch("architecture", "the model's", "another")),
-    };
+    let hidden = kept.positions(&structure, 0, Channels::Hidden);
+    let model = cutter.decoder(model, kept.config(&original), kept, hidden)?;
     Ok((model, cutter.requantized))
 }
 
@@ -204,67 +192,49 @@ impl Cutter<'_> {
         })
     }
 
-    fn rms_norm(&self, norm: RmsNorm, hidden: &Positions, eps: f64) -> RmsNorm {
-        let Some(kept) = hidden else { return norm };
-        let gains = norm.weight.val().without_autodiff();
-        let scale = (gains.dims()[0] as f64 / kept.len() as f64).sqrt();
-        RmsNorm { weight: frozen(self.select(gains, 0, hidden).mul_scalar(scale)), eps }
+    fn norm(&self, norm: &mut Norm, hidden: &Positions, eps: f64) {
+        let Some(kept) = hidden else { return };
+        let width = norm.weight.as_ref().map_or(kept.len(), |weight| weight.lazy_shape().num_elements());
+        let scale = (width as f64 / kept.len() as f64).sqrt();
+        norm.weight = norm.weight.take().map(|weight| {
+            let weight = self.select(weight.val().without_autodiff(), 0, hidden);
+            frozen(match norm.kind {
+                NormKind::Rms => weight.mul_scalar(scale),
+                // The gain is 1 + w.
+                NormKind::RmsOnePlus => weight.add_scalar(1.0).mul_scalar(scale).sub_scalar(1.0),
+                NormKind::Layer => weight,
+            })
+        });
+        norm.bias = norm.bias.take().map(|bias| self.param(bias, 0, hidden));
+        norm.eps = eps;
     }
 
-    fn layer_norm(&self, norm: LayerNorm, hidden: &Positions) -> LayerNorm {
-        let cut = |part: Option<Param<Tensor<1>>>| part.map(|part| self.param(part, 0, hidden));
-        LayerNorm { weight: cut(norm.weight), bias: cut(norm.bias), eps: norm.eps }
-    }
-
-    fn head(&mut self, head: Option<QuantLinear>, hidden: &Positions) -> Result<Option<QuantLinear>> {
-        head.map(|head| self.linear("lm_head", head, hidden.clone(), None)).transpose()
-    }
-
-    fn llama(
+    /// Picks the blocks that stay and cuts everything that runs along the residual stream but the blocks' linears.
+    fn decoder(
         &mut self,
-        model: Llama<QuantLinear>,
-        config: kiln_models::config::LlamaConfig,
+        mut model: Decoder<QuantLinear>,
+        config: ModelConfig,
         kept: &Kept,
         hidden: Positions,
-    ) -> Result<Llama<QuantLinear>> {
-        let Llama { model: mut parts, lm_head, .. } = model;
-        parts.layers = pick_blocks(parts.layers, kept);
+    ) -> Result<Decoder<QuantLinear>> {
+        let stays = |index: &usize| kept.layers.iter().any(|layer| layer.layer == *index);
+        let blocks = model.blocks.into_iter().enumerate().filter(|(index, _)| stays(index));
+        model.blocks = blocks.map(|(_, block)| block).collect();
         if hidden.is_some() {
-            let eps = config.rms_norm_eps;
-            parts.embed_tokens = self.embedding("model.embed_tokens", parts.embed_tokens, &hidden)?;
-            for block in &mut parts.layers {
-                for norm in [&mut block.input_layernorm, &mut block.post_attention_layernorm] {
-                    *norm = self.rms_norm(norm.clone(), &hidden, eps);
-                }
-                for norm in [&mut block.self_attn.q_norm, &mut block.self_attn.k_norm].into_iter().flatten() {
-                    norm.eps = eps;
+            let names = config.family.names;
+            model.embed_tokens = self.embedding(names.embedding, model.embed_tokens, &hidden)?;
+            model.embed_positions = model.embed_positions.map(|table| self.param(table, 1, &hidden));
+            for (place, norm) in model.blocks.iter_mut().flat_map(Block::norms_mut) {
+                match place.is_head() {
+                    true => norm.eps = config.norm_eps,
+                    false => self.norm(norm, &hidden, config.norm_eps),
                 }
             }
-            parts.norm = self.rms_norm(parts.norm, &hidden, eps);
+            self.norm(&mut model.final_norm, &hidden, config.norm_eps);
+            let head = model.lm_head.map(|head| self.linear(names.head, head, hidden, None));
+            model.lm_head = head.transpose()?;
         }
-        let lm_head = self.head(lm_head, &hidden)?;
-        Ok(Llama::from_parts(parts, lm_head, config)?)
-    }
-
-    fn opt(
-        &mut self,
-        model: Opt<QuantLinear>,
-        config: kiln_models::config::OptConfig,
-        kept: &Kept,
-        hidden: Positions,
-    ) -> Result<Opt<QuantLinear>> {
-        let Opt { decoder: mut parts, lm_head, .. } = model;
-        parts.layers = pick_blocks(parts.layers, kept);
-        parts.embed_tokens = self.embedding("model.decoder.embed_tokens", parts.embed_tokens, &hidden)?;
-        parts.embed_positions = self.param(parts.embed_positions, 1, &hidden);
-        for block in &mut parts.layers {
-            for norm in [&mut block.self_attn_layer_norm, &mut block.final_layer_norm] {
-                *norm = self.layer_norm(norm.clone(), &hidden);
-            }
-        }
-        parts.final_layer_norm = self.layer_norm(parts.final_layer_norm, &hidden);
-        let lm_head = self.head(lm_head, &hidden)?;
-        Ok(Opt::from_parts(parts, lm_head, config)?)
+        Ok(model.with_config(config)?)
     }
 }
 
@@ -275,46 +245,31 @@ enum Cut {
     Dense(Tensor<2>),
 }
 
-fn pick_blocks<B>(blocks: Vec<B>, kept: &Kept) -> Vec<B> {
-    let stays = |index: &usize| kept.layers.iter().any(|layer| layer.layer == *index);
-    blocks.into_iter().enumerate().filter(|(index, _)| stays(index)).map(|(_, block)| block).collect()
-}
-
 /// Adds to the biases of linears, by path. Blocks whose architecture has no biases get zeros wherever a checkpoint's
 /// keys would ask for more of them.
 ///
 /// # Errors
 /// [`Error::Mismatch`] if a bias has another length than the outputs.
 pub(crate) fn add_biases(
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     added: &std::collections::BTreeMap<String, Vec<f32>>,
-) -> Result<AnyModel<QuantLinear>> {
+) -> Result<Decoder<QuantLinear>> {
     if added.is_empty() {
         return Ok(model);
     }
     let device = model.device();
-    let mut config = model_config(&model);
-    let everywhere = match &mut config {
-        ModelConfig::Llama(config) => {
-            // A LLaMA checkpoint has one key for q, k, v and o, one for gate, up and down.
-            let plain = !config.qk_norm && config.sliding_window.iter().all(Option::is_none);
-            config.o_bias = true;
-            config.mlp_bias = true;
-            config.qkv_bias |= plain || config.qk_norm;
-            config.qkv_bias
-        }
-        ModelConfig::Opt(config) => {
-            config.bias = true;
-            true
-        }
-        _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
-    };
-    let structure = Structure::of(&config)?;
+    let mut config = model.config().clone();
+    (config.biases.o, config.biases.mlp) = (true, true);
+    // One key of the family may stand for the biases of q, k, v and o.
+    config.biases.qkv |= (config.family.own_biases)(config.biases).qkv;
+    let everywhere = config.biases.qkv;
+    let structure = Structure::of(&config);
     let linears = structure.by_path();
     let model = model.try_map(|path, slot| {
         let [_, d_output] = slot.shape();
-        let query =
-            linears.get(path).is_some_and(|linear| matches!(linear.output, Role::Query | Role::KeyValue));
+        let query = linears
+            .get(path)
+            .is_some_and(|linear| matches!(linear.output, Channels::Query | Channels::KeyValue));
         let bias = match added.get(path) {
             Some(values) if values.len() != d_output => {
                 return Err(Error::mismatch(path, format!("a bias of {d_output} values"), values.len()));
@@ -337,13 +292,5 @@ pub(crate) fn add_biases(
             }
         })
     })?;
-    Ok(match (model, config) {
-        (AnyModel::Llama(Llama { model, lm_head, .. }), ModelConfig::Llama(config)) => {
-            AnyModel::Llama(Llama::from_parts(model, lm_head, config)?)
-        }
-        (AnyModel::Opt(Opt { decoder, lm_head, .. }), ModelConfig::Opt(config)) => {
-            AnyModel::Opt(Opt::from_parts(decoder, lm_head, config)?)
-        }
-        _ => return Err(Error::mismatch("architecture", "the model's", "another")),
-    })
+    Ok(model.with_config(config)?)
 }

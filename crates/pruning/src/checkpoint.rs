@@ -14,12 +14,7 @@ use kiln_models::{
 use kiln_quant_core::{QuantLinear, write_atomically};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Error, PruningReport, Result,
-    kept::Kept,
-    pad::pad,
-    structure::{Structure, model_config},
-};
+use crate::{Error, PruningReport, Result, kept::Kept, pad::pad, structure::Structure};
 
 /// Name of the file beside `config.json`.
 pub const RECORD_FILE: &str = "pruning.json";
@@ -129,7 +124,7 @@ pub fn save_pruned(
     format: &SaveFormat,
     folder: &Path,
 ) -> Result<SavedCheckpoint> {
-    check_record(record, &model_config(model))?;
+    check_record(record, model.config())?;
     let report = match format {
         SaveFormat::AsIs => save_model(model, source, folder)?,
         SaveFormat::HuggingFace(options) => export_hf(model, source, folder, options)?,
@@ -153,7 +148,7 @@ pub fn save_padded(
     options: &ExportOptions,
     folder: &Path,
 ) -> Result<SavedCheckpoint> {
-    check_record(record, &model_config(model))?;
+    check_record(record, model.config())?;
     let padded = pad(model.clone(), &record.kept, &record.original)?;
     saved(folder, export_hf(&padded, source, folder, options)?)
 }
@@ -193,9 +188,9 @@ pub fn load_pruned(
 
 /// What stays by the record must be what the model has.
 fn check_record(record: &PruningRecord, config: &ModelConfig) -> Result<()> {
-    let (original, now) = (Structure::of(&record.original)?, Structure::of(config)?);
+    let (original, now) = (Structure::of(&record.original), Structure::of(config));
     record.kept.validate(&original)?;
-    let expected = Structure::of(&record.kept.config(&record.original)?)?;
+    let expected = Structure::of(&record.kept.config(&record.original));
     if expected == now {
         return Ok(());
     }

@@ -6,14 +6,15 @@ use std::collections::BTreeMap;
 
 use burn::{module::Module, tensor::Tensor};
 use kiln_models::{
-    AnyModel, CausalLm, Context, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, residual_gradient,
+    AnyModel, CausalLm, Context, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
+    residual_gradient,
 };
 use kiln_quant_core::{Projection, QuantLinear, to_host};
 
 use crate::{
     Error, Result,
     criterion::{Axis, Criterion, InputStatistics, Matrix},
-    structure::{Role, Structure},
+    structure::Structure,
 };
 
 /// Rows of logits held at once.
@@ -30,8 +31,8 @@ pub(crate) enum Scored {
 }
 
 impl Scored {
-    fn axis(self, input: Role) -> Axis {
-        match (self, input == Role::Hidden) {
+    fn axis(self, input: Channels) -> Axis {
+        match (self, input == Channels::Hidden) {
             (Self::Groups, true) | (Self::Hidden, false) => Axis::Output,
             (Self::Groups, false) | (Self::Hidden, true) => Axis::Input,
         }
@@ -76,7 +77,8 @@ impl<'a> Runner<'a> {
         let batches = calibration.batches();
         let contexts = batches.iter().map(|tokens| model.context(tokens, None)).collect();
         let linears = structure.by_path().into_iter();
-        let pruned_inputs = linears.filter(|(_, linear)| linear.input != Role::Hidden).map(|(path, _)| path);
+        let pruned_inputs =
+            linears.filter(|(_, linear)| linear.input != Channels::Hidden).map(|(path, _)| path);
         Ok(Self { model, tape, structure, pruned_inputs: pruned_inputs.collect(), batches, contexts })
     }
 
@@ -330,7 +332,6 @@ mod tests {
     use kiln_testkit::read;
 
     use super::*;
-    use crate::model_config;
 
     /// Gradients of all weights of a dense model at once, `[d_input, d_output]`, of the mean loss of some windows.
     fn plain(model: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
@@ -359,7 +360,7 @@ mod tests {
         for folder in ["llama-untied-bf16", "qwen3-untied-f32", "opt-f32"] {
             let checkpoint = Checkpoint::open(kiln_testkit::testdata(&format!("tiny/{folder}"))).unwrap();
             let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-            let structure = Structure::of(&model_config(&model)).unwrap();
+            let structure = Structure::of(model.config());
             let windows: Vec<Vec<u32>> =
                 (0..5).map(|w| (0..12).map(|i| (w * 31 + i * 7 + i * i) % 256).collect()).collect();
             // Batches of 2, 2 and 1 windows.

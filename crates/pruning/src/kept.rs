@@ -1,12 +1,12 @@
 //! What stays of a model: blocks, heads, channels.
 
-use kiln_models::config::ModelConfig;
+use kiln_models::{
+    config::ModelConfig,
+    families::{Channels, NormKind},
+};
 use serde::{Deserialize, Serialize};
 
-use crate::{
-    Error, Result,
-    structure::{Role, Structure},
-};
+use crate::{Error, Result, structure::Structure};
 
 /// What stays of one block. Indices rise.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,25 +78,30 @@ impl Kept {
         Ok(())
     }
 
-    /// Positions that stay along an axis with that role in the `place`-th block that stays; `None` if all do.
-    pub(crate) fn positions(&self, structure: &Structure, place: usize, role: Role) -> Option<Vec<usize>> {
+    /// Positions that stay along an axis with that meaning in the `place`-th block that stays; `None` if all do.
+    pub(crate) fn positions(
+        &self,
+        structure: &Structure,
+        place: usize,
+        channels: Channels,
+    ) -> Option<Vec<usize>> {
         let kept = &self.layers[place];
         let groups = &structure.layers[kept.layer];
-        let (of, unit, total) = match role {
-            Role::Hidden => (&self.hidden, 1, structure.hidden),
-            Role::Query => {
+        let (of, unit, total) = match channels {
+            Channels::Hidden => (&self.hidden, 1, structure.hidden),
+            Channels::Query => {
                 let queries = groups.queries_per_group();
                 (&kept.heads, queries * structure.head_dim, groups.shape.num_key_value_heads)
             }
-            Role::KeyValue => (&kept.heads, structure.head_dim, groups.shape.num_key_value_heads),
-            Role::Channels => (&kept.channels, 1, groups.shape.intermediate_size),
+            Channels::KeyValue => (&kept.heads, structure.head_dim, groups.shape.num_key_value_heads),
+            Channels::Mlp => (&kept.channels, 1, groups.shape.intermediate_size),
         };
         (of.len() < total).then(|| of.iter().flat_map(|index| index * unit..(index + 1) * unit).collect())
     }
 
     /// The shape of what stays.
-    pub(crate) fn config(&self, original: &ModelConfig) -> Result<ModelConfig> {
-        let structure = Structure::of(original)?;
+    pub(crate) fn config(&self, original: &ModelConfig) -> ModelConfig {
+        let structure = Structure::of(original);
         let shapes = self.layers.iter().map(|kept| {
             let groups = &structure.layers[kept.layer];
             let mut shape = groups.shape;
@@ -107,24 +112,19 @@ impl Kept {
         });
         let shapes = shapes.collect();
         let mut config = original.clone();
-        match &mut config {
-            ModelConfig::Llama(config) => {
-                config.sliding_window =
-                    self.layers.iter().map(|kept| config.sliding_window[kept.layer]).collect();
-                config.num_hidden_layers = self.layers.len();
-                // RMSNorm's mean runs over fewer channels: see `apply`.
-                config.rms_norm_eps *= config.hidden_size as f64 / self.hidden.len() as f64;
-                config.hidden_size = self.hidden.len();
-                config.set_layers(shapes);
+        config.layer_attention =
+            self.layers.iter().map(|kept| original.layer_attention[kept.layer]).collect();
+        config.num_hidden_layers = self.layers.len();
+        config.hidden_size = self.hidden.len();
+        match original.family.norm {
+            // The mean runs over fewer channels: see `apply`.
+            NormKind::Rms | NormKind::RmsOnePlus => {
+                config.norm_eps *= original.hidden_size as f64 / self.hidden.len() as f64;
             }
-            ModelConfig::Opt(config) => {
-                config.num_hidden_layers = self.layers.len();
-                config.hidden_size = self.hidden.len();
-                config.set_layers(shapes);
-            }
-            _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
+            NormKind::Layer => {}
         }
-        Ok(config)
+        config.set_layers(shapes);
+        config
     }
 }
 

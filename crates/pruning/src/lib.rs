@@ -12,7 +12,6 @@ mod packed;
 mod pad;
 mod prune;
 mod selection;
-mod size;
 mod structure;
 #[cfg(test)]
 mod vectors;
@@ -32,5 +31,4 @@ pub use prune::{BlockPruning, HiddenPruning, LayerPruning, Pruned, PruningReport
 pub use selection::{
     Budget, HeadRounding, LayerRange, Normalise, Scope, removed_channels, removed_heads, removed_mlp_channels,
 };
-pub use size::{model_bytes, parameters};
-pub use structure::{Coupling, Layer, Role, Structure, model_config};
+pub use structure::{Coupling, Layer, Structure};

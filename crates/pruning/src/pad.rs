@@ -5,14 +5,14 @@ use burn::{
     nn::Linear,
     tensor::{IndexingUpdateOp, Tensor},
 };
-use kiln_models::{AnyModel, CausalLm, Llama, Opt, Slots, config::ModelConfig};
+use kiln_models::{CausalLm, Decoder, Slots, config::ModelConfig, families::Channels};
 use kiln_quant_core::{Projection, QuantLinear};
 
 use crate::{
     Error, Result,
     apply::{frozen, index_tensor},
     kept::Kept,
-    structure::{Role, Structure, model_config},
+    structure::Structure,
 };
 
 /// Gives a model pruned in heads and channels its `original` shape again, with zeros for what was removed, all linears
@@ -21,12 +21,8 @@ use crate::{
 ///
 /// # Errors
 /// [`Error::Mismatch`] if `kept` doesn't fit `original`, or if blocks or channels of the residual stream were removed.
-pub fn pad(
-    model: AnyModel<QuantLinear>,
-    kept: &Kept,
-    original: &ModelConfig,
-) -> Result<AnyModel<QuantLinear>> {
-    let structure = Structure::of(original)?;
+pub fn pad(model: Decoder<QuantLinear>, kept: &Kept, original: &ModelConfig) -> Result<Decoder<QuantLinear>> {
+    let structure = Structure::of(original);
     kept.validate(&structure)?;
     if kept.layers.len() != structure.layers.len() || kept.hidden.len() != structure.hidden {
         let found = format!("{} blocks of width {}", kept.layers.len(), kept.hidden.len());
@@ -34,24 +30,20 @@ pub fn pad(
         return Err(Error::mismatch("padding", expected, found));
     }
     let shapes = structure.layers.iter().map(|layer| layer.shape).collect();
-    let mut config = model_config(&model);
-    match &mut config {
-        ModelConfig::Llama(config) => config.set_layers(shapes),
-        ModelConfig::Opt(config) => config.set_layers(shapes),
-        _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
-    }
+    let mut config = model.config().clone();
+    config.set_layers(shapes);
     let (linears, device) = (structure.by_path(), model.device());
     let model = model.try_map(|path, slot| {
         let linear = linears.get(path).ok_or_else(|| Error::mismatch(path, "a known linear", "another"))?;
-        let place = |role: Role| -> Option<(Vec<usize>, usize)> {
+        let place = |channels: Channels| -> Option<(Vec<usize>, usize)> {
             let shape = structure.layers[linear.layer].shape;
-            let total = match role {
-                Role::Hidden => structure.hidden,
-                Role::Query => shape.num_attention_heads * structure.head_dim,
-                Role::KeyValue => shape.num_key_value_heads * structure.head_dim,
-                Role::Channels => shape.intermediate_size,
+            let total = match channels {
+                Channels::Hidden => structure.hidden,
+                Channels::Query => shape.num_attention_heads * structure.head_dim,
+                Channels::KeyValue => shape.num_key_value_heads * structure.head_dim,
+                Channels::Mlp => shape.intermediate_size,
             };
-            kept.positions(&structure, linear.layer, role).map(|positions| (positions, total))
+            kept.positions(&structure, linear.layer, channels).map(|positions| (positions, total))
         };
         let (inputs, outputs) = (place(linear.input), place(linear.output));
         let [d_input, d_output] = slot.shape();
@@ -79,13 +71,5 @@ pub fn pad(
         let weight: Param<Tensor<2>> = frozen(weight);
         Ok(QuantLinear::Dense(Linear { weight, bias }))
     })?;
-    Ok(match (model, config) {
-        (AnyModel::Llama(Llama { model, lm_head, .. }), ModelConfig::Llama(config)) => {
-            AnyModel::Llama(Llama::from_parts(model, lm_head, config)?)
-        }
-        (AnyModel::Opt(Opt { decoder, lm_head, .. }), ModelConfig::Opt(config)) => {
-            AnyModel::Opt(Opt::from_parts(decoder, lm_head, config)?)
-        }
-        _ => return Err(Error::mismatch("architecture", "the original's", "another")),
-    })
+    Ok(model.with_config(config)?)
 }

@@ -3,25 +3,9 @@
 use std::collections::BTreeMap;
 
 use kiln_models::{
-    AnyModel,
     config::{LayerShape, ModelConfig},
+    families::Channels,
 };
-use kiln_quant_core::Projection;
-
-use crate::{Error, Result};
-
-/// What the positions along one axis of a linear stand for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Role {
-    /// Channels of the residual stream, the same in all blocks.
-    Hidden,
-    /// Channels of the block's query heads, head by head.
-    Query,
-    /// Channels of the block's key and value heads, head by head.
-    KeyValue,
-    /// Channels of the block's MLP.
-    Channels,
-}
 
 /// A linear's place in the groups; its weight is `[d_input, d_output]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -30,16 +14,18 @@ pub struct Coupling {
     pub path: String,
     /// The block it stands in.
     pub layer: usize,
-    /// Role of its inputs.
-    pub input: Role,
-    /// Role of its outputs.
-    pub output: Role,
+    /// What lies along its inputs.
+    pub input: Channels,
+    /// What lies along its outputs.
+    pub output: Channels,
 }
 
 impl Coupling {
     /// Whether the linear belongs to the attention of its block, not to the MLP.
     pub fn is_attention(&self) -> bool {
-        [self.input, self.output].iter().any(|role| matches!(role, Role::Query | Role::KeyValue))
+        [self.input, self.output]
+            .iter()
+            .any(|channels| matches!(channels, Channels::Query | Channels::KeyValue))
     }
 }
 
@@ -72,10 +58,10 @@ impl Layer {
 /// use kiln_models::Checkpoint;
 /// use kiln_pruning::Structure;
 /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
-/// let structure = Structure::of(Checkpoint::open(folder)?.config())?;
+/// let structure = Structure::of(Checkpoint::open(folder)?.config());
 /// assert_eq!(structure.layers[0].attention, "model.layers.0.self_attn");
 /// assert_eq!(structure.layers[0].queries_per_group(), 3);
-/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// # Ok::<(), kiln_models::Error>(())
 /// ```
 #[derive(Debug, Clone, PartialEq)]
 pub struct Structure {
@@ -89,53 +75,23 @@ pub struct Structure {
     pub linears: Vec<Coupling>,
 }
 
-const LLAMA: [(&str, Role, Role); 7] = [
-    ("self_attn.q_proj", Role::Hidden, Role::Query),
-    ("self_attn.k_proj", Role::Hidden, Role::KeyValue),
-    ("self_attn.v_proj", Role::Hidden, Role::KeyValue),
-    ("self_attn.o_proj", Role::Query, Role::Hidden),
-    ("mlp.gate_proj", Role::Hidden, Role::Channels),
-    ("mlp.up_proj", Role::Hidden, Role::Channels),
-    ("mlp.down_proj", Role::Channels, Role::Hidden),
-];
-const OPT: [(&str, Role, Role); 6] = [
-    ("self_attn.q_proj", Role::Hidden, Role::Query),
-    ("self_attn.k_proj", Role::Hidden, Role::KeyValue),
-    ("self_attn.v_proj", Role::Hidden, Role::KeyValue),
-    ("self_attn.out_proj", Role::Query, Role::Hidden),
-    ("fc1", Role::Hidden, Role::Channels),
-    ("fc2", Role::Channels, Role::Hidden),
-];
-
 impl Structure {
-    /// # Errors
-    /// [`Error::Mismatch`] for an architecture whose groups aren't known here.
-    pub fn of(config: &ModelConfig) -> Result<Self> {
-        let (hidden, head_dim, count, prefix) = match config {
-            ModelConfig::Llama(c) => (c.hidden_size, c.head_dim, c.num_hidden_layers, "model.layers"),
-            ModelConfig::Opt(c) => (c.hidden_size, c.head_dim, c.num_hidden_layers, "model.decoder.layers"),
-            _ => return Err(Error::mismatch("architecture", "the LLaMA family or OPT", "another")),
-        };
+    /// The groups of a model of this shape.
+    pub fn of(config: &ModelConfig) -> Self {
+        let family = config.family;
         let (mut layers, mut linears) = (Vec::new(), Vec::new());
-        for layer in 0..count {
-            let (shape, table): (_, &[_]) = match config {
-                ModelConfig::Opt(config) => (config.layer(layer), &OPT),
-                ModelConfig::Llama(config) => (config.layer(layer), &LLAMA),
-                _ => continue,
-            };
+        for layer in 0..config.num_hidden_layers {
             layers.push(Layer {
-                attention: format!("{prefix}.{layer}.self_attn"),
-                mlp: format!("{prefix}.{layer}.mlp"),
-                shape,
+                attention: family.path(layer, "self_attn"),
+                mlp: family.path(layer, "mlp"),
+                shape: config.layer(layer),
             });
-            linears.extend(table.iter().map(|&(name, input, output)| Coupling {
-                path: format!("{prefix}.{layer}.{name}"),
-                layer,
-                input,
-                output,
+            linears.extend(family.linears().map(|linear| {
+                let [input, output] = linear.role.channels();
+                Coupling { path: family.path(layer, linear.name), layer, input, output }
             }));
         }
-        Ok(Self { hidden, head_dim, layers, linears })
+        Self { hidden: config.hidden_size, head_dim: config.head_dim, layers, linears }
     }
 
     /// The group's linears, root (q, gate) first and the one that leads back to the residual stream last.
@@ -157,13 +113,5 @@ impl Structure {
     /// Weights that go with one MLP channel of `layer`, biases not counted.
     pub fn channel_parameters(&self, layer: usize) -> usize {
         self.group(layer, false).len() * self.hidden
-    }
-}
-
-/// A model's shape, whichever architecture it is.
-pub fn model_config<P: Projection>(model: &AnyModel<P>) -> ModelConfig {
-    match model {
-        AnyModel::Llama(model) => ModelConfig::Llama(model.config().clone()),
-        AnyModel::Opt(model) => ModelConfig::Opt(model.config().clone()),
     }
 }

@@ -16,19 +16,21 @@ use burn::{
     nn::Linear,
     tensor::{Device, Tensor, TensorData},
 };
+use kiln_models::families::Channels;
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows};
-use kiln_pruning::{Kept, Role, Structure, model_config};
+use kiln_pruning::{Kept, Structure};
 use kiln_quant_core::{Projection, QuantLinear};
-use kiln_testkit::{Golden, read, testdata};
+use kiln_testkit::{Golden, ids, read, testdata};
 
 /// A checkpoint of each architecture, with and without biases, tied and untied, with a window.
-pub(crate) const FOLDERS: [&str; 6] = [
+pub(crate) const FOLDERS: [&str; 7] = [
     "llama-untied-bf16",
     "llama-rope3-headdim24-f32",
     "mistral-swa8-f32",
     "qwen2-tied-f32",
     "qwen3-untied-f32",
     "opt-f32",
+    "gemma3-text-f32",
 ];
 
 pub(crate) fn checkpoint(folder: &str) -> Checkpoint {
@@ -43,9 +45,7 @@ pub(crate) fn load(folder: &str) -> AnyModel<QuantLinear> {
 pub(crate) fn embedded() -> (AnyModel<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
-    let bytes = std::fs::read(testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le")).unwrap();
-    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect();
-    (model, ids)
+    (model, ids("indomain_heldout_sotu_2011"))
 }
 
 /// The fixtures' two rows of 24 tokens.
@@ -60,9 +60,9 @@ pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<
     read(model.forward(&model.context(tokens, None)))
 }
 
-/// Windows of pseudo-random ids below 256.
+/// Windows of pseudo-random ids below 96, the smallest vocabulary.
 pub(crate) fn calibration() -> Windows {
-    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
+    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 96).collect()).collect())
         .unwrap()
 }
 
@@ -87,14 +87,14 @@ pub(crate) fn edit(
 
 /// The original with removed heads and channels made inert: what they send to the residual stream is zero.
 pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<QuantLinear> {
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let by_path: BTreeMap<_, _> =
         structure.linears.iter().map(|linear| (linear.path.clone(), linear)).collect();
     edit(model, |path, [_, outputs], weight, bias| {
         let linear = by_path[path];
         let layer = kept.layers.iter().find(|layer| layer.layer == linear.layer);
         let Some(layer) = layer else {
-            if linear.output == Role::Hidden {
+            if linear.output == Channels::Hidden {
                 weight.fill(0.0);
                 if let Some(bias) = bias {
                     bias.fill(0.0);
@@ -104,9 +104,11 @@ pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<Quan
         };
         let groups = &structure.layers[linear.layer];
         let stays = |input: usize| match linear.input {
-            Role::Hidden | Role::KeyValue => true,
-            Role::Channels => layer.channels.contains(&input),
-            Role::Query => layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group())),
+            Channels::Hidden | Channels::KeyValue => true,
+            Channels::Mlp => layer.channels.contains(&input),
+            Channels::Query => {
+                layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group()))
+            }
         };
         for (input, row) in weight.chunks_mut(outputs).enumerate() {
             if !stays(input) {

@@ -80,7 +80,7 @@ fn steps_end_at_the_widths_of_one_shot() {
     let once = prune(&pruning, &model, &calibration);
     pruning.steps = 4;
     let stepwise = prune(&pruning, &model, &calibration);
-    assert_eq!(model_config(&once.model), model_config(&stepwise.model));
+    assert_eq!(once.model.config().clone(), stepwise.model.config().clone());
     assert_eq!(stepwise.report.calibration_loss.len(), 4);
     assert_ne!(once.report.kept, stepwise.report.kept);
     // Kept indices are the original's: the mask of the original computes the same.
@@ -107,7 +107,7 @@ fn the_same_seed_gives_the_same_choice() {
 fn a_global_ratio_is_a_share_of_the_budget() {
     let (model, ids) = embedded();
     let calibration = Windows::disjoint(&ids[CALIBRATION], 64, 4, 1).unwrap();
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let weights = |kept: &Kept| -> f64 {
         let cost = |layer: &kiln_pruning::KeptLayer| {
             layer.heads.len() * structure.head_parameters(layer.layer)
@@ -173,7 +173,7 @@ fn rerunning_shows_later_blocks_what_they_will_get() {
     assert_eq!(plain.layers[0], rerun.layers[0]);
     assert_ne!(plain.layers[3], rerun.layers[3]);
     // What it saw is what a model pruned in the blocks before gives.
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let mut before = Kept::everything(&structure);
     before.layers[..3].clone_from_slice(&rerun.layers[..3]);
     let (before, _) = kiln_pruning::apply(model, &before, &CutOptions::default()).unwrap();
@@ -206,13 +206,12 @@ fn the_least_influential_block_goes() {
 
 #[test]
 fn adapters_go_on_a_pruned_model() {
-    use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+    use kiln_adapters::{AdapterConfig, LoraAttacher};
     let (model, ids) = embedded();
     let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
     pruning.layers = LayerRange::Inner;
     let pruned = pruning.prune(model, None, &CutOptions::default()).unwrap().model;
-    let config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    let attacher = LoraAttacher::new(&config, &pruned.slot_shapes(), 0).unwrap();
+    let attacher = LoraAttacher::new(&AdapterConfig::lora(4, 8.0), &pruned.slot_shapes()).unwrap();
     let adapted = pruned.clone().try_map(|path, base| attacher.attach(path, base)).unwrap();
     let tokens = TokenBatch::new(&[ids[..16].to_vec()]).unwrap();
     // LoRA begins as nothing.

@@ -1,34 +1,27 @@
 //! What measuring importances holds, as peak resident memory of a process of its own: the test runs this binary again.
 
-use std::process::Command;
+use std::convert::Infallible;
 
 use kiln_models::{
-    DenseEmbedding, Embedding, Llama, RmsNorm, Windows,
-    config::{LlamaConfig, RopeConfig, RopeScaling},
-    llama::{LlamaAttention, LlamaBlock, LlamaMlp, LlamaModel},
+    Block, BlockPart, Decoder, DenseEmbedding, Embedding, Norm, PartShape, Windows, config::ModelConfig,
+    families::NormKind,
 };
 use kiln_pruning::{BlockPruning, Criterion, CutOptions, LayerRange, SplitBlocks};
 use kiln_quant_core::{HostQuantizer, MinMax, PackedLinear, PackedTensor};
+use kiln_testkit::{peak, peak_of, report, resident, task};
+
+use serde_json::json;
 
 use super::*;
 
-/// Set in the child processes: blocks and criterion.
-const TASK: &str = "KILN_MEMORY_TASK";
 const WIDTH: usize = 512;
 const INNER: usize = 2048;
 const TOKENS: usize = 4 * 64;
 const BLOCK_WEIGHTS: usize = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER;
 
-fn status(key: &str) -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with(key)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
-}
-
 /// A packed model of weights without a meaning.
 fn model(blocks: usize) -> AnyModel<QuantLinear> {
     let device = Device::flex();
-    let frozen = |tensor: Tensor<1>| Param::initialized(ParamId::new(), tensor);
     let linear = |seed: u64, [d_input, d_output]: [usize; 2]| {
         let values: Vec<f32> =
             kiln_testkit::values(seed, d_input * d_output).iter().map(|value| value * 0.05).collect();
@@ -36,50 +29,41 @@ fn model(blocks: usize) -> AnyModel<QuantLinear> {
             MinMax.quantize("w", &values, d_input, d_output, &"affine4:64".parse().unwrap()).unwrap();
         QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &device), bias: None })
     };
-    let norm = || RmsNorm { weight: frozen(Tensor::ones([WIDTH], &device)), eps: 1e-5 };
+    let norm = || Norm {
+        weight: Some(Param::initialized(ParamId::new(), Tensor::ones([WIDTH], &device))),
+        bias: None,
+        eps: 1e-5,
+        kind: NormKind::Rms,
+    };
+    let config = json!({
+        "model_type": "llama",
+        "vocab_size": 256,
+        "hidden_size": WIDTH,
+        "intermediate_size": INNER,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": true,
+    });
+    let config = ModelConfig::from_json(&config.to_string()).unwrap();
     let block = |index: usize| {
-        let seed = 10 * index as u64;
-        LlamaBlock {
-            input_layernorm: norm(),
-            self_attn: LlamaAttention {
-                q_proj: linear(seed, [WIDTH, WIDTH]),
-                k_proj: linear(seed + 1, [WIDTH, WIDTH]),
-                v_proj: linear(seed + 2, [WIDTH, WIDTH]),
-                o_proj: linear(seed + 3, [WIDTH, WIDTH]),
-                q_norm: None,
-                k_norm: None,
-            },
-            post_attention_layernorm: norm(),
-            mlp: LlamaMlp {
-                gate_proj: linear(seed + 4, [WIDTH, INNER]),
-                up_proj: linear(seed + 5, [WIDTH, INNER]),
-                down_proj: linear(seed + 6, [INNER, WIDTH]),
-            },
-        }
+        let mut seed = 10 * index as u64;
+        let block = Block::build(&config, index, |_, shape| {
+            Ok::<_, Infallible>(match shape {
+                PartShape::Norm(_) => BlockPart::Norm(norm()),
+                PartShape::Linear(shape, _) => {
+                    seed += 1;
+                    BlockPart::Linear(linear(seed - 1, shape))
+                }
+            })
+        });
+        block.unwrap()
     };
     let table = kiln_testkit::tensor::<2>(99, [256, WIDTH], &device);
     let embed_tokens = Embedding::Dense(DenseEmbedding { weight: Param::initialized(ParamId::new(), table) });
-    let config = LlamaConfig {
-        vocab_size: 256,
-        hidden_size: WIDTH,
-        intermediate_size: INNER,
-        num_hidden_layers: blocks,
-        num_attention_heads: 8,
-        num_key_value_heads: 8,
-        head_dim: 64,
-        max_position_embeddings: 512,
-        rms_norm_eps: 1e-5,
-        rope: RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default },
-        sliding_window: vec![None; blocks],
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tie_word_embeddings: true,
-        layer_shapes: Vec::new(),
-    };
-    let parts = LlamaModel { embed_tokens, layers: (0..blocks).map(block).collect(), norm: norm() };
-    AnyModel::Llama(Llama::from_parts(parts, None, config).unwrap())
+    let blocks = (0..blocks).map(block).collect();
+    Decoder::from_parts(config.clone(), embed_tokens, None, blocks, norm(), None).unwrap()
 }
 
 /// Growth of the peak while heads of the first block are chosen; all blocks are measured.
@@ -92,39 +76,26 @@ fn grown(blocks: usize, criterion: Criterion) -> f64 {
     pruning.layers = LayerRange::Between { start: 0, end: 1 };
     pruning.ratio = kiln_quant_core::Plan::uniform(0.0).with_override("self_attn", 0.25).unwrap();
     // The peak so far is that of quantizing: fill up to it, so that growth is seen.
-    let fill = vec![1u8; (status("VmHWM:") - status("VmRSS:")).max(0.0) as usize];
-    let before = status("VmHWM:");
+    let fill = vec![1u8; (peak() - resident()).max(0.0) as usize];
+    let before = peak();
     let options = CutOptions { split_blocks: SplitBlocks::Refuse, ..CutOptions::default() };
     pruning.prune(model, Some(&calibration), &options).unwrap();
-    let grown = status("VmHWM:") - before;
+    let grown = peak() - before;
     assert_eq!(std::hint::black_box(&fill).iter().filter(|byte| **byte != 1).count(), 0);
     grown
 }
 
-fn measure(blocks: usize, criterion: &str) -> f64 {
-    let test = "memory::importance_holds_the_gradients_of_one_block";
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-        .env(TASK, format!("{blocks} {criterion}"))
-        .output()
-        .unwrap();
-    let text = String::from_utf8_lossy(&output.stdout);
-    let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
-    line.and_then(|bytes| bytes.trim().parse().ok())
-        .unwrap_or_else(|| panic!("{text} {}", String::from_utf8_lossy(&output.stderr)))
-}
-
 #[test]
 fn importance_holds_the_gradients_of_one_block() {
-    if let Ok(task) = std::env::var(TASK) {
+    if let Some(task) = task() {
         let (blocks, criterion) = task.split_once(' ').unwrap();
         let criterion = serde_json::from_value(criterion.into()).unwrap();
-        println!("BYTES {}", grown(blocks.parse().unwrap(), criterion));
-        return;
+        return report(&[grown(blocks.parse().unwrap(), criterion)]);
     }
+    let test = "memory::importance_holds_the_gradients_of_one_block";
     let (dense, input) = ((4 * BLOCK_WEIGHTS) as f64, (4 * TOKENS * WIDTH) as f64);
     for criterion in ["taylor_first", "taylor_mixed"] {
-        let [few, many] = [2, 10].map(|blocks| measure(blocks, criterion));
+        let [few, many] = [2, 10].map(|blocks| peak_of(test, &format!("{blocks} {criterion}")));
         let slope = (many - few) / 8.0;
         println!(
             "{criterion}: {:.1} and {:.1} MB for 2 and 10 blocks; a block's weights have {:.1} MB, its input {:.1} MB",

@@ -115,7 +115,7 @@ fn calibration_that_is_missing_short_or_foreign_is_refused() {
 #[test]
 fn indices_that_do_not_fit_are_refused_by_group() {
     let model = load("llama-untied-bf16");
-    let structure = Structure::of(&model_config(&model)).unwrap();
+    let structure = Structure::of(model.config());
     let with = |change: &dyn Fn(&mut Kept)| {
         let mut kept = Kept::everything(&structure);
         change(&mut kept);

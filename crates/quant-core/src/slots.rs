@@ -6,7 +6,14 @@ use crate::Projection;
 
 /// A module whose linears can be visited and replaced by name: a language model, or any Burn module.
 ///
-/// Paths of language models are the checkpoint's: `model.layers.3.self_attn.q_proj`.
+/// Paths of language models are the checkpoint's: `model.layers.3.self_attn.q_proj`. Own modules get it by
+/// [`slots!`](macro@crate::slots).
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` has no slots that can be quantized or adapted",
+    label = "not a module with slots",
+    note = "make the module generic over `P: Projection` and write `slots!(Name {{ slot field, keep other }})`",
+    note = "`QuantLinear` in the slots is what adapters are attached to; merged models have it again"
+)]
 pub trait Slots: Module + ModuleDisplay {
     /// What stands in the slots now.
     type Slot: Projection;
@@ -36,4 +43,108 @@ pub trait Slots: Module + ModuleDisplay {
     fn slot_shapes(&self) -> Vec<(String, [usize; 2])> {
         self.slots().into_iter().map(|(path, slot)| (path, slot.shape())).collect()
     }
+}
+
+/// Implements [`Slots`](trait@crate::Slots) for a struct that is generic over the projection in its slots and over nothing
+/// else. Every field is named, in the order in which data flows, with what it is:
+///
+/// | word | field |
+/// | --- | --- |
+/// | `slot` | a projection |
+/// | `slots` | a `Vec` of projections |
+/// | `module` | a module with slots of its own |
+/// | `modules` | a `Vec` of such modules |
+/// | `keep` | anything else; it stays as it is |
+///
+/// Paths are the fields' names joined by dots, with the index of an element: `blocks.2.up`.
+///
+/// ```
+/// use burn::{module::Module, nn::{LayerNorm, Linear}};
+/// use kiln_quant_core::{Projection, Slots, slots};
+///
+/// #[derive(Module, Debug)]
+/// struct Classifier<P: Projection> {
+///     layers: Vec<P>,
+///     norm: LayerNorm,
+///     output: P,
+/// }
+///
+/// slots!(Classifier { slots layers, keep norm, slot output });
+///
+/// fn paths(model: &Classifier<Linear>) -> Vec<String> {
+///     model.slots().into_iter().map(|(path, _)| path).collect()
+/// }
+/// # use burn::{nn::{LayerNormConfig, LinearConfig}, tensor::Device};
+/// # let (device, linear) = (Device::flex(), LinearConfig::new(4, 4));
+/// # let layers = vec![linear.init(&device), linear.init(&device)];
+/// # let model = Classifier { layers, norm: LayerNormConfig::new(4).init(&device), output: linear.init(&device) };
+/// assert_eq!(paths(&model), ["layers.0", "layers.1", "output"]);
+/// ```
+#[macro_export]
+macro_rules! slots {
+    (@map slot $self:ident $f:ident $field:ident) => {
+        $f(stringify!($field), $self.$field)?
+    };
+    (@map slots $self:ident $f:ident $field:ident) => {{
+        let slots = $self.$field.into_iter().enumerate();
+        let mapped = slots.map(|(index, slot)| $f(&format!("{}.{index}", stringify!($field)), slot));
+        mapped.collect::<::std::result::Result<::std::vec::Vec<_>, _>>()?
+    }};
+    (@map module $self:ident $f:ident $field:ident) => {
+        $crate::Slots::try_map($self.$field, |path: &str, slot| {
+            $f(&format!("{}.{path}", stringify!($field)), slot)
+        })?
+    };
+    (@map modules $self:ident $f:ident $field:ident) => {{
+        let mut mapped = ::std::vec::Vec::new();
+        for (index, module) in $self.$field.into_iter().enumerate() {
+            mapped.push($crate::Slots::try_map(module, |path: &str, slot| {
+                $f(&format!("{}.{index}.{path}", stringify!($field)), slot)
+            })?);
+        }
+        mapped
+    }};
+    (@map keep $self:ident $f:ident $field:ident) => {
+        $self.$field
+    };
+    (@list slot $self:ident $found:ident $field:ident) => {
+        $found.push((stringify!($field).to_owned(), &$self.$field))
+    };
+    (@list slots $self:ident $found:ident $field:ident) => {
+        for (index, slot) in $self.$field.iter().enumerate() {
+            $found.push((format!("{}.{index}", stringify!($field)), slot));
+        }
+    };
+    (@list module $self:ident $found:ident $field:ident) => {
+        for (path, slot) in $crate::Slots::slots(&$self.$field) {
+            $found.push((format!("{}.{path}", stringify!($field)), slot));
+        }
+    };
+    (@list modules $self:ident $found:ident $field:ident) => {
+        for (index, module) in $self.$field.iter().enumerate() {
+            for (path, slot) in $crate::Slots::slots(module) {
+                $found.push((format!("{}.{index}.{path}", stringify!($field)), slot));
+            }
+        }
+    };
+    (@list keep $self:ident $found:ident $field:ident) => {};
+    ($module:ident { $($kind:ident $field:ident),+ $(,)? }) => {
+        impl<P: $crate::Projection> $crate::Slots for $module<P> {
+            type Slot = P;
+            type With<Q: $crate::Projection> = $module<Q>;
+
+            fn try_map<Q: $crate::Projection, E>(
+                self,
+                mut f: impl FnMut(&str, P) -> ::std::result::Result<Q, E>,
+            ) -> ::std::result::Result<$module<Q>, E> {
+                ::std::result::Result::Ok($module { $($field: $crate::slots!(@map $kind self f $field)),+ })
+            }
+
+            fn slots(&self) -> ::std::vec::Vec<(::std::string::String, &P)> {
+                let mut found = ::std::vec::Vec::new();
+                $($crate::slots!(@list $kind self found $field);)+
+                found
+            }
+        }
+    };
 }

@@ -1,6 +1,6 @@
 //! Integration tests, one binary.
 
+mod batteries;
 mod fused;
 mod ops;
-#[cfg(feature = "wgpu")]
 mod wgpu;

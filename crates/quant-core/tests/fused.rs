@@ -47,6 +47,12 @@ fn norm_activation_and_rotation_equal_the_plain_versions() {
             |x| fused::swiglu(wide(x).0, wide(x).1),
             |x| plain::swiglu(wide(x).0, wide(x).1),
         );
+        compare(
+            "geglu",
+            &[[rows, width]; 2],
+            |x| fused::geglu(wide(x).0, wide(x).1),
+            |x| plain::geglu(wide(x).0, wide(x).1),
+        );
     }
     let device = Device::flex();
     let (cos, sin) = (tensor::<2>(8, [14, 12], &device), tensor::<2>(9, [14, 12], &device));

@@ -1,16 +1,14 @@
 //! The same checks on a GPU, or on software Vulkan, where this file is about correctness only. Small and serial: it is
 //! slow there.
 //!
-//! Without a Vulkan adapter the tests say so and pass, unless `KILN_REQUIRE_VULKAN=1`.
-
-use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
+//! Without a Vulkan adapter, or the feature `wgpu`, the tests say so and pass, unless `KILN_REQUIRE_VULKAN=1`.
 
 use burn::{
     module::Module,
-    tensor::{Device, FloatDType, Tensor, wgpu::WgpuBackend},
+    tensor::{Device, FloatDType, Tensor},
 };
 use kiln_quant_core::PackedTensor;
-use kiln_testkit::{assert_close, read, relative_difference, tensor};
+use kiln_testkit::{Vulkan, assert_close, read, relative_difference, tensor, vulkan};
 
 use crate::ops::{self, Case, random_weight};
 
@@ -35,89 +33,67 @@ const FEW_CASES: &[Case] = &[("affine4:64", 128, 64), ("affine3:24", 70, 50), ("
 /// Products of f32, relatively: rounding of some hundred terms.
 const TOLERANCE: f64 = 2e-6;
 
-/// The device, and the right to use it alone.
-fn device() -> Option<(Device, MutexGuard<'static, ()>)> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    static TURN: Mutex<()> = Mutex::new(());
-    let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    let required = std::env::var("KILN_REQUIRE_VULKAN").is_ok_and(|value| value == "1");
-    // Pinned to Vulkan: OpenGL may be there too, without all that the kernels need.
-    let device =
-        DEVICE.get_or_init(|| match Device::wgpu_options().graphics_api(WgpuBackend::Vulkan).init() {
-            Ok(device) => Some(device),
-            Err(error) => {
-                println!("{error}");
-                None
-            }
-        });
-    assert!(device.is_some() || !required, "KILN_REQUIRE_VULKAN=1, but no Vulkan adapter was found");
-    if device.is_none() {
-        println!("skipped: no Vulkan adapter");
-    }
-    device.clone().map(|device| (device, turn))
-}
-
 #[test]
 fn dequantize_equals_the_host_but_for_a_rounding() {
-    let Some((device, _turn)) = device() else { return };
-    ops::check_dequantize(&device, CASES, 1.0);
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_dequantize(device, CASES, 1.0);
 }
 
 #[test]
 fn forward_equals_a_dense_product() {
-    let Some((device, _turn)) = device() else { return };
-    ops::check_forward(&device, CASES, &[1, 5], TOLERANCE);
-    ops::check_forward(&device, FEW_CASES, &[3, 4, 9], TOLERANCE);
-    ops::check_forward(&device, &[("affine4:64", 600, 530)], &[2, 37], TOLERANCE);
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_forward(device, CASES, &[1, 5], TOLERANCE);
+    ops::check_forward(device, FEW_CASES, &[3, 4, 9], TOLERANCE);
+    ops::check_forward(device, &[("affine4:64", 600, 530)], &[2, 37], TOLERANCE);
 }
 
 #[test]
 fn input_gradient_equals_autodiff_through_the_dense_weight() {
-    let Some((device, _turn)) = device() else { return };
-    ops::check_input_gradient(&device, CASES, &[5], TOLERANCE);
-    ops::check_input_gradient(&device, FEW_CASES, &[1, 9], TOLERANCE);
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_input_gradient(device, CASES, &[5], TOLERANCE);
+    ops::check_input_gradient(device, FEW_CASES, &[1, 9], TOLERANCE);
 }
 
 #[test]
 fn gradients_of_input_scales_and_offsets_equal_finite_differences() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     // More outputs than are reduced at a time.
     let wide = [("affine4:64", 64, 1040), ("affine2:24x4", 12, 1050)];
-    ops::check_parameter_gradients(&device, &[CASES, &wide].concat(), &[5]);
+    ops::check_parameter_gradients(device, &[CASES, &wide].concat(), &[5]);
 }
 
 #[test]
 fn dequantize_passes_gradients_to_scales_and_offsets() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let schemes = ["affine4:64", "affine3:24", "affine2:8x4", "affine8:32:sym", "nf4:64"];
-    ops::check_dequantize_gradients(&device, &schemes.map(|scheme| (scheme, 72, 40)));
+    ops::check_dequantize_gradients(device, &schemes.map(|scheme| (scheme, 72, 40)));
 }
 
 #[test]
 fn any_rank_any_strides_and_any_input_order_go_in() {
-    let Some((device, _turn)) = device() else { return };
-    ops::check_strides(&device);
-    ops::check_input_order(&device);
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_strides(device);
+    ops::check_input_order(device);
 }
 
 #[test]
 fn outputs_are_rows_of_the_checkpoint() {
-    let Some((device, _turn)) = device() else { return };
-    ops::check_outputs(&device, &["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double"], 4e-6);
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_outputs(device, &["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double"], 4e-6);
 }
 
 #[test]
 fn half_precision_activations_keep_their_type() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     if device.supports_dtype(FloatDType::F16) {
         // f16 keeps 11 bits: inputs, weights and outputs are each off by up to 2^-12 of their size.
-        ops::check_half_precision(&device, FloatDType::F16, &[3, 5], 2e-3);
+        ops::check_half_precision(device, FloatDType::F16, &[3, 5], 2e-3);
     }
 }
 
 #[test]
 fn elementwise_operations_fuse_around_the_product() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let host = random_weight("affine4:64", 128, 64, 21);
     for rows in [2, 6] {
         let run = |device: &Device| {
@@ -128,7 +104,7 @@ fn elementwise_operations_fuse_around_the_product() {
             let gradients = (y.clone() * y.clone()).sum().backward();
             (read(y.inner()), read(x.grad(&gradients).unwrap()))
         };
-        let (found, expected) = (run(&device), run(&Device::flex()));
+        let (found, expected) = (run(device), run(&Device::flex()));
         for (what, found, expected) in [("y", found.0, expected.0), ("dx", found.1, expected.1)] {
             let difference = relative_difference(&found, &expected);
             assert!(difference < TOLERANCE, "{rows} rows, {what}: {difference:e}");
@@ -138,10 +114,10 @@ fn elementwise_operations_fuse_around_the_product() {
 
 #[test]
 fn packed_weights_move_between_devices_and_records_unchanged() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     for scheme in ["affine3:32", "affine8:32:sym:f16", "nf4:64:double"] {
         let host = random_weight(scheme, 96, 50, 23);
-        let there = PackedTensor::new(&host, &Device::flex()).to_device(&device);
+        let there = PackedTensor::new(&host, &Device::flex()).to_device(device);
         assert_eq!(there.to_host().unwrap(), host, "{scheme}: there");
         let x = tensor::<2>(24, [5, 96], &device);
         let product = read(there.forward(x.clone()));
@@ -155,7 +131,7 @@ fn packed_weights_move_between_devices_and_records_unchanged() {
 
 #[test]
 fn no_rows_give_no_rows() {
-    let Some((device, _turn)) = device() else { return };
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), &device);
-    assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], &device)).dims(), [0, 24]);
+    assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], device)).dims(), [0, 24]);
 }

@@ -4,33 +4,18 @@ use burn::{
     module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
     tensor::Device,
 };
-use kiln_models::{AnyModel, CausalLm, Llama, Opt, config::ModelConfig};
+use kiln_models::{CausalLm, Decoder, config::ModelConfig};
 use kiln_quant_core::Projection;
 
 /// A model that a side network can be built for: one that tells its shape.
 pub trait Backbone: CausalLm {
     /// The model's shape.
-    fn model_config(&self) -> ModelConfig;
+    fn model_config(&self) -> &ModelConfig;
 }
 
-impl<P: Projection> Backbone for Llama<P> {
-    fn model_config(&self) -> ModelConfig {
-        ModelConfig::Llama(self.config().clone())
-    }
-}
-
-impl<P: Projection> Backbone for Opt<P> {
-    fn model_config(&self) -> ModelConfig {
-        ModelConfig::Opt(self.config().clone())
-    }
-}
-
-impl<P: Projection> Backbone for AnyModel<P> {
-    fn model_config(&self) -> ModelConfig {
-        match self {
-            Self::Llama(model) => model.model_config(),
-            Self::Opt(model) => model.model_config(),
-        }
+impl<P: Projection> Backbone for Decoder<P> {
+    fn model_config(&self) -> &ModelConfig {
+        self.config()
     }
 }
 

@@ -44,7 +44,7 @@ impl<M: Backbone> SideClassifier<M> {
             return Err(Error::argument("labels", "at least 2", labels));
         }
         let init = Init { seed, device: backbone.device() };
-        let [width, _] = crate::network::width_and_layers(&backbone.model_config());
+        let width = backbone.model_config().hidden_size;
         let model = SideTuned::new(backbone, config, seed)?;
         Ok(Self { model, score: init.linear("score", [width, labels], false), labels })
     }

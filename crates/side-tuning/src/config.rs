@@ -1,6 +1,6 @@
 //! What a side network looks like, and which side networks a backbone can have.
 
-use kiln_models::config::{LlamaConfig, ModelConfig, OptConfig, RopeScaling};
+use kiln_models::config::{ModelConfig, RopeConfig, RopeScaling};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -315,24 +315,14 @@ struct Sizes {
 
 impl Sizes {
     fn of(backbone: &ModelConfig) -> Result<Self> {
-        let sizes = match backbone {
-            ModelConfig::Llama(config) => Self {
-                width: config.hidden_size,
-                inner: config.intermediate_size,
-                heads: config.num_attention_heads,
-                kv_heads: config.num_key_value_heads,
-                head_dim: config.head_dim,
-                rotary: Some(matches!(config.rope.scaling, RopeScaling::Dynamic { .. })),
-            },
-            ModelConfig::Opt(config) => Self {
-                width: config.hidden_size,
-                inner: config.ffn_dim,
-                heads: config.num_attention_heads,
-                kv_heads: config.num_attention_heads,
-                head_dim: config.head_dim,
-                rotary: None,
-            },
-            _ => return Err(Error::argument("backbone", "a LLaMA-family or OPT model", "another")),
+        let dynamic = |rope: &RopeConfig| matches!(rope.scaling, RopeScaling::Dynamic { .. });
+        let sizes = Self {
+            width: backbone.hidden_size,
+            inner: backbone.intermediate_size,
+            heads: backbone.num_attention_heads,
+            kv_heads: backbone.num_key_value_heads,
+            head_dim: backbone.head_dim,
+            rotary: (!backbone.rope.is_empty()).then(|| backbone.rope.iter().any(dynamic)),
         };
         let Self { width, inner, heads, kv_heads, .. } = sizes;
         if [width, inner, heads, kv_heads].contains(&0) {
@@ -342,26 +332,17 @@ impl Sizes {
         Ok(sizes)
     }
 
+    /// The backbone's family in these sizes; scores are scaled by the width of the narrower heads.
     fn model(self, backbone: &ModelConfig) -> ModelConfig {
-        match backbone.clone() {
-            ModelConfig::Opt(config) => ModelConfig::Opt(OptConfig {
-                hidden_size: self.width,
-                ffn_dim: self.inner,
-                num_attention_heads: self.heads,
-                head_dim: self.head_dim,
-                layer_shapes: Vec::new(),
-                ..config
-            }),
-            ModelConfig::Llama(config) => ModelConfig::Llama(LlamaConfig {
-                hidden_size: self.width,
-                intermediate_size: self.inner,
-                num_attention_heads: self.heads,
-                num_key_value_heads: self.kv_heads,
-                head_dim: self.head_dim,
-                layer_shapes: Vec::new(),
-                ..config
-            }),
-            other => other,
+        ModelConfig {
+            hidden_size: self.width,
+            intermediate_size: self.inner,
+            num_attention_heads: self.heads,
+            num_key_value_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            query_pre_attn_scalar: None,
+            layer_shapes: Vec::new(),
+            ..backbone.clone()
         }
     }
 }

@@ -5,7 +5,7 @@ use burn::{
     nn::Linear,
     tensor::{Tensor, activation::silu},
 };
-use kiln_models::LayerNorm;
+use kiln_models::{Norm, families::NormKind};
 
 use crate::{Downsample, SideConfig, init::Init};
 
@@ -20,7 +20,7 @@ pub struct Downsampler {
     /// The second linear of low-rank downsampling.
     pub up: Option<Linear>,
     /// What follows.
-    pub norm: Option<LayerNorm>,
+    pub norm: Option<Norm>,
     #[module(skip)]
     kind: Downsample,
     #[module(skip)]
@@ -39,7 +39,7 @@ impl Downsampler {
             }
             Downsample::MaxPool | Downsample::AvgPool => (None, None),
         };
-        let norm = config.downsample_norm.then(|| init.layer_norm(side, true));
+        let norm = config.downsample_norm.then(|| init.norm(NormKind::Layer, side, 1e-5, true));
         Self { down, up, norm, kind, side_width: side }
     }
 
@@ -91,10 +91,11 @@ mod tests {
         let (x, dy) = (tensor3(&inputs["x"], &device), tensor3(&inputs["G"], &device));
         let linear = |name: &str| Some(Linear { weight: matrix(&inputs[name], &device), bias: None });
         let norm = || {
-            Some(LayerNorm {
+            Some(Norm {
                 weight: Some(vector(&inputs["ln_w"], &device)),
                 bias: Some(vector(&inputs["ln_b"], &device)),
                 eps: 1e-5,
+                kind: NormKind::Layer,
             })
         };
         let tolerance = file["tolerance"].as_f64().unwrap() as f32;

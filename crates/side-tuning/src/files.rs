@@ -18,7 +18,9 @@ use kiln_quant_core::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{Backbone, Error, Result, SideConfig, SideTuned, fingerprint};
+use kiln_models::fingerprint;
+
+use crate::{Backbone, Error, Result, SideConfig, SideTuned};
 
 /// The configuration's file in a side network's folder.
 pub const CONFIG_FILE: &str = "side_config.json";

@@ -8,7 +8,7 @@ use std::{
 };
 
 use burn::tensor::{Device, Tensor, TensorData};
-use kiln_models::Context;
+use kiln_models::{Context, fingerprint};
 use kiln_quant_core::{
     hash::hex,
     ints_to_host,
@@ -17,7 +17,7 @@ use kiln_quant_core::{
 };
 use sha2::{Digest, Sha256};
 
-use crate::{Backbone, Error, Result, SideTuned, fingerprint, network::width_and_layers};
+use crate::{Backbone, Error, Result, SideTuned};
 
 /// Changes with the layout of the files.
 const VERSION: &str = "1";
@@ -101,11 +101,9 @@ impl HiddenCache {
         limit_bytes: u64,
         precision: StatePrecision,
     ) -> Result<Self> {
-        use kiln_models::config::{ModelConfig, RopeScaling};
+        use kiln_models::config::RopeScaling;
         let (folder, backbone, config) = (folder.into(), model.backbone().model_config(), model.config());
-        if let ModelConfig::Llama(llama) = &backbone
-            && matches!(llama.rope.scaling, RopeScaling::Dynamic { .. })
-        {
+        if backbone.rope.iter().any(|rope| matches!(rope.scaling, RopeScaling::Dynamic { .. })) {
             return Err(Error::argument("rope_scaling", "one that doesn't depend on the batch", "dynamic"));
         }
         fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
@@ -113,7 +111,7 @@ impl HiddenCache {
         for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
             bytes += entry.and_then(|entry| entry.metadata()).map_err(Error::io(&folder))?.len();
         }
-        let [width, _] = width_and_layers(&backbone);
+        let width = backbone.hidden_size;
         let pooled = config.downsample.is_pool();
         let top = if pooled { width } else { 0 };
         let kind =
@@ -139,7 +137,7 @@ impl HiddenCache {
     }
 
     fn keys(&self, context: &Context) -> Result<Vec<String>> {
-        let (length, segments) = (context.length(), context.attention(1, None).query_segments);
+        let (length, segments) = (context.length(), context.attention(1.0, None).query_segments);
         let ids = ints_to_host("ids", context.ids.clone())?;
         let positions = ints_to_host("positions", context.positions.clone())?;
         let rows = ids.chunks(length).zip(positions.chunks(length)).zip(segments.chunks(length));

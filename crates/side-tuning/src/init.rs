@@ -5,7 +5,7 @@ use burn::{
     nn::Linear,
     tensor::{Device, Tensor, TensorData},
 };
-use kiln_models::{LayerNorm, RmsNorm};
+use kiln_models::{Norm, families::NormKind};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
@@ -54,15 +54,14 @@ impl Init {
         self.param(vec![value as f32; size], [size])
     }
 
-    pub fn rms_norm(&self, width: usize, eps: f64) -> RmsNorm {
-        RmsNorm { weight: self.full(width, 1.0), eps }
-    }
-
-    pub fn layer_norm(&self, width: usize, affine: bool) -> LayerNorm {
-        LayerNorm {
-            weight: affine.then(|| self.full(width, 1.0)),
-            bias: affine.then(|| self.full(width, 0.0)),
-            eps: 1e-5,
+    /// A norm that leaves its input's scale alone: gains of 1.
+    pub fn norm(&self, kind: NormKind, width: usize, eps: f64, affine: bool) -> Norm {
+        let gain = if kind == NormKind::RmsOnePlus { 0.0 } else { 1.0 };
+        Norm {
+            weight: affine.then(|| self.full(width, gain)),
+            bias: (affine && kind == NormKind::Layer).then(|| self.full(width, 0.0)),
+            eps,
+            kind,
         }
     }
 }

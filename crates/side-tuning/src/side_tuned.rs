@@ -13,7 +13,6 @@ use crate::{
     backbone::Frozen,
     hidden_cache::{HiddenCache, Lookup, StoredRows},
     init::Init,
-    network::width_and_layers,
 };
 
 /// A frozen backbone and the side network that reads its states: a [`CausalLm`], so that trainers, evaluators and
@@ -47,10 +46,10 @@ impl<M: Backbone> SideTuned<M> {
     /// # Errors
     /// Options that don't fit the backbone; for the reduction, with those that do.
     pub fn new(backbone: M, config: &SideConfig, seed: u64) -> Result<Self> {
-        let model = backbone.model_config();
+        let model = backbone.model_config().clone();
         let init = Init { seed, device: backbone.device() };
         let side = SideNetwork::new(config, &model, &init)?;
-        let [backbone_width, _] = width_and_layers(&model);
+        let backbone_width = model.hidden_size;
         let backbone = Frozen::new(backbone);
         Ok(Self { backbone, side, config: config.clone(), backbone_width, hidden: None })
     }

@@ -5,7 +5,8 @@ use burn::{
     optim::{AdamWConfig, GradientsAccumulator},
 };
 use kiln_models::TokenBatch;
-use kiln_side_tuning::{GateShape, HeadMix, SideClassifier, SideConfig, SideTuned, fingerprint};
+use kiln_models::fingerprint;
+use kiln_side_tuning::{GateShape, HeadMix, SideClassifier, SideConfig, SideTuned};
 use kiln_testkit::{assert_close, read};
 
 use crate::common::embedded;

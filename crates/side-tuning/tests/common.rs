@@ -12,7 +12,7 @@ use kiln_models::{
     loss_and_gradients,
 };
 use kiln_quant_core::{QuantLinear, Scheme};
-use kiln_testkit::testdata;
+use kiln_testkit::{ids, testdata};
 use kiln_training::{BatchOptions, Batches, DataOptions, Dataset, TrainerConfig};
 
 pub type Base = AnyModel<QuantLinear>;
@@ -33,14 +33,13 @@ pub fn embedded() -> Base {
 
 /// Rows of the embedded model's training text.
 pub fn text(seq_len: usize) -> Arc<Dataset> {
-    let bytes = std::fs::read(testdata("models/tiny-llama/text/shift_test_moby.u16le")).unwrap();
-    let ids = bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).take(40 * seq_len);
+    let ids = ids("shift_test_moby").into_iter().take(40 * seq_len);
     Arc::new(Dataset::from_ids(ids.collect(), &DataOptions::new(seq_len, 2048)).unwrap())
 }
 
 /// The first of those rows.
 pub fn first_row(seq_len: usize) -> Vec<u32> {
-    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().input_ids
+    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().tokens.ids
 }
 
 pub fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {

@@ -1,9 +1,6 @@
 //! Sizes, memory and multiplications against the reference and the published figures.
 
-use kiln_models::{
-    Recompute,
-    config::{LlamaConfig, ModelConfig, OptConfig, RopeConfig, RopeScaling},
-};
+use kiln_models::{Recompute, config::ModelConfig};
 use kiln_side_tuning::{
     Downsample, GateShape, HeadMix, SideConfig,
     memory::{
@@ -13,32 +10,23 @@ use kiln_side_tuning::{
     },
 };
 use kiln_testkit::testdata;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn open(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(testdata("vectors").join(name)).unwrap()).unwrap()
 }
 
 pub fn llama(vocabulary: usize, hidden: usize, ffn: usize, layers: usize, heads: [usize; 2]) -> ModelConfig {
-    ModelConfig::Llama(LlamaConfig {
-        vocab_size: vocabulary,
-        hidden_size: hidden,
-        intermediate_size: ffn,
-        num_hidden_layers: layers,
-        num_attention_heads: heads[0],
-        num_key_value_heads: heads[1],
-        head_dim: hidden / heads[0],
-        max_position_embeddings: 2048,
-        rms_norm_eps: 1e-5,
-        rope: RopeConfig { theta: 10000.0, scaling: RopeScaling::Default },
-        sliding_window: vec![None; layers],
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
-        tie_word_embeddings: false,
-        layer_shapes: Vec::new(),
-    })
+    let text = json!({
+        "model_type": "llama",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads[0],
+        "num_key_value_heads": heads[1],
+    });
+    ModelConfig::from_json(&text.to_string()).unwrap()
 }
 
 fn model(entry: &Value) -> ModelConfig {
@@ -47,19 +35,15 @@ fn model(entry: &Value) -> ModelConfig {
         let heads = [size("heads"), size("kv_heads")];
         return llama(32000, size("hidden"), size("ffn"), size("layers"), heads);
     }
-    ModelConfig::Opt(OptConfig {
-        vocab_size: 50272,
-        hidden_size: size("hidden"),
-        ffn_dim: size("ffn"),
-        num_hidden_layers: size("layers"),
-        num_attention_heads: size("heads"),
-        head_dim: size("hidden") / size("heads"),
-        max_position_embeddings: 2048,
-        bias: true,
-        layer_norm_affine: true,
-        tie_word_embeddings: true,
-        layer_shapes: Vec::new(),
-    })
+    let text = json!({
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": size("hidden"),
+        "ffn_dim": size("ffn"),
+        "num_hidden_layers": size("layers"),
+        "num_attention_heads": size("heads"),
+    });
+    ModelConfig::from_json(&text.to_string()).unwrap()
 }
 
 /// The released code's shapes of gates and alpha.
@@ -88,11 +72,7 @@ fn parameters_are_as_many_as_the_reference_counts() {
     let file = open("side_tuning_counts.json");
     for (name, entry) in file["expected"].as_object().unwrap() {
         let backbone = model(entry);
-        let head = match released().side_model(&backbone).unwrap() {
-            ModelConfig::Opt(side) => side.head_dim,
-            ModelConfig::Llama(side) => side.head_dim,
-            _ => unreachable!(),
-        };
+        let head = released().side_model(&backbone).unwrap().head_dim;
         assert_eq!(head as u64, entry["side_head_dim"].as_u64().unwrap(), "{name}");
         compare(name, &released(), &backbone, &entry["qst_r16_adapter16"]);
     }

@@ -102,7 +102,7 @@ fn epochs_over_the_same_rows_run_the_backbone_once() {
         }
         // About forty rows of 64 tokens: four epochs of five steps.
         let mut trainer = Trainer::new(model, text(64), trainer_config(20, 8)).unwrap();
-        let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
+        let reports = trainer.run(&RunOptions::new()).unwrap().steps;
         let losses: Vec<f64> = reports.iter().map(|report| report.loss).collect();
         let _ = trainer.into_model().valid();
         (losses, cache.report())

@@ -1,21 +1,19 @@
 //! Predicted and measured peaks of training steps. Each measurement runs this binary again with the name of the one
 //! test that does it, so that it has a process of its own.
 
-use std::{process::Command, sync::Arc};
+use std::sync::Arc;
 
 use burn::{module::Module, tensor::Device};
-use kiln_adapters::{LoraAttacher, PeftConfig, TargetModules};
+use kiln_adapters::{AdapterConfig, LoraAttacher};
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, config::ModelConfig};
-use kiln_quant_core::{Plan, QuantLinear, Scheme};
+use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_side_tuning::{
     SideConfig, SideTuned,
     memory::{Method, ProcessConstants, Step, estimate},
 };
-use kiln_testkit::testdata;
+use kiln_testkit::{figures_of, peak, report, smollm2, task, tiny};
 use kiln_training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig};
 
-/// Set in the child processes; what they are to measure.
-const TASK: &str = "KILN_SIDE_MEMORY_TASK";
 const LOGIT_ROWS: usize = 256;
 
 /// A configuration whose memory is predicted and measured.
@@ -52,7 +50,7 @@ impl Case {
 /// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
 fn load(path: &str, case: &Case) -> (AnyModel<QuantLinear>, ModelConfig, usize) {
     let scheme: Scheme = case.scheme().parse().unwrap();
-    let options = LoadOptions { schemes: Some(Plan::uniform(scheme)), ..LoadOptions::default() };
+    let options = LoadOptions::uniform(scheme);
     let checkpoint = Checkpoint::open(path).unwrap();
     let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
     (model, checkpoint.config().clone(), report.storage.total_bytes())
@@ -67,8 +65,7 @@ fn measure(model_path: &str, case: &Case) -> (f64, f64) {
     let run = |case: &Case| match case.method() {
         Method::Full => steps(model.unfreeze(), case),
         Method::Lora { rank } => {
-            let config = PeftConfig::new(rank, 16.0, TargetModules::AllLinear);
-            let attacher = LoraAttacher::new(&config, &model.slot_shapes(), 0).unwrap();
+            let attacher = LoraAttacher::new(&AdapterConfig::lora(rank, 16.0), &model.slot_shapes()).unwrap();
             steps(model.try_map(|path, base| attacher.attach(path, base)).unwrap(), case)
         }
         Method::Side(config) => steps(SideTuned::new(model, &config, 0).unwrap(), case),
@@ -76,7 +73,7 @@ fn measure(model_path: &str, case: &Case) -> (f64, f64) {
     };
     let trainable = run(case);
     assert_eq!(trainable as f64, predicted.trainable, "{case:?}");
-    (peak_rss(), predicted.peak_rss(&ProcessConstants::CPU))
+    (peak(), predicted.peak_rss(&ProcessConstants::CPU))
 }
 
 fn steps<M: CausalLm>(model: M, case: &Case) -> usize {
@@ -93,28 +90,17 @@ fn steps<M: CausalLm>(model: M, case: &Case) -> usize {
     trainable
 }
 
-fn peak_rss() -> f64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<f64>().unwrap() * 1024.0
-}
-
 /// Measured and predicted bytes of each case, each in a process of its own.
 fn compare(test: &str, model: &str, cases: &[&str]) -> Vec<(f64, f64)> {
     let child = |case: &&str| {
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test, "--nocapture", "--test-threads", "1"])
-            .env(TASK, format!("{model}\n{case}"))
-            // `ProcessConstants::CPU` is of two threads, each of which has buffers of its own.
-            .env("RAYON_NUM_THREADS", "2")
-            .output()
-            .unwrap();
-        let text = String::from_utf8_lossy(&output.stdout);
-        let line = text.lines().find_map(|line| line.split("BYTES ").nth(1));
-        let line =
-            line.unwrap_or_else(|| panic!("{case}: {text} {}", String::from_utf8_lossy(&output.stderr)));
-        let (found, predicted) = line.trim().split_once(' ').unwrap();
-        let (found, predicted): (f64, f64) = (found.parse().unwrap(), predicted.parse().unwrap());
+        let figures = figures_of(
+            test,
+            &format!(
+                "{model}
+{case}"
+            ),
+        );
+        let (found, predicted) = (figures[0], figures[1]);
         println!(
             "{case:<22} measured {:7.1} MB, predicted {:7.1} MB, {:+.1} %",
             found / 1e6,
@@ -128,10 +114,10 @@ fn compare(test: &str, model: &str, cases: &[&str]) -> Vec<(f64, f64)> {
 
 /// Whether this process is a child; if so, it measures.
 fn is_child() -> bool {
-    let Ok(task) = std::env::var(TASK) else { return false };
+    let Some(task) = task() else { return false };
     let (model, case) = task.split_once('\n').unwrap();
     let (found, predicted) = measure(model, &Case::parse(case));
-    println!("BYTES {found} {predicted}");
+    report(&[found, predicted]);
     true
 }
 
@@ -148,7 +134,7 @@ fn peaks_on_the_embedded_model_are_as_predicted() {
     if is_child() {
         return;
     }
-    let model = testdata("models/tiny-llama");
+    let model = tiny();
     let cases = [
         "full none 4 256",
         "full block 16 256",
@@ -169,10 +155,7 @@ fn peaks_on_smollm2_are_as_predicted() {
     if is_child() {
         return;
     }
-    let Ok(file) = std::env::var("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return;
-    };
+    let Some(file) = smollm2() else { return };
     let cases = [
         "full block 2 160",
         "lora none 1 320",
@@ -185,5 +168,6 @@ fn peaks_on_smollm2_are_as_predicted() {
         "qst none 2 384",
         "qst block 6 224",
     ];
-    within(&compare("memory::peaks_on_smollm2_are_as_predicted", &file, &cases), 0.15);
+    let test = "memory::peaks_on_smollm2_are_as_predicted";
+    within(&compare(test, &file.display().to_string(), &cases), 0.15);
 }

@@ -1,14 +1,13 @@
 //! Training, evaluation and generation with side-tuned models.
 
-use std::ops::ControlFlow;
-
 use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::Tensor,
 };
+use kiln_models::fingerprint;
 use kiln_models::{CausalLm, GenerateOptions, KvCache, Recompute, Targets, TokenBatch, generate, token_nll};
 use kiln_quant_core::trained_values;
-use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned, fingerprint};
+use kiln_side_tuning::{Downsample, Error, GateShape, HeadMix, Share, SideConfig, SideTuned};
 use kiln_testkit::{assert_close, max_difference, read, testdata};
 use kiln_training::{RunOptions, Trainer};
 
@@ -70,9 +69,9 @@ fn training_learns_and_leaves_the_backbone_as_it_was() {
         let model = SideTuned::new(base.clone(), &config, 3).unwrap();
         let start = held_out(&model);
         let mut trainer = Trainer::new(model, text(64), trainer_config(30, 4)).unwrap();
-        let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
+        let reports = trainer.run(&RunOptions::new()).unwrap().steps;
         assert!(reports.iter().all(|report| report.loss.is_finite()));
-        let counts = config.parameter_counts(&kiln_side_tuning::Backbone::model_config(&base)).unwrap();
+        let counts = config.parameter_counts(base.config()).unwrap();
         assert_eq!(trained_values(trainer.model()), counts.total());
         assert_plain(trainer.model().backbone());
         let model = trainer.into_model();
@@ -130,7 +129,7 @@ fn recomputation_changes_nothing() {
             let mut options = trainer_config(3, 2);
             options.recompute = recompute;
             let mut trainer = Trainer::new(model, text(64), options).unwrap();
-            trainer.run(&RunOptions::default(), &mut ()).unwrap()
+            trainer.run(&RunOptions::new()).unwrap().steps
         };
         for (plain, again) in run(Recompute::None).iter().zip(run(Recompute::Block)) {
             assert!((plain.loss / again.loss - 1.0).abs() < 1e-6, "{config:?} {plain:?} {again:?}");
@@ -169,7 +168,7 @@ fn check_generation<M: CausalLm>(model: &M, ids: &[u32]) {
     assert_close("logits", &rows, &whole, 2e-4);
     let mut prompt = ids.to_vec();
     let options = GenerateOptions::new(5);
-    let found = generate(model, &prompt, &options, &mut |_| ControlFlow::Continue(())).unwrap().ids;
+    let found = generate(model, &prompt, &options).unwrap().ids;
     for id in found {
         let row = logits(model, &prompt);
         let last = &row[(prompt.len() - 1) * vocabulary..];

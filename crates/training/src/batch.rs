@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kiln_models::{Targets, TokenBatch};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
@@ -52,9 +53,44 @@ impl BatchOptions {
         Self { batch, packing: false, order: Order::default(), seed: 0, pad_id: 0 }
     }
 
+    /// Sets `packing`.
+    #[must_use]
+    pub fn with_packing(mut self, packing: bool) -> Self {
+        self.packing = packing;
+        self
+    }
+
+    /// Sets `order`.
+    #[must_use]
+    pub fn with_order(mut self, order: Order) -> Self {
+        self.order = order;
+        self
+    }
+
+    /// Sets `seed`.
+    #[must_use]
+    pub fn with_seed(mut self, seed: u64) -> Self {
+        self.seed = seed;
+        self
+    }
+
+    /// Sets `pad_id`.
+    #[must_use]
+    pub fn with_pad_id(mut self, pad_id: u32) -> Self {
+        self.pad_id = pad_id;
+        self
+    }
+
     fn validate(&self, dataset: &Dataset) -> Result<()> {
         check_size(self.batch, dataset)?;
         check_pad(self.pad_id, dataset)
+    }
+}
+
+/// Rows of a batch; the rest as [`BatchOptions::new`] has it.
+impl From<usize> for BatchOptions {
+    fn from(batch: usize) -> Self {
+        Self::new(batch)
     }
 }
 
@@ -70,45 +106,37 @@ pub struct Cursor {
     pub position: usize,
 }
 
-/// Rows of token ids with what a model needs to read them and a loss to score them. Every vector is `[batch, seq_len]`,
-/// row by row.
+/// Rows of tokens with the targets of a loss, as models and [`token_nll`](kiln_models::token_nll) take them.
+///
+/// Rows are as long as the longest of them needs, or, when packing, as the data set's `seq_len`. Positions count from 0
+/// within an example. Segments number the examples of a row from 1; padding is in segment 0.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Batch {
-    /// Number of rows.
-    pub batch: usize,
-    /// Length of every row: of the longest one, or, when packing, of the data set's `seq_len`.
-    pub seq_len: usize,
-    /// Token ids.
-    pub input_ids: Vec<u32>,
-    /// Position of each token within its example, from 0; 0 for padding.
-    pub positions: Vec<u32>,
-    /// The example within the row that a position belongs to, from 1; 0 for padding. A position attends to those of its
-    /// own segment only.
-    pub segments: Vec<u32>,
+    /// Ids, positions and segments.
+    pub tokens: TokenBatch,
     /// The id that follows each position in its segment; 0 at a segment's last position and for padding.
     pub targets: Vec<u32>,
     /// Whether predicting the target is learned; false wherever there is no target.
-    pub weights: Vec<bool>,
+    pub scored: Vec<bool>,
 }
 
 impl Batch {
     /// Number of targets that are learned: what a sum of losses is divided by.
     pub fn target_count(&self) -> usize {
-        self.weights.iter().filter(|weight| **weight).count()
+        self.scored.iter().filter(|scored| **scored).count()
     }
 
-    fn padding(batch: usize, seq_len: usize, pad_id: u32) -> Self {
-        let size = batch * seq_len;
-        Self {
-            batch,
-            seq_len,
-            input_ids: vec![pad_id; size],
-            positions: vec![0; size],
-            segments: vec![0; size],
-            targets: vec![0; size],
-            weights: vec![false; size],
-        }
+    /// What the model should have said.
+    pub fn as_targets(&self) -> Targets<'_> {
+        Targets { ids: &self.targets, scored: &self.scored }
+    }
+
+    fn padding(batch: usize, length: usize, pad_id: u32) -> Self {
+        let size = batch * length;
+        let (ids, positions, segments) = (vec![pad_id; size], vec![0; size], vec![0; size]);
+        let tokens = TokenBatch { ids, positions, segments, batch, length };
+        Self { tokens, targets: vec![0; size], scored: vec![false; size] }
     }
 
     /// `rows` of examples, each at least `min_width` and as long as the longest needs.
@@ -129,14 +157,14 @@ impl Batch {
     fn place(&mut self, start: usize, segment: u32, example: &Example) {
         let length = example.ids.len();
         let all = start..start + length;
-        self.input_ids[all.clone()].copy_from_slice(&example.ids);
-        self.segments[all.clone()].fill(segment);
-        for (position, index) in self.positions[all].iter_mut().zip(0..) {
+        self.tokens.ids[all.clone()].copy_from_slice(&example.ids);
+        self.tokens.segments[all.clone()].fill(segment);
+        for (position, index) in self.tokens.positions[all].iter_mut().zip(0..) {
             *position = index;
         }
         let predicting = start..start + length - 1;
         self.targets[predicting.clone()].copy_from_slice(&example.ids[1..]);
-        self.weights[predicting].copy_from_slice(&example.scored[1..]);
+        self.scored[predicting].copy_from_slice(&example.scored[1..]);
     }
 }
 
@@ -226,6 +254,18 @@ impl Iterator for Batches {
     }
 }
 
+/// Rows that `epochs` passes over the data have; packed rows differ from one pass to the next.
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for options out of range.
+pub(crate) fn rows_in(dataset: &Dataset, options: &BatchOptions, epochs: u64) -> Result<u64> {
+    options.validate(dataset)?;
+    if !options.packing {
+        return Ok(epochs.saturating_mul(dataset.examples().len() as u64));
+    }
+    Ok((0..epochs).map(|epoch| epoch_rows(dataset, options, epoch).len() as u64).sum())
+}
+
 /// One pass over the data in the file's order, for evaluation: one example a row, the last batch may have fewer rows.
 ///
 /// # Errors
@@ -273,7 +313,7 @@ fn epoch_rows(dataset: &Dataset, options: &BatchOptions, epoch: u64) -> Vec<Vec<
 
 /// Fisher–Yates with a generator keyed by seed and epoch. Written out, because a run must be resumable by a build with
 /// another version of the random-number library.
-fn permutation(length: usize, seed: u64, epoch: u64) -> Vec<usize> {
+pub(crate) fn permutation(length: usize, seed: u64, epoch: u64) -> Vec<usize> {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(&epoch.to_le_bytes());
@@ -348,13 +388,13 @@ mod tests {
     fn rows_are_padded_on_the_right_to_the_longest() {
         let data = dataset(&[3, 5], 8);
         let batch = Batches::new(data, options(2, false, Order::Consecutive)).unwrap().next().unwrap();
-        assert_eq!((batch.batch, batch.seq_len), (2, 5));
-        assert_eq!(batch.input_ids, [1, 2, 3, 0, 0, 4, 5, 6, 7, 8]);
-        assert_eq!(batch.positions, [0, 1, 2, 0, 0, 0, 1, 2, 3, 4]);
-        assert_eq!(batch.segments, [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]);
+        assert_eq!((batch.tokens.batch, batch.tokens.length), (2, 5));
+        assert_eq!(batch.tokens.ids, [1, 2, 3, 0, 0, 4, 5, 6, 7, 8]);
+        assert_eq!(batch.tokens.positions, [0, 1, 2, 0, 0, 0, 1, 2, 3, 4]);
+        assert_eq!(batch.tokens.segments, [1, 1, 1, 0, 0, 1, 1, 1, 1, 1]);
         assert_eq!(batch.targets, [2, 3, 0, 0, 0, 5, 6, 7, 8, 0]);
-        let weights = batch.weights.iter().map(|weight| u8::from(*weight)).collect::<Vec<_>>();
-        assert_eq!(weights, [1, 0, 0, 0, 0, 1, 0, 1, 1, 0]);
+        let scored = batch.scored.iter().map(|scored| u8::from(*scored)).collect::<Vec<_>>();
+        assert_eq!(scored, [1, 0, 0, 0, 0, 1, 0, 1, 1, 0]);
         assert_eq!(batch.target_count(), 4);
     }
 
@@ -362,13 +402,13 @@ mod tests {
     fn packed_rows_restart_positions_and_never_predict_across_examples() {
         let data = dataset(&[3, 4, 2, 2], 6);
         let batch = Batches::new(data, options(2, true, Order::Consecutive)).unwrap().next().unwrap();
-        assert_eq!(batch.seq_len, 6);
-        assert_eq!(batch.input_ids, [1, 2, 3, 8, 9, 0, 4, 5, 6, 7, 10, 11]);
-        assert_eq!(batch.positions, [0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 0, 1]);
-        assert_eq!(batch.segments, [1, 1, 1, 2, 2, 0, 1, 1, 1, 1, 2, 2]);
+        assert_eq!(batch.tokens.length, 6);
+        assert_eq!(batch.tokens.ids, [1, 2, 3, 8, 9, 0, 4, 5, 6, 7, 10, 11]);
+        assert_eq!(batch.tokens.positions, [0, 1, 2, 0, 1, 0, 0, 1, 2, 3, 0, 1]);
+        assert_eq!(batch.tokens.segments, [1, 1, 1, 2, 2, 0, 1, 1, 1, 1, 2, 2]);
         assert_eq!(batch.targets, [2, 3, 0, 9, 0, 0, 5, 6, 7, 0, 11, 0]);
-        let weights = batch.weights.iter().map(|weight| u8::from(*weight)).collect::<Vec<_>>();
-        assert_eq!(weights, [1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0]);
+        let scored = batch.scored.iter().map(|scored| u8::from(*scored)).collect::<Vec<_>>();
+        assert_eq!(scored, [1, 0, 0, 1, 0, 0, 1, 0, 1, 0, 1, 0]);
     }
 
     #[test]
@@ -379,7 +419,7 @@ mod tests {
             batches
                 .by_ref()
                 .take(5)
-                .flat_map(|b| b.input_ids.chunks(2).map(|row| row[0]).collect::<Vec<_>>())
+                .flat_map(|b| b.tokens.ids.chunks(2).map(|row| row[0]).collect::<Vec<_>>())
                 .collect()
         };
         let (first, second) = (epoch(), epoch());
@@ -396,11 +436,11 @@ mod tests {
     fn batches_cross_the_end_of_an_epoch() {
         let data = dataset(&[2; 3], 4);
         let mut batches = Batches::new(data, options(2, false, Order::Consecutive)).unwrap();
-        let firsts: Vec<_> = batches.by_ref().take(3).map(|b| (b.input_ids[0], b.input_ids[2])).collect();
+        let firsts: Vec<_> = batches.by_ref().take(3).map(|b| (b.tokens.ids[0], b.tokens.ids[2])).collect();
         assert_eq!(firsts, [(1, 3), (5, 1), (3, 5)]);
         assert_eq!(batches.cursor(), Cursor { seed: 5, epoch: 1, position: 3 });
         let mut one_large = Batches::new(dataset(&[2; 3], 4), options(8, false, Order::Shuffled)).unwrap();
-        assert_eq!(one_large.next().unwrap().batch, 8);
+        assert_eq!(one_large.next().unwrap().tokens.batch, 8);
         assert_eq!(one_large.cursor(), Cursor { seed: 5, epoch: 2, position: 2 });
     }
 
@@ -427,8 +467,11 @@ mod tests {
     fn one_pass_in_order_ends_with_a_short_batch() {
         let data = dataset(&[2, 4, 3], 4);
         let batches: Vec<_> = in_order(&data, 2, 9).unwrap().collect();
-        assert_eq!(batches.iter().map(|b| (b.batch, b.seq_len)).collect::<Vec<_>>(), [(2, 4), (1, 3)]);
-        assert_eq!(batches[0].input_ids, [1, 2, 9, 9, 3, 4, 5, 6]);
+        assert_eq!(
+            batches.iter().map(|b| (b.tokens.batch, b.tokens.length)).collect::<Vec<_>>(),
+            [(2, 4), (1, 3)]
+        );
+        assert_eq!(batches[0].tokens.ids, [1, 2, 9, 9, 3, 4, 5, 6]);
         let targets: usize = batches.iter().map(Batch::target_count).sum();
         assert_eq!(targets, data.report().targets);
     }
@@ -481,6 +524,23 @@ mod tests {
         rows.into_iter().map(|(_, row)| row).collect()
     }
 
+    #[test]
+    fn rows_of_epochs_are_those_that_batches_serve() {
+        let data = dataset(&[2, 3, 4, 5, 6, 7, 2, 3], 8);
+        for packing in [false, true] {
+            let options = options(1, packing, Order::Shuffled);
+            let mut batches = Batches::new(data.clone(), options.clone()).unwrap();
+            let mut count = 0;
+            while batches.cursor().epoch < 3 {
+                batches.next();
+                count += 1;
+            }
+            // The batch that begins the fourth epoch.
+            count -= 1;
+            assert_eq!(rows_in(&data, &options, 3).unwrap(), count, "{packing}");
+        }
+    }
+
     proptest! {
         #[test]
         fn packing_is_first_fit(lengths in prop::collection::vec(1usize..=16, 0..80)) {
@@ -516,22 +576,22 @@ mod tests {
             for _ in 0..batches.rows_in_epoch() {
                 let row = batches.next().unwrap();
                 targets += row.target_count();
-                for t in 0..row.seq_len {
-                    if row.segments[t] == 0 {
-                        prop_assert_eq!((row.input_ids[t], row.positions[t], row.weights[t]), (0, 0, false));
+                for t in 0..row.tokens.length {
+                    if row.tokens.segments[t] == 0 {
+                        prop_assert_eq!((row.tokens.ids[t], row.tokens.positions[t], row.scored[t]), (0, 0, false));
                         continue;
                     }
-                    seen.push(row.input_ids[t]);
-                    let same = row.segments.get(t + 1) == Some(&row.segments[t]);
+                    seen.push(row.tokens.ids[t]);
+                    let same = row.tokens.segments.get(t + 1) == Some(&row.tokens.segments[t]);
                     if same {
-                        prop_assert_eq!(row.targets[t], row.input_ids[t + 1]);
-                        prop_assert_eq!(row.positions[t + 1], row.positions[t] + 1);
-                        prop_assert_eq!(row.weights[t], row.positions[t] == 0 || !row.targets[t].is_multiple_of(3));
+                        prop_assert_eq!(row.targets[t], row.tokens.ids[t + 1]);
+                        prop_assert_eq!(row.tokens.positions[t + 1], row.tokens.positions[t] + 1);
+                        prop_assert_eq!(row.scored[t], row.tokens.positions[t] == 0 || !row.targets[t].is_multiple_of(3));
                     } else {
-                        prop_assert!(!row.weights[t]);
+                        prop_assert!(!row.scored[t]);
                     }
-                    if t == 0 || row.segments[t - 1] != row.segments[t] {
-                        prop_assert_eq!(row.positions[t], 0);
+                    if t == 0 || row.tokens.segments[t - 1] != row.tokens.segments[t] {
+                        prop_assert_eq!(row.tokens.positions[t], 0);
                     }
                 }
             }

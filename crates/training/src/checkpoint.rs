@@ -12,7 +12,10 @@ use burn::optim::ModuleOptimizer;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 
-use crate::{Cursor, Error, Result, TrainerConfig, trainable::Parameter};
+use crate::{
+    Cursor, Error, Result, ScheduleKind, TrainerConfig,
+    trainable::{self, Parameter},
+};
 
 /// Version of the folder's layout.
 pub(crate) const VERSION: u32 = 1;
@@ -30,10 +33,29 @@ pub(crate) struct State {
     pub version: u32,
     pub step: u64,
     pub best: Option<f64>,
+    /// The step of `best`; checkpoints of earlier versions don't say it.
+    #[serde(default)]
+    pub best_step: Option<u64>,
     pub cursor: Cursor,
     pub config: TrainerConfig,
     /// Fingerprint of the data set.
     pub data: String,
+    /// What the model is besides its trained parameters; empty in checkpoints of earlier versions.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub model: BTreeMap<String, String>,
+}
+
+/// The run that is to go on.
+pub(crate) struct Run<'a> {
+    pub config: &'a TrainerConfig,
+    pub data: &'a str,
+    pub identity: &'a BTreeMap<String, String>,
+    pub fresh: &'a BTreeMap<String, Parameter>,
+}
+
+/// Whether there is a checkpoint in `folder`.
+pub(crate) fn exists(folder: &Path) -> bool {
+    find(folder).join(STATE).is_file()
 }
 
 /// A checkpoint that fits the run.
@@ -119,12 +141,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
 }
 
 /// Reads a checkpoint and checks it against the run that is to go on.
-pub(crate) fn load(
-    folder: &Path,
-    config: &TrainerConfig,
-    data: &str,
-    fresh: &BTreeMap<String, Parameter>,
-) -> Result<Saved> {
+pub(crate) fn load(folder: &Path, run: &Run<'_>) -> Result<Saved> {
     let folder = find(folder);
     let path = folder.join(STATE);
     let json: serde_json::Value =
@@ -134,20 +151,37 @@ pub(crate) fn load(
     }
     let state: State =
         serde_json::from_value(json).map_err(|error| wrong(&path, "state", "a checkpoint's state", error))?;
-    same_config(&path, config, &state.config)?;
-    if state.data != data {
-        return Err(wrong(&path, "data", format!("the data set {data}"), &state.data));
+    same_config(&path, run.config, &state)?;
+    if state.data != run.data {
+        return Err(wrong(&path, "data", format!("the data set {}", run.data), &state.data));
     }
-    let parameters = parameters(&folder.join(TENSORS), fresh)?;
+    for (name, expected) in run.identity {
+        if let Some(found) = state.model.get(name).filter(|found| *found != expected) {
+            return Err(wrong(&path, &format!("model.{name}"), expected, found));
+        }
+    }
+    let parameters = parameters(&folder.join(TENSORS), run.fresh)?;
     Ok(Saved { state, parameters })
 }
 
-/// Names the first option that differs.
-fn same_config(path: &Path, expected: &TrainerConfig, found: &TrainerConfig) -> Result<()> {
+/// Names the first option that differs. More steps are no difference where no learning rate depends on their number.
+fn same_config(path: &Path, expected: &TrainerConfig, state: &State) -> Result<()> {
+    let mut found = state.config.clone();
+    if found.steps != expected.steps {
+        if found.schedule != ScheduleKind::Constant {
+            let expected = format!("{}, since the schedule depends on it", expected.steps);
+            return Err(wrong(path, "config.steps", expected, found.steps));
+        }
+        if state.step > expected.steps {
+            let expected = format!("at most {}, the steps of this run", expected.steps);
+            return Err(wrong(path, "step", expected, state.step));
+        }
+        found.steps = expected.steps;
+    }
     let json = |config: &TrainerConfig| {
         serde_json::to_value(config).map_err(|error| wrong(path, "config", "serialisable options", error))
     };
-    let (expected, found) = (json(expected)?, json(found)?);
+    let (expected, found) = (json(expected)?, json(&found)?);
     let Some(expected) = expected.as_object() else { return Ok(()) };
     for (key, expected) in expected {
         if *expected != found[key] {
@@ -166,19 +200,27 @@ fn parameters(path: &Path, fresh: &BTreeMap<String, Parameter>) -> Result<BTreeM
     let ids: BTreeMap<String, u64> =
         serde_json::from_str(ids).map_err(|error| wrong(path, IDS, "a map from names to ids", error))?;
     let file = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;
-    if let Some(name) = file.names().into_iter().find(|name| !fresh.contains_key(*name)) {
+    // Earlier versions wrote variants of enums into the names.
+    let stored: BTreeMap<String, &str> = file
+        .names()
+        .into_iter()
+        .map(|name| (trainable::stable_name(&name.split('.').collect::<Vec<_>>()), name))
+        .collect();
+    if let Some((_, name)) = stored.iter().find(|(name, _)| !fresh.contains_key(*name)) {
         return Err(wrong(path, name, "only tensors that this model trains", "this one"));
     }
     fresh
         .iter()
         .map(|(name, expected)| {
-            let view = file.tensor(name).map_err(|_| wrong(path, name, "a tensor", "none"))?;
+            let missing = || wrong(path, name, "a tensor", "none");
+            let in_file = *stored.get(name).ok_or_else(missing)?;
+            let view = file.tensor(in_file).map_err(|_| missing())?;
             let found = format!("{:?} {:?}", view.dtype(), view.shape());
             let wanted = format!("{:?} {:?}", Dtype::F32, expected.shape);
             if found != wanted {
                 return Err(wrong(path, name, wanted, found));
             }
-            let id = *ids.get(name).ok_or_else(|| wrong(path, IDS, format!("an id of {name}"), "none"))?;
+            let id = *ids.get(in_file).ok_or_else(|| wrong(path, IDS, format!("an id of {name}"), "none"))?;
             let values: Vec<f32> = view
                 .data()
                 .chunks_exact(4)

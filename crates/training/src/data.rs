@@ -4,25 +4,19 @@
 //! as little-endian 16-bit numbers, cut in the same way) and `.jsonl` (one example a line, see [`Dataset::open`]).
 
 use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use kiln_models::Windows;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::Message;
+use crate::batch::permutation;
 use crate::error::{Error, Problem, Result};
 use crate::jsonl::{Form, Row};
-
-/// A turn of a conversation.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Message {
-    /// Who speaks: `system`, `user`, `assistant`, or what else the model's template knows.
-    pub role: String,
-    /// What is said.
-    pub content: String,
-}
 
 /// What the data pipeline needs of a tokenizer.
 pub trait TokenizeText {
@@ -58,6 +52,11 @@ impl Example {
 
     fn targets(&self) -> usize {
         self.scored.iter().skip(1).filter(|scored| **scored).count()
+    }
+
+    /// Index of the first token that is learned.
+    fn first_target(&self) -> Option<usize> {
+        self.scored.iter().skip(1).position(|scored| *scored).map(|index| index + 1)
     }
 }
 
@@ -106,6 +105,27 @@ impl DataOptions {
         Self { seq_len, vocab_size, eos: None, add_special: true, long: LongSequences::default() }
     }
 
+    /// Sets `eos`.
+    #[must_use]
+    pub fn with_eos(mut self, eos: u32) -> Self {
+        self.eos = Some(eos);
+        self
+    }
+
+    /// Sets `add_special`.
+    #[must_use]
+    pub fn with_add_special(mut self, add_special: bool) -> Self {
+        self.add_special = add_special;
+        self
+    }
+
+    /// Sets `long`.
+    #[must_use]
+    pub fn with_long(mut self, long: LongSequences) -> Self {
+        self.long = long;
+        self
+    }
+
     fn validate(&self) -> Result<()> {
         if self.seq_len < 2 {
             let expected = "at least 2 tokens, one to see and one to predict";
@@ -140,9 +160,82 @@ pub struct DataReport {
     pub dropped_tokens: usize,
     /// Examples left out because no token of theirs is learned: a prompt that fills `seq_len`, a text of one token.
     pub without_targets: usize,
+    /// Rows of which nothing is learned at all.
+    pub dropped: Vec<DroppedRow>,
     /// Keys of rows that no form of row has, sorted.
     pub ignored_fields: BTreeSet<String>,
 }
+
+/// A row of which nothing is learned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
+pub struct DroppedRow {
+    /// The line of the file, or the number of the example, counted from 1.
+    pub line: usize,
+    /// Why.
+    pub reason: DropReason,
+}
+
+/// Why nothing of a row is learned.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum DropReason {
+    /// No message is the assistant's.
+    NoAssistant {
+        /// The roles of the messages.
+        roles: Vec<String>,
+    },
+    /// The first token to learn lies beyond `seq_len`.
+    TooLong {
+        /// Tokens before it.
+        before: usize,
+    },
+    /// There is no token to learn, or nothing before it.
+    NoTarget,
+}
+
+impl fmt::Display for DropReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NoAssistant { roles } => {
+                write!(f, "no message has the role assistant; the roles are {}", roles.join(", "))
+            }
+            Self::TooLong { before } => {
+                write!(f, "the {before} tokens before the first one to learn fill the sequence")
+            }
+            Self::NoTarget => f.write_str("it has no token to learn"),
+        }
+    }
+}
+
+/// Some lines for a person: counts, then what was cut, left out or ignored, where there is any.
+impl fmt::Display for DataReport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { rows, examples, tokens, targets, truncated, split, dropped_tokens, .. } = self;
+        write!(f, "{rows} rows became {examples} examples of {tokens} tokens, {targets} of them learned")?;
+        if *truncated > 0 {
+            write!(f, "\n{truncated} rows were cut")?;
+        }
+        if *split > 0 {
+            write!(f, "\n{split} rows were split")?;
+        }
+        if *dropped_tokens > 0 {
+            write!(f, "\n{dropped_tokens} tokens were left out")?;
+        }
+        for DroppedRow { line, reason } in &self.dropped {
+            write!(f, "\nrow in line {line} was left out: {reason}")?;
+        }
+        if !self.ignored_fields.is_empty() {
+            let keys: Vec<&str> = self.ignored_fields.iter().map(String::as_str).collect();
+            write!(f, "\nkeys without a meaning: {}", keys.join(", "))?;
+        }
+        Ok(())
+    }
+}
+
+/// What some editors put before a text in UTF-8.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// The examples of a file, ready to be batched.
 #[derive(Debug, Clone, PartialEq)]
@@ -169,7 +262,11 @@ impl Dataset {
     /// [`Error::Data`] naming line and key for a row of no form or of several, of another form than the first, or that
     /// the tokenizer refuses; [`Error::File`] for an unknown extension, broken text and a data set without a token to
     /// learn; ids outside the vocabulary; options out of range; the operating system's refusal.
-    pub fn open(path: &Path, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Result<Self> {
+    pub fn open(path: impl AsRef<Path>, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Result<Self> {
+        Self::read_file(path.as_ref(), tokenizer, options)
+    }
+
+    fn read_file(path: &Path, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Result<Self> {
         match path.extension().and_then(|extension| extension.to_str()) {
             Some("txt") => {
                 let text = String::from_utf8(read(path)?).map_err(|error| {
@@ -214,8 +311,8 @@ impl Dataset {
     /// vocabulary, or examples without a token to learn.
     pub fn from_examples(examples: impl IntoIterator<Item = Example>, options: &DataOptions) -> Result<Self> {
         let mut dataset = Self::empty(options)?;
-        for example in examples {
-            dataset.push(example).map_err(Problem::argument)?;
+        for (index, example) in examples.into_iter().enumerate() {
+            dataset.push(example, index + 1, None).map_err(Problem::argument)?;
         }
         dataset.finished(Problem::argument)
     }
@@ -228,7 +325,7 @@ impl Dataset {
     fn stream(ids: Vec<u32>, options: &DataOptions, place: impl Fn(Problem) -> Error) -> Result<Self> {
         let options = DataOptions { long: LongSequences::Split, ..options.clone() };
         let mut dataset = Self::empty(&options)?;
-        dataset.push(Example::all_scored(ids)).map_err(&place)?;
+        dataset.push(Example::all_scored(ids), 1, None).map_err(&place)?;
         dataset.finished(place)
     }
 
@@ -242,6 +339,9 @@ impl Dataset {
             if reader.read_until(b'\n', &mut text).map_err(Error::io(path))? == 0 {
                 break;
             }
+            if line == 1 && text.starts_with(BYTE_ORDER_MARK) {
+                text.drain(..BYTE_ORDER_MARK.len());
+            }
             if text.iter().all(u8::is_ascii_whitespace) {
                 continue;
             }
@@ -253,12 +353,19 @@ impl Dataset {
                 return Err(place(Problem::new("form of the row", expected, row.form().keys())));
             }
             dataset.report.ignored_fields.extend(ignored);
-            dataset.push(row.encode(tokenizer, options).map_err(place)?).map_err(place)?;
+            let example = row.encode(tokenizer, options).map_err(place)?;
+            dataset.push(example, line, row.drop_reason()).map_err(place)?;
         }
         dataset.finished(|problem| problem.in_file(path))
     }
 
-    fn push(&mut self, example: Example) -> std::result::Result<(), Problem> {
+    /// Adds the row of `line`; `reason` is why it has no token to learn, where that is known.
+    fn push(
+        &mut self,
+        example: Example,
+        line: usize,
+        reason: Option<DropReason>,
+    ) -> std::result::Result<(), Problem> {
         let DataOptions { seq_len, vocab_size, long, .. } = self.options;
         let length = example.ids.len();
         if example.scored.len() != length {
@@ -269,6 +376,7 @@ impl Dataset {
             return Err(Problem::new(format!("token {index}"), format!("an id below {vocab_size}"), id));
         }
         self.report.rows += 1;
+        let (kept, first) = (self.examples.len(), example.first_target());
         match long {
             _ if length <= seq_len => self.keep(example),
             LongSequences::Error => {
@@ -289,6 +397,13 @@ impl Dataset {
                 }
             }
         }
+        if self.examples.len() == kept {
+            let reason = reason.unwrap_or(match first {
+                Some(before) => DropReason::TooLong { before },
+                None => DropReason::NoTarget,
+            });
+            self.report.dropped.push(DroppedRow { line, reason });
+        }
         Ok(())
     }
 
@@ -307,6 +422,41 @@ impl Dataset {
         }
     }
 
+    /// The data without a share of its examples, and that share: what to learn from, and what to score on.
+    ///
+    /// `share` of the examples, rounded, but at least one of each part; `seed` chooses which. Both keep the file's order,
+    /// and their reports count their own examples only.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a share that is not between 0 and 1, or fewer than two examples.
+    pub fn split(self, share: f64, seed: u64) -> Result<(Self, Self)> {
+        let count = self.examples.len();
+        if !(share > 0.0 && share < 1.0) {
+            return Err(Problem::new("share", "a number between 0 and 1", share).argument());
+        }
+        if count < 2 {
+            return Err(Problem::new("examples", "at least two to split", count).argument());
+        }
+        let held_out = ((count as f64 * share).round() as usize).clamp(1, count - 1);
+        let mut is_held_out = vec![false; count];
+        for index in permutation(count, seed, 0).into_iter().take(held_out) {
+            is_held_out[index] = true;
+        }
+        let options = self.options;
+        let part = |kept: bool| {
+            let mut part =
+                Self { examples: Vec::new(), options: options.clone(), report: DataReport::default() };
+            for (example, held_out) in self.examples.iter().zip(&is_held_out) {
+                if *held_out == kept {
+                    part.report.rows += 1;
+                    part.keep(example.clone());
+                }
+            }
+            part
+        };
+        Ok((part(false), part(true)))
+    }
+
     fn finished(self, place: impl Fn(Problem) -> Error) -> Result<Self> {
         if self.examples.is_empty() {
             let expected = "at least one example with a token to learn";
@@ -322,6 +472,20 @@ impl Dataset {
     /// The examples, in the file's order; never empty, each of 2 to `seq_len` tokens.
     pub fn examples(&self) -> &[Example] {
         &self.examples
+    }
+
+    /// The first `count` examples that fill their `seq_len`, as texts to calibrate or measure a model on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are fewer, or none are asked for.
+    pub fn windows(&self, count: usize) -> Result<Windows> {
+        let full = self.examples.iter().filter(|example| example.ids.len() == self.options.seq_len);
+        let windows: Vec<Vec<u32>> = full.take(count).map(|example| example.ids.clone()).collect();
+        if windows.len() < count || count == 0 {
+            let expected = format!("at least 1 and at most the {} examples of full length", windows.len());
+            return Err(Problem::new("windows", expected, count).argument());
+        }
+        Ok(Windows::new(windows)?)
     }
 
     /// The options they were made with.
@@ -386,7 +550,7 @@ pub(crate) mod tests {
         fn chat(&self, messages: &[Message]) -> std::result::Result<(Vec<u32>, Vec<bool>), String> {
             let mut ids = Vec::new();
             let mut scored = Vec::new();
-            for Message { role, content } in messages {
+            for Message { role, content, .. } in messages {
                 let said = matches!(role.as_str(), "assistant");
                 if !said && role != "user" {
                     return Err(format!("unknown role {role}"));
@@ -525,6 +689,73 @@ pub(crate) mod tests {
         let dataset = jsonl(rows, &options(4)).unwrap();
         assert_eq!((dataset.examples().len(), dataset.report().without_targets), (1, 1));
         assert_eq!(dataset.report().dropped_tokens, 8);
+        let report = dataset.report().to_string();
+        let expected =
+            "row in line 1 was left out: the 7 tokens before the first one to learn fill the sequence";
+        assert!(report.contains(expected), "{report}");
+    }
+
+    #[test]
+    fn rows_without_an_assistant_are_left_out_by_line() {
+        let chat = |role| {
+            format!(
+                r#"{{"messages": [{{"role": "user", "content": "a"}}, {{"role": "{role}", "content": "b"}}]}}"#
+            )
+        };
+        let rows = format!("\u{feff}{}\n\n{}\n", chat("assistant"), chat("user"));
+        let dataset = jsonl(&rows, &options(16)).unwrap();
+        assert_eq!(dataset.examples().len(), 1);
+        let reason = DropReason::NoAssistant { roles: vec!["user".into(), "user".into()] };
+        assert_eq!(dataset.report().dropped, [DroppedRow { line: 3, reason }]);
+        let report = dataset.report().to_string();
+        assert!(report.contains("line 3") && report.contains("the roles are user, user"), "{report}");
+    }
+
+    #[test]
+    fn fields_of_messages_reach_the_template() {
+        struct Named;
+        impl TokenizeText for Named {
+            fn encode(&self, _: &str, _: bool) -> std::result::Result<Vec<u32>, String> {
+                Err("chats only".into())
+            }
+            fn chat(&self, messages: &[Message]) -> std::result::Result<(Vec<u32>, Vec<bool>), String> {
+                let named = messages.iter().filter(|message| message.extra["name"] == "Ada").count();
+                Ok((vec![1, named as u32], vec![true; 2]))
+            }
+        }
+        let row = r#"{"messages": [{"role": "assistant", "content": "a", "name": "Ada"}]}"#;
+        let (_folder, path) = file("rows.jsonl", row);
+        assert_eq!(Dataset::open(&path, &Named, &options(9)).unwrap().examples()[0].ids, [1, 1]);
+    }
+
+    #[test]
+    fn windows_are_the_first_full_examples() {
+        let data = Dataset::from_ids((0..25).collect(), &options(10)).unwrap();
+        assert_eq!(data.windows(2).unwrap().length(), 10);
+        for count in [0, 3] {
+            assert!(data.windows(count).unwrap_err().to_string().starts_with("windows"));
+        }
+    }
+
+    #[test]
+    fn a_split_gives_every_example_to_one_part() {
+        let all = Dataset::from_ids((0..200).collect(), &options(10)).unwrap();
+        let (train, held_out) = all.clone().split(0.25, 3).unwrap();
+        assert_eq!((train.examples().len(), held_out.examples().len()), (15, 5));
+        assert_eq!((train.report().targets, held_out.report().examples), (15 * 9, 5));
+        let mut firsts: Vec<u32> =
+            train.examples().iter().chain(held_out.examples()).map(|example| example.ids[0]).collect();
+        assert!(train.examples().is_sorted_by_key(|example| example.ids[0]));
+        firsts.sort_unstable();
+        assert_eq!(firsts, (0..20).map(|i| 10 * i).collect::<Vec<u32>>());
+        assert_eq!(all.clone().split(0.25, 3).unwrap().1, held_out);
+        assert_ne!(all.clone().split(0.25, 4).unwrap().1, held_out);
+        assert_eq!(all.clone().split(1e-9, 3).unwrap().1.examples().len(), 1);
+        for share in [0.0, 1.0, f64::NAN, -0.5] {
+            assert!(all.clone().split(share, 3).unwrap_err().to_string().starts_with("share"));
+        }
+        let one = Dataset::from_ids(vec![1, 2], &options(10)).unwrap();
+        assert!(one.split(0.5, 0).unwrap_err().to_string().starts_with("examples"));
     }
 
     #[test]
@@ -547,7 +778,7 @@ pub(crate) mod tests {
             (r#"{"messages": "hi"}"#, "messages"),
             (r#"{"messages": [3]}"#, "messages[0]"),
             (r#"{"messages": [{"role": "user", "content": "a"}, {"role": "user"}]}"#, "messages[1]"),
-            (r#"{"messages": [{"role": "user", "content": "a", "tool_calls": []}]}"#, "messages[0]"),
+            (r#"{"messages": [{"role": "user", "content": null, "tool_calls": []}]}"#, "messages[0]"),
             (r#"{"text": "a\u0000"}"#, "text"),
             (r#"{"prompt": "b", "completion": "c"}"#, "form"),
         ];

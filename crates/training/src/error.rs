@@ -55,6 +55,9 @@ pub enum Error {
     /// An error of the model.
     #[error(transparent)]
     Model(#[from] kiln_models::Error),
+    /// An error of the observer's own: of its score.
+    #[error(transparent)]
+    Observer(Box<dyn std::error::Error + Send + Sync>),
     /// Training that can't go on because a number is no longer finite.
     #[error("step {step}: {quantity} is {value}; nothing was changed by this step")]
     Diverged {

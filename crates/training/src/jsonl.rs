@@ -2,7 +2,8 @@
 
 use serde_json::{Map, Value};
 
-use crate::data::{DataOptions, Example, Message, TokenizeText};
+use crate::Message;
+use crate::data::{DataOptions, DropReason, Example, TokenizeText};
 use crate::error::Problem;
 
 /// The form of a row.
@@ -69,7 +70,11 @@ impl Row {
         }
         let row = match form.map(|(_, form)| form) {
             None => {
-                return Err(Problem::new("text, prompt and completion, or messages", "one of them", "none"));
+                let found = match ignored.as_slice() {
+                    [] => "no keys".to_owned(),
+                    keys => keys.join(", "),
+                };
+                return Err(Problem::new("text, prompt and completion, or messages", "one of them", found));
             }
             Some(Form::Text) => Self::Text(string(&map, "text")?),
             Some(Form::Completion) => {
@@ -78,6 +83,13 @@ impl Row {
             Some(Form::Chat) => Self::Chat(messages(map.remove("messages").unwrap_or_default())?),
         };
         Ok((row, ignored))
+    }
+
+    /// Why nothing of the row is learned, where the row itself says it.
+    pub(crate) fn drop_reason(&self) -> Option<DropReason> {
+        let Self::Chat(messages) = self else { return None };
+        let roles: Vec<String> = messages.iter().map(|message| message.role.clone()).collect();
+        (!roles.iter().any(|role| role == "assistant")).then_some(DropReason::NoAssistant { roles })
     }
 
     pub(crate) fn encode(&self, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Found<Example> {
@@ -131,7 +143,7 @@ fn messages(value: Value) -> Found<Vec<Message>> {
     }
     let message = |(index, item)| {
         serde_json::from_value(item).map_err(|error| {
-            Problem::new(format!("messages[{index}]"), "an object of the strings role and content", error)
+            Problem::new(format!("messages[{index}]"), "an object with the strings role and content", error)
         })
     };
     items.into_iter().enumerate().map(message).collect()

@@ -5,17 +5,23 @@ mod batch;
 mod checkpoint;
 mod data;
 mod error;
+mod evaluate;
 mod gradients;
 mod jsonl;
+mod run;
 mod schedule;
 mod tokenize;
 mod trainable;
 mod trainer;
 
 pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, in_order};
-pub use data::{DataOptions, DataReport, Dataset, Example, LongSequences, Message, TokenizeText};
+pub use data::{
+    DataOptions, DataReport, Dataset, DropReason, DroppedRow, Example, LongSequences, TokenizeText,
+};
 pub use error::{Error, Result};
-pub use kiln_models::Place;
+pub use evaluate::{DatasetLoss, evaluate};
+pub use kiln_models::{Place, chat::Message};
+pub use run::{Evaluation, Event, Observer, RunEnd, RunOptions, RunReport};
 pub use schedule::{Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
-pub use trainer::{Observer, RunOptions, StepReport, Trainer, TrainerConfig};
+pub use trainer::{StepReport, Trainer, TrainerConfig};

@@ -2,7 +2,7 @@
 
 use kiln_models::{
     Tokenizer,
-    chat::{self, ChatTemplate, TemplateContext},
+    chat::{ChatTemplate, TemplateContext},
 };
 
 use crate::{Message, TokenizeText};
@@ -14,7 +14,7 @@ use crate::{Message, TokenizeText};
 #[derive(Debug)]
 pub struct ModelTokenizer<'a> {
     tokenizer: &'a Tokenizer,
-    template: Option<ChatTemplate>,
+    template: Option<&'a ChatTemplate>,
     context: TemplateContext,
 }
 
@@ -22,7 +22,7 @@ impl<'a> ModelTokenizer<'a> {
     /// `template` is needed for conversations only; `context` holds what it may ask for besides.
     pub fn new(
         tokenizer: &'a Tokenizer,
-        template: Option<ChatTemplate>,
+        template: Option<&'a ChatTemplate>,
         mut context: TemplateContext,
     ) -> Self {
         let special = tokenizer.special();
@@ -30,6 +30,21 @@ impl<'a> ModelTokenizer<'a> {
         context.bos_token = context.bos_token.or_else(|| token(special.bos));
         context.eos_token = context.eos_token.or_else(|| token(special.eos.first().copied()));
         Self { tokenizer, template, context }
+    }
+
+    fn template(&self) -> Result<&ChatTemplate, String> {
+        self.template.ok_or_else(|| "the model has no chat template".into())
+    }
+
+    /// The ids of a conversation up to where the assistant's next turn begins.
+    ///
+    /// # Errors
+    /// A model without a template, or a conversation that the template refuses, in words.
+    pub fn prompt(&self, messages: &[Message]) -> Result<Vec<u32>, String> {
+        let text =
+            self.template()?.render(messages, true, &self.context).map_err(|error| error.to_string())?;
+        // The template writes the special tokens itself.
+        self.tokenizer.encode(&text, false).map_err(|error| error.to_string())
     }
 }
 
@@ -39,11 +54,9 @@ impl TokenizeText for ModelTokenizer<'_> {
     }
 
     fn chat(&self, messages: &[Message]) -> Result<(Vec<u32>, Vec<bool>), String> {
-        let template = self.template.as_ref().ok_or("the model has no chat template")?;
-        let messages: Vec<chat::Message> =
-            messages.iter().map(|m| chat::Message::new(m.role.as_str(), m.content.as_str())).collect();
+        let template = self.template()?;
         let rendered = template
-            .render_with_assistant_ranges(&messages, &self.context)
+            .render_with_assistant_ranges(messages, &self.context)
             .map_err(|error| error.to_string())?;
         // The template writes the special tokens itself.
         let tokens =

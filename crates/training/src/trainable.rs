@@ -18,6 +18,14 @@ pub(crate) struct Parameter {
     pub values: Vec<f32>,
 }
 
+/// A parameter's name: the fields on the way to it. Variants of enums, which begin with a capital letter, are left out,
+/// so that a checkpoint fits whether or not an architecture or a kind of adapter is a run-time choice.
+pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
+    let fields = path.iter().map(AsRef::as_ref);
+    let fields = fields.filter(|part| !part.starts_with(|first: char| first.is_ascii_uppercase()));
+    fields.collect::<Vec<_>>().join(".")
+}
+
 /// Copies all parameters that require gradients.
 ///
 /// # Errors
@@ -29,7 +37,7 @@ pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter
             return Ok(());
         }
         if let HostValues::Floats(values) = parameter.values()? {
-            let (name, id) = (parameter.name(), parameter.id.val());
+            let (name, id) = (stable_name(parameter.path), parameter.id.val());
             found.insert(name, Parameter { id, shape: parameter.shape, values });
         }
         Ok::<_, kiln_models::Error>(())
@@ -45,7 +53,7 @@ pub(crate) fn restore<M: Module>(model: M, parameters: BTreeMap<String, Paramete
     }
     impl ModuleMapper for Restore {
         fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-            let Some(saved) = self.parameters.remove(&self.path.join(".")) else { return param };
+            let Some(saved) = self.parameters.remove(&stable_name(&self.path)) else { return param };
             let (_, tensor, mapper) = param.consume();
             let data = TensorData::new(saved.values, saved.shape);
             let tensor = Tensor::from_data(data, &tensor.device()).require_grad();

@@ -1,20 +1,21 @@
 //! The loop: micro-batches to gradients to a step of AdamW.
 
-use std::{ops::ControlFlow, path::PathBuf, sync::Arc, time::Instant};
+use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc, time::Instant};
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
-use kiln_models::{CausalLm, DriverOptions, Place, Recompute, Targets, TokenBatch, loss_and_gradients};
+use kiln_models::{CausalLm, DriverOptions, Place, Recompute, loss_and_gradients};
 use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Batch, BatchOptions, Batches, Dataset, Error, Result, Schedule, ScheduleKind, checkpoint,
+    Batch, BatchOptions, Batches, Dataset, Error, Evaluation, Event, Observer, Result, RunEnd, RunOptions,
+    RunReport, Schedule, ScheduleKind, batch, checkpoint, evaluate,
     gradients::{global_norm, scale},
-    trainable,
+    trainable::{self, Parameter},
 };
 
 /// How to train. Everything that decides the numbers is here or in the data's options; a checkpoint refuses to go on
-/// under another configuration.
+/// under another configuration, but for more `steps` where the learning rate doesn't depend on them.
 ///
 /// | name | default | purpose | range |
 /// | --- | --- | --- | --- |
@@ -61,11 +62,11 @@ pub struct TrainerConfig {
 }
 
 impl TrainerConfig {
-    /// `steps` steps of one micro-batch each, other options at their defaults.
-    pub fn new(steps: u64, batch: BatchOptions) -> Self {
+    /// `steps` steps of one micro-batch each, other options at their defaults. `batch` may be the number of rows.
+    pub fn new(steps: u64, batch: impl Into<BatchOptions>) -> Self {
         Self {
             steps,
-            batch,
+            batch: batch.into(),
             accumulate: 1,
             lr: 3e-4,
             warmup: 0,
@@ -79,13 +80,105 @@ impl TrainerConfig {
         }
     }
 
+    /// Sets `steps`.
+    #[must_use]
+    pub fn with_steps(mut self, steps: u64) -> Self {
+        self.steps = steps;
+        self
+    }
+
+    /// Sets `steps` to those of `epochs` passes over `dataset`, the last step filled up from the next pass; to be called
+    /// after `batch` and `accumulate` are set.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for batch options that don't fit the data.
+    pub fn with_epochs(mut self, dataset: &Dataset, epochs: u64) -> Result<Self> {
+        let rows_of_a_step = (self.batch.batch as u64).saturating_mul(self.accumulate as u64).max(1);
+        self.steps = batch::rows_in(dataset, &self.batch, epochs)?.div_ceil(rows_of_a_step);
+        Ok(self)
+    }
+
+    /// Sets `accumulate`.
+    #[must_use]
+    pub fn with_accumulate(mut self, accumulate: usize) -> Self {
+        self.accumulate = accumulate;
+        self
+    }
+
+    /// Sets `lr`.
+    #[must_use]
+    pub fn with_lr(mut self, lr: f64) -> Self {
+        self.lr = lr;
+        self
+    }
+
+    /// Sets `warmup`.
+    #[must_use]
+    pub fn with_warmup(mut self, warmup: u64) -> Self {
+        self.warmup = warmup;
+        self
+    }
+
+    /// Sets `schedule`.
+    #[must_use]
+    pub fn with_schedule(mut self, schedule: ScheduleKind) -> Self {
+        self.schedule = schedule;
+        self
+    }
+
+    /// Sets `clip`.
+    #[must_use]
+    pub fn with_clip(mut self, clip: Option<f64>) -> Self {
+        self.clip = clip;
+        self
+    }
+
+    /// Sets `weight_decay`.
+    #[must_use]
+    pub fn with_weight_decay(mut self, weight_decay: f32) -> Self {
+        self.weight_decay = weight_decay;
+        self
+    }
+
+    /// Sets `betas`.
+    #[must_use]
+    pub fn with_betas(mut self, betas: [f32; 2]) -> Self {
+        self.betas = betas;
+        self
+    }
+
+    /// Sets `eps`.
+    #[must_use]
+    pub fn with_eps(mut self, eps: f32) -> Self {
+        self.eps = eps;
+        self
+    }
+
+    /// Sets `recompute`.
+    #[must_use]
+    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
+        self.recompute = recompute;
+        self
+    }
+
+    /// Sets `logit_rows`.
+    #[must_use]
+    pub fn with_logit_rows(mut self, logit_rows: usize) -> Self {
+        self.logit_rows = logit_rows;
+        self
+    }
+
     fn check(&self) -> Result<Schedule> {
         let fail = |name: &str, expected: &str, found: String| {
             Err(Error::Argument { name: name.into(), expected: expected.into(), found })
         };
-        if self.accumulate == 0 || self.steps == 0 || self.logit_rows == 0 {
-            let found = format!("{}, {} and {}", self.steps, self.accumulate, self.logit_rows);
-            return fail("steps, accumulate, logit_rows", "at least 1 each", found);
+        let counts = [
+            ("steps", self.steps),
+            ("accumulate", self.accumulate as u64),
+            ("logit_rows", self.logit_rows as u64),
+        ];
+        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
+            return fail(name, "at least 1", "0".into());
         }
         if let Some(clip) = self.clip
             && !(clip.is_finite() && clip > 0.0)
@@ -116,6 +209,7 @@ impl TrainerConfig {
 
 /// What one step did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct StepReport {
     /// The step, counted from 0.
     pub step: u64,
@@ -133,41 +227,10 @@ pub struct StepReport {
     pub seconds: f64,
 }
 
-/// Hears what happens, evaluates, and may stop the run. All methods have empty defaults.
-pub trait Observer<M> {
-    /// After every step; [`ControlFlow::Break`] ends the run.
-    fn on_step(&mut self, _report: &StepReport) -> ControlFlow<()> {
-        ControlFlow::Continue(())
-    }
-
-    /// A score of the model on held-out data, lower is better; asked for every [`RunOptions::evaluate_every`] steps.
-    ///
-    /// # Errors
-    /// Whatever evaluation meets; it ends the run.
-    fn evaluate(&mut self, _model: &M, _steps: u64) -> Result<Option<f64>> {
-        Ok(None)
-    }
-
-    /// After a checkpoint was written.
-    fn on_checkpoint(&mut self, _folder: &std::path::Path) {}
-}
-
-impl<M> Observer<M> for () {}
-
-/// When [`Trainer::run`] evaluates and saves.
-#[derive(Debug, Clone, Default)]
-pub struct RunOptions {
-    /// Steps between evaluations; 0 never evaluates.
-    pub evaluate_every: u64,
-    /// Steps between checkpoints; 0 saves only at the end.
-    pub save_every: u64,
-    /// Where checkpoints go: `last` and, with evaluation, `best` below it. `None` saves nothing.
-    pub folder: Option<PathBuf>,
-}
-
 /// Trains whatever requires gradients in a model.
 ///
-/// It can be driven by an embedding program, a [`step`](Self::step) at a time, or [`run`](Self::run) to the end.
+/// It can be driven by an embedding program, a [`step`](Self::step) at a time, or [`run`](Self::run) to the end. Before
+/// every pass it tells the model where training stands ([`CausalLm::at`]), which is all that adapters' dropout needs.
 pub struct Trainer<M: CausalLm> {
     /// Always there between calls; taken while the optimizer makes a new one.
     model: Option<M>,
@@ -177,7 +240,25 @@ pub struct Trainer<M: CausalLm> {
     batches: Batches,
     dataset: Arc<Dataset>,
     step: u64,
-    best: Option<f64>,
+    best: Option<Best>,
+    /// What the model is besides its trained parameters, by name.
+    identity: BTreeMap<String, String>,
+}
+
+/// The best evaluation so far.
+#[derive(Debug, Clone)]
+struct Best {
+    score: f64,
+    step: u64,
+    parameters: BTreeMap<String, Parameter>,
+}
+
+/// The trained parts are many; what a run is made of is few.
+impl<M: CausalLm> std::fmt::Debug for Trainer<M> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { config, step, .. } = self;
+        f.debug_struct("Trainer").field("config", config).field("step", step).finish_non_exhaustive()
+    }
 }
 
 impl<M: CausalLm> Trainer<M> {
@@ -213,7 +294,17 @@ impl<M: CausalLm> Trainer<M> {
             dataset,
             step: 0,
             best: None,
+            identity: BTreeMap::new(),
         })
+    }
+
+    /// Records in checkpoints what the model is besides its trained parameters: name and value of whatever must be the
+    /// same when a run goes on, such as the adapters' configuration and the base's fingerprint. To be called before
+    /// [`resumed`](Self::resumed), which compares them.
+    #[must_use]
+    pub fn with_identity(mut self, identity: BTreeMap<String, String>) -> Self {
+        self.identity = identity;
+        self
     }
 
     /// The training model.
@@ -221,9 +312,18 @@ impl<M: CausalLm> Trainer<M> {
         self.model.as_ref().expect("a model between calls")
     }
 
-    /// The trained model, without autodiff.
+    /// The model after the last step, without autodiff.
     pub fn into_model(self) -> M {
         self.model().valid()
+    }
+
+    /// The model after the step with the lowest score, without autodiff; that after the last step where nothing was
+    /// evaluated.
+    pub fn into_best_model(mut self) -> M {
+        match (self.model.take(), self.best.take()) {
+            (Some(model), Some(best)) => trainable::restore(model, best.parameters).valid(),
+            (model, _) => model.expect("a model between calls").valid(),
+        }
     }
 
     /// The configuration.
@@ -236,9 +336,14 @@ impl<M: CausalLm> Trainer<M> {
         self.step
     }
 
-    /// The lowest score that [`Observer::evaluate`] gave.
+    /// The lowest score of an evaluation so far.
     pub fn best(&self) -> Option<f64> {
-        self.best
+        self.best.as_ref().map(|best| best.score)
+    }
+
+    /// Number of values that are trained.
+    pub fn trained_values(&self) -> usize {
+        trained_values(self.model())
     }
 
     /// One optimizer step over [`TrainerConfig::accumulate`] micro-batches.
@@ -269,17 +374,15 @@ impl<M: CausalLm> Trainer<M> {
         let options = DriverOptions { recompute: self.config.recompute, logit_rows: self.config.logit_rows };
         let micro_batches: Vec<Batch> = self.batches.by_ref().take(self.config.accumulate).collect();
         let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
-        let tokens = micro_batches.iter().map(|batch| batch.input_ids.len()).sum();
+        let tokens = micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum();
         let model = self.model.as_ref().expect("a model between calls");
         let (mut sums, mut nll) = (GradientsAccumulator::new(), 0.0);
-        for (index, batch) in micro_batches.into_iter().enumerate() {
+        for (index, batch) in micro_batches.iter().enumerate() {
             if batch.target_count() == 0 {
                 continue;
             }
             model.at(Place { step: self.step, micro_batch: index as u64, training: true });
-            let (tokens, targets, scored) = parts(batch);
-            let targets = Targets { ids: &targets, scored: &scored };
-            nll += loss_and_gradients(model, &tokens, targets, &options, &mut sums)?;
+            nll += loss_and_gradients(model, &batch.tokens, batch.as_targets(), &options, &mut sums)?;
         }
         model.at(Place { step: self.step, micro_batch: 0, training: false });
         // Sums of sums, divided once: k micro-batches are one batch, however their tokens are spread.
@@ -306,95 +409,153 @@ impl<M: CausalLm> Trainer<M> {
         Ok((gradients, report))
     }
 
-    /// Steps until the end, evaluating and saving on the way.
-    ///
-    /// Returns the reports of the steps done by this call; fewer than asked for if the observer stopped the run.
+    /// Steps until the end, evaluating and saving on the way as `options` says.
     ///
     /// # Errors
     /// As [`step`](Self::step), and whatever evaluation or saving meet.
-    pub fn run(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<Vec<StepReport>> {
-        let mut reports = Vec::new();
+    pub fn run(&mut self, options: &RunOptions) -> Result<RunReport> {
+        self.run_with(options, &mut ())
+    }
+
+    /// As [`run`](Self::run); `observer` hears what happens, may score the model itself, and may stop the run.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and [`Error::Observer`] for what the observer's score meets.
+    pub fn run_with(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
+        let mut report = RunReport { steps: Vec::new(), evaluations: Vec::new(), end: RunEnd::Completed };
         let every = |steps: u64, every: u64| every != 0 && steps.is_multiple_of(every);
         while self.step < self.config.steps {
-            let report = self.step()?;
-            let stop = observer.on_step(&report).is_break();
-            reports.push(report);
-            let last = stop || self.step == self.config.steps;
-            if every(self.step, options.evaluate_every)
-                && let Some(score) = observer.evaluate(self.model(), self.step)?
-                && self.best.is_none_or(|best| score < best)
-            {
-                self.best = Some(score);
-                self.save_below(options, "best", observer)?;
+            let step = self.step()?;
+            let mut stopped = observer.on_event(&Event::Step(&step)).is_break();
+            report.steps.push(step);
+            let is_last = self.step == self.config.steps;
+            let is_due = every(self.step, options.evaluate_every) || (is_last && options.evaluate_every != 0);
+            let mut tired = false;
+            if is_due && let Some(evaluation) = self.evaluate(options, observer)? {
+                stopped |= observer.on_event(&Event::Evaluation(&evaluation)).is_break();
+                report.evaluations.push(evaluation);
+                if evaluation.is_best {
+                    stopped |= self.save_below(options, "best", observer)?.is_break();
+                }
+                tired = self.is_tired(options);
             }
-            if last || every(self.step, options.save_every) {
-                self.save_below(options, "last", observer)?;
+            if stopped || tired || is_last || every(self.step, options.save_every) {
+                stopped |= self.save_below(options, "last", observer)?.is_break() && !is_last;
             }
-            if stop {
+            if stopped || tired || is_last {
+                report.end = match (stopped, tired) {
+                    (true, _) => RunEnd::Stopped,
+                    (false, true) => RunEnd::Patience,
+                    (false, false) => RunEnd::Completed,
+                };
                 break;
             }
         }
-        Ok(reports)
+        Ok(report)
     }
 
-    fn save_below(&self, options: &RunOptions, name: &str, observer: &mut impl Observer<M>) -> Result<()> {
-        if let Some(folder) = &options.folder {
-            let folder = folder.join(name);
-            self.save(&folder)?;
-            observer.on_checkpoint(&folder);
+    /// The score of the model as it is; the best one's parameters are kept.
+    fn evaluate(
+        &mut self,
+        options: &RunOptions,
+        observer: &mut impl Observer<M>,
+    ) -> Result<Option<Evaluation>> {
+        let score = match &options.held_out {
+            Some(dataset) => Some(evaluate(self.model(), dataset, self.config.batch.batch)?.nll),
+            None => observer.score(self.model(), self.step).map_err(Error::Observer)?,
+        };
+        let Some(score) = score else { return Ok(None) };
+        let is_best = self.best.as_ref().is_none_or(|best| score < best.score);
+        if is_best {
+            self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model())? });
         }
-        Ok(())
+        Ok(Some(Evaluation { steps: self.step, score, is_best }))
+    }
+
+    /// Whether as many evaluations as patience allows went by without a better score.
+    fn is_tired(&self, options: &RunOptions) -> bool {
+        let (Some(patience), Some(best)) = (options.patience, &self.best) else { return false };
+        (self.step - best.step) / options.evaluate_every.max(1) >= patience.max(1)
+    }
+
+    fn save_below(
+        &self,
+        options: &RunOptions,
+        name: &str,
+        observer: &mut impl Observer<M>,
+    ) -> Result<ControlFlow<()>> {
+        let Some(folder) = &options.folder else { return Ok(ControlFlow::Continue(())) };
+        let folder = folder.join(name);
+        self.save(&folder)?;
+        Ok(observer.on_event(&Event::Checkpoint(&folder)))
     }
 
     /// Writes trainable tensors, optimizer, step, data cursor and configuration; `folder` is replaced as a whole.
     ///
     /// # Errors
     /// [`Error::Io`] and the like; what stood in `folder` before is then still there.
-    pub fn save(&self, folder: &std::path::Path) -> Result<()> {
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let state = checkpoint::State {
             version: checkpoint::VERSION,
             step: self.step,
-            best: self.best,
+            best: self.best(),
+            best_step: self.best.as_ref().map(|best| best.step),
             cursor: self.batches.cursor(),
             config: self.config.clone(),
             data: self.dataset.fingerprint(),
+            model: self.identity.clone(),
         };
-        checkpoint::save(folder, &state, trainable::collect(self.model())?, &self.optimizer)
+        checkpoint::save(folder.as_ref(), &state, trainable::collect(self.model())?, &self.optimizer)
     }
 
-    /// Goes on from a checkpoint: the following steps are, on the CPU, those that the saved run would have made, bit for
-    /// bit.
-    ///
-    /// `model` is made as it was for [`new`](Self::new): same base, same adapters.
+    /// A run that goes on from a checkpoint: [`new`](Self::new), then [`resumed`](Self::resumed).
     ///
     /// # Errors
-    /// A checkpoint that is incomplete, or of another configuration, data set or model: the first difference is named.
+    /// Those of the two.
     pub fn resume(
         model: M,
         dataset: Arc<Dataset>,
         config: TrainerConfig,
-        folder: &std::path::Path,
+        folder: impl AsRef<Path>,
     ) -> Result<Self> {
-        let mut trainer = Self::new(model, dataset, config)?;
-        let fresh = trainable::collect(trainer.model())?;
-        let saved = checkpoint::load(folder, &trainer.config, &trainer.dataset.fingerprint(), &fresh)?;
-        trainer.optimizer = checkpoint::load_optimizer(folder, trainer.config.optimizer())?;
-        trainer.model = trainer.model.take().map(|model| trainable::restore(model, saved.parameters));
-        trainer.batches =
-            Batches::resume(trainer.dataset.clone(), trainer.config.batch.clone(), saved.state.cursor)?;
-        (trainer.step, trainer.best) = (saved.state.step, saved.state.best);
-        Ok(trainer)
+        Self::new(model, dataset, config)?.resumed(folder)
     }
-}
 
-/// A batch as the model and the loss take it.
-fn parts(batch: Batch) -> (TokenBatch, Vec<u32>, Vec<bool>) {
-    let tokens = TokenBatch {
-        ids: batch.input_ids,
-        positions: batch.positions,
-        segments: batch.segments,
-        batch: batch.batch,
-        length: batch.seq_len,
-    };
-    (tokens, batch.targets, batch.weights)
+    /// Goes on from a checkpoint: the following steps are, on the CPU, those that the saved run would have made, bit for
+    /// bit. With a constant learning rate after the warm-up, the run may have more steps than the saved one.
+    ///
+    /// The trainer is made as it was for the saved run: same base, same adapters. The best parameters so far come from
+    /// `best` beside `folder`, if it is there.
+    ///
+    /// # Errors
+    /// A checkpoint that is incomplete, or of another configuration, data set, model or
+    /// [identity](Self::with_identity): the first difference is named.
+    pub fn resumed(mut self, folder: impl AsRef<Path>) -> Result<Self> {
+        let folder = folder.as_ref();
+        let fresh = trainable::collect(self.model())?;
+        let run = checkpoint::Run {
+            config: &self.config,
+            data: &self.dataset.fingerprint(),
+            identity: &self.identity,
+            fresh: &fresh,
+        };
+        let saved = checkpoint::load(folder, &run)?;
+        let beside = folder.with_file_name("best");
+        self.best = match (saved.state.best, saved.state.best_step) {
+            (Some(score), Some(step)) if step == saved.state.step => {
+                Some(Best { score, step, parameters: saved.parameters.clone() })
+            }
+            (Some(score), Some(step)) if checkpoint::exists(&beside) => {
+                let best = checkpoint::load(&beside, &run)?;
+                // A killed run may have found a better one since; it will find it again.
+                (best.state.step == step).then_some(Best { score, step, parameters: best.parameters })
+            }
+            _ => None,
+        };
+        self.optimizer = checkpoint::load_optimizer(folder, self.config.optimizer())?;
+        self.model = self.model.take().map(|model| trainable::restore(model, saved.parameters));
+        self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
+        self.step = saved.state.step;
+        Ok(self)
+    }
 }

@@ -7,7 +7,7 @@ use burn::{
 use kiln_adapters::{Adapted, Lora, PeftFolder};
 use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
 use kiln_quant_core::QuantLinear;
-use kiln_testkit::{Golden, assert_close, read, testdata};
+use kiln_testkit::{Golden, assert_close, read, smollm2, testdata};
 
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
@@ -22,7 +22,7 @@ fn load(base: impl AsRef<std::path::Path>, adapter: &str) -> Model {
     let checkpoint = Checkpoint::open(base.as_ref()).unwrap();
     let (base, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     let folder = PeftFolder::open(testdata(adapter)).unwrap();
-    let attacher = folder.attacher(&base.slot_shapes(), 0).unwrap();
+    let attacher = folder.attacher::<kiln_adapters::Lora>(&base.slot_shapes(), 0).unwrap();
     base.try_map(|path, slot| attacher.attach(path, slot)).unwrap()
 }
 
@@ -87,11 +87,8 @@ fn logits_and_gradients_of_a_lora_adapter_equal_peft() {
 /// Runs where `KILN_SMOLLM2` names the model's file.
 #[test]
 fn an_adapter_of_smollm2_equals_peft() {
-    let Some(path) = std::env::var_os("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return;
-    };
-    let model = load(std::path::PathBuf::from(path), "peft/smollm2-lora-r4-qv");
+    let Some(path) = smollm2() else { return };
+    let model = load(path, "peft/smollm2-lora-r4-qv");
     let golden = Golden::open("peft/smollm2-lora-r4-qv/golden.safetensors");
     let trained = model.clone().train();
     for prompt in 0..2 {

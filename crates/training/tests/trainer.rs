@@ -6,13 +6,13 @@ use burn::{
     module::{Module, ModuleVisitor, Param},
     tensor::{Device, Tensor},
 };
-use kiln_adapters::{Adapted, DropoutClock, Lora, LoraAttacher, PeftConfig, PeftFolder, TargetModules};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots};
+use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher, PeftFolder};
+use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, TokenBatch};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{Golden, max_difference, testdata};
 use kiln_training::{
-    BatchOptions, DataOptions, Dataset, Error, Example, Observer, Order, RunOptions, StepReport, Trainer,
-    TrainerConfig,
+    BatchOptions, Batches, DataOptions, Dataset, Error, Event, Example, Observer, Order, Place, RunEnd,
+    RunOptions, ScheduleKind, StepReport, Trainer, TrainerConfig, evaluate,
 };
 
 type LoraModel = AnyModel<Adapted<QuantLinear, Lora>>;
@@ -59,10 +59,10 @@ fn lora_with_adamw_follows_torch() {
     (config.lr, config.weight_decay) = (1e-2, 0.01);
     let model = base("tiny/llama-tied-f32-sharded", None);
     let folder = PeftFolder::open(testdata("peft/tiny-lora-r8-all")).unwrap();
-    let attacher = folder.attacher(&model.slot_shapes(), 0).unwrap();
+    let attacher = folder.attacher::<Lora>(&model.slot_shapes(), 0).unwrap();
     let model = model.try_map(|path, base| attacher.attach(path, base)).unwrap();
     let mut trainer = Trainer::new(model, dataset, config).unwrap();
-    let reports = trainer.run(&RunOptions::default(), &mut ()).unwrap();
+    let reports = trainer.run(&RunOptions::new()).unwrap().steps;
     compare(&golden, &reports);
     trainer.into_model().for_each_slot(|path, slot| {
         let lora = slot.adapter.as_ref().unwrap();
@@ -82,18 +82,20 @@ fn full_training_with_clipping_follows_torch() {
         config.recompute = recompute;
         let model = base("tiny/llama-untied-bf16", None).unfreeze();
         let mut trainer = Trainer::new(model, dataset.clone(), config.clone()).unwrap();
-        compare(&golden, &trainer.run(&RunOptions::default(), &mut ()).unwrap());
+        compare(&golden, &trainer.run(&RunOptions::new()).unwrap().steps);
     }
 }
 
-/// A 4-bit tiny model with LoRA and dropout, and the clock that the trainer sets.
-fn dropout_model() -> (LoraModel, DropoutClock) {
+/// A 4-bit tiny model with LoRA and dropout.
+fn lora_model(dropout: f64) -> LoraModel {
     let model = base("tiny/llama-tied-f32-sharded", Some("affine4:32"));
-    let mut config = PeftConfig::new(4, 8.0, TargetModules::AllLinear);
-    config.lora_dropout = 0.2;
-    let attacher = LoraAttacher::new(&config, &model.slot_shapes(), 5).unwrap();
-    let clock = attacher.clock().clone();
-    (model.try_map(|path, base| attacher.attach(path, base)).unwrap(), clock)
+    let config = AdapterConfig::lora(4, 8.0).with_dropout(dropout).with_seed(5);
+    let attacher = LoraAttacher::new(&config, &model.slot_shapes()).unwrap();
+    model.try_map(|path, base| attacher.attach(path, base)).unwrap()
+}
+
+fn dropout_model() -> LoraModel {
+    lora_model(0.2)
 }
 
 /// Documents of different lengths, packed and shuffled.
@@ -114,16 +116,8 @@ fn config(batch: usize, accumulate: usize) -> TrainerConfig {
     config
 }
 
-fn with_clock(trainer: Trainer<LoraModel>, clock: DropoutClock) -> Trainer<LoraModel> {
-    trainer.with_clock(move |place| {
-        clock.set(place.step, place.micro_batch);
-        clock.train(place.training);
-    })
-}
-
 fn trainer(config: TrainerConfig) -> Trainer<LoraModel> {
-    let (model, clock) = dropout_model();
-    with_clock(Trainer::new(model, documents(), config).unwrap(), clock)
+    Trainer::new(dropout_model(), documents(), config).unwrap()
 }
 
 fn losses(reports: &[StepReport]) -> Vec<u64> {
@@ -148,31 +142,242 @@ fn parameters<M: Module>(model: &M) -> Vec<Vec<f32>> {
 #[test]
 fn a_killed_run_goes_on_bit_for_bit() {
     let mut whole = trainer(config(2, 3));
-    let expected = whole.run(&RunOptions::default(), &mut ()).unwrap();
+    let expected = whole.run(&RunOptions::new()).unwrap().steps;
 
     let folder = tempfile::tempdir().unwrap();
-    let options =
-        RunOptions { save_every: 2, folder: Some(folder.path().to_path_buf()), ..RunOptions::default() };
+    let options = RunOptions::new().with_save_every(2).with_folder(folder.path());
     // Killed after three steps: the last checkpoint is that of the second, and the third is inside what is lost.
-    struct Kill;
-    impl Observer<LoraModel> for Kill {
-        fn on_step(&mut self, report: &StepReport) -> ControlFlow<()> {
-            assert!(report.step < 3, "killed");
-            ControlFlow::Continue(())
-        }
-    }
+    let mut kill = |event: &Event| {
+        assert!(!matches!(event, Event::Step(report) if report.step >= 3), "killed");
+        ControlFlow::Continue(())
+    };
     let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-        let _ = trainer(config(2, 3)).run(&options, &mut Kill);
+        let _ = trainer(config(2, 3)).run_with(&options, &mut kill);
     }));
     assert!(killed.is_err());
 
-    let (model, clock) = dropout_model();
-    let resumed = Trainer::resume(model, documents(), config(2, 3), &folder.path().join("last")).unwrap();
-    let mut resumed = with_clock(resumed, clock);
+    let last = folder.path().join("last");
+    let mut resumed = Trainer::resume(dropout_model(), documents(), config(2, 3), &last).unwrap();
     assert_eq!(resumed.steps_done(), 2);
-    let reports = resumed.run(&RunOptions::default(), &mut ()).unwrap();
+    let reports = resumed.run(&RunOptions::new()).unwrap().steps;
     assert_eq!(losses(&reports), losses(&expected[2..]));
     assert_eq!(parameters(resumed.model()), parameters(whole.model()));
+}
+
+#[test]
+fn dropout_takes_part_in_training_and_not_in_evaluation() {
+    let tokens = TokenBatch::new(&[(0..16).collect()]).unwrap();
+    let logits = |model: &LoraModel| {
+        let model = model.valid();
+        kiln_testkit::read(model.forward(&model.context(&tokens, None)))
+    };
+    let run = |dropout| {
+        let mut trainer = Trainer::new(lora_model(dropout), documents(), config(2, 1)).unwrap();
+        let losses = losses(&trainer.run(&RunOptions::new()).unwrap().steps);
+        (losses, trainer.into_model())
+    };
+    let (plain, dropped) = (run(0.0), run(0.5));
+    // LoRA's B starts at zero, and so does the rate in the warm-up: the third step is the first to see a mask.
+    assert_eq!(plain.0[..2], dropped.0[..2]);
+    assert!(plain.0[2..].iter().zip(&dropped.0[2..]).all(|(a, b)| a != b));
+    for (model, drops) in [(plain.1, false), (dropped.1, true)] {
+        let between_steps = logits(&model);
+        model.at(Place { step: 9, micro_batch: 0, training: true });
+        assert_eq!(logits(&model) != between_steps, drops);
+    }
+}
+
+/// Every fourth document is held out.
+fn parts() -> (Arc<Dataset>, Arc<Dataset>) {
+    let documents = Arc::unwrap_or_clone(documents());
+    let (train, held_out) = documents.split(0.25, 1).unwrap();
+    (Arc::new(train), Arc::new(held_out))
+}
+
+#[test]
+fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
+    let (_, held_out) = parts();
+    let model = dropout_model();
+    let found = evaluate(&model, &held_out, 4).unwrap();
+    let mut sum = 0.0;
+    for example in held_out.examples() {
+        let logits = model.forward(&model.context(&TokenBatch::new(&[example.ids.clone()]).unwrap(), None));
+        let rows: Vec<f32> = kiln_testkit::read(logits);
+        for (place, row) in rows.chunks(256).enumerate().take(example.ids.len() - 1) {
+            if example.scored[place + 1] {
+                let total: f64 = row.iter().map(|logit| f64::from(*logit).exp()).sum();
+                sum += total.ln() - f64::from(row[example.ids[place + 1] as usize]);
+            }
+        }
+    }
+    assert_eq!(found.tokens, held_out.report().targets);
+    assert!((found.nll / (sum / found.tokens as f64) - 1.0).abs() < 1e-6, "{found:?}");
+    assert_eq!(found.nll, evaluate(&model, &held_out, 1).unwrap().nll, "rows are seen alone");
+}
+
+/// Scores from a list, one an evaluation.
+struct Scores(Vec<f64>);
+
+impl Observer<LoraModel> for Scores {
+    fn score(
+        &mut self,
+        _: &LoraModel,
+        _: u64,
+    ) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok((!self.0.is_empty()).then(|| self.0.remove(0)))
+    }
+}
+
+#[test]
+fn patience_ends_a_run_and_the_best_model_comes_back() {
+    let mut best = trainer(config(2, 1));
+    best.step().unwrap();
+    best.step().unwrap();
+    let options = RunOptions::new().with_evaluations(1).with_patience(3);
+    let mut run = trainer(config(2, 1));
+    let report = run.run_with(&options, &mut Scores(vec![3.0, 2.0, 2.5, 2.0, 2.1, 1.0])).unwrap();
+    assert_eq!((report.steps.len(), report.end), (5, RunEnd::Patience));
+    assert_eq!(report.evaluations.iter().filter(|evaluation| evaluation.is_best).count(), 2);
+    assert_eq!(run.best(), Some(2.0));
+    let trained = |model: LoraModel| parameters(&model.train());
+    assert_ne!(trained(run.model().valid()), trained(best.model().valid()));
+    assert_eq!(trained(run.into_best_model()), trained(best.into_model()));
+}
+
+#[test]
+fn a_resumed_run_knows_its_best_model() {
+    let folder = tempfile::tempdir().unwrap();
+    let options =
+        RunOptions::new().with_evaluations(1).with_save_every(1).with_folder(folder.path()).with_patience(3);
+    let scores = || vec![2.0, 1.0, 1.5, 1.6, 1.7, 0.5];
+    let mut whole = trainer(config(2, 1));
+    assert_eq!(whole.run_with(&options, &mut Scores(scores())).unwrap().end, RunEnd::Patience);
+
+    let mut first = trainer(config(2, 1));
+    let mut steps = 0;
+    struct Stop<'a>(Scores, &'a mut u64);
+    impl Observer<LoraModel> for Stop<'_> {
+        fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+            *self.1 += u64::from(matches!(event, Event::Step(_)));
+            if *self.1 == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+        fn score(
+            &mut self,
+            model: &LoraModel,
+            steps: u64,
+        ) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+            self.0.score(model, steps)
+        }
+    }
+    let report = first.run_with(&options, &mut Stop(Scores(scores()), &mut steps)).unwrap();
+    assert_eq!((report.steps.len(), report.end), (3, RunEnd::Stopped));
+    let last = folder.path().join("last");
+    let mut resumed = Trainer::resume(dropout_model(), documents(), config(2, 1), last).unwrap();
+    assert_eq!(resumed.best(), Some(1.0));
+    let report = resumed.run_with(&options, &mut Scores(scores()[3..].to_vec())).unwrap();
+    assert_eq!((report.steps.len(), report.end), (2, RunEnd::Patience));
+    let trained = |model: LoraModel| parameters(&model.train());
+    assert_eq!(trained(resumed.into_best_model()), trained(whole.into_best_model()));
+}
+
+#[test]
+fn held_out_data_is_scored_on_the_way_and_at_the_end() {
+    let (train, held_out) = parts();
+    let mut trainer = Trainer::new(dropout_model(), train, config(2, 1)).unwrap();
+    let report = trainer.run(&RunOptions::new().with_held_out(held_out.clone(), 4)).unwrap();
+    let steps: Vec<u64> = report.evaluations.iter().map(|evaluation| evaluation.steps).collect();
+    assert_eq!((steps, report.end), (vec![4, 6], RunEnd::Completed));
+    let last = evaluate(trainer.model(), &held_out, 2).unwrap();
+    assert_eq!(report.evaluations[1].score, last.nll);
+}
+
+#[test]
+fn an_evaluation_may_stop_the_run_and_its_errors_are_the_callers_own() {
+    let mut stop = |event: &Event| match event {
+        Event::Evaluation(_) => ControlFlow::Break(()),
+        _ => ControlFlow::Continue(()),
+    };
+    let (train, held_out) = parts();
+    let mut run = Trainer::new(dropout_model(), train, config(2, 1)).unwrap();
+    let report = run.run_with(&RunOptions::new().with_held_out(held_out, 2), &mut stop).unwrap();
+    assert_eq!((report.steps.len(), report.end), (2, RunEnd::Stopped));
+
+    struct Broken;
+    impl<M> Observer<M> for Broken {
+        fn score(&mut self, _: &M, _: u64) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+            Err("the judge is ill".into())
+        }
+    }
+    let error = trainer(config(2, 1)).run_with(&RunOptions::new().with_evaluations(1), &mut Broken);
+    let error = error.unwrap_err();
+    assert!(matches!(&error, Error::Observer(_)) && error.to_string() == "the judge is ill", "{error}");
+}
+
+#[test]
+fn a_run_with_a_constant_rate_can_be_made_longer() {
+    let folder = tempfile::tempdir().unwrap();
+    let steps = |steps| config(2, 1).with_steps(steps);
+    let mut whole = trainer(steps(6));
+    let expected = whole.run(&RunOptions::new()).unwrap().steps;
+    trainer(steps(4)).run(&RunOptions::new().with_folder(folder.path())).unwrap();
+    let last = folder.path().join("last");
+    let mut longer = Trainer::resume(dropout_model(), documents(), steps(6), &last).unwrap();
+    assert_eq!(losses(&longer.run(&RunOptions::new()).unwrap().steps), losses(&expected[4..]));
+    let shorter = Trainer::resume(dropout_model(), documents(), steps(3), &last).unwrap_err();
+    assert!(shorter.to_string().contains("step: expected at most 3"), "{shorter}");
+    let linear = |count| steps(count).with_schedule(ScheduleKind::Linear { final_ratio: 0.1 });
+    trainer(linear(4)).run(&RunOptions::new().with_folder(folder.path())).unwrap();
+    let error = Trainer::resume(dropout_model(), documents(), linear(6), &last).unwrap_err().to_string();
+    assert!(error.contains("config.steps: expected 6, since the schedule depends on it, found 4"), "{error}");
+}
+
+/// A model whose adapters' kind is a run-time choice goes on from a checkpoint of one whose kind isn't.
+#[test]
+fn a_checkpoint_fits_adapters_of_any_kind() {
+    let folder = tempfile::tempdir().unwrap();
+    let last = folder.path().join("last");
+    let mut whole = trainer(config(2, 1));
+    whole.step().unwrap();
+    whole.save(&last).unwrap();
+    let any = dropout_model().try_map(|_, slot| Ok::<_, std::convert::Infallible>(slot.into_any())).unwrap();
+    let mut resumed = Trainer::resume(any, documents(), config(2, 1), &last).unwrap();
+    for _ in 1..6 {
+        assert_eq!(resumed.step().unwrap().loss.to_bits(), whole.step().unwrap().loss.to_bits());
+    }
+
+    // Earlier versions had the variants in the names.
+    let path = last.join("trainable.safetensors");
+    let text = std::fs::read(&path).unwrap();
+    let (_, metadata) = safetensors::SafeTensors::read_metadata(&text).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&text).unwrap();
+    let old = |name: &str| format!("Llama.{name}");
+    let ids: BTreeMap<String, u64> =
+        serde_json::from_str(&metadata.metadata().as_ref().unwrap()["kiln.parameter_ids"]).unwrap();
+    let ids: BTreeMap<String, u64> = ids.into_iter().map(|(name, id)| (old(&name), id)).collect();
+    let ids = [("kiln.parameter_ids".to_owned(), serde_json::to_string(&ids).unwrap())];
+    let renamed = tensors.tensors().into_iter().map(|(name, view)| (old(&name), view));
+    let renamed = safetensors::serialize(renamed, Some(ids.into_iter().collect())).unwrap();
+    std::fs::write(&path, renamed).unwrap();
+    let mut resumed = Trainer::resume(dropout_model(), documents(), config(2, 1), &last).unwrap();
+    let mut again = trainer(config(2, 1));
+    again.step().unwrap();
+    assert_eq!(resumed.step().unwrap().loss.to_bits(), again.step().unwrap().loss.to_bits());
+}
+
+#[test]
+fn epochs_are_counted_in_steps() {
+    let data = documents();
+    let config = config(4, 2).with_epochs(&data, 3).unwrap();
+    let mut batches = Batches::new(data.clone(), config.batch.clone()).unwrap();
+    let mut steps = 0;
+    while batches.cursor().epoch < 3 {
+        batches.by_ref().take(2).for_each(drop);
+        steps += 1;
+    }
+    // The last batch may have touched the fourth epoch, or have ended the third exactly.
+    assert!(config.steps == steps || config.steps + 1 == steps, "{} {steps}", config.steps);
+    let unpacked = TrainerConfig::new(1, 4).with_epochs(&data, 2).unwrap();
+    assert_eq!(unpacked.steps, (2 * data.examples().len() as u64).div_ceil(4));
 }
 
 #[test]
@@ -181,9 +386,7 @@ fn micro_batches_add_up_to_one_batch() {
         let mut config = config(batch, accumulate);
         (config.steps, config.clip) = (1, None);
         // Without dropout: its masks are drawn for each micro-batch.
-        let (model, clock) = dropout_model();
-        clock.train(false);
-        let mut trainer = Trainer::new(model, documents(), config).unwrap();
+        let mut trainer = Trainer::new(lora_model(0.0), documents(), config).unwrap();
         trainer.step().unwrap()
     };
     let whole = run(6, 1);
@@ -227,7 +430,7 @@ fn checkpoints_of_other_runs_are_refused_by_name() {
     first.step().unwrap();
     first.save(&last).unwrap();
     let resume = |config: TrainerConfig, dataset| {
-        Trainer::resume(dropout_model().0, dataset, config, &last).map(|_| ()).unwrap_err().to_string()
+        Trainer::resume(dropout_model(), dataset, config, &last).map(|_| ()).unwrap_err().to_string()
     };
     let mut other = config(2, 1);
     other.lr = 1e-4;
@@ -235,6 +438,16 @@ fn checkpoints_of_other_runs_are_refused_by_name() {
     let ids = (0..600u32).map(|i| i % 256).collect();
     let dataset = Dataset::from_ids(ids, &DataOptions::new(32, 256)).unwrap();
     assert!(resume(config(2, 1), Arc::new(dataset)).contains("state.json: data"));
+
+    let identity = |alpha: &str| BTreeMap::from([("adapters".to_owned(), format!("alpha {alpha}"))]);
+    let named = folder.path().join("named");
+    trainer(config(2, 1)).with_identity(identity("8")).save(&named).unwrap();
+    let resumed = |alpha| trainer(config(2, 1)).with_identity(identity(alpha)).resumed(&named);
+    assert!(resumed("8").is_ok());
+    let error = resumed("64").unwrap_err().to_string();
+    assert!(error.ends_with("state.json: model.adapters: expected alpha 64, found alpha 8"), "{error}");
+    // Checkpoints of earlier versions don't say what they belong to.
+    assert!(trainer(config(2, 1)).with_identity(identity("64")).resumed(&last).is_ok());
 
     let damage = |file: &str, bytes: &[u8]| {
         let path = last.join(file);
@@ -247,7 +460,7 @@ fn checkpoints_of_other_runs_are_refused_by_name() {
     damage("state.json", b"{");
     damage("trainable.safetensors", b"\xff\xff\xff\xff\xff\xff\xff\x7f");
     damage("optimizer.bpk", b"nothing");
-    assert!(Trainer::resume(dropout_model().0, documents(), config(2, 1), &last).is_ok());
+    assert!(Trainer::resume(dropout_model(), documents(), config(2, 1), &last).is_ok());
 }
 
 #[test]
@@ -269,10 +482,10 @@ fn a_full_disk_leaves_the_old_checkpoint() {
 fn divergence_changes_nothing() {
     let mut config = config(2, 1);
     config.lr = 1e-3;
-    let model = base("tiny/llama-untied-bf16", None).unfreeze();
+    let mut model = base("tiny/llama-untied-bf16", None).unfreeze();
     // A norm gain of 1e30 overflows the logits.
-    let AnyModel::Llama(mut model) = model else { unreachable!("a LLaMA fixture") };
-    model.model.norm.weight = model.model.norm.weight.map(|w| w.mul_scalar(1e38).mul_scalar(1e38));
+    let gains = model.final_norm.weight.take().unwrap();
+    model.final_norm.weight = Some(gains.map(|w| w.mul_scalar(1e38).mul_scalar(1e38)));
     let mut trainer = Trainer::new(model, documents(), config).unwrap();
     let before = parameters(trainer.model());
     assert!(matches!(trainer.step(), Err(Error::Diverged { step: 0, .. })));

@@ -11,15 +11,14 @@ pub use qalora::QaLora;
 pub use qbara::QBara;
 
 use rand_chacha::ChaCha8Rng;
-use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, json_fields::Problem, part::Part};
+use crate::{Geometry, InitLoraWeights, json_fields::Problem, part::Part};
 
 /// What is trained beside each selected linear layer.
 ///
 /// | method | pool × repeat | between | trained values | largest rank of the change | merges into packed weights |
 /// | --- | --- | --- | --- | --- | --- |
-/// | LoRA | 1 × 1 | A · B of rank r | r (in + out) | r | no |
+/// | LoRA, DoRA | 1 × 1 | A · B of rank r | r (in + out) | r | no |
 /// | [`QBara`] | λ × λ | A · B of rank λr | r (in + out) | λr | blocks that fit λ × λ |
 /// | [`QaLora`] | g × 1 | A · B of rank r | r (in / g + out) | r | row groups |
 /// | [`QaHira`] | p × q | H | in · out / (p q) | min(in / p, out / q) | row groups, tiles |
@@ -28,13 +27,19 @@ use crate::{Geometry, json_fields::Problem, part::Part};
 /// Source: the method specification of balanced-rank adapters (Q-BaRA/QA-HiRA, arXiv 2407.17029; QA-LoRA, arXiv
 /// 2309.14717). In all of them the scaling is alpha over the *nominal* rank r of the configuration, and dropout comes
 /// after the pooling.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Method {
-    /// LoRA, rank-stabilised LoRA, DoRA, PiSSA or OLoRA: what PEFT's keys say.
-    #[default]
-    Lora,
+    /// LoRA; PiSSA and OLoRA by their initialisation.
+    Lora {
+        /// A and B before training.
+        init: InitLoraWeights,
+    },
+    /// DoRA: LoRA with trained magnitudes.
+    Dora {
+        /// A and B before training; none that changes the base.
+        init: InitLoraWeights,
+    },
     /// Q-BaRA.
     QBara(QBara),
     /// QA-LoRA.
@@ -46,10 +51,29 @@ pub enum Method {
 }
 
 impl Method {
-    /// The name in configurations.
+    /// LoRA that starts as the base model.
+    pub const fn lora() -> Self {
+        Self::Lora { init: InitLoraWeights::Kaiming }
+    }
+
+    /// DoRA that starts as the base model.
+    pub const fn dora() -> Self {
+        Self::Dora { init: InitLoraWeights::Kaiming }
+    }
+
+    /// The initialisation of LoRA and DoRA; the methods that pool have their own.
+    pub(crate) fn init(&self) -> InitLoraWeights {
+        match self {
+            Self::Lora { init } | Self::Dora { init } => *init,
+            _ => InitLoraWeights::Kaiming,
+        }
+    }
+
+    /// The name in messages.
     pub fn name(&self) -> &'static str {
         match self {
-            Self::Lora => "lora",
+            Self::Lora { .. } => "lora",
+            Self::Dora { .. } => "dora",
             Self::QBara(_) => "q-bara",
             Self::QaLora(_) => "qa-lora",
             Self::QaHira(_) => "qa-hira",
@@ -60,7 +84,9 @@ impl Method {
     /// The numbers for a linear layer of `shape` `[d_input, d_output]` at the nominal rank `r`.
     pub fn geometry(&self, shape: [usize; 2], r: usize) -> Geometry {
         match self {
-            Self::Lora => Geometry { pool: 1, repeat: 1, pooling: Default::default(), rank: Some(r) },
+            Self::Lora { .. } | Self::Dora { .. } => {
+                Geometry { pool: 1, repeat: 1, pooling: Default::default(), rank: Some(r) }
+            }
             Self::QBara(method) => method.geometry(r),
             Self::QaLora(method) => method.geometry(r),
             Self::QaHira(method) => method.geometry(),
@@ -162,37 +188,5 @@ mod tests {
         assert!(text(Method::QaBlora(blora)).starts_with("up_proj.rank"));
         let lora = QaLora { pool: 7, ..QaLora::default() };
         assert!(text(Method::QaLora(lora)).starts_with("up_proj.pool"));
-    }
-
-    #[test]
-    fn configurations_are_named_objects_without_unknown_keys() {
-        let methods = [
-            (Method::Lora, r#""lora""#),
-            (Method::QBara(QBara { lambda: 2 }), r#"{"q-bara":{"lambda":2}}"#),
-            (Method::QaLora(QaLora::default()), r#"{"qa-lora":{"pool":32,"pooling":"average"}}"#),
-            (
-                Method::QaHira(QaHira { pool: 4, repeat: 8, init: InitH::Kaiming }),
-                r#"{"qa-hira":{"pool":4,"repeat":8,"init":"kaiming"}}"#,
-            ),
-            (
-                Method::QaBlora(QaBlora { pool: 4, repeat: 2, rank: Some(3) }),
-                r#"{"qa-blora":{"pool":4,"repeat":2,"rank":3}}"#,
-            ),
-        ];
-        for (method, text) in methods {
-            assert_eq!(serde_json::to_string(&method).unwrap(), text);
-            assert_eq!(serde_json::from_str::<Method>(text).unwrap(), method);
-            assert!(text.contains(method.name()));
-        }
-        for bad in [
-            r#"{"q-bara":{"lambda":2,"mu":3}}"#,
-            r#"{"q-bara":{}}"#,
-            r#"{"q-bara":{"lambda":-2}}"#,
-            r#"{"qa-lora":{"pool":4}}"#,
-            r#"{"qa-lora":{"pool":4,"pooling":"median"}}"#,
-            r#""hira""#,
-        ] {
-            assert!(serde_json::from_str::<Method>(bad).is_err(), "{bad}");
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! Against traces of other programs: torch's AdamW for a layer, an f64 autodiff for a stack of blocks.
 
-use kiln_adapters::{Dropout, DropoutClock};
+use kiln_adapters::Dropout;
 use kiln_quant_core::{Projection, fused, packing::unpack_column};
 use kiln_testkit::{assert_close, max_difference, read, relative_difference, testdata};
 use serde_json::Value as Json;
@@ -31,7 +31,7 @@ fn layer(weight: &Json, a: &Json, symmetric: bool, device: &Device) -> Layer {
     let grid = ClippingGrid { bits: 2, group: 4, symmetric, include_zero: false };
     let a = tensor(transpose(&floats(a), rank, d_input), [d_input, rank], device);
     let b = Tensor::zeros([rank, d_output], device);
-    let dropout = Dropout::new(0.0, "w", DropoutClock::new(0));
+    let dropout = Dropout::new(0.0, "w", 0);
     Layer {
         path: "w".into(),
         weight: ClippedWeight::new("w", &floats(weight), d_input, d_output, grid).unwrap(),
@@ -235,7 +235,7 @@ fn random_layer(with_lora: bool, device: &Device) -> (Layer, Tensor<2>) {
     let grid = ClippingGrid::for_scheme(&scheme, 32, true).unwrap();
     let lora = with_lora.then(|| {
         let a = kiln_testkit::tensor::<2>(3, [32, 4], device) / 5.0;
-        Lora::new(a, Tensor::zeros([4, 24], device), 1.0, Dropout::new(0.0, "w", DropoutClock::new(0)))
+        Lora::new(a, Tensor::zeros([4, 24], device), 1.0, Dropout::new(0.0, "w", 0))
     });
     let clipped = ClippedWeight::new("w", &weight, 32, 24, grid).unwrap();
     let dense = tensor::<2>(weight, [24, 32], device).transpose();

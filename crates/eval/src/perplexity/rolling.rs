@@ -1,5 +1,7 @@
 //! Perplexity per word and per byte, as the lm-evaluation-harness computes it.
 
+use std::ops::ControlFlow;
+
 use kiln_models::CausalLm;
 use serde::{Deserialize, Serialize};
 
@@ -95,8 +97,16 @@ impl RollingPerplexity {
     ///
     /// # Errors
     /// [`Error::Option`] for an option out of range, [`Error::Data`] if there are no tokens, words or bytes, or for ids
-    /// beyond the vocabulary, [`Error::Cancelled`], [`Error::NotFinite`].
-    pub fn evaluate<M: CausalLm>(
+    /// beyond the vocabulary, [`Error::NotFinite`].
+    pub fn evaluate<M: CausalLm>(&self, model: &M, documents: &[RollingDocument]) -> Result<RollingResult> {
+        self.evaluate_with(model, documents, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`evaluate`](Self::evaluate), with a callback that may end it.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate), and [`Error::Cancelled`].
+    pub fn evaluate_with<M: CausalLm>(
         &self,
         model: &M,
         documents: &[RollingDocument],

@@ -1,5 +1,7 @@
 //! Overlapping windows, as Hugging Face's guide to perplexity computes it.
 
+use std::ops::ControlFlow;
+
 use kiln_models::CausalLm;
 
 use super::{OnProgress, Perplexity, Window, check_ids, check_window, score};
@@ -45,8 +47,16 @@ impl StridedPerplexity {
     ///
     /// # Errors
     /// [`Error::Option`] for an option out of range, [`Error::Data`] for fewer than two tokens or ids beyond the
-    /// vocabulary, [`Error::Cancelled`], [`Error::NotFinite`].
-    pub fn evaluate<M: CausalLm>(
+    /// vocabulary, [`Error::NotFinite`].
+    pub fn evaluate<M: CausalLm>(&self, model: &M, ids: &[u32]) -> Result<Perplexity> {
+        self.evaluate_with(model, ids, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`evaluate`](Self::evaluate), with a callback that may end it.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate), and [`Error::Cancelled`].
+    pub fn evaluate_with<M: CausalLm>(
         &self,
         model: &M,
         ids: &[u32],

@@ -45,7 +45,6 @@ pub type OnTaskProgress<'a> = &'a mut dyn FnMut(TaskProgress) -> ControlFlow<()>
 /// with a log goes on where it was: the same tasks, options and model, once more.
 ///
 /// ```
-/// use std::ops::ControlFlow;
 /// use burn::tensor::Device;
 /// use kiln_eval::{Evaluation, ModelScorer, Task, TaskData};
 /// use kiln_models::{Checkpoint, LoadOptions};
@@ -59,7 +58,7 @@ pub type OnTaskProgress<'a> = &'a mut dyn FnMut(TaskProgress) -> ControlFlow<()>
 /// let row = serde_json::json!({"goal": "To make ice,", "sol1": "freeze water", "sol2": "burn wood", "label": 0});
 /// let data = TaskData { evaluated: vec![row.as_object().unwrap().clone()], fewshot: vec![] };
 /// let tasks = [(Task::builtin("piqa")?, data)];
-/// let report = Evaluation::new().evaluate(&scorer, &tasks, &mut |_| ControlFlow::Continue(()))?;
+/// let report = Evaluation::new().evaluate(&scorer, &tasks)?;
 /// println!("{report}");
 /// # assert_eq!(report.tasks[0].documents, 1);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
@@ -154,8 +153,16 @@ impl Evaluation {
     /// # Errors
     /// [`Error::Option`] for an option out of range or two tasks of one name; [`Task::prepare`]'s errors;
     /// [`Error::Document`] for a document that `scorer` can't answer, before anything is computed where it is the
-    /// document's fault; [`Error::File`] for a log of another run; [`Error::Interrupted`]; the scorer's own.
-    pub fn evaluate<S: Scorer>(
+    /// document's fault; [`Error::File`] for a log of another run; the scorer's own.
+    pub fn evaluate<S: Scorer>(&self, scorer: &S, tasks: &[(Task, TaskData)]) -> Result<Report> {
+        self.evaluate_with(scorer, tasks, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`evaluate`](Self::evaluate), with a callback that may end it.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate), and [`Error::Interrupted`].
+    pub fn evaluate_with<S: Scorer>(
         &self,
         scorer: &S,
         tasks: &[(Task, TaskData)],

@@ -33,7 +33,7 @@ pub(super) fn generate<M: CausalLm>(
     until.retain(|text| !text.is_empty());
     let options = kiln_models::GenerateOptions::new(new).with_stop(end);
     let (mut ids, mut failed) = (Vec::new(), None);
-    let generation = kiln_models::generate(model, &prompt, &options, &mut |id| {
+    let generation = kiln_models::generate_with(model, &prompt, &options, &mut |id| {
         ids.push(id);
         match tokenizer.decode(&ids, false) {
             Ok(text) if !until.iter().any(|end| text.contains(end)) => ControlFlow::Continue(()),

@@ -1,6 +1,6 @@
 //! A language model as a scorer.
 
-use std::{cell::Cell, collections::BTreeMap, ops::ControlFlow};
+use std::{cell::Cell, collections::BTreeMap};
 
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 use kiln_models::{CausalLm, KvCache, TokenBatch, Tokenizer};
@@ -292,7 +292,7 @@ impl<M: CausalLm> Scorer for ModelScorer<'_, M> {
                 0.0
             } else {
                 let document = RollingDocument { ids, words: 1, bytes: 1 };
-                let found = protocol.evaluate(&self.model, &[document], &mut |_| ControlFlow::Continue(()));
+                let found = protocol.evaluate(&self.model, &[document]);
                 let found = found.map_err(|error| match error {
                     Error::NotFinite { nll, .. } => {
                         Error::request(request, "log-likelihood", "a finite number", -nll)

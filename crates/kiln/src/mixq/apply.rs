@@ -1,11 +1,11 @@
 //! A plan for those that use it: loading, calibration, training.
 
-use kiln_adapters::{AnyAttacher, DropoutClock, PeftConfig};
+use kiln_adapters::{AdapterConfig, AnyAttacher, InitLoraWeights, Method};
 use kiln_mixq_search::{Plan, Setting};
 use kiln_models::{AnyModel, LoadOptions, Slots};
-use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, QuantScheme, Scheme};
+use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, Scheme};
 
-use super::{Error, Result};
+use crate::{AdaptedModel, Error, Result};
 
 /// The weight format of a setting. A pruning ratio is not for this model to follow: it was built with its shapes.
 pub(super) fn scheme_of(path: &str, setting: &Setting) -> Result<Scheme> {
@@ -18,11 +18,9 @@ pub(super) fn scheme_of(path: &str, setting: &Setting) -> Result<Scheme> {
 /// The plan's schemes by path, as loading and [`CalibrationConfig`](kiln_calibration::CalibrationConfig) take them.
 ///
 /// # Errors
-/// A scheme that doesn't parse; [`Error::Argument`] for a setting with a pruning ratio.
+/// A scheme that doesn't parse; [`Error::is_argument`] for a setting with a pruning ratio.
 pub fn schemes(plan: &Plan) -> Result<Schemes<Scheme>> {
-    // Nothing falls back to it, but a dense one would make embedding and head dense too.
-    let default = Scheme::Packed(QuantScheme::affine(8, 64));
-    plan.iter().try_fold(Schemes::uniform(default), |schemes, (path, setting)| {
+    plan.iter().try_fold(Schemes::uniform(Scheme::Dense), |schemes, (path, setting)| {
         Ok(schemes.with_path(path, scheme_of(path, setting)?))
     })
 }
@@ -32,21 +30,21 @@ pub fn schemes(plan: &Plan) -> Result<Schemes<Scheme>> {
 /// # Errors
 /// Those of [`schemes`].
 pub fn load_options(plan: &Plan) -> Result<LoadOptions<'static>> {
-    Ok(LoadOptions { schemes: Some(schemes(plan)?), ..LoadOptions::default() })
+    Ok(LoadOptions::planned(schemes(plan)?))
 }
 
 /// `base` with the plan's ranks, where it has any; they win over `base`'s patterns, and the scaling of an adapter is what
 /// `base`'s own rank and alpha give. Kinds of adapters differ by path and have no place in one configuration:
 /// [`attach`] follows them.
-pub fn peft(plan: &Plan, base: &PeftConfig) -> PeftConfig {
+pub fn adapters(plan: &Plan, base: &AdapterConfig) -> AdapterConfig {
     let (mut ranks, mut alphas) = (Vec::new(), Vec::new());
     for (path, setting) in plan.iter() {
         if let Some(rank) = setting.rank {
-            let ratio = f64::from(rank) / base.r.max(1) as f64;
-            let ratio = if base.use_rslora { ratio.sqrt() } else { ratio };
+            let ratio = f64::from(rank) / base.rank.max(1) as f64;
+            let ratio = if base.rslora { ratio.sqrt() } else { ratio };
             let pattern = PathPattern::exact(path).to_string();
             ranks.push((pattern.clone(), rank as usize));
-            alphas.push((pattern, base.lora_alpha * ratio));
+            alphas.push((pattern, base.alpha * ratio));
         }
     }
     // The first match wins.
@@ -58,38 +56,43 @@ pub fn peft(plan: &Plan, base: &PeftConfig) -> PeftConfig {
 }
 
 /// Attaches adapters of the plan's ranks and kinds, `lora` or `dora`, to the quantized model; `base` decides where the
-/// plan says nothing. The clocks drive the adapters' dropout, see
-/// [`Trainer::with_clock`](kiln_training::Trainer::with_clock).
+/// plan says nothing.
 ///
 /// # Errors
-/// [`Error::Argument`] for another kind of adapter; adapters that don't fit the model.
-pub fn attach(
-    model: AnyModel<QuantLinear>,
-    plan: &Plan,
-    base: &PeftConfig,
-    seed: u64,
-) -> Result<(crate::AdaptedModel, Vec<DropoutClock>)> {
-    let config = peft(plan, base);
+/// [`Error::is_argument`] for another kind of adapter; adapters that don't fit the model.
+pub fn attach(model: AnyModel<QuantLinear>, plan: &Plan, base: &AdapterConfig) -> Result<AdaptedModel> {
+    let config = adapters(plan, base);
     let slots = model.slot_shapes();
     let kind = |path: &str| plan.get(path).and_then(|setting| setting.adapter.as_deref());
     let is_dora = |path: &str| match kind(path) {
         Some("lora") => Ok(false),
         Some("dora") => Ok(true),
         Some(other) => Err(Error::argument(path, "adapter lora or dora", format!("\"{other}\""))),
-        None => Ok(config.use_dora),
+        None => Ok(matches!(config.method, Method::Dora { .. })),
     };
     let mut attachers: [Option<AnyAttacher>; 2] = [None, None];
     for (path, _) in &slots {
         let dora = is_dora(path)?;
         if attachers[usize::from(dora)].is_none() {
-            let mut config = config.clone();
-            config.use_dora = dora;
-            attachers[usize::from(dora)] = Some(AnyAttacher::new(&config, &slots, seed)?);
+            let method = if dora {
+                Method::Dora { init: init(&config) }
+            } else {
+                Method::Lora { init: init(&config) }
+            };
+            let config = config.clone().with_method(method);
+            attachers[usize::from(dora)] = Some(AnyAttacher::new(&config, &slots)?);
         }
     }
-    let model = model.try_map(|path, linear| {
+    model.try_map(|path, linear| {
         let attacher = attachers[usize::from(is_dora(path)?)].as_ref();
         Ok::<_, Error>(attacher.expect("made above for every slot").attach_to_residual(path, linear)?)
-    })?;
-    Ok((model, attachers.iter().flatten().map(|attacher| attacher.clock().clone()).collect()))
+    })
+}
+
+/// A and B before training.
+fn init(config: &AdapterConfig) -> InitLoraWeights {
+    match config.method {
+        Method::Lora { init } | Method::Dora { init } => init,
+        _ => InitLoraWeights::default(),
+    }
 }

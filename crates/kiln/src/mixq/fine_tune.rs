@@ -2,15 +2,16 @@
 
 use std::{ops::ControlFlow, sync::Arc};
 
-use kiln_adapters::{DropoutClock, LoraAttacher, PeftConfig};
-use kiln_calibration::{CalibrationConfig, Calibrator, Method};
+use kiln_adapters::AdapterConfig;
+use kiln_calibration::{CalibrationConfig, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, CausalLm, Slots, Windows};
+use kiln_models::{AnyModel, CausalLm, Windows};
 use kiln_quant_core::QuantLinear;
-use kiln_training::{Dataset, Trainer, TrainerConfig};
+use kiln_training::{Dataset, Event, Observer, RunOptions, Trainer, TrainerConfig};
 
-use super::{Error, Result, attach, peft, schemes};
+use super::{adapters, attach, schemes};
+use crate::{AdaptedModel, Error, Result, stages::calibrated};
 
 /// How a plan is fine-tuned and scored: LoRA on the quantized model, then its loss on held-out text.
 #[derive(Debug, Clone)]
@@ -19,14 +20,15 @@ pub struct FineTune {
     held_out: Vec<u32>,
     window: usize,
     trainer: TrainerConfig,
-    peft: PeftConfig,
+    adapters: AdapterConfig,
     start: Option<(Method, Windows)>,
     evaluate_every: u64,
 }
 
 /// What a fine-tune ended with.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Tuned {
+#[non_exhaustive]
+pub struct Outcome {
     /// Mean negative log-likelihood of the held-out tokens, in nats; NaN if training diverged.
     pub loss: f64,
     /// Training loss of the last step.
@@ -35,18 +37,22 @@ pub struct Tuned {
     pub steps: u64,
 }
 
+impl Outcome {
+    const NOTHING: Self = Self { loss: f64::NAN, train_loss: f64::NAN, steps: 0 };
+}
+
 impl FineTune {
     /// Trains on `train` as `trainer` says, but for its steps and seed, which every measurement sets (the warm-up is at
     /// most a tenth of the steps), and scores `held_out` in windows of `window` tokens.
     ///
     /// # Errors
-    /// [`Error::Argument`] for held-out text of less than a window.
+    /// [`Error::is_argument`] for held-out text of less than a window.
     pub fn new(
         train: Arc<Dataset>,
         held_out: Vec<u32>,
         window: usize,
         mut trainer: TrainerConfig,
-        peft: PeftConfig,
+        adapters: AdapterConfig,
     ) -> Result<Self> {
         if window < 2 || held_out.len() < window {
             let found = format!("{} tokens in windows of {window}", held_out.len());
@@ -54,7 +60,7 @@ impl FineTune {
         }
         // Every measurement's own; not part of what tells fine-tunes apart.
         (trainer.steps, trainer.batch.seed) = (1, 0);
-        Ok(Self { train, held_out, window, trainer, peft, start: None, evaluate_every: 0 })
+        Ok(Self { train, held_out, window, trainer, adapters, start: None, evaluate_every: 0 })
     }
 
     /// Codes and adapters start from a calibration on these windows (LoftQ, ApiQ) rather than from rounding and LoRA's
@@ -87,77 +93,97 @@ impl FineTune {
         steps: u64,
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
-    ) -> Result<Tuned> {
+    ) -> Result<Outcome> {
+        let base = self.adapters.clone().with_seed(seed);
         let Some((method, windows)) = &self.start else {
-            let (model, clocks) = attach(quantized, plan, &self.peft, seed)?;
-            return self.tune(model, clocks, steps, seed, keep_going);
+            return self.tune(attach(quantized, plan, &base)?, steps, seed, keep_going);
         };
         if let Some((path, _)) = plan.iter().find(|(_, s)| s.adapter.as_deref().is_some_and(|a| a != "lora"))
         {
             return Err(Error::argument(path, "adapter lora, for a calibrated start", "another"));
         }
         drop(quantized);
-        let config = peft(plan, &self.peft);
-        let attacher = LoraAttacher::new(&config, &original.slot_shapes(), seed)?;
         let mut calibration = CalibrationConfig::new(method.clone(), schemes(plan)?);
         calibration.measured_windows = 0;
-        let (model, _) = Calibrator::new(&calibration, windows)
-            .with_adapters(&attacher)
-            .run(original.clone(), &mut |_| ControlFlow::Continue(()))?;
-        self.tune(model, vec![attacher.clock().clone()], steps, seed, keep_going)
+        let model = calibrated(original.clone(), &adapters(plan, &base), &calibration, windows)?;
+        self.tune(model, steps, seed, keep_going)
     }
 
-    fn tune<M: CausalLm>(
+    fn tune(
         &self,
-        model: M,
-        clocks: Vec<DropoutClock>,
+        model: AdaptedModel,
         steps: u64,
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
-    ) -> Result<Tuned> {
+    ) -> Result<Outcome> {
         let mut config = self.trainer.clone();
         (config.steps, config.batch.seed) = (steps, seed);
         config.warmup = config.warmup.min(steps / 10);
-        let set = clocks.clone();
-        let mut trainer = Trainer::new(model, self.train.clone(), config)?.with_clock(move |place| {
-            for clock in &set {
-                clock.set(place.step, place.micro_batch);
-                clock.train(place.training);
-            }
-        });
-        let mut tuned = Tuned { loss: f64::NAN, train_loss: f64::NAN, steps: 0 };
-        for step in 1..=steps {
-            match trainer.step() {
-                Ok(report) => (tuned.train_loss, tuned.steps) = (report.loss, step),
-                Err(kiln_training::Error::Diverged { .. }) => return Ok(tuned),
-                Err(error) => return Err(error.into()),
-            }
-            if step < steps && self.evaluate_every > 0 && step.is_multiple_of(self.evaluate_every) {
-                tuned.loss = self.score(trainer.model(), &clocks)?;
-                if !keep_going(step, tuned.loss) {
-                    return Ok(tuned);
-                }
-            }
+        let mut trainer = Trainer::new(model, self.train.clone(), config)?;
+        let mut listener = Listener { fine_tune: self, steps, keep_going, outcome: Outcome::NOTHING };
+        let options = RunOptions::new().with_evaluations(self.evaluate_every);
+        match trainer.run_with(&options, &mut listener) {
+            Ok(_) => {}
+            Err(kiln_training::Error::Diverged { .. }) => return Ok(listener.outcome),
+            Err(error) => return Err(error.into()),
         }
-        tuned.loss = self.score(trainer.model(), &clocks)?;
-        Ok(tuned)
+        let outcome = listener.outcome;
+        if self.evaluate_every > 0 {
+            return Ok(outcome);
+        }
+        Ok(Outcome { loss: self.score(trainer.model())?, ..outcome })
     }
 
     /// The held-out loss; NaN where the model gives no number.
-    fn score<M: CausalLm>(&self, model: &M, clocks: &[DropoutClock]) -> Result<f64> {
-        clocks.iter().for_each(|clock| clock.train(false));
+    fn score<M: CausalLm>(&self, model: &M) -> Result<f64, kiln_eval::Error> {
         let protocol = WindowedPerplexity::new(self.window).with_batch(4);
-        match protocol.evaluate(&model.valid(), &self.held_out, &mut |_| ControlFlow::Continue(())) {
+        match protocol.evaluate(&model.valid(), &self.held_out) {
             Ok(found) => Ok(found.nll),
             Err(kiln_eval::Error::NotFinite { .. }) => Ok(f64::NAN),
-            Err(error) => Err(error.into()),
+            Err(error) => Err(error),
         }
     }
 
     /// Everything that decides a score but plan, steps and seed.
     pub(super) fn describe(&self) -> String {
-        let Self { train, held_out, window, trainer, peft, start, evaluate_every } = self;
+        let Self { train, held_out, window, trainer, adapters, start, evaluate_every } = self;
         let data = train.fingerprint();
-        format!("{data} {held_out:?} {window} {trainer:?} {} {start:?} {evaluate_every}", peft.to_json())
+        // Under PEFT's names, where it knows the method: what logs of earlier versions hold.
+        let adapters = match adapters.to_peft() {
+            Ok(peft) => peft.to_json().to_string(),
+            Err(_) => format!("{adapters:?}"),
+        };
+        format!("{data} {held_out:?} {window} {trainer:?} {adapters} {start:?} {evaluate_every}")
+    }
+}
+
+/// Scores on the way, and asks whether to go on.
+struct Listener<'a> {
+    fine_tune: &'a FineTune,
+    steps: u64,
+    keep_going: &'a mut dyn FnMut(u64, f64) -> bool,
+    outcome: Outcome,
+}
+
+impl<M: CausalLm> Observer<M> for Listener<'_> {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        match event {
+            Event::Step(report) => {
+                (self.outcome.train_loss, self.outcome.steps) = (report.loss, report.step + 1);
+            }
+            Event::Evaluation(evaluation) => {
+                self.outcome.loss = evaluation.score;
+                let is_last = evaluation.steps == self.steps;
+                if !is_last && !(self.keep_going)(evaluation.steps, evaluation.score) {
+                    return ControlFlow::Break(());
+                }
+            }
+            _ => {}
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn score(&mut self, model: &M, _: u64) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(Some(self.fine_tune.score(model)?))
     }
 }

@@ -30,7 +30,7 @@ impl Fisher {
     /// Takes gradients of the original model's loss on the windows, one at a time.
     ///
     /// # Errors
-    /// [`Error::Model`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn measure(original: &AnyModel<QuantLinear>, windows: &Windows) -> Result<Self> {
         windows.check(original)?;
         let trained = original.clone().try_map(|_, slot| {
@@ -66,7 +66,7 @@ impl Fisher {
     /// weight errors, weighted.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a path that the model lacks.
+    /// [`Error::is_argument`] for a path that the model lacks.
     pub fn harm(&self, path: &str, original: &QuantLinear, quantized: &QuantLinear) -> Result<f64> {
         let squares =
             self.squares.get(path).ok_or_else(|| Error::argument(path, "a measured linear", "none"))?;

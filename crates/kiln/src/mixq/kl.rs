@@ -62,7 +62,7 @@ impl LogitKl {
     /// Runs the original on the windows.
     ///
     /// # Errors
-    /// [`Error::Model`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn new(original: &AnyModel<QuantLinear>, windows: &Windows, options: &KlOptions) -> Result<Self> {
         windows.check(original)?;
         let length = windows.length();
@@ -122,7 +122,7 @@ impl LogitKl {
     /// may end the measurement.
     ///
     /// # Errors
-    /// [`Error::Argument`] for more tokens than there are, or a text too few or too many.
+    /// [`Error::is_argument`] for more tokens than there are, or a text too few or too many.
     pub fn measure(
         &mut self,
         quantized: &AnyModel<QuantLinear>,

@@ -6,7 +6,7 @@
 //! | [`ModelObjective`] | KL, activation error, Fisher and short fine-tunes as one objective |
 //! | [`Variants`] | a model's quantized projections, each made once; a plan's model in no time |
 //! | [`LogitKl`], [`Moments`], [`Fisher`], [`FineTune`] | the single measures |
-//! | [`load_options`], [`schemes`], [`peft`] | a plan for loading, calibration and training |
+//! | [`load_options`], [`schemes`], [`adapters`], [`attach`] | a plan for loading, calibration and training |
 //!
 //! Scores are always those of the quantized model. Figures "16-bit" of the literature are `dense` here, and a dense
 //! value takes 4 bytes, as it does in the loaded model.
@@ -42,7 +42,6 @@
 //! ```
 
 mod apply;
-mod error;
 mod fine_tune;
 mod fisher;
 mod kl;
@@ -51,9 +50,9 @@ mod objective;
 mod space;
 mod variants;
 
-pub use apply::{attach, load_options, peft, schemes};
-pub use error::{Error, Result};
-pub use fine_tune::{FineTune, Tuned};
+use crate::{Error, Result};
+pub use apply::{adapters, attach, load_options, schemes};
+pub use fine_tune::{FineTune, Outcome};
 pub use fisher::Fisher;
 pub use kl::{KlOptions, LogitKl};
 pub use moments::Moments;

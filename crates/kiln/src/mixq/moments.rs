@@ -21,7 +21,7 @@ impl Moments {
     /// Runs the original on the windows, one at a time.
     ///
     /// # Errors
-    /// [`Error::Model`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn measure(original: &AnyModel<QuantLinear>, windows: &Windows) -> Result<Self> {
         windows.check(original)?;
         let tape = Tape::default();
@@ -49,7 +49,7 @@ impl Moments {
     /// `|| X (W - Q) ||² / || X W ||²` of a projection, in squared Frobenius norms.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a path that the model lacks.
+    /// [`Error::is_argument`] for a path that the model lacks.
     pub fn relative_error(&self, path: &str, original: &QuantLinear, quantized: &QuantLinear) -> Result<f64> {
         let sum = self.sums.get(path).ok_or_else(|| Error::argument(path, "a measured linear", "none"))?;
         let energy = |weight: Tensor<2>| -> Result<f64> {

@@ -39,12 +39,12 @@ impl ModelObjective {
     /// Runs the original model on the windows.
     ///
     /// # Errors
-    /// [`Error::Model`] for windows that don't fit the model.
+    /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn new(variants: Variants, windows: &Windows, options: &KlOptions) -> Result<Self> {
         let original = variants.original();
         let kl = LogitKl::new(original, windows, options)?;
         let blocks = blocks_of(original)?;
-        let model_hash = kiln_side_tuning::fingerprint(original)?;
+        let model_hash = kiln_models::fingerprint(original)?;
         let mut objective = Self {
             variants,
             windows: windows.clone(),
@@ -92,7 +92,7 @@ impl ModelObjective {
     /// The divergence of a plan's model on the first `tokens` tokens.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a plan of another model, or more tokens than there are.
+    /// [`Error::is_argument`] for a plan of another model, or more tokens than there are.
     pub fn kl(&mut self, plan: &Plan, tokens: u64, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
         let model = self.variants.model(plan)?;
         let mut keys = vec![String::new(); model.num_blocks()];

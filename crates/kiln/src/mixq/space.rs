@@ -6,10 +6,9 @@ use kiln_mixq_search::{
 use kiln_models::{
     AnyModel, Recompute, Slots,
     config::{LayerShape, ModelConfig},
+    memory::{ProcessConstants, Step, Work, estimate},
 };
-use kiln_pruning::{model_bytes, model_config};
 use kiln_quant_core::{PathPattern, Projection, QuantLinear, Scheme};
-use kiln_side_tuning::memory::{Method, ProcessConstants, Step, estimate};
 
 use super::{Error, Result};
 
@@ -130,10 +129,10 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 ///
 /// Storage is [`StorageReport`](kiln_quant_core::StorageReport)'s: a plan's bytes are those of the checkpoint loaded
 /// with [`load_options`](super::load_options). The peak is that of
-/// [`kiln_side_tuning::memory`], process and allocator included; its activations hardly depend on the bits.
+/// [`kiln_models::memory`], process and allocator included; its activations hardly depend on the bits.
 ///
 /// # Errors
-/// [`Error::Argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
+/// [`Error::is_argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
 pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
     choices.check()?;
     let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
@@ -159,8 +158,8 @@ pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<Sear
             format!("\"{pattern}\", which matches none"),
         ));
     }
-    let rest = model_bytes(model).saturating_sub(weights);
-    let memory = memory_model(&model_config(model), rest as u64, choices)?;
+    let rest = model.stored_bytes().saturating_sub(weights);
+    let memory = memory_model(model.config(), rest as u64, choices)?;
     let mut units = if open.is_empty() { Vec::new() } else { open_units(open, &memory, choices)? };
     for (slot, scheme) in fixed_units {
         let setting = Setting::scheme(scheme.to_string());
@@ -196,9 +195,9 @@ fn memory_model(config: &ModelConfig, fixed: u64, choices: &Choices) -> Result<M
     let Some(training) = &choices.training else { return Ok(memory) };
     // Where ranks are searched, the largest: what moves depends little on it.
     let rank = choices.ranks.iter().copied().max().unwrap_or(training.rank);
-    let method = Method::Lora { rank: rank as usize };
-    let step = estimate(&with_one_width(config, training.step.recompute), 0, &method, &training.step)?;
-    let moving = (step.activations + step.transient).max(step.gradients + step.update);
+    let (step, model) = (&training.step, with_one_width(config, training.step.recompute));
+    let work = Work::lora(&model, rank as usize, step);
+    let moving = estimate(&model, 0, &work, step).moving();
     let beside = training.process.base + training.process.slack * moving;
     Ok(memory.with_trained(0, TRAINED_BYTES).with_activations(beside as u64))
 }
@@ -206,11 +205,7 @@ fn memory_model(config: &ModelConfig, fixed: u64, choices: &Choices) -> Result<M
 /// The same model with blocks of one width. What all blocks keep goes with their mean; with recomputation one block's
 /// values exist at a time, so the widest decides.
 fn with_one_width(config: &ModelConfig, recompute: Recompute) -> ModelConfig {
-    let shapes: &[LayerShape] = match config {
-        ModelConfig::Llama(llama) => &llama.layer_shapes,
-        ModelConfig::Opt(opt) => &opt.layer_shapes,
-        _ => &[],
-    };
+    let shapes = &config.layer_shapes;
     if shapes.is_empty() {
         return config.clone();
     }
@@ -218,20 +213,11 @@ fn with_one_width(config: &ModelConfig, recompute: Recompute) -> ModelConfig {
         Recompute::Block => shapes.iter().map(part).max().unwrap_or(0),
         _ => shapes.iter().map(part).sum::<usize>().div_ceil(shapes.len()),
     };
-    let heads = width(|shape| shape.num_attention_heads);
-    let inner = width(|shape| shape.intermediate_size);
-    let mut config = config.clone();
-    match &mut config {
-        ModelConfig::Llama(llama) => {
-            llama.num_key_value_heads = width(|shape| shape.num_key_value_heads);
-            (llama.num_attention_heads, llama.intermediate_size) = (heads, inner);
-            llama.layer_shapes.clear();
-        }
-        ModelConfig::Opt(opt) => {
-            (opt.num_attention_heads, opt.ffn_dim) = (heads, inner);
-            opt.layer_shapes.clear();
-        }
-        _ => {}
+    ModelConfig {
+        num_attention_heads: width(|shape| shape.num_attention_heads),
+        num_key_value_heads: width(|shape| shape.num_key_value_heads),
+        intermediate_size: width(|shape| shape.intermediate_size),
+        layer_shapes: Vec::new(),
+        ..config.clone()
     }
-    config
 }

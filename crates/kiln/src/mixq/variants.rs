@@ -45,7 +45,7 @@ impl Variants {
     /// The model quantized by a plan; tensors are shared.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a plan that isn't of this model; what the quantizer refuses.
+    /// [`Error::is_argument`] for a plan that isn't of this model; what the quantizer refuses.
     pub fn model(&mut self, plan: &Plan) -> Result<AnyModel<QuantLinear>> {
         let settings: HashMap<&str, Scheme> = plan
             .iter()
@@ -67,7 +67,7 @@ impl Variants {
     /// One projection in one scheme.
     ///
     /// # Errors
-    /// [`Error::Argument`] for a path that the model lacks; what the quantizer refuses.
+    /// [`Error::is_argument`] for a path that the model lacks; what the quantizer refuses.
     pub fn projection(&mut self, path: &str, scheme: Scheme) -> Result<QuantLinear> {
         let original = self.model.slots().into_iter().find(|(known, _)| known == path);
         let (_, original) =

@@ -12,10 +12,10 @@ use super::{
     ExportOptions, ExportReport, Fallback, FloatType, Format,
     config::config_json,
     folder::{Converted, Data, FolderExport, Part},
-    item::{self, Host, Item, Role},
+    item::{self, Host, Item},
     report::Written,
 };
-use crate::{AnyModel, Checkpoint, Result, hf::transposed};
+use crate::{Checkpoint, Decoder, Result, config::TensorRole, hf::transposed};
 
 /// Values under one scale that bitsandbytes has kernels for.
 const BLOCKS: std::ops::RangeInclusive<usize> = 64..=4096;
@@ -29,15 +29,15 @@ const BLOCKS: std::ops::RangeInclusive<usize> = 64..=4096;
 /// As [`export_hf`](super::export_hf), and [`Error::Export`](crate::Error::Export) naming a packed linear that bitsandbytes can't hold, unless
 /// `options.fallback` writes it dense.
 pub fn export_bitsandbytes(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
     let items = item::items(model);
-    let mut config = config_json(&item::config(model), source.special_tokens(), options.float)?;
+    let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     let (mut schemes, mut dense) = (Vec::new(), vec!["lm_head".to_owned()]);
-    for item in items.iter().filter(|item| item.role == Role::Linear) {
+    for item in items.iter().filter(|item| item.role == TensorRole::Linear) {
         match check(item) {
             Err(error) if options.fallback == Fallback::Refuse => return Err(error),
             Ok(Some(scheme)) => schemes.push(scheme),
@@ -58,7 +58,7 @@ pub fn export_bitsandbytes(
         json: Vec::new(),
     };
     export.write(|item, host| match host {
-        Host::Packed(weight) if item.role == Role::Linear => match check(item) {
+        Host::Packed(weight) if item.role == TensorRole::Linear => match check(item) {
             Ok(Some((codebook, _))) => packed(item, weight, codebook, options.float),
             Ok(None) => Converted::dense(Format::BitsAndBytes, item, host, options.float),
             Err(error) => Converted::fallback(Format::BitsAndBytes, item, host, options.float, &error),

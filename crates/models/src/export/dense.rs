@@ -10,7 +10,7 @@ use super::{
     folder::{Converted, FolderExport},
     item,
 };
-use crate::{AnyModel, Checkpoint, Result};
+use crate::{Checkpoint, Decoder, Result};
 
 /// Writes `model` dense, every tensor in `options.float`: `config.json`, one `model.safetensors` or shards with their
 /// index, and the tokenizer files of `source`, the checkpoint that the model came from.
@@ -36,12 +36,12 @@ use crate::{AnyModel, Checkpoint, Result};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn export_hf(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
-    let config = config_json(&item::config(model), source.special_tokens(), options.float)?;
+    let config = config_json(model.config(), source.special_tokens(), options.float)?;
     let export = FolderExport {
         folder: folder.as_ref(),
         source,

@@ -11,15 +11,16 @@ use rayon::prelude::*;
 
 use super::{
     ExportReport, ExportRow, Fallback, FloatType, Format, gguf_tokenizer,
-    item::{self, Groups, Host, Item, Role, rounded},
+    item::{self, Groups, Host, Item, rounded},
     report::{Written, difference},
 };
 use crate::{
-    AnyModel, Checkpoint, Result,
-    config::{LlamaConfig, ModelConfig, RopeScaling},
+    Checkpoint, Decoder, Result,
+    config::{ModelConfig, RopeConfig, RopeScaling, TensorRole},
+    families::Family,
     gguf::{
         BlockType, Value as Key, llama3_factors,
-        names::{self, Architecture, Heads, ROPE_FACTORS},
+        names::{self, Heads, ROPE_FACTORS},
         writer::{self, NewTensor},
     },
 };
@@ -60,8 +61,7 @@ impl Default for GgufOptions {
 /// repeated for every 32 inputs; the report says what that rounding costs. Norms and biases are f32. Rows of q and k
 /// get the order that the architecture `llama` has.
 ///
-/// Architectures: `qwen3` for models with norms on q and k, `qwen2` for those with biases on q, k and v alone, `llama`
-/// for the rest.
+/// The architecture is the family's own, or `llama` for a model whose biases its family's files don't have.
 ///
 /// # Errors
 /// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (codebooks, float offsets at 8 bits, blocks of other
@@ -84,39 +84,39 @@ impl Default for GgufOptions {
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn export_gguf(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     path: impl AsRef<Path>,
     options: &GgufOptions,
 ) -> Result<ExportReport> {
     let path = path.as_ref();
     check_options(options)?;
-    let config = llama_config(&item::config(model))?;
-    let architecture = architecture(&config)?;
+    let config = model.config();
+    let family = family(config)?;
     let items = item::items(model);
-    let writer = Exporter { config: &config, architecture, options };
+    let writer = Exporter { config, family, options };
     let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
     let (mut tensors, mut kinds) = (Vec::new(), BTreeMap::new());
     for item in &items {
         let host = item.host()?;
         let converted = writer.convert(item, &host)?;
         let (max_difference, relative_difference) = difference(&host, &converted.written);
-        let tensor = NewTensor { name: gguf_name(item)?, shape: item.shape(), kind: converted.kind };
+        let tensor = NewTensor { name: gguf_name(family, item)?, shape: item.shape(), kind: converted.kind };
         let (name, stored) = (item.name(), converted.kind.name().to_owned());
         let bytes = tensor.bytes().unwrap_or(0) as u64;
         report.rows.push(ExportRow { name, stored, bytes, max_difference, relative_difference });
         report.notes.extend(converted.note);
-        if item.role == Role::Linear {
+        if item.role == TensorRole::Linear {
             *kinds.entry(converted.kind.id()).or_insert(0) += 1;
         }
         tensors.push(tensor);
     }
     let usual = kinds.iter().max_by_key(|(_, count)| **count).map_or(0, |(id, _)| *id);
-    let mut keys = keys(&config, architecture, usual, options)?;
+    let mut keys = keys(config, family, usual, options)?;
     if options.tokenizer {
         keys.extend(gguf_tokenizer::keys(source, config.vocab_size, &mut report.notes)?);
     }
-    let factors = rope_factors(&config);
+    let factors = rope_factors(config);
     if let Some(factors) = &factors {
         let shape = vec![factors.len()];
         tensors.push(NewTensor { name: ROPE_FACTORS.into(), shape, kind: BlockType::F32 });
@@ -140,33 +140,34 @@ fn check_options(options: &GgufOptions) -> Result<()> {
     Err(refuse("GgufOptions.dense", "F32, F16, BF16 or Q8_0", options.dense.name()))
 }
 
-fn gguf_name(item: &Item) -> Result<String> {
+fn gguf_name(family: &Family, item: &Item) -> Result<String> {
     let name = item.name();
-    names::from_hugging_face(&name).ok_or_else(|| refuse(&name, "a tensor of the LLaMA family", "another"))
+    names::from_hugging_face(family, &name)
+        .ok_or_else(|| refuse(&name, format!("a tensor of the family {family:?}"), "another"))
 }
 
-/// The shape of a model of the LLaMA family whose blocks are alike.
-pub(super) fn llama_config(config: &ModelConfig) -> Result<LlamaConfig> {
-    let ModelConfig::Llama(config) = config else {
-        return Err(refuse("architecture", Architecture::list(), "opt"));
-    };
+/// The family whose GGUF architecture computes what `config` says, in llama.cpp too: the model's own, or `llama`, which
+/// takes any biases, where those of the model aren't its family's.
+pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
     }
-    Ok(config.clone())
+    let own = config.family;
+    if own.gguf.is_none() {
+        return Err(refuse("architecture", Family::gguf_names(), own.model_type));
+    }
+    if (own.own_biases)(config.biases) == config.biases {
+        return Ok(own);
+    }
+    match Family::by_gguf("llama", false) {
+        Some(llama) if own.norms().all(|norm| !norm.place.is_head()) => Ok(llama),
+        _ => Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
+    }
 }
 
-/// The architecture that computes what `config` says, in llama.cpp too.
-pub(super) fn architecture(config: &LlamaConfig) -> Result<Architecture> {
-    let biases = [config.qkv_bias, config.o_bias, config.mlp_bias];
-    match (config.qk_norm, biases) {
-        (true, [false, false, false]) => Ok(Architecture::Qwen3),
-        (true, _) => {
-            Err(refuse("biases", "none beside norms on q and k", format!("q, k, v, o, MLP: {biases:?}")))
-        }
-        (false, [true, false, false]) => Ok(Architecture::Qwen2),
-        (false, _) => Ok(Architecture::Llama),
-    }
+/// A GGUF architecture's name.
+pub(super) fn architecture(family: &Family) -> &'static str {
+    family.gguf.map_or("", |gguf| gguf.name)
 }
 
 /// A tensor as the file holds it.
@@ -178,14 +179,14 @@ struct Converted {
 }
 
 struct Exporter<'a> {
-    config: &'a LlamaConfig,
-    architecture: Architecture,
+    config: &'a ModelConfig,
+    family: &'static Family,
     options: &'a GgufOptions,
 }
 
 impl Exporter<'_> {
     fn convert(&self, item: &Item, host: &Host) -> Result<Converted> {
-        let order = row_order(self.architecture, self.config, &item.name());
+        let order = row_order(self.family, self.config, &item.name());
         match host {
             Host::Dense(_) => self.dense(item, host, order),
             Host::Packed(weight) => match repacked(item, weight) {
@@ -207,7 +208,7 @@ impl Exporter<'_> {
         let (name, shape) = (item.name(), item.shape());
         let width = shape.last().copied().unwrap_or(1);
         let kind = match self.options.dense {
-            _ if item.role == Role::Plain => BlockType::F32,
+            _ if item.role == TensorRole::Plain => BlockType::F32,
             BlockType::Q8_0 if !width.is_multiple_of(BLOCK) => BlockType::F16,
             kind => kind,
         };
@@ -247,8 +248,8 @@ fn symmetric(bits: u32) -> QuantScheme {
 
 /// Hugging Face's row for each row of the file, where they differ: there the two halves of a head follow each other,
 /// here they alternate.
-pub(super) fn row_order(architecture: Architecture, config: &LlamaConfig, name: &str) -> Option<Vec<usize>> {
-    let heads = match names::interleaved(architecture, name)? {
+pub(super) fn row_order(family: &Family, config: &ModelConfig, name: &str) -> Option<Vec<usize>> {
+    let heads = match names::interleaved(family, name)? {
         Heads::Query => config.num_attention_heads,
         Heads::Key => config.num_key_value_heads,
     };
@@ -364,8 +365,8 @@ fn floats(values: &[f32], kind: BlockType) -> Vec<u8> {
 
 /// `general.*` and `<architecture>.*`; `usual` is the type of most linears.
 fn keys(
-    config: &LlamaConfig,
-    architecture: Architecture,
+    config: &ModelConfig,
+    family: &Family,
     usual: u32,
     options: &GgufOptions,
 ) -> Result<Vec<(String, Key)>> {
@@ -382,7 +383,7 @@ fn keys(
         _ => 0,
     };
     let mut keys = vec![
-        ("general.architecture".to_owned(), text(architecture.name())),
+        ("general.architecture".to_owned(), text(architecture(family))),
         ("general.type".to_owned(), text("model")),
         ("general.file_type".to_owned(), Key::Uint(file_type)),
         ("general.quantization_version".to_owned(), Key::Uint(2)),
@@ -390,6 +391,7 @@ fn keys(
     if let Some(name) = &options.name {
         keys.push(("general.name".to_owned(), text(name)));
     }
+    let rope = rope(config)?;
     let mut own = vec![
         ("block_count", count(config.num_hidden_layers)),
         ("context_length", count(config.max_position_embeddings)),
@@ -399,21 +401,31 @@ fn keys(
         ("attention.head_count_kv", count(config.num_key_value_heads)),
         ("attention.key_length", count(config.head_dim)),
         ("attention.value_length", count(config.head_dim)),
-        ("attention.layer_norm_rms_epsilon", float(config.rms_norm_eps)),
+        ("attention.layer_norm_rms_epsilon", float(config.norm_eps)),
         ("rope.dimension_count", count(config.head_dim)),
-        ("rope.freq_base", float(config.rope.theta)),
+        ("rope.freq_base", float(rope.theta)),
         ("vocab_size", count(config.vocab_size)),
     ];
-    match config.sliding_window.as_slice() {
+    match config.layer_attention.as_slice() {
         [first, rest @ ..] if rest.iter().any(|other| other != first) => {
             return Err(refuse("config.sliding_window", "one window for all blocks", "windows that differ"));
         }
-        [Some(window), ..] => own.push(("attention.sliding_window", count(*window))),
-        _ => {}
+        [first, ..] => {
+            own.extend(first.sliding_window.map(|window| ("attention.sliding_window", count(window))))
+        }
+        [] => {}
     }
-    own.extend(rope_keys(&config.rope.scaling)?);
-    keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture.name()), value)));
+    own.extend(rope_keys(&rope.scaling)?);
+    keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture(family)), value)));
     Ok(keys)
+}
+
+/// The one rotary table that these files describe.
+fn rope(config: &ModelConfig) -> Result<&RopeConfig> {
+    match config.rope.as_slice() {
+        [rope] => Ok(rope),
+        tables => Err(refuse("config.rope", "one rotary table", tables.len().to_string())),
+    }
 }
 
 fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
@@ -455,12 +467,13 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
 }
 
 /// What LLaMA 3's scaling divides the frequencies by: a tensor, not a weight.
-fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
+fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
+    let rope = rope(config).ok()?;
     let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
-        config.rope.scaling
+        rope.scaling
     else {
         return None;
     };
     let frequencies = [factor, low_freq_factor, high_freq_factor];
-    Some(llama3_factors(config.rope.theta, config.head_dim, original_max_position_embeddings, frequencies))
+    Some(llama3_factors(rope.theta, config.head_dim, original_max_position_embeddings, frequencies))
 }

@@ -12,10 +12,10 @@ use super::{
     ExportOptions, ExportReport, Fallback, FloatType, Format,
     config::config_json,
     folder::{Converted, Data, FolderExport, Part},
-    item::{self, Groups, Host, Item, Role, rounded},
+    item::{self, Groups, Host, Item, rounded},
     report::Written,
 };
-use crate::{AnyModel, Checkpoint, Result};
+use crate::{Checkpoint, Decoder, Result, config::TensorRole};
 
 /// Writes `model` in GPTQ's format 2: the codes as they are, scales in f16, offsets as integer zero points.
 ///
@@ -28,13 +28,13 @@ use crate::{AnyModel, Checkpoint, Result};
 /// As [`export_hf`](super::export_hf), and [`Error::Export`](crate::Error::Export) naming a packed linear that GPTQ can't hold (a codebook, or sizes
 /// that are no multiples of 32), unless `options.fallback` writes it dense.
 pub fn export_gptq(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
     let items = item::items(model);
-    let mut config = config_json(&item::config(model), source.special_tokens(), options.float)?;
+    let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     let quantization = quantization(&items, options.fallback)?;
     let json = quantization.iter().map(|config| ("quantize_config.json", json!(config))).collect();
     if let Some(quantization) = quantization {
@@ -50,7 +50,7 @@ pub fn export_gptq(
         json,
     };
     export.write(|item, host| match host {
-        Host::Packed(weight) if item.role == Role::Linear => match check(item) {
+        Host::Packed(weight) if item.role == TensorRole::Linear => match check(item) {
             Ok(_) => packed(item, weight),
             Err(error) => Converted::fallback(Format::Gptq, item, host, options.float, &error),
         },
@@ -79,7 +79,7 @@ fn check(item: &Item) -> Result<Option<(u32, Option<usize>)>> {
 fn quantization(items: &[Item], fallback: Fallback) -> Result<Option<Map<String, serde_json::Value>>> {
     let mut layouts = BTreeMap::new();
     let mut symmetric = true;
-    for item in items.iter().filter(|item| item.role == Role::Linear) {
+    for item in items.iter().filter(|item| item.role == TensorRole::Linear) {
         let layout = match check(item) {
             Err(error) if fallback == Fallback::Refuse => return Err(error),
             layout => layout.unwrap_or(None),

@@ -7,28 +7,13 @@ use burn::{
 use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme};
 
 use super::{FloatType, Format};
-use crate::{
-    AnyModel, Embedding, Error, LayerNorm, Result, RmsNorm, Slots, config::ModelConfig, source::DenseTensor,
-};
-
-/// What a tensor is in the model; formats treat them differently.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Role {
-    /// Token embedding.
-    Embedding,
-    /// Output head.
-    Head,
-    /// A linear of a block.
-    Linear,
-    /// Norms, biases, learned positions.
-    Plain,
-}
+use crate::{Decoder, Embedding, Error, Result, Slots, config::TensorRole, source::DenseTensor};
 
 /// A tensor of the model. It shares the model's memory.
 pub(super) struct Item {
-    /// The module's path, or the tensor's name for [`Role::Plain`].
+    /// The module's path, or the tensor's name for [`TensorRole::Plain`].
     pub path: String,
-    pub role: Role,
+    pub role: TensorRole,
     stored: Stored,
 }
 
@@ -50,7 +35,7 @@ impl Item {
     /// The tensor's name in checkpoints.
     pub fn name(&self) -> String {
         match self.role {
-            Role::Plain => self.path.clone(),
+            TensorRole::Plain => self.path.clone(),
             _ => format!("{}.weight", self.path),
         }
     }
@@ -114,74 +99,38 @@ impl Host {
     }
 }
 
-/// All tensors of `model`.
-pub(super) fn items(model: &AnyModel<QuantLinear>) -> Vec<Item> {
+/// All tensors of `model`: tables, norms, linears in the order in which data flows, head.
+pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
+    let names = &model.config().family.names;
     let mut list = List(Vec::new());
-    let head = match model {
-        AnyModel::Llama(llama) => {
-            list.embedding("model.embed_tokens", &llama.model.embed_tokens);
-            for (index, block) in llama.model.layers.iter().enumerate() {
-                let path = |name: &str| format!("model.layers.{index}.{name}.weight");
-                list.rms_norm(path("input_layernorm"), Some(&block.input_layernorm));
-                list.rms_norm(path("self_attn.q_norm"), block.self_attn.q_norm.as_ref());
-                list.rms_norm(path("self_attn.k_norm"), block.self_attn.k_norm.as_ref());
-                list.rms_norm(path("post_attention_layernorm"), Some(&block.post_attention_layernorm));
-            }
-            list.rms_norm("model.norm.weight".into(), Some(&llama.model.norm));
-            &llama.lm_head
+    list.embedding(names.embedding, &model.embed_tokens);
+    if let (Some(table), Some(learned)) = (&model.embed_positions, names.positions) {
+        let name = format!("{}.weight", learned.path);
+        list.add(&name, TensorRole::Plain, Stored::Matrix(table.val(), false));
+    }
+    for (path, norm) in model.norms() {
+        for (name, values) in norm.parameters() {
+            list.vector(&format!("{path}.{name}"), values);
         }
-        AnyModel::Opt(opt) => {
-            let decoder = &opt.decoder;
-            list.embedding("model.decoder.embed_tokens", &decoder.embed_tokens);
-            let positions = Stored::Matrix(decoder.embed_positions.val(), false);
-            list.add("model.decoder.embed_positions.weight", Role::Plain, positions);
-            for (index, block) in decoder.layers.iter().enumerate() {
-                let path = |name: &str| format!("model.decoder.layers.{index}.{name}");
-                list.layer_norm(&path("self_attn_layer_norm"), &block.self_attn_layer_norm);
-                list.layer_norm(&path("final_layer_norm"), &block.final_layer_norm);
-            }
-            list.layer_norm("model.decoder.final_layer_norm", &decoder.final_layer_norm);
-            &opt.lm_head
-        }
-    };
-    model.for_each_slot(|path, slot| list.linear(path, Role::Linear, slot));
-    if let Some(head) = head {
-        list.linear("lm_head", Role::Head, head);
+    }
+    for (path, slot) in model.slots() {
+        list.linear(&path, TensorRole::Linear, slot);
+    }
+    if let Some(head) = &model.lm_head {
+        list.linear(names.head, TensorRole::Head, head);
     }
     list.0
-}
-
-/// The shape of `model`.
-pub(super) fn config(model: &AnyModel<QuantLinear>) -> ModelConfig {
-    match model {
-        AnyModel::Llama(llama) => ModelConfig::Llama(llama.config().clone()),
-        AnyModel::Opt(opt) => ModelConfig::Opt(opt.config().clone()),
-    }
 }
 
 struct List(Vec<Item>);
 
 impl List {
-    fn add(&mut self, path: &str, role: Role, stored: Stored) {
+    fn add(&mut self, path: &str, role: TensorRole, stored: Stored) {
         self.0.push(Item { path: path.into(), role, stored });
     }
 
     fn vector(&mut self, name: &str, values: &Param<Tensor<1>>) {
-        self.add(name, Role::Plain, Stored::Vector(values.val()));
-    }
-
-    fn rms_norm(&mut self, name: String, norm: Option<&RmsNorm>) {
-        if let Some(norm) = norm {
-            self.vector(&name, &norm.weight);
-        }
-    }
-
-    fn layer_norm(&mut self, path: &str, norm: &LayerNorm) {
-        for (part, values) in [("weight", &norm.weight), ("bias", &norm.bias)] {
-            if let Some(values) = values {
-                self.vector(&format!("{path}.{part}"), values);
-            }
-        }
+        self.add(name, TensorRole::Plain, Stored::Vector(values.val()));
     }
 
     fn embedding(&mut self, path: &str, embedding: &Embedding) {
@@ -189,10 +138,10 @@ impl List {
             Embedding::Dense(table) => Stored::Matrix(table.weight.val(), false),
             Embedding::Packed(table) => Stored::Packed(table.clone()),
         };
-        self.add(path, Role::Embedding, stored);
+        self.add(path, TensorRole::Embedding, stored);
     }
 
-    fn linear(&mut self, path: &str, role: Role, linear: &QuantLinear) {
+    fn linear(&mut self, path: &str, role: TensorRole, linear: &QuantLinear) {
         let (stored, bias) = match linear {
             QuantLinear::Packed(linear) => (Stored::Packed(linear.weight.clone()), &linear.bias),
             QuantLinear::Dense(linear) => (Stored::Matrix(linear.weight.val(), true), &linear.bias),

@@ -12,10 +12,10 @@ use super::{
     ExportOptions, ExportReport, Fallback, FloatType, Format,
     config::config_json,
     folder::{Converted, Data, FolderExport, Part},
-    item::{self, Groups, Host, Item, Role, rounded},
+    item::{self, Groups, Host, Item, rounded},
     report::Written,
 };
-use crate::{AnyModel, Checkpoint, Result, hf::transposed};
+use crate::{Checkpoint, Decoder, Result, config::TensorRole, hf::transposed};
 
 /// The groups that MLX has, larger ones first: they need fewer scales.
 const GROUPS: [usize; 3] = [128, 64, 32];
@@ -31,13 +31,13 @@ const GROUPS: [usize; 3] = [128, 64, 32];
 /// As [`export_hf`](super::export_hf), and [`Error::Export`](crate::Error::Export) naming a packed weight that MLX can't hold, unless
 /// `options.fallback` writes it dense.
 pub fn export_mlx(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
     let items = item::items(model);
-    let mut config = config_json(&item::config(model), source.special_tokens(), options.float)?;
+    let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     quantization(&items, options.fallback, &mut config)?;
     let export = FolderExport {
         folder: folder.as_ref(),
@@ -96,7 +96,7 @@ fn quantization(
     config: &mut Map<String, serde_json::Value>,
 ) -> Result<()> {
     let mut layouts = BTreeMap::new();
-    for item in items.iter().filter(|item| item.role != Role::Plain) {
+    for item in items.iter().filter(|item| item.role != TensorRole::Plain) {
         let layout = match layout(item) {
             Err(error) if fallback == Fallback::Refuse => return Err(error),
             layout => layout.unwrap_or(None),

@@ -19,6 +19,7 @@
 
 mod bnb;
 mod config;
+pub(crate) mod config_keys;
 mod dense;
 mod folder;
 mod gguf;

@@ -12,7 +12,7 @@ use super::{
     item::{self, Host, Item},
     tokenizer_files,
 };
-use crate::{AnyModel, Checkpoint, Error, Result, hf::PACKED_WEIGHTS};
+use crate::{Checkpoint, Decoder, Error, Result, hf::PACKED_WEIGHTS};
 
 /// Saves `model` as it is, bit for bit: a folder with `config.json` (Hugging Face's keys, and `quantization_config` with
 /// `quant_method` "kiln" and a version), packed weights and dense tensors in `model.safetensors`
@@ -40,11 +40,11 @@ use crate::{AnyModel, Checkpoint, Error, Result, hf::PACKED_WEIGHTS};
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub fn save_model(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     source: &Checkpoint,
     folder: impl AsRef<Path>,
 ) -> Result<ExportReport> {
-    let mut config = config_json(&item::config(model), source.special_tokens(), FloatType::F32)?;
+    let mut config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
     config.insert("quantization_config".into(), json!({"quant_method": "kiln", "version": 1}));
     let fresh = NewFolder::create(folder.as_ref())?;
     let items = item::items(model);

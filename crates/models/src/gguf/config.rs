@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
-use super::{Gguf, names::Architecture, rope, value::Metadata};
+use super::{Gguf, rope, value::Metadata};
 use crate::{
     Error, Result,
-    config::{LlamaConfig, ModelConfig, RopeConfig},
+    config::{Biases, LayerAttention, ModelConfig, RopeConfig},
+    families::{Family, LinearRole, Part},
     source::TensorSource,
 };
 
@@ -60,17 +61,17 @@ const REFUSED: [(&str, &[f64]); 17] = [
 /// `<architecture>.*` keys.
 pub(super) struct Keys<'a> {
     pub metadata: &'a Metadata,
-    architecture: Architecture,
+    architecture: &'a str,
 }
 
 impl<'a> Keys<'a> {
-    fn new(metadata: &'a Metadata, architecture: Architecture) -> Self {
+    fn new(metadata: &'a Metadata, architecture: &'a str) -> Self {
         Self { metadata, architecture }
     }
 
     /// The whole key.
     pub fn key(&self, key: &str) -> String {
-        format!("{}.{key}", self.architecture.name())
+        format!("{}.{key}", self.architecture)
     }
 
     /// A size; not zero.
@@ -123,7 +124,7 @@ impl<'a> Keys<'a> {
 }
 
 /// Query heads and key heads.
-pub(super) fn head_counts(metadata: &Metadata, architecture: Architecture) -> Result<(usize, usize)> {
+pub(super) fn head_counts(metadata: &Metadata, architecture: &str) -> Result<(usize, usize)> {
     let keys = Keys::new(metadata, architecture);
     let query = keys.required_size("attention.head_count")?;
     let key = keys.size("attention.head_count_kv")?.unwrap_or(query);
@@ -140,18 +141,18 @@ pub(super) fn head_counts(metadata: &Metadata, architecture: Architecture) -> Re
 
 pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
     let known = |key: &str| KNOWN.contains(&key) || REFUSED.iter().any(|(refused, _)| *refused == key);
-    let prefix = file.architecture.name();
+    let prefix = file.architecture.as_str();
     let rest = |key: &str| key.strip_prefix(prefix)?.strip_prefix('.').map(known);
     file.metadata.keys().filter(|key| rest(key) == Some(false)).collect()
 }
 
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let metadata = &file.metadata;
-    let keys = Keys::new(metadata, file.architecture);
+    let keys = Keys::new(metadata, &file.architecture);
     keys.refuse_what_changes_the_model()?;
     let hidden_size = keys.required_size("embedding_length")?;
     let num_hidden_layers = keys.required_size("block_count")?;
-    let (num_attention_heads, num_key_value_heads) = head_counts(metadata, file.architecture)?;
+    let (num_attention_heads, num_key_value_heads) = head_counts(metadata, &file.architecture)?;
     let head_dim = head_dim(&keys, hidden_size, num_attention_heads)?;
     check_layer_count(file, &keys, num_hidden_layers)?;
     let max_position_embeddings = keys.required_size("context_length")?;
@@ -162,8 +163,17 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         None => rope::from_keys(&keys, max_position_embeddings)?,
     };
     let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
-    let bias = |modules: &[&str]| all_or_none(file, num_hidden_layers, modules);
-    Ok(ModelConfig::Llama(LlamaConfig {
+    let window = keys.size("attention.sliding_window")?;
+    // The file's names fit the family that it was opened with; only the window can tell another one of that name.
+    let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
+    check_norms(file, family, num_hidden_layers)?;
+    let bias = |roles: &[LinearRole]| {
+        let linears = family.linears().filter(|linear| roles.contains(&linear.role));
+        let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
+        all_or_none(file, family, num_hidden_layers, &names)
+    };
+    Ok(ModelConfig {
+        family,
         vocab_size: vocab_size(file, &keys)?,
         hidden_size,
         intermediate_size: keys.required_size("feed_forward_length")?,
@@ -172,16 +182,33 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         num_key_value_heads,
         head_dim,
         max_position_embeddings,
-        rms_norm_eps: metadata.require(&keys.key("attention.layer_norm_rms_epsilon"), epsilon)?,
-        rope: RopeConfig { theta, scaling },
-        sliding_window: vec![keys.size("attention.sliding_window")?; num_hidden_layers],
-        qkv_bias: bias(&["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"])?,
-        o_bias: bias(&["self_attn.o_proj.bias"])?,
-        mlp_bias: bias(&["mlp.gate_proj.bias", "mlp.up_proj.bias", "mlp.down_proj.bias"])?,
-        qk_norm: bias(&["self_attn.q_norm.weight", "self_attn.k_norm.weight"])?,
-        tie_word_embeddings: !file.contains("lm_head.weight"),
+        norm_eps: metadata.require(&keys.key("attention.layer_norm_rms_epsilon"), epsilon)?,
+        norm_affine: true,
+        rope: vec![RopeConfig { theta, scaling }],
+        layer_attention: vec![LayerAttention { sliding_window: window, rope: Some(0) }; num_hidden_layers],
+        query_pre_attn_scalar: None,
+        embedding_multiplier: 1.0,
+        logit_softcap: None,
+        biases: Biases {
+            qkv: bias(&[LinearRole::Query, LinearRole::Key, LinearRole::Value])?,
+            o: bias(&[LinearRole::Output])?,
+            mlp: bias(&[LinearRole::Gate, LinearRole::Up, LinearRole::Down])?,
+        },
+        tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
         layer_shapes: Vec::new(),
-    }))
+    })
+}
+
+/// Every block must have its family's norms.
+fn check_norms(file: &Gguf, family: &Family, layers: usize) -> Result<()> {
+    for layer in 0..layers {
+        for entry in family.block {
+            if let Part::Norm(norm) = entry {
+                file.find(&format!("{}.weight", family.path(layer, norm.name)))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Width of a head; keys, values and rotated dimensions must agree on it.
@@ -205,7 +232,8 @@ fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
 
 /// There must be tensors for exactly the blocks that the metadata announces; so the count is bounded by the file's size.
 fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
-    let layer = |name: &String| name.strip_prefix("model.layers.")?.split('.').next()?.parse::<usize>().ok();
+    let prefix = format!("{}.", file.family.names.blocks);
+    let layer = |name: &String| name.strip_prefix(&prefix)?.split('.').next()?.parse::<usize>().ok();
     let found: BTreeSet<usize> = file.tensors.keys().filter_map(layer).collect();
     if found.len() == expected && found.last().is_none_or(|&last| last + 1 == expected) {
         return Ok(());
@@ -220,8 +248,8 @@ fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
 
 /// Rows of the embedding, which the metadata must not contradict.
 fn vocab_size(file: &Gguf, keys: &Keys) -> Result<usize> {
-    let name = "model.embed_tokens.weight";
-    let shape = &file.find(name)?.shape;
+    let name = format!("{}.weight", file.family.names.embedding);
+    let shape = &file.find(&name)?.shape;
     let &[rows, _] = shape.as_slice() else {
         return Err(keys.metadata.error("token_embd.weight", "2 dimensions", shape.len().to_string()));
     };
@@ -235,10 +263,9 @@ fn vocab_size(file: &Gguf, keys: &Keys) -> Result<usize> {
 }
 
 /// Whether every block has all of these tensors; an error if only some have.
-fn all_or_none(file: &Gguf, layers: usize, names: &[&str]) -> Result<bool> {
-    let all: Vec<String> = (0..layers)
-        .flat_map(|layer| names.iter().map(move |name| format!("model.layers.{layer}.{name}")))
-        .collect();
+fn all_or_none(file: &Gguf, family: &Family, layers: usize, names: &[String]) -> Result<bool> {
+    let all: Vec<String> =
+        (0..layers).flat_map(|layer| names.iter().map(move |name| family.path(layer, name))).collect();
     let missing = all.iter().find(|name| !file.contains(name));
     let present = all.iter().find(|name| file.contains(name));
     match (missing, present) {

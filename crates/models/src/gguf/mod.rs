@@ -29,7 +29,7 @@ use std::{
 use kiln_quant_core::{PackedWeight, QuantScheme, Scales, packing::CodePacker};
 use rayon::prelude::*;
 
-use self::names::{Architecture, Heads};
+use self::names::Heads;
 pub use self::{
     blocks::BlockType,
     header::TensorInfo,
@@ -42,6 +42,7 @@ pub(crate) use self::{
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
+    families::Family,
     source::{DenseTensor, StoredWeight, TensorSource},
     tokenizer::Tokenizer,
 };
@@ -64,7 +65,8 @@ pub struct Gguf {
     path: PathBuf,
     file: Mutex<File>,
     metadata: Metadata,
-    architecture: Architecture,
+    architecture: String,
+    family: &'static Family,
     tensors: BTreeMap<String, TensorInfo>,
     rope_factors: Option<TensorInfo>,
 }
@@ -82,8 +84,9 @@ impl Gguf {
         let header = header::read(path, &file)?;
         let metadata = header.metadata;
         let name = metadata.require("general.architecture", metadata.str("general.architecture")?)?;
-        let architecture = Architecture::parse(name)
-            .ok_or_else(|| metadata.unsupported_value("general.architecture", &Architecture::list()))?;
+        let architecture = name.to_owned();
+        let family = Family::by_gguf(name, false)
+            .ok_or_else(|| metadata.unsupported_value("general.architecture", &Family::gguf_names()))?;
         if metadata.str("general.type")?.is_some_and(|kind| kind != "model") {
             return Err(metadata.unsupported_value("general.type", "model"));
         }
@@ -95,14 +98,22 @@ impl Gguf {
         for tensor in header.tensors {
             if tensor.name == names::ROPE_FACTORS {
                 rope_factors = Some(tensor);
-            } else if let Some(name) = names::hugging_face(architecture, &tensor.name) {
+            } else if let Some(name) = names::hugging_face(family, &tensor.name) {
                 tensors.insert(name, tensor);
             } else {
-                let supported = format!("tensors of the architecture {}", architecture.name());
+                let supported = format!("tensors of the architecture {architecture}");
                 return Err(metadata.unsupported(&tensor.name, "this tensor", &supported));
             }
         }
-        Ok(Self { path: path.into(), file: Mutex::new(file), metadata, architecture, tensors, rope_factors })
+        Ok(Self {
+            path: path.into(),
+            file: Mutex::new(file),
+            metadata,
+            architecture,
+            family,
+            tensors,
+            rope_factors,
+        })
     }
 
     /// The file.
@@ -171,7 +182,7 @@ impl Gguf {
 
     /// The tensor as a matrix of rows of whole blocks, with the order of its rows.
     fn rows(&self, name: &str, tensor: &TensorInfo) -> Result<Rows> {
-        let heads = names::interleaved(self.architecture, name);
+        let heads = names::interleaved(self.family, name);
         let width = match (heads, tensor.shape.len()) {
             // The rows of a bias are single values.
             (Some(_), 1) if tensor.kind.weights() == 1 => 1,
@@ -191,7 +202,7 @@ impl Gguf {
     }
 
     fn head_dim(&self, name: &str, heads: Heads, rows: usize) -> Result<usize> {
-        let (query, key) = config::head_counts(&self.metadata, self.architecture)?;
+        let (query, key) = config::head_counts(&self.metadata, &self.architecture)?;
         let count = match heads {
             Heads::Query => query,
             Heads::Key => key,

@@ -1,106 +1,51 @@
-//! Tensor names: GGUF's and those of Hugging Face checkpoints.
+//! Tensor names: GGUF's and those of Hugging Face checkpoints, by a family's tables.
 
-/// An architecture that is read, by its `general.architecture`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Architecture {
-    /// LLaMA, Mistral, SmolLM2. Rows of q and k are interleaved within each head.
-    Llama,
-    /// Qwen2, Qwen2.5.
-    Qwen2,
-    /// Qwen3.
-    Qwen3,
-}
-
-impl Architecture {
-    const ALL: [Self; 3] = [Self::Llama, Self::Qwen2, Self::Qwen3];
-
-    /// The names of all, for errors.
-    pub(crate) fn list() -> String {
-        Self::ALL.map(Self::name).join(", ")
-    }
-
-    pub(super) fn parse(name: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|architecture| architecture.name() == name)
-    }
-
-    /// The value of `general.architecture`, which is also the prefix of hyperparameters.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Self::Llama => "llama",
-            Self::Qwen2 => "qwen2",
-            Self::Qwen3 => "qwen3",
-        }
-    }
-}
+use crate::families::{Family, LinearRole, NormKind, Part};
 
 /// The factors by which LLaMA 3 divides its rotary frequencies; not a weight.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Tensors outside the blocks: GGUF's name and Hugging Face's.
-const OUTER: [(&str, &str); 3] = [
-    ("token_embd.weight", "model.embed_tokens.weight"),
-    ("output_norm.weight", "model.norm.weight"),
-    ("output.weight", "lm_head.weight"),
-];
-
-/// Which tensors a module has.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    /// A weight, and maybe a bias.
-    Linear,
-    /// A weight.
-    Norm,
-    /// A weight, in Qwen3.
-    HeadNorm,
+/// Modules outside the blocks: GGUF's name and the path in checkpoints.
+fn outer(family: &Family) -> [(&'static str, &'static str); 3] {
+    let names = &family.names;
+    [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)]
 }
 
-/// Modules of a block: GGUF's name and Hugging Face's.
-const MODULES: [(&str, &str, Kind); 11] = [
-    ("attn_q", "self_attn.q_proj", Kind::Linear),
-    ("attn_k", "self_attn.k_proj", Kind::Linear),
-    ("attn_v", "self_attn.v_proj", Kind::Linear),
-    ("attn_output", "self_attn.o_proj", Kind::Linear),
-    ("ffn_gate", "mlp.gate_proj", Kind::Linear),
-    ("ffn_up", "mlp.up_proj", Kind::Linear),
-    ("ffn_down", "mlp.down_proj", Kind::Linear),
-    ("attn_norm", "input_layernorm", Kind::Norm),
-    ("ffn_norm", "post_attention_layernorm", Kind::Norm),
-    ("attn_q_norm", "self_attn.q_norm", Kind::HeadNorm),
-    ("attn_k_norm", "self_attn.k_norm", Kind::HeadNorm),
-];
-
-/// Index of the block, module and `weight` or `bias` of a name that begins with `prefix`.
+/// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot.
 fn parts<'a>(prefix: &str, name: &'a str) -> Option<(u32, &'a str, &'a str)> {
-    let (block, rest) = name.strip_prefix(prefix)?.split_once('.')?;
+    let (block, rest) = name.strip_prefix(prefix)?.strip_prefix('.')?.split_once('.')?;
     // Leading zeros or a sign would give two names to one tensor.
     let index = block.parse::<u32>().ok().filter(|index| index.to_string() == block)?;
     let (module, part) = rest.rsplit_once('.')?;
     Some((index, module, part))
 }
 
-/// The Hugging Face name of the tensor `name`; `None` if models of this architecture have no such tensor.
-pub(super) fn hugging_face(architecture: Architecture, name: &str) -> Option<String> {
-    if let Some((_, outer)) = OUTER.iter().find(|(gguf, _)| *gguf == name) {
-        return Some((*outer).into());
-    }
-    let (index, module, part) = parts("blk.", name)?;
-    let &(_, module, kind) = MODULES.iter().find(|(gguf, ..)| *gguf == module)?;
-    let known = match kind {
-        Kind::Linear => matches!(part, "weight" | "bias"),
-        Kind::Norm => part == "weight",
-        Kind::HeadNorm => part == "weight" && architecture == Architecture::Qwen3,
+/// The Hugging Face name of the tensor `name`; `None` if models of this family have no such tensor.
+pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
+    let known = |norm: bool, part: &str| match part {
+        "weight" => true,
+        "bias" => !norm || family.norm == NormKind::Layer,
+        _ => false,
     };
-    known.then(|| format!("model.layers.{index}.{module}.{part}"))
+    if let Some((index, module, part)) = parts("blk", name) {
+        let entry = family.block.iter().find(|entry| entry.gguf() == module)?;
+        let norm = matches!(entry, Part::Norm(_));
+        return known(norm, part).then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
+    }
+    let (module, part) = name.rsplit_once('.')?;
+    let (gguf, path) = outer(family).into_iter().find(|(gguf, _)| *gguf == module)?;
+    (part == "weight" || gguf == "output_norm" && known(true, part)).then(|| format!("{path}.{part}"))
 }
 
 /// GGUF's name of the tensor with this Hugging Face name.
-pub(crate) fn from_hugging_face(name: &str) -> Option<String> {
-    if let Some((outer, _)) = OUTER.iter().find(|(_, hugging_face)| *hugging_face == name) {
-        return Some((*outer).into());
+pub(crate) fn from_hugging_face(family: &Family, name: &str) -> Option<String> {
+    if let Some((index, module, part)) = parts(family.names.blocks, name) {
+        let entry = family.block.iter().find(|entry| entry.name() == module)?;
+        return Some(format!("blk.{index}.{}.{part}", entry.gguf()));
     }
-    let (index, module, part) = parts("model.layers.", name)?;
-    let &(module, ..) = MODULES.iter().find(|(_, hugging_face, _)| *hugging_face == module)?;
-    Some(format!("blk.{index}.{module}.{part}"))
+    let (module, part) = name.rsplit_once('.')?;
+    let (gguf, _) = outer(family).into_iter().find(|(_, path)| *path == module)?;
+    Some(format!("{gguf}.{part}"))
 }
 
 /// Whose heads the rows of a tensor belong to.
@@ -113,16 +58,15 @@ pub(crate) enum Heads {
 }
 
 /// The heads within which rows of the tensor with this Hugging Face name are interleaved.
-pub(crate) fn interleaved(architecture: Architecture, name: &str) -> Option<Heads> {
-    if architecture != Architecture::Llama {
+pub(crate) fn interleaved(family: &Family, name: &str) -> Option<Heads> {
+    if !family.gguf.is_some_and(|gguf| gguf.interleaved) {
         return None;
     }
-    if name.contains(".q_proj.") {
-        Some(Heads::Query)
-    } else if name.contains(".k_proj.") {
-        Some(Heads::Key)
-    } else {
-        None
+    let (_, module, _) = parts(family.names.blocks, name)?;
+    match family.linears().find(|linear| linear.name == module)?.role {
+        LinearRole::Query => Some(Heads::Query),
+        LinearRole::Key => Some(Heads::Key),
+        _ => None,
     }
 }
 
@@ -130,8 +74,13 @@ pub(crate) fn interleaved(architecture: Architecture, name: &str) -> Option<Head
 mod tests {
     use super::*;
 
+    fn family(model_type: &str) -> &'static Family {
+        Family::by_model_type(model_type).unwrap()
+    }
+
     #[test]
     fn names_are_those_of_hugging_face_checkpoints() {
+        let (llama, qwen3) = (family("llama"), family("qwen3"));
         for (gguf, expected) in [
             ("token_embd.weight", "model.embed_tokens.weight"),
             ("output_norm.weight", "model.norm.weight"),
@@ -147,14 +96,24 @@ mod tests {
             ("blk.3.ffn_down.bias", "model.layers.3.mlp.down_proj.bias"),
             ("blk.3.attn_q_norm.weight", "model.layers.3.self_attn.q_norm.weight"),
         ] {
-            assert_eq!(hugging_face(Architecture::Qwen3, gguf).as_deref(), Some(expected));
-            assert_eq!(from_hugging_face(expected).as_deref(), Some(gguf));
+            assert_eq!(hugging_face(qwen3, gguf).as_deref(), Some(expected));
+            assert_eq!(from_hugging_face(qwen3, expected).as_deref(), Some(gguf));
         }
         for unknown in ["blk.03.attn_q.weight", "blk.+3.attn_q.weight", "blk.3.ffn_gate_exps.weight", "a", ""]
         {
-            assert_eq!(hugging_face(Architecture::Qwen3, unknown), None, "{unknown}");
+            assert_eq!(hugging_face(qwen3, unknown), None, "{unknown}");
         }
-        assert_eq!(hugging_face(Architecture::Llama, "blk.3.attn_q_norm.weight"), None);
-        assert_eq!(hugging_face(Architecture::Llama, "blk.3.attn_norm.bias"), None);
+        assert_eq!(hugging_face(llama, "blk.3.attn_q_norm.weight"), None);
+        assert_eq!(hugging_face(llama, "blk.3.attn_norm.bias"), None);
+        assert_eq!(hugging_face(llama, "output_norm.bias"), None);
+    }
+
+    #[test]
+    fn rows_of_queries_and_keys_are_interleaved_in_llama_files_alone() {
+        let query = "model.layers.3.self_attn.q_proj.weight";
+        assert_eq!(interleaved(family("llama"), query), Some(Heads::Query));
+        assert_eq!(interleaved(family("mistral"), "model.layers.0.self_attn.k_proj.bias"), Some(Heads::Key));
+        assert_eq!(interleaved(family("llama"), "model.layers.3.self_attn.v_proj.weight"), None);
+        assert_eq!(interleaved(family("qwen3"), query), None);
     }
 }

@@ -38,7 +38,7 @@ pub(super) fn read_object(path: &Path, max_bytes: u64) -> Result<Map<String, Val
 
 /// A JSON object whose keys are asked for by name and type. `null` counts as absent unless said otherwise.
 #[derive(Debug)]
-pub(super) struct Fields<'a> {
+pub(crate) struct Fields<'a> {
     path: &'a Path,
     prefix: String,
     map: &'a Map<String, Value>,

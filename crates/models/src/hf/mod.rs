@@ -17,12 +17,12 @@ use crate::{
 
 mod awq;
 mod bnb;
-mod config;
+pub(crate) mod config;
 mod gptq;
 mod json;
 mod mlx;
 mod packed;
-mod rope;
+pub(crate) mod rope;
 mod shards;
 #[cfg(test)]
 mod tests;
@@ -34,7 +34,7 @@ pub use self::{
     packed::PackedFolder,
 };
 use self::{config::FolderConfig, shards::SafetensorsSet};
-pub(crate) use self::{config::parse as parse_config, mlx::transposed, packed::PACKED_WEIGHTS};
+pub(crate) use self::{config::parse as parse_config, json::Fields, mlx::transposed, packed::PACKED_WEIGHTS};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -13,24 +13,78 @@ const SUPPORTED: &str = "default, linear, dynamic, yarn, llama3";
 /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (older), with the resolution that
 /// transformers' `modeling_rope_utils.py` makes: `rope_scaling` before `rope_parameters`, values inside before those at
 /// the top (for `original_max_position_embeddings` the reverse), `type` where `rope_type` is absent.
-pub(super) fn parse(config: &Fields<'_>, max_positions: usize, head_dim: usize) -> Result<RopeConfig> {
+pub(crate) fn parse(config: &Fields<'_>, max_positions: usize, head_dim: usize) -> Result<RopeConfig> {
+    let inner = dictionary(config)?;
+    let rope = one(config, inner.as_ref(), max_positions, head_dim, DEFAULT_THETA)?;
+    inner.into_iter().for_each(|inner| config.add_unknown(inner.unknown()));
+    Ok(rope)
+}
+
+/// As [`parse`], for families with a table for full and one for sliding blocks, in this order; `thetas` are the bases
+/// where the file is silent. Older files have one set for the full blocks, and `rope_local_base_freq` for the others,
+/// whose frequencies are never scaled.
+pub(crate) fn parse_by_layer_type(
+    config: &Fields<'_>,
+    max_positions: usize,
+    head_dim: usize,
+    thetas: [f64; 2],
+) -> Result<Vec<RopeConfig>> {
+    let inner = dictionary(config)?;
+    let local = config.positive("rope_local_base_freq")?;
+    const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];
+    let nested = inner.as_ref().filter(|inner| KINDS.iter().any(|kind| inner.get(kind).is_some()));
+    let tables = match nested {
+        Some(sets) => KINDS
+            .into_iter()
+            .zip(thetas)
+            .map(|(kind, theta)| {
+                let Some(set) = sets.object(kind)? else {
+                    return Ok(RopeConfig { theta, scaling: RopeScaling::Default });
+                };
+                let rope = one(config, Some(&set), max_positions, head_dim, theta)?;
+                config.add_unknown(set.unknown());
+                Ok(rope)
+            })
+            .collect::<Result<_>>()?,
+        None => {
+            let full = one(config, inner.as_ref(), max_positions, head_dim, thetas[0])?;
+            let theta = checked_theta(config, local.unwrap_or(thetas[1]))?;
+            vec![full, RopeConfig { theta, scaling: RopeScaling::Default }]
+        }
+    };
+    inner.into_iter().for_each(|inner| config.add_unknown(inner.unknown()));
+    Ok(tables)
+}
+
+/// The object with the parameters.
+fn dictionary<'a>(config: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     config.know(&["rope_scaling", "rope_parameters"]);
     config.refuse_unless("partial_rotary_factor", 1.0)?;
     config.refuse_unless("rope_interleaved", false)?;
-    let inner = match config.object("rope_scaling")? {
-        Some(scaling) => Some(scaling),
-        None => config.object("rope_parameters")?,
-    };
+    match config.object("rope_scaling")? {
+        Some(scaling) => Ok(Some(scaling)),
+        None => config.object("rope_parameters"),
+    }
+}
+
+/// One set of parameters.
+fn one(
+    config: &Fields<'_>,
+    inner: Option<&Fields<'_>>,
+    max_positions: usize,
+    head_dim: usize,
+    default_theta: f64,
+) -> Result<RopeConfig> {
     let top_theta = config.positive("rope_theta")?;
     let Some(rope) = inner else {
-        let theta = checked_theta(config, top_theta.unwrap_or(DEFAULT_THETA))?;
+        let theta = checked_theta(config, top_theta.unwrap_or(default_theta))?;
         return Ok(RopeConfig { theta, scaling: RopeScaling::Default });
     };
     rope.refuse_unless("partial_rotary_factor", 1.0)?;
     rope.know(&["type"]);
     let theta = match rope.positive("rope_theta")? {
-        Some(theta) => checked_theta(&rope, theta)?,
-        None => checked_theta(config, top_theta.unwrap_or(DEFAULT_THETA))?,
+        Some(theta) => checked_theta(rope, theta)?,
+        None => checked_theta(config, top_theta.unwrap_or(default_theta))?,
     };
     let original = match config.size("original_max_position_embeddings", super::config::MAX_POSITIONS)? {
         Some(original) => original,
@@ -38,8 +92,7 @@ pub(super) fn parse(config: &Fields<'_>, max_positions: usize, head_dim: usize) 
             .size("original_max_position_embeddings", super::config::MAX_POSITIONS)?
             .unwrap_or(max_positions),
     };
-    let scaling = scaling(&rope, Positions { max: max_positions, original }, head_dim)?;
-    config.add_unknown(rope.unknown());
+    let scaling = scaling(rope, Positions { max: max_positions, original }, head_dim)?;
     Ok(RopeConfig { theta, scaling })
 }
 

@@ -38,10 +38,9 @@ fn tiny_llama_gives_the_ids_its_training_used() {
     let expected = SpecialTokens { bos: Some(0), eos: vec![0], pad: Some(1) };
     assert_eq!((tokenizer.special(), tokenizer.chat_template()), (&expected, None));
     for name in ["shift_test_moby", "indomain_heldout_sotu_2011"] {
-        let path = format!("{TESTDATA}/models/tiny-llama/text/{name}");
-        let text = std::fs::read_to_string(format!("{path}.txt")).unwrap();
-        let bytes = std::fs::read(format!("{path}.u16le")).unwrap();
-        let ids: Vec<u32> = bytes.chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect();
+        let path = format!("{TESTDATA}/models/tiny-llama/text/{name}.txt");
+        let text = std::fs::read_to_string(path).unwrap();
+        let ids = kiln_testkit::ids(name);
         let found = tokenizer.encode(&text, false).unwrap();
         assert_eq!(ids[0], 0);
         assert_eq!(found[..ids.len() - 1], ids[1..], "{name}");
@@ -266,10 +265,7 @@ fn folders_that_do_not_fit_are_errors() {
 
 #[test]
 fn smollm2_gives_the_ids_of_its_python_tokenizer() {
-    let Some(path) = std::env::var_os("KILN_SMOLLM2") else {
-        println!("skipped: KILN_SMOLLM2 names no file");
-        return;
-    };
+    let Some(path) = kiln_testkit::smollm2() else { return };
     let tokenizer = Gguf::open(path).unwrap().tokenizer().unwrap();
     assert_eq!(tokenizer.vocab_size(), 49_152);
     assert_eq!(tokenizer.special(), &SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(2) });

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::{AnyModel, Windows};
+use kiln_models::{AnyModel, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -20,7 +20,7 @@ use crate::{
         GlobalRanking, HeadRounding, LayerRange, LayerScores, Scope, UnitScores, lowest, removed_heads,
         removed_mlp_channels, without,
     },
-    structure::{Role, Structure, model_config},
+    structure::Structure,
 };
 
 /// Prunes attention heads and MLP channels block by block.
@@ -133,13 +133,13 @@ impl BlockPruning {
         options: &CutOptions,
     ) -> Result<Pruned> {
         self.check(calibration)?;
-        let initial = Structure::of(&model_config(&model))?;
+        let initial = Structure::of(model.config());
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
         let mut run = Run::start(model, &initial, calibration);
         for step in 1..=self.steps {
             let share = step as f64 / self.steps as f64;
-            let structure = Structure::of(&model_config(&run.model))?;
+            let structure = Structure::of(run.model.config());
             let (removed, statistics) =
                 self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
             let mut kept = Kept::everything(&structure);
@@ -336,7 +336,7 @@ impl BlockPruning {
             let lists = structure.group(layer, attention).into_iter().map(|linear| {
                 let scores = matrices.get(&linear.path);
                 let scores = scores.ok_or_else(|| Error::mismatch(&linear.path, "scores", "none"))?;
-                let queries = linear.input == Role::Query || linear.output == Role::Query;
+                let queries = linear.input == Channels::Query || linear.output == Channels::Query;
                 Ok(match queries {
                     true => self.gqa_fold.apply(scores, heads, structure.head_dim),
                     false => scores.clone(),

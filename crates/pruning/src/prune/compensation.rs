@@ -3,16 +3,12 @@
 use std::collections::BTreeMap;
 
 use kiln_models::AnyModel;
+use kiln_models::families::Channels;
 use kiln_quant_core::QuantLinear;
 
 use super::matrix;
 use crate::{
-    Result,
-    criterion::Matrix,
-    importance::Statistics,
-    kept::Kept,
-    selection::without,
-    structure::{Role, Structure},
+    Result, criterion::Matrix, importance::Statistics, kept::Kept, selection::without, structure::Structure,
 };
 
 /// FLAP's biases: `W[:, removed] · mean(X[:, removed])` of each o and down that loses inputs.
@@ -23,7 +19,7 @@ pub(super) fn compensation(
     statistics: &Statistics,
 ) -> Result<BTreeMap<String, Vec<f32>>> {
     let mut biases = BTreeMap::new();
-    for linear in structure.linears.iter().filter(|linear| linear.input != Role::Hidden) {
+    for linear in structure.linears.iter().filter(|linear| linear.input != Channels::Hidden) {
         let Some(stays) = kept.positions(structure, linear.layer, linear.input) else { continue };
         let Some(inputs) = statistics.inputs.get(&linear.path) else { continue };
         let matrix = matrix(model, &linear.path)?;

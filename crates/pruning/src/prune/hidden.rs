@@ -15,7 +15,7 @@ use crate::{
     importance::{MatrixScores, Scored, gradient_scores, weight_scores},
     kept::Kept,
     selection::{lowest, removed_mlp_channels, without},
-    structure::{Structure, model_config},
+    structure::Structure,
 };
 
 /// Prunes the residual stream: the same channels everywhere.
@@ -64,7 +64,7 @@ impl HiddenPruning {
                 found,
             ));
         }
-        let structure = Structure::of(&model_config(&model))?;
+        let structure = Structure::of(model.config());
         let removed = removed_mlp_channels(structure.hidden, self.ratio, self.round_to);
         if removed >= structure.hidden {
             return Err(Error::RemovesAll {

@@ -6,12 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{Pruned, Run};
 use crate::{
-    Error, Result,
-    apply::CutOptions,
-    importance::statistics,
-    kept::Kept,
-    selection::lowest,
-    structure::{Structure, model_config},
+    Error, Result, apply::CutOptions, importance::statistics, kept::Kept, selection::lowest,
+    structure::Structure,
 };
 
 /// Removes whole blocks: those with the least influence on the residual stream (ShortGPT, arXiv 2403.03853). The result
@@ -43,7 +39,7 @@ impl LayerPruning {
         calibration: &Windows,
         options: &CutOptions,
     ) -> Result<Pruned> {
-        let structure = Structure::of(&model_config(&model))?;
+        let structure = Structure::of(model.config());
         let count = structure.layers.len();
         if self.remove >= count {
             let ratio = self.remove as f64 / count as f64;

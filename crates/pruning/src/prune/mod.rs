@@ -15,8 +15,7 @@ use crate::{
     apply::{CutOptions, Requantized, apply},
     criterion::Matrix,
     kept::Kept,
-    size::{model_bytes, parameters},
-    structure::{Structure, model_config},
+    structure::Structure,
 };
 
 /// A pruned model.
@@ -61,9 +60,9 @@ impl Run {
     fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
         let kept = Kept::everything(structure);
         let report = PruningReport {
-            parameters_before: parameters(&model_config(&model)),
+            parameters_before: model.config().parameters(),
             parameters_after: 0,
-            bytes_before: model_bytes(&model),
+            bytes_before: model.stored_bytes(),
             bytes_after: 0,
             kept: kept.clone(),
             requantized: Vec::new(),
@@ -83,8 +82,8 @@ impl Run {
 
     fn finish(self) -> Result<Pruned> {
         let report = PruningReport {
-            parameters_after: parameters(&model_config(&self.model)),
-            bytes_after: model_bytes(&self.model),
+            parameters_after: self.model.config().parameters(),
+            bytes_after: self.model.stored_bytes(),
             kept: self.kept,
             calibration_loss: self.losses,
             ..self.report

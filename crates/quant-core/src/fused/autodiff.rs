@@ -15,10 +15,8 @@ use burn::backend::{
 use burn::tensor::DType;
 
 use super::{
-    AttentionSpec, FusedOps, attention,
-    flex::{
-        cross_entropy_rows, rms_norm_backward, rows_of, shape_of, swiglu_backward, targets_of, values_mut,
-    },
+    AttentionSpec, FusedOps, Gating, attention,
+    flex::{cross_entropy_rows, rms_norm_backward, rows_of, shape_of, targets_of, values_mut},
     groups,
 };
 use crate::ops::flex::{contiguous, floats, tensor};
@@ -65,23 +63,25 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         }
     }
 
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
-        backward!(Swiglu, 2, (FlexTensor, FlexTensor), |parents, (gate, up), dy, grads| {
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
+        backward!(Gated, 2, (FlexTensor, FlexTensor, Gating), |parents, (gate, up, gating), dy, grads| {
             let shape = shape_of(&gate);
             let (gate, up, mut d_gate) = (contiguous(gate), contiguous(up), contiguous(dy));
-            let d_up = swiglu_backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
+            let d_up = gating.backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
             for (node, gradient) in parents.into_iter().zip([d_gate, tensor(d_up, shape, DType::F32)]) {
                 if let Some(node) = node {
                     grads.register::<Flex>(node.id, gradient);
                 }
             }
         });
-        match Swiglu.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
+        match Gated.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (gate, up) = (gate.into_primitive(), up.into_primitive());
-                prep.finish((gate.clone(), up.clone()), Flex::swiglu(gate, up))
+                prep.finish((gate.clone(), up.clone(), gating), Flex::gated(gate, up, gating))
             }
-            OpsKind::UnTracked(prep) => prep.finish(Flex::swiglu(gate.into_primitive(), up.into_primitive())),
+            OpsKind::UnTracked(prep) => {
+                prep.finish(Flex::gated(gate.into_primitive(), up.into_primitive(), gating))
+            }
         }
     }
 

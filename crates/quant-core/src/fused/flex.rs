@@ -7,7 +7,7 @@ use burn::backend::{
 use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
-use super::{AttentionSpec, FusedOps, attention, groups};
+use super::{AttentionSpec, FusedOps, Gating, attention, groups};
 use crate::ops::flex::{
     Matrix, contiguous, floats, matmul,
     simd::{exp, vectorize},
@@ -97,18 +97,61 @@ pub(super) fn rms_norm_backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32)
     (dx, d_weight)
 }
 
-pub(super) fn swiglu_backward(gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+/// `2 sqrt(2 / π)`, of GELU's tanh form.
+const GELU_SCALE: f32 = 1.595_769_1;
+/// The coefficient of the cube in GELU's tanh form.
+const GELU_CUBE: f32 = 0.044715;
+
+impl Gating {
+    /// `y *= up * sigmoid(s(y))`.
+    fn forward(self, y: &mut [f32], up: &[f32]) {
+        match self {
+            Self::Silu => gate_by(|x| x, y, up),
+            Self::GeluTanh => gate_by(|x| GELU_SCALE * (x + GELU_CUBE * x * x * x), y, up),
+        }
+    }
+
+    /// Turns the result's gradient `dy` into the gate's; returns that of `up`.
+    pub(super) fn backward(self, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+        match self {
+            Self::Silu => gate_backward(|x| (x, 1.0), gate, up, dy),
+            Self::GeluTanh => {
+                let s = |x: f32| {
+                    let square = x * x;
+                    (GELU_SCALE * (x + GELU_CUBE * square * x), GELU_SCALE * (1.0 + 3.0 * GELU_CUBE * square))
+                };
+                gate_backward(s, gate, up, dy)
+            }
+        }
+    }
+}
+
+/// Values that one task takes.
+const GATED: usize = 1 << 14;
+
+fn gate_by(s: impl Fn(f32) -> f32 + Sync, y: &mut [f32], up: &[f32]) {
+    y.par_chunks_mut(GATED).zip(up.par_chunks(GATED)).for_each(|(y, up)| {
+        vectorize(|| {
+            for (y, up) in y.iter_mut().zip(up) {
+                *y = *y * up / (1.0 + exp(-s(*y)));
+            }
+        });
+    });
+}
+
+/// `s` gives its value and its slope.
+fn gate_backward(s: impl Fn(f32) -> (f32, f32) + Sync, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
     let mut d_up = vec![0.0; dy.len()];
-    let size = 1 << 14;
-    dy.par_chunks_mut(size)
-        .zip(d_up.par_chunks_mut(size))
-        .zip(gate.par_chunks(size).zip(up.par_chunks(size)))
+    dy.par_chunks_mut(GATED)
+        .zip(d_up.par_chunks_mut(GATED))
+        .zip(gate.par_chunks(GATED).zip(up.par_chunks(GATED)))
         .for_each(|((dy, d_up), (gate, up))| {
             vectorize(|| {
                 for (((dy, d_up), gate), up) in dy.iter_mut().zip(d_up).zip(gate).zip(up) {
-                    let sigmoid = 1.0 / (1.0 + exp(-gate));
+                    let (argument, slope) = s(*gate);
+                    let sigmoid = 1.0 / (1.0 + exp(-argument));
                     *d_up = *dy * gate * sigmoid;
-                    *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid));
+                    *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * slope);
                 }
             });
         });
@@ -182,18 +225,11 @@ impl FusedOps for Flex {
         tensor(y, shape, DType::F32)
     }
 
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
         let (mut out, up) = (contiguous(gate), contiguous(up));
         let (y, up) = (values_mut(&mut out), floats(&up));
-        assert_eq!(up.len(), y.len(), "swiglu: gate and up");
-        let size = 1 << 14;
-        y.par_chunks_mut(size).zip(up.par_chunks(size)).for_each(|(y, up)| {
-            vectorize(|| {
-                for (y, up) in y.iter_mut().zip(up) {
-                    *y = *y * up / (1.0 + exp(-*y));
-                }
-            });
-        });
+        assert_eq!(up.len(), y.len(), "gated: gate and up");
+        gating.forward(y, up);
         out
     }
 

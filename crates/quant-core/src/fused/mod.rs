@@ -48,14 +48,24 @@ impl AttentionSpec {
     }
 }
 
+/// An activation `x * sigmoid(s(x))` that gates another value.
+#[cfg(feature = "flex")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Gating {
+    /// `s(x) = x`.
+    Silu,
+    /// `s(x) = 2 sqrt(2 / π) (x + 0.044715 x³)`, since `(1 + tanh(u)) / 2 = sigmoid(2 u)`.
+    GeluTanh,
+}
+
 /// The differentiable operations, on Flex only.
 #[cfg(feature = "flex")]
 #[backend_extension(Flex: cfg(feature = "flex"), Autodiff)]
 pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`rms_norm`].
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
-    /// See [`swiglu`].
-    fn swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`swiglu`] and [`geglu`].
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self>;
     /// See [`rotate`]; `sign` is -1 for the inverse rotation.
     fn rotate(
         x: FloatTensor<Self>,
@@ -124,7 +134,23 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
 /// # Shapes
 /// Both and the result alike.
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    fused_or_plain!(gate, Dispatch::swiglu(gate.into_dispatch(), up.into_dispatch()), plain::swiglu(gate, up))
+    fused_or_plain!(
+        gate,
+        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::Silu),
+        plain::swiglu(gate, up)
+    )
+}
+
+/// `gelu(gate) * up`, with GELU's tanh form: `x / 2 * (1 + tanh(sqrt(2 / π) * (x + 0.044715 x³)))`.
+///
+/// # Shapes
+/// Both and the result alike.
+pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    fused_or_plain!(
+        gate,
+        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::GeluTanh),
+        plain::geglu(gate, up)
+    )
 }
 
 /// Rotary positions, half-split: pairs are (`i`, `i + head_dim / 2`).

@@ -19,6 +19,13 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     silu(gate) * up
 }
 
+/// See [`geglu`](super::geglu).
+pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+    let inner = (gate.clone() + gate.clone().powi_scalar(3).mul_scalar(0.044715))
+        .mul_scalar((2.0 / std::f64::consts::PI).sqrt());
+    gate.mul_scalar(0.5) * inner.tanh().add_scalar(1.0) * up
+}
+
 /// See [`rotate`](super::rotate).
 pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
     let [batch, length, heads, head_dim] = x.dims();

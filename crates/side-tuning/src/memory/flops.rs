@@ -1,9 +1,9 @@
 //! Multiplications of a training step.
 
-use kiln_models::{Recompute, config::ModelConfig};
+use kiln_models::{Recompute, config::ModelConfig, memory::BlockSizes};
 
-use super::{Block, Method, vocabulary};
-use crate::{Result, network::width_and_layers};
+use super::Method;
+use crate::Result;
 
 /// The backward pass of fused attention over its forward pass, in products: scores again, and four gradients, over two.
 const ATTENTION_BACKWARD: f64 = 2.5;
@@ -19,22 +19,22 @@ const ATTENTION_BACKWARD: f64 = 2.5;
 /// # Errors
 /// A side network that doesn't fit the model.
 pub fn step_macs(model: &ModelConfig, method: &Method, recompute: Recompute, seq_len: usize) -> Result<f64> {
-    let (block, [_, layers]) = (Block::of(model)?, width_and_layers(model));
-    let (layers, length) = (layers as f64, seq_len as f64);
+    let block = BlockSizes::of(model);
+    let (layers, length) = (model.num_hidden_layers as f64, seq_len as f64);
     // Scores and weighted values, of half the keys on average.
-    let attention = |block: &Block| layers * block.query * length;
-    let (blocks, head) = (layers * block.linears(), block.width * vocabulary(model));
+    let attention = |block: &BlockSizes| layers * block.query * length;
+    let (blocks, head) = (layers * block.linears, block.width * model.vocab_size as f64);
     let forward = blocks + attention(&block);
     let again = if recompute == Recompute::Block { 1.0 } else { 0.0 };
     let backward = ATTENTION_BACKWARD * attention(&block);
     Ok(match method {
         Method::Full => forward + 2.0 * blocks + backward + 3.0 * head + again * forward,
         Method::Lora { rank } => {
-            let added = layers * *rank as f64 * block.low_rank();
+            let added = layers * *rank as f64 * block.low_rank;
             forward + blocks + backward + 2.0 * head + 3.0 * added + again * (forward + added)
         }
         Method::Side(config) => {
-            let side = Block::of(&config.side_model(model)?)?;
+            let side = BlockSizes::of(&config.side_model(model)?);
             let counts = config.parameter_counts(model)?;
             let added = (counts.blocks + counts.downsample + counts.upsample) as f64;
             let attention = attention(&side);

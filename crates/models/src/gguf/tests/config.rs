@@ -2,17 +2,15 @@
 
 use super::*;
 
-fn config(writer: &Writer) -> Result<LlamaConfig> {
-    match open(writer)?.config()? {
-        ModelConfig::Llama(config) => Ok(config),
-        other => panic!("{other:?}"),
-    }
+fn config(writer: &Writer) -> Result<ModelConfig> {
+    open(writer)?.config()
 }
 
 #[test]
 fn configuration_comes_from_keys_and_tensors() {
     let plain = config(&model("llama")).unwrap();
-    let expected = LlamaConfig {
+    let expected = ModelConfig {
+        family: Family::by_model_type("llama").unwrap(),
         vocab_size: 4,
         hidden_size: 8,
         intermediate_size: 16,
@@ -21,13 +19,14 @@ fn configuration_comes_from_keys_and_tensors() {
         num_key_value_heads: 1,
         head_dim: 4,
         max_position_embeddings: 64,
-        rms_norm_eps: 1e-6,
-        rope: crate::config::RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default },
-        sliding_window: vec![None],
-        qkv_bias: false,
-        o_bias: false,
-        mlp_bias: false,
-        qk_norm: false,
+        norm_eps: 1e-6,
+        norm_affine: true,
+        rope: vec![crate::config::RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }],
+        layer_attention: vec![LayerAttention { sliding_window: None, rope: Some(0) }],
+        query_pre_attn_scalar: None,
+        embedding_multiplier: 1.0,
+        logit_softcap: None,
+        biases: Biases::default(),
         tie_word_embeddings: true,
         layer_shapes: Vec::new(),
     };
@@ -40,7 +39,7 @@ fn configuration_comes_from_keys_and_tensors() {
     let error = config(&qwen).unwrap_err().to_string();
     assert!(error.contains("v_proj.bias"), "{error}");
     let qwen = config(&qwen.floats("blk.0.attn_v.bias", &[4], &bias[..4])).unwrap();
-    assert!(qwen.qkv_bias && !qwen.o_bias && !qwen.tie_word_embeddings);
+    assert!(qwen.biases.qkv && !qwen.biases.o && !qwen.tie_word_embeddings);
     let qwen = model("qwen3")
         .u32("qwen3.attention.key_length", 16)
         .u32("qwen3.attention.value_length", 16)
@@ -49,9 +48,8 @@ fn configuration_comes_from_keys_and_tensors() {
         .floats("blk.0.attn_q_norm.weight", &[16], &[1.0; 16])
         .floats("blk.0.attn_k_norm.weight", &[16], &[1.0; 16]);
     let qwen = config(&qwen).unwrap();
-    assert!(qwen.qk_norm);
-    assert_eq!((qwen.head_dim, qwen.rope.theta), (16, 1e6));
-    assert_eq!(qwen.sliding_window, [Some(32)]);
+    assert_eq!((qwen.family.model_type, qwen.head_dim, qwen.rope[0].theta), ("qwen3", 16, 1e6));
+    assert_eq!(qwen.sliding_windows(), [Some(32)]);
 }
 
 #[test]
@@ -85,7 +83,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
 
 #[test]
 fn rotary_scaling_comes_from_keys() {
-    let scaling = |writer: &Writer| config(writer).map(|config| config.rope.scaling);
+    let scaling = |writer: &Writer| config(writer).map(|config| config.rope[0].scaling.clone());
     let linear =
         model("llama").str("llama.rope.scaling.type", "linear").f32("llama.rope.scaling.factor", 2.5);
     assert_eq!(scaling(&linear).unwrap(), RopeScaling::Linear { factor: 2.5 });
@@ -145,8 +143,8 @@ fn frequency_factors_become_llama3_scaling() {
             high_freq_factor,
             original_max_position_embeddings: 8192,
         };
-        assert_eq!(config.rope.scaling, expected);
+        assert_eq!(config.rope[0].scaling, expected);
     }
     let config = config(&with_factors(32, 32, &[], 1.0)).unwrap();
-    assert_eq!(config.rope.scaling, RopeScaling::Default);
+    assert_eq!(config.rope[0].scaling, RopeScaling::Default);
 }

@@ -27,8 +27,9 @@ fn tiny(name: &str) -> HfFolder {
 fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
     let mut expected = Vec::new();
     let mut add = |name: String, shape: &[usize]| expected.push((name, shape.to_vec()));
-    match config {
-        ModelConfig::Llama(c) => {
+    let c = config;
+    match c.family.model_type {
+        "llama" | "mistral" | "qwen2" | "qwen3" => {
             let (query, key) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
             add("model.embed_tokens.weight".into(), &[c.vocab_size, c.hidden_size]);
             add("model.norm.weight".into(), &[c.hidden_size]);
@@ -37,13 +38,13 @@ fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             }
             for layer in 0..c.num_hidden_layers {
                 let linears = [
-                    ("self_attn.q_proj", query, c.hidden_size, c.qkv_bias),
-                    ("self_attn.k_proj", key, c.hidden_size, c.qkv_bias),
-                    ("self_attn.v_proj", key, c.hidden_size, c.qkv_bias),
-                    ("self_attn.o_proj", c.hidden_size, query, c.o_bias),
-                    ("mlp.gate_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-                    ("mlp.up_proj", c.intermediate_size, c.hidden_size, c.mlp_bias),
-                    ("mlp.down_proj", c.hidden_size, c.intermediate_size, c.mlp_bias),
+                    ("self_attn.q_proj", query, c.hidden_size, c.biases.qkv),
+                    ("self_attn.k_proj", key, c.hidden_size, c.biases.qkv),
+                    ("self_attn.v_proj", key, c.hidden_size, c.biases.qkv),
+                    ("self_attn.o_proj", c.hidden_size, query, c.biases.o),
+                    ("mlp.gate_proj", c.intermediate_size, c.hidden_size, c.biases.mlp),
+                    ("mlp.up_proj", c.intermediate_size, c.hidden_size, c.biases.mlp),
+                    ("mlp.down_proj", c.hidden_size, c.intermediate_size, c.biases.mlp),
                 ];
                 for (name, outputs, inputs, bias) in linears {
                     add(format!("model.layers.{layer}.{name}.weight"), &[outputs, inputs]);
@@ -54,14 +55,14 @@ fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
                 for name in ["input_layernorm", "post_attention_layernorm"] {
                     add(format!("model.layers.{layer}.{name}.weight"), &[c.hidden_size]);
                 }
-                if c.qk_norm {
+                if c.family.model_type == "qwen3" {
                     for name in ["q_norm", "k_norm"] {
                         add(format!("model.layers.{layer}.self_attn.{name}.weight"), &[c.head_dim]);
                     }
                 }
             }
         }
-        ModelConfig::Opt(c) => {
+        "opt" => {
             add("model.decoder.embed_tokens.weight".into(), &[c.vocab_size, c.hidden_size]);
             add(
                 "model.decoder.embed_positions.weight".into(),
@@ -76,8 +77,8 @@ fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
                 for name in ["q_proj", "k_proj", "v_proj", "out_proj"] {
                     module(&format!("self_attn.{name}"), square.clone());
                 }
-                module("fc1", vec![c.ffn_dim, c.hidden_size]);
-                module("fc2", vec![c.hidden_size, c.ffn_dim]);
+                module("fc1", vec![c.intermediate_size, c.hidden_size]);
+                module("fc2", vec![c.hidden_size, c.intermediate_size]);
                 module("self_attn_layer_norm", vec![c.hidden_size]);
                 module("final_layer_norm", vec![c.hidden_size]);
             }
@@ -86,6 +87,7 @@ fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
                 add(format!("{name}.weight"), &shape);
             }
         }
+        other => panic!("no table for {other}"),
     }
     expected.sort();
     expected

@@ -1,7 +1,7 @@
 //! `config.json` in its spellings, and what it must not hold.
 
 use super::*;
-use crate::config::{LlamaConfig, RopeConfig, RopeScaling};
+use crate::config::{Biases, RopeConfig, RopeScaling};
 use proptest::prelude::*;
 
 /// Reads a configuration alone.
@@ -11,11 +11,8 @@ fn read(config: &Value) -> Result<FolderConfig> {
     config::read_folder(folder.path())
 }
 
-fn llama(config: &Value) -> LlamaConfig {
-    match read(config).unwrap().model {
-        ModelConfig::Llama(config) => config,
-        other => panic!("{other:?}"),
-    }
+fn llama(config: &Value) -> ModelConfig {
+    read(config).unwrap().model
 }
 
 fn tiny_file(folder: &str, file: &str) -> Value {
@@ -41,7 +38,7 @@ fn both_spellings_are_the_same_model() {
 
 #[test]
 fn the_fixtures_say_what_their_table_says() {
-    let rope = |folder| llama(&tiny_file(folder, "config.json")).rope;
+    let rope = |folder| llama(&tiny_file(folder, "config.json")).rope.remove(0);
     assert_eq!(rope("llama-rope-linear").scaling, RopeScaling::Linear { factor: 2.0 });
     assert_eq!(
         rope("llama-rope-dynamic").scaling,
@@ -55,7 +52,7 @@ fn the_fixtures_say_what_their_table_says() {
     assert!((attention_factor - 1.138_629_436_111_989).abs() < 1e-15);
     let llama3 = llama(&tiny_file("llama-rope3-headdim24-f32", "config.json"));
     assert_eq!(
-        llama3.rope.scaling,
+        llama3.rope[0].scaling,
         RopeScaling::Llama3 {
             factor: 4.0,
             low_freq_factor: 1.0,
@@ -63,20 +60,17 @@ fn the_fixtures_say_what_their_table_says() {
             original_max_position_embeddings: 64
         }
     );
-    assert_eq!((llama3.head_dim, llama3.qkv_bias, llama3.o_bias, llama3.mlp_bias), (24, true, true, true));
+    assert_eq!((llama3.head_dim, llama3.biases), (24, Biases { qkv: true, o: true, mlp: true }));
     let mistral = llama(&tiny_file("mistral-swa8-f32", "config.json"));
-    assert_eq!(mistral.sliding_window, [Some(8), Some(8)]);
+    assert_eq!(mistral.sliding_windows(), [Some(8), Some(8)]);
     let qwen2 = llama(&tiny_file("qwen2-tied-f32", "config.json"));
-    assert_eq!(
-        (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm, qwen2.tie_word_embeddings),
-        (true, false, false, true)
-    );
-    assert_eq!(qwen2.sliding_window, [None, None]);
+    assert_eq!((qwen2.biases, qwen2.tie_word_embeddings), (Biases { qkv: true, o: false, mlp: false }, true));
+    assert_eq!(qwen2.sliding_windows(), [None, None]);
     let qwen3 = llama(&tiny_file("qwen3-untied-f32", "config.json"));
-    assert_eq!((qwen3.qkv_bias, qwen3.qk_norm, qwen3.tie_word_embeddings), (false, true, false));
+    assert_eq!((qwen3.biases, qwen3.tie_word_embeddings), (Biases::default(), false));
     let opt = read(&tiny_file("opt-f32", "config.json")).unwrap();
-    let ModelConfig::Opt(config) = opt.model else { panic!() };
-    assert_eq!((config.ffn_dim, config.max_position_embeddings, config.bias), (128, 64, true));
+    let config = opt.model;
+    assert_eq!((config.intermediate_size, config.max_position_embeddings, config.biases.o), (128, 64, true));
     assert_eq!(opt.special_tokens, SpecialTokens { bos: Some(2), eos: vec![2], pad: Some(1) });
 }
 
@@ -85,16 +79,16 @@ fn the_fixtures_say_what_their_table_says() {
 fn absent_keys_take_the_defaults_of_the_class() {
     let llama1 = llama(&with(tiny_config(), json!({"num_key_value_heads": null})));
     assert_eq!((llama1.num_key_value_heads, llama1.head_dim, llama1.max_position_embeddings), (4, 16, 2048));
-    assert_eq!(llama1.rope, RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default });
-    assert_eq!((llama1.rms_norm_eps, llama1.tie_word_embeddings, llama1.qkv_bias), (1e-6, false, false));
+    assert_eq!(llama1.rope, [RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }]);
+    assert_eq!((llama1.norm_eps, llama1.tie_word_embeddings, llama1.biases.qkv), (1e-6, false, false));
     let mut mistral = with(
         tiny_config(),
         json!({"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_attention_heads": 8}),
     );
     mistral.as_object_mut().unwrap().remove("num_key_value_heads");
-    assert_eq!(llama(&mistral).sliding_window, [Some(4096), Some(4096)]);
+    assert_eq!(llama(&mistral).sliding_windows(), [Some(4096), Some(4096)]);
     assert_eq!(llama(&mistral).num_key_value_heads, 8);
-    assert_eq!(llama(&with(mistral, json!({"sliding_window": null}))).sliding_window, [None, None]);
+    assert_eq!(llama(&with(mistral, json!({"sliding_window": null}))).sliding_windows(), [None, None]);
     let qwen3 = json!({"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"});
     assert_eq!(llama(&with(tiny_config(), qwen3)).head_dim, 128);
     let mut by_type = tiny_config();
@@ -109,7 +103,7 @@ fn qwen_windows_follow_layer_types_or_max_window_layers() {
             json!({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_hidden_layers": 3});
         with(with(tiny_config(), qwen), extra)
     };
-    let windows = |extra| llama(&qwen(extra)).sliding_window;
+    let windows = |extra| llama(&qwen(extra)).sliding_windows();
     assert_eq!(windows(json!({"sliding_window": 8, "max_window_layers": 1})), [None; 3]);
     let used = json!({"use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1});
     assert_eq!(windows(used.clone()), [None, Some(8), Some(8)]);
@@ -307,8 +301,8 @@ proptest! {
             Some(slot) => *slot = value,
             None => {}
         }
-        if let Ok(FolderConfig { model: ModelConfig::Llama(config), .. }) = read(&config) {
-            prop_assert_eq!(config.sliding_window.len(), config.num_hidden_layers);
+        if let Ok(FolderConfig { model: config, .. }) = read(&config) {
+            prop_assert_eq!(config.layer_attention.len(), config.num_hidden_layers);
             prop_assert_eq!(config.num_attention_heads % config.num_key_value_heads, 0);
         }
     }

@@ -1,0 +1,372 @@
+//! A language model with all that belongs to it: tokenizer, chat template, checkpoint.
+
+use std::{fmt, ops::ControlFlow, path::Path, sync::Arc};
+
+use burn::tensor::Device;
+use kiln_adapters::AdapterConfig;
+use kiln_models::{
+    AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
+    chat::{ChatTemplate, Message, TemplateContext},
+    export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
+    generate_with,
+};
+use kiln_quant_core::{Plan, QuantLinear, QuantScheme, Scheme};
+use kiln_training::{DataOptions, Dataset, DatasetLoss, ModelTokenizer, evaluate};
+
+use crate::{Error, FineTune, FineTuned, Result, Tuned};
+
+/// A language model as its checkpoint has it, or quantized on the way, with tokenizer and chat template.
+///
+/// Everything here is over one model type, [`AnyModel`], and compiled with this crate: a program that uses it doesn't
+/// compile the models again.
+///
+/// ```
+/// use kiln::prelude::*;
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+/// let base = Base::open(folder)?.with_bits(4).load()?;
+/// println!("{}", base.report().storage);
+/// println!("{}", base.generate("The Congress", 8)?);
+/// # Ok::<(), kiln::Error>(())
+/// ```
+pub struct Base {
+    model: AnyModel<QuantLinear>,
+    language: Arc<Language>,
+    report: LoadReport,
+}
+
+/// An open checkpoint, and how its model is to be loaded.
+///
+/// | option | default | meaning |
+/// | --- | --- | --- |
+/// | `bits`, `scheme`, `schemes` | as stored | weight format of the blocks' linears |
+/// | `device` | the CPU, or Burn's choice where that isn't compiled in | where to compute |
+/// | `chat_template` | the checkpoint's | how conversations become text |
+#[must_use = "`load` makes the model"]
+pub struct OpenBase {
+    checkpoint: Checkpoint,
+    format: Format,
+    device: Option<Device>,
+    template: Option<String>,
+}
+
+/// Weight format of the blocks' linears.
+enum Format {
+    AsStored,
+    Bits(u32),
+    Uniform(Scheme),
+    Planned(Plan<Scheme>),
+}
+
+/// What texts and conversations need besides a model.
+pub(crate) struct Language {
+    checkpoint: Checkpoint,
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+impl OpenBase {
+    /// Packs the blocks' linears to `bits` bits (2, 3, 4 or 8) in groups of 64 inputs, as they are read.
+    pub fn with_bits(mut self, bits: u32) -> Self {
+        self.format = Format::Bits(bits);
+        self
+    }
+
+    /// Gives all linears of the blocks one format: `"nf4:64:double".parse()?`.
+    pub fn with_scheme(mut self, scheme: Scheme) -> Self {
+        self.format = Format::Uniform(scheme);
+        self
+    }
+
+    /// Gives each linear of the blocks its format, by path.
+    pub fn with_schemes(mut self, schemes: Plan<Scheme>) -> Self {
+        self.format = Format::Planned(schemes);
+        self
+    }
+
+    /// Sets where to compute.
+    pub fn with_device(mut self, device: Device) -> Self {
+        self.device = Some(device);
+        self
+    }
+
+    /// Sets the chat template, as Jinja, in place of the checkpoint's own, if it has any.
+    pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
+        self.template = Some(template.into());
+        self
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    /// Reads tokenizer, chat template and model. Peak memory is the loaded model and one dense tensor.
+    ///
+    /// # Errors
+    /// Another number of bits, a missing tokenizer, and as [`Checkpoint::load`].
+    pub fn load(self) -> Result<Base> {
+        let options = match self.format {
+            Format::AsStored => LoadOptions::default(),
+            Format::Bits(bits @ (2 | 3 | 4 | 8)) => {
+                LoadOptions::uniform(Scheme::Packed(QuantScheme::affine(bits, 64)))
+            }
+            Format::Bits(other) => return Err(Error::argument("bits", "2, 3, 4 or 8", other)),
+            Format::Uniform(scheme) => LoadOptions::uniform(scheme),
+            Format::Planned(schemes) => LoadOptions::planned(schemes),
+        };
+        let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
+        let tokenizer = self.checkpoint.tokenizer()?;
+        let template = match self.template {
+            Some(template) => Some(ChatTemplate::new(&template)?),
+            None => self.checkpoint.chat_template()?,
+        };
+        let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });
+        Ok(Base { model, language, report })
+    }
+}
+
+fn default_device() -> Device {
+    #[cfg(feature = "flex")]
+    return Device::flex();
+    #[cfg(not(feature = "flex"))]
+    Device::default()
+}
+
+impl Base {
+    /// Opens a folder with `config.json` and safetensors, or a `.gguf` file. Nothing is downloaded.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn open(path: impl AsRef<Path>) -> Result<OpenBase> {
+        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, format: Format::AsStored, device: None, template: None })
+    }
+
+    /// The model.
+    pub fn model(&self) -> &AnyModel<QuantLinear> {
+        &self.model
+    }
+
+    /// The model alone.
+    pub fn into_model(self) -> AnyModel<QuantLinear> {
+        self.model
+    }
+
+    /// The same with another model of the same tokenizer, such as a calibrated or pruned one.
+    #[must_use]
+    pub fn with_model(&self, model: AnyModel<QuantLinear>) -> Self {
+        Self::of(model, self.language.clone())
+    }
+
+    pub(crate) fn of(model: AnyModel<QuantLinear>, language: Arc<Language>) -> Self {
+        Self { model, language, report: LoadReport::default() }
+    }
+
+    pub(crate) fn language(&self) -> Arc<Language> {
+        self.language.clone()
+    }
+
+    /// The checkpoint.
+    pub fn checkpoint(&self) -> &Checkpoint {
+        &self.language.checkpoint
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.language.tokenizer
+    }
+
+    /// What was loaded: bytes by tensor, and notes that a person may want to see. Empty for a model that was made of
+    /// another.
+    pub fn report(&self) -> &LoadReport {
+        &self.report
+    }
+
+    /// Options for data of this model: at most `seq_len` tokens an example, the model's end of text after texts and
+    /// completions.
+    pub fn data_options(&self, seq_len: usize) -> DataOptions {
+        let options = DataOptions::new(seq_len, self.model.vocab_size());
+        match self.tokenizer().special().eos.first() {
+            Some(eos) => options.with_eos(*eos),
+            None => options,
+        }
+    }
+
+    /// Reads training data: a text (`.txt`), ids (`.u16le`), or rows of texts, completions or conversations (`.jsonl`), as
+    /// [`Dataset::open`] says, in examples of at most `seq_len` tokens. [`Dataset::report`] tells what became of the rows.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn data(&self, path: impl AsRef<Path>, seq_len: usize) -> Result<Dataset> {
+        self.data_with(path, &self.data_options(seq_len))
+    }
+
+    /// As [`data`](Self::data), with all options.
+    ///
+    /// # Errors
+    /// As [`Dataset::open`].
+    pub fn data_with(&self, path: impl AsRef<Path>, options: &DataOptions) -> Result<Dataset> {
+        Ok(Dataset::open(path, &self.language.text(), options)?)
+    }
+
+    /// A fine-tune of new adapters on `data`, still to be run. The base stays as it is.
+    pub fn finetune(&self, adapters: AdapterConfig, data: impl Into<Arc<Dataset>>) -> FineTune<'_> {
+        FineTune::new(self, adapters, data.into())
+    }
+
+    /// The model with the adapters of a folder, PEFT's or Kiln's own.
+    ///
+    /// # Errors
+    /// As [`Tuned::load`].
+    pub fn load_adapters(&self, folder: impl AsRef<Path>) -> Result<FineTuned> {
+        Ok(FineTuned::new(Tuned::load(self.model.clone(), folder)?, self.language.clone(), None))
+    }
+
+    /// The mean loss on the rows of a data set.
+    ///
+    /// # Errors
+    /// Data that doesn't fit the model.
+    pub fn evaluate(&self, data: &Dataset) -> Result<DatasetLoss> {
+        self.language.evaluate(&self.model, data)
+    }
+
+    /// The continuation of `prompt`. `options` may be the number of tokens; the model's own ends of text end it.
+    ///
+    /// # Errors
+    /// As [`kiln_models::generate`].
+    pub fn generate(&self, prompt: &str, options: impl Into<GenerateOptions>) -> Result<String> {
+        self.language.generate(&self.model, prompt, options.into(), &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`generate`](Self::generate); `on_text` gets the text as it comes, and may end it.
+    ///
+    /// # Errors
+    /// As [`generate`](Self::generate).
+    pub fn generate_with(
+        &self,
+        prompt: &str,
+        options: impl Into<GenerateOptions>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        self.language.generate(&self.model, prompt, options.into(), on_text)
+    }
+
+    /// The assistant's answer to a conversation, in the model's own template.
+    ///
+    /// # Errors
+    /// A model without a chat template, a conversation that the template refuses, and as [`generate`](Self::generate).
+    pub fn chat(&self, messages: &[Message], options: impl Into<GenerateOptions>) -> Result<String> {
+        self.language.chat(&self.model, messages, options.into(), &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`chat`](Self::chat); `on_text` gets the text as it comes, and may end it.
+    ///
+    /// # Errors
+    /// As [`chat`](Self::chat).
+    pub fn chat_with(
+        &self,
+        messages: &[Message],
+        options: impl Into<GenerateOptions>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        self.language.chat(&self.model, messages, options.into(), on_text)
+    }
+
+    /// Writes the model as Kiln's own folder, exactly as it is, with its tokenizer; [`open`](Self::open) reads it.
+    ///
+    /// # Errors
+    /// As [`save_model`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<ExportReport> {
+        Ok(save_model(&self.model, &self.language.checkpoint, folder)?)
+    }
+
+    /// Writes the model as a `.gguf` file with its tokenizer. Weights that no block type holds become dense; the report
+    /// says of each tensor what rounding it cost.
+    ///
+    /// # Errors
+    /// As [`export_gguf`].
+    pub fn export_gguf(&self, path: impl AsRef<Path>) -> Result<ExportReport> {
+        self.language.export_gguf(&self.model, path.as_ref())
+    }
+}
+
+/// The path says enough.
+impl fmt::Debug for OpenBase {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("OpenBase").field("path", &self.checkpoint.path()).finish_non_exhaustive()
+    }
+}
+
+/// The path says enough.
+impl fmt::Debug for Base {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Base").field("path", &self.checkpoint().path()).finish_non_exhaustive()
+    }
+}
+
+impl Language {
+    pub(crate) fn checkpoint(&self) -> &Checkpoint {
+        &self.checkpoint
+    }
+
+    fn text(&self) -> ModelTokenizer<'_> {
+        ModelTokenizer::new(&self.tokenizer, self.template.as_ref(), TemplateContext::default())
+    }
+
+    pub(crate) fn evaluate<M: CausalLm>(&self, model: &M, data: &Dataset) -> Result<DatasetLoss> {
+        const ROWS: usize = 4;
+        Ok(evaluate(model, data, ROWS)?)
+    }
+
+    pub(crate) fn generate<M: CausalLm>(
+        &self,
+        model: &M,
+        prompt: &str,
+        options: GenerateOptions,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        self.answer(model, &self.tokenizer.encode(prompt, true)?, options, on_text)
+    }
+
+    pub(crate) fn chat<M: CausalLm>(
+        &self,
+        model: &M,
+        messages: &[Message],
+        options: GenerateOptions,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        let prompt = self.text().prompt(messages);
+        let prompt = prompt
+            .map_err(|reason| Error::argument("messages", "a conversation that can be rendered", reason))?;
+        self.answer(model, &prompt, options, on_text)
+    }
+
+    fn answer<M: CausalLm>(
+        &self,
+        model: &M,
+        prompt: &[u32],
+        mut options: GenerateOptions,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        if options.stop.is_empty() {
+            options.stop.clone_from(&self.tokenizer.special().eos);
+        }
+        let (mut stream, mut failed) = (self.tokenizer.decode_stream(true), None);
+        let generation = generate_with(model, prompt, &options, &mut |id| match stream.push(id) {
+            Ok(text) if text.is_empty() => ControlFlow::Continue(()),
+            Ok(text) => on_text(&text),
+            Err(error) => {
+                failed = Some(error);
+                ControlFlow::Break(())
+            }
+        })?;
+        match failed {
+            Some(error) => Err(error.into()),
+            None => Ok(self.tokenizer.decode(&generation.ids, true)?),
+        }
+    }
+
+    pub(crate) fn export_gguf(&self, model: &AnyModel<QuantLinear>, path: &Path) -> Result<ExportReport> {
+        let options = GgufOptions { fallback: Fallback::Dense, ..GgufOptions::default() };
+        Ok(export_gguf(model, &self.checkpoint, path, &options)?)
+    }
+}

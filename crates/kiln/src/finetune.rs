@@ -1,0 +1,397 @@
+//! The recipe: attach, train, evaluate, keep the best; then save, merge, export.
+
+use std::{
+    convert::Infallible,
+    fmt,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use burn::tensor::Tensor;
+use kiln_adapters::{AdapterConfig, AnyAdapter};
+use kiln_models::{
+    AnyModel, GenerateOptions, Recompute,
+    chat::Message,
+    export::{ExportReport, LoraFactors, export_gguf_lora},
+};
+use kiln_quant_core::{QuantLinear, Slots};
+use kiln_training::{
+    BatchOptions, Dataset, DatasetLoss, Event, RunOptions, RunReport, ScheduleKind, Trainer, TrainerConfig,
+};
+
+use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
+
+/// A fine-tune that is still to be run: new adapters on a [`Base`] ([`Base::finetune`]) or those that are there already
+/// ([`FineTuned::finetune`]), and how they are trained.
+///
+/// | option | default | meaning |
+/// | --- | --- | --- |
+/// | `epochs` or `steps` | 1 epoch | how long; the one set last counts |
+/// | `batch` | 4 | rows of a micro-batch, or all [`BatchOptions`] |
+/// | `lr`, `warmup`, `schedule` | 3e-4, 0, constant | the learning rate |
+/// | `recompute` | none | memory for time |
+/// | `trainer` | as these say | every option of the trainer at once |
+/// | `held_out`, `patience` | none | data whose loss is measured on the way, and how long it may fail to fall |
+/// | `checkpoints`, `resume` | none | a folder for `last` and `best`, and whether to go on from `last` if it is there |
+/// | `on_event` | silent | hears every step and evaluation; [`ControlFlow::Break`] stops the run |
+///
+/// ```
+/// use std::ops::ControlFlow;
+/// use kiln::prelude::*;
+/// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+/// # let text = format!("{folder}/text/shift_test_moby.u16le");
+/// let base = Base::open(folder)?.with_bits(4).load()?;
+/// # let options = base.data_options(32);
+/// # let ids = std::fs::read(&text).unwrap()[..1024].chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect();
+/// # let data = kiln::training::Dataset::from_ids(ids, &options)?;
+/// # /*
+/// let data = base.data("chat.jsonl", 512)?;
+/// # */
+/// let (train, held_out) = data.split(0.2, 0)?;
+/// let tuned = base
+///     .finetune(AdapterConfig::lora(4, 8.0).with_dropout(0.05), train)
+///     .with_steps(4)
+///     .with_held_out(held_out, 2)
+///     .with_patience(2)
+///     .on_event(|event| {
+///         println!("{event}");
+///         ControlFlow::Continue(())
+///     })
+///     .run()?;
+/// println!("{}", tuned.generate("The whale", 8)?);
+/// # Ok::<(), kiln::Error>(())
+/// ```
+#[must_use = "`run` trains"]
+pub struct FineTune<'a> {
+    start: Start<'a>,
+    data: Arc<Dataset>,
+    length: Length,
+    trainer: TrainerConfig,
+    options: RunOptions,
+    resume: bool,
+    on_event: Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>,
+}
+
+/// What is trained.
+#[derive(Debug)]
+enum Start<'a> {
+    New(&'a Base, AdapterConfig),
+    GoingOn(&'a FineTuned),
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Length {
+    Steps(u64),
+    Epochs(u64),
+}
+
+impl<'a> FineTune<'a> {
+    pub(crate) fn new(base: &'a Base, adapters: AdapterConfig, data: Arc<Dataset>) -> Self {
+        Self::of(Start::New(base, adapters), data)
+    }
+
+    fn of(start: Start<'a>, data: Arc<Dataset>) -> Self {
+        const ROWS: usize = 4;
+        Self {
+            start,
+            data,
+            length: Length::Epochs(1),
+            trainer: TrainerConfig::new(1, ROWS),
+            options: RunOptions::new(),
+            resume: false,
+            on_event: Box::new(|_| ControlFlow::Continue(())),
+        }
+    }
+
+    /// Trains for `epochs` passes over the data.
+    pub fn with_epochs(mut self, epochs: u64) -> Self {
+        self.length = Length::Epochs(epochs);
+        self
+    }
+
+    /// Trains for `steps` steps.
+    pub fn with_steps(mut self, steps: u64) -> Self {
+        self.length = Length::Steps(steps);
+        self
+    }
+
+    /// Sets the rows of a micro-batch, or all options of the batches.
+    pub fn with_batch(mut self, batch: impl Into<BatchOptions>) -> Self {
+        self.trainer.batch = batch.into();
+        self
+    }
+
+    /// Sets the peak learning rate.
+    pub fn with_lr(mut self, lr: f64) -> Self {
+        self.trainer.lr = lr;
+        self
+    }
+
+    /// Sets the steps of linear warm-up.
+    pub fn with_warmup(mut self, warmup: u64) -> Self {
+        self.trainer.warmup = warmup;
+        self
+    }
+
+    /// Sets what follows the warm-up.
+    pub fn with_schedule(mut self, schedule: ScheduleKind) -> Self {
+        self.trainer.schedule = schedule;
+        self
+    }
+
+    /// Sets what the backward pass computes again to save memory.
+    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
+        self.trainer.recompute = recompute;
+        self
+    }
+
+    /// Sets all options of the trainer, its steps included.
+    pub fn with_trainer(mut self, trainer: TrainerConfig) -> Self {
+        self.length = Length::Steps(trainer.steps);
+        self.trainer = trainer;
+        self
+    }
+
+    /// Measures the loss on `held_out` after every `every` steps and at the end; the model that comes back is the best.
+    pub fn with_held_out(mut self, held_out: impl Into<Arc<Dataset>>, every: u64) -> Self {
+        self.options = self.options.with_held_out(held_out, every);
+        self
+    }
+
+    /// Ends the run when so many measurements in a row were no better than the best.
+    pub fn with_patience(mut self, patience: u64) -> Self {
+        self.options = self.options.with_patience(patience);
+        self
+    }
+
+    /// Writes checkpoints into `folder`: `last` every `every` steps (0: at the end only), `best` whenever there is one.
+    pub fn with_checkpoints(mut self, folder: impl Into<PathBuf>, every: u64) -> Self {
+        self.options = self.options.with_folder(folder).with_save_every(every);
+        self
+    }
+
+    /// Goes on from `last` in the folder of the checkpoints, if it is there.
+    pub fn with_resume(mut self) -> Self {
+        self.resume = true;
+        self
+    }
+
+    /// Hears every step, evaluation and checkpoint, and may stop the run.
+    pub fn on_event(mut self, on_event: impl FnMut(&Event<'_>) -> ControlFlow<()> + 'a) -> Self {
+        self.on_event = Box::new(on_event);
+        self
+    }
+
+    /// Trains. What comes back has the parameters of the best evaluation, or the last ones without evaluations.
+    ///
+    /// # Errors
+    /// Adapters, options or data that don't fit the model or one another; a checkpoint of another run; training that
+    /// diverges; files that can't be written.
+    pub fn run(mut self) -> Result<FineTuned> {
+        let config = match self.length {
+            Length::Steps(steps) => self.trainer.with_steps(steps),
+            Length::Epochs(epochs) => self.trainer.with_epochs(&self.data, epochs)?,
+        };
+        let (tuned, language) = match self.start {
+            Start::New(base, adapters) => (Tuned::attach(base.model().clone(), &adapters)?, base.language()),
+            Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
+        };
+        let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
+        // Without checkpoints nothing asks for it, and the base is hashed for it.
+        let identity = if last.is_some() { tuned.identity()? } else { Default::default() };
+        let (model, adapters) = tuned.into_parts();
+        let mut trainer = Trainer::new(model, self.data, config)?.with_identity(identity);
+        if let Some(last) = last.filter(|last| self.resume && last.exists()) {
+            trainer = trainer.resumed(last)?;
+        }
+        let report = trainer.run_with(&self.options, &mut self.on_event)?;
+        let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
+        Ok(FineTuned::new(tuned, language, Some(report)))
+    }
+}
+
+/// The data and the callback are large; the rest says what is run.
+impl fmt::Debug for FineTune<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { start, length, trainer, resume, .. } = self;
+        let mut s = f.debug_struct("FineTune");
+        s.field("start", start).field("length", length);
+        s.field("trainer", trainer).field("resume", resume).finish_non_exhaustive()
+    }
+}
+
+/// A language model with its adapters, tokenizer and chat template: what a [`FineTune`] gives, or
+/// [`Base::load_adapters`].
+pub struct FineTuned {
+    tuned: Tuned<AnyModel<QuantLinear>>,
+    language: Arc<Language>,
+    report: Option<RunReport>,
+}
+
+impl FineTuned {
+    pub(crate) fn new(
+        tuned: Tuned<AnyModel<QuantLinear>>,
+        language: Arc<Language>,
+        report: Option<RunReport>,
+    ) -> Self {
+        Self { tuned, language, report }
+    }
+
+    /// Losses, evaluations and the end of the run that trained it; `None` of loaded adapters.
+    pub fn report(&self) -> Option<&RunReport> {
+        self.report.as_ref()
+    }
+
+    /// Model and adapters, for what isn't here: requantizing, the fingerprint of the base.
+    pub fn tuned(&self) -> &Tuned<AnyModel<QuantLinear>> {
+        &self.tuned
+    }
+
+    /// Model and adapters alone.
+    pub fn into_tuned(self) -> Tuned<AnyModel<QuantLinear>> {
+        self.tuned
+    }
+
+    /// The model.
+    pub fn model(&self) -> &AdaptedModel {
+        self.tuned.model()
+    }
+
+    /// A fine-tune of these adapters on `data`, still to be run. What is here stays as it is.
+    pub fn finetune(&self, data: impl Into<Arc<Dataset>>) -> FineTune<'_> {
+        FineTune::of(Start::GoingOn(self), data.into())
+    }
+
+    /// The model without its adapters: the base that they belong to, calibrated or split as they started.
+    pub fn without_adapters(&self) -> Base {
+        let bare = self.model().clone().try_map(|_, slot| Ok::<_, Infallible>(slot.into_base()));
+        match bare {
+            Ok(model) => Base::of(model, self.language.clone()),
+            Err(never) => match never {},
+        }
+    }
+
+    /// Writes the adapters as Kiln's own folder, tied to its base: [`Tuned::save`].
+    ///
+    /// # Errors
+    /// As [`Tuned::save`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.tuned.save(folder)
+    }
+
+    /// Writes the adapters as a PEFT folder: [`Tuned::save_peft`].
+    ///
+    /// # Errors
+    /// As [`Tuned::save_peft`].
+    pub fn save_peft(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.tuned.save_peft(folder)
+    }
+
+    /// The mean loss on the rows of a data set.
+    ///
+    /// # Errors
+    /// Data that doesn't fit the model.
+    pub fn evaluate(&self, data: &Dataset) -> Result<DatasetLoss> {
+        self.language.evaluate(self.model(), data)
+    }
+
+    /// As [`Base::generate`].
+    ///
+    /// # Errors
+    /// As [`Base::generate`].
+    pub fn generate(&self, prompt: &str, options: impl Into<GenerateOptions>) -> Result<String> {
+        self.generate_with(prompt, options, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`Base::generate_with`].
+    ///
+    /// # Errors
+    /// As [`Base::generate`].
+    pub fn generate_with(
+        &self,
+        prompt: &str,
+        options: impl Into<GenerateOptions>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        self.language.generate(self.model(), prompt, options.into(), on_text)
+    }
+
+    /// As [`Base::chat`].
+    ///
+    /// # Errors
+    /// As [`Base::chat`].
+    pub fn chat(&self, messages: &[Message], options: impl Into<GenerateOptions>) -> Result<String> {
+        self.chat_with(messages, options, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`Base::chat_with`].
+    ///
+    /// # Errors
+    /// As [`Base::chat`].
+    pub fn chat_with(
+        &self,
+        messages: &[Message],
+        options: impl Into<GenerateOptions>,
+        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
+    ) -> Result<String> {
+        self.language.chat(self.model(), messages, options.into(), on_text)
+    }
+
+    /// The model with its adapters in dense weights, whatever the adapters: [`Tuned::merge_dense`].
+    pub fn merge_dense(&self) -> Base {
+        Base::of(self.tuned.clone().merge_dense(), self.language.clone())
+    }
+
+    /// The model with its adapters in the packed weights, codes untouched, where the adapters allow it:
+    /// [`Tuned::merge_packed`].
+    ///
+    /// # Errors
+    /// As [`Tuned::merge_packed`].
+    pub fn merge_packed(&self) -> Result<Base> {
+        Ok(Base::of(self.tuned.clone().merge_packed()?, self.language.clone()))
+    }
+
+    /// Merges into dense weights and writes the model as a `.gguf` file with its tokenizer: merged linears in F16, the rest
+    /// as packed as it is. The report says of each tensor what rounding it cost.
+    ///
+    /// # Errors
+    /// As [`Base::export_gguf`].
+    pub fn export_gguf(&self, path: impl AsRef<Path>) -> Result<ExportReport> {
+        self.merge_dense().export_gguf(path)
+    }
+
+    /// Writes LoRA adapters as a GGUF file of type `adapter`, for the same base.
+    ///
+    /// # Errors
+    /// Adapters of another kind, and as [`export_gguf_lora`].
+    pub fn export_gguf_lora(&self, path: impl AsRef<Path>) -> Result<()> {
+        let host = |path: &str, tensor: Tensor<2>| -> Result<Vec<f32>> {
+            tensor
+                .transpose()
+                .try_into_vec_as()
+                .map_err(|error| Error::argument(path, "adapters on a device that can be read", error))
+        };
+        let mut found = Vec::new();
+        for (path, adapter) in self.tuned.adapters() {
+            let AnyAdapter::Lora(lora) = adapter else {
+                return Err(Error::argument(path, "LoRA, the only kind that GGUF has", "another adapter"));
+            };
+            let (a, b) = (host(&path, lora.lora_a.val())?, host(&path, lora.lora_b.val())?);
+            found.push((path, lora.rank(), lora.scaling() as f32, a, b));
+        }
+        let factors: Vec<LoraFactors<'_>> = found
+            .iter()
+            .map(|(path, rank, scale, a, b)| LoraFactors { path, rank: *rank, a, b, scale: *scale })
+            .collect();
+        Ok(export_gguf_lora(path, self.language.checkpoint().config(), &factors)?)
+    }
+}
+
+/// The weights are many; the configuration says what they are.
+impl fmt::Debug for FineTuned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut s = f.debug_struct("FineTuned");
+        s.field("config", self.tuned.config()).field("report", &self.report).finish_non_exhaustive()
+    }
+}

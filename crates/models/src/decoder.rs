@@ -1,0 +1,316 @@
+//! Decoder-only language models of every family.
+
+use std::collections::BTreeMap;
+
+use burn::{
+    module::Param,
+    tensor::{Device, Tensor},
+};
+use kiln_quant_core::{Place, Projection, QuantLinear, Slots};
+
+use crate::{
+    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
+    TokenBatch,
+    config::{ModelConfig, TensorRole, TensorShape},
+    families::{LinearRole, NormKind, NormPlace},
+};
+
+/// A decoder-only language model; every linear of every block is a `P`.
+///
+/// One type for all families: what a family is stands in its [description](crate::families::Family).
+#[derive(Debug, Clone)]
+pub struct Decoder<P: Projection> {
+    /// Token embedding.
+    pub embed_tokens: Embedding,
+    /// Learned positions, `[max_position_embeddings + offset, width]`; `None` where positions are rotary.
+    pub embed_positions: Option<Param<Tensor<2>>>,
+    /// Blocks.
+    pub blocks: Vec<Block<P>>,
+    /// Norm before the head.
+    pub final_norm: Norm,
+    /// The head; `None` when it is the embedding.
+    pub lm_head: Option<QuantLinear>,
+    pub(crate) config: ModelConfig,
+}
+
+impl<P: Projection> Decoder<P> {
+    /// The model's shape.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// A model of its parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first tensor whose shape isn't that of `config`.
+    pub fn from_parts(
+        config: ModelConfig,
+        embed_tokens: Embedding,
+        embed_positions: Option<Param<Tensor<2>>>,
+        blocks: Vec<Block<P>>,
+        final_norm: Norm,
+        lm_head: Option<QuantLinear>,
+    ) -> crate::Result<Self> {
+        let decoder = Self { embed_tokens, embed_positions, blocks, final_norm, lm_head, config };
+        decoder.check()?;
+        Ok(decoder)
+    }
+
+    /// The same parts under another configuration, as after a cut.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the first tensor whose shape isn't that of `config`.
+    pub fn with_config(mut self, config: ModelConfig) -> crate::Result<Self> {
+        self.config = config;
+        self.check()?;
+        Ok(self)
+    }
+
+    fn check(&self) -> crate::Result<()> {
+        let config = &self.config;
+        let count = |what: &str, expected: usize, found: usize| match expected == found {
+            true => Ok(()),
+            false => Err(differs(what, expected.to_string(), found.to_string())),
+        };
+        count("blocks", config.num_hidden_layers, self.blocks.len())?;
+        count("blocks' attention", config.num_hidden_layers, config.layer_attention.len())?;
+        let mut found = self.shapes();
+        for TensorShape { name, shape, .. } in config.tensors() {
+            match found.remove(&name) {
+                Some(found) if found == shape => {}
+                found => {
+                    let found = found.map_or("none".into(), |found| format!("{found:?}"));
+                    return Err(differs(&name, format!("shape {shape:?}"), found));
+                }
+            }
+        }
+        match found.into_iter().next() {
+            Some((name, shape)) => Err(differs(&name, "no such tensor".into(), format!("{shape:?}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// Sizes of all tensors by their names in checkpoints, outermost first.
+    fn shapes(&self) -> BTreeMap<String, Vec<usize>> {
+        let names = &self.config.family.names;
+        let mut shapes = BTreeMap::new();
+        let mut add = |path: &str, name: &str, shape: &[usize]| {
+            shapes.insert(format!("{path}.{name}"), shape.to_vec());
+        };
+        add(names.embedding, "weight", &self.embed_tokens.shape());
+        if let (Some(table), Some(learned)) = (&self.embed_positions, names.positions) {
+            add(learned.path, "weight", &table.lazy_shape());
+        }
+        for (path, norm) in self.norms() {
+            for (name, parameter) in norm.parameters() {
+                add(&path, name, &parameter.lazy_shape());
+            }
+        }
+        for (path, slot) in self.slots() {
+            let [d_input, d_output] = slot.shape();
+            add(&path, "weight", &[d_output, d_input]);
+            if let Some(bias) = slot.bias() {
+                add(&path, "bias", &bias.dims());
+            }
+        }
+        if let Some(head) = &self.lm_head {
+            let [d_input, d_output] = head.shape();
+            add(names.head, "weight", &[d_output, d_input]);
+        }
+        shapes
+    }
+}
+
+fn differs(what: &str, expected: String, found: String) -> Error {
+    Error::Argument { name: what.into(), expected: format!("{expected}, as the configuration says"), found }
+}
+
+impl<P: Projection> CausalLm for Decoder<P> {
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
+        let device = self.device();
+        let config = &self.config;
+        let tables = config.rope.iter().map(|rope| rope.tables(config.head_dim, &tokens.positions, &device));
+        Context::new(tokens, cache.map_or(&[], |cache| &cache.segments), tables.collect(), &device)
+    }
+
+    fn embed(&self, context: &Context) -> Tensor<3> {
+        let mut x = self.embed_tokens.forward(context.ids.clone());
+        if self.config.embedding_multiplier != 1.0 {
+            x = x.mul_scalar(self.config.embedding_multiplier);
+        }
+        match (&self.embed_positions, self.config.family.names.positions) {
+            (Some(table), Some(learned)) => {
+                let [batch, length, width] = x.dims();
+                let positions = context.positions.clone().add_scalar(learned.offset as i64);
+                let rows = positions.reshape([batch * length]);
+                x + table.val().select(0, rows).reshape([batch, length, width])
+            }
+            _ => x,
+        }
+    }
+
+    fn trains_embedding(&self) -> bool {
+        let positions = self.embed_positions.as_ref();
+        self.embed_tokens.is_trained() || positions.is_some_and(|table| table.val().is_require_grad())
+    }
+
+    fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
+        self.blocks[index].forward(index, x, context, cache, &self.config)
+    }
+
+    fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.final_norm.forward(x)
+    }
+
+    fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let logits = match &self.lm_head {
+            Some(head) => head.forward(x),
+            None => self.embed_tokens.project(x),
+        };
+        match self.config.logit_softcap {
+            Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
+            None => logits,
+        }
+    }
+
+    fn vocab_size(&self) -> usize {
+        self.config.vocab_size
+    }
+
+    fn max_positions(&self) -> usize {
+        self.config.max_position_embeddings
+    }
+
+    fn device(&self) -> Device {
+        self.embed_tokens.device().without_autodiff()
+    }
+
+    fn at(&self, place: Place) {
+        for (_, slot) in self.slots() {
+            slot.at(place);
+        }
+    }
+}
+
+impl<P: Projection> Slots for Decoder<P> {
+    type Slot = P;
+    type With<Q: Projection> = Decoder<Q>;
+
+    fn try_map<Q: Projection, E>(self, mut f: impl FnMut(&str, P) -> Result<Q, E>) -> Result<Decoder<Q>, E> {
+        let family = self.config.family;
+        let blocks = self.blocks.into_iter().enumerate();
+        let blocks = blocks
+            .map(|(index, block)| block.try_map(|name, linear| f(&family.path(index, name), linear)))
+            .collect::<Result<_, E>>()?;
+        Ok(Decoder {
+            embed_tokens: self.embed_tokens,
+            embed_positions: self.embed_positions,
+            blocks,
+            final_norm: self.final_norm,
+            lm_head: self.lm_head,
+            config: self.config,
+        })
+    }
+
+    fn slots(&self) -> Vec<(String, &P)> {
+        let family = self.config.family;
+        let blocks = self.blocks.iter().enumerate();
+        let slots = blocks.flat_map(|(index, block)| {
+            block.linears().map(move |(name, linear)| (family.path(index, name), linear))
+        });
+        slots.collect()
+    }
+}
+
+impl<P: Projection> ScaleSites for Decoder<P> {
+    fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
+        let (block, family) = (&self.blocks[index], self.config.family);
+        let path = |role| family.linear(role).map(|linear| family.path(index, linear.name));
+        let site = |source, readers: &[LinearRole]| ScaleSite {
+            source,
+            readers: readers.iter().filter_map(|role| path(*role)).collect(),
+        };
+        let mut sites = Vec::new();
+        let norm = |place| {
+            let part = family.norms().find(|norm| norm.place == place)?;
+            let names = block.norm(place)?.parameters();
+            let names: Vec<_> =
+                names.map(|(name, _)| family.path(index, &format!("{}.{name}", part.name))).collect();
+            let one_plus = family.norm == NormKind::RmsOnePlus;
+            (!names.is_empty()).then_some(ScaleSource::Norm { parameters: names, one_plus })
+        };
+        if let Some(source) = norm(NormPlace::PreAttention) {
+            sites.push(site(source, &[LinearRole::Query, LinearRole::Key, LinearRole::Value]));
+        }
+        // Where several query heads share a value head, its channel has several readers.
+        let shape = self.config.layer(index);
+        if shape.num_key_value_heads == shape.num_attention_heads
+            && let Some(value) = path(LinearRole::Value)
+        {
+            sites.push(site(ScaleSource::Projection(value), &[LinearRole::Output]));
+        }
+        if let Some(source) = norm(NormPlace::PreMlp) {
+            sites.push(site(source, &[LinearRole::Gate, LinearRole::Up]));
+        }
+        if let Some(up) = path(LinearRole::Up)
+            && family.activation.passes_factors()
+        {
+            sites.push(site(ScaleSource::Projection(up), &[LinearRole::Down]));
+        }
+        sites
+    }
+
+    fn norm_parameter(&mut self, name: &str) -> Option<&mut Param<Tensor<1>>> {
+        let family = self.config.family;
+        let (index, name) = name.strip_prefix(family.names.blocks)?.strip_prefix('.')?.split_once('.')?;
+        let (path, parameter) = name.rsplit_once('.')?;
+        let part = family.norms().find(|norm| norm.name == path && !norm.place.is_head())?;
+        let norm = self.blocks.get_mut(index.parse::<usize>().ok()?)?.norm_mut(part.place)?;
+        match parameter {
+            "weight" => norm.weight.as_mut(),
+            "bias" => norm.bias.as_mut(),
+            _ => None,
+        }
+    }
+}
+
+impl<P: Projection> Decoder<P> {
+    /// The norms, those of the blocks and the last one, with their paths.
+    pub(crate) fn norms(&self) -> Vec<(String, &Norm)> {
+        let family = self.config.family;
+        let blocks = self.blocks.iter().enumerate();
+        let norms = blocks.flat_map(|(index, block)| {
+            block.parts().filter_map(move |(name, part)| match part {
+                BlockPart::Norm(norm) => Some((family.path(index, name), norm)),
+                BlockPart::Linear(_) => None,
+            })
+        });
+        norms.chain([(family.names.final_norm.to_owned(), &self.final_norm)]).collect()
+    }
+}
+
+impl Decoder<QuantLinear> {
+    /// Bytes of all tensors: packed ones as stored, others at 4 bytes a value.
+    pub fn stored_bytes(&self) -> usize {
+        let linear = |linear: &QuantLinear| {
+            let [d_input, d_output] = linear.shape();
+            match linear {
+                QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
+                QuantLinear::Dense(_) => 4 * d_input * d_output,
+            }
+        };
+        let table = match &self.embed_tokens {
+            Embedding::Packed(table) => table.storage_bytes(),
+            Embedding::Dense(_) => 4 * self.embed_tokens.shape().iter().product::<usize>(),
+        };
+        let linears: usize = self.slots().into_iter().map(|(_, slot)| linear(slot)).sum();
+        let head = self.lm_head.as_ref().map_or(0, linear);
+        let plain = self.config.tensors().into_iter().filter(|tensor| tensor.role == TensorRole::Plain);
+        let plain: usize = plain.map(|tensor| 4 * tensor.shape.iter().product::<usize>()).sum();
+        table + linears + head + plain
+    }
+}

@@ -1,0 +1,212 @@
+//! Decoders and blocks as Burn modules.
+//!
+//! Written by hand because parts stand in lists: parameters get the paths that checkpoints give them, not positions.
+
+use burn::{
+    module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
+    tensor::Device,
+};
+use kiln_quant_core::Projection;
+
+use crate::{Block, BlockPart, Decoder};
+
+/// The container type that visitors are told.
+const CONTAINER: &str = "Struct:Decoder";
+
+fn visit_at<M: Module, V: ModuleVisitor>(visitor: &mut V, path: &[&str], module: &M) {
+    path.iter().for_each(|name| visitor.enter_module(name, CONTAINER));
+    module.visit(visitor);
+    path.iter().rev().for_each(|name| visitor.exit_module(name, CONTAINER));
+}
+
+fn map_at<M: Module, V: ModuleMapper>(mapper: &mut V, path: &[&str], module: M) -> M {
+    path.iter().for_each(|name| mapper.enter_module(name, CONTAINER));
+    let module = module.map(mapper);
+    path.iter().rev().for_each(|name| mapper.exit_module(name, CONTAINER));
+    module
+}
+
+/// A block with `$call` made on each of its parts, `$name` being the part's path.
+macro_rules! block {
+    ($block:expr, |$name:pat_param, $part:ident| $call:expr) => {{
+        let Block { family, parts } = $block;
+        let named = family.block.iter().map(|entry| entry.name()).zip(parts);
+        let parts = named.map(|($name, part)| match part {
+            BlockPart::Norm($part) => BlockPart::Norm($call),
+            BlockPart::Linear($part) => BlockPart::Linear($call),
+        });
+        Block { family, parts: parts.collect() }
+    }};
+}
+
+impl<P: Projection> Module for Block<P> {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        self.parts.iter().fold(devices, |devices, part| match part {
+            BlockPart::Norm(norm) => norm.collect_devices(devices),
+            BlockPart::Linear(linear) => linear.collect_devices(devices),
+        })
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        block!(self, |_, part| part.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        block!(self, |_, part| part.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        block!(self, |_, part| part.train())
+    }
+
+    fn valid(&self) -> Self {
+        block!(self.clone(), |_, part| part.valid())
+    }
+
+    fn materialize(self) -> Self {
+        block!(self, |_, part| part.materialize())
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        for (name, part) in self.parts() {
+            let path: Vec<&str> = name.split('.').collect();
+            match part {
+                BlockPart::Norm(norm) => visit_at(visitor, &path, norm),
+                BlockPart::Linear(linear) => visit_at(visitor, &path, linear),
+            }
+        }
+    }
+
+    fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
+        block!(self, |name, part| map_at(mapper, &name.split('.').collect::<Vec<_>>(), part))
+    }
+}
+
+impl<P: Projection> ModuleDisplayDefault for Block<P> {
+    fn content(&self, content: Content) -> Option<Content> {
+        let content = self.parts().fold(content, |content, (name, part)| match part {
+            BlockPart::Norm(norm) => content.add(name, norm),
+            BlockPart::Linear(linear) => content.add(name, linear),
+        });
+        content.optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl<P: Projection> ModuleDisplay for Block<P> {}
+
+impl<P: Projection> Decoder<P> {
+    /// Segments of a module's path, given its path in checkpoints.
+    fn segments(&self, path: &'static str) -> Vec<&'static str> {
+        self.config.family.module.segments(path).collect()
+    }
+}
+
+/// A decoder with `$call` made on each of its parts, `$path` being the segments of the part's path.
+macro_rules! decoder {
+    ($decoder:expr, |$path:ident, $part:ident| $call:expr) => {{
+        let decoder = $decoder;
+        let names = decoder.config.family.names;
+        let [embedding, blocks, norm, head] =
+            [names.embedding, names.blocks, names.final_norm, names.head].map(|path| decoder.segments(path));
+        let positions = names.positions.map(|learned| decoder.segments(learned.path)).unwrap_or_default();
+        // Struct fields are evaluated in the order in which they stand.
+        Decoder {
+            embed_tokens: {
+                let ($path, $part) = (&embedding, decoder.embed_tokens);
+                $call
+            },
+            embed_positions: decoder.embed_positions.map(|$part| {
+                let $path = &positions;
+                $call
+            }),
+            blocks: {
+                let map_one = |(index, $part): (usize, Block<P>)| {
+                    let index = index.to_string();
+                    let $path: Vec<&str> = blocks.iter().copied().chain([index.as_str()]).collect();
+                    $call
+                };
+                decoder.blocks.into_iter().enumerate().map(map_one).collect()
+            },
+            final_norm: {
+                let ($path, $part) = (&norm, decoder.final_norm);
+                $call
+            },
+            lm_head: decoder.lm_head.map(|$part| {
+                let $path = &head;
+                $call
+            }),
+            config: decoder.config,
+        }
+    }};
+}
+
+impl<P: Projection> Module for Decoder<P> {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        let devices = self.embed_tokens.collect_devices(devices);
+        let devices = self.embed_positions.collect_devices(devices);
+        let devices = self.blocks.collect_devices(devices);
+        let devices = self.final_norm.collect_devices(devices);
+        self.lm_head.collect_devices(devices)
+    }
+
+    fn fork(self, device: &Device) -> Self {
+        decoder!(self, |_path, part| part.fork(device))
+    }
+
+    fn to_device(self, device: &Device) -> Self {
+        decoder!(self, |_path, part| part.to_device(device))
+    }
+
+    fn train(self) -> Self {
+        decoder!(self, |_path, part| part.train())
+    }
+
+    fn valid(&self) -> Self {
+        decoder!(self.clone(), |_path, part| part.valid())
+    }
+
+    fn materialize(self) -> Self {
+        decoder!(self, |_path, part| part.materialize())
+    }
+
+    fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
+        let names = self.config.family.names;
+        visit_at(visitor, &self.segments(names.embedding), &self.embed_tokens);
+        if let (Some(table), Some(learned)) = (&self.embed_positions, names.positions) {
+            visit_at(visitor, &self.segments(learned.path), table);
+        }
+        let blocks = self.segments(names.blocks);
+        for (index, block) in self.blocks.iter().enumerate() {
+            let index = index.to_string();
+            let path: Vec<&str> = blocks.iter().copied().chain([index.as_str()]).collect();
+            visit_at(visitor, &path, block);
+        }
+        visit_at(visitor, &self.segments(names.final_norm), &self.final_norm);
+        visit_at(visitor, &self.segments(names.head), &self.lm_head);
+    }
+
+    fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
+        decoder!(self, |path, part| map_at(mapper, &path, part))
+    }
+}
+
+impl<P: Projection> ModuleDisplayDefault for Decoder<P> {
+    fn content(&self, content: Content) -> Option<Content> {
+        content
+            .add("embed_tokens", &self.embed_tokens)
+            .add("blocks", &self.blocks)
+            .add("final_norm", &self.final_norm)
+            .add("lm_head", &self.lm_head)
+            .optional()
+    }
+
+    fn num_params(&self) -> usize {
+        Module::num_params(self)
+    }
+}
+
+impl<P: Projection> ModuleDisplay for Decoder<P> {}

@@ -1,0 +1,247 @@
+//! [`ModelConfig`] in Kiln's own files, such as the record of a pruning.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    config::{Biases, LayerAttention, LayerShape, ModelConfig, RopeConfig},
+    families::Family,
+};
+
+/// A configuration as JSON. Files written before families had a description of their own are read as [`Before`].
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+pub(crate) enum StoredConfig {
+    Now(Box<Now>),
+    Before(Box<Before>),
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Now {
+    model_type: String,
+    vocab_size: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    num_hidden_layers: usize,
+    num_attention_heads: usize,
+    num_key_value_heads: usize,
+    head_dim: usize,
+    max_position_embeddings: usize,
+    norm_eps: f64,
+    norm_affine: bool,
+    rope: Vec<RopeConfig>,
+    layer_attention: Vec<LayerAttention>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    query_pre_attn_scalar: Option<f64>,
+    embedding_multiplier: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    logit_softcap: Option<f64>,
+    biases: Biases,
+    tie_word_embeddings: bool,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    layer_shapes: Vec<LayerShape>,
+}
+
+/// What the configurations of the LLaMA family and of OPT looked like in version 1 of Kiln's records.
+#[derive(Serialize, Deserialize)]
+#[serde(tag = "model_type", rename_all = "lowercase")]
+pub(crate) enum Before {
+    Llama {
+        vocab_size: usize,
+        hidden_size: usize,
+        intermediate_size: usize,
+        num_hidden_layers: usize,
+        num_attention_heads: usize,
+        num_key_value_heads: usize,
+        head_dim: usize,
+        max_position_embeddings: usize,
+        rms_norm_eps: f64,
+        rope: RopeConfig,
+        sliding_window: Vec<Option<usize>>,
+        qkv_bias: bool,
+        o_bias: bool,
+        mlp_bias: bool,
+        qk_norm: bool,
+        tie_word_embeddings: bool,
+        #[serde(default)]
+        layer_shapes: Vec<LayerShape>,
+    },
+    Opt {
+        vocab_size: usize,
+        hidden_size: usize,
+        ffn_dim: usize,
+        num_hidden_layers: usize,
+        num_attention_heads: usize,
+        head_dim: usize,
+        max_position_embeddings: usize,
+        bias: bool,
+        layer_norm_affine: bool,
+        tie_word_embeddings: bool,
+        #[serde(default)]
+        layer_shapes: Vec<LayerShape>,
+    },
+}
+
+impl From<ModelConfig> for StoredConfig {
+    fn from(config: ModelConfig) -> Self {
+        Self::Now(Box::new(Now {
+            model_type: config.family.model_type.into(),
+            vocab_size: config.vocab_size,
+            hidden_size: config.hidden_size,
+            intermediate_size: config.intermediate_size,
+            num_hidden_layers: config.num_hidden_layers,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            max_position_embeddings: config.max_position_embeddings,
+            norm_eps: config.norm_eps,
+            norm_affine: config.norm_affine,
+            rope: config.rope,
+            layer_attention: config.layer_attention,
+            query_pre_attn_scalar: config.query_pre_attn_scalar,
+            embedding_multiplier: config.embedding_multiplier,
+            logit_softcap: config.logit_softcap,
+            biases: config.biases,
+            tie_word_embeddings: config.tie_word_embeddings,
+            layer_shapes: config.layer_shapes,
+        }))
+    }
+}
+
+impl TryFrom<StoredConfig> for ModelConfig {
+    type Error = String;
+
+    fn try_from(stored: StoredConfig) -> Result<Self, String> {
+        let family = |name: &str| {
+            Family::by_model_type(name)
+                .ok_or_else(|| format!("model_type: expected a known one, found {name}"))
+        };
+        let config = match stored {
+            StoredConfig::Now(now) => Self {
+                family: family(&now.model_type)?,
+                vocab_size: now.vocab_size,
+                hidden_size: now.hidden_size,
+                intermediate_size: now.intermediate_size,
+                num_hidden_layers: now.num_hidden_layers,
+                num_attention_heads: now.num_attention_heads,
+                num_key_value_heads: now.num_key_value_heads,
+                head_dim: now.head_dim,
+                max_position_embeddings: now.max_position_embeddings,
+                norm_eps: now.norm_eps,
+                norm_affine: now.norm_affine,
+                rope: now.rope,
+                layer_attention: now.layer_attention,
+                query_pre_attn_scalar: now.query_pre_attn_scalar,
+                embedding_multiplier: now.embedding_multiplier,
+                logit_softcap: now.logit_softcap,
+                biases: now.biases,
+                tie_word_embeddings: now.tie_word_embeddings,
+                layer_shapes: now.layer_shapes,
+            },
+            StoredConfig::Before(before) => before.now(family)?,
+        };
+        let found = config.layer_attention.len();
+        if found != config.num_hidden_layers {
+            return Err(format!(
+                "blocks' attention: expected {} entries, found {found}",
+                config.num_hidden_layers
+            ));
+        }
+        let tables = config.rope.len();
+        match config.layer_attention.iter().filter_map(|layer| layer.rope).find(|rope| *rope >= tables) {
+            Some(rope) => Err(format!("layer_attention.rope: expected below {tables}, found {rope}")),
+            None => Ok(config),
+        }
+    }
+}
+
+impl Before {
+    fn now(self, family: impl Fn(&str) -> Result<&'static Family, String>) -> Result<ModelConfig, String> {
+        Ok(match self {
+            Self::Llama {
+                vocab_size,
+                hidden_size,
+                intermediate_size,
+                num_hidden_layers,
+                num_attention_heads,
+                num_key_value_heads,
+                head_dim,
+                max_position_embeddings,
+                rms_norm_eps,
+                rope,
+                sliding_window,
+                qkv_bias,
+                o_bias,
+                mlp_bias,
+                qk_norm,
+                tie_word_embeddings,
+                layer_shapes,
+            } => {
+                // The family wasn't kept: these are the classes that compute what the flags say.
+                let window = sliding_window.first().copied().flatten();
+                let mixed = sliding_window.iter().any(|other| *other != window);
+                let model_type = match (qk_norm, mixed || qkv_bias && !o_bias, window) {
+                    (true, ..) => "qwen3",
+                    (false, true, _) => "qwen2",
+                    (false, false, Some(_)) => "mistral",
+                    (false, false, None) => "llama",
+                };
+                let attention = |window| LayerAttention { sliding_window: window, rope: Some(0) };
+                ModelConfig {
+                    family: family(model_type)?,
+                    vocab_size,
+                    hidden_size,
+                    intermediate_size,
+                    num_hidden_layers,
+                    num_attention_heads,
+                    num_key_value_heads,
+                    head_dim,
+                    max_position_embeddings,
+                    norm_eps: rms_norm_eps,
+                    norm_affine: true,
+                    rope: vec![rope],
+                    layer_attention: sliding_window.into_iter().map(attention).collect(),
+                    query_pre_attn_scalar: None,
+                    embedding_multiplier: 1.0,
+                    logit_softcap: None,
+                    biases: Biases { qkv: qkv_bias, o: o_bias, mlp: mlp_bias },
+                    tie_word_embeddings,
+                    layer_shapes,
+                }
+            }
+            Self::Opt {
+                vocab_size,
+                hidden_size,
+                ffn_dim,
+                num_hidden_layers,
+                num_attention_heads,
+                head_dim,
+                max_position_embeddings,
+                bias,
+                layer_norm_affine,
+                tie_word_embeddings,
+                layer_shapes,
+            } => ModelConfig {
+                family: family("opt")?,
+                vocab_size,
+                hidden_size,
+                intermediate_size: ffn_dim,
+                num_hidden_layers,
+                num_attention_heads,
+                num_key_value_heads: num_attention_heads,
+                head_dim,
+                max_position_embeddings,
+                norm_eps: 1e-5,
+                norm_affine: layer_norm_affine,
+                rope: Vec::new(),
+                layer_attention: vec![LayerAttention { sliding_window: None, rope: None }; num_hidden_layers],
+                query_pre_attn_scalar: None,
+                embedding_multiplier: 1.0,
+                logit_softcap: None,
+                biases: Biases { qkv: bias, o: bias, mlp: bias },
+                tie_word_embeddings,
+                layer_shapes,
+            },
+        })
+    }
+}

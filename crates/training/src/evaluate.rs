@@ -1,0 +1,47 @@
+//! The loss on a data set.
+
+use kiln_models::{CausalLm, token_nll};
+use serde::{Deserialize, Serialize};
+
+use crate::{Dataset, Result, in_order};
+
+/// The loss of a model on a data set.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct DatasetLoss {
+    /// Mean negative log-likelihood of the scored tokens, in nats.
+    pub nll: f64,
+    /// Scored tokens.
+    pub tokens: usize,
+}
+
+impl DatasetLoss {
+    /// `exp` of the mean.
+    pub fn perplexity(&self) -> f64 {
+        self.nll.exp()
+    }
+}
+
+/// The mean loss over the tokens of `dataset` that are learned, `batch` rows at a time; no gradient is recorded.
+///
+/// Each row is seen alone, so `batch` decides time and memory only.
+///
+/// ```no_run
+/// # fn example(model: &kiln_models::AnyModel<kiln_quant_core::QuantLinear>, held_out: &kiln_training::Dataset)
+/// # -> Result<(), kiln_training::Error> {
+/// let loss = kiln_training::evaluate(model, held_out, 8)?;
+/// println!("{:.3} nats per token over {} tokens", loss.nll, loss.tokens);
+/// # Ok(()) }
+/// ```
+///
+/// # Errors
+/// A `batch` of 0, and data that doesn't fit the model.
+pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<DatasetLoss> {
+    let (mut sum, mut tokens) = (0.0, 0);
+    for batch in in_order(dataset, batch, 0)? {
+        let nll = token_nll(model, &batch.tokens, batch.as_targets())?;
+        sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
+        tokens += nll.len();
+    }
+    Ok(DatasetLoss { nll: sum / tokens as f64, tokens })
+}

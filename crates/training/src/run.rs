@@ -1,0 +1,181 @@
+//! A run from its first step to its last: what it does on the way, what it tells, and what it ends with.
+
+use std::{
+    fmt,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Dataset, StepReport};
+
+/// When [`Trainer::run`](crate::Trainer::run) evaluates, saves and gives up.
+///
+/// | option | default | meaning | range |
+/// | --- | --- | --- | --- |
+/// | `evaluate_every` | 0 | steps between evaluations, the last step included; 0 never evaluates | |
+/// | `held_out` | none | data whose loss is the score; without it the observer scores | |
+/// | `patience` | none | evaluations in a row without a better score after which the run ends | at least 1 |
+/// | `save_every` | 0 | steps between checkpoints; 0 saves only at the end | |
+/// | `folder` | none | where checkpoints go: `last` and, with evaluations, `best` below it | |
+#[derive(Debug, Clone, Default)]
+#[non_exhaustive]
+pub struct RunOptions {
+    /// Steps between evaluations.
+    pub evaluate_every: u64,
+    /// Data whose loss is the score.
+    pub held_out: Option<Arc<Dataset>>,
+    /// Evaluations without a better score after which the run ends.
+    pub patience: Option<u64>,
+    /// Steps between checkpoints.
+    pub save_every: u64,
+    /// Where checkpoints go.
+    pub folder: Option<PathBuf>,
+}
+
+impl RunOptions {
+    /// A run without evaluations and checkpoints.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Scores the model by its loss on `held_out` after every `every` steps and at the end.
+    #[must_use]
+    pub fn with_held_out(mut self, held_out: impl Into<Arc<Dataset>>, every: u64) -> Self {
+        (self.held_out, self.evaluate_every) = (Some(held_out.into()), every);
+        self
+    }
+
+    /// Asks the observer for a score after every `every` steps and at the end.
+    #[must_use]
+    pub fn with_evaluations(mut self, every: u64) -> Self {
+        self.evaluate_every = every;
+        self
+    }
+
+    /// Sets `patience`.
+    #[must_use]
+    pub fn with_patience(mut self, patience: u64) -> Self {
+        self.patience = Some(patience);
+        self
+    }
+
+    /// Sets `save_every`.
+    #[must_use]
+    pub fn with_save_every(mut self, save_every: u64) -> Self {
+        self.save_every = save_every;
+        self
+    }
+
+    /// Sets `folder`.
+    #[must_use]
+    pub fn with_folder(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.folder = Some(folder.into());
+        self
+    }
+}
+
+/// A score on the way.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct Evaluation {
+    /// Steps done before it.
+    pub steps: u64,
+    /// The score, lower is better: of held-out data the mean loss in nats per token.
+    pub score: f64,
+    /// Whether it is the lowest so far.
+    pub is_best: bool,
+}
+
+/// Something that happened in a run. Its text is a line for a person.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// A step was done.
+    Step(&'a StepReport),
+    /// The model was scored.
+    Evaluation(&'a Evaluation),
+    /// A checkpoint was written into this folder.
+    Checkpoint(&'a Path),
+}
+
+impl fmt::Display for Event<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Step(report) => write!(f, "step {}: loss {:.4}", report.step + 1, report.loss),
+            Self::Evaluation(Evaluation { steps, score, is_best }) => {
+                let best = if *is_best { ", the best so far" } else { "" };
+                write!(f, "after {steps} steps: held-out loss {score:.4}{best}")
+            }
+            Self::Checkpoint(folder) => write!(f, "checkpoint written to {}", folder.display()),
+        }
+    }
+}
+
+/// Hears what happens in a run, may score the model, and may stop the run.
+///
+/// A closure `FnMut(&Event) -> ControlFlow<()>` is an observer too, and `()` one that doesn't listen.
+pub trait Observer<M> {
+    /// After every step, evaluation and checkpoint; [`ControlFlow::Break`] ends the run after the step.
+    fn on_event(&mut self, _event: &Event<'_>) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    /// A score of the model after `steps` steps, lower is better; asked for as [`RunOptions::evaluate_every`] says where
+    /// there is no held-out data.
+    ///
+    /// # Errors
+    /// Whatever scoring meets; it ends the run.
+    fn score(
+        &mut self,
+        _model: &M,
+        _steps: u64,
+    ) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(None)
+    }
+}
+
+impl<M> Observer<M> for () {}
+
+impl<M, F: FnMut(&Event<'_>) -> ControlFlow<()>> Observer<M> for F {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        self(event)
+    }
+}
+
+/// What a run did.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct RunReport {
+    /// The steps of this call, in their order.
+    pub steps: Vec<StepReport>,
+    /// The evaluations of this call, in their order.
+    pub evaluations: Vec<Evaluation>,
+    /// Why there are no more.
+    pub end: RunEnd,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum RunEnd {
+    /// All steps are done.
+    Completed,
+    /// Patience ran out: no evaluation was better for long enough.
+    Patience,
+    /// The observer said so.
+    Stopped,
+}
+
+impl fmt::Display for RunEnd {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Completed => "all steps are done",
+            Self::Patience => "the held-out loss stopped falling",
+            Self::Stopped => "it was stopped",
+        })
+    }
+}

@@ -1,0 +1,57 @@
+//! The measurements behind docs/accuracy.md and docs/performance.md, one subcommand each.
+//!
+//! `finetune`, `apiq`, `automixq` and `side-tuning` measure what their options say. `study-..` call them for a whole table:
+//! each run is a process of its own, because peak memory belongs to a process, and a JSON line of a log below
+//! docs/results; runs that are in the log are not repeated, so that a study goes on where it was stopped.
+
+mod apiq;
+mod apiq_study;
+mod automixq;
+mod automixq_study;
+mod balanced_rank_study;
+mod finetune;
+mod log;
+mod numbers;
+mod side_tuning;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    #[command(subcommand)]
+    study: Study,
+}
+
+#[derive(Subcommand)]
+enum Study {
+    /// One fine-tune, with every option of every adapter.
+    Finetune(Box<finetune::Options>),
+    /// Calibrated quantization by several methods, with perplexity before and after the same fine-tuning, and the
+    /// activations' error block by block.
+    Apiq(Box<apiq::Options>),
+    /// A search for bits, with fine-tunes of the best plan of a memory limit and of uniform plans of the same limit.
+    Automixq(Box<automixq::Options>),
+    /// Time, memory and loss of side tuning, LoRA, QLoRA and full fine-tuning, beside what is predicted.
+    SideTuning(Box<side_tuning::Options>),
+    /// Models at 4, 3 and 2 bits by all methods of calibration.
+    StudyApiq(apiq_study::Options),
+    /// Searches by several methods, budgets and seeds against the front of all plans.
+    StudyAutomixq(automixq_study::Options),
+    /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values.
+    StudyBalancedRank(balanced_rank_study::Options),
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(|options: Options| match options.study {
+        Study::Finetune(options) => finetune::run(*options),
+        Study::Apiq(options) => apiq::run(*options),
+        Study::Automixq(options) => automixq::run(*options),
+        Study::SideTuning(options) => side_tuning::run(*options),
+        Study::StudyApiq(options) => apiq_study::run(&options),
+        Study::StudyAutomixq(options) => automixq_study::run(&options),
+        Study::StudyBalancedRank(options) => balanced_rank_study::run(&options),
+    })
+}
