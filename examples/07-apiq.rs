@@ -79,7 +79,7 @@ fn run(options: Options) -> Result<()> {
         let config = CalibrationConfig::new(method, Plan::uniform(options.bits));
         let blocks = indicatif::ProgressBar::new(base.num_blocks() as u64);
         let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
-        let (model, _) = calibrator.run(base, &mut |progress| {
+        let (model, _) = calibrator.run_with(base, &mut |progress| {
             if let Progress::Block { .. } = progress {
                 blocks.inc(1);
             }

@@ -264,7 +264,7 @@ impl Study<'_> {
             .with_style(indicatif::ProgressStyle::with_template("{prefix} {bar:30} {pos}/{len} {msg} {eta}")?)
             .with_prefix(method.name());
         let mut block_peaks = Vec::new();
-        let (model, report) = calibrator.run(base, &mut |progress| {
+        let (model, report) = calibrator.run_with(base, &mut |progress| {
             if let Progress::Block { report, .. } = progress {
                 block_peaks.push(peak_rss_bytes());
                 bar.set_position(report.index as u64 + 1);

@@ -1,6 +1,6 @@
 //! What calibrates a model: options, text, where it is kept.
 
-use std::path::PathBuf;
+use std::{ops::ControlFlow, path::PathBuf};
 
 use kiln_adapters::{Adapted, LoraAttacher};
 use kiln_models::{Probe, ScaleSites, Slots, Tape, TensorSource, Windows};
@@ -30,7 +30,6 @@ pub type Calibrated<M> = <M as Slots>::With<Slot>;
 ///
 /// # Example
 /// ```no_run
-/// use std::ops::ControlFlow;
 /// use burn::tensor::Device;
 /// use kiln_adapters::{AdapterConfig, LoraAttacher};
 /// use kiln_calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method};
@@ -47,7 +46,7 @@ pub type Calibrated<M> = <M as Slots>::With<Slot>;
 /// let config = CalibrationConfig::new(method, Plan::uniform("affine2:64".parse()?));
 /// let (model, report) = Calibrator::new(&config, &windows)
 ///     .with_adapters(&attacher)
-///     .run(model, &mut |_| ControlFlow::Continue(()))?;
+///     .run(model)?;
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
 pub struct Calibrator<'a> {
@@ -99,9 +98,21 @@ impl<'a> Calibrator<'a> {
     /// # Errors
     /// [`Error::Model`] for windows that don't fit the model; [`Error::Argument`] for options out of range;
     /// [`Error::NotFinite`] naming the projection whose weights or activations hold NaN or infinity;
-    /// [`Error::Singular`]; [`Error::Diverged`]; [`Error::Cancelled`]; [`Error::File`] for a folder of another run;
-    /// whatever reading weights refuses.
-    pub fn run<M>(&self, model: M, observer: Observer) -> Result<(Calibrated<M>, CalibrationReport)>
+    /// [`Error::Singular`]; [`Error::Diverged`]; [`Error::File`] for a folder of another run; whatever reading weights
+    /// refuses.
+    pub fn run<M>(&self, model: M) -> Result<(Calibrated<M>, CalibrationReport)>
+    where
+        M: ScaleSites<Slot = QuantLinear>,
+        M::With<Probe<Station>>: ScaleSites<Slot = Probe<Station>> + Slots<With<Slot> = M::With<Slot>>,
+    {
+        self.run_with(model, &mut |_| ControlFlow::Continue(()))
+    }
+
+    /// As [`run`](Self::run), with a callback that may end it.
+    ///
+    /// # Errors
+    /// As [`run`](Self::run), and [`Error::Cancelled`].
+    pub fn run_with<M>(&self, model: M, observer: Observer) -> Result<(Calibrated<M>, CalibrationReport)>
     where
         M: ScaleSites<Slot = QuantLinear>,
         M::With<Probe<Station>>: ScaleSites<Slot = Probe<Station>> + Slots<With<Slot> = M::With<Slot>>,

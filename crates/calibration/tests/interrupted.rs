@@ -13,7 +13,7 @@ fn uninterrupted(config: &CalibrationConfig, windows: &Windows) -> Vec<Contents>
     let model = tiny();
     let attacher = attacher(&model);
     let (model, _) =
-        Calibrator::new(config, windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+        Calibrator::new(config, windows).with_adapters(&attacher).run(model).unwrap();
     contents(&model)
 }
 
@@ -32,7 +32,7 @@ fn a_resumed_run_gives_the_same_bits() {
         let attacher = attacher(&model);
         let run = |observer: kiln_calibration::Observer| {
             let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
-            calibrator.with_folder(folder.path()).run(tiny(), observer)
+            calibrator.with_folder(folder.path()).run_with(tiny(), observer)
         };
         // In the middle of the second block; then after the third.
         let result = run(&mut |progress| match progress {
@@ -50,7 +50,7 @@ fn a_resumed_run_gives_the_same_bits() {
         });
         assert!(matches!(result, Err(Error::Cancelled { blocks: 3, total: 4 })));
         assert_eq!(seen, [1, 2]);
-        let (model, report) = run(&mut silent).unwrap();
+        let (model, report) = run(&mut |_| ControlFlow::Continue(())).unwrap();
         assert_eq!(contents(&model), expected, "{scheme}");
         assert_eq!(report.blocks.iter().map(|block| block.index).collect::<Vec<_>>(), [0, 1, 2, 3]);
         // A finished run is read, not repeated.
@@ -65,7 +65,7 @@ fn any_step_may_be_the_last() {
     let windows = windows(2);
     let steps = |method: Method, last: usize| {
         let (config, mut seen) = (config(method, "affine2:64"), Vec::new());
-        let result = Calibrator::new(&config, &windows).run(tiny(), &mut |progress| {
+        let result = Calibrator::new(&config, &windows).run_with(tiny(), &mut |progress| {
             if let Progress::Step { block, projection, epoch, window, loss } = progress {
                 assert!(loss > 0.0);
                 seen.push((block, projection.map(str::to_string), epoch, window));
@@ -89,7 +89,7 @@ fn any_step_may_be_the_last() {
 fn an_epoch_may_be_the_last() {
     let (config, windows) = (config(Method::ApiqBlock(apiq(3)), "affine2:64"), windows(1));
     let mut epochs = Vec::new();
-    let result = Calibrator::new(&config, &windows).run(tiny(), &mut |progress| {
+    let result = Calibrator::new(&config, &windows).run_with(tiny(), &mut |progress| {
         if let Progress::Epoch { block, projection: None, epoch, .. } = progress {
             epochs.push((block, epoch));
         }
@@ -107,14 +107,14 @@ fn streams_are_read_back_into_a_spill_folder() {
     let attacher = attacher(&tiny());
     let run = |observer: kiln_calibration::Observer| {
         let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
-        calibrator.with_folder(folder.path()).with_spill(spill.path()).run(tiny(), observer)
+        calibrator.with_folder(folder.path()).with_spill(spill.path()).run_with(tiny(), observer)
     };
     let result = run(&mut |progress| match progress {
         Progress::Block { .. } => ControlFlow::Break(()),
         _ => ControlFlow::Continue(()),
     });
     assert!(matches!(result, Err(Error::Cancelled { blocks: 1, total: 4 })));
-    assert_eq!(contents(&run(&mut silent).unwrap().0), expected);
+    assert_eq!(contents(&run(&mut |_| ControlFlow::Continue(())).unwrap().0), expected);
     assert_eq!(std::fs::read_dir(spill.path()).unwrap().count(), 0);
 }
 
@@ -137,7 +137,7 @@ fn projections_of_zeros_are_calibrated_and_read_back() {
             let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
             calibrator
                 .with_folder(folder.path())
-                .run(changed(1, |weight| weight.zeros_like()), &mut silent)
+                .run(changed(1, |weight| weight.zeros_like()))
                 .unwrap()
         };
         let ((model, report), (again, reread)) = (run(), run());
@@ -152,7 +152,7 @@ fn another_runs_folder_and_damaged_files_are_refused() {
     let attacher = attacher(&tiny());
     let calibrate = |config: &CalibrationConfig, windows: &Windows, model| {
         let calibrator = Calibrator::new(config, windows).with_adapters(&attacher);
-        calibrator.with_folder(folder.path()).run(model, &mut silent).map(|_| ())
+        calibrator.with_folder(folder.path()).run(model).map(|_| ())
     };
     let run = |config: &CalibrationConfig, windows: &Windows| calibrate(config, windows, tiny());
     let gptq = config(Method::Gptq(GptqConfig::default()), "affine3:64");
@@ -213,7 +213,7 @@ fn spilled_streams_and_weights_from_the_file_give_the_same_bits() {
         let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
         let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
         let calibrator = calibrator.with_weights(checkpoint.source()).with_spill(spill.path());
-        let (model, _) = calibrator.run(skeleton, &mut silent).unwrap();
+        let (model, _) = calibrator.run(skeleton).unwrap();
         assert_eq!(contents(&model), expected);
     }
 }

@@ -17,7 +17,7 @@ use crate::setup::*;
 fn calibrate(config: &CalibrationConfig, count: usize) -> (Model, CalibrationReport) {
     let (model, windows) = (tiny(), windows(count));
     let attacher = attacher(&model);
-    Calibrator::new(config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap()
+    Calibrator::new(config, &windows).with_adapters(&attacher).run(model).unwrap()
 }
 
 /// Held-out error of the residual stream after the last block.
@@ -83,7 +83,7 @@ fn dead_channels_cost_nothing() {
         let attacher = attacher(&model);
         let config = config(method, "affine2:64");
         let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let q_proj = &report.blocks[1].projections[0];
         assert!(q_proj.activation_error_after < q_proj.activation_error_before * 1.001, "{q_proj:?}");
         for (path, weight, factors) in contents(&found) {
@@ -169,7 +169,7 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     let attacher = attacher(&model);
     let config = config(Method::ApiqBlock(apiq(2)), "affine2:64");
     let (model, _) =
-        Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+        Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     let mut adapters = Vec::new();
@@ -217,7 +217,7 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         let before = model.clone();
         let config = CalibrationConfig::new(method, schemes.clone());
         let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent).unwrap();
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let mut kinds = Vec::new();
         found.for_each_slot(|path, slot| {
             let kind = match &slot.base {

@@ -12,7 +12,7 @@ use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 use crate::setup::*;
 
 fn refused(model: AnyModel<QuantLinear>, config: &CalibrationConfig, windows: &Windows) -> Error {
-    Calibrator::new(config, windows).run(model, &mut silent).map(|_| ()).unwrap_err()
+    Calibrator::new(config, windows).run(model).map(|_| ()).unwrap_err()
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn options_out_of_range_are_refused_by_name() {
             config.schemes = config.schemes.with_path(last, scheme.parse().unwrap());
             let run = |progress: kiln_calibration::Progress| panic!("{progress:?}");
             let windows = windows(1);
-            let error = Calibrator::new(&config, &windows).run(tiny(), &mut { run }).map(|_| ()).unwrap_err();
+            let error = Calibrator::new(&config, &windows).run_with(tiny(), &mut { run }).map(|_| ()).unwrap_err();
             let message = error.to_string();
             assert!(
                 message.contains(last) && message.contains("affine") && message.contains(scheme),
@@ -152,7 +152,7 @@ fn weights_of_a_source_are_checked() {
         });
         let windows = windows(1);
         let calibrator = Calibrator::new(&config, &windows).with_weights(&source);
-        calibrator.run(model.clone(), &mut silent).map(|_| ()).unwrap_err()
+        calibrator.run(model.clone()).map(|_| ()).unwrap_err()
     };
     let error = run(|mut tensor| {
         tensor.shape.reverse();
@@ -169,7 +169,7 @@ fn weights_of_a_source_are_checked() {
     let other = Checkpoint::open(kiln_testkit::testdata("tiny/opt-f32")).unwrap();
     let windows = windows(1);
     let missing = Calibrator::new(&config, &windows).with_weights(other.source());
-    let message = missing.run(model, &mut silent).map(|_| ()).unwrap_err().to_string();
+    let message = missing.run(model).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("model.layers.0"), "{message}");
 }
 
@@ -186,7 +186,7 @@ fn embeddings_that_are_not_finite_and_missing_folders_are_refused() {
 
     let missing = std::path::Path::new("no/such/folder");
     let calibrator = Calibrator::new(&config, &windows).with_spill(missing);
-    let message = calibrator.run(tiny(), &mut silent).map(|_| ()).unwrap_err().to_string();
+    let message = calibrator.run(tiny()).map(|_| ()).unwrap_err().to_string();
     assert!(message.contains("no/such/folder"), "{message}");
 }
 
@@ -199,7 +199,7 @@ fn a_loss_that_is_not_finite_ends_the_run_and_names_the_place() {
     ] {
         let (model, config, windows) = (tiny(), config(method, "affine2:64"), windows(2));
         let attacher = attacher(&model);
-        let run = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model, &mut silent);
+        let run = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model);
         let error = run.map(|_| ()).unwrap_err();
         assert!(matches!(&error, Error::Diverged { place: found, .. } if found == place), "{error}");
     }

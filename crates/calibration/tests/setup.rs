@@ -1,10 +1,8 @@
 //! What the tests share.
 
-use std::ops::ControlFlow;
-
 use burn::tensor::Device;
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
-use kiln_calibration::{ApiqConfig, CalibrationConfig, Method, Progress};
+use kiln_calibration::{ApiqConfig, CalibrationConfig, Method};
 use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
 pub use kiln_testkit::ids;
@@ -49,10 +47,6 @@ pub fn config(method: Method, scheme: &str) -> CalibrationConfig {
 /// Larger rates than the published ones, for small budgets.
 pub fn apiq(epochs: usize) -> ApiqConfig {
     ApiqConfig { epochs, lr_clipping: 1e-2, lr_lora: 2e-3, ..ApiqConfig::default() }
-}
-
-pub fn silent(_: Progress) -> ControlFlow<()> {
-    ControlFlow::Continue(())
 }
 
 /// Everything that a calibration decides.

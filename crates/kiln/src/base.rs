@@ -7,7 +7,7 @@ use kiln_adapters::AdapterConfig;
 use kiln_models::{
     AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
-    export::{ExportReport, Fallback, GgufOptions, export_gguf},
+    export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
 };
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, Scheme};
@@ -40,11 +40,13 @@ pub struct Base {
 /// | --- | --- | --- |
 /// | `bits`, `scheme`, `schemes` | as stored | weight format of the blocks' linears |
 /// | `device` | the CPU, or Burn's choice where that isn't compiled in | where to compute |
+/// | `chat_template` | the checkpoint's | how conversations become text |
 #[must_use = "`load` makes the model"]
 pub struct OpenBase {
     checkpoint: Checkpoint,
     format: Format,
     device: Option<Device>,
+    template: Option<String>,
 }
 
 /// Weight format of the blocks' linears.
@@ -87,6 +89,12 @@ impl OpenBase {
         self
     }
 
+    /// Sets the chat template, as Jinja, in place of the checkpoint's own, if it has any.
+    pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
+        self.template = Some(template.into());
+        self
+    }
+
     /// The checkpoint.
     pub fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
@@ -107,7 +115,11 @@ impl OpenBase {
             Format::Planned(schemes) => LoadOptions::planned(schemes),
         };
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
-        let (tokenizer, template) = (self.checkpoint.tokenizer()?, self.checkpoint.chat_template()?);
+        let tokenizer = self.checkpoint.tokenizer()?;
+        let template = match self.template {
+            Some(template) => Some(ChatTemplate::new(&template)?),
+            None => self.checkpoint.chat_template()?,
+        };
         let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });
         Ok(Base { model, language, report })
     }
@@ -126,7 +138,7 @@ impl Base {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open(path: impl AsRef<Path>) -> Result<OpenBase> {
-        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, format: Format::AsStored, device: None })
+        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, format: Format::AsStored, device: None, template: None })
     }
 
     /// The model.
@@ -257,6 +269,14 @@ impl Base {
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<String> {
         self.language.chat(&self.model, messages, options.into(), on_text)
+    }
+
+    /// Writes the model as Kiln's own folder, exactly as it is, with its tokenizer; [`open`](Self::open) reads it.
+    ///
+    /// # Errors
+    /// As [`save_model`].
+    pub fn save(&self, folder: impl AsRef<Path>) -> Result<ExportReport> {
+        Ok(save_model(&self.model, &self.language.checkpoint, folder)?)
     }
 
     /// Writes the model as a `.gguf` file with its tokenizer. Weights that no block type holds become dense; the report

@@ -1,6 +1,7 @@
 //! The recipe: attach, train, evaluate, keep the best; then save, merge, export.
 
 use std::{
+    convert::Infallible,
     fmt,
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -14,14 +15,15 @@ use kiln_models::{
     chat::Message,
     export::{ExportReport, LoraFactors, export_gguf_lora},
 };
-use kiln_quant_core::QuantLinear;
+use kiln_quant_core::{QuantLinear, Slots};
 use kiln_training::{
     BatchOptions, Dataset, DatasetLoss, Event, RunOptions, RunReport, ScheduleKind, Trainer, TrainerConfig,
 };
 
 use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 
-/// A fine-tune that is still to be run: new adapters on a [`Base`], and how they are trained.
+/// A fine-tune that is still to be run: new adapters on a [`Base`] ([`Base::finetune`]) or those that are there already
+/// ([`FineTuned::finetune`]), and how they are trained.
 ///
 /// | option | default | meaning |
 /// | --- | --- | --- |
@@ -62,14 +64,20 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// ```
 #[must_use = "`run` trains"]
 pub struct FineTune<'a> {
-    base: &'a Base,
-    adapters: AdapterConfig,
+    start: Start<'a>,
     data: Arc<Dataset>,
     length: Length,
     trainer: TrainerConfig,
     options: RunOptions,
     resume: bool,
     on_event: Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>,
+}
+
+/// What is trained.
+#[derive(Debug)]
+enum Start<'a> {
+    New(&'a Base, AdapterConfig),
+    GoingOn(&'a FineTuned),
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -80,10 +88,13 @@ enum Length {
 
 impl<'a> FineTune<'a> {
     pub(crate) fn new(base: &'a Base, adapters: AdapterConfig, data: Arc<Dataset>) -> Self {
+        Self::of(Start::New(base, adapters), data)
+    }
+
+    fn of(start: Start<'a>, data: Arc<Dataset>) -> Self {
         const ROWS: usize = 4;
         Self {
-            base,
-            adapters,
+            start,
             data,
             length: Length::Epochs(1),
             trainer: TrainerConfig::new(1, ROWS),
@@ -182,7 +193,10 @@ impl<'a> FineTune<'a> {
             Length::Steps(steps) => self.trainer.with_steps(steps),
             Length::Epochs(epochs) => self.trainer.with_epochs(&self.data, epochs)?,
         };
-        let tuned = Tuned::attach(self.base.model().clone(), &self.adapters)?;
+        let (tuned, language) = match self.start {
+            Start::New(base, adapters) => (Tuned::attach(base.model().clone(), &adapters)?, base.language()),
+            Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
+        };
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         // Without checkpoints nothing asks for it, and the base is hashed for it.
         let identity = if last.is_some() { tuned.identity()? } else { Default::default() };
@@ -193,16 +207,16 @@ impl<'a> FineTune<'a> {
         }
         let report = trainer.run_with(&self.options, &mut self.on_event)?;
         let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
-        Ok(FineTuned::new(tuned, self.base.language(), Some(report)))
+        Ok(FineTuned::new(tuned, language, Some(report)))
     }
 }
 
 /// The data and the callback are large; the rest says what is run.
 impl fmt::Debug for FineTune<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { base, adapters, length, trainer, resume, .. } = self;
+        let Self { start, length, trainer, resume, .. } = self;
         let mut s = f.debug_struct("FineTune");
-        s.field("base", base).field("adapters", adapters).field("length", length);
+        s.field("start", start).field("length", length);
         s.field("trainer", trainer).field("resume", resume).finish_non_exhaustive()
     }
 }
@@ -242,6 +256,20 @@ impl FineTuned {
     /// The model.
     pub fn model(&self) -> &AdaptedModel {
         self.tuned.model()
+    }
+
+    /// A fine-tune of these adapters on `data`, still to be run. What is here stays as it is.
+    pub fn finetune(&self, data: impl Into<Arc<Dataset>>) -> FineTune<'_> {
+        FineTune::of(Start::GoingOn(self), data.into())
+    }
+
+    /// The model without its adapters: the base that they belong to, calibrated or split as they started.
+    pub fn without_adapters(&self) -> Base {
+        let bare = self.model().clone().try_map(|_, slot| Ok::<_, Infallible>(slot.into_base()));
+        match bare {
+            Ok(model) => Base::of(model, self.language.clone()),
+            Err(never) => match never {},
+        }
     }
 
     /// Writes the adapters as Kiln's own folder, tied to its base: [`Tuned::save`].

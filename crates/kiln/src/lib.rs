@@ -33,6 +33,8 @@ mod finetune;
 #[cfg(feature = "mixq-search")]
 pub mod mixq;
 pub mod prelude;
+#[cfg(any(feature = "calibration", feature = "pruning"))]
+mod stages;
 mod tuned;
 
 pub use adapter_set::{AdapterSetLinear, load_adapter_set};

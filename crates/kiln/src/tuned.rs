@@ -98,6 +98,17 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     }
 
     /// The same adapters after `f` trained them.
+    ///
+    /// # Errors
+    /// `f`'s.
+    pub fn try_map_model<E>(
+        self,
+        f: impl FnOnce(M::With<AdaptedLinear>) -> Result<M::With<AdaptedLinear>, E>,
+    ) -> Result<Self, E> {
+        Ok(Self { model: f(self.model)?, config: self.config })
+    }
+
+    /// As [`try_map_model`](Self::try_map_model), for what can't fail.
     #[must_use]
     pub fn map_model(self, f: impl FnOnce(M::With<AdaptedLinear>) -> M::With<AdaptedLinear>) -> Self {
         Self { model: f(self.model), config: self.config }

@@ -1,7 +1,7 @@
 //! Memory promises, as peak resident memory of a process of their own: each measurement runs this test binary again
 //! with the name of the one test that does it.
 
-use std::{ops::ControlFlow, sync::Arc};
+use std::sync::Arc;
 
 use burn::{
     module::Module,
@@ -179,7 +179,7 @@ fn calibrated(folder: &str, dense: bool) -> f64 {
     if !dense {
         calibrator = calibrator.with_weights(checkpoint.source());
     }
-    let (model, _) = calibrator.run(model, &mut |_| ControlFlow::Continue(())).unwrap();
+    let (model, _) = calibrator.run(model).unwrap();
     drop(model);
     peak()
 }

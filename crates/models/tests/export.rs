@@ -23,7 +23,7 @@ use serde_json::Value;
 
 type Model = AnyModel<QuantLinear>;
 
-const PROMPT: [u32; 9] = [3, 200, 17, 99, 255, 0, 1, 42, 128];
+const PROMPT: [u32; 9] = [3, 20, 17, 95, 55, 0, 1, 42, 28];
 
 const LLAMA_FAMILY: [&str; 9] = [
     "llama-tied-f32-sharded",
@@ -140,7 +140,9 @@ fn saved_models_load_bit_for_bit() {
         ["llama-untied-gptq3-v2-actorder", "llama-untied-gptq4-v1", "llama-untied-bnb-nf4-double", "opt-f32"];
     let mut cases: Vec<(Checkpoint, Model)> =
         stored.iter().map(|name| (open(name), load(&open(name)))).collect();
-    for (index, folder) in LLAMA_FAMILY.into_iter().chain(["llama-rope-dynamic", "opt-f32"]).enumerate() {
+    for (index, folder) in
+        LLAMA_FAMILY.into_iter().chain(["llama-rope-dynamic", "opt-f32", "gemma3-text-f32"]).enumerate()
+    {
         let schemes = [
             "nf4:64:double",
             "affine2:8x4",
@@ -199,7 +201,7 @@ fn saved_folders_that_were_changed_are_refused() {
 
 #[test]
 fn dense_folders_hold_the_model() {
-    for folder in LLAMA_FAMILY.into_iter().chain(["llama-rope-dynamic", "opt-f32"]) {
+    for folder in LLAMA_FAMILY.into_iter().chain(["llama-rope-dynamic", "opt-f32", "gemma3-text-f32"]) {
         let (source, model) = quantized(folder, "nf4:32");
         let (_folder, path) = place("dense");
         let report = export_hf(&model, &source, &path, &ExportOptions::new(FloatType::F32)).unwrap();

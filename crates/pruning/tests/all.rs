@@ -23,13 +23,14 @@ use kiln_quant_core::{Projection, QuantLinear};
 use kiln_testkit::{Golden, ids, read, testdata};
 
 /// A checkpoint of each architecture, with and without biases, tied and untied, with a window.
-pub(crate) const FOLDERS: [&str; 6] = [
+pub(crate) const FOLDERS: [&str; 7] = [
     "llama-untied-bf16",
     "llama-rope3-headdim24-f32",
     "mistral-swa8-f32",
     "qwen2-tied-f32",
     "qwen3-untied-f32",
     "opt-f32",
+    "gemma3-text-f32",
 ];
 
 pub(crate) fn checkpoint(folder: &str) -> Checkpoint {
@@ -59,9 +60,9 @@ pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<
     read(model.forward(&model.context(tokens, None)))
 }
 
-/// Windows of pseudo-random ids below 256.
+/// Windows of pseudo-random ids below 96, the smallest vocabulary.
 pub(crate) fn calibration() -> Windows {
-    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 256).collect()).collect())
+    Windows::new((0..6).map(|w| (0..16).map(|i| (w * 61 + i * 7 + i * i * 3) % 96).collect()).collect())
         .unwrap()
 }
 

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use kiln_models::Windows;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -473,6 +474,20 @@ impl Dataset {
         &self.examples
     }
 
+    /// The first `count` examples that fill their `seq_len`, as texts to calibrate or measure a model on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] if there are fewer, or none are asked for.
+    pub fn windows(&self, count: usize) -> Result<Windows> {
+        let full = self.examples.iter().filter(|example| example.ids.len() == self.options.seq_len);
+        let windows: Vec<Vec<u32>> = full.take(count).map(|example| example.ids.clone()).collect();
+        if windows.len() < count || count == 0 {
+            let expected = format!("at least 1 and at most the {} examples of full length", windows.len());
+            return Err(Problem::new("windows", expected, count).argument());
+        }
+        Ok(Windows::new(windows)?)
+    }
+
     /// The options they were made with.
     pub fn options(&self) -> &DataOptions {
         &self.options
@@ -711,6 +726,15 @@ pub(crate) mod tests {
         let row = r#"{"messages": [{"role": "assistant", "content": "a", "name": "Ada"}]}"#;
         let (_folder, path) = file("rows.jsonl", row);
         assert_eq!(Dataset::open(&path, &Named, &options(9)).unwrap().examples()[0].ids, [1, 1]);
+    }
+
+    #[test]
+    fn windows_are_the_first_full_examples() {
+        let data = Dataset::from_ids((0..25).collect(), &options(10)).unwrap();
+        assert_eq!(data.windows(2).unwrap().length(), 10);
+        for count in [0, 3] {
+            assert!(data.windows(count).unwrap_err().to_string().starts_with("windows"));
+        }
     }
 
     #[test]

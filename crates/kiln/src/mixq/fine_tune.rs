@@ -2,16 +2,16 @@
 
 use std::{ops::ControlFlow, sync::Arc};
 
-use kiln_adapters::{AdapterConfig, LoraAttacher};
-use kiln_calibration::{CalibrationConfig, Calibrator, Method};
+use kiln_adapters::AdapterConfig;
+use kiln_calibration::{CalibrationConfig, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, CausalLm, Slots, Windows};
+use kiln_models::{AnyModel, CausalLm, Windows};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Event, Observer, RunOptions, Trainer, TrainerConfig};
 
 use super::{adapters, attach, schemes};
-use crate::{Error, Result};
+use crate::{AdaptedModel, Error, Result, stages::calibrated};
 
 /// How a plan is fine-tuned and scored: LoRA on the quantized model, then its loss on held-out text.
 #[derive(Debug, Clone)]
@@ -103,18 +103,15 @@ impl FineTune {
             return Err(Error::argument(path, "adapter lora, for a calibrated start", "another"));
         }
         drop(quantized);
-        let attacher = LoraAttacher::new(&adapters(plan, &base), &original.slot_shapes())?;
         let mut calibration = CalibrationConfig::new(method.clone(), schemes(plan)?);
         calibration.measured_windows = 0;
-        let (model, _) = Calibrator::new(&calibration, windows)
-            .with_adapters(&attacher)
-            .run(original.clone(), &mut |_| ControlFlow::Continue(()))?;
+        let model = calibrated(original.clone(), &adapters(plan, &base), &calibration, windows)?;
         self.tune(model, steps, seed, keep_going)
     }
 
-    fn tune<M: CausalLm>(
+    fn tune(
         &self,
-        model: M,
+        model: AdaptedModel,
         steps: u64,
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,

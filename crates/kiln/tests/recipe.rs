@@ -1,0 +1,289 @@
+//! The front door: load, attach, train, evaluate, stop, save, reload, generate, merge, export, on the embedded model.
+
+use std::{ops::ControlFlow, path::Path};
+
+use burn::{
+    module::Module,
+    nn::{LayerNorm, LayerNormConfig, LinearConfig},
+    tensor::{Device, Tensor},
+};
+use kiln::{
+    Base, FineTuned, Tuned,
+    adapters::{AdapterConfig, AnyAdapter},
+    models::chat::Message,
+    quant::{Projection, QuantLinear, Slots, slots, trained_values},
+    training::{Dataset, Event, RunEnd},
+};
+use kiln_testkit::{read, testdata};
+
+const TEMPLATE: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}\
+                        {% if add_generation_prompt %}assistant: {% endif %}";
+
+fn base(bits: u32) -> Base {
+    let open = Base::open(testdata("models/tiny-llama")).unwrap();
+    open.with_bits(bits).with_chat_template(TEMPLATE).load().unwrap()
+}
+
+/// Some text that the model was not trained on.
+fn text(base: &Base) -> Dataset {
+    let bytes = std::fs::read(testdata("models/tiny-llama/text/shift_test_moby.u16le")).unwrap();
+    let ids = bytes[..2048].chunks_exact(2).map(|pair| u16::from_le_bytes([pair[0], pair[1]]).into());
+    Dataset::from_ids(ids.collect(), &base.data_options(32)).unwrap()
+}
+
+fn lora(dropout: f64) -> AdapterConfig {
+    AdapterConfig::lora(4, 8.0).with_dropout(dropout).with_seed(5)
+}
+
+fn losses(tuned: &FineTuned) -> Vec<u64> {
+    tuned.report().unwrap().steps.iter().map(|step| step.loss.to_bits()).collect()
+}
+
+#[test]
+fn dropout_changes_training_and_is_repeated_by_a_resumed_run() {
+    let base = base(4);
+    let data = std::sync::Arc::new(text(&base));
+    let run = |dropout| base.finetune(lora(dropout), data.clone()).with_steps(6).with_lr(5e-3).run().unwrap();
+    let (whole, without) = (run(0.5), run(0.0));
+    // LoRA's B starts at zero, so the first step sees no mask.
+    assert_eq!(losses(&whole)[0], losses(&without)[0]);
+    assert!(losses(&whole)[1..].iter().zip(&losses(&without)[1..]).all(|(a, b)| a != b));
+
+    let folder = tempfile::tempdir().unwrap();
+    let part = |stop: u64| {
+        base.finetune(lora(0.5), data.clone())
+            .with_steps(6)
+            .with_lr(5e-3)
+            .with_checkpoints(folder.path(), 0)
+            .with_resume()
+            .on_event(move |event| match event {
+                Event::Step(report) if report.step + 1 == stop => ControlFlow::Break(()),
+                _ => ControlFlow::Continue(()),
+            })
+            .run()
+            .unwrap()
+    };
+    let (first, second) = (part(3), part(6));
+    assert_eq!([losses(&first), losses(&second)].concat(), losses(&whole));
+    assert_eq!(first.report().unwrap().end, RunEnd::Stopped);
+    let values = |tuned: &FineTuned| -> Vec<Vec<f32>> {
+        let adapters = tuned.tuned().adapters().into_iter();
+        adapters.map(|(_, adapter)| read(adapter.as_lora().unwrap().lora_b.val())).collect()
+    };
+    assert_eq!(values(&second), values(&whole));
+}
+
+#[test]
+fn a_run_of_another_model_is_refused_by_name() {
+    let four = base(4);
+    let folder = tempfile::tempdir().unwrap();
+    let run = |base: &Base, adapters: AdapterConfig, folder: &Path| {
+        let run = base.finetune(adapters, text(base)).with_steps(1);
+        run.with_checkpoints(folder, 0).with_resume().run()
+    };
+    run(&four, lora(0.1), folder.path()).unwrap();
+    assert!(run(&four, lora(0.1), folder.path()).is_ok());
+    let mut louder = lora(0.1);
+    louder.alpha = 64.0;
+    for (base, adapters, name) in [
+        (&four, louder, "model.adapters.alpha: expected 64, found 8"),
+        (&four, lora(0.1).with_seed(7), "model.adapters.seed: expected 7, found 5"),
+        (&base(2), lora(0.1), "model.base: expected"),
+    ] {
+        let error = run(base, adapters, folder.path()).unwrap_err();
+        assert!(error.is_file() && error.to_string().contains(name), "{error}");
+    }
+}
+
+#[test]
+fn a_chat_is_tuned_stopped_saved_reloaded_merged_and_exported() {
+    let base = base(4);
+    let folder = tempfile::tempdir().unwrap();
+    let chat = folder.path().join("chat.jsonl");
+    let row = |role: &str, i: usize| {
+        format!(
+            r#"{{"messages": [{{"role": "user", "content": "Bill {i}?"}}, {{"role": "{role}", "content": "The President signs {i}."}}]}}"#
+        )
+    };
+    let rows: Vec<String> = (0..12).map(|i| row(if i == 4 { "asistant" } else { "assistant" }, i)).collect();
+    std::fs::write(&chat, rows.join("\n")).unwrap();
+    let data = base.data(&chat, 64).unwrap();
+    assert!(data.report().to_string().contains("row in line 5 was left out"), "{}", data.report());
+    let (train, held_out) = data.split(0.25, 0).unwrap();
+    let held_out = std::sync::Arc::new(held_out);
+    let before = base.evaluate(&held_out).unwrap();
+
+    let mut lines = Vec::new();
+    let tuned = base
+        .finetune(lora(0.05), train)
+        .with_epochs(4)
+        .with_batch(2)
+        .with_lr(5e-3)
+        .with_held_out(held_out.clone(), 3)
+        .with_patience(2)
+        .on_event(|event| {
+            lines.push(event.to_string());
+            ControlFlow::Continue(())
+        })
+        .run()
+        .unwrap();
+    assert!(lines.iter().any(|line| line.contains("held-out loss")), "{lines:?}");
+    let after = tuned.evaluate(&held_out).unwrap();
+    assert!(after.nll < before.nll - 0.5, "{before:?} {after:?}");
+    let best = tuned.report().unwrap().evaluations.iter().map(|e| e.score).fold(f64::INFINITY, f64::min);
+    assert!((after.nll - best).abs() < 1e-6, "the best model comes back: {best} {after:?}");
+
+    let question = [Message::new("user", "Bill 4?")];
+    let answer = tuned.chat(&question, 12).unwrap();
+    let adapter = folder.path().join("adapter");
+    tuned.save_peft(&adapter).unwrap();
+    let reloaded = base.load_adapters(&adapter).unwrap();
+    assert_eq!(reloaded.chat(&question, 12).unwrap(), answer);
+    assert_ne!(base.chat(&question, 12).unwrap(), answer);
+    let mut streamed = String::new();
+    let whole = reloaded.chat_with(&question, 12, &mut |text| {
+        streamed.push_str(text);
+        ControlFlow::Continue(())
+    });
+    assert_eq!(whole.unwrap().trim_end_matches(char::REPLACEMENT_CHARACTER), streamed);
+
+    let gguf = folder.path().join("merged.gguf");
+    let report = tuned.export_gguf(&gguf).unwrap();
+    assert!(report.lossy().count() > 0, "merged weights are rounded to F16, and the report says so");
+    let exported = Base::open(&gguf).unwrap().with_chat_template(TEMPLATE).load().unwrap();
+    let loss = exported.evaluate(&held_out).unwrap();
+    assert!((loss.nll / after.nll - 1.0).abs() < 1e-2, "{loss:?} {after:?}");
+    tuned.export_gguf_lora(folder.path().join("lora.gguf")).unwrap();
+    let error = tuned.merge_packed().unwrap_err();
+    assert!(error.is_argument() && error.to_string().contains("LoRA"), "{error}");
+}
+
+/// The whole chain: a smaller model, bits where they count, a calibrated start, and a fine-tune of it.
+#[test]
+#[cfg(feature = "mixq-search")]
+fn the_stages_follow_one_another() {
+    use kiln::{
+        calibration::{CalibrationConfig, LoftqConfig, Method},
+        mixq::Choices,
+        pruning::{BlockPruning, Criterion},
+        quant::Plan,
+    };
+    let base = Base::open(testdata("models/tiny-llama")).unwrap().load().unwrap();
+    let data = std::sync::Arc::new(text(&base));
+    let windows = data.windows(2).unwrap();
+    let (pruned, report) = base.prune(&BlockPruning::new(Criterion::L2, 0.25), None).unwrap();
+    assert!(report.parameters_after < report.parameters_before);
+    let choices = Choices::new(["affine4:32".parse().unwrap(), "affine8:32".parse().unwrap()]);
+    let found = pruned.search(&choices, &windows, 4).unwrap();
+    let mixed = pruned.with_plan(&found.front.points[0].plan).unwrap();
+    let tuned = mixed.finetune(lora(0.0), data.clone()).with_steps(2).run().unwrap();
+    assert!(tuned.evaluate(&data).unwrap().nll.is_finite());
+
+    let config = CalibrationConfig::new(
+        Method::Loftq(LoftqConfig::default()),
+        Plan::uniform("affine2:32".parse().unwrap()),
+    );
+    let start = base.calibrate(lora(0.0), &config, &windows).unwrap();
+    let rounded = base.with_plan(&uniform_plan(&base, "affine2:32")).unwrap();
+    let [corrected, rounded] =
+        [start.evaluate(&data).unwrap().nll, rounded.evaluate(&data).unwrap().nll];
+    assert!(corrected < rounded, "LoftQ's adapters repair some of the rounding: {corrected} {rounded}");
+    let tuned = start.finetune(data.clone()).with_steps(6).with_lr(5e-3).run().unwrap();
+    assert!(tuned.evaluate(&data).unwrap().nll < corrected);
+    let folder = tempfile::tempdir().unwrap();
+    let (whole, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
+    tuned.without_adapters().save(&whole).unwrap();
+    tuned.save(&adapter).unwrap();
+    let again = Base::open(&whole).unwrap().load().unwrap().load_adapters(&adapter).unwrap();
+    assert_eq!(again.evaluate(&data).unwrap(), tuned.evaluate(&data).unwrap());
+}
+
+#[cfg(feature = "mixq-search")]
+fn uniform_plan(base: &Base, scheme: &str) -> kiln::mixq_search::Plan {
+    let paths = base.model().slot_shapes().into_iter();
+    let plan: serde_json::Map<String, serde_json::Value> =
+        paths.map(|(path, _)| (path, scheme.into())).collect();
+    serde_json::from_value(plan.into()).unwrap()
+}
+
+#[test]
+fn errors_tell_their_kind_and_what_was_expected() {
+    let error = Base::open("HuggingFaceTB/SmolLM2-135M").unwrap_err();
+    assert!(error.is_io() && error.as_io().is_some() && error.to_string().contains("nothing is downloaded"));
+    let error = Base::open(testdata("models/tiny-llama")).unwrap().with_bits(5).load().unwrap_err();
+    assert!(error.is_argument(), "{error}");
+    let base = base(4);
+    let error = base.finetune(AdapterConfig::lora(4, 8.0).with_targets(["qproj"]), text(&base)).run();
+    let error = error.unwrap_err();
+    assert!(error.is_argument() && error.to_string().starts_with("targets"), "{error}");
+    let error = base.generate("a", 600).unwrap_err();
+    assert!(error.to_string().contains("max_new_tokens"), "{error}");
+    assert!(error.downcast_ref::<kiln::models::Error>().is_some());
+}
+
+/// Not a language model.
+#[derive(Module, Debug)]
+struct Encoder<P: Projection> {
+    layers: Vec<P>,
+    norm: LayerNorm,
+}
+
+slots!(Encoder { slots layers, keep norm });
+
+#[derive(Module, Debug)]
+struct Scorer<P: Projection> {
+    encoder: Encoder<P>,
+    heads: Vec<Encoder<P>>,
+    output: P,
+}
+
+slots!(Scorer { module encoder, modules heads, slot output });
+
+#[test]
+fn a_module_of_ones_own_is_packed_adapted_and_merged() {
+    let device = Device::flex();
+    let linear = |d_output| LinearConfig::new(32, d_output).init(&device);
+    let encoder = |layers: usize| Encoder {
+        layers: (0..layers).map(|_| linear(32)).collect(),
+        norm: LayerNormConfig::new(32).init(&device),
+    };
+    let model = Scorer { encoder: encoder(2), heads: vec![encoder(1), encoder(1)], output: linear(4) };
+    let packed = model
+        .try_map(|path, linear| QuantLinear::pack(path, linear, &"affine4:32".parse()?))
+        .unwrap();
+    let paths: Vec<String> = packed.slot_shapes().into_iter().map(|(path, _)| path).collect();
+    let expected = ["encoder.layers.0", "encoder.layers.1", "heads.0.layers.0", "heads.1.layers.0", "output"];
+    assert_eq!(paths, expected);
+
+    let config = AdapterConfig::lora(2, 4.0).with_targets(["layers.0", "output"]);
+    let tuned = Tuned::attach(packed.clone(), &config).unwrap();
+    let parts = tuned.adapters();
+    assert_eq!(parts.len(), 4);
+    // What stands outside the adapters is frozen: a folder of adapters would not hold it.
+    let values: usize = parts.iter().map(|(_, adapter)| trained_values(adapter)).sum();
+    assert_eq!(trained_values(tuned.model()), values);
+
+    let moved = tuned.map_model(|model| {
+        let moved = model.try_map(|_, mut slot| {
+            if let Some(AnyAdapter::Lora(lora)) = &mut slot.adapter {
+                lora.lora_b = lora.lora_b.clone().map(|b| b + 0.25);
+            }
+            Ok::<_, std::convert::Infallible>(slot)
+        });
+        moved.unwrap()
+    });
+    let x = Tensor::<2>::ones([3, 32], &device);
+    let forward = |slot: &kiln::AdaptedLinear| read(slot.forward(x.clone()));
+    let expected: Vec<Vec<f32>> = moved.model().slots().into_iter().map(|(_, slot)| forward(slot)).collect();
+    let folder = tempfile::tempdir().unwrap();
+    moved.save(&folder).unwrap();
+    let loaded = Tuned::load(packed, &folder).unwrap();
+    let found: Vec<Vec<f32>> = loaded.model().slots().into_iter().map(|(_, slot)| forward(slot)).collect();
+    assert_eq!(found, expected);
+    let merged: Scorer<QuantLinear> = loaded.merge_dense();
+    for ((path, slot), expected) in merged.slots().into_iter().zip(&expected) {
+        let found = read(slot.forward(x.clone()));
+        let largest = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(largest < 1e-4, "{path}: {largest}");
+    }
+}
