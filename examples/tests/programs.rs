@@ -5,6 +5,11 @@
 //! cargo build --release -p kiln-examples --examples
 //! cargo test --release -p kiln-examples --test programs -- --ignored
 //! ```
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what tests print is shown when they fail, or on request"
+)]
 
 use std::{
     path::{Path, PathBuf},

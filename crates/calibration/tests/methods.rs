@@ -82,8 +82,7 @@ fn dead_channels_cost_nothing() {
         let model = with_dead_channel(1, 5);
         let attacher = attacher(&model);
         let config = config(method, "affine2:64");
-        let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
+        let (found, report) = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let q_proj = &report.blocks[1].projections[0];
         assert!(q_proj.activation_error_after < q_proj.activation_error_before * 1.001, "{q_proj:?}");
         for (path, weight, factors) in contents(&found) {
@@ -168,8 +167,7 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     let (model, windows) = (tiny(), windows(4));
     let attacher = attacher(&model);
     let config = config(Method::ApiqBlock(apiq(2)), "affine2:64");
-    let (model, _) =
-        Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
+    let (model, _) = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
 
     let folder = tempfile::tempdir().unwrap();
     let mut adapters = Vec::new();
@@ -216,8 +214,7 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         let attacher = kiln_adapters::LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
         let before = model.clone();
         let config = CalibrationConfig::new(method, schemes.clone());
-        let (found, report) =
-            Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
+        let (found, report) = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let mut kinds = Vec::new();
         found.for_each_slot(|path, slot| {
             let kind = match &slot.base {

@@ -138,7 +138,12 @@ impl Base {
     /// # Errors
     /// As [`Checkpoint::open`].
     pub fn open(path: impl AsRef<Path>) -> Result<OpenBase> {
-        Ok(OpenBase { checkpoint: Checkpoint::open(path)?, format: Format::AsStored, device: None, template: None })
+        Ok(OpenBase {
+            checkpoint: Checkpoint::open(path)?,
+            format: Format::AsStored,
+            device: None,
+            template: None,
+        })
     }
 
     /// The model.

@@ -54,11 +54,7 @@ impl Base {
     /// # Errors
     /// As [`BlockPruning::prune`].
     #[cfg(feature = "pruning")]
-    pub fn prune(
-        &self,
-        pruning: &BlockPruning,
-        windows: Option<&Windows>,
-    ) -> Result<(Self, PruningReport)> {
+    pub fn prune(&self, pruning: &BlockPruning, windows: Option<&Windows>) -> Result<(Self, PruningReport)> {
         let pruned = pruning.prune(self.model().clone(), windows, &CutOptions::default())?;
         Ok((self.with_model(pruned.model), pruned.report))
     }

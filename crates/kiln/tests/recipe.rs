@@ -185,8 +185,7 @@ fn the_stages_follow_one_another() {
     );
     let start = base.calibrate(lora(0.0), &config, &windows).unwrap();
     let rounded = base.with_plan(&uniform_plan(&base, "affine2:32")).unwrap();
-    let [corrected, rounded] =
-        [start.evaluate(&data).unwrap().nll, rounded.evaluate(&data).unwrap().nll];
+    let [corrected, rounded] = [start.evaluate(&data).unwrap().nll, rounded.evaluate(&data).unwrap().nll];
     assert!(corrected < rounded, "LoftQ's adapters repair some of the rounding: {corrected} {rounded}");
     let tuned = start.finetune(data.clone()).with_steps(6).with_lr(5e-3).run().unwrap();
     assert!(tuned.evaluate(&data).unwrap().nll < corrected);
@@ -248,9 +247,8 @@ fn a_module_of_ones_own_is_packed_adapted_and_merged() {
         norm: LayerNormConfig::new(32).init(&device),
     };
     let model = Scorer { encoder: encoder(2), heads: vec![encoder(1), encoder(1)], output: linear(4) };
-    let packed = model
-        .try_map(|path, linear| QuantLinear::pack(path, linear, &"affine4:32".parse()?))
-        .unwrap();
+    let packed =
+        model.try_map(|path, linear| QuantLinear::pack(path, linear, &"affine4:32".parse()?)).unwrap();
     let paths: Vec<String> = packed.slot_shapes().into_iter().map(|(path, _)| path).collect();
     let expected = ["encoder.layers.0", "encoder.layers.1", "heads.0.layers.0", "heads.1.layers.0", "output"];
     assert_eq!(paths, expected);
