@@ -1,6 +1,7 @@
 //! The main job: fine-tunes adapters on a packed base, with perplexity before and after and a sample.
 //!
 //! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 

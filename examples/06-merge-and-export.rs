@@ -1,6 +1,7 @@
 //! Trains QA-HiRA on a packed base, merges it without touching a code, and writes files that other tools open.
 //!
 //! Without arguments: the embedded model at 4 bits in groups of 64 inputs, with scales and offsets in f16.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{
     collections::BTreeMap,

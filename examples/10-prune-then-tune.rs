@@ -2,6 +2,7 @@
 //!
 //! Without arguments: the embedded model at one ratio, on held-out text of the kind that it was trained on, whose first
 //! part calibrates and repairs and whose last third is evaluated.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{
     path::{Path, PathBuf},

@@ -1,4 +1,5 @@
 //! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 #[cfg(doctest)]
 mod documents;

@@ -66,7 +66,7 @@ enum Loss {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// Which methods, in this order.
@@ -357,7 +357,7 @@ fn print(rows: &[Row]) {
     }
 }
 
-pub fn run(options: Options) -> Result<()> {
+pub(crate) fn run(options: Options) -> Result<()> {
     std::fs::create_dir_all(&options.out).map_err(|error| format!("{}: {error}", options.out.display()))?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;

@@ -62,7 +62,7 @@ enum Start {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// How to search: klmix, paper, released, nsga2, bo, amq, random or uniform.
@@ -450,7 +450,7 @@ fn points(front: &Front) -> serde_json::Value {
     front.points.iter().map(point).collect()
 }
 
-pub fn run(options: Options) -> Result<()> {
+pub(crate) fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;

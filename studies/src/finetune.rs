@@ -63,7 +63,7 @@ enum RecomputeName {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// What is trained.
@@ -199,7 +199,7 @@ fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>
     read_ids(path.unwrap_or(&testdata("models/tiny-llama/text/shift_test_moby.u16le")), tokenizer)
 }
 
-pub fn run(mut options: Options) -> Result<()> {
+pub(crate) fn run(mut options: Options) -> Result<()> {
     if options.model.model.is_none() {
         options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
     }

@@ -3,6 +3,7 @@
 //! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps]`
 //!
 //! The scheme is one of Kiln's, `stored`, or `burn-qlora` for Burn's own `apply_qlora` on the dense model.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{error::Error, sync::Arc, time::Instant};
 

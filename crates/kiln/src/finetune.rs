@@ -70,11 +70,15 @@ pub struct FineTune<'a> {
     trainer: TrainerConfig,
     options: RunOptions,
     resume: bool,
-    on_event: Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>,
+    on_event: OnEvent<'a>,
 }
+
+/// What hears of a run.
+type OnEvent<'a> = Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>;
 
 /// What is trained.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Start<'a> {
     New(&'a Base, AdapterConfig),
     GoingOn(&'a FineTuned),

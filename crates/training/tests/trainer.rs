@@ -201,7 +201,8 @@ fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
     let found = evaluate(&model, &held_out, 4).unwrap();
     let mut sum = 0.0;
     for example in held_out.examples() {
-        let logits = model.forward(&model.context(&TokenBatch::new(&[example.ids.clone()]).unwrap(), None));
+        let logits = model
+            .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&example.ids)).unwrap(), None));
         let rows: Vec<f32> = kiln_testkit::read(logits);
         for (place, row) in rows.chunks(256).enumerate().take(example.ids.len() - 1) {
             if example.scored[place + 1] {

@@ -1,5 +1,7 @@
 //! How far a quantized model's predictions are from the original's.
 
+use std::fmt;
+
 use burn::tensor::{FloatDType, Tensor, activation::log_softmax};
 use kiln_models::{AnyModel, CausalLm, Context, Windows};
 use kiln_quant_core::{QuantLinear, to_host};
@@ -39,6 +41,15 @@ pub struct LogitKl {
     batches: Vec<Batch>,
     options: KlOptions,
     keeps_streams: bool,
+}
+
+impl fmt::Debug for LogitKl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogitKl")
+            .field("batches", &self.batches.len())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
 }
 
 struct Batch {

@@ -73,12 +73,14 @@ impl Choices {
     }
 
     /// The same with another granularity.
+    #[must_use]
     pub fn with_granularity(mut self, granularity: Granularity) -> Self {
         self.granularity = granularity;
         self
     }
 
     /// The same with a training step, and the axis that counts.
+    #[must_use]
     pub fn with_training(mut self, training: TrainingShape, axis: MemoryAxis) -> Self {
         (self.training, self.axis) = (Some(training), axis);
         self

@@ -27,6 +27,7 @@ impl Variants {
     }
 
     /// The same with another quantizer.
+    #[must_use]
     pub fn with_rounding(mut self, rounding: Rounding) -> Self {
         (self.rounding, self.made) = (rounding, HashMap::new());
         self
