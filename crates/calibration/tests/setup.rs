@@ -3,25 +3,25 @@
 use burn::tensor::Device;
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
 use kiln_calibration::{ApiqConfig, CalibrationConfig, Method};
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
+use kiln_models::{Checkpoint, Decoder, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
 pub(crate) use kiln_testkit::ids;
 use kiln_testkit::{read, testdata};
 
 /// A calibrated model.
-pub(crate) type Model = AnyModel<Adapted<QuantLinear, Lora>>;
+pub(crate) type Model = Decoder<Adapted<QuantLinear, Lora>>;
 
 /// Packed weight and factors of one slot.
 pub(crate) type Contents = (String, Option<PackedWeight>, Vec<Vec<f32>>);
 
 /// The embedded model, or another below `testdata`, with dense weights.
-pub(crate) fn dense(folder: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
+pub(crate) fn dense(folder: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), &Device::flex()).unwrap();
     (checkpoint, model)
 }
 
-pub(crate) fn tiny() -> AnyModel<QuantLinear> {
+pub(crate) fn tiny() -> Decoder<QuantLinear> {
     dense("models/tiny-llama").1
 }
 

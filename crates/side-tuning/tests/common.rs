@@ -8,14 +8,14 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
+    CausalLm, Checkpoint, Decoder, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
     loss_and_gradients,
 };
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{ids, testdata};
 use kiln_training::{BatchOptions, Batches, DataOptions, Dataset, TrainerConfig};
 
-pub(crate) type Base = AnyModel<QuantLinear>;
+pub(crate) type Base = Decoder<QuantLinear>;
 
 pub(crate) fn load(folder: impl AsRef<Path>, scheme: Option<&str>) -> Base {
     let checkpoint = Checkpoint::open(folder).unwrap();

@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher, PeftFolder};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, TokenBatch};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, TokenBatch};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{Golden, max_difference, testdata};
 use kiln_training::{
@@ -15,9 +15,9 @@ use kiln_training::{
     RunOptions, ScheduleKind, StepReport, Trainer, TrainerConfig, evaluate,
 };
 
-type LoraModel = AnyModel<Adapted<QuantLinear, Lora>>;
+type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
 
-fn base(folder: &str, scheme: Option<&str>) -> AnyModel<QuantLinear> {
+fn base(folder: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()),

@@ -200,7 +200,7 @@ fn unmeasurable(measure: Measure) -> Error {
 }
 
 /// Slots and the blocks that they stand in.
-fn blocks_of(model: &kiln_models::AnyModel<QuantLinear>) -> Result<Vec<(String, usize)>> {
+fn blocks_of(model: &kiln_models::Decoder<QuantLinear>) -> Result<Vec<(String, usize)>> {
     let (mut blocks, mut last) = (Vec::new(), None);
     let mut index = 0;
     model.for_each_slot(|path, _| {

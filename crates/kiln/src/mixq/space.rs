@@ -4,7 +4,7 @@ use kiln_mixq_search::{
     Choice, Cost, Granularity, MemoryAxis, MemoryModel, SearchSpace, Setting, Slot, SpaceBuilder, Unit,
 };
 use kiln_models::{
-    AnyModel, Recompute, Slots,
+    Decoder, Recompute, Slots,
     config::{LayerShape, ModelConfig},
     memory::{ProcessConstants, Step, Work, estimate},
 };
@@ -135,7 +135,7 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::is_argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
-pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
+pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
     choices.check()?;
     let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
     model.for_each_slot(|path, linear| {
