@@ -12,8 +12,7 @@ use crate::setup::*;
 fn uninterrupted(config: &CalibrationConfig, windows: &Windows) -> Vec<Contents> {
     let model = tiny();
     let attacher = attacher(&model);
-    let (model, _) =
-        Calibrator::new(config, windows).with_adapters(&attacher).run(model).unwrap();
+    let (model, _) = Calibrator::new(config, windows).with_adapters(&attacher).run(model).unwrap();
     contents(&model)
 }
 
@@ -135,10 +134,7 @@ fn projections_of_zeros_are_calibrated_and_read_back() {
         let attacher = attacher(&tiny());
         let run = || {
             let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
-            calibrator
-                .with_folder(folder.path())
-                .run(changed(1, |weight| weight.zeros_like()))
-                .unwrap()
+            calibrator.with_folder(folder.path()).run(changed(1, |weight| weight.zeros_like())).unwrap()
         };
         let ((model, report), (again, reread)) = (run(), run());
         assert_eq!(contents(&again), contents(&model));

@@ -56,7 +56,8 @@ fn options_out_of_range_are_refused_by_name() {
             config.schemes = config.schemes.with_path(last, scheme.parse().unwrap());
             let run = |progress: kiln_calibration::Progress| panic!("{progress:?}");
             let windows = windows(1);
-            let error = Calibrator::new(&config, &windows).run_with(tiny(), &mut { run }).map(|_| ()).unwrap_err();
+            let error =
+                Calibrator::new(&config, &windows).run_with(tiny(), &mut { run }).map(|_| ()).unwrap_err();
             let message = error.to_string();
             assert!(
                 message.contains(last) && message.contains("affine") && message.contains(scheme),

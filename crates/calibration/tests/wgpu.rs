@@ -19,8 +19,7 @@ fn calibrated(config: &CalibrationConfig, device: &Device) -> Vec<Contents> {
     let attacher = LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
     let windows = (0..2).map(|k| (0..12).map(|i| (i * i * 7 + k * 31) % 256).collect()).collect();
     let windows = Windows::new(windows).unwrap();
-    let (model, _) =
-        Calibrator::new(config, &windows).with_adapters(&attacher).run(model).unwrap();
+    let (model, _) = Calibrator::new(config, &windows).with_adapters(&attacher).run(model).unwrap();
     contents(&model)
 }
 
