@@ -70,14 +70,14 @@ fn run(mut options: Options) -> Result<()> {
     if let Some(path) = &options.out {
         let mut weights = Vec::new();
         let mut failed = None;
-        model.for_each_slot(|path, slot| {
+        for (path, slot) in model.slots() {
             if let QuantLinear::Packed(linear) = slot {
                 match linear.weight.to_host() {
                     Ok(weight) => weights.push((path.to_string(), weight)),
                     Err(error) => failed = Some(error),
                 }
             }
-        });
+        }
         if let Some(error) = failed {
             return Err(error.into());
         }

@@ -82,11 +82,11 @@ fn norm(a: &[f32]) -> f64 {
 /// The words of all codes, path by path.
 fn codes(model: &Decoder<QuantLinear>) -> Result<Vec<u32>> {
     let mut weights = Vec::new();
-    model.for_each_slot(|_, slot| {
+    for (_, slot) in model.slots() {
         if let QuantLinear::Packed(linear) = slot {
             weights.push(linear.weight.to_host());
         }
-    });
+    }
     let mut words = Vec::new();
     for weight in weights {
         words.extend(weight?.codes);
@@ -97,11 +97,11 @@ fn codes(model: &Decoder<QuantLinear>) -> Result<Vec<u32>> {
 /// The dense values of the blocks' linears, with scales and offsets rounded to f16, in which the files hold them.
 fn rounded(model: &Decoder<QuantLinear>) -> Result<BTreeMap<String, Vec<f32>>> {
     let mut weights = Vec::new();
-    model.for_each_slot(|path, slot| {
+    for (path, slot) in model.slots() {
         if let QuantLinear::Packed(linear) = slot {
             weights.push((path.to_owned(), linear.weight.to_host()));
         }
-    });
+    }
     let round =
         |values: &mut Vec<f32>| values.iter_mut().for_each(|value| *value = ScaleType::F16.round(*value));
     let mut dense = BTreeMap::new();

@@ -171,7 +171,9 @@ fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
 
     let folder = tempfile::tempdir().unwrap();
     let mut adapters = Vec::new();
-    model.for_each_slot(|path, slot| adapters.push((path.to_string(), slot.adapter.clone().unwrap())));
+    for (path, slot) in model.slots() {
+        adapters.push((path.to_string(), slot.adapter.clone().unwrap()));
+    }
     save_peft(folder.path(), attacher.config(), adapters.iter().map(|(path, lora)| (path.as_str(), lora)))
         .unwrap();
     let base = model.clone().try_map(|_, slot| Ok::<_, std::convert::Infallible>(slot.into_base())).unwrap();
@@ -216,7 +218,7 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
         let config = CalibrationConfig::new(method, schemes.clone());
         let (found, report) = Calibrator::new(&config, &windows).with_adapters(&attacher).run(model).unwrap();
         let mut kinds = Vec::new();
-        found.for_each_slot(|path, slot| {
+        for (path, slot) in found.slots() {
             let kind = match &slot.base {
                 QuantLinear::Packed(linear) => linear.weight.scheme().to_string(),
                 QuantLinear::Dense(_) => "dense".into(),
@@ -224,7 +226,7 @@ fn plans_mix_widths_grids_dense_projections_and_slots_without_adapters() {
             kinds.push(kind);
             let adapted = path.ends_with("v_proj") || path.ends_with("fc1");
             assert_eq!(slot.adapter.is_some(), adapted, "{path}");
-        });
+        }
         assert_eq!((kinds[0].as_str(), kinds[5].as_str()), ("dense", "affine3:32"));
         assert_eq!((kinds[6].as_str(), kinds[11].as_str()), ("dense", "affine4:col"));
         // The two symmetric grids differ; ApiQ's needs its offsets.

@@ -52,13 +52,13 @@ pub(crate) fn apiq(epochs: usize) -> ApiqConfig {
 /// Everything that a calibration decides.
 pub(crate) fn contents(model: &Model) -> Vec<Contents> {
     let mut all = Vec::new();
-    model.for_each_slot(|path, slot| {
+    for (path, slot) in model.slots() {
         let packed = match &slot.base {
             QuantLinear::Packed(linear) => Some(linear.weight.to_host().unwrap()),
             QuantLinear::Dense(_) => None,
         };
         let factors = slot.adapter.iter().flat_map(|lora| [read(lora.lora_a.val()), read(lora.lora_b.val())]);
         all.push((path.to_string(), packed, factors.collect()));
-    });
+    }
     all
 }

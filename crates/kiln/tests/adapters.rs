@@ -50,8 +50,8 @@ fn logits_and_gradients_of_a_dora_adapter_equal_peft() {
     assert_close("loss", &read::<1>(loss.clone()), &golden.floats("p0.loss"), 1e-5);
     let gradients = loss.backward();
     let mut seen = 0;
-    trained.for_each_slot(|path, slot| {
-        let Some(AnyAdapter::Dora(dora)) = &slot.adapter else { return };
+    for (path, slot) in trained.slots() {
+        let Some(AnyAdapter::Dora(dora)) = &slot.adapter else { continue };
         let mut check = |part: &str, found: Vec<f32>| {
             let name = format!("p0.grad.base_model.model.{path}.lora_{part}.default.weight");
             assert_close(&name, &found, &golden.floats(&name), TOLERANCE);
@@ -60,7 +60,7 @@ fn logits_and_gradients_of_a_dora_adapter_equal_peft() {
         check("A", read(dora.lora_a.grad(&gradients).unwrap().transpose()));
         check("B", read(dora.lora_b.grad(&gradients).unwrap().transpose()));
         check("magnitude_vector", read(dora.magnitude.grad(&gradients).unwrap()));
-    });
+    }
     assert_eq!(seen, golden.names().filter(|name| name.starts_with("p0.grad.")).count());
     let last = logits(&tuned.merge_dense(), &ids).narrow(0, ids.len() - 1, 1);
     let mut top = read(last);
@@ -92,10 +92,12 @@ fn train(tuned: TunedModel, steps: u64) -> (TunedModel, Vec<f64>) {
 
 fn packed(model: &Decoder<QuantLinear>) -> Vec<PackedWeight> {
     let mut weights = Vec::new();
-    model.for_each_slot(|path, slot| match slot {
-        QuantLinear::Packed(linear) => weights.push(linear.weight.to_host().unwrap()),
-        QuantLinear::Dense(_) => panic!("{path} is dense"),
-    });
+    for (path, slot) in model.slots() {
+        match slot {
+            QuantLinear::Packed(linear) => weights.push(linear.weight.to_host().unwrap()),
+            QuantLinear::Dense(_) => panic!("{path} is dense"),
+        }
+    }
     weights
 }
 
@@ -227,16 +229,21 @@ fn requantizing_a_model_reports_every_linear() {
     assert_eq!(errors.len(), slots);
     assert!(errors.iter().all(|(_, error)| error.weight.relative > 0.0 && error.output.is_none()));
     assert_eq!(packed(&requantized).len(), slots);
-    dense.for_each_slot(|path, slot| assert!(matches!(slot, QuantLinear::Dense(_)), "{path}"));
+    for (path, slot) in dense.slots() {
+        assert!(matches!(slot, QuantLinear::Dense(_)), "{path}");
+    }
     let mut dense_weights = Vec::new();
-    dense.for_each_slot(|path, slot| dense_weights.push((path.to_owned(), read(slot.weight()))));
+    for (path, slot) in dense.slots() {
+        dense_weights.push((path.to_owned(), read(slot.weight())));
+    }
     let mut index = 0;
-    requantized.for_each_slot(|path, slot| {
+    for (path, slot) in requantized.slots() {
+        let path = path.as_str();
         let relative = relative_difference(&read(slot.weight()), &dense_weights[index].1);
         assert_eq!((path, errors[index].0.as_str()), (dense_weights[index].0.as_str(), path));
         assert!((relative / errors[index].1.weight.relative - 1.0).abs() < 1e-4, "{path}");
         index += 1;
-    });
+    }
     let bare = load(EMBEDDED, Some("affine4:64"))
         .try_map(|_, base| Ok::<_, Infallible>(Adapted::<_, AnyAdapter>::new(base, None)))
         .unwrap();

@@ -62,20 +62,20 @@ fn place(name: &str) -> (tempfile::TempDir, PathBuf) {
 /// The packed linears of the blocks.
 fn packed(model: &Model) -> BTreeMap<String, PackedWeight> {
     let mut weights = BTreeMap::new();
-    model.for_each_slot(|path, slot| {
+    for (path, slot) in model.slots() {
         if let QuantLinear::Packed(linear) = slot {
             weights.insert(path.to_owned(), linear.weight.to_host().unwrap());
         }
-    });
+    }
     weights
 }
 
 /// The dense values of all linears of the blocks, `[d_input, d_output]`.
 fn dense(model: &Model) -> BTreeMap<String, Vec<f32>> {
     let mut weights = BTreeMap::new();
-    model.for_each_slot(|path, slot| {
+    for (path, slot) in model.slots() {
         weights.insert(path.to_owned(), read(slot.weight()));
-    });
+    }
     weights
 }
 

@@ -7,7 +7,7 @@ use burn::{
 use kiln_models::{
     CausalLm, Checkpoint, GenerateOptions, LoadOptions, Slots, TokenBatch, families::NormPlace, generate,
 };
-use kiln_quant_core::{Projection, QuantLinear, Scheme, fused};
+use kiln_quant_core::{Projection, Scheme, fused};
 use kiln_testkit::{Golden, assert_close, read, relative_difference, smollm2};
 
 /// Two correct f32 implementations differ by up to 6e-5 in a logit.
@@ -88,8 +88,7 @@ fn smollm2_has_the_gradients_of_torch() {
         let logits = logits.squeeze_dim::<2>(0).narrow(0, 0, ids.len() - 1);
         let gradients = fused::cross_entropy(logits, targets).mean().backward();
         let norm = |x: Tensor<2>| read(x.grad(&gradients).unwrap().square().sum().sqrt())[0];
-        let mut linears = Vec::new();
-        model.for_each_slot(|_, slot: &QuantLinear| linears.push(norm(slot.weight())));
+        let linears: Vec<f32> = model.slots().into_iter().map(|(_, slot)| norm(slot.weight())).collect();
         let gain = |x: Tensor<1>| read(x.grad(&gradients).unwrap().square().sum().sqrt())[0];
         let found: Vec<f32> = linears
             .chunks(7)

@@ -172,7 +172,9 @@ fn other_types_and_packed_weights_come_back_as_they_are() {
     let saved = save_pruned(&pruned.model, &record, &source, &SaveFormat::AsIs, folder.path()).unwrap();
     assert_eq!(saved.extensions, ["per_layer_config", "quantization_config"]);
     let (model, _) = reload(folder.path());
-    model.for_each_slot(|path, slot| assert!(matches!(slot, QuantLinear::Packed(_)), "{path}"));
+    for (path, slot) in model.slots() {
+        assert!(matches!(slot, QuantLinear::Packed(_)), "{path}");
+    }
     assert_eq!(logits(&model, &tokens), logits(&pruned.model, &tokens));
 }
 

@@ -110,10 +110,11 @@ fn attention_and_mlp_are_the_specification_s_before_and_after() {
     kept.layers[0].heads.retain(|head| !removed("pruned_heads").contains(head));
     let (pruned, requantized) = kiln_pruning::apply(model, &kept, &CutOptions::default()).unwrap();
     assert!(requantized.is_empty());
-    pruned.for_each_slot(|path, slot| {
+    for (path, slot) in pruned.slots() {
+        let path = path.as_str();
         let name = path.rsplit('.').next().unwrap();
         let expected: [usize; 2] = serde_json::from_value(vectors["pruned_shapes"][name].clone()).unwrap();
         assert_eq!(slot.shape(), [expected[1], expected[0]], "{path}");
-    });
+    }
     check(&pruned, "pruned");
 }

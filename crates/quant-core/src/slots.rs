@@ -32,13 +32,6 @@ pub trait Slots: Module + ModuleDisplay {
     /// Every projection by its path, in the order in which data flows.
     fn slots(&self) -> Vec<(String, &Self::Slot)>;
 
-    /// Visits every projection, in the order in which data flows.
-    fn for_each_slot(&self, mut f: impl FnMut(&str, &Self::Slot)) {
-        for (path, slot) in self.slots() {
-            f(&path, slot);
-        }
-    }
-
     /// Paths and shapes `[d_input, d_output]` of all slots.
     fn slot_shapes(&self) -> Vec<(String, [usize; 2])> {
         self.slots().into_iter().map(|(path, slot)| (path, slot.shape())).collect()

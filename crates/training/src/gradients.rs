@@ -5,9 +5,15 @@ use burn::{
     optim::GradientsParams,
     tensor::Tensor,
 };
+use kiln_quant_core::to_host;
+
+use crate::Result;
 
 /// The norm of all gradients together, as if they were one vector.
-pub(crate) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> f64 {
+///
+/// # Errors
+/// A device that can't be read.
+pub(crate) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> Result<f64> {
     struct Squares<'a> {
         gradients: &'a GradientsParams,
         sums: Vec<Tensor<1>>,
@@ -22,11 +28,11 @@ pub(crate) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> 
     let mut squares = Squares { gradients, sums: Vec::new() };
     model.visit(&mut squares);
     if squares.sums.is_empty() {
-        return 0.0;
+        return Ok(0.0);
     }
     // One read for all, so that a GPU is waited for once.
-    let sums = Tensor::cat(squares.sums, 0).into_data().convert::<f32>();
-    sums.iter::<f32>().map(f64::from).sum::<f64>().sqrt()
+    let sums = to_host("gradients", Tensor::cat(squares.sums, 0)).map_err(kiln_models::Error::from)?;
+    Ok(sums.into_iter().map(f64::from).sum::<f64>().sqrt())
 }
 
 /// All gradients times `factor`.

@@ -388,7 +388,7 @@ impl<M: CausalLm> Trainer<M> {
         // Sums of sums, divided once: k micro-batches are one batch, however their tokens are spread.
         let loss = nll / targets as f64;
         let gradients = sums.grads();
-        let norm = global_norm(model, &gradients) / targets as f64;
+        let norm = global_norm(model, &gradients)? / targets as f64;
         for (quantity, value) in [("loss", loss), ("gradient norm", norm)] {
             if !value.is_finite() {
                 return Err(Error::Diverged { step: self.step, quantity, value });

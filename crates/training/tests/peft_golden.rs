@@ -68,7 +68,7 @@ fn logits_and_gradients_of_a_lora_adapter_equal_peft() {
         assert_close(&what("loss"), &read(loss.clone()), &golden.floats(&what("loss")), 1e-5);
         let gradients = loss.backward();
         let mut seen = 0;
-        trained.for_each_slot(|path, slot| {
+        for (path, slot) in trained.slots() {
             let lora = slot.adapter.as_ref().expect("adapters everywhere");
             for (factor, parameter) in [("A", &lora.lora_a), ("B", &lora.lora_b)] {
                 let name = what(&format!("grad.base_model.model.{path}.lora_{factor}.default.weight"));
@@ -76,7 +76,7 @@ fn logits_and_gradients_of_a_lora_adapter_equal_peft() {
                 assert_close(&name, &found, &golden.floats(&name), TOLERANCE);
                 seen += 1;
             }
-        });
+        }
         let prefix = what("grad.");
         assert_eq!(seen, golden.names().filter(|name| name.starts_with(&prefix)).count());
     }
@@ -106,13 +106,13 @@ fn an_adapter_of_smollm2_equals_peft() {
         close("loss", &read(loss.clone()));
         let gradients = loss.backward();
         let mut norms = Vec::new();
-        trained.for_each_slot(|_, slot| {
-            let Some(lora) = &slot.adapter else { return };
+        for (_, slot) in trained.slots() {
+            let Some(lora) = &slot.adapter else { continue };
             for parameter in [&lora.lora_a, &lora.lora_b] {
                 let gradient = read(parameter.grad(&gradients).expect("a gradient"));
                 norms.push(gradient.iter().map(|g| f64::from(*g).powi(2)).sum::<f64>().sqrt() as f32);
             }
-        });
+        }
         let name = what("grad_l2");
         let relative = kiln_testkit::relative_difference(&norms, &golden.floats(&name));
         assert!(relative < SMOLLM2_GRADIENT_TOLERANCE, "{name}: {relative:e}");

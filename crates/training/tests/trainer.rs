@@ -64,14 +64,14 @@ fn lora_with_adamw_follows_torch() {
     let mut trainer = Trainer::new(model, dataset, config).unwrap();
     let reports = trainer.run(&RunOptions::new()).unwrap().steps;
     compare(&golden, &reports);
-    trainer.into_model().for_each_slot(|path, slot| {
+    for (path, slot) in trainer.into_model().slots() {
         let lora = slot.adapter.as_ref().unwrap();
         for (name, factor) in [("lora_A", &lora.lora_a), ("lora_B", &lora.lora_b)] {
             let name = format!("final.base_model.model.{path}.{name}.default.weight");
             let found = kiln_testkit::read(factor.val().transpose());
             assert!(max_difference(&found, &golden.floats(&name)) < 2e-3, "{name}");
         }
-    });
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::{cell::Cell, collections::BTreeMap, fmt};
 
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 use kiln_models::{CausalLm, KvCache, TokenBatch, Tokenizer};
-use kiln_quant_core::fused;
+use kiln_quant_core::{fused, ints_to_host, to_host};
 
 use super::{
     GenerateRequest, OnAnswer, Scorer,
@@ -247,7 +247,7 @@ impl<'a, M: CausalLm> ModelScorer<'a, M> {
                 wanted.iter().map(move |&(request, target)| (row, request, target))
             })
         };
-        let best: Vec<i64> = logits.clone().argmax(1).into_data().convert::<i64>().iter::<i64>().collect();
+        let best = ints_to_host("best", logits.clone().argmax(1)).map_err(kiln_models::Error::from)?;
         let targets = ints(wanted().map(|(_, _, target)| i64::from(target)).collect(), &logits);
         let logits = if asked.iter().all(|(_, wanted)| wanted.len() == 1) {
             logits
@@ -255,8 +255,8 @@ impl<'a, M: CausalLm> ModelScorer<'a, M> {
             let rows = ints(wanted().map(|(row, _, _)| row as i64).collect(), &logits);
             logits.select(0, rows)
         };
-        let nll = fused::cross_entropy(logits, targets).into_data().convert::<f32>();
-        for ((row, request, target), nll) in wanted().zip(nll.iter::<f32>()) {
+        let nll = to_host("likelihoods", fused::cross_entropy(logits, targets));
+        for ((row, request, target), nll) in wanted().zip(nll.map_err(kiln_models::Error::from)?) {
             if !nll.is_finite() {
                 return Err(Error::request(request, "log-likelihood", "a finite number", -nll));
             }

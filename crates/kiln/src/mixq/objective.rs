@@ -203,14 +203,14 @@ fn unmeasurable(measure: Measure) -> Error {
 fn blocks_of(model: &kiln_models::Decoder<QuantLinear>) -> Result<Vec<(String, usize)>> {
     let (mut blocks, mut last) = (Vec::new(), None);
     let mut index = 0;
-    model.for_each_slot(|path, _| {
-        let block = Granularity::Layer.unit(path).to_string();
+    for (path, _) in model.slots() {
+        let block = Granularity::Layer.unit(&path).to_string();
         if last.as_ref().is_some_and(|last| *last != block) {
             index += 1;
         }
         last = Some(block);
-        blocks.push((path.to_string(), index));
-    });
+        blocks.push((path, index));
+    }
     let (found, expected) = (index + 1, model.num_blocks());
     match found == expected {
         true => Ok(blocks),

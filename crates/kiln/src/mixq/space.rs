@@ -138,7 +138,8 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
     choices.check()?;
     let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
-    model.for_each_slot(|path, linear| {
+    for (path, linear) in model.slots() {
+        let path = path.as_str();
         let [d_input, d_output] = linear.shape();
         weights += match linear {
             QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
@@ -149,7 +150,7 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
             Some(scheme) => fixed_units.push((slot, scheme)),
             None => open.push(slot),
         }
-    });
+    }
     let slots = model.slot_shapes();
     let matched = |pattern: &PathPattern| slots.iter().any(|(path, _)| pattern.matches(path));
     if let Some((pattern, _)) = choices.frozen.iter().find(|(pattern, _)| !matched(pattern)) {

@@ -1,10 +1,7 @@
 //! A model as a list of named tensors, each brought to host memory when it is asked for.
 
-use burn::{
-    module::Param,
-    tensor::{Shape, Tensor},
-};
-use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme};
+use burn::{module::Param, tensor::Tensor};
+use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme, to_host};
 
 use super::{FloatType, Format};
 use crate::{Decoder, Embedding, Error, Result, Slots, config::TensorRole, source::DenseTensor};
@@ -70,14 +67,15 @@ impl Item {
 
     /// Reads the tensor from its device; all values must be finite.
     pub(crate) fn host(&self) -> Result<Host> {
+        let name = self.name();
         let dense = |values: Vec<f32>| {
-            check_finite(&self.name(), &values)?;
+            check_finite(&name, &values)?;
             Ok(Host::Dense(DenseTensor { shape: self.shape(), values }))
         };
         match &self.stored {
-            Stored::Vector(values) => dense(read(values.clone())?),
-            Stored::Matrix(values, false) => dense(read(values.clone())?),
-            Stored::Matrix(values, true) => dense(read(values.clone().transpose())?),
+            Stored::Vector(values) => dense(to_host(&name, values.clone())?),
+            Stored::Matrix(values, false) => dense(to_host(&name, values.clone())?),
+            Stored::Matrix(values, true) => dense(to_host(&name, values.clone().transpose())?),
             Stored::Packed(weight) => {
                 let weight = weight.to_host()?;
                 check_finite(&format!("{}.scales", self.path), &weight.effective_scales())?;
@@ -151,16 +149,6 @@ impl List {
             self.vector(&format!("{path}.bias"), bias);
         }
     }
-}
-
-/// A tensor's values in f32.
-pub(super) fn read<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>> {
-    let shape: Shape = tensor.shape();
-    tensor.into_data().convert::<f32>().try_to_vec().map_err(|error| Error::Argument {
-        name: format!("a tensor of sizes {shape:?}"),
-        expected: "values that can be read from the device".into(),
-        found: format!("{error}"),
-    })
 }
 
 fn check_finite(name: &str, values: &[f32]) -> Result<()> {

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use kiln_quant_core::to_host;
 use serde::Serialize;
 
-use super::{item::read, report::differences};
+use super::report::differences;
 use crate::{CausalLm, Checkpoint, Error, LoadOptions, Result, TokenBatch};
 
 /// How far the logits of a reloaded model are from those of the model that was written, over all positions of a prompt.
@@ -46,5 +47,5 @@ pub fn verify_export(
 }
 
 fn logits(model: &impl CausalLm, tokens: &TokenBatch) -> Result<Vec<f32>> {
-    read(model.forward(&model.context(tokens, None)))
+    Ok(to_host("logits", model.forward(&model.context(tokens, None)))?)
 }
