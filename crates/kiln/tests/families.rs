@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::{module::Module, tensor::Device};
 use kiln::{
     Tuned,
     adapters::AdapterConfig,
