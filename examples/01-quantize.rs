@@ -1,4 +1,5 @@
 //! Quantizes a checkpoint and shows the error and the bytes of every weight.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -1,4 +1,5 @@
 //! Perplexity of a model on a text, over windows that don't overlap.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 

@@ -1,6 +1,7 @@
 //! The main job: fine-tunes adapters on a packed base, with perplexity before and after and a sample.
 //!
 //! Without arguments: the embedded model at 4 bits, its recipe, a text that it was not trained on.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
@@ -9,7 +10,7 @@ use kiln::{
     Tuned,
     adapters::{AdapterConfig, InitLoraWeights, Method},
     eval::peak_rss_bytes,
-    models::{AnyModel, CausalLm, GenerateOptions, generate},
+    models::{CausalLm, Decoder, GenerateOptions, generate},
     quant::{QuantLinear, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -137,7 +138,7 @@ fn run(mut options: Options) -> Result<()> {
     let steps = trainer.run_with(&RunOptions::new().with_folder(&options.out), &mut bar)?.steps;
     bar.finish();
 
-    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
     let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = steps.iter().map(|step| step.tokens).sum();
     let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>();

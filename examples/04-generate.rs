@@ -1,4 +1,5 @@
 //! Continues a prompt, token by token.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{io::Write, ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 

@@ -1,6 +1,7 @@
 //! Packed linears and LoRA in a Burn module of your own: a small classifier, not a language model.
 //!
 //! It is trained dense on one task, packed to 4 bits, and then adapted to a shifted task through LoRA alone.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::process::ExitCode;
 

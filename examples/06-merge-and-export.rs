@@ -1,6 +1,7 @@
 //! Trains QA-HiRA on a packed base, merges it without touching a code, and writes files that other tools open.
 //!
 //! Without arguments: the embedded model at 4 bits in groups of 64 inputs, with scales and offsets in f16.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{
     collections::BTreeMap,
@@ -15,7 +16,7 @@ use kiln::{
     Tuned,
     adapters::{AdapterConfig, QaHira},
     models::{
-        AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch,
+        CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch,
         export::{ExportOptions, Fallback, FloatType, GgufOptions, export_gguf, export_mlx, verify_export},
     },
     quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
@@ -79,7 +80,7 @@ fn norm(a: &[f32]) -> f64 {
 }
 
 /// The words of all codes, path by path.
-fn codes(model: &AnyModel<QuantLinear>) -> Result<Vec<u32>> {
+fn codes(model: &Decoder<QuantLinear>) -> Result<Vec<u32>> {
     let mut weights = Vec::new();
     model.for_each_slot(|_, slot| {
         if let QuantLinear::Packed(linear) = slot {
@@ -94,7 +95,7 @@ fn codes(model: &AnyModel<QuantLinear>) -> Result<Vec<u32>> {
 }
 
 /// The dense values of the blocks' linears, with scales and offsets rounded to f16, in which the files hold them.
-fn rounded(model: &AnyModel<QuantLinear>) -> Result<BTreeMap<String, Vec<f32>>> {
+fn rounded(model: &Decoder<QuantLinear>) -> Result<BTreeMap<String, Vec<f32>>> {
     let mut weights = Vec::new();
     model.for_each_slot(|path, slot| {
         if let QuantLinear::Packed(linear) = slot {
@@ -146,7 +147,7 @@ fn run(mut options: Options) -> Result<()> {
     let mut bar = Bar::new(options.steps);
     trainer.run_with(&RunOptions::new(), &mut bar)?;
     bar.finish();
-    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
 
     let adapted = logits(tuned.model(), &prompt)?;
     let merged = tuned.merge_packed()?;

@@ -1,6 +1,7 @@
 //! A model at 2 bits: rounded to nearest, and calibrated by ApiQ, each with LoRA before and after the same fine-tune.
 //!
 //! Without arguments: the embedded model, 16 windows and 6 epochs, in about a minute.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, sync::Arc};
 

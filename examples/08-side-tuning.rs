@@ -2,6 +2,7 @@
 //! that each step is predicted to take.
 //!
 //! Without arguments: the embedded model, 20 steps of each, in about half a minute.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
 

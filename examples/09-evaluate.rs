@@ -1,4 +1,5 @@
 //! Tasks of the lm-evaluation-harness on a model: the embedded model and a quiz, or yours and your data.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{ops::ControlFlow, path::PathBuf, process::ExitCode};
 

@@ -2,6 +2,7 @@
 //!
 //! Without arguments: the embedded model at one ratio, on held-out text of the kind that it was trained on, whose first
 //! part calibrates and repairs and whose last third is evaluated.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{
     path::{Path, PathBuf},
@@ -13,7 +14,7 @@ use clap::Parser;
 use kiln::{
     Tuned,
     adapters::AdapterConfig,
-    models::{AnyModel, CausalLm, Checkpoint, Recompute, Windows},
+    models::{CausalLm, Checkpoint, Decoder, Recompute, Windows},
     pruning::{
         BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
@@ -80,7 +81,7 @@ fn name(criterion: Criterion) -> Result<String> {
 }
 
 /// Trains LoRA on all linears of the pruned model; returns the perplexity after that.
-fn repair(model: AnyModel<QuantLinear>, options: &Options, train: &[u32], held_out: &[u32]) -> Result<f64> {
+fn repair(model: Decoder<QuantLinear>, options: &Options, train: &[u32], held_out: &[u32]) -> Result<f64> {
     let dataset = Dataset::from_ids(train.to_vec(), &DataOptions::new(options.seq_len, model.vocab_size()))?;
     let adapters = AdapterConfig::lora(options.rank, 2.0 * options.rank as f64).with_seed(options.seed);
     let model = Tuned::attach(model, &adapters)?.into_model();

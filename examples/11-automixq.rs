@@ -2,6 +2,7 @@
 //!
 //! Without arguments: the embedded model, 120 evaluations of KL on 1024 tokens, and the bytes of uniform 3 bits as the
 //! limit, in about a minute.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode};
 

@@ -1,4 +1,5 @@
 //! Logits of given token ids, for comparing with other programs.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{collections::HashMap, path::PathBuf, process::ExitCode};
 

@@ -1,4 +1,5 @@
 //! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 #[cfg(doctest)]
 mod documents;
@@ -11,7 +12,7 @@ use clap::{Args, ValueEnum};
 use kiln::{
     AdaptedModel,
     eval::{Perplexity, WindowedPerplexity},
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, LoadReport, Tokenizer},
+    models::{CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer},
     quant::{QuantLinear, Scheme},
     training::{DataOptions, Dataset, ModelTokenizer},
 };
@@ -89,7 +90,7 @@ impl ModelArgs {
     ///
     /// # Errors
     /// Whatever the files refuse.
-    pub fn load(&self, checkpoint: &Checkpoint) -> Result<(AnyModel<QuantLinear>, LoadReport)> {
+    pub fn load(&self, checkpoint: &Checkpoint) -> Result<(Decoder<QuantLinear>, LoadReport)> {
         let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default();
         let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
         for note in &report.notes {

@@ -5,6 +5,11 @@
 //! cargo build --release -p kiln-examples --examples
 //! cargo test --release -p kiln-examples --test programs -- --ignored
 //! ```
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what tests print is shown when they fail, or on request"
+)]
 
 use std::{
     path::{Path, PathBuf},
@@ -104,4 +109,16 @@ fn the_other_programs_run_without_arguments() {
     figures(&folder, "11-automixq", &["--out", text(&folder.path().join("automixq"))]);
     run("05-your-own-burn-model", &[]);
     run("logits", &[]);
+}
+
+#[test]
+#[ignore = "needs the programs built"]
+fn errors_are_sentences_and_exit_with_1_and_wrong_options_with_2() {
+    let output = call("02-perplexity", &["--model", "no/such/model"]);
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{errors}");
+    assert!(errors.starts_with("error: no/such/model"), "{errors}");
+    assert!(!errors.contains("Error {") && !errors.contains("Os {"), "no debug form: {errors}");
+    let output = call("02-perplexity", &["--no-such-option"]);
+    assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
 }

@@ -18,7 +18,7 @@ use kiln::{
         LoftqConfig, Method, Progress, Rounding, block_errors,
     },
     eval::peak_rss_bytes,
-    models::{AnyModel, CausalLm, Checkpoint, Recompute, Slots, Windows},
+    models::{CausalLm, Checkpoint, Decoder, Recompute, Slots, Windows},
     quant::{Plan, QuantLinear, Scheme},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -66,7 +66,7 @@ enum Loss {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// Which methods, in this order.
@@ -231,7 +231,7 @@ struct Row {
     block_peak_rss_bytes: Vec<Option<u64>>,
 }
 
-type LoraModel = AnyModel<Adapted<QuantLinear, Lora>>;
+type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
 
 /// A calibrated model and what it took.
 struct Calibrated {
@@ -244,7 +244,7 @@ struct Calibrated {
 struct Study<'a> {
     options: &'a Options,
     checkpoint: Checkpoint,
-    original: AnyModel<QuantLinear>,
+    original: Decoder<QuantLinear>,
     calibration: PathBuf,
     windows: Windows,
     held_out: Vec<u32>,
@@ -357,7 +357,7 @@ fn print(rows: &[Row]) {
     }
 }
 
-pub fn run(options: Options) -> Result<()> {
+pub(crate) fn run(options: Options) -> Result<()> {
     std::fs::create_dir_all(&options.out).map_err(|error| format!("{}: {error}", options.out.display()))?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;

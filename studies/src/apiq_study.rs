@@ -95,7 +95,7 @@ fn with(base: Value, more: Value) -> Value {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
     #[arg(long)]
     smollm2: Option<PathBuf>,
@@ -304,7 +304,7 @@ fn plot(path: &Path, model: Model, runs: &[Run]) -> Result<()> {
     Ok(())
 }
 
-pub fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
     let study = Study { options, log: Log::new(options.log.as_deref(), "apiq.jsonl") };
     if !options.table {
         study.all()?;

@@ -23,7 +23,7 @@ use kiln::{
         Config, Fidelity, Finalists, Front, FrontPoint, Granularity, Halving, METHODS, MemoryAxis, Objective,
         Outcome, SearchMethod, SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
-    models::{AnyModel, CausalLm, Recompute, Windows},
+    models::{CausalLm, Decoder, Recompute, Windows},
     pruning::{BlockPruning, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme},
     side_tuning::memory::{ProcessConstants, Step},
@@ -62,7 +62,7 @@ enum Start {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// How to search: klmix, paper, released, nsga2, bo, amq, random or uniform.
@@ -164,7 +164,7 @@ impl Options {
     }
 
     /// Uniform plans to compare with: name, space of that one plan.
-    fn limits(&self, model: &AnyModel<QuantLinear>) -> Result<Vec<(Scheme, SearchSpace)>> {
+    fn limits(&self, model: &Decoder<QuantLinear>) -> Result<Vec<(Scheme, SearchSpace)>> {
         let schemes = self.schemes(&self.compare, &["affine3:64"], &["affine3:64", "affine4:64"])?;
         schemes.into_iter().map(|scheme| Ok((scheme, space_of(model, &Choices::new([scheme]))?))).collect()
     }
@@ -209,7 +209,7 @@ fn windows(ids: &[u32], options: &Options) -> Result<Windows> {
     Ok(Windows::leading(ids, options.length, options.windows)?)
 }
 
-fn prune(model: AnyModel<QuantLinear>, options: &Options, ids: &[u32]) -> Result<AnyModel<QuantLinear>> {
+fn prune(model: Decoder<QuantLinear>, options: &Options, ids: &[u32]) -> Result<Decoder<QuantLinear>> {
     if options.ratio == 0.0 {
         return Ok(model);
     }
@@ -271,7 +271,7 @@ impl SearchMethod for EveryPlan {
 }
 
 /// Fails early where the comparison or `--exhaustive` could not be made after the search.
-fn check(options: &Options, model: &AnyModel<QuantLinear>, space: &SearchSpace) -> Result<()> {
+fn check(options: &Options, model: &Decoder<QuantLinear>, space: &SearchSpace) -> Result<()> {
     if options.exhaustive && space.size().is_none_or(|size| size > MAX_PLANS) {
         return Err(format!("--exhaustive: expected at most {MAX_PLANS} plans, found more").into());
     }
@@ -372,7 +372,7 @@ impl Tuning<'_> {
 /// LoRA on `train`, scored on `held_out`.
 fn fine_tune(
     options: &Options,
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     train: &[u32],
     held_out: &[u32],
 ) -> Result<FineTune> {
@@ -450,7 +450,7 @@ fn points(front: &Front) -> serde_json::Value {
     front.points.iter().map(point).collect()
 }
 
-pub fn run(options: Options) -> Result<()> {
+pub(crate) fn run(options: Options) -> Result<()> {
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;

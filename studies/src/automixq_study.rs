@@ -17,7 +17,7 @@ const EVALUATIONS: [u64; 3] = [40, 120, 328];
 const SEEDS: std::ops::Range<u64> = 0..10;
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// Methods of searching.
     #[arg(long, value_delimiter = ',', default_value = "klmix,paper,random,nsga2,bo,amq,released")]
     methods: Vec<String>,
@@ -87,7 +87,7 @@ fn table(log: &Log) -> Result<String> {
     Ok(table)
 }
 
-pub fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
     let log = Log::new(options.log.as_deref(), "automixq.jsonl");
     if !options.table {
         for method in &options.methods {

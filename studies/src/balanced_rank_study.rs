@@ -66,7 +66,7 @@ impl Method {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
     #[arg(long)]
     smollm2: Option<PathBuf>,
@@ -232,7 +232,7 @@ fn table(log: &Log) -> Result<String> {
     Ok(table)
 }
 
-pub fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
     let log = Log::new(options.log.as_deref(), "balanced-rank.jsonl");
     let study = Study { log, smollm2: options.smollm2.as_deref() };
     if !options.table {

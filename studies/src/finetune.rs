@@ -13,7 +13,7 @@ use kiln::{
         AdapterConfig, InitLoraWeights, Method as AdapterMethod, Pooling, QBara, QaBlora, QaHira, QaLora,
     },
     eval::peak_rss_bytes,
-    models::{AnyModel, CausalLm, GenerateOptions, Recompute, Tokenizer, generate},
+    models::{CausalLm, Decoder, GenerateOptions, Recompute, Tokenizer, generate},
     quant::{QuantLinear, Scheme, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -63,7 +63,7 @@ enum RecomputeName {
 }
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// What is trained.
@@ -199,7 +199,7 @@ fn evaluation_ids(path: Option<&Path>, tokenizer: &Tokenizer) -> Result<Vec<u32>
     read_ids(path.unwrap_or(&testdata("models/tiny-llama/text/shift_test_moby.u16le")), tokenizer)
 }
 
-pub fn run(mut options: Options) -> Result<()> {
+pub(crate) fn run(mut options: Options) -> Result<()> {
     if options.model.model.is_none() {
         options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
     }
@@ -234,7 +234,7 @@ pub fn run(mut options: Options) -> Result<()> {
     let seconds = start.elapsed().as_secs_f64();
     bar.finish();
 
-    let tuned = Tuned::<AnyModel<QuantLinear>>::from_parts(trainer.into_model(), adapters);
+    let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
     let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = reports.iter().map(|report| report.tokens).sum();
     println!("perplexity after: {:.3}; {:.0} tokens/s", after.perplexity, tokens as f64 / seconds);

@@ -12,19 +12,19 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// One run: what was asked for, then what was found.
-pub type Line = Map<String, Value>;
+pub(crate) type Line = Map<String, Value>;
 
-pub struct Log(PathBuf);
+pub(crate) struct Log(PathBuf);
 
 impl Log {
     /// The log at `path`, or below the repository's docs/results.
-    pub fn new(path: Option<&Path>, name: &str) -> Self {
+    pub(crate) fn new(path: Option<&Path>, name: &str) -> Self {
         let default = || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results")).join(name);
         Self(path.map_or_else(default, Path::to_path_buf))
     }
 
     /// All lines, but for one that was being written when its run was stopped.
-    pub fn lines(&self) -> Result<Vec<Line>> {
+    pub(crate) fn lines(&self) -> Result<Vec<Line>> {
         match std::fs::read_to_string(&self.0) {
             Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
@@ -33,14 +33,14 @@ impl Log {
     }
 
     /// All lines as `T`.
-    pub fn runs<T: for<'a> Deserialize<'a>>(&self) -> Result<Vec<T>> {
+    pub(crate) fn runs<T: for<'a> Deserialize<'a>>(&self) -> Result<Vec<T>> {
         let parse = |line| serde_json::from_value(Value::Object(line));
         let runs: serde_json::Result<Vec<T>> = self.lines()?.into_iter().map(parse).collect();
         runs.map_err(|error| format!("{}: {error}", self.0.display()).into())
     }
 
     /// The line that has all values of `wanted`; without one, `run` is called and its figures are added.
-    pub fn once(&self, wanted: Value, run: impl FnOnce() -> Result<Line>) -> Result<Line> {
+    pub(crate) fn once(&self, wanted: Value, run: impl FnOnce() -> Result<Line>) -> Result<Line> {
         let Value::Object(wanted) = wanted else { return Err("a run is named by an object".into()) };
         let same = |line: &Line| {
             wanted.iter().all(|(key, value)| line.get(key).is_some_and(|found| equal(found, value)))
@@ -62,7 +62,7 @@ impl Log {
 }
 
 /// Whether two values are the same, 4 and 4.0 included.
-pub fn equal(a: &Value, b: &Value) -> bool {
+pub(crate) fn equal(a: &Value, b: &Value) -> bool {
     match (a, b) {
         (Value::Number(a), Value::Number(b)) => a.as_f64() == b.as_f64(),
         (Value::Object(a), Value::Object(b)) => {
@@ -74,7 +74,7 @@ pub fn equal(a: &Value, b: &Value) -> bool {
 }
 
 /// Calls a subcommand of this program with `arguments`; the figures that it writes as JSON.
-pub fn figures(subcommand: &str, arguments: &[String]) -> Result<Line> {
+pub(crate) fn figures(subcommand: &str, arguments: &[String]) -> Result<Line> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("figures.json");
     let output = Command::new(std::env::current_exe()?)
@@ -93,7 +93,7 @@ pub fn figures(subcommand: &str, arguments: &[String]) -> Result<Line> {
 }
 
 /// Words as owned strings.
-pub fn words(text: &str) -> Vec<String> {
+pub(crate) fn words(text: &str) -> Vec<String> {
     text.split_whitespace().map(str::to_string).collect()
 }
 

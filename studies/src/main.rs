@@ -3,6 +3,7 @@
 //! `finetune`, `apiq`, `automixq` and `side-tuning` measure what their options say. `study-..` call them for a whole table:
 //! each run is a process of its own, because peak memory belongs to a process, and a JSON line of a log below
 //! docs/results; runs that are in the log are not repeated, so that a study goes on where it was stopped.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 mod apiq;
 mod apiq_study;
@@ -22,11 +23,11 @@ use clap::{Parser, Subcommand};
 #[command(about)]
 struct Options {
     #[command(subcommand)]
-    study: Study,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum Study {
+enum Command {
     /// One fine-tune, with every option of every adapter.
     Finetune(Box<finetune::Options>),
     /// Calibrated quantization by several methods, with perplexity before and after the same fine-tuning, and the
@@ -45,13 +46,13 @@ enum Study {
 }
 
 fn main() -> ExitCode {
-    kiln_examples::program(|options: Options| match options.study {
-        Study::Finetune(options) => finetune::run(*options),
-        Study::Apiq(options) => apiq::run(*options),
-        Study::Automixq(options) => automixq::run(*options),
-        Study::SideTuning(options) => side_tuning::run(*options),
-        Study::StudyApiq(options) => apiq_study::run(&options),
-        Study::StudyAutomixq(options) => automixq_study::run(&options),
-        Study::StudyBalancedRank(options) => balanced_rank_study::run(&options),
+    kiln_examples::program(|options: Options| match options.command {
+        Command::Finetune(options) => finetune::run(*options),
+        Command::Apiq(options) => apiq::run(*options),
+        Command::Automixq(options) => automixq::run(*options),
+        Command::SideTuning(options) => side_tuning::run(*options),
+        Command::StudyApiq(options) => apiq_study::run(&options),
+        Command::StudyAutomixq(options) => automixq_study::run(&options),
+        Command::StudyBalancedRank(options) => balanced_rank_study::run(&options),
     })
 }

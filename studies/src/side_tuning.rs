@@ -30,7 +30,7 @@ const METHODS: [&str; 5] = ["full", "lora", "qlora", "lst", "qst"];
 const LORA_RANK: usize = 16;
 
 #[derive(Debug, Args)]
-pub struct Options {
+pub(crate) struct Options {
     #[command(flatten)]
     model: ModelArgs,
     /// Rows of a step.
@@ -243,7 +243,7 @@ fn print_ratios(rows: &[Row]) {
     }
 }
 
-pub fn run(mut options: Options) -> Result<()> {
+pub(crate) fn run(mut options: Options) -> Result<()> {
     if let Some(row) = options.row.clone() {
         let (method, recompute) = row.split_once(' ').ok_or("--row takes a method and none or block")?;
         let recompute = if recompute == "block" { Recompute::Block } else { Recompute::None };

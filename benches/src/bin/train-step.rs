@@ -3,6 +3,7 @@
 //! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps]`
 //!
 //! The scheme is one of Kiln's, `stored`, or `burn-qlora` for Burn's own `apply_qlora` on the dense model.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{error::Error, sync::Arc, time::Instant};
 
@@ -13,7 +14,7 @@ use burn::{
 use kiln::{
     Tuned,
     adapters::AdapterConfig,
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute},
+    models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute},
     quant::{QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
@@ -85,7 +86,7 @@ fn time_steps<M: CausalLm>(mut trainer: Trainer<M>, steps: usize) -> Result<f64,
 }
 
 /// Burn's own QLoRA on the blocks' linears: 4 bits in blocks of 64, rank 16.
-fn burn_qlora(model: AnyModel<QuantLinear>) -> Result<AnyModel<QuantLinear>, Box<dyn Error>> {
+fn burn_qlora(model: Decoder<QuantLinear>) -> Result<Decoder<QuantLinear>, Box<dyn Error>> {
     use burn::{
         module::{Lora, ParamGroup, QLora, Quantizer},
         tensor::quantization::{Calibration, QuantScheme, QuantStore, QuantValue, ScaleDtype},

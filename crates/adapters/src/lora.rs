@@ -70,6 +70,7 @@ impl Lora {
     ///
     /// # Panics
     /// If the two differ in shape or scaling.
+    #[must_use]
     pub fn relative_to(&self, initial: &Self) -> Self {
         let described = |lora: &Self| (lora.base_shape(), lora.rank(), lora.scaling);
         assert_eq!(described(self), described(initial), "shape, rank and scaling");

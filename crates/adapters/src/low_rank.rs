@@ -79,21 +79,44 @@ pub(crate) fn low_rank_scaled(
     scaling: f64,
 ) -> Result<Factors> {
     let matrix = checked(name, matrix, d_input, rank)?;
-    let d_output = matrix.nrows();
-    let failed = || Problem::new(name, "a singular value decomposition that converges", "none").argument();
-    let (u, s, v) = match svd {
-        Svd::Exact => thin_svd(matrix.as_ref()).ok_or_else(failed)?,
+    let found = match svd {
+        Svd::Exact => thin_svd(matrix.as_ref()),
         Svd::Randomized { iterations, oversampling, seed } => {
-            let columns = rank.saturating_add(oversampling).min(d_input).min(d_output);
-            let basis = range(matrix.as_ref(), columns, iterations, generator(seed, name));
-            let (u, s, v) = thin_svd((basis.transpose() * &matrix).as_ref()).ok_or_else(failed)?;
-            (basis * u, s, v)
+            let columns = rank.saturating_add(oversampling).min(d_input).min(matrix.nrows());
+            let mut rng = generator(seed, name);
+            let start = Mat::from_fn(d_input, columns, |_, _| normal(&mut rng));
+            near_svd(matrix.as_ref(), &start, iterations)
         }
     };
+    split(name, found, rank, scaling)
+}
+
+/// As [`low_rank_scaled`] by subspace iteration from `start`, `rank` directions `[d_output, rank]` row-major in the space
+/// of outputs.
+pub(crate) fn low_rank_from(
+    name: &str,
+    matrix: &[f32],
+    d_input: usize,
+    rank: usize,
+    start: &[f32],
+    iterations: usize,
+    scaling: f64,
+) -> Result<Factors> {
+    let matrix = checked(name, matrix, d_input, rank)?;
+    let start = Mat::from_fn(matrix.nrows(), rank, |j, k| f64::from(start[j * rank + k]));
+    let found = near_svd(matrix.transpose(), &start, iterations);
+    split(name, found.map(|(inputs, values, outputs)| (outputs, values, inputs)), rank, scaling)
+}
+
+/// Singular vectors as factors, of which each gets the root of `value / scaling`.
+fn split(name: &str, found: Option<Singular>, rank: usize, scaling: f64) -> Result<Factors> {
+    let failed = || Problem::new(name, "a singular value decomposition that converges", "none").argument();
+    let (u, s, v) = found.ok_or_else(failed)?;
     // Beyond the matrix's own rank the factors are zero.
     let factor = |vectors: &Mat<f64>, row: usize, k: usize| {
         if k < s.len() { (vectors[(row, k)] * (s[k].max(0.0) / scaling).sqrt()) as f32 } else { 0.0 }
     };
+    let (d_input, d_output) = (v.nrows(), u.nrows());
     Ok(Factors {
         rank,
         a: (0..d_input * rank).map(|at| factor(&v, at / rank, at % rank)).collect(),
@@ -108,8 +131,7 @@ pub(crate) fn low_rank_scaled(
 /// `rank` is at most the smaller size.
 pub(crate) fn leading_qr(name: &str, matrix: &[f32], d_input: usize, rank: usize) -> Result<Factors> {
     let matrix = checked(name, matrix, d_input, rank)?;
-    // The first columns of Q are those of the first columns' own decomposition.
-    let q = matrix.subcols(0, rank).qr().compute_thin_Q();
+    let q = leading_q(matrix.as_ref(), rank);
     let r = q.transpose() * &matrix;
     // Below the diagonal R is zero but for rounding.
     let r_at = |k: usize, i: usize| if i < k { 0.0 } else { r[(k, i)] as f32 };
@@ -138,23 +160,63 @@ fn checked(name: &str, matrix: &[f32], d_input: usize, rank: usize) -> Result<Ma
     Ok(Mat::from_fn(matrix.len() / d_input, d_input, |j, i| f64::from(matrix[j * d_input + i])))
 }
 
+/// The first columns of Q by Householder's reflections, which faer's decomposition leaves out for a column of zeros (a
+/// dead input), where LAPACK counts it.
+fn leading_q(matrix: MatRef<'_, f64>, count: usize) -> Mat<f64> {
+    let rows = matrix.nrows();
+    let mut columns: Vec<Vec<f64>> =
+        (0..count).map(|k| (0..rows).map(|j| matrix[(j, k)]).collect()).collect();
+    let mut reflections: Vec<Vec<f64>> = Vec::new();
+    for k in 0..count {
+        let reflection = reflection(&columns[k][k..]);
+        columns[k + 1..].iter_mut().for_each(|column| reflect(&reflection, &mut column[k..]));
+        reflections.push(reflection);
+    }
+    for (k, column) in columns.iter_mut().enumerate() {
+        column.fill(0.0);
+        column[k] = 1.0;
+        reflections.iter().enumerate().rev().for_each(|(i, v)| reflect(v, &mut column[i..]));
+    }
+    Mat::from_fn(rows, count, |j, k| columns[k][j])
+}
+
+/// The unit vector v for which `x - 2 v (v · x)` is a multiple of the first axis; empty where x already is.
+fn reflection(x: &[f64]) -> Vec<f64> {
+    let squares = |x: &[f64]| x.iter().map(|x| x * x).sum::<f64>();
+    if squares(&x[1..]) == 0.0 {
+        return Vec::new();
+    }
+    let mut v = x.to_vec();
+    v[0] += squares(x).sqrt().copysign(x[0]);
+    let norm = squares(&v).sqrt();
+    v.iter_mut().for_each(|value| *value /= norm);
+    v
+}
+
+fn reflect(v: &[f64], x: &mut [f64]) {
+    let along: f64 = v.iter().zip(&*x).map(|(v, x)| v * x).sum();
+    x.iter_mut().zip(v).for_each(|(x, v)| *x -= 2.0 * along * v);
+}
+
 /// Left vectors, values, right vectors.
-fn thin_svd(matrix: MatRef<'_, f64>) -> Option<(Mat<f64>, Vec<f64>, Mat<f64>)> {
+type Singular = (Mat<f64>, Vec<f64>, Mat<f64>);
+
+fn thin_svd(matrix: MatRef<'_, f64>) -> Option<Singular> {
     let svd = matrix.thin_svd().ok()?;
     let values = svd.S().column_vector();
     let values = (0..values.nrows()).map(|k| values[k]).collect();
     Some((svd.U().to_owned(), values, svd.V().to_owned()))
 }
 
-/// An orthonormal basis of about the range of the leading singular vectors.
-fn range(matrix: MatRef<'_, f64>, columns: usize, iterations: usize, mut rng: ChaCha8Rng) -> Mat<f64> {
-    let start = Mat::from_fn(matrix.ncols(), columns, |_, _| normal(&mut rng));
-    let mut basis = orthonormal(matrix * &start);
+/// The leading singular vectors, about, by subspace iteration from the columns of `start`.
+fn near_svd(matrix: MatRef<'_, f64>, start: &Mat<f64>, iterations: usize) -> Option<Singular> {
+    let mut basis = orthonormal(matrix * start);
     for _ in 0..iterations {
         let back = orthonormal(matrix.transpose() * &basis);
         basis = orthonormal(matrix * &back);
     }
-    basis
+    let (u, s, v) = thin_svd((basis.transpose() * matrix).as_ref())?;
+    Some((basis * u, s, v))
 }
 
 fn orthonormal(matrix: Mat<f64>) -> Mat<f64> {
@@ -217,61 +279,45 @@ mod tests {
         }
     }
 
-    /// Householder's reflections one after another, as LAPACK's `dgeqr2` makes them: the first columns of Q.
-    fn by_reflections(matrix: MatRef<'_, f64>, count: usize) -> Mat<f64> {
-        let (rows, columns) = (matrix.nrows(), count);
-        let (mut work, mut q) = (matrix.to_owned(), Mat::<f64>::identity(rows, rows));
-        for k in 0..count {
-            let tail: f64 = (k + 1..rows).map(|i| work[(i, k)].powi(2)).sum();
-            if tail == 0.0 {
-                continue;
-            }
-            let mut v: Vec<f64> = (k..rows).map(|i| work[(i, k)]).collect();
-            v[0] += (v[0] * v[0] + tail).sqrt().copysign(v[0]);
-            let norm: f64 = v.iter().map(|x| x * x).sum();
-            for j in 0..columns {
-                let along: f64 = (k..rows).map(|i| v[i - k] * work[(i, j)]).sum();
-                (k..rows).for_each(|i| work[(i, j)] -= 2.0 * along / norm * v[i - k]);
-            }
-            for j in 0..rows {
-                let along: f64 = (k..rows).map(|i| q[(j, i)] * v[i - k]).sum();
-                (k..rows).for_each(|i| q[(j, i)] -= 2.0 * along / norm * v[i - k]);
+    #[test]
+    fn qr_is_the_leading_part_of_the_decomposition_with_lapacks_signs() {
+        let whole =
+            |d_output: usize, matrix: &[f32]| Mat::from_fn(d_output, 6, |j, i| f64::from(matrix[j * 6 + i]));
+        for (d_output, matrix) in [(14, values(4, 14 * 6)), (4, values(5, 4 * 6)), (6, values(6, 36))] {
+            let qr = whole(d_output, &matrix).qr();
+            let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
+            for rank in 1..=d_output.min(6) {
+                let found = leading_qr("w", &matrix, 6, rank).unwrap();
+                let b = (0..rank * d_output).map(|at| (found.b[at], q[(at % d_output, at / d_output)]));
+                let a = (0..6 * rank).map(|at| (found.a[at], r[(at % rank, at / rank)]));
+                for (found, expected) in b.chain(a) {
+                    assert!((f64::from(found) - expected).abs() < 1e-6, "{d_output} {rank}");
+                }
             }
         }
-        q.subcols(0, count).to_owned()
     }
 
     #[test]
-    fn qr_has_lapacks_signs() {
-        let identity: Vec<f32> = (0..36).map(|at| f32::from(u8::from(at % 7 == 0))).collect();
-        let upper: Vec<f32> =
-            values(6, 36).iter().enumerate().map(|(at, x)| if at % 6 < at / 6 { 0.0 } else { *x }).collect();
-        let dead: Vec<f32> =
-            values(7, 60).iter().enumerate().map(|(at, x)| if at % 6 == 1 { 0.0 } else { *x }).collect();
-        for (case, d_output, matrix) in [
-            ("tall", 14, values(4, 14 * 6)),
-            ("wide", 4, values(5, 4 * 6)),
-            ("identity", 6, identity),
-            ("triangular", 6, upper),
-            ("a dead input", 10, dead),
-        ] {
-            for rank in 1..=d_output.min(6) {
-                let found = leading_qr("w", &matrix, 6, rank).unwrap();
-                let whole = Mat::from_fn(d_output, 6, |j, i| f64::from(matrix[j * 6 + i]));
-                let q = by_reflections(whole.as_ref(), rank);
-                let r = q.transpose() * &whole;
-                for (k, b) in found.b.chunks(d_output).enumerate() {
-                    for (j, b) in b.iter().enumerate() {
-                        assert!((f64::from(*b) - q[(j, k)]).abs() < 1e-6, "{case} {rank}: Q {j} {k}");
-                    }
-                }
-                for (i, a) in found.a.chunks(rank).enumerate() {
-                    for (k, a) in a.iter().enumerate() {
-                        assert!((f64::from(*a) - r[(k, i)]).abs() < 1e-6, "{case} {rank}: R {k} {i}");
-                        assert!(i >= k || *a == 0.0, "{case} {rank}: R {k} {i}");
-                    }
-                }
-            }
+    fn qr_counts_dead_inputs_and_leaves_what_is_triangular() {
+        let zero_where = |seed, zero: fn(usize) -> bool| -> Vec<f32> {
+            values(seed, 60).into_iter().enumerate().map(|(at, x)| if zero(at) { 0.0 } else { x }).collect()
+        };
+        // LAPACK turns no column that is zero below the diagonal: not an input that is always zero either.
+        let triangular = zero_where(6, |at| at % 6 < at / 6);
+        let found = leading_qr("w", &triangular, 6, 6).unwrap();
+        let axes: Vec<f32> = (0..60).map(|at| f32::from(u8::from(at % 10 == at / 10))).collect();
+        assert_eq!(found.b, axes);
+        let dead = zero_where(7, |at| at % 6 == 1);
+        let Factors { a, b, .. } = leading_qr("w", &dead, 6, 6).unwrap();
+        let product = Factors { rank: 6, a: a.clone(), b: b.clone() }.product();
+        assert!(relative_difference(&product, &dead) < 1e-6);
+        // Its row of A is zero, its column of Q the second axis as the first reflection leaves it.
+        assert!(a[6..12].iter().all(|x| x.abs() < 1e-7), "{:?}", &a[6..12]);
+        let first: Vec<f64> = (0..10).map(|j| f64::from(dead[j * 6])).collect();
+        let v = reflection(&first);
+        for (j, b) in b[10..20].iter().enumerate() {
+            let axis = f64::from(u8::from(j == 1));
+            assert!((f64::from(*b) - (axis - 2.0 * v[1] * v[j])).abs() < 1e-6, "{j}");
         }
     }
 

@@ -206,12 +206,14 @@ impl PooledAdapter {
     }
 
     /// The same with its change of the weight multiplied by `factor`.
+    #[must_use]
     pub fn scaled(mut self, factor: f64) -> Self {
         self.scaling *= factor;
         self
     }
 
     /// The same adapter under another pooling: what it computes stays, B (or H) takes the difference.
+    #[must_use]
     pub fn with_pooling(mut self, pooling: Pooling) -> Self {
         let d_input = self.base_shape()[0];
         let factor = |pooling: Pooling| pooling.factor(self.pool, d_input);

@@ -9,6 +9,8 @@ use rand_chacha::ChaCha8Rng;
 pub(crate) enum Purpose {
     Dropout,
     Initialization,
+    /// The start of a search for singular vectors.
+    Subspace,
 }
 
 /// A generator for the module called `slot` (a [`path_hash`]) at one micro-batch of one step.

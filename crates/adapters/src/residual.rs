@@ -9,7 +9,8 @@ use kiln_quant_core::{Projection, QuantLinear, to_host};
 use crate::{
     Factors, InitLoraWeights, Result, Svd, Target,
     json_fields::Problem,
-    low_rank::{leading_qr, low_rank_scaled},
+    low_rank::{leading_qr, low_rank_from, low_rank_scaled},
+    random::{Purpose, generator, normal, path_hash},
 };
 
 /// `base` without its part, and the part. `seed` is for PiSSA's approximation; without one it is exact, as adapters in
@@ -27,9 +28,9 @@ pub(crate) fn split(
     let factors = match (init, seed) {
         (InitLoraWeights::Olora, _) => leading_qr(path, &values, d_input, *r),
         (InitLoraWeights::Pissa { iterations: Some(iterations) }, Some(seed)) => {
-            // As many directions as PEFT takes.
-            let svd = Svd::Randomized { iterations: iterations as usize, oversampling: 0, seed };
-            low_rank_scaled(path, &values, d_input, *r, svd, *scaling)
+            let mut rng = generator(Purpose::Subspace, seed, path_hash(path), 0, 0);
+            let start = normal(&mut rng, 1.0, d_output * r);
+            low_rank_from(path, &values, d_input, *r, &start, iterations as usize, *scaling)
         }
         _ => low_rank_scaled(path, &values, d_input, *r, Svd::Exact, *scaling),
     }?;

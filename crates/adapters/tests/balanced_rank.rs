@@ -19,7 +19,7 @@ use crate::vectors::{floats, linear, matrix, open, size};
 /// Of the forward vectors, which are whole numbers and quarters.
 const TOLERANCE: f32 = 1e-6;
 
-pub fn no_dropout() -> Dropout {
+pub(crate) fn no_dropout() -> Dropout {
     Dropout::new(0.0, "", 0)
 }
 

@@ -9,7 +9,7 @@ use kiln_testkit::testdata;
 use serde_json::Value;
 
 /// `testdata/vectors/balanced_rank_NAME.json`.
-pub fn open(name: &str) -> Value {
+pub(crate) fn open(name: &str) -> Value {
     let path = testdata("vectors").join(format!("balanced_rank_{name}.json"));
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
@@ -22,14 +22,14 @@ fn flatten(value: &Value, into: &mut Vec<f64>) {
 }
 
 /// All numbers, row-major.
-pub fn floats(value: &Value) -> Vec<f32> {
+pub(crate) fn floats(value: &Value) -> Vec<f32> {
     let mut values = Vec::new();
     flatten(value, &mut values);
     values.into_iter().map(|value| value as f32).collect()
 }
 
 /// A matrix; of three dimensions the first two are joined.
-pub fn matrix(value: &Value, device: &Device) -> Tensor<2> {
+pub(crate) fn matrix(value: &Value, device: &Device) -> Tensor<2> {
     let values = floats(value);
     let mut last = value;
     while last[0].is_array() {
@@ -40,11 +40,11 @@ pub fn matrix(value: &Value, device: &Device) -> Tensor<2> {
     Tensor::from_data(TensorData::new(values, shape), device)
 }
 
-pub fn size(value: &Value) -> usize {
+pub(crate) fn size(value: &Value) -> usize {
     value.as_u64().unwrap() as usize
 }
 
 /// A layer with the weight `[d_output, d_input]`.
-pub fn linear(weight: &Value, device: &Device) -> Linear {
+pub(crate) fn linear(weight: &Value, device: &Device) -> Linear {
     Linear { weight: Param::initialized(ParamId::new(), matrix(weight, device).transpose()), bias: None }
 }

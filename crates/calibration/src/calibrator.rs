@@ -1,6 +1,6 @@
 //! What calibrates a model: options, text, where it is kept.
 
-use std::{ops::ControlFlow, path::PathBuf};
+use std::{fmt, ops::ControlFlow, path::PathBuf};
 
 use kiln_adapters::{Adapted, LoraAttacher};
 use kiln_models::{Probe, ScaleSites, Slots, Tape, TensorSource, Windows};
@@ -56,6 +56,16 @@ pub struct Calibrator<'a> {
     pub(crate) weights: Option<&'a dyn TensorSource>,
     pub(crate) folder: Option<PathBuf>,
     pub(crate) spill: Option<PathBuf>,
+}
+
+impl fmt::Debug for Calibrator<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Calibrator")
+            .field("config", self.config)
+            .field("folder", &self.folder)
+            .field("spill", &self.spill)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<'a> Calibrator<'a> {

@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::tensor::{Device, Tensor};
 use kiln_calibration::{CalibrationConfig, Calibrator, Error, GptqConfig, Method, Progress};
-use kiln_models::{AnyModel, LoadOptions, Windows, families::LinearRole};
+use kiln_models::{Decoder, LoadOptions, Windows, families::LinearRole};
 use kiln_quant_core::QuantLinear;
 
 use crate::setup::*;
@@ -118,7 +118,7 @@ fn streams_are_read_back_into_a_spill_folder() {
 }
 
 /// A model whose down projection of a block is changed by `change`.
-fn changed(block: usize, change: impl FnOnce(Tensor<2>) -> Tensor<2>) -> AnyModel<QuantLinear> {
+fn changed(block: usize, change: impl FnOnce(Tensor<2>) -> Tensor<2>) -> Decoder<QuantLinear> {
     let mut model = tiny();
     let down = model.blocks[block].linear_mut(LinearRole::Down).unwrap();
     let QuantLinear::Dense(linear) = down else { panic!("dense") };

@@ -7,7 +7,7 @@ use kiln_calibration::{
     Svd, block_errors,
 };
 use kiln_models::{
-    AnyModel, DriverOptions, Slots, Targets, TokenBatch, Windows, families::NormPlace, loss_and_gradients,
+    Decoder, DriverOptions, Slots, Targets, TokenBatch, Windows, families::NormPlace, loss_and_gradients,
     token_nll,
 };
 use kiln_quant_core::{Plan, QuantLinear, Scheme};
@@ -67,7 +67,7 @@ fn at_two_bits_activations_are_ordered_as_in_the_paper() {
 }
 
 /// The embedded model with an input of a block's attention that is always zero.
-fn with_dead_channel(block: usize, channel: usize) -> AnyModel<QuantLinear> {
+fn with_dead_channel(block: usize, channel: usize) -> Decoder<QuantLinear> {
     let mut model = tiny();
     let norm = model.blocks[block].norm_mut(NormPlace::PreAttention).unwrap();
     let weight = norm.weight.take().unwrap();

@@ -4,14 +4,14 @@ use kiln_calibration::{
     ApiqConfig, CalibrationConfig, Calibrator, Error, GptqConfig, LoftqConfig, Method, Rounding, Svd, loftq,
 };
 use kiln_models::{
-    AnyModel, Checkpoint, DenseTensor, Embedding, StoredWeight, TensorSource, Windows,
+    Checkpoint, Decoder, DenseTensor, Embedding, StoredWeight, TensorSource, Windows,
     families::{LinearRole, NormPlace},
 };
 use kiln_quant_core::{Plan, QuantLinear, QuantScheme, ScaleType, Scheme};
 
 use crate::setup::*;
 
-fn refused(model: AnyModel<QuantLinear>, config: &CalibrationConfig, windows: &Windows) -> Error {
+fn refused(model: Decoder<QuantLinear>, config: &CalibrationConfig, windows: &Windows) -> Error {
     Calibrator::new(config, windows).run(model).map(|_| ()).unwrap_err()
 }
 

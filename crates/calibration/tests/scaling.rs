@@ -9,7 +9,7 @@ use kiln_calibration::{
     Rounding, block_errors,
 };
 use kiln_models::{
-    AnyModel, Block, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows,
+    Block, CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch, Windows,
     export::save_model,
     families::{LinearRole, NormPlace},
 };
@@ -26,7 +26,7 @@ const RTN: Method = Method::Rtn(Rounding::MinMax);
 
 fn calibrate(
     config: &CalibrationConfig,
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     windows: &Windows,
 ) -> (Model, CalibrationReport) {
     let attacher = attacher(&model);
@@ -41,7 +41,7 @@ fn hidden(model: &impl CausalLm, window: &[u32]) -> Vec<Vec<f32>> {
 
 /// The embedded model with some inputs of each attention and MLP thirty times as large and read by weights a thirtieth
 /// as large: the same function.
-fn with_outliers() -> AnyModel<QuantLinear> {
+fn with_outliers() -> Decoder<QuantLinear> {
     let mut model = tiny();
     for block in &mut model.blocks {
         let width = block.linear(LinearRole::Query).unwrap().shape()[0];
@@ -61,7 +61,7 @@ fn with_outliers() -> AnyModel<QuantLinear> {
 }
 
 /// A model of the LLaMA family in which each query head has a copy of the key and value head that it shared.
-fn with_own_heads(model: AnyModel<QuantLinear>) -> AnyModel<QuantLinear> {
+fn with_own_heads(model: Decoder<QuantLinear>) -> Decoder<QuantLinear> {
     let mut model = model;
     let mut config = model.config().clone();
     let (heads, width) = (config.num_key_value_heads, config.head_dim);
@@ -164,7 +164,7 @@ fn sites_with_a_projection_that_stays_are_left_alone() {
 /// Cancels behind the second block and goes on; returns both models and their reports.
 fn interrupted(
     config: &CalibrationConfig,
-    load: impl Fn() -> AnyModel<QuantLinear>,
+    load: impl Fn() -> Decoder<QuantLinear>,
     windows: &Windows,
     folder: &std::path::Path,
 ) -> [(Model, CalibrationReport); 2] {

@@ -3,54 +3,54 @@
 use burn::tensor::Device;
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher};
 use kiln_calibration::{ApiqConfig, CalibrationConfig, Method};
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Slots, Windows};
+use kiln_models::{Checkpoint, Decoder, LoadOptions, Slots, Windows};
 use kiln_quant_core::{PackedWeight, Plan, QuantLinear, Scheme};
-pub use kiln_testkit::ids;
+pub(crate) use kiln_testkit::ids;
 use kiln_testkit::{read, testdata};
 
 /// A calibrated model.
-pub type Model = AnyModel<Adapted<QuantLinear, Lora>>;
+pub(crate) type Model = Decoder<Adapted<QuantLinear, Lora>>;
 
 /// Packed weight and factors of one slot.
-pub type Contents = (String, Option<PackedWeight>, Vec<Vec<f32>>);
+pub(crate) type Contents = (String, Option<PackedWeight>, Vec<Vec<f32>>);
 
 /// The embedded model, or another below `testdata`, with dense weights.
-pub fn dense(folder: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
+pub(crate) fn dense(folder: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), &Device::flex()).unwrap();
     (checkpoint, model)
 }
 
-pub fn tiny() -> AnyModel<QuantLinear> {
+pub(crate) fn tiny() -> Decoder<QuantLinear> {
     dense("models/tiny-llama").1
 }
 
 /// Calibration windows.
-pub fn windows(count: usize) -> Windows {
+pub(crate) fn windows(count: usize) -> Windows {
     Windows::random(&ids("indomain_heldout_sotu_2011"), 48, count, 2).unwrap()
 }
 
 /// Windows of the same text that are not calibrated on, but for chance.
-pub fn held_out() -> Windows {
+pub(crate) fn held_out() -> Windows {
     Windows::random(&ids("indomain_heldout_sotu_2011"), 48, 6, 77).unwrap()
 }
 
-pub fn attacher<M: Slots>(model: &M) -> LoraAttacher {
+pub(crate) fn attacher<M: Slots>(model: &M) -> LoraAttacher {
     // A scaling other than 1, as the published runs have.
     LoraAttacher::new(&AdapterConfig::lora(8, 2.0).with_seed(3), &model.slot_shapes()).unwrap()
 }
 
-pub fn config(method: Method, scheme: &str) -> CalibrationConfig {
+pub(crate) fn config(method: Method, scheme: &str) -> CalibrationConfig {
     CalibrationConfig::new(method, Plan::uniform(scheme.parse().unwrap()))
 }
 
 /// Larger rates than the published ones, for small budgets.
-pub fn apiq(epochs: usize) -> ApiqConfig {
+pub(crate) fn apiq(epochs: usize) -> ApiqConfig {
     ApiqConfig { epochs, lr_clipping: 1e-2, lr_lora: 2e-3, ..ApiqConfig::default() }
 }
 
 /// Everything that a calibration decides.
-pub fn contents(model: &Model) -> Vec<Contents> {
+pub(crate) fn contents(model: &Model) -> Vec<Contents> {
     let mut all = Vec::new();
     model.for_each_slot(|path, slot| {
         let packed = match &slot.base {

@@ -5,7 +5,7 @@ use burn::tensor::Device;
 use kiln_eval::{
     DataFolder, Evaluation, ModelScorer, Response, Sample, Score, Task, TaskData, TaskReport, read_samples,
 };
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Tokenizer};
+use kiln_models::{Checkpoint, Decoder, LoadOptions, Tokenizer};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::testdata;
 use serde_json::Value;
@@ -13,7 +13,7 @@ use serde_json::Value;
 /// Of a log-likelihood; two correct implementations in f32 differ by about 1e-4 in a sum over a text.
 const TOLERANCE: f64 = 1e-3;
 
-fn load() -> (AnyModel<QuantLinear>, Tokenizer) {
+fn load() -> (Decoder<QuantLinear>, Tokenizer) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     (model, checkpoint.tokenizer().unwrap())
@@ -41,7 +41,7 @@ fn builtin(name: &str, shots: usize) -> (Task, TaskData) {
 
 /// The report and the log of a task.
 fn evaluate(
-    scorer: &ModelScorer<AnyModel<QuantLinear>>,
+    scorer: &ModelScorer<Decoder<QuantLinear>>,
     task: (Task, TaskData),
     evaluation: &Evaluation,
 ) -> (TaskReport, Vec<Sample>) {
@@ -123,7 +123,7 @@ fn assert_figures(run: &Value, report: &TaskReport) {
     }
 }
 
-fn assert_tokens(scorer: &ModelScorer<AnyModel<QuantLinear>>, run: &Value, samples: &[Sample]) {
+fn assert_tokens(scorer: &ModelScorer<Decoder<QuantLinear>>, run: &Value, samples: &[Sample]) {
     let expected: Vec<[Vec<u32>; 2]> = serde_json::from_value(run["tokens"].clone()).unwrap();
     for ((context, continuation), [context_ids, continuation_ids]) in
         samples[0].requests.pairs().iter().zip(expected)

@@ -9,11 +9,11 @@ use burn::{
 use kiln_eval::{
     Error, Perplexity, RollingDocument, RollingPerplexity, StridedPerplexity, WindowedPerplexity,
 };
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, smollm2, testdata, u16le};
 
-fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> AnyModel<QuantLinear> {
+fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()),
         None => LoadOptions::default(),
@@ -32,7 +32,7 @@ fn assert_near(what: &str, found: f64, expected: f64, tolerance: f64) {
 
 /// The tiny checkpoint of the fixtures, its two rows of 24 tokens, and the negative log-likelihood of each row's
 /// tokens from the second on, from transformers' logits in f64.
-fn tiny() -> (AnyModel<QuantLinear>, Vec<u32>, Vec<Vec<f64>>) {
+fn tiny() -> (Decoder<QuantLinear>, Vec<u32>, Vec<Vec<f64>>) {
     let golden = Golden::open("tiny/llama-untied-bf16/golden.safetensors");
     let ids: Vec<u32> = golden.ints("input_ids").into_iter().map(|id| id as u32).collect();
     let logits = golden.floats("logits");

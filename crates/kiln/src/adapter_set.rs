@@ -20,7 +20,7 @@ pub type AdapterSetLinear = Adapted<QuantLinear, AdapterSet<AnyAdapter>>;
 ///
 /// # Example
 /// ```no_run
-/// # fn example(model: kiln::models::AnyModel<kiln::quant::QuantLinear>) -> kiln::Result<()> {
+/// # fn example(model: kiln::models::Decoder<kiln::quant::QuantLinear>) -> kiln::Result<()> {
 /// let (model, mix) = kiln::load_adapter_set(model, &[("german", "adapters/german"), ("sql", "adapters/sql")])?;
 /// mix.select("german")?;
 /// mix.set(&[("german", 0.7), ("sql", 0.3)])?;

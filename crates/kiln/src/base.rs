@@ -5,7 +5,7 @@ use std::{fmt, ops::ControlFlow, path::Path, sync::Arc};
 use burn::tensor::Device;
 use kiln_adapters::AdapterConfig;
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
+    CausalLm, Checkpoint, Decoder, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
     export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
@@ -17,7 +17,7 @@ use crate::{Error, FineTune, FineTuned, Result, Tuned};
 
 /// A language model as its checkpoint has it, or quantized on the way, with tokenizer and chat template.
 ///
-/// Everything here is over one model type, [`AnyModel`], and compiled with this crate: a program that uses it doesn't
+/// Everything here is over one model type, [`Decoder`], and compiled with this crate: a program that uses it doesn't
 /// compile the models again.
 ///
 /// ```
@@ -29,7 +29,7 @@ use crate::{Error, FineTune, FineTuned, Result, Tuned};
 /// # Ok::<(), kiln::Error>(())
 /// ```
 pub struct Base {
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     language: Arc<Language>,
     report: LoadReport,
 }
@@ -147,22 +147,22 @@ impl Base {
     }
 
     /// The model.
-    pub fn model(&self) -> &AnyModel<QuantLinear> {
+    pub fn model(&self) -> &Decoder<QuantLinear> {
         &self.model
     }
 
     /// The model alone.
-    pub fn into_model(self) -> AnyModel<QuantLinear> {
+    pub fn into_model(self) -> Decoder<QuantLinear> {
         self.model
     }
 
     /// The same with another model of the same tokenizer, such as a calibrated or pruned one.
     #[must_use]
-    pub fn with_model(&self, model: AnyModel<QuantLinear>) -> Self {
+    pub fn with_model(&self, model: Decoder<QuantLinear>) -> Self {
         Self::of(model, self.language.clone())
     }
 
-    pub(crate) fn of(model: AnyModel<QuantLinear>, language: Arc<Language>) -> Self {
+    pub(crate) fn of(model: Decoder<QuantLinear>, language: Arc<Language>) -> Self {
         Self { model, language, report: LoadReport::default() }
     }
 
@@ -370,7 +370,7 @@ impl Language {
         }
     }
 
-    pub(crate) fn export_gguf(&self, model: &AnyModel<QuantLinear>, path: &Path) -> Result<ExportReport> {
+    pub(crate) fn export_gguf(&self, model: &Decoder<QuantLinear>, path: &Path) -> Result<ExportReport> {
         let options = GgufOptions { fallback: Fallback::Dense, ..GgufOptions::default() };
         Ok(export_gguf(model, &self.checkpoint, path, &options)?)
     }

@@ -11,7 +11,7 @@ use std::{
 use burn::tensor::Tensor;
 use kiln_adapters::{AdapterConfig, AnyAdapter};
 use kiln_models::{
-    AnyModel, GenerateOptions, Recompute,
+    Decoder, GenerateOptions, Recompute,
     chat::Message,
     export::{ExportReport, LoraFactors, export_gguf_lora},
 };
@@ -70,11 +70,15 @@ pub struct FineTune<'a> {
     trainer: TrainerConfig,
     options: RunOptions,
     resume: bool,
-    on_event: Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>,
+    on_event: OnEvent<'a>,
 }
+
+/// What hears of a run.
+type OnEvent<'a> = Box<dyn FnMut(&Event<'_>) -> ControlFlow<()> + 'a>;
 
 /// What is trained.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant, reason = "there is one at a time")]
 enum Start<'a> {
     New(&'a Base, AdapterConfig),
     GoingOn(&'a FineTuned),
@@ -224,14 +228,14 @@ impl fmt::Debug for FineTune<'_> {
 /// A language model with its adapters, tokenizer and chat template: what a [`FineTune`] gives, or
 /// [`Base::load_adapters`].
 pub struct FineTuned {
-    tuned: Tuned<AnyModel<QuantLinear>>,
+    tuned: Tuned<Decoder<QuantLinear>>,
     language: Arc<Language>,
     report: Option<RunReport>,
 }
 
 impl FineTuned {
     pub(crate) fn new(
-        tuned: Tuned<AnyModel<QuantLinear>>,
+        tuned: Tuned<Decoder<QuantLinear>>,
         language: Arc<Language>,
         report: Option<RunReport>,
     ) -> Self {
@@ -244,12 +248,12 @@ impl FineTuned {
     }
 
     /// Model and adapters, for what isn't here: requantizing, the fingerprint of the base.
-    pub fn tuned(&self) -> &Tuned<AnyModel<QuantLinear>> {
+    pub fn tuned(&self) -> &Tuned<Decoder<QuantLinear>> {
         &self.tuned
     }
 
     /// Model and adapters alone.
-    pub fn into_tuned(self) -> Tuned<AnyModel<QuantLinear>> {
+    pub fn into_tuned(self) -> Tuned<Decoder<QuantLinear>> {
         self.tuned
     }
 

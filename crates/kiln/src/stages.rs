@@ -9,7 +9,7 @@ use kiln_mixq_search::{Fidelity, KlMix, Outcome, Plan, SearchSettings, TrialLog}
 #[cfg(any(feature = "calibration", feature = "pruning"))]
 use kiln_models::Windows;
 #[cfg(feature = "calibration")]
-use kiln_models::{AnyModel, Slots};
+use kiln_models::{Decoder, Slots};
 #[cfg(feature = "pruning")]
 use kiln_pruning::{BlockPruning, CutOptions, PruningReport};
 #[cfg(feature = "calibration")]
@@ -22,7 +22,7 @@ use crate::{Base, Result};
 /// A model whose codes and LoRA adapters were chosen together on `windows`.
 #[cfg(feature = "calibration")]
 pub(crate) fn calibrated(
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     adapters: &AdapterConfig,
     config: &CalibrationConfig,
     windows: &Windows,

@@ -7,7 +7,7 @@ use kiln_adapters::{
     Adapted, Adapter, AdapterConfig, AdapterFolder, AnyAdapter, AnyAttacher, KILN_CONFIG_FILE, PeftFolder,
     RequantizeError,
 };
-use kiln_models::AnyModel;
+use kiln_models::Decoder;
 use kiln_quant_core::{
     HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, packed_file::fingerprint,
 };
@@ -18,7 +18,7 @@ use crate::{Error, Result};
 pub type AdaptedLinear = Adapted<QuantLinear, AnyAdapter>;
 
 /// A language model whose blocks' linears carry adapters, where the configuration says so.
-pub type AdaptedModel = AnyModel<AdaptedLinear>;
+pub type AdaptedModel = Decoder<AdaptedLinear>;
 
 /// The model of slots `QuantLinear` that is left when the adapters of `M` were merged: `M` again.
 pub type Merged<M> = <<M as Slots>::With<AdaptedLinear> as Slots>::With<QuantLinear>;

@@ -11,7 +11,7 @@ use kiln::{
     adapters::{
         Adapted, AdapterConfig, AnyAdapter, InitLoraWeights, Method, Pooling, QBara, QaBlora, QaHira, QaLora,
     },
-    models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch},
+    models::{CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch},
     quant::{MinMax, PackedWeight, Plan, Projection, QuantLinear},
     training::{BatchOptions, DataOptions, Dataset, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -24,7 +24,7 @@ fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Tensor<2> {
     model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None)).squeeze_dim(0)
 }
 
-fn load(path: &str, scheme: Option<&str>) -> AnyModel<QuantLinear> {
+fn load(path: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(path)).unwrap();
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()),
@@ -75,7 +75,7 @@ fn lora() -> AdapterConfig {
     AdapterConfig::lora(4, 8.0).with_seed(1)
 }
 
-type TunedModel = Tuned<AnyModel<QuantLinear>>;
+type TunedModel = Tuned<Decoder<QuantLinear>>;
 
 /// A few steps on two rows of the embedded model's shifted text, dropout included.
 fn train(tuned: TunedModel, steps: u64) -> (TunedModel, Vec<f64>) {
@@ -90,7 +90,7 @@ fn train(tuned: TunedModel, steps: u64) -> (TunedModel, Vec<f64>) {
     (tuned, reports.iter().map(|report| report.loss).collect())
 }
 
-fn packed(model: &AnyModel<QuantLinear>) -> Vec<PackedWeight> {
+fn packed(model: &Decoder<QuantLinear>) -> Vec<PackedWeight> {
     let mut weights = Vec::new();
     model.for_each_slot(|path, slot| match slot {
         QuantLinear::Packed(linear) => weights.push(linear.weight.to_host().unwrap()),

@@ -58,7 +58,7 @@ fn an_adapter_of_gemma3_is_trained_saved_as_peft_and_merged_into_an_export() {
     for (again, plain) in train(model, Recompute::Block).1.iter().zip(&losses) {
         assert!((again / plain - 1.0).abs() < 1e-6, "{again} and {plain}");
     }
-    let tuned = Tuned::<kiln::models::AnyModel<_>>::from_parts(trained, adapters);
+    let tuned = Tuned::<kiln::models::Decoder<_>>::from_parts(trained, adapters);
     let expected = logits(tuned.model());
     assert!(max_difference(&expected, &logits(&base)) > 1e-2);
 

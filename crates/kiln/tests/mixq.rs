@@ -19,7 +19,7 @@ use kiln::{
         MemoryAxis, Objective, Outcome, Plan, Request, SearchSettings, SearchSpace, TrialLog, search,
     },
     models::{
-        AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
+        CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
         families::NormPlace, token_nll,
     },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
@@ -39,7 +39,7 @@ fn choices(schemes: &[&str]) -> Choices {
     Choices::new(schemes.iter().map(|text| scheme(text)))
 }
 
-fn load(path: &str) -> (Checkpoint, AnyModel<QuantLinear>) {
+fn load(path: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(path)).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     (checkpoint, model)
@@ -78,7 +78,7 @@ fn predicted_bytes_are_the_loaded_models() {
             assert_eq!(made.stored_bytes() as u64, predicted);
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
-            let logits = |model: &AnyModel<QuantLinear>| {
+            let logits = |model: &Decoder<QuantLinear>| {
                 read(
                     model
                         .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None)),
@@ -151,10 +151,10 @@ fn ranks_and_adapters_are_counted_and_attached() {
     assert!(tuned.loss.is_finite() && tuned.steps == 2);
 }
 
-fn direct_kl(original: &AnyModel<QuantLinear>, quantized: &AnyModel<QuantLinear>, windows: &Windows) -> f64 {
+fn direct_kl(original: &Decoder<QuantLinear>, quantized: &Decoder<QuantLinear>, windows: &Windows) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
     for tokens in windows.batches_of(1) {
-        let logits = |model: &AnyModel<QuantLinear>| {
+        let logits = |model: &Decoder<QuantLinear>| {
             read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
         };
         let (reference, found) = (logits(original), logits(quantized));

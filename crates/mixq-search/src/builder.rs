@@ -103,30 +103,35 @@ impl SpaceBuilder {
     }
 
     /// Which projections decide together.
+    #[must_use]
     pub fn granularity(mut self, granularity: Granularity) -> Self {
         self.granularity = granularity;
         self
     }
 
     /// The weight formats, as scheme strings.
+    #[must_use]
     pub fn schemes<S: Into<String>>(mut self, schemes: impl IntoIterator<Item = S>) -> Self {
         self.schemes = schemes.into_iter().map(Into::into).collect();
         self
     }
 
     /// Searches the adapters' ranks too.
+    #[must_use]
     pub fn ranks(mut self, ranks: impl IntoIterator<Item = u32>) -> Self {
         self.ranks = ranks.into_iter().map(Some).collect();
         self
     }
 
     /// Searches the kind of adapter too.
+    #[must_use]
     pub fn adapters<S: Into<String>>(mut self, adapters: impl IntoIterator<Item = S>) -> Self {
         self.adapters = adapters.into_iter().map(|adapter| Some(adapter.into())).collect();
         self
     }
 
     /// Searches the pruning ratio too, each in `0.0..1.0`.
+    #[must_use]
     pub fn prune_ratios(mut self, ratios: impl IntoIterator<Item = f64>) -> Self {
         self.ratios = ratios.into_iter().map(Some).collect();
         self

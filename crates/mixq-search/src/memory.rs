@@ -48,18 +48,21 @@ impl MemoryModel {
     }
 
     /// The same with adapter parameters that every plan trains, and bytes for each.
+    #[must_use]
     pub fn with_trained(mut self, parameters: u64, bytes_per_parameter: u64) -> Self {
         (self.fixed_trained, self.bytes_per_trained) = (parameters, bytes_per_parameter);
         self
     }
 
     /// The same with measured activation bytes.
+    #[must_use]
     pub fn with_activations(mut self, bytes: u64) -> Self {
         self.activations = bytes;
         self
     }
 
     /// The same with another axis.
+    #[must_use]
     pub fn with_axis(mut self, axis: MemoryAxis) -> Self {
         self.axis = axis;
         self

@@ -60,42 +60,49 @@ impl SearchSettings {
     }
 
     /// The same with another seed of the method.
+    #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
         self.seed = seed;
         self
     }
 
     /// The same with another seed of the measurements.
+    #[must_use]
     pub fn with_evaluation_seed(mut self, seed: u64) -> Self {
         self.evaluation_seed = seed;
         self
     }
 
     /// The same with a memory limit.
+    #[must_use]
     pub fn with_max_bytes(mut self, bytes: u64) -> Self {
         self.max_bytes = Some(bytes);
         self
     }
 
     /// The same with a fixed reference point.
+    #[must_use]
     pub fn with_reference(mut self, bytes: f64, score: f64) -> Self {
         self.reference = Some([bytes, score]);
         self
     }
 
     /// The same, ending hopeless trials.
+    #[must_use]
     pub fn with_early_stopping(mut self) -> Self {
         self.stop_early = true;
         self
     }
 
     /// The same with a recoverability check.
+    #[must_use]
     pub fn with_halving(mut self, halving: Halving) -> Self {
         self.halving = Some(halving);
         self
     }
 
     /// The same with re-scored finalists.
+    #[must_use]
     pub fn with_finalists(mut self, finalists: Finalists) -> Self {
         self.finalists = Some(finalists);
         self

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, HashSet},
-    thread,
+    fmt, thread,
     time::{Duration, Instant},
 };
 
@@ -46,6 +46,16 @@ pub struct Session<'a> {
     trials: Vec<TrialKey>,
     notes: Map<String, Value>,
     suggestions: Vec<Config>,
+}
+
+impl fmt::Debug for Session<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session")
+            .field("method", &self.method)
+            .field("spent", &self.spent)
+            .field("trials", &self.trials.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl<'a> Session<'a> {

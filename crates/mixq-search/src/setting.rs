@@ -38,18 +38,21 @@ impl Setting {
     }
 
     /// The same with a rank.
+    #[must_use]
     pub fn with_rank(mut self, rank: u32) -> Self {
         self.rank = Some(rank);
         self
     }
 
     /// The same with a kind of adapter.
+    #[must_use]
     pub fn with_adapter(mut self, adapter: impl Into<String>) -> Self {
         self.adapter = Some(adapter.into());
         self
     }
 
     /// The same with a pruning ratio.
+    #[must_use]
     pub fn with_prune(mut self, ratio: f64) -> Self {
         self.prune = Some(ratio);
         self

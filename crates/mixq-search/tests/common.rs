@@ -11,10 +11,10 @@ use kiln_mixq_search::{
 };
 
 /// Fidelity of a full measurement.
-pub const FULL: Fidelity = Fidelity::kl(1000);
+pub(crate) const FULL: Fidelity = Fidelity::kl(1000);
 
 /// `units` layers with 2, 3, 4 or 8 bits and sizes of their own.
-pub fn space(units: usize) -> SearchSpace {
+pub(crate) fn space(units: usize) -> SearchSpace {
     let unit = |u: usize| Unit {
         name: format!("model.layers.{u}"),
         paths: vec![format!("model.layers.{u}.mlp.up_proj")],
@@ -40,7 +40,7 @@ fn number(seed: u64, place: u64) -> f64 {
 }
 
 /// Harm falls by a factor with every choice; neighbours amplify each other, so that the sum of single harms misleads.
-pub struct Synthetic {
+pub(crate) struct Synthetic {
     pub model: u64,
     pub calls: Arc<AtomicUsize>,
     /// Fails after so many calls, like a process that is killed.
@@ -51,11 +51,11 @@ pub struct Synthetic {
 }
 
 impl Synthetic {
-    pub fn new(model: u64) -> Self {
+    pub(crate) fn new(model: u64) -> Self {
         Self { model, calls: Arc::default(), dies_after: usize::MAX, noise: 0.0, pause: Default::default() }
     }
 
-    pub fn loss(&self, config: &Config) -> f64 {
+    pub(crate) fn loss(&self, config: &Config) -> f64 {
         let harm = |u: usize| {
             let weight = (3.0 * number(self.model, u as u64) - 1.5).exp();
             let fall = 0.15 + 0.3 * number(self.model, 100 + u as u64);
@@ -69,7 +69,7 @@ impl Synthetic {
         0.1 * (alone + together).max(0.05 * alone)
     }
 
-    pub fn calls(&self) -> usize {
+    pub(crate) fn calls(&self) -> usize {
         self.calls.load(Ordering::SeqCst)
     }
 }

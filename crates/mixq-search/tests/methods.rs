@@ -9,7 +9,7 @@ use kiln_mixq_search::{
 
 use crate::common::{FULL, Synthetic, space};
 
-pub fn run(
+pub(crate) fn run(
     space: &SearchSpace,
     objective: &mut dyn Objective,
     method: &dyn SearchMethod,

@@ -1,5 +1,7 @@
 //! A checkpoint of any kind, opened by its path.
 
+use std::fmt;
+
 use std::path::{Path, PathBuf};
 
 use crate::{
@@ -18,6 +20,16 @@ pub struct Checkpoint {
     files: Files,
     config: ModelConfig,
     special: SpecialTokens,
+}
+
+impl fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checkpoint")
+            .field("path", &self.path)
+            .field("config", &self.config)
+            .field("special", &self.special)
+            .finish_non_exhaustive()
+    }
 }
 
 enum Files {

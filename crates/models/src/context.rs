@@ -110,6 +110,7 @@ impl KvCache {
     ///
     /// # Panics
     /// If there is no such row.
+    #[must_use]
     pub fn select_rows(&self, rows: &[usize]) -> Self {
         let select = |tensor: &Tensor<4>| {
             let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();

@@ -39,8 +39,6 @@ pub use checkpoint::Checkpoint;
 pub use context::{Context, KvCache};
 pub use decoder::Decoder;
 pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients, residual_gradient};
-/// The name that programs know it by.
-pub type AnyModel<P> = Decoder<P>;
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
 pub use fingerprint::fingerprint;

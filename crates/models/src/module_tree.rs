@@ -189,6 +189,7 @@ impl<P: Projection> Module for Decoder<P> {
         visit_at(visitor, &self.segments(names.head), &self.lm_head);
     }
 
+    #[allow(clippy::needless_borrow, reason = "some paths are slices, others vectors")]
     fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
         decoder!(self, |path, part| map_at(mapper, &path, part))
     }

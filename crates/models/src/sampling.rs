@@ -15,7 +15,7 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    pub fn new(options: &GenerateOptions) -> Self {
+    pub(crate) fn new(options: &GenerateOptions) -> Self {
         Self {
             temperature: options.temperature,
             top_k: options.top_k,
@@ -25,7 +25,7 @@ impl Sampler {
     }
 
     /// The next token's id.
-    pub fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+    pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<u32> {
         let best = largest(logits)?;
         if self.temperature == 0.0 {
             return Ok(best as u32);

@@ -6,7 +6,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
+    CausalLm, Checkpoint, Decoder, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
     loss_and_gradients,
 };
 use kiln_quant_core::QuantLinear;
@@ -25,7 +25,7 @@ fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Vec<f32>>
     collect.1
 }
 
-fn model(folder: &str) -> AnyModel<QuantLinear> {
+fn model(folder: &str) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     model.unfreeze().train()

@@ -7,7 +7,7 @@ use std::{
 
 use burn::tensor::Device;
 use kiln_models::{
-    AnyModel, Checkpoint, Error, LoadOptions, Slots, StoredWeight, Tokenizer,
+    Checkpoint, Decoder, Error, LoadOptions, Slots, StoredWeight, Tokenizer,
     export::{
         ExportOptions, ExportReport, Fallback, FloatType, GgufOptions, LoraFactors, export_bitsandbytes,
         export_gguf, export_gguf_lora, export_gptq, export_hf, export_mlx, save_model, verify_export,
@@ -21,7 +21,7 @@ use kiln_quant_core::{
 use kiln_testkit::{max_difference, read, testdata};
 use serde_json::Value;
 
-type Model = AnyModel<QuantLinear>;
+type Model = Decoder<QuantLinear>;
 
 const PROMPT: [u32; 9] = [3, 20, 17, 95, 55, 0, 1, 42, 28];
 

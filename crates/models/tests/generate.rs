@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use burn::{module::Module, tensor::Device};
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, Finish, GenerateOptions, LoadOptions, generate, generate_with,
+    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, generate, generate_with,
 };
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, testdata};
@@ -18,7 +18,7 @@ const FOLDERS: [&str; 6] = [
     "opt-f32",
 ];
 
-fn load(folder: &str) -> AnyModel<QuantLinear> {
+fn load(folder: &str) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
     checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap().0
 }

@@ -4,14 +4,14 @@ use burn::{
     module::Module,
     tensor::{Device, Tensor, TensorData, activation::log_softmax},
 };
-use kiln_models::{AnyModel, CausalLm, Checkpoint, KvCache, LoadOptions, TokenBatch};
+use kiln_models::{CausalLm, Checkpoint, Decoder, KvCache, LoadOptions, TokenBatch};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, assert_close, read, testdata};
 
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
 
-fn load(folder: &str) -> (AnyModel<QuantLinear>, Golden) {
+fn load(folder: &str) -> (Decoder<QuantLinear>, Golden) {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
     let (model, report) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     assert!(!report.notes.iter().any(|note| note.starts_with("tensor ")), "{folder}: {:?}", report.notes);
@@ -107,7 +107,7 @@ enum Parameter {
 }
 
 /// All parameters of a dense model under the checkpoint's names.
-fn dense_parameters(model: &AnyModel<QuantLinear>) -> Vec<(String, Parameter)> {
+fn dense_parameters(model: &Decoder<QuantLinear>) -> Vec<(String, Parameter)> {
     use burn::module::{ModuleVisitor, Param};
     struct Collect {
         path: Vec<String>,

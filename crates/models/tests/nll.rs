@@ -1,14 +1,14 @@
 //! Negative log-likelihoods against transformers' logits.
 
 use burn::{module::Module, tensor::Device};
-use kiln_models::{AnyModel, Checkpoint, LoadOptions, Targets, TokenBatch, token_nll};
+use kiln_models::{Checkpoint, Decoder, LoadOptions, Targets, TokenBatch, token_nll};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, assert_close, testdata};
 
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
 
-fn load(folder: &str) -> (AnyModel<QuantLinear>, Golden) {
+fn load(folder: &str) -> (Decoder<QuantLinear>, Golden) {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     (model, Golden::open(&format!("tiny/{folder}/golden.safetensors")))

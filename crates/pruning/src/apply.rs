@@ -1,5 +1,7 @@
 //! Cutting a model to what stays.
 
+use std::fmt;
+
 use burn::{
     module::{Param, ParamId},
     nn::Linear,
@@ -36,6 +38,12 @@ pub struct CutOptions<'a> {
     pub split_blocks: SplitBlocks,
     /// Quantizes them again.
     pub quantizer: &'a dyn HostQuantizer,
+}
+
+impl fmt::Debug for CutOptions<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CutOptions").field("split_blocks", &self.split_blocks).finish_non_exhaustive()
+    }
 }
 
 impl Default for CutOptions<'_> {

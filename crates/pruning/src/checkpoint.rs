@@ -7,7 +7,7 @@ use std::{
 
 use burn::tensor::Device;
 use kiln_models::{
-    AnyModel, Checkpoint, LoadOptions, LoadReport,
+    Checkpoint, Decoder, LoadOptions, LoadReport,
     config::ModelConfig,
     export::{ExportOptions, ExportReport, export_hf, save_model},
 };
@@ -118,7 +118,7 @@ pub struct SavedCheckpoint {
 /// # Errors
 /// [`Error::Mismatch`] if the record doesn't fit the model; what [`export_hf`] and [`save_model`] refuse.
 pub fn save_pruned(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     record: &PruningRecord,
     source: &Checkpoint,
     format: &SaveFormat,
@@ -142,7 +142,7 @@ pub fn save_pruned(
 /// As [`save_pruned`]; [`Error::Mismatch`] if blocks or channels of the residual stream were removed, which leave nothing
 /// that needs padding.
 pub fn save_padded(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     record: &PruningRecord,
     source: &Checkpoint,
     options: &ExportOptions,
@@ -178,7 +178,7 @@ pub fn load_pruned(
     folder: &Path,
     options: &LoadOptions,
     device: &Device,
-) -> Result<(AnyModel<QuantLinear>, LoadReport, PruningRecord)> {
+) -> Result<(Decoder<QuantLinear>, LoadReport, PruningRecord)> {
     let record = PruningRecord::read(folder)?;
     let checkpoint = Checkpoint::open(folder)?;
     check_record(&record, checkpoint.config())?;

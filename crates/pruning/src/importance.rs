@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 
 use burn::{module::Module, tensor::Tensor};
 use kiln_models::{
-    AnyModel, CausalLm, Context, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
+    CausalLm, Context, Decoder, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
     residual_gradient,
 };
 use kiln_quant_core::{Projection, QuantLinear, to_host};
@@ -41,7 +41,7 @@ impl Scored {
 
 /// Scores that need the weights alone.
 pub(crate) fn weight_scores(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     structure: &Structure,
     criterion: Criterion,
     scored: Scored,
@@ -60,7 +60,7 @@ pub(crate) fn weight_scores(
 
 /// A model on a tape, and the batches that go through it.
 struct Runner<'a> {
-    model: AnyModel<Probe<QuantLinear>>,
+    model: Decoder<Probe<QuantLinear>>,
     tape: Tape,
     structure: &'a Structure,
     /// Paths of the linears whose inputs are pruned: o and down.
@@ -70,7 +70,7 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(model: &AnyModel<QuantLinear>, structure: &'a Structure, calibration: &Windows) -> Result<Self> {
+    fn new(model: &Decoder<QuantLinear>, structure: &'a Structure, calibration: &Windows) -> Result<Self> {
         calibration.check(model)?;
         let tape = Tape::default();
         let model = model.valid().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
@@ -94,7 +94,7 @@ impl<'a> Runner<'a> {
 
 /// Scores by gradients, and the mean loss of the calibration data in nats per token.
 pub(crate) fn gradient_scores(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     structure: &Structure,
     criterion: Criterion,
     scored: Scored,
@@ -130,7 +130,7 @@ pub(crate) fn gradient_scores(
 
 /// Sum of the next-token losses of all rows, and its gradient at the residual stream after the last block.
 fn top_gradient(
-    model: &AnyModel<Probe<QuantLinear>>,
+    model: &Decoder<Probe<QuantLinear>>,
     tokens: &TokenBatch,
     x: Tensor<3>,
 ) -> Result<(f64, Tensor<3>)> {
@@ -250,7 +250,7 @@ pub(crate) type Decide<'a> =
 /// One forward pass. With `decide`, each block's output is computed again without what it drops, so that later blocks
 /// see what the pruned model will give them.
 pub(crate) fn statistics(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     structure: &Structure,
     calibration: &Windows,
     mut decide: Option<Decide>,
@@ -334,7 +334,7 @@ mod tests {
     use super::*;
 
     /// Gradients of all weights of a dense model at once, `[d_input, d_output]`, of the mean loss of some windows.
-    fn plain(model: &AnyModel<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
+    fn plain(model: &Decoder<QuantLinear>, windows: &[Vec<u32>]) -> BTreeMap<String, Vec<f32>> {
         let model = model.clone().unfreeze().train();
         let tokens = TokenBatch::new(windows).unwrap();
         let next = windows.iter().flat_map(|w| w[1..].iter().copied().chain([0]));

@@ -183,7 +183,7 @@ struct Unit {
 
 impl GlobalRanking<'_> {
     /// Removed heads and channels of each block of `blocks`, rising.
-    pub fn select(&self, scores: &[LayerScores]) -> Vec<[Vec<usize>; 2]> {
+    pub(crate) fn select(&self, scores: &[LayerScores]) -> Vec<[Vec<usize>; 2]> {
         let mut units: Vec<Unit> = Vec::new();
         for layer in self.blocks.iter().copied() {
             for (attention, group) in [(true, &scores[layer].attention), (false, &scores[layer].mlp)] {

@@ -1,4 +1,9 @@
 //! One test binary.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what tests print is shown when they fail, or on request"
+)]
 
 mod behaviour;
 mod checkpoints;
@@ -17,7 +22,7 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln_models::families::Channels;
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch, Windows};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch, Windows};
 use kiln_pruning::{Kept, Structure};
 use kiln_quant_core::{Projection, QuantLinear};
 use kiln_testkit::{Golden, ids, read, testdata};
@@ -37,12 +42,12 @@ pub(crate) fn checkpoint(folder: &str) -> Checkpoint {
     Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap()
 }
 
-pub(crate) fn load(folder: &str) -> AnyModel<QuantLinear> {
+pub(crate) fn load(folder: &str) -> Decoder<QuantLinear> {
     checkpoint(folder).load(&LoadOptions::default(), &Device::flex()).unwrap().0
 }
 
 /// The model of the repository, and tokens it was not trained on.
-pub(crate) fn embedded() -> (AnyModel<QuantLinear>, Vec<u32>) {
+pub(crate) fn embedded() -> (Decoder<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
     let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
     (model, ids("indomain_heldout_sotu_2011"))
@@ -56,7 +61,7 @@ pub(crate) fn tokens(folder: &str) -> TokenBatch {
     TokenBatch::new(&rows).unwrap()
 }
 
-pub(crate) fn logits(model: &AnyModel<QuantLinear>, tokens: &TokenBatch) -> Vec<f32> {
+pub(crate) fn logits(model: &Decoder<QuantLinear>, tokens: &TokenBatch) -> Vec<f32> {
     read(model.forward(&model.context(tokens, None)))
 }
 
@@ -68,9 +73,9 @@ pub(crate) fn calibration() -> Windows {
 
 /// Replaces weights and biases by path; the function gets `[d_input, d_output]` values and the bias.
 pub(crate) fn edit(
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     mut edit: impl FnMut(&str, [usize; 2], &mut [f32], Option<&mut Vec<f32>>),
-) -> AnyModel<QuantLinear> {
+) -> Decoder<QuantLinear> {
     let device = Device::flex();
     let done = model.try_map(|path, slot| {
         let shape = slot.shape();
@@ -86,7 +91,7 @@ pub(crate) fn edit(
 }
 
 /// The original with removed heads and channels made inert: what they send to the residual stream is zero.
-pub(crate) fn masked(model: AnyModel<QuantLinear>, kept: &Kept) -> AnyModel<QuantLinear> {
+pub(crate) fn masked(model: Decoder<QuantLinear>, kept: &Kept) -> Decoder<QuantLinear> {
     let structure = Structure::of(model.config());
     let by_path: BTreeMap<_, _> =
         structure.linears.iter().map(|linear| (linear.path.clone(), linear)).collect();

@@ -11,12 +11,12 @@ use kiln_quant_core::Plan;
 
 use super::*;
 
-fn prune(pruning: &BlockPruning, model: &AnyModel<QuantLinear>, calibration: &Windows) -> Pruned {
+fn prune(pruning: &BlockPruning, model: &Decoder<QuantLinear>, calibration: &Windows) -> Pruned {
     pruning.prune(model.clone(), Some(calibration), &CutOptions::default()).unwrap()
 }
 
 /// Mean loss over windows of 64 tokens.
-fn loss(model: &AnyModel<QuantLinear>, ids: &[u32]) -> f64 {
+fn loss(model: &Decoder<QuantLinear>, ids: &[u32]) -> f64 {
     let rows: Vec<Vec<u32>> = ids.chunks_exact(64).map(<[u32]>::to_vec).collect();
     let next: Vec<u32> = rows.iter().flat_map(|row| row[1..].iter().copied().chain([0])).collect();
     let scored: Vec<bool> = (0..next.len()).map(|place| place % 64 != 63).collect();

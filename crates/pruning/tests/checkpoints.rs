@@ -36,7 +36,7 @@ fn save(pruned: &Pruned, record: &PruningRecord, folder: &Path, name: &str) -> S
     save_pruned(&pruned.model, record, &checkpoint(name), &format, folder).unwrap()
 }
 
-fn reload(folder: &Path) -> (AnyModel<QuantLinear>, PruningRecord) {
+fn reload(folder: &Path) -> (Decoder<QuantLinear>, PruningRecord) {
     let (model, report, record) = load_pruned(folder, &LoadOptions::default(), &Device::flex()).unwrap();
     assert_eq!(report.notes, [""; 0]);
     (model, record)

@@ -1,6 +1,6 @@
 //! Cutting gives what masking gives.
 
-use kiln_models::{AnyModel, Block, Embedding, families::NormKind};
+use kiln_models::{Block, Decoder, Embedding, families::NormKind};
 use kiln_pruning::{BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Structure};
 use kiln_testkit::{Golden, assert_close, read};
 
@@ -75,7 +75,7 @@ fn blocks_cut_are_blocks_masked() {
 }
 
 /// Zeroes channels of the residual stream wherever something is written to it.
-fn masked_stream(model: AnyModel<QuantLinear>, gone: &[usize]) -> AnyModel<QuantLinear> {
+fn masked_stream(model: Decoder<QuantLinear>, gone: &[usize]) -> Decoder<QuantLinear> {
     let structure = Structure::of(model.config());
     let writes: Vec<String> = structure
         .linears

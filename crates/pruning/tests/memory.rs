@@ -20,7 +20,7 @@ const TOKENS: usize = 4 * 64;
 const BLOCK_WEIGHTS: usize = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER;
 
 /// A packed model of weights without a meaning.
-fn model(blocks: usize) -> AnyModel<QuantLinear> {
+fn model(blocks: usize) -> Decoder<QuantLinear> {
     let device = Device::flex();
     let linear = |seed: u64, [d_input, d_output]: [usize; 2]| {
         let values: Vec<f32> =

@@ -8,13 +8,13 @@ use super::*;
 
 const TOLERANCE: f32 = 2e-5;
 
-fn packed(folder: &str, scheme: &str) -> AnyModel<QuantLinear> {
+fn packed(folder: &str, scheme: &str) -> Decoder<QuantLinear> {
     let checkpoint: Checkpoint = checkpoint(folder);
     checkpoint.load(&LoadOptions::uniform(scheme.parse().unwrap()), &Device::flex()).unwrap().0
 }
 
 fn prune(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     split_blocks: SplitBlocks,
 ) -> kiln_pruning::Result<kiln_pruning::Pruned> {
     let mut pruning = BlockPruning::new(Criterion::TaylorFirst, 0.5);

@@ -1,5 +1,7 @@
 //! A module's parameters, by path.
 
+use std::fmt;
+
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
     tensor::{Int, Tensor},
@@ -27,6 +29,16 @@ pub struct Parameter<'a> {
     /// Whether it requires gradients.
     pub trained: bool,
     read: &'a dyn Fn(&str) -> Result<HostValues>,
+}
+
+impl fmt::Debug for Parameter<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Parameter")
+            .field("path", &self.path)
+            .field("shape", &self.shape)
+            .field("trained", &self.trained)
+            .finish_non_exhaustive()
+    }
 }
 
 impl Parameter<'_> {

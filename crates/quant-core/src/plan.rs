@@ -134,6 +134,7 @@ impl<T> Plan<T> {
     }
 
     /// Adds an override for one path, behind those already there.
+    #[must_use]
     pub fn with_path(mut self, path: &str, value: T) -> Self {
         self.overrides.push((PathPattern::exact(path), value));
         self

@@ -8,7 +8,7 @@ use burn::{
 
 /// What a model needs of a linear layer, whatever stands behind it: dense, packed, or either with an adapter.
 ///
-/// Models are generic over one projection (`Llama<P>`), so that quantizing, adapting and merging change the type and
+/// Models are generic over one projection (`Decoder<P>`), so that quantizing, adapting and merging change the type and
 /// nothing else.
 pub trait Projection: Module + ModuleDisplay {
     /// `x · W + b`.

@@ -149,6 +149,7 @@ impl QuantScheme {
     }
 
     /// The same with another scale type.
+    #[must_use]
     pub const fn with_scales(mut self, scales: ScaleType) -> Self {
         self.scales = scales;
         self

@@ -7,10 +7,10 @@ use kiln_quant_core::{PackedTensor, PackedWeight, QuantScheme, Scales, ops, pack
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
 
 /// Scheme, inputs, outputs.
-pub type Case = (&'static str, usize, usize);
+pub(crate) type Case = (&'static str, usize, usize);
 
 /// Every kind of value, block and scale, with sizes that leave ragged runs, blocks, tiles and vectors.
-pub const CASES: &[Case] = &[
+pub(crate) const CASES: &[Case] = &[
     ("affine2:64", 128, 48),
     ("affine3:32", 96, 33),
     ("affine4:64", 128, 64),
@@ -35,7 +35,7 @@ pub const CASES: &[Case] = &[
 ];
 
 /// A packed weight with random codes, scales and offsets.
-pub fn random_weight(scheme: &str, d_input: usize, d_output: usize, seed: u64) -> PackedWeight {
+pub(crate) fn random_weight(scheme: &str, d_input: usize, d_output: usize, seed: u64) -> PackedWeight {
     let scheme: QuantScheme = scheme.parse().unwrap();
     let [rows, columns] = scheme.scale_shape(d_input, d_output);
     let count = rows * columns;
@@ -69,7 +69,7 @@ const ROWS: [usize; 5] = [1, 3, 4, 5, 37];
 
 /// `packed` agrees with the host's unpacking to `ulps` (of the largest weight), and comes back from the device as it
 /// was.
-pub fn check_dequantize(device: &Device, cases: &[Case], ulps: f32) {
+pub(crate) fn check_dequantize(device: &Device, cases: &[Case], ulps: f32) {
     for &(scheme, d_input, d_output) in cases {
         let host = random_weight(scheme, d_input, d_output, 1);
         let packed = PackedTensor::new(&host, device);
@@ -86,7 +86,7 @@ pub fn check_dequantize(device: &Device, cases: &[Case], ulps: f32) {
 }
 
 /// Products equal the dense ones of the CPU, relatively.
-pub fn check_forward(device: &Device, cases: &[Case], rows: &[usize], tolerance: f64) {
+pub(crate) fn check_forward(device: &Device, cases: &[Case], rows: &[usize], tolerance: f64) {
     let cpu = Device::flex();
     for &(scheme, d_input, d_output) in cases {
         let host = random_weight(scheme, d_input, d_output, 2);
@@ -104,7 +104,7 @@ pub fn check_forward(device: &Device, cases: &[Case], rows: &[usize], tolerance:
 /// One row times a weight and its transpose, against sums in f64: blocks of values of other sizes, and zeros.
 /// `tolerance` is relative to the sum of the row's sizes times the largest weight, since scale and offset of a weight
 /// may cancel.
-pub fn check_one_row(device: &Device, cases: &[Case], exponents: &[[i32; 2]], tolerance: f64) {
+pub(crate) fn check_one_row(device: &Device, cases: &[Case], exponents: &[[i32; 2]], tolerance: f64) {
     for &(scheme, d_input, d_output) in cases {
         let host = random_weight(scheme, d_input, d_output, 21);
         let packed = PackedTensor::new(&host, device);
@@ -143,7 +143,7 @@ pub fn check_one_row(device: &Device, cases: &[Case], exponents: &[[i32; 2]], to
 }
 
 /// Gradients of the input equal those through the dense weight on the CPU, relatively.
-pub fn check_input_gradient(device: &Device, cases: &[Case], rows: &[usize], tolerance: f64) {
+pub(crate) fn check_input_gradient(device: &Device, cases: &[Case], rows: &[usize], tolerance: f64) {
     let cpu = Device::flex();
     for &(scheme, d_input, d_output) in cases {
         let host = random_weight(scheme, d_input, d_output, 4);
@@ -187,7 +187,7 @@ fn learned(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
 }
 
 /// Gradients of input, scales and offsets equal finite differences of a product computed on the host.
-pub fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &[usize]) {
+pub(crate) fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &[usize]) {
     for &(scheme, d_input, d_output) in cases {
         // Learned parameters are plain tensors, so double quantization is left to the input's gradient.
         let host = random_weight(scheme, d_input, d_output, 8);
@@ -240,7 +240,7 @@ pub fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &[usize]
 }
 
 /// Gradients that pass through the dense weight equal those of the plain version on the CPU.
-pub fn check_dequantize_gradients(device: &Device, cases: &[Case]) {
+pub(crate) fn check_dequantize_gradients(device: &Device, cases: &[Case]) {
     for &(scheme, d_input, d_output) in cases {
         let host = random_weight(scheme, d_input, d_output, 11);
         let spec = ops::PackedSpec::new(&host.scheme, d_input, d_output);
@@ -264,7 +264,7 @@ pub fn check_dequantize_gradients(device: &Device, cases: &[Case]) {
 }
 
 /// Permuted and sliced inputs of any rank.
-pub fn check_strides(device: &Device) {
+pub(crate) fn check_strides(device: &Device) {
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 13), device);
     let dense = packed.dequantize();
     let x = tensor::<3>(14, [64, 2, 7], device).permute([1, 2, 0]);
@@ -278,7 +278,7 @@ pub fn check_strides(device: &Device) {
 }
 
 /// Act-order weights gather their input.
-pub fn check_input_order(device: &Device) {
+pub(crate) fn check_input_order(device: &Device) {
     let mut host = random_weight("affine3:32:int", 96, 10, 16);
     host.input_order = Some((0..96).map(|k| (k * 37) % 96).collect());
     let packed = PackedTensor::new(&host, device);
@@ -289,7 +289,7 @@ pub fn check_input_order(device: &Device) {
 }
 
 /// Looked-up outputs equal the host's rows to `tolerance`.
-pub fn check_outputs(device: &Device, schemes: &[&str], tolerance: f32) {
+pub(crate) fn check_outputs(device: &Device, schemes: &[&str], tolerance: f32) {
     for scheme in schemes {
         let host = random_weight(scheme, 96, 50, 18);
         let packed = PackedTensor::new(&host, device);
@@ -303,7 +303,7 @@ pub fn check_outputs(device: &Device, schemes: &[&str], tolerance: f32) {
 }
 
 /// Half-precision activations give answers of their type, near those of f32.
-pub fn check_half_precision(device: &Device, dtype: FloatDType, rows: &[usize], tolerance: f64) {
+pub(crate) fn check_half_precision(device: &Device, dtype: FloatDType, rows: &[usize], tolerance: f64) {
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 19), device);
     for &rows in rows {
         let gradient = |dtype: FloatDType| {

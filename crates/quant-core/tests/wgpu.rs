@@ -119,9 +119,9 @@ fn packed_weights_move_between_devices_and_records_unchanged() {
         let host = random_weight(scheme, 96, 50, 23);
         let there = PackedTensor::new(&host, &Device::flex()).to_device(device);
         assert_eq!(there.to_host().unwrap(), host, "{scheme}: there");
-        let x = tensor::<2>(24, [5, 96], &device);
+        let x = tensor::<2>(24, [5, 96], device);
         let product = read(there.forward(x.clone()));
-        let blank = PackedTensor::new(&random_weight(scheme, 96, 50, 25), &device);
+        let blank = PackedTensor::new(&random_weight(scheme, 96, 50, 25), device);
         let loaded = blank.load_record(there.clone().into_record());
         assert_close(scheme, &read(loaded.forward(x)), &product, 0.0);
         let back = there.to_device(&Device::flex());
@@ -132,6 +132,6 @@ fn packed_weights_move_between_devices_and_records_unchanged() {
 #[test]
 fn no_rows_give_no_rows() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
-    let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), &device);
+    let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), device);
     assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], device)).dims(), [0, 24]);
 }

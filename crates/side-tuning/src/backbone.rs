@@ -27,15 +27,15 @@ impl<P: Projection> Backbone for Decoder<P> {
 pub(crate) struct Frozen<M>(M);
 
 impl<M: Module> Frozen<M> {
-    pub fn new(module: M) -> Self {
+    pub(crate) fn new(module: M) -> Self {
         Self(module.freeze().valid())
     }
 
-    pub fn get(&self) -> &M {
+    pub(crate) fn get(&self) -> &M {
         &self.0
     }
 
-    pub fn into_inner(self) -> M {
+    pub(crate) fn into_inner(self) -> M {
         self.0
     }
 }

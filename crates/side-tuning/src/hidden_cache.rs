@@ -262,12 +262,12 @@ pub(crate) struct StoredRows {
 
 impl StoredRows {
     /// Features of state `state`, `[batch, length, width]`.
-    pub fn state(&self, state: usize, device: &Device) -> Result<Tensor<3>> {
+    pub(crate) fn state(&self, state: usize, device: &Device) -> Result<Tensor<3>> {
         self.read(&state.to_string(), self.width, device)
     }
 
     /// The backbone's last state.
-    pub fn top(&self, device: &Device) -> Result<Tensor<3>> {
+    pub(crate) fn top(&self, device: &Device) -> Result<Tensor<3>> {
         if self.top > 0 { self.read(TOP, self.top, device) } else { self.state(self.blocks, device) }
     }
 

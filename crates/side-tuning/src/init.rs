@@ -35,7 +35,7 @@ impl Init {
         Param::from_tensor(Tensor::from_data(TensorData::new(values, shape), &self.device))
     }
 
-    pub fn linear(&self, path: &str, [d_input, d_output]: [usize; 2], bias: bool) -> Linear {
+    pub(crate) fn linear(&self, path: &str, [d_input, d_output]: [usize; 2], bias: bool) -> Linear {
         Linear {
             weight: self.uniform(&format!("{path}.weight"), d_input, [d_input, d_output]),
             bias: bias.then(|| self.uniform(&format!("{path}.bias"), d_input, [d_output])),
@@ -43,19 +43,19 @@ impl Init {
     }
 
     /// A linear that gives zero until it is trained.
-    pub fn zero_linear(&self, [d_input, d_output]: [usize; 2]) -> Linear {
+    pub(crate) fn zero_linear(&self, [d_input, d_output]: [usize; 2]) -> Linear {
         Linear {
             weight: self.param(vec![0.0; d_input * d_output], [d_input, d_output]),
             bias: Some(self.full(d_output, 0.0)),
         }
     }
 
-    pub fn full(&self, size: usize, value: f64) -> Param<Tensor<1>> {
+    pub(crate) fn full(&self, size: usize, value: f64) -> Param<Tensor<1>> {
         self.param(vec![value as f32; size], [size])
     }
 
     /// A norm that leaves its input's scale alone: gains of 1.
-    pub fn norm(&self, kind: NormKind, width: usize, eps: f64, affine: bool) -> Norm {
+    pub(crate) fn norm(&self, kind: NormKind, width: usize, eps: f64, affine: bool) -> Norm {
         let gain = if kind == NormKind::RmsOnePlus { 0.0 } else { 1.0 };
         Norm {
             weight: affine.then(|| self.full(width, gain)),

@@ -1,4 +1,9 @@
 //! One test binary.
+#![allow(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "what tests print is shown when they fail, or on request"
+)]
 
 mod classifier;
 mod common;

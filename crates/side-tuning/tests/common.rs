@@ -8,16 +8,16 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_models::{
-    AnyModel, CausalLm, Checkpoint, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
+    CausalLm, Checkpoint, Decoder, DriverOptions, LoadOptions, Recompute, Targets, TokenBatch,
     loss_and_gradients,
 };
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{ids, testdata};
 use kiln_training::{BatchOptions, Batches, DataOptions, Dataset, TrainerConfig};
 
-pub type Base = AnyModel<QuantLinear>;
+pub(crate) type Base = Decoder<QuantLinear>;
 
-pub fn load(folder: impl AsRef<Path>, scheme: Option<&str>) -> Base {
+pub(crate) fn load(folder: impl AsRef<Path>, scheme: Option<&str>) -> Base {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()),
@@ -27,22 +27,22 @@ pub fn load(folder: impl AsRef<Path>, scheme: Option<&str>) -> Base {
 }
 
 /// The embedded model at 4 bits.
-pub fn embedded() -> Base {
+pub(crate) fn embedded() -> Base {
     load(testdata("models/tiny-llama"), Some("nf4:64:double"))
 }
 
 /// Rows of the embedded model's training text.
-pub fn text(seq_len: usize) -> Arc<Dataset> {
+pub(crate) fn text(seq_len: usize) -> Arc<Dataset> {
     let ids = ids("shift_test_moby").into_iter().take(40 * seq_len);
     Arc::new(Dataset::from_ids(ids.collect(), &DataOptions::new(seq_len, 2048)).unwrap())
 }
 
 /// The first of those rows.
-pub fn first_row(seq_len: usize) -> Vec<u32> {
+pub(crate) fn first_row(seq_len: usize) -> Vec<u32> {
     Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().tokens.ids
 }
 
-pub fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {
+pub(crate) fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {
     let mut config = TrainerConfig::new(steps, BatchOptions::new(batch));
     config.lr = 3e-3;
     config
@@ -55,7 +55,7 @@ fn name(path: &[String]) -> String {
 }
 
 /// Gradients by name, matrices `[d_output, d_input]`.
-pub struct Gradients<'a> {
+pub(crate) struct Gradients<'a> {
     path: Vec<String>,
     from: &'a GradientsParams,
     pub found: BTreeMap<String, Vec<f32>>,
@@ -82,7 +82,7 @@ impl ModuleVisitor for Gradients<'_> {
 }
 
 /// Mean loss of next-token prediction over one row, and its gradients.
-pub fn next_token_gradients<M: CausalLm>(
+pub(crate) fn next_token_gradients<M: CausalLm>(
     model: &M,
     ids: &[u32],
     recompute: Recompute,

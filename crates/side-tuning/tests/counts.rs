@@ -16,7 +16,13 @@ fn open(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(testdata("vectors").join(name)).unwrap()).unwrap()
 }
 
-pub fn llama(vocabulary: usize, hidden: usize, ffn: usize, layers: usize, heads: [usize; 2]) -> ModelConfig {
+pub(crate) fn llama(
+    vocabulary: usize,
+    hidden: usize,
+    ffn: usize,
+    layers: usize,
+    heads: [usize; 2],
+) -> ModelConfig {
     let text = json!({
         "model_type": "llama",
         "vocab_size": vocabulary,

@@ -35,7 +35,7 @@ fn what_was_saved_is_loaded() {
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2);
         let bytes = fs::metadata(folder.path().join(WEIGHTS_FILE)).unwrap().len() as usize;
         let backbone = model.backbone().config();
-        let values = config.parameter_counts(&backbone).unwrap().total();
+        let values = config.parameter_counts(backbone).unwrap().total();
         assert!(bytes > 4 * values && bytes < 4 * values + 20_000, "{bytes} {values}");
         // Training can go on.
         assert_eq!(trained_values(&loaded.train()), values);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use burn::{module::Module, tensor::Device};
 use kiln_adapters::{AdapterConfig, LoraAttacher};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, config::ModelConfig};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, config::ModelConfig};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_side_tuning::{
     SideConfig, SideTuned,
@@ -48,7 +48,7 @@ impl Case {
 }
 
 /// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
-fn load(path: &str, case: &Case) -> (AnyModel<QuantLinear>, ModelConfig, usize) {
+fn load(path: &str, case: &Case) -> (Decoder<QuantLinear>, ModelConfig, usize) {
     let scheme: Scheme = case.scheme().parse().unwrap();
     let options = LoadOptions::uniform(scheme);
     let checkpoint = Checkpoint::open(path).unwrap();

@@ -109,8 +109,8 @@ fn a_resumed_run_goes_on_bit_for_bit() {
     let mut trainer = Trainer::new(model(), text(64), trainer_config(4, 2)).unwrap();
     trainer.step().unwrap();
     trainer.step().unwrap();
-    trainer.save(&folder.path().join("last")).unwrap();
-    let resumed = Trainer::resume(model(), text(64), trainer_config(4, 2), &folder.path().join("last"));
+    trainer.save(folder.path().join("last")).unwrap();
+    let resumed = Trainer::resume(model(), text(64), trainer_config(4, 2), folder.path().join("last"));
     let mut resumed = resumed.unwrap();
     for _ in 0..2 {
         let (expected, found) = (trainer.step().unwrap(), resumed.step().unwrap());

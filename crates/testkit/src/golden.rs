@@ -7,6 +7,7 @@ use safetensors::{Dtype, SafeTensors};
 use crate::testdata;
 
 /// A small safetensors file of reference values, read whole.
+#[derive(Debug)]
 pub struct Golden(BTreeMap<String, (Vec<usize>, Vec<f64>)>);
 
 impl Golden {

@@ -3,6 +3,7 @@
 //!
 //! It knows `kiln-quant-core` only, so that the tests of every other crate can use it. A battery stands here if several
 //! crates have something to put through it, and otherwise beside the trait that it is about.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "tests say what they skip and measure")]
 
 mod battery;
 mod device;

@@ -814,7 +814,7 @@ pub(crate) mod tests {
         let error = Dataset::open(&path, &Bytes, &options(8)).unwrap_err();
         assert!(error.to_string().contains("byte 1"), "{error}");
         assert!(matches!(
-            Dataset::open(&path.with_extension("jsonl"), &Bytes, &options(8)),
+            Dataset::open(path.with_extension("jsonl"), &Bytes, &options(8)),
             Err(Error::Io { .. })
         ));
         let folder_named_txt = folder.path().join("b.txt");

@@ -27,7 +27,7 @@ impl DatasetLoss {
 /// Each row is seen alone, so `batch` decides time and memory only.
 ///
 /// ```no_run
-/// # fn example(model: &kiln_models::AnyModel<kiln_quant_core::QuantLinear>, held_out: &kiln_training::Dataset)
+/// # fn example(model: &kiln_models::Decoder<kiln_quant_core::QuantLinear>, held_out: &kiln_training::Dataset)
 /// # -> Result<(), kiln_training::Error> {
 /// let loss = kiln_training::evaluate(model, held_out, 8)?;
 /// println!("{:.3} nats per token over {} tokens", loss.nll, loss.tokens);

@@ -5,7 +5,7 @@ use burn::{
     tensor::{Device, Tensor, TensorData, activation::log_softmax},
 };
 use kiln_adapters::{Adapted, Lora, PeftFolder};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Slots, TokenBatch};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch};
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, assert_close, read, smollm2, testdata};
 
@@ -16,7 +16,7 @@ const SMOLLM2_TOLERANCE: f32 = 2e-3;
 /// Relative, of the vector of norms: six times what is found.
 const SMOLLM2_GRADIENT_TOLERANCE: f64 = 1e-4;
 
-type Model = AnyModel<Adapted<QuantLinear, Lora>>;
+type Model = Decoder<Adapted<QuantLinear, Lora>>;
 
 fn load(base: impl AsRef<std::path::Path>, adapter: &str) -> Model {
     let checkpoint = Checkpoint::open(base.as_ref()).unwrap();

@@ -7,7 +7,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher, PeftFolder};
-use kiln_models::{AnyModel, CausalLm, Checkpoint, LoadOptions, Recompute, Slots, TokenBatch};
+use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, TokenBatch};
 use kiln_quant_core::{QuantLinear, Scheme};
 use kiln_testkit::{Golden, max_difference, testdata};
 use kiln_training::{
@@ -15,9 +15,9 @@ use kiln_training::{
     RunOptions, ScheduleKind, StepReport, Trainer, TrainerConfig, evaluate,
 };
 
-type LoraModel = AnyModel<Adapted<QuantLinear, Lora>>;
+type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
 
-fn base(folder: &str, scheme: Option<&str>) -> AnyModel<QuantLinear> {
+fn base(folder: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()),
@@ -201,7 +201,8 @@ fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
     let found = evaluate(&model, &held_out, 4).unwrap();
     let mut sum = 0.0;
     for example in held_out.examples() {
-        let logits = model.forward(&model.context(&TokenBatch::new(&[example.ids.clone()]).unwrap(), None));
+        let logits = model
+            .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&example.ids)).unwrap(), None));
         let rows: Vec<f32> = kiln_testkit::read(logits);
         for (place, row) in rows.chunks(256).enumerate().take(example.ids.len() - 1) {
             if example.scored[place + 1] {

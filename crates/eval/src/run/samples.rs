@@ -70,7 +70,7 @@ pub(super) struct SampleLog {
 
 impl SampleLog {
     /// Opens or begins a log. A last line that was cut off in the middle is dropped.
-    pub fn open(path: &Path, header: &Header) -> Result<Self> {
+    pub(super) fn open(path: &Path, header: &Header) -> Result<Self> {
         let mut earlier = HashMap::new();
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).open(path);
@@ -106,7 +106,7 @@ impl SampleLog {
     }
 
     /// Adds a line, and hands it to the operating system.
-    pub fn write(&mut self, sample: &Sample) -> Result<()> {
+    pub(super) fn write(&mut self, sample: &Sample) -> Result<()> {
         let mut line = serde_json::to_vec(sample)
             .map_err(|error| Error::file(&self.path, "sample", "what JSON can hold", error))?;
         line.push(b'\n');

@@ -1,6 +1,6 @@
 //! A language model as a scorer.
 
-use std::{cell::Cell, collections::BTreeMap};
+use std::{cell::Cell, collections::BTreeMap, fmt};
 
 use burn::tensor::{FloatDType, Int, Tensor, TensorData};
 use kiln_models::{CausalLm, KvCache, TokenBatch, Tokenizer};
@@ -36,6 +36,15 @@ pub struct ModelScorer<'a, M> {
     max_length: usize,
     batch: usize,
     tokens: Cell<u64>,
+}
+
+impl<M> fmt::Debug for ModelScorer<'_, M> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ModelScorer")
+            .field("max_length", &self.max_length)
+            .field("batch", &self.batch)
+            .finish_non_exhaustive()
+    }
 }
 
 impl<'a, M: CausalLm> ModelScorer<'a, M> {

@@ -2,7 +2,7 @@
 
 use kiln_adapters::{AdapterConfig, AnyAttacher, InitLoraWeights, Method};
 use kiln_mixq_search::{Plan, Setting};
-use kiln_models::{AnyModel, LoadOptions, Slots};
+use kiln_models::{Decoder, LoadOptions, Slots};
 use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, Scheme};
 
 use crate::{AdaptedModel, Error, Result};
@@ -60,7 +60,7 @@ pub fn adapters(plan: &Plan, base: &AdapterConfig) -> AdapterConfig {
 ///
 /// # Errors
 /// [`Error::is_argument`] for another kind of adapter; adapters that don't fit the model.
-pub fn attach(model: AnyModel<QuantLinear>, plan: &Plan, base: &AdapterConfig) -> Result<AdaptedModel> {
+pub fn attach(model: Decoder<QuantLinear>, plan: &Plan, base: &AdapterConfig) -> Result<AdaptedModel> {
     let config = adapters(plan, base);
     let slots = model.slot_shapes();
     let kind = |path: &str| plan.get(path).and_then(|setting| setting.adapter.as_deref());

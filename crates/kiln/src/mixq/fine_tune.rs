@@ -6,7 +6,7 @@ use kiln_adapters::AdapterConfig;
 use kiln_calibration::{CalibrationConfig, Method};
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, CausalLm, Windows};
+use kiln_models::{CausalLm, Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Event, Observer, RunOptions, Trainer, TrainerConfig};
 
@@ -87,8 +87,8 @@ impl FineTune {
     /// result.
     pub fn run(
         &self,
-        original: &AnyModel<QuantLinear>,
-        quantized: AnyModel<QuantLinear>,
+        original: &Decoder<QuantLinear>,
+        quantized: Decoder<QuantLinear>,
         plan: &Plan,
         steps: u64,
         seed: u64,

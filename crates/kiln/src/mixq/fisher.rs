@@ -9,7 +9,7 @@ use burn::{
     tensor::Tensor,
 };
 use kiln_models::{
-    AnyModel, DriverOptions, Recompute, Slots, Targets, TokenBatch, Windows, loss_and_gradients,
+    Decoder, DriverOptions, Recompute, Slots, Targets, TokenBatch, Windows, loss_and_gradients,
 };
 use kiln_quant_core::{Projection, QuantLinear, to_host};
 
@@ -31,7 +31,7 @@ impl Fisher {
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn measure(original: &AnyModel<QuantLinear>, windows: &Windows) -> Result<Self> {
+    pub fn measure(original: &Decoder<QuantLinear>, windows: &Windows) -> Result<Self> {
         windows.check(original)?;
         let trained = original.clone().try_map(|_, slot| {
             let bias = slot.bias_parameter().cloned();

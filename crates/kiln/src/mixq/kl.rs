@@ -1,7 +1,9 @@
 //! How far a quantized model's predictions are from the original's.
 
+use std::fmt;
+
 use burn::tensor::{FloatDType, Tensor, activation::log_softmax};
-use kiln_models::{AnyModel, CausalLm, Context, Windows};
+use kiln_models::{CausalLm, Context, Decoder, Windows};
 use kiln_quant_core::{QuantLinear, to_host};
 
 use super::{Error, Result};
@@ -41,6 +43,15 @@ pub struct LogitKl {
     keeps_streams: bool,
 }
 
+impl fmt::Debug for LogitKl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LogitKl")
+            .field("batches", &self.batches.len())
+            .field("options", &self.options)
+            .finish_non_exhaustive()
+    }
+}
+
 struct Batch {
     context: Context,
     tokens: usize,
@@ -63,7 +74,7 @@ impl LogitKl {
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn new(original: &AnyModel<QuantLinear>, windows: &Windows, options: &KlOptions) -> Result<Self> {
+    pub fn new(original: &Decoder<QuantLinear>, windows: &Windows, options: &KlOptions) -> Result<Self> {
         windows.check(original)?;
         let length = windows.length();
         let mut batches = Vec::new();
@@ -87,7 +98,7 @@ impl LogitKl {
         Ok(kl)
     }
 
-    fn keep_probabilities(&mut self, original: &AnyModel<QuantLinear>) {
+    fn keep_probabilities(&mut self, original: &Decoder<QuantLinear>) {
         for batch in &mut self.batches {
             if let Teacher::States(states) = &batch.teacher {
                 let parts = chunks(batch.tokens, self.options.logit_rows).map(|(start, count)| {
@@ -125,7 +136,7 @@ impl LogitKl {
     /// [`Error::is_argument`] for more tokens than there are, or a text too few or too many.
     pub fn measure(
         &mut self,
-        quantized: &AnyModel<QuantLinear>,
+        quantized: &Decoder<QuantLinear>,
         blocks: &[String],
         tokens: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
@@ -153,7 +164,7 @@ impl LogitKl {
 
 impl Batch {
     /// The residual stream `[tokens, width]` after the last block.
-    fn forward(&mut self, model: &AnyModel<QuantLinear>, blocks: &[String], keep: bool) -> Tensor<2> {
+    fn forward(&mut self, model: &Decoder<QuantLinear>, blocks: &[String], keep: bool) -> Tensor<2> {
         let same = self.trail.iter().zip(blocks).take_while(|((known, _), block)| known == *block).count();
         self.trail.truncate(same);
         let mut x = self.trail.last().map_or_else(|| self.embedded.clone(), |(_, x)| x.clone());
@@ -167,7 +178,7 @@ impl Batch {
     }
 
     /// The sum over all positions.
-    fn divergence(&self, model: &AnyModel<QuantLinear>, x: Tensor<2>, logit_rows: usize) -> Result<f64> {
+    fn divergence(&self, model: &Decoder<QuantLinear>, x: Tensor<2>, logit_rows: usize) -> Result<f64> {
         let mut sum = 0.0;
         for (start, count) in chunks(self.tokens, logit_rows) {
             let reference = match &self.teacher {
@@ -182,7 +193,7 @@ impl Batch {
     }
 }
 
-fn log_probabilities(model: &AnyModel<QuantLinear>, rows: Tensor<2>) -> Tensor<2> {
+fn log_probabilities(model: &Decoder<QuantLinear>, rows: Tensor<2>) -> Tensor<2> {
     log_softmax(model.lm_head(model.final_norm(rows)).cast(FloatDType::F32), 1)
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use burn::tensor::Tensor;
-use kiln_models::{AnyModel, CausalLm, Keep, Probe, Slots, Tape, Windows};
+use kiln_models::{CausalLm, Decoder, Keep, Probe, Slots, Tape, Windows};
 use kiln_quant_core::{Projection, QuantLinear, to_host};
 
 use super::{Error, Result};
@@ -22,7 +22,7 @@ impl Moments {
     ///
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
-    pub fn measure(original: &AnyModel<QuantLinear>, windows: &Windows) -> Result<Self> {
+    pub fn measure(original: &Decoder<QuantLinear>, windows: &Windows) -> Result<Self> {
         windows.check(original)?;
         let tape = Tape::default();
         let model = original.clone().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;

@@ -1,5 +1,7 @@
 //! All measures of one model behind the search's trait.
 
+use std::fmt;
+
 use kiln_mixq_search::{
     Evaluation, Fidelity, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request,
 };
@@ -33,6 +35,15 @@ pub struct ModelObjective {
     fingerprint: String,
     /// Which block each slot stands in.
     blocks: Vec<(String, usize)>,
+}
+
+impl fmt::Debug for ModelObjective {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ModelObjective")
+            .field("fingerprint", &self.fingerprint)
+            .field("blocks", &self.blocks.len())
+            .finish_non_exhaustive()
+    }
 }
 
 impl ModelObjective {
@@ -189,7 +200,7 @@ fn unmeasurable(measure: Measure) -> Error {
 }
 
 /// Slots and the blocks that they stand in.
-fn blocks_of(model: &kiln_models::AnyModel<QuantLinear>) -> Result<Vec<(String, usize)>> {
+fn blocks_of(model: &kiln_models::Decoder<QuantLinear>) -> Result<Vec<(String, usize)>> {
     let (mut blocks, mut last) = (Vec::new(), None);
     let mut index = 0;
     model.for_each_slot(|path, _| {

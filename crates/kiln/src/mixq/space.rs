@@ -4,7 +4,7 @@ use kiln_mixq_search::{
     Choice, Cost, Granularity, MemoryAxis, MemoryModel, SearchSpace, Setting, Slot, SpaceBuilder, Unit,
 };
 use kiln_models::{
-    AnyModel, Recompute, Slots,
+    Decoder, Recompute, Slots,
     config::{LayerShape, ModelConfig},
     memory::{ProcessConstants, Step, Work, estimate},
 };
@@ -73,12 +73,14 @@ impl Choices {
     }
 
     /// The same with another granularity.
+    #[must_use]
     pub fn with_granularity(mut self, granularity: Granularity) -> Self {
         self.granularity = granularity;
         self
     }
 
     /// The same with a training step, and the axis that counts.
+    #[must_use]
     pub fn with_training(mut self, training: TrainingShape, axis: MemoryAxis) -> Self {
         (self.training, self.axis) = (Some(training), axis);
         self
@@ -133,7 +135,7 @@ fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
 ///
 /// # Errors
 /// [`Error::is_argument`] for choices out of range; [`kiln_mixq_search::Error::Space`] if there is nothing to choose.
-pub fn space_of(model: &AnyModel<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
+pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<SearchSpace> {
     choices.check()?;
     let (mut open, mut fixed_units, mut weights) = (Vec::new(), Vec::new(), 0);
     model.for_each_slot(|path, linear| {

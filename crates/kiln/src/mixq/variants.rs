@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use kiln_calibration::Rounding;
 use kiln_mixq_search::Plan;
-use kiln_models::{AnyModel, Slots};
+use kiln_models::{Decoder, Slots};
 use kiln_quant_core::{QuantLinear, Scheme};
 
 use super::{Error, Result, apply::scheme_of};
@@ -15,25 +15,26 @@ use super::{Error, Result, apply::scheme_of};
 /// The model, and every projection in every scheme that a plan asked for.
 #[derive(Debug)]
 pub struct Variants {
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     rounding: Rounding,
     made: HashMap<String, HashMap<Scheme, QuantLinear>>,
 }
 
 impl Variants {
     /// Variants of a model's weights, which are the reference of all quality, be they dense or packed.
-    pub fn new(model: AnyModel<QuantLinear>) -> Self {
+    pub fn new(model: Decoder<QuantLinear>) -> Self {
         Self { model, rounding: Rounding::default(), made: HashMap::new() }
     }
 
     /// The same with another quantizer.
+    #[must_use]
     pub fn with_rounding(mut self, rounding: Rounding) -> Self {
         (self.rounding, self.made) = (rounding, HashMap::new());
         self
     }
 
     /// The model as it came.
-    pub fn original(&self) -> &AnyModel<QuantLinear> {
+    pub fn original(&self) -> &Decoder<QuantLinear> {
         &self.model
     }
 
@@ -46,7 +47,7 @@ impl Variants {
     ///
     /// # Errors
     /// [`Error::is_argument`] for a plan that isn't of this model; what the quantizer refuses.
-    pub fn model(&mut self, plan: &Plan) -> Result<AnyModel<QuantLinear>> {
+    pub fn model(&mut self, plan: &Plan) -> Result<Decoder<QuantLinear>> {
         let settings: HashMap<&str, Scheme> = plan
             .iter()
             .map(|(path, setting)| Ok((path, scheme_of(path, setting)?)))

@@ -29,7 +29,7 @@ pub(super) struct NewFolder {
 
 impl NewFolder {
     /// `target` must not exist or be empty, its parent must exist.
-    pub fn create(target: &Path) -> Result<Self> {
+    pub(crate) fn create(target: &Path) -> Result<Self> {
         let parent = target.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let taken = match fs::read_dir(target) {
             Ok(mut entries) => entries.next().is_some(),
@@ -53,17 +53,17 @@ impl NewFolder {
     }
 
     /// Where files go.
-    pub fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         self.fresh.path()
     }
 
     /// Writes a JSON file.
-    pub fn write_json(&self, name: &str, value: &Value) -> Result<()> {
+    pub(crate) fn write_json(&self, name: &str, value: &Value) -> Result<()> {
         write_json(&self.path().join(name), value)
     }
 
     /// Puts the folder into its place.
-    pub fn commit(self) -> Result<()> {
+    pub(crate) fn commit(self) -> Result<()> {
         // Not every system renames onto an empty folder.
         if self.target.exists() {
             fs::remove_dir(&self.target).map_err(Error::io(&self.target))?;
@@ -130,7 +130,7 @@ pub(super) struct Converted {
 
 impl Converted {
     /// One dense tensor, rounded to `float`.
-    pub fn dense(format: Format, item: &Item, host: &Host, float: FloatType) -> Result<Self> {
+    pub(crate) fn dense(format: Format, item: &Item, host: &Host, float: FloatType) -> Result<Self> {
         let name = item.name();
         let values = rounded(format, &name, &host.dense(), float)?;
         let part = Part { name, shape: item.shape(), data: Data::Float(float, values.clone()) };
@@ -139,7 +139,7 @@ impl Converted {
     }
 
     /// [`Self::dense`] for a packed weight that the format can't hold, for `reason`.
-    pub fn fallback(
+    pub(crate) fn fallback(
         format: Format,
         item: &Item,
         host: &Host,
@@ -168,7 +168,7 @@ pub(super) struct FolderExport<'a> {
 
 impl FolderExport<'_> {
     /// Writes the folder with the tensors that `convert` makes.
-    pub fn write(self, convert: impl Fn(&Item, &Host) -> Result<Converted>) -> Result<ExportReport> {
+    pub(crate) fn write(self, convert: impl Fn(&Item, &Host) -> Result<Converted>) -> Result<ExportReport> {
         let folder = NewFolder::create(self.folder)?;
         let mut report =
             ExportReport { path: self.folder.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };

@@ -33,7 +33,7 @@ pub(super) enum Host {
 
 impl Item {
     /// The tensor's name in checkpoints.
-    pub fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         match self.role {
             TensorRole::Plain => self.path.clone(),
             _ => format!("{}.weight", self.path),
@@ -41,7 +41,7 @@ impl Item {
     }
 
     /// How the model holds it.
-    pub fn scheme(&self) -> Scheme {
+    pub(crate) fn scheme(&self) -> Scheme {
         match &self.stored {
             Stored::Packed(weight) => Scheme::Packed(*weight.scheme()),
             _ => Scheme::Dense,
@@ -49,12 +49,12 @@ impl Item {
     }
 
     /// Whether the packed inputs stand in another order than the model's (act-order).
-    pub fn is_permuted(&self) -> bool {
+    pub(crate) fn is_permuted(&self) -> bool {
         matches!(&self.stored, Stored::Packed(weight) if weight.input_order.is_some())
     }
 
     /// Sizes in the checkpoint, outermost first.
-    pub fn shape(&self) -> Vec<usize> {
+    pub(crate) fn shape(&self) -> Vec<usize> {
         match &self.stored {
             Stored::Packed(weight) => {
                 let [d_input, d_output] = weight.shape();
@@ -69,7 +69,7 @@ impl Item {
     }
 
     /// Reads the tensor from its device; all values must be finite.
-    pub fn host(&self) -> Result<Host> {
+    pub(crate) fn host(&self) -> Result<Host> {
         let dense = |values: Vec<f32>| {
             check_finite(&self.name(), &values)?;
             Ok(Host::Dense(DenseTensor { shape: self.shape(), values }))
@@ -91,7 +91,7 @@ impl Item {
 
 impl Host {
     /// Row-major values in the checkpoint's layout.
-    pub fn dense(&self) -> Vec<f32> {
+    pub(crate) fn dense(&self) -> Vec<f32> {
         match self {
             Self::Packed(weight) => weight.dequantize(),
             Self::Dense(tensor) => tensor.values.clone(),
@@ -198,7 +198,7 @@ pub(super) struct Groups {
 
 impl Groups {
     /// The pieces must not cross blocks: `group` divides the block's inputs, or the block is the whole column.
-    pub fn of(weight: &PackedWeight, group: usize) -> Self {
+    pub(crate) fn of(weight: &PackedWeight, group: usize) -> Self {
         let scales = weight.effective_scales();
         let offsets = weight.offsets.as_ref().map(|offsets| spread(weight, offsets, group));
         Self { scales: spread(weight, &scales, group), offsets }

@@ -266,7 +266,7 @@ pub(crate) struct ModulePath {
 
 impl ModulePath {
     /// The segments of a checkpoint's module path.
-    pub fn segments(self, path: &'static str) -> impl Iterator<Item = &'static str> {
+    pub(crate) fn segments(self, path: &'static str) -> impl Iterator<Item = &'static str> {
         let rest = path.strip_prefix(self.left_out).unwrap_or(path);
         std::iter::once(self.root).chain(rest.split('.'))
     }

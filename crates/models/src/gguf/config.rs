@@ -70,12 +70,12 @@ impl<'a> Keys<'a> {
     }
 
     /// The whole key.
-    pub fn key(&self, key: &str) -> String {
+    pub(crate) fn key(&self, key: &str) -> String {
         format!("{}.{key}", self.architecture)
     }
 
     /// A size; not zero.
-    pub fn size(&self, key: &str) -> Result<Option<usize>> {
+    pub(crate) fn size(&self, key: &str) -> Result<Option<usize>> {
         let key = self.key(key);
         let size = self.metadata.usize(&key)?;
         if size == Some(0) {
@@ -90,7 +90,7 @@ impl<'a> Keys<'a> {
     }
 
     /// A positive number.
-    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn positive(&self, key: &str) -> Result<Option<f64>> {
         let key = self.key(key);
         let value = self.metadata.f64(&key)?;
         match value {

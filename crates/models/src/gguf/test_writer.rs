@@ -23,7 +23,7 @@ fn string(bytes: &mut Vec<u8>, text: &str) {
 
 impl Writer {
     /// A key with its type number and its encoded value.
-    pub fn raw(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
+    pub(crate) fn raw(mut self, key: &str, kind: u32, value: &[u8]) -> Self {
         string(&mut self.keys, key);
         self.keys.extend(kind.to_le_bytes());
         self.keys.extend(value);
@@ -31,19 +31,19 @@ impl Writer {
         self
     }
 
-    pub fn u32(self, key: &str, value: u32) -> Self {
+    pub(crate) fn u32(self, key: &str, value: u32) -> Self {
         self.raw(key, 4, &value.to_le_bytes())
     }
 
-    pub fn f32(self, key: &str, value: f32) -> Self {
+    pub(crate) fn f32(self, key: &str, value: f32) -> Self {
         self.raw(key, 6, &value.to_le_bytes())
     }
 
-    pub fn bool(self, key: &str, value: bool) -> Self {
+    pub(crate) fn bool(self, key: &str, value: bool) -> Self {
         self.raw(key, 7, &[value.into()])
     }
 
-    pub fn str(self, key: &str, value: &str) -> Self {
+    pub(crate) fn str(self, key: &str, value: &str) -> Self {
         let mut bytes = vec![];
         string(&mut bytes, value);
         self.raw(key, 8, &bytes)
@@ -56,20 +56,20 @@ impl Writer {
         self.raw(key, 9, &bytes)
     }
 
-    pub fn strings(self, key: &str, values: &[String]) -> Self {
+    pub(crate) fn strings(self, key: &str, values: &[String]) -> Self {
         self.array(key, 8, values, |bytes, value| string(bytes, value))
     }
 
-    pub fn i32s(self, key: &str, values: &[i32]) -> Self {
+    pub(crate) fn i32s(self, key: &str, values: &[i32]) -> Self {
         self.array(key, 5, values, |bytes, value| bytes.extend(value.to_le_bytes()))
     }
 
-    pub fn f32s(self, key: &str, values: &[f32]) -> Self {
+    pub(crate) fn f32s(self, key: &str, values: &[f32]) -> Self {
         self.array(key, 6, values, |bytes, value| bytes.extend(value.to_le_bytes()))
     }
 
     /// A tensor entry as given; `sizes` innermost first.
-    pub fn entry(mut self, name: &str, sizes: &[u64], kind: u32, offset: u64) -> Self {
+    pub(crate) fn entry(mut self, name: &str, sizes: &[u64], kind: u32, offset: u64) -> Self {
         string(&mut self.entries, name);
         self.entries.extend((sizes.len() as u32).to_le_bytes());
         sizes.iter().for_each(|size| self.entries.extend(size.to_le_bytes()));
@@ -80,7 +80,7 @@ impl Writer {
     }
 
     /// A tensor with its data; `shape` outermost first.
-    pub fn tensor(mut self, name: &str, shape: &[usize], kind: BlockType, data: &[u8]) -> Self {
+    pub(crate) fn tensor(mut self, name: &str, shape: &[usize], kind: BlockType, data: &[u8]) -> Self {
         let sizes: Vec<u64> = shape.iter().rev().map(|&size| size as u64).collect();
         self.data.resize(self.data.len().next_multiple_of(32), 0);
         let offset = self.data.len() as u64;
@@ -89,12 +89,12 @@ impl Writer {
     }
 
     /// A tensor of 32-bit floats.
-    pub fn floats(self, name: &str, shape: &[usize], values: &[f32]) -> Self {
+    pub(crate) fn floats(self, name: &str, shape: &[usize], values: &[f32]) -> Self {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         self.tensor(name, shape, BlockType::F32, &bytes)
     }
 
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut bytes = b"GGUF\x03\0\0\0".to_vec();
         bytes.extend(self.tensor_count.to_le_bytes());
         bytes.extend(self.key_count.to_le_bytes());
@@ -105,7 +105,7 @@ impl Writer {
         bytes
     }
 
-    pub fn file(&self) -> NamedTempFile {
+    pub(crate) fn file(&self) -> NamedTempFile {
         file(&self.bytes())
     }
 }

@@ -39,12 +39,12 @@ const SPACE: &str = "\u{2581}";
 
 /// Token types, as `tokenizer.ggml.token_type` numbers them.
 pub(crate) mod kind {
-    pub const NORMAL: i64 = 1;
-    pub const UNKNOWN: i64 = 2;
-    pub const CONTROL: i64 = 3;
-    pub const USER_DEFINED: i64 = 4;
-    pub const UNUSED: i64 = 5;
-    pub const BYTE: i64 = 6;
+    pub(crate) const NORMAL: i64 = 1;
+    pub(crate) const UNKNOWN: i64 = 2;
+    pub(crate) const CONTROL: i64 = 3;
+    pub(crate) const USER_DEFINED: i64 = 4;
+    pub(crate) const UNUSED: i64 = 5;
+    pub(crate) const BYTE: i64 = 6;
 }
 
 /// Words of LLaMA 3: contractions, letters with one leading sign, up to three digits, signs, line ends, spaces.

@@ -25,7 +25,7 @@ pub(crate) struct NewTensor {
 }
 
 impl NewTensor {
-    pub fn bytes(&self) -> Option<usize> {
+    pub(crate) fn bytes(&self) -> Option<usize> {
         let count = self.shape.iter().try_fold(1usize, |count, size| count.checked_mul(*size))?;
         let width = self.shape.last()?;
         (count > 0 && width.is_multiple_of(self.kind.weights())).then(|| self.kind.bytes_of(count))?

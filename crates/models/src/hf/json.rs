@@ -48,38 +48,38 @@ pub(crate) struct Fields<'a> {
 
 impl<'a> Fields<'a> {
     /// The object `map` of the file `path`; `prefix` (such as `rope_scaling.`) goes before the keys in messages.
-    pub fn new(path: &'a Path, prefix: &str, map: &'a Map<String, Value>) -> Self {
+    pub(crate) fn new(path: &'a Path, prefix: &str, map: &'a Map<String, Value>) -> Self {
         Self { path, prefix: prefix.into(), map, known: RefCell::default(), unknown: RefCell::default() }
     }
 
     /// The value of `key`.
-    pub fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.know(&[key]);
         self.map.get(key).filter(|value| !value.is_null())
     }
 
     /// Whether `key` is there, be it as `null`.
-    pub fn present(&self, key: &str) -> bool {
+    pub(crate) fn present(&self, key: &str) -> bool {
         self.map.contains_key(key)
     }
 
     /// All keys, in the file's order.
-    pub fn keys(&self) -> impl Iterator<Item = &'a str> {
+    pub(crate) fn keys(&self) -> impl Iterator<Item = &'a str> {
         self.map.keys().map(String::as_str)
     }
 
     /// Marks keys as understood that need no value.
-    pub fn know(&self, keys: &[&str]) {
+    pub(crate) fn know(&self, keys: &[&str]) {
         self.known.borrow_mut().extend(keys.iter().map(|&key| key.to_owned()));
     }
 
     /// Adds unknown keys of an object that belongs to this one.
-    pub fn add_unknown(&self, keys: impl IntoIterator<Item = String>) {
+    pub(crate) fn add_unknown(&self, keys: impl IntoIterator<Item = String>) {
         self.unknown.borrow_mut().extend(keys);
     }
 
     /// Keys that nobody asked for, added ones included.
-    pub fn unknown(&self) -> Vec<String> {
+    pub(crate) fn unknown(&self) -> Vec<String> {
         let known = self.known.borrow();
         let own = self.map.keys().filter(|key| !known.contains(*key));
         own.map(|key| format!("{}{key}", self.prefix)).chain(self.unknown.borrow().clone()).collect()
@@ -98,38 +98,38 @@ impl<'a> Fields<'a> {
     }
 
     /// A truth value.
-    pub fn bool(&self, key: &str) -> Result<Option<bool>> {
+    pub(crate) fn bool(&self, key: &str) -> Result<Option<bool>> {
         self.typed(key, "true or false", Value::as_bool)
     }
 
     /// A string.
-    pub fn str(&self, key: &str) -> Result<Option<&'a str>> {
+    pub(crate) fn str(&self, key: &str) -> Result<Option<&'a str>> {
         self.typed(key, "a string", Value::as_str)
     }
 
     /// A number.
-    pub fn f64(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn f64(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a number", Value::as_f64)
     }
 
     /// A finite number above zero.
-    pub fn positive(&self, key: &str) -> Result<Option<f64>> {
+    pub(crate) fn positive(&self, key: &str) -> Result<Option<f64>> {
         self.typed(key, "a number above 0", |value| value.as_f64().filter(|v| v.is_finite() && *v > 0.0))
     }
 
     /// A list of strings.
-    pub fn strings(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
+    pub(crate) fn strings(&self, key: &str) -> Result<Option<Vec<&'a str>>> {
         self.typed(key, "a list of strings", |value| value.as_array()?.iter().map(Value::as_str).collect())
     }
 
     /// An object.
-    pub fn object(&self, key: &str) -> Result<Option<Fields<'a>>> {
+    pub(crate) fn object(&self, key: &str) -> Result<Option<Fields<'a>>> {
         let map = self.typed(key, "an object", Value::as_object)?;
         Ok(map.map(|map| Fields::new(self.path, &format!("{}{key}.", self.prefix), map)))
     }
 
     /// An integer in `1..=max`.
-    pub fn size(&self, key: &str, max: usize) -> Result<Option<usize>> {
+    pub(crate) fn size(&self, key: &str, max: usize) -> Result<Option<usize>> {
         self.typed(key, &format!("an integer in 1..={max}"), |value| {
             let value = usize::try_from(value.as_u64()?).ok()?;
             (1..=max).contains(&value).then_some(value)
@@ -137,12 +137,12 @@ impl<'a> Fields<'a> {
     }
 
     /// An integer in `1..=max` that must be there.
-    pub fn required_size(&self, key: &str, max: usize) -> Result<usize> {
+    pub(crate) fn required_size(&self, key: &str, max: usize) -> Result<usize> {
         self.size(key, max)?.ok_or_else(|| self.wrong(key, &format!("an integer in 1..={max}")))
     }
 
     /// An error about the value of `key`, which is shown.
-    pub fn wrong(&self, key: &str, expected: &str) -> Error {
+    pub(crate) fn wrong(&self, key: &str, expected: &str) -> Error {
         Error::File {
             path: self.path.into(),
             field: format!("{}{key}", self.prefix),
@@ -152,7 +152,7 @@ impl<'a> Fields<'a> {
     }
 
     /// An error about a value of `key` that Kiln doesn't implement.
-    pub fn unsupported(&self, key: &str, supported: &str) -> Error {
+    pub(crate) fn unsupported(&self, key: &str, supported: &str) -> Error {
         Error::Unsupported {
             path: self.path.into(),
             field: format!("{}{key}", self.prefix),
@@ -162,7 +162,7 @@ impl<'a> Fields<'a> {
     }
 
     /// Refuses every value of `key` but `only` (and its absence).
-    pub fn refuse_unless(&self, key: &str, only: impl Into<Value>) -> Result<()> {
+    pub(crate) fn refuse_unless(&self, key: &str, only: impl Into<Value>) -> Result<()> {
         let only = only.into();
         let equal = |value: &Value| match (value.as_f64(), only.as_f64()) {
             (Some(value), Some(only)) => value == only,
@@ -172,7 +172,7 @@ impl<'a> Fields<'a> {
     }
 
     /// The file.
-    pub fn path(&self) -> PathBuf {
+    pub(crate) fn path(&self) -> PathBuf {
         self.path.into()
     }
 

@@ -25,7 +25,7 @@ pub(super) struct SafetensorsSet {
 
 impl SafetensorsSet {
     /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` lists.
-    pub fn open_folder(folder: &Path) -> Result<Self> {
+    pub(crate) fn open_folder(folder: &Path) -> Result<Self> {
         let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if single.exists() {
             let file = SafetensorsFile::open(single)?;
@@ -86,17 +86,17 @@ impl SafetensorsSet {
     }
 
     /// Names of all tensors, sorted.
-    pub fn names(&self) -> impl Iterator<Item = &str> {
+    pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
         self.index.keys().map(String::as_str)
     }
 
     /// Whether there is a tensor `name`.
-    pub fn contains(&self, name: &str) -> bool {
+    pub(crate) fn contains(&self, name: &str) -> bool {
         self.index.contains_key(name)
     }
 
     /// The file that holds the tensor `name`.
-    pub fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+    pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
         match self.index.get(name) {
             Some(&file) => Ok(&self.files[file]),
             None => Err(missing(&self.path, name)),
@@ -104,29 +104,29 @@ impl SafetensorsSet {
     }
 
     /// As [`SafetensorsFile::describe`].
-    pub fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
+    pub(crate) fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
         Ok(self.file_of(name)?.describe(name)?)
     }
 
     /// As [`SafetensorsFile::read`].
-    pub fn read(&self, name: &str) -> Result<RawTensor> {
+    pub(crate) fn read(&self, name: &str) -> Result<RawTensor> {
         Ok(self.file_of(name)?.read(name)?)
     }
 
     /// As [`SafetensorsFile::read_f32`].
-    pub fn read_f32(&self, name: &str) -> Result<DenseTensor> {
+    pub(crate) fn read_f32(&self, name: &str) -> Result<DenseTensor> {
         let (shape, values) = self.file_of(name)?.read_f32(name)?;
         Ok(DenseTensor { shape, values })
     }
 
     /// An [`Error::File`] about the tensor `name`, with the file that holds it.
-    pub fn wrong(&self, name: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
+    pub(crate) fn wrong(&self, name: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
         let path = self.file_of(name).map_or(self.path.as_path(), SafetensorsFile::path);
         Error::File { path: path.into(), field: name.into(), expected: expected.into(), found: found.into() }
     }
 
     /// Fails with the place of the first value that is infinite or not a number.
-    pub fn check_finite(&self, name: &str, values: &[f32]) -> Result<()> {
+    pub(crate) fn check_finite(&self, name: &str, values: &[f32]) -> Result<()> {
         match values.iter().position(|value| !value.is_finite()) {
             Some(i) => Err(self.wrong(name, "finite values", format!("{} at element {i}", values[i]))),
             None => Ok(()),

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::{AnyModel, Windows, families::Channels};
+use kiln_models::{Decoder, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -128,7 +128,7 @@ impl BlockPruning {
     /// aren't given or don't fit the model, and [`Error::Mismatch`] from cutting.
     pub fn prune(
         &self,
-        model: AnyModel<QuantLinear>,
+        model: Decoder<QuantLinear>,
         calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
@@ -354,7 +354,7 @@ impl BlockPruning {
     /// Scores by what reaches o and down.
     fn input_scores(
         &self,
-        model: &AnyModel<QuantLinear>,
+        model: &Decoder<QuantLinear>,
         structure: &Structure,
         layer: usize,
         inputs: &BTreeMap<String, InputStatistics>,

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::AnyModel;
+use kiln_models::Decoder;
 use kiln_models::families::Channels;
 use kiln_quant_core::QuantLinear;
 
@@ -13,7 +13,7 @@ use crate::{
 
 /// FLAP's biases: `W[:, removed] · mean(X[:, removed])` of each o and down that loses inputs.
 pub(super) fn compensation(
-    model: &AnyModel<QuantLinear>,
+    model: &Decoder<QuantLinear>,
     structure: &Structure,
     kept: &Kept,
     statistics: &Statistics,

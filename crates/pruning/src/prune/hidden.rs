@@ -1,6 +1,6 @@
 //! The width of the residual stream.
 
-use kiln_models::{AnyModel, Windows};
+use kiln_models::{Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -49,7 +49,7 @@ impl HiddenPruning {
     /// As [`BlockPruning::prune`](super::BlockPruning::prune).
     pub fn prune(
         &self,
-        model: AnyModel<QuantLinear>,
+        model: Decoder<QuantLinear>,
         calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {

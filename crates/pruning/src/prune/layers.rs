@@ -1,6 +1,6 @@
 //! Whole blocks.
 
-use kiln_models::{AnyModel, Windows};
+use kiln_models::{Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use serde::{Deserialize, Serialize};
 
@@ -35,7 +35,7 @@ impl LayerPruning {
     /// [`BlockPruning::prune`](super::BlockPruning::prune).
     pub fn prune(
         &self,
-        model: AnyModel<QuantLinear>,
+        model: Decoder<QuantLinear>,
         calibration: &Windows,
         options: &CutOptions,
     ) -> Result<Pruned> {

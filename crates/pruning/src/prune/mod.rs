@@ -5,7 +5,7 @@ mod compensation;
 mod hidden;
 mod layers;
 
-use kiln_models::{AnyModel, Slots, Windows};
+use kiln_models::{Decoder, Slots, Windows};
 use kiln_quant_core::{Projection, QuantLinear, to_host};
 use serde::{Deserialize, Serialize};
 
@@ -22,7 +22,7 @@ use crate::{
 #[derive(Debug, Clone)]
 pub struct Pruned {
     /// The model, smaller.
-    pub model: AnyModel<QuantLinear>,
+    pub model: Decoder<QuantLinear>,
     /// What was done.
     pub report: PruningReport,
 }
@@ -50,14 +50,14 @@ pub struct PruningReport {
 
 /// A model on its way.
 struct Run {
-    model: AnyModel<QuantLinear>,
+    model: Decoder<QuantLinear>,
     kept: Kept,
     report: PruningReport,
     losses: Vec<f64>,
 }
 
 impl Run {
-    fn start(model: AnyModel<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
+    fn start(model: Decoder<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
         let kept = Kept::everything(structure);
         let report = PruningReport {
             parameters_before: model.config().parameters(),
@@ -93,7 +93,7 @@ impl Run {
 }
 
 /// The weight of one linear in host memory.
-fn matrix(model: &AnyModel<QuantLinear>, path: &str) -> Result<Matrix> {
+fn matrix(model: &Decoder<QuantLinear>, path: &str) -> Result<Matrix> {
     let slot = model.slots().into_iter().find(|(slot_path, _)| slot_path == path);
     let (_, slot) =
         slot.ok_or_else(|| Error::mismatch(path, "a linear of the model", "none of that name"))?;

@@ -98,7 +98,7 @@ pub(super) fn rms_norm_backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32)
 }
 
 /// `2 sqrt(2 / π)`, of GELU's tanh form.
-const GELU_SCALE: f32 = 1.595_769_1;
+const GELU_SCALE: f32 = 1.595_769;
 /// The coefficient of the cube in GELU's tanh form.
 const GELU_CUBE: f32 = 0.044715;
 

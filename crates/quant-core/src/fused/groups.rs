@@ -20,7 +20,7 @@ macro_rules! by_size {
 }
 
 /// The sum of each `size` neighbours.
-pub fn sum(x: &[f32], size: usize) -> Vec<f32> {
+pub(super) fn sum(x: &[f32], size: usize) -> Vec<f32> {
     let mut y = vec![0.0; x.len() / size];
     y.par_chunks_mut(TASK).zip(x.par_chunks(TASK * size)).for_each(|(y, x)| {
         vectorize(|| by_size!(size, sum_part(y, x, size)));
@@ -45,7 +45,7 @@ fn sum_part<const SIZE: usize>(y: &mut [f32], x: &[f32], size: usize) {
 }
 
 /// Adds `update[i]` to `y[i * times ..][.. times]`.
-pub fn add_repeated(y: &mut [f32], update: &[f32], times: usize) {
+pub(super) fn add_repeated(y: &mut [f32], update: &[f32], times: usize) {
     y.par_chunks_mut(TASK * times).zip(update.par_chunks(TASK)).for_each(|(y, update)| {
         vectorize(|| by_size!(times, add_part(y, update, times)));
     });

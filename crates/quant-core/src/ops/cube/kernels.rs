@@ -8,14 +8,14 @@ use crate::{
 };
 
 /// Outputs of a cube of [`rows_times_weight`], so that neighbouring units read neighbouring words.
-pub const COLUMNS: usize = 32;
+pub(super) const COLUMNS: usize = 32;
 /// Parts of the inputs in a cube of [`rows_times_weight`]; at least its rows. Together with [`COLUMNS`] 256 units, which
 /// every device has.
-pub const PARTS: usize = 8;
+pub(super) const PARTS: usize = 8;
 
 /// What a kernel is compiled for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Format {
+pub(super) struct Format {
     /// How a code becomes a number.
     pub value: Value,
     /// Whether offsets are read.
@@ -147,7 +147,7 @@ fn run_weights<S: Float, O: Float>(
 
 /// The dense weight. One unit per run and output; neighbouring units write neighbouring outputs.
 #[cube(launch)]
-pub fn dequantize<S: Float, O: Float, F: Float>(
+pub(super) fn dequantize<S: Float, O: Float, F: Float>(
     codes: &Tensor<u32>,
     scales: &Tensor<S>,
     offsets: &Tensor<O>,
@@ -178,7 +178,7 @@ pub fn dequantize<S: Float, O: Float, F: Float>(
 /// A few rows times the weight, unpacked on the way. A cube has `COLUMNS` outputs × `PARTS` parts of the inputs; every
 /// unit sums its part of the runs for all rows, then the parts are summed.
 #[cube(launch)]
-pub fn rows_times_weight<S: Float, O: Float, F: Float>(
+pub(super) fn rows_times_weight<S: Float, O: Float, F: Float>(
     x: &Tensor<F>,
     codes: &Tensor<u32>,
     scales: &Tensor<S>,
@@ -236,7 +236,7 @@ pub fn rows_times_weight<S: Float, O: Float, F: Float>(
 /// Gradients of scales and offsets, given the gradients `dw` of the outputs from `first_output` on (the first of a
 /// block). One unit per block.
 #[cube(launch)]
-pub fn reduce_blocks<S: Float, O: Float>(
+pub(super) fn reduce_blocks<S: Float, O: Float>(
     dw: &Tensor<f32>,
     codes: &Tensor<u32>,
     d_scales: &mut Tensor<S>,

@@ -17,7 +17,7 @@ unsafe impl Send for SharedMut {}
 unsafe impl Sync for SharedMut {}
 impl SharedMut {
     /// The pointer, moved on by `index` values.
-    pub fn at(self, index: usize) -> *mut f32 {
+    pub(crate) fn at(self, index: usize) -> *mut f32 {
         self.0.wrapping_add(index)
     }
 }
@@ -32,11 +32,11 @@ pub(crate) struct Matrix<'a> {
 
 impl<'a> Matrix<'a> {
     /// Row-major.
-    pub fn rows(data: &'a [f32], stride: usize) -> Self {
+    pub(crate) fn rows(data: &'a [f32], stride: usize) -> Self {
         Self { data, row: stride as isize, column: 1 }
     }
     /// The transpose of a row-major matrix.
-    pub fn columns(data: &'a [f32], stride: usize) -> Self {
+    pub(crate) fn columns(data: &'a [f32], stride: usize) -> Self {
         Self { data, row: 1, column: stride as isize }
     }
 }

@@ -21,7 +21,7 @@ const AHEAD: usize = 6;
 const LANES: usize = 16;
 
 /// A row in digits.
-pub struct DigitRow {
+pub(super) struct DigitRow {
     /// For each word of a column and each of its parts (codes that one mask picks), four digits in a word.
     digits: Vec<[i32; DIGITS]>,
     blocks: Vec<DigitBlock>,
@@ -38,13 +38,13 @@ struct DigitBlock {
 }
 
 /// Whether this processor and these codes take this path; blocks of `inputs` must be whole runs or one in all.
-pub fn supported(bits: u32, inputs: usize) -> bool {
+pub(super) fn supported(bits: u32, inputs: usize) -> bool {
     bits != 3 && inputs <= MAX_BLOCK && super::simd::avx512() && is_x86_feature_detected!("avx512vnni")
 }
 
 impl DigitRow {
     /// `None` where a value isn't finite.
-    pub fn new(x: &[f32], inputs: usize, bits: u32, center: f32) -> Option<Self> {
+    pub(super) fn new(x: &[f32], inputs: usize, bits: u32, center: f32) -> Option<Self> {
         vectorize(|| {
             let mut planes =
                 std::array::from_fn::<_, DIGITS, _>(|_| vec![0i8; x.len().next_multiple_of(RUN)]);
@@ -134,7 +134,7 @@ fn digits(value: i32) -> [i8; DIGITS] {
 /// # Safety
 /// The processor must have what [`supported`] asks for; the tile's pointers must be readable as its fields say, `y`
 /// writable for its columns; `row` must come from as many inputs, in the same blocks and width.
-pub unsafe fn row_times(tile: &Tile, row: &DigitRow, y: *mut f32) {
+pub(super) unsafe fn row_times(tile: &Tile, row: &DigitRow, y: *mut f32) {
     // SAFETY: passed on unchanged.
     unsafe {
         match tile.levels.bits {

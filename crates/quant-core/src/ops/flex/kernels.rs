@@ -5,7 +5,7 @@ use crate::{Grid, Value, packing::RUN};
 
 /// How codes become levels: a table below 8 bits, a subtraction at 8.
 #[derive(Clone, Copy)]
-pub struct Levels {
+pub(super) struct Levels {
     pub table: [f32; LANES],
     /// The code whose level is zero, where levels are codes less a constant.
     pub center: f32,
@@ -15,7 +15,7 @@ pub struct Levels {
 }
 
 impl Levels {
-    pub fn new(value: Value) -> Self {
+    pub(super) fn new(value: Value) -> Self {
         let bits = value.bits();
         let center = match value {
             Value::Affine { grid: Grid::Symmetric, .. } => f32::from(1u8 << (bits - 1)),
@@ -30,7 +30,7 @@ impl Levels {
 
     /// The level of one code.
     #[inline(always)]
-    pub fn of(&self, code: u32) -> f32 {
+    pub(super) fn of(&self, code: u32) -> f32 {
         if self.bits == 8 { code as f32 - self.center } else { self.table[code as usize % LANES] }
     }
 }
@@ -38,7 +38,7 @@ impl Levels {
 /// A rectangle of a packed weight: inputs `k0..k1` (`k0` a multiple of 32), `columns` outputs. All pointers stand
 /// at the rectangle's first output; scales and offsets at the row of the block that holds `k0`.
 #[derive(Clone, Copy)]
-pub struct Tile {
+pub(super) struct Tile {
     pub words: *const u32,
     /// Words between two code rows.
     pub word_stride: usize,
@@ -139,7 +139,7 @@ macro_rules! by_bits {
 /// # Safety
 /// The tile's pointers must be readable as its fields say, and `out` writable for `k1 - k0` rows of `columns` values,
 /// `stride` apart.
-pub unsafe fn decode(tile: &Tile, out: *mut f32, stride: usize) {
+pub(super) unsafe fn decode(tile: &Tile, out: *mut f32, stride: usize) {
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, out: *mut f32, stride: usize) {
         // SAFETY: `decode`'s contract, passed on unchanged.
@@ -244,7 +244,13 @@ unsafe fn scalar_level<const BITS: u32>(tile: &Tile, words: *const u32, j: usize
 /// # Safety
 /// The tile's pointers must be readable as its fields say; `x` for whole runs, `block_sums` for every block, `y` and
 /// `raw` writable for `columns` values.
-pub unsafe fn row_times(tile: &Tile, x: *const f32, block_sums: *const f32, y: *mut f32, raw: *mut f32) {
+pub(super) unsafe fn row_times(
+    tile: &Tile,
+    x: *const f32,
+    block_sums: *const f32,
+    y: *mut f32,
+    raw: *mut f32,
+) {
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, x: *const f32, block_sums: *const f32, y: *mut f32, raw: *mut f32) {
         // SAFETY: `row_times`' contract, passed on unchanged.
@@ -326,7 +332,7 @@ unsafe fn row_times_lanes<L: Lanes, const BITS: u32>(
 /// # Safety
 /// The tile's pointers must be readable as its fields say; `dy` for `columns` values; `dx` writable for `k1 - k0`,
 /// `scaled` for `columns`.
-pub unsafe fn row_times_transposed(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32) {
+pub(super) unsafe fn row_times_transposed(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32) {
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32) {
         // SAFETY: `row_times_transposed`'s contract, passed on unchanged.

@@ -4,10 +4,10 @@
 //! a function with the matching `target_feature`.
 
 /// Lanes per vector.
-pub const LANES: usize = 16;
+pub(crate) const LANES: usize = 16;
 
 /// Sixteen f32 beside sixteen u32.
-pub trait Lanes: Copy {
+pub(crate) trait Lanes: Copy {
     /// Sixteen packed words.
     type Words: Copy;
     /// A table of sixteen levels, ready for lookups.
@@ -48,7 +48,7 @@ pub trait Lanes: Copy {
 
 /// Sixteen lanes in an array; the compiler turns loops over it into whatever vectors the function may use.
 #[derive(Clone, Copy)]
-pub struct Portable([f32; LANES]);
+pub(crate) struct Portable([f32; LANES]);
 
 impl Portable {
     #[inline(always)]
@@ -130,7 +130,7 @@ mod avx512 {
 
     /// One 512-bit register. Only made inside functions that [`super::dispatch!`] guards.
     #[derive(Clone, Copy)]
-    pub struct Avx512(__m512);
+    pub(crate) struct Avx512(__m512);
 
     /// A shift that folds to an immediate once inlined.
     #[inline(always)]
@@ -141,6 +141,7 @@ mod avx512 {
 
     // SAFETY (every block below): values of this type exist only in code that runs after AVX-512F was
     // detected; pointers are valid by the trait's contracts.
+    #[allow(clippy::undocumented_unsafe_blocks, reason = "one comment for all of them")]
     impl Lanes for Avx512 {
         type Words = __m512i;
         type Table = __m512;
@@ -211,11 +212,11 @@ mod avx512 {
     }
 }
 #[cfg(target_arch = "x86_64")]
-pub use avx512::Avx512;
+pub(crate) use avx512::Avx512;
 
 /// Runs `f` compiled for the widest vectors the processor has; `f` must be small enough to be inlined.
 #[inline]
-pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn vectorize<R>(f: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
@@ -241,7 +242,7 @@ pub fn vectorize<R>(f: impl FnOnce() -> R) -> R {
 /// Whether the processor has the AVX-512 parts that the kernels use.
 #[cfg(target_arch = "x86_64")]
 #[inline]
-pub fn avx512() -> bool {
+pub(crate) fn avx512() -> bool {
     is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512dq")
@@ -252,7 +253,7 @@ pub fn avx512() -> bool {
 ///
 /// Saturates at `e^±87`, the range of normal numbers.
 #[inline(always)]
-pub fn exp(x: f32) -> f32 {
+pub(crate) fn exp(x: f32) -> f32 {
     /// Adding it rounds to an integer in the low bits of the mantissa.
     const ROUND: f32 = 12_582_912.0;
     /// `ln 2` in two parts, the first exact in few bits.
