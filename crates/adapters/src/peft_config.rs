@@ -533,14 +533,14 @@ mod tests {
 
     #[test]
     fn files_of_peft_are_read() {
-        let config = PeftConfig::read(&fixture("tiny-lora-r8-all")).unwrap();
+        let config = PeftConfig::read(fixture("tiny-lora-r8-all")).unwrap();
         assert_eq!((config.r, config.lora_alpha, config.lora_dropout), (8, 16.0, 0.0));
         assert_eq!(config.base_model_name_or_path.as_deref(), Some("llama-tied-f32-sharded"));
         assert_eq!(config.peft_version.as_deref(), Some("0.21.2"));
         assert!(config.unknown_keys.is_empty());
         let TargetModules::Names(names) = &config.target_modules else { panic!("{config:?}") };
         assert_eq!(names.len(), 7);
-        assert_eq!(PeftConfig::read(&fixture("smollm2-lora-r4-qv")).unwrap().r, 4);
+        assert_eq!(PeftConfig::read(fixture("smollm2-lora-r4-qv")).unwrap().r, 4);
     }
 
     #[test]
@@ -548,7 +548,7 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         for name in ["tiny-lora-r8-all", "smollm2-lora-r4-qv"] {
             let path = folder.path().join(CONFIG_FILE);
-            PeftConfig::read(&fixture(name)).unwrap().write(&path).unwrap();
+            PeftConfig::read(fixture(name)).unwrap().write(&path).unwrap();
             let expected = std::fs::read_to_string(fixture(name)).unwrap();
             assert_eq!(std::fs::read_to_string(&path).unwrap(), expected, "{name}, byte for byte");
             let ordinary = folder.path().join("ordinary");
@@ -560,7 +560,7 @@ mod tests {
 
     #[test]
     fn dora_and_qalora_are_read_and_not_mixed() {
-        assert!(PeftConfig::read(&fixture("tiny-dora-r4")).unwrap().use_dora);
+        assert!(PeftConfig::read(fixture("tiny-dora-r4")).unwrap().use_dora);
         let config = with("use_qalora", json!(true)).unwrap();
         assert_eq!((config.use_qalora, config.qalora_group_size), (true, 16));
         let mut both = config;

@@ -84,7 +84,7 @@ fn folders_of_peft_load_whole_and_are_written_back_the_same() {
         assert_eq!(tensors(&ours), tensors(&theirs), "{name}");
         let (_, header) = SafeTensors::read_metadata(&ours).unwrap();
         assert_eq!(header.metadata().as_ref().unwrap()["format"], "pt");
-        assert_eq!(&PeftConfig::read(&written.path().join(CONFIG_FILE)).unwrap(), folder.config());
+        assert_eq!(&PeftConfig::read(written.path().join(CONFIG_FILE)).unwrap(), folder.config());
     }
 }
 
@@ -107,7 +107,7 @@ impl Bad {
         let folder = tempfile::tempdir().unwrap();
         let names = ["q_proj", "v_proj"].map(String::from);
         let config = PeftConfig::new(2, 4.0, TargetModules::Names(names.into()));
-        config.write(&folder.path().join(CONFIG_FILE)).unwrap();
+        config.write(folder.path().join(CONFIG_FILE)).unwrap();
         let mut tensors = BTreeMap::new();
         for (projection, d_output) in [("q_proj", 8), ("v_proj", 4)] {
             for (factor, shape) in [("A", [2, 8]), ("B", [d_output, 2])] {
