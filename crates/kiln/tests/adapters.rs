@@ -232,17 +232,12 @@ fn requantizing_a_model_reports_every_linear() {
     for (path, slot) in dense.slots() {
         assert!(matches!(slot, QuantLinear::Dense(_)), "{path}");
     }
-    let mut dense_weights = Vec::new();
-    for (path, slot) in dense.slots() {
-        dense_weights.push((path.to_owned(), read(slot.weight())));
-    }
-    let mut index = 0;
-    for (path, slot) in requantized.slots() {
-        let path = path.as_str();
-        let relative = relative_difference(&read(slot.weight()), &dense_weights[index].1);
-        assert_eq!((path, errors[index].0.as_str()), (dense_weights[index].0.as_str(), path));
-        assert!((relative / errors[index].1.weight.relative - 1.0).abs() < 1e-4, "{path}");
-        index += 1;
+    for ((path, slot), ((dense_path, dense), (error_path, error))) in
+        requantized.slots().into_iter().zip(dense.slots().into_iter().zip(&errors))
+    {
+        assert_eq!([&dense_path, error_path], [&path; 2]);
+        let relative = relative_difference(&read(slot.weight()), &read(dense.weight()));
+        assert!((relative / error.weight.relative - 1.0).abs() < 1e-4, "{path}");
     }
     let bare = load(EMBEDDED, Some("affine4:64"))
         .try_map(|_, base| Ok::<_, Infallible>(Adapted::<_, AnyAdapter>::new(base, None)))
