@@ -23,10 +23,12 @@ use kiln::{
         Config, Fidelity, Finalists, Front, FrontPoint, Granularity, Halving, METHODS, MemoryAxis, Objective,
         Outcome, SearchMethod, SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
-    models::{CausalLm, Decoder, Recompute, Windows},
+    models::{
+        CausalLm, Decoder, Recompute, Windows,
+        memory::{ProcessConstants, Step},
+    },
     pruning::{BlockPruning, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme},
-    side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, ScheduleKind, TrainerConfig},
 };
 use kiln_examples::{ModelArgs, Result, split_ids, write_json};

@@ -9,7 +9,7 @@ mod adapters;
 mod families;
 #[cfg(target_os = "linux")]
 mod memory;
-#[cfg(feature = "mixq-search")]
+#[cfg(all(feature = "mixq-search", feature = "pruning"))]
 mod mixq;
 mod recipe;
 mod wgpu;

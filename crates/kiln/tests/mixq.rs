@@ -24,7 +24,6 @@ use kiln::{
     },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
-    side_tuning::memory::{ProcessConstants, Step},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
 use kiln_testkit::{assert_close, figures_of, ids, peak, read, report, task, testdata};
