@@ -66,7 +66,7 @@ pub(crate) fn interleaved(family: &Family, name: &str) -> Option<Heads> {
     match family.linears().find(|linear| linear.name == module)?.role {
         LinearRole::Query => Some(Heads::Query),
         LinearRole::Key => Some(Heads::Key),
-        _ => None,
+        LinearRole::Value | LinearRole::Output | LinearRole::Gate | LinearRole::Up | LinearRole::Down => None,
     }
 }
 
