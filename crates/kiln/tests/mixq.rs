@@ -20,7 +20,9 @@ use kiln::{
     },
     models::{
         CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
-        families::NormPlace, token_nll,
+        families::NormPlace,
+        memory::{ProcessConstants, Step},
+        token_nll,
     },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
     quant::{Projection, QuantLinear, Scheme},
