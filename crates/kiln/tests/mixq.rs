@@ -305,7 +305,8 @@ fn what_can_not_be_searched_says_why() {
     let plan: Plan = serde_json::from_str(r#"{"model.layers.0.self_attn.q_proj":"affine4:64"}"#).unwrap();
     let error = Variants::new(model.clone()).model(&plan).unwrap_err().to_string();
     assert!(error.contains("k_proj") && error.contains("none"), "{error}");
-    for bad in [vec![1; 513], vec![2048, 1], vec![1]] {
+    assert!(Windows::new(vec![vec![1]]).is_err());
+    for bad in [vec![1; 513], vec![2048, 1]] {
         let windows = Windows::new(vec![bad]).unwrap();
         assert!(LogitKl::new(&model, &windows, &KlOptions::default()).is_err());
     }
