@@ -9,8 +9,8 @@ use burn::{
 };
 use kiln_models::{
     Block, CausalLm, Decoder, DenseEmbedding, Embedding, Norm, Slots,
-    config::ModelConfig,
-    families::{Channels, NormKind},
+    config::{Biases, ModelConfig},
+    families::{Channels, Family, NormKind},
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
@@ -267,9 +267,10 @@ pub(crate) fn add_biases(
     }
     let device = model.device();
     let mut config = model.config().clone();
-    (config.biases.o, config.biases.mlp) = (true, true);
-    // One key of the family may stand for the biases of q, k, v and o.
-    config.biases.qkv |= (config.family.own_biases)(config.biases).qkv;
+    let had = config.biases.qkv;
+    config.biases = Biases { qkv: true, o: true, mlp: true };
+    // One key may stand for the biases of q, k, v and o.
+    config.biases.qkv = had || (Family::expressing(&config).own_biases)(config.biases).qkv;
     let everywhere = config.biases.qkv;
     let structure = Structure::of(&config);
     let linears = structure.by_path();

@@ -6,6 +6,7 @@ use super::{FloatType, Format, config_keys::set};
 use crate::{
     Result,
     config::{ModelConfig, SpecialTokens},
+    families::Family,
     hf,
 };
 
@@ -17,7 +18,8 @@ pub(super) fn config_json(
     float: FloatType,
 ) -> Result<Map<String, Value>> {
     let mut map = Map::new();
-    let family = config.family;
+    let family = Family::expressing(config);
+    let config = &ModelConfig { family, ..config.clone() };
     set(
         &mut map,
         [("architectures", json!([family.architecture])), ("model_type", json!(family.model_type))],

@@ -75,11 +75,18 @@ pub(crate) fn layer_types(config: &ModelConfig) -> Value {
     kinds.collect()
 }
 
-/// Kiln's extension, where the biases aren't the family's `own`.
-pub(crate) fn biases(config: &ModelConfig, own: Biases, map: &mut Map<String, Value>) {
+/// Kiln's extension, where the biases aren't the family's `own` or the embedding's factor isn't its `factor`.
+pub(crate) fn extension(config: &ModelConfig, own: Biases, factor: f64, map: &mut Map<String, Value>) {
+    let mut kiln = Map::new();
     let Biases { qkv, o, mlp } = config.biases;
     if config.biases != own {
-        set(map, [("kiln", json!({"qkv_bias": qkv, "o_bias": o, "mlp_bias": mlp}))]);
+        set(&mut kiln, [("qkv_bias", json!(qkv)), ("o_bias", json!(o)), ("mlp_bias", json!(mlp))]);
+    }
+    if config.embedding_multiplier != factor {
+        set(&mut kiln, [("embedding_multiplier", json!(config.embedding_multiplier))]);
+    }
+    if !kiln.is_empty() {
+        set(map, [("kiln", Value::Object(kiln))]);
     }
 }
 

@@ -102,7 +102,8 @@ fn read(fields: &Fields<'_>, family: &'static Family) -> Result<ModelConfig> {
     config.embedding_multiplier = (config.hidden_size as f64).sqrt();
     config.logit_softcap = fields.positive("final_logit_softcapping")?;
     let bias = fields.bool("attention_bias")?.unwrap_or(false);
-    config.biases = config::biases(fields, Biases { qkv: bias, o: bias, mlp: false })?;
+    config.biases = Biases { qkv: bias, o: bias, mlp: false };
+    config::extension(fields, &mut config)?;
     config::set_layer_shapes(fields, &mut config)?;
     Ok(config)
 }
@@ -144,6 +145,7 @@ fn write(config: &ModelConfig, map: &mut Map<String, Value>) {
             ("use_bidirectional_attention", json!(false)),
         ],
     );
-    config_keys::biases(config, attention_only(config.biases), map);
+    let factor = (config.hidden_size as f64).sqrt();
+    config_keys::extension(config, attention_only(config.biases), factor, map);
     config_keys::layer_shapes(config, map);
 }

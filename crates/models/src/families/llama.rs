@@ -204,7 +204,8 @@ fn read(fields: &Fields<'_>, family: &'static Family, class: &Class) -> Result<M
     let windows = windows(fields, &class.windows, config.num_hidden_layers)?;
     let attention = |window| LayerAttention { sliding_window: window, rope: Some(0) };
     config.layer_attention = windows.into_iter().map(attention).collect();
-    config.biases = config::biases(fields, own)?;
+    config.biases = own;
+    config::extension(fields, &mut config)?;
     config::set_layer_shapes(fields, &mut config)?;
     Ok(config)
 }
@@ -272,6 +273,6 @@ fn write(config: &ModelConfig, class: &Class, map: &mut Map<String, Value>) {
             ],
         ),
     }
-    config_keys::biases(config, own, map);
+    config_keys::extension(config, own, 1.0, map);
     config_keys::layer_shapes(config, map);
 }

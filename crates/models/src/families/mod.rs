@@ -298,6 +298,22 @@ impl Family {
         names.join(", ")
     }
 
+    /// The family whose configuration keys express what `config` says: the model's own, or one with the same parts whose
+    /// keys know more biases, where blocks have no windows.
+    pub fn expressing(config: &ModelConfig) -> &'static Family {
+        let own = config.family;
+        let expresses = |family: &Family| (family.own_biases)(config.biases) == config.biases;
+        let same_parts = |family: &Family| {
+            (family.names, family.block, family.norm, family.activation)
+                == (own.names, own.block, own.norm, own.activation)
+        };
+        let has_windows = config.layer_attention.iter().any(|layer| layer.sliding_window.is_some());
+        if expresses(own) || has_windows {
+            return own;
+        }
+        FAMILIES.into_iter().find(|family| same_parts(family) && expresses(family)).unwrap_or(own)
+    }
+
     /// The block's linears, in the order in which data flows.
     pub fn linears(&self) -> impl Iterator<Item = &'static LinearPart> + use<> {
         self.block.iter().filter_map(|part| match part {

@@ -6,7 +6,7 @@ use super::{Gguf, rope, value::Metadata};
 use crate::{
     Error, Result,
     config::{Biases, LayerAttention, ModelConfig, RopeConfig},
-    families::{Family, LinearRole, Part},
+    families::{Family, LinearRole},
     source::TensorSource,
 };
 
@@ -166,7 +166,6 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let window = keys.size("attention.sliding_window")?;
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
     let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
-    check_norms(file, family, num_hidden_layers)?;
     let bias = |roles: &[LinearRole]| {
         let linears = family.linears().filter(|linear| roles.contains(&linear.role));
         let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
@@ -197,18 +196,6 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
         layer_shapes: Vec::new(),
     })
-}
-
-/// Every block must have its family's norms.
-fn check_norms(file: &Gguf, family: &Family, layers: usize) -> Result<()> {
-    for layer in 0..layers {
-        for entry in family.block {
-            if let Part::Norm(norm) = entry {
-                file.find(&format!("{}.weight", family.path(layer, norm.name)))?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Width of a head; keys, values and rotated dimensions must agree on it.

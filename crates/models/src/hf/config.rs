@@ -170,17 +170,21 @@ pub(crate) fn equal_share(fields: &Fields<'_>, hidden_size: usize, heads: usize)
     Err(fields.wrong("num_attention_heads", &format!("a divisor of hidden_size, {hidden_size}")))
 }
 
-/// Kiln's extension `kiln`: biases that the family's keys can't express, as bias compensation of pruned models adds them.
-pub(crate) fn biases(fields: &Fields<'_>, own: Biases) -> Result<Biases> {
-    let Some(kiln) = fields.object("kiln")? else { return Ok(own) };
+/// Reads Kiln's extension `kiln` over what the family's keys say: biases that they can't express, as bias compensation of
+/// pruned models adds them, and the embedding's factor, which Gemma's keys derive from the width before pruning.
+pub(crate) fn extension(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
+    let Some(kiln) = fields.object("kiln")? else { return Ok(()) };
     let bias = |key: &str, own: bool| Ok::<_, Error>(kiln.bool(key)?.unwrap_or(own));
-    let biases = Biases {
+    let own = config.biases;
+    config.biases = Biases {
         qkv: bias("qkv_bias", own.qkv)?,
         o: bias("o_bias", own.o)?,
         mlp: bias("mlp_bias", own.mlp)?,
     };
-    refuse_unknown(&kiln, "qkv_bias, o_bias, mlp_bias")?;
-    Ok(biases)
+    if let Some(factor) = kiln.positive("embedding_multiplier")? {
+        config.embedding_multiplier = factor;
+    }
+    refuse_unknown(&kiln, "qkv_bias, o_bias, mlp_bias, embedding_multiplier")
 }
 
 /// Sets the widths of the blocks where some differ: `per_layer_config`, a map from a block's index to the keys that
