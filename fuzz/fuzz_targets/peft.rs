@@ -1,7 +1,7 @@
 //! A PEFT folder: the first byte says where the bytes of `adapter_config.json` end, the rest are the weights.
 #![no_main]
 
-use kiln_adapters::PeftFolder;
+use kiln_adapters::{AnyAdapter, PeftFolder};
 use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
@@ -12,6 +12,6 @@ fuzz_target!(|data: &[u8]| {
     std::fs::write(folder.path().join("adapter_model.safetensors"), weights).expect("a written file");
     if let Ok(adapter) = PeftFolder::open(folder.path()) {
         let slots = [("model.layers.0.self_attn.q_proj".to_string(), [8, 8])];
-        let _ = adapter.attacher(&slots, 0);
+        let _ = adapter.attacher::<AnyAdapter>(&slots, 0);
     }
 });
