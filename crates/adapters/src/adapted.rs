@@ -5,7 +5,7 @@ use burn::{
     nn::Linear,
     tensor::Tensor,
 };
-use kiln_quant_core::{Place, Projection};
+use kiln_quant_core::{Compute, Place, Projection};
 
 use crate::{Adapter, AnyAdapter};
 
@@ -71,6 +71,10 @@ impl<P: Projection, A: Adapter> Projection for Adapted<P, A> {
 
     fn shape(&self) -> [usize; 2] {
         self.base.shape()
+    }
+
+    fn compute(&self) -> Compute {
+        self.base.compute()
     }
 
     fn at(&self, place: Place) {

@@ -117,8 +117,9 @@ impl Adapter for Dora {
             Some(bias) => y - bias.clone().unsqueeze(),
             None => y,
         };
-        let low = x.matmul(self.lora_a.val().cast(dtype)).mul_scalar(self.scaling);
-        let y = fused::add_matmul(y, low, self.lora_b.val().cast(dtype));
+        let compute = base.compute();
+        let low = fused::matmul(x, self.lora_a.val().cast(dtype), compute).mul_scalar(self.scaling);
+        let y = fused::add_matmul(y, low, self.lora_b.val().cast(dtype), compute);
         let y = y * self.scale(base, dtype).cast(dtype).unsqueeze();
         match bias {
             Some(bias) => y + bias.unsqueeze(),

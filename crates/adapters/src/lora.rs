@@ -86,12 +86,18 @@ impl Lora {
 }
 
 impl Adapter for Lora {
-    fn adapt<P: Projection>(&self, _: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
+    fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
         let (x, compensation) = self.dropout.apply(x);
         // All factors go to the tensor of r columns, the smallest one on the way.
-        let low = x.matmul(self.lora_a.val().cast(dtype)).mul_scalar(self.scaling * compensation);
-        fused::add_matmul(y, low, self.lora_b.val().cast(dtype))
+        let compute = base.compute();
+        let low = fused::matmul(x, self.lora_a.val().cast(dtype), compute);
+        fused::add_matmul(
+            y,
+            low.mul_scalar(self.scaling * compensation),
+            self.lora_b.val().cast(dtype),
+            compute,
+        )
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
@@ -135,7 +141,7 @@ mod tests {
         optim::GradientsParams,
         tensor::Device,
     };
-    use kiln_testkit::{read, relative_difference, tensor};
+    use kiln_testkit::{kept, read, relative_difference, tensor};
 
     use super::*;
     use crate::Adapted;
@@ -156,7 +162,7 @@ mod tests {
         let layer = adapted(dropout.clone(), &device);
         layer.at(training(0, 0));
         let x = tensor(3, [6, 24], &device);
-        let kept = dropout.dropped([6, 24], &device).unwrap().bool_not().float();
+        let kept = kept(&dropout.drops().unwrap().mask(144), [6, 24], &device);
         let lora = layer.adapter.as_ref().unwrap();
         let expected = layer.base.forward(x.clone())
             + ((x.clone() * kept / 0.6).matmul(lora.lora_a.val()).matmul(lora.lora_b.val()) * 1.5);
@@ -188,7 +194,7 @@ mod tests {
         let dy = tensor::<2>(4, [6, 10], &device);
         let gradients = (model.forward(x.clone()) * dy.clone()).sum().backward();
         let lora = model.adapter.as_ref().unwrap();
-        let kept = dropout.dropped([6, 24], &device).unwrap().bool_not().float();
+        let kept = kept(&dropout.drops().unwrap().mask(144), [6, 24], &device);
         let (x, factor) = (x * kept, 1.5 / 0.6);
         let b = lora.lora_b.val().inner();
         let expected_a = x.clone().transpose().matmul(dy.clone().matmul(b.transpose())) * factor;

@@ -4,7 +4,7 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
-use kiln_quant_core::{Place, Projection, fused};
+use kiln_quant_core::{Compute, Place, Projection, fused};
 use serde::{Deserialize, Serialize};
 
 use crate::{Adapter, Dropout};
@@ -241,17 +241,17 @@ impl PooledAdapter {
 }
 
 /// `y + repeat(low · map)`.
-fn add_repeated(y: Tensor<2>, low: Tensor<2>, map: Tensor<2>, repeat: usize) -> Tensor<2> {
+fn add_repeated(y: Tensor<2>, low: Tensor<2>, map: Tensor<2>, repeat: usize, compute: Compute) -> Tensor<2> {
     let ([_, d_output], [_, columns]) = (y.dims(), map.dims());
     assert_eq!(d_output, columns * repeat, "{columns} outputs repeated {repeat} times beside {d_output}");
     if repeat == 1 {
-        return fused::add_matmul(y, low, map);
+        return fused::add_matmul(y, low, map, compute);
     }
-    fused::add_repeated(y, low.matmul(map), repeat)
+    fused::add_repeated(y, fused::matmul(low, map, compute), repeat)
 }
 
 impl Adapter for PooledAdapter {
-    fn adapt<P: Projection>(&self, _: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
+    fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
         let (dtype, [_, d_input]) = (x.dtype(), x.dims());
         let expected = self.base_shape()[0];
         assert_eq!(d_input, expected, "inputs of x and of the adapter");
@@ -259,11 +259,12 @@ impl Adapter for PooledAdapter {
         let (pooled, compensation) = self.dropout.apply(pooled);
         // One factor for scaling, pooling and dropout, on the smallest tensor on the way.
         let factor = self.update_factor() * compensation;
+        let compute = base.compute();
         let (low, map) = match &self.core {
-            Core::LowRank(LowRank { a, b }) => (pooled.matmul(a.val().cast(dtype)), b),
+            Core::LowRank(LowRank { a, b }) => (fused::matmul(pooled, a.val().cast(dtype), compute), b),
             Core::Full(Full { h }) => (pooled, h),
         };
-        add_repeated(y, low.mul_scalar(factor), map.val().cast(dtype), self.repeat)
+        add_repeated(y, low.mul_scalar(factor), map.val().cast(dtype), self.repeat, compute)
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {

@@ -11,7 +11,7 @@ use kiln_adapters::{
     Pooling, QBara, QaBlora, QaHira, QaLora,
 };
 use kiln_quant_core::{Place, Projection};
-use kiln_testkit::{assert_close, read, relative_difference, tensor};
+use kiln_testkit::{assert_close, kept, read, relative_difference, tensor};
 use serde_json::Value;
 
 use crate::vectors::{floats, linear, matrix, open, size};
@@ -233,7 +233,7 @@ fn dropout_comes_after_the_pooling() {
     let adapter = PooledAdapter::new(core, [4, 2], Pooling::Average, 1.5, dropout.clone());
     let base = Linear { weight: Param::from_tensor(tensor(3, [24, 10], &device)), bias: None };
     let x = tensor::<2>(4, [7, 24], &device);
-    let kept = dropout.dropped([7, 6], &device).unwrap().bool_not().float();
+    let kept = kept(&dropout.drops().unwrap().mask(42), [7, 6], &device);
     let pooled = x.clone().reshape([7, 6, 4]).mean_dim(2).reshape([7, 6]) * kept / 0.6;
     let low = (pooled.matmul(adapter.core.matrix()) * 1.5).reshape([7, 5, 1]).expand([7, 5, 2]);
     let expected = Projection::forward(&base, x.clone()) + low.reshape([7, 10]);

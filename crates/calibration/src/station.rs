@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::{module::Module, tensor::Tensor};
 use kiln_adapters::{Adapted, Lora};
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_quant_core::{Compute, Projection, QuantLinear};
 
 /// What stands in a slot, during calibration and after it.
 pub(crate) type Slot = Adapted<QuantLinear, Lora>;
@@ -58,5 +58,9 @@ impl Projection for Station {
 
     fn shape(&self) -> [usize; 2] {
         self.lock().shape()
+    }
+
+    fn compute(&self) -> Compute {
+        self.lock().compute()
     }
 }

@@ -3,7 +3,10 @@
 use std::sync::Arc;
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_quant_core::fused::AttentionSpec;
+use kiln_quant_core::{
+    Compute,
+    fused::{self, AttentionSpec},
+};
 
 use crate::TokenBatch;
 
@@ -18,8 +21,12 @@ pub struct Context {
     pub rotary: Vec<[Tensor<2>; 2]>,
     /// The same tokens as a network beside the model sees them (side tuning): other rotary tables.
     pub beside: Option<Arc<Context>>,
-    query_segments: Arc<[u32]>,
-    key_segments: Arc<[u32]>,
+    /// What operands of attention's products are rounded to.
+    pub compute: Compute,
+    query_segments: Tensor<2, Int>,
+    key_segments: Tensor<2, Int>,
+    /// `key_segments` in host memory.
+    seen: Vec<u32>,
 }
 
 impl Context {
@@ -28,6 +35,7 @@ impl Context {
         tokens: &TokenBatch,
         past: &[u32],
         rotary: Vec<[Tensor<2>; 2]>,
+        compute: Compute,
         device: &Device,
     ) -> Self {
         let (batch, length) = (tokens.batch, tokens.length);
@@ -46,8 +54,10 @@ impl Context {
             positions: ints(&tokens.positions),
             rotary,
             beside: None,
-            query_segments: tokens.segments.as_slice().into(),
-            key_segments: key_segments.into(),
+            compute,
+            query_segments: fused::segments(&tokens.segments, [batch, length], device),
+            key_segments: fused::segments(&key_segments, [batch, past_length + length], device),
+            seen: key_segments,
         }
     }
 
@@ -58,7 +68,14 @@ impl Context {
 
     /// Segments of the keys `[batch, past + length]`, to be kept with a cache.
     pub(crate) fn key_segments(&self) -> &[u32] {
-        &self.key_segments
+        &self.seen
+    }
+
+    /// Segments of the tokens, `[batch, length]`, row-major.
+    pub fn segments(&self) -> Vec<u32> {
+        let length = self.length();
+        let keys = self.seen.len() / self.ids.dims()[0];
+        self.seen.chunks_exact(keys).flat_map(|row| &row[keys - length..]).copied().collect()
     }
 
     /// What queries may see, and the factor on their scores.
@@ -66,6 +83,7 @@ impl Context {
         AttentionSpec {
             scale,
             window,
+            compute: self.compute,
             query_segments: self.query_segments.clone(),
             key_segments: self.key_segments.clone(),
         }

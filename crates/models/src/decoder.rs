@@ -6,7 +6,7 @@ use burn::{
     module::Param,
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::{Place, Projection, QuantLinear, Slots};
+use kiln_quant_core::{Compute, Place, Projection, QuantLinear, Slots};
 
 use crate::{
     Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
@@ -31,9 +31,15 @@ pub struct Decoder<P: Projection> {
     /// The head; `None` when it is the embedding.
     pub lm_head: Option<QuantLinear>,
     pub(crate) config: ModelConfig,
+    pub(crate) compute: Compute,
 }
 
 impl<P: Projection> Decoder<P> {
+    /// What operands of products are rounded to.
+    pub fn compute(&self) -> Compute {
+        self.compute
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -51,7 +57,8 @@ impl<P: Projection> Decoder<P> {
         final_norm: Norm,
         lm_head: Option<QuantLinear>,
     ) -> crate::Result<Self> {
-        let decoder = Self { embed_tokens, embed_positions, blocks, final_norm, lm_head, config };
+        let compute = Compute::F32;
+        let decoder = Self { embed_tokens, embed_positions, blocks, final_norm, lm_head, config, compute };
         decoder.check()?;
         Ok(decoder)
     }
@@ -130,7 +137,8 @@ impl<P: Projection> CausalLm for Decoder<P> {
         let device = self.device();
         let config = &self.config;
         let tables = config.rope.iter().map(|rope| rope.tables(config.head_dim, &tokens.positions, &device));
-        Context::new(tokens, cache.map_or(&[], |cache| &cache.segments), tables.collect(), &device)
+        let past = cache.map_or(&[][..], |cache| &cache.segments);
+        Context::new(tokens, past, tables.collect(), self.compute, &device)
     }
 
     fn embed(&self, context: &Context) -> Tensor<3> {
@@ -169,7 +177,7 @@ impl<P: Projection> CausalLm for Decoder<P> {
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
-            None => self.embed_tokens.project(x),
+            None => self.embed_tokens.project(x, self.compute),
         };
         match self.config.logit_softcap {
             Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
@@ -213,6 +221,7 @@ impl<P: Projection> Slots for Decoder<P> {
             final_norm: self.final_norm,
             lm_head: self.lm_head,
             config: self.config,
+            compute: self.compute,
         })
     }
 
@@ -294,6 +303,29 @@ impl<P: Projection> Decoder<P> {
 }
 
 impl Decoder<QuantLinear> {
+    /// Rounds operands of products from now on: packed weights', attention's, the head's and those of adapters attached
+    /// later. Weights stay as they are. Dense linears of the blocks are not rounded.
+    ///
+    /// # Errors
+    /// A device that doesn't multiply such operands.
+    pub fn with_compute(mut self, compute: Compute) -> crate::Result<Self> {
+        self.compute = compute.check(&self.device())?;
+        for block in &mut self.blocks {
+            for part in &mut block.parts {
+                if let BlockPart::Linear(linear) = part {
+                    linear.set_compute(compute);
+                }
+            }
+        }
+        if let Some(head) = &mut self.lm_head {
+            head.set_compute(compute);
+        }
+        if let Embedding::Packed(table) = &mut self.embed_tokens {
+            table.set_compute(compute);
+        }
+        Ok(self)
+    }
+
     /// Bytes of all tensors: packed ones as stored, others at 4 bytes a value.
     pub fn stored_bytes(&self) -> usize {
         let linear = |linear: &QuantLinear| {

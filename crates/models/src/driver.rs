@@ -43,6 +43,40 @@ pub struct Targets<'a> {
     pub scored: &'a [bool],
 }
 
+/// Losses that are still on the device; reading them waits for it.
+#[derive(Debug, Clone)]
+pub struct PendingLoss {
+    /// Losses of some targets each.
+    parts: Vec<Tensor<1>>,
+}
+
+impl PendingLoss {
+    /// Their sum in nats.
+    ///
+    /// # Errors
+    /// A device that can't be read.
+    pub fn read(self) -> Result<f64> {
+        Ok(Self::read_all(vec![self], Vec::new())?.0)
+    }
+
+    /// The sum of all of `losses` in nats and the values of `others`, with one wait for the device.
+    ///
+    /// # Errors
+    /// A device that can't be read.
+    pub fn read_all(losses: Vec<Self>, others: Vec<Tensor<1>>) -> Result<(f64, Vec<f32>)> {
+        let counts: Vec<Vec<usize>> =
+            losses.iter().map(|loss| loss.parts.iter().map(|part| part.dims()[0]).collect()).collect();
+        let parts: Vec<_> = losses.into_iter().flat_map(|loss| loss.parts).chain(others).collect();
+        if parts.is_empty() {
+            return Ok((0.0, Vec::new()));
+        }
+        let mut values = to_host("losses", Tensor::cat(parts, 0))?.into_iter();
+        let mut sum = |count: usize| values.by_ref().take(count).map(f64::from).sum::<f64>();
+        let total = counts.into_iter().map(|parts| parts.into_iter().map(&mut sum).sum::<f64>()).sum();
+        Ok((total, values.collect()))
+    }
+}
+
 /// Adds the gradients of the **sum** of the scored targets' negative log-likelihoods to `gradients`, and returns that
 /// sum in nats.
 ///
@@ -59,14 +93,28 @@ pub fn loss_and_gradients<M: CausalLm>(
     options: &DriverOptions,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<f64> {
+    queue_gradients(model, tokens, targets, options, gradients)?.read()
+}
+
+/// As [`loss_and_gradients`], without waiting for the device: the loss is to be read later.
+///
+/// # Errors
+/// As [`loss_and_gradients`].
+pub fn queue_gradients<M: CausalLm>(
+    model: &M,
+    tokens: &TokenBatch,
+    targets: Targets,
+    options: &DriverOptions,
+    gradients: &mut GradientsAccumulator<M>,
+) -> Result<PendingLoss> {
     check(model, tokens, targets)?;
     let context = model.context(tokens, None);
     match options.recompute {
         Recompute::None => {
             let x = model.residual(&context, None);
-            let (nll, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients)?;
+            let (loss, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients)?;
             backward(model, x, dx, gradients);
-            Ok(nll)
+            Ok(loss)
         }
         Recompute::Block => {
             let inference = model.valid();
@@ -75,7 +123,7 @@ pub fn loss_and_gradients<M: CausalLm>(
                 inputs.push(inference.block(index, inputs[index].clone(), &context, None));
             }
             let top = inputs.pop().expect("the embedding at least");
-            let (nll, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients)?;
+            let (loss, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients)?;
             let mut output = top;
             for index in (0..model.num_blocks()).rev() {
                 let input = inputs.pop().expect("an input for every block");
@@ -85,7 +133,7 @@ pub fn loss_and_gradients<M: CausalLm>(
             if model.trains_embedding() {
                 backward(model, model.embed(&context), dx, gradients);
             }
-            Ok(nll)
+            Ok(loss)
         }
     }
 }
@@ -104,7 +152,8 @@ pub fn residual_gradient<M: CausalLm>(
     logit_rows: usize,
 ) -> Result<(f64, Tensor<3>)> {
     check(model, tokens, targets)?;
-    head(model, x, targets, logit_rows, &mut GradientsAccumulator::new())
+    let (loss, dx) = head(model, x, targets, logit_rows, &mut GradientsAccumulator::new())?;
+    Ok((loss.read()?, dx))
 }
 
 /// Runs one block again under autodiff; returns the gradient of its input.
@@ -130,37 +179,39 @@ fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }
 
-/// Final norm, head and loss, a few rows at a time: the sum of the negative log-likelihoods and the gradient of `x`.
+/// Final norm, head and loss, a few rows at a time: the negative log-likelihoods and the gradient of their sum.
 fn head<M: CausalLm>(
     model: &M,
     x: Tensor<3>,
     targets: Targets,
     logit_rows: usize,
     gradients: &mut GradientsAccumulator<M>,
-) -> Result<(f64, Tensor<3>)> {
+) -> Result<(PendingLoss, Tensor<3>)> {
     let [batch, length, width] = x.dims();
     let device = x.device();
     let places: Vec<usize> = (0..batch * length).filter(|&place| targets.scored[place]).collect();
     let rows = x.reshape([batch * length, width]);
-    let mut dx = Tensor::<2>::zeros([batch * length, width], &device);
-    let mut nll = 0.0;
+    let ints = |values: Vec<i64>| {
+        let count = values.len();
+        Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
+    };
+    let (mut losses, mut found_rows) = (Vec::new(), Vec::new());
     for places in places.chunks(logit_rows.max(1)) {
-        let ints = |values: Vec<i64>| {
-            let count = values.len();
-            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
-        };
         let index = ints(places.iter().map(|&place| place as i64).collect());
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
-        let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();
-        let losses = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
-        let values = to_host("losses", losses.clone().inner())?;
-        nll += values.into_iter().map(f64::from).sum::<f64>();
-        let mut found = losses.sum().backward();
-        let d_part = part.grad_remove(&mut found).expect("the head passes gradients to its input");
-        dx = dx.select_assign(0, index, d_part, burn::tensor::IndexingUpdateOp::Add);
+        let part = Tensor::from_inner(rows.clone().select(0, index)).require_grad();
+        let loss = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
+        losses.push(loss.clone().inner());
+        let mut found = loss.sum().backward();
+        found_rows.push(part.grad_remove(&mut found).expect("the head passes gradients to its input"));
         gradients.accumulate(model, GradientsParams::from_grads(found, model));
     }
-    Ok((nll, dx.reshape([batch, length, width])))
+    // Where a place is not scored, the row of zeros behind all others.
+    found_rows.push(Tensor::zeros([1, width], &device));
+    let mut from = vec![places.len() as i64; batch * length];
+    places.iter().zip(0..).for_each(|(&place, row)| from[place] = row);
+    let dx = Tensor::cat(found_rows, 0).select(0, ints(from));
+    Ok((PendingLoss { parts: losses }, dx.reshape([batch, length, width])))
 }
 
 fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Result<()> {

@@ -2,9 +2,9 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Device, Int, Tensor},
+    tensor::{Device, FloatDType, Int, Tensor},
 };
-use kiln_quant_core::PackedTensor;
+use kiln_quant_core::{Compute, PackedTensor, fused};
 
 /// A table `[vocabulary, width]`.
 #[derive(Module, Debug)]
@@ -32,25 +32,26 @@ impl Embedding {
         let [batch, length] = ids.dims();
         let ids = ids.reshape([batch * length]);
         let rows = match self {
-            Self::Dense(table) => table.weight.val().select(0, ids),
+            Self::Dense(table) => table.weight.val().select(0, ids).cast(FloatDType::F32),
             Self::Packed(table) => table.outputs(ids),
         };
         let [_, width] = rows.dims();
         rows.reshape([batch, length, width])
     }
 
-    /// The table as an output head.
+    /// The table as an output head; operands of a dense table's product are rounded as `compute` says.
     ///
     /// # Shapes
     /// `[.., width]` → `[.., vocabulary]`.
-    pub fn project<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+    pub fn project<const D: usize>(&self, x: Tensor<D>, compute: Compute) -> Tensor<D> {
         match self {
             Self::Dense(table) => {
                 let mut sizes = x.dims();
                 let [vocabulary, width] = table.weight.val().dims();
                 let rows = sizes[..D - 1].iter().product::<usize>();
                 sizes[D - 1] = vocabulary;
-                x.reshape([rows, width]).matmul(table.weight.val().transpose()).reshape(sizes)
+                let x = x.reshape([rows, width]);
+                fused::matmul(x, table.weight.val().transpose(), compute).reshape(sizes)
             }
             Self::Packed(table) => table.forward(x),
         }

@@ -38,7 +38,9 @@ pub use causal_lm::{CausalLm, ScaleSites};
 pub use checkpoint::Checkpoint;
 pub use context::{Context, KvCache};
 pub use decoder::Decoder;
-pub use driver::{DriverOptions, Recompute, Targets, loss_and_gradients, residual_gradient};
+pub use driver::{
+    DriverOptions, PendingLoss, Recompute, Targets, loss_and_gradients, queue_gradients, residual_gradient,
+};
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
 pub use fingerprint::fingerprint;

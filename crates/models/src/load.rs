@@ -6,8 +6,8 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln_quant_core::{
-    HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError, QuantLinear, Scheme,
-    StorageReport, StorageRow, quantizers,
+    Compute, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError, QuantLinear,
+    Scheme, StorageReport, StorageRow, quantizers,
 };
 
 use crate::{
@@ -26,6 +26,7 @@ use crate::{
 /// | `tables` | as stored | what becomes of embedding and head |
 /// | `quantizer` | [`MinMax`] | makes the packed weights |
 /// | `measure` | no | whether to measure the error of each quantized weight |
+/// | `compute` | best of the device | what operands of products are rounded to |
 /// | `progress` | none | called after each tensor, with its path |
 #[non_exhaustive]
 pub struct LoadOptions<'a> {
@@ -38,6 +39,8 @@ pub struct LoadOptions<'a> {
     pub quantizer: &'a dyn HostQuantizer,
     /// Whether to measure the error of each quantized weight.
     pub measure: bool,
+    /// What operands of products are rounded to; `None` is what suits the device best, [`Compute::best`].
+    pub compute: Option<Compute>,
     /// Called after each tensor, with its path.
     pub progress: Option<&'a dyn Fn(&str)>,
 }
@@ -55,7 +58,14 @@ pub enum Tables {
 
 impl Default for LoadOptions<'_> {
     fn default() -> Self {
-        Self { schemes: None, tables: Tables::AsStored, quantizer: &MinMax, measure: false, progress: None }
+        Self {
+            schemes: None,
+            tables: Tables::AsStored,
+            quantizer: &MinMax,
+            measure: false,
+            compute: None,
+            progress: None,
+        }
     }
 }
 
@@ -92,6 +102,13 @@ impl<'a> LoadOptions<'a> {
         self
     }
 
+    /// Sets `compute`.
+    #[must_use]
+    pub fn with_compute(mut self, compute: Option<Compute>) -> Self {
+        self.compute = compute;
+        self
+    }
+
     /// Sets `progress`.
     #[must_use]
     pub fn with_progress(mut self, progress: &'a dyn Fn(&str)) -> Self {
@@ -106,6 +123,7 @@ impl std::fmt::Debug for LoadOptions<'_> {
             .field("schemes", &self.schemes)
             .field("tables", &self.tables)
             .field("measure", &self.measure)
+            .field("compute", &self.compute)
             .finish_non_exhaustive()
     }
 }
@@ -186,7 +204,16 @@ impl Loader<'_> {
         let blocks = blocks.collect::<Result<_>>()?;
         let final_norm = self.norm(names.final_norm, width, config)?;
         let lm_head = self.head(names.head, config)?;
-        Ok(Decoder { embed_tokens, embed_positions, blocks, final_norm, lm_head, config: config.clone() })
+        let decoder = Decoder {
+            embed_tokens,
+            embed_positions,
+            blocks,
+            final_norm,
+            lm_head,
+            config: config.clone(),
+            compute: Compute::F32,
+        };
+        decoder.with_compute(self.options.compute.unwrap_or_else(|| Compute::best(&self.device)))
     }
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {

@@ -140,6 +140,7 @@ macro_rules! decoder {
                 $call
             }),
             config: decoder.config,
+            compute: decoder.compute,
         }
     }};
 }

@@ -6,7 +6,7 @@ use std::{
 };
 
 use burn::{module::Module, tensor::Tensor};
-use kiln_quant_core::{Place, Projection};
+use kiln_quant_core::{Compute, Place, Projection};
 
 /// What a [`Tape`] keeps of each call of a linear.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -163,6 +163,10 @@ impl<P: Projection> Projection for Probe<P> {
 
     fn shape(&self) -> [usize; 2] {
         self.base.shape()
+    }
+
+    fn compute(&self) -> Compute {
+        self.base.compute()
     }
 
     fn at(&self, place: Place) {

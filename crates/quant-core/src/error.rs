@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use crate::Compute;
+
 /// What can go wrong when weights are described, quantized, packed or read.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
@@ -66,6 +68,16 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// Operands that the device doesn't multiply.
+    #[error("{device} doesn't multiply {asked} operands, it does {}", names(native))]
+    Compute {
+        /// What was asked for.
+        asked: Compute,
+        /// The device.
+        device: String,
+        /// What it multiplies.
+        native: Vec<Compute>,
+    },
     /// The operating system's refusal.
     #[error("{}: {source}", path.display())]
     Io {
@@ -86,4 +98,8 @@ impl Error {
         let path = path.into();
         move |source| Self::Io { path, source }
     }
+}
+
+fn names(computes: &[Compute]) -> String {
+    computes.iter().map(Compute::to_string).collect::<Vec<_>>().join(", ")
 }

@@ -3,6 +3,8 @@
 
 mod atomic_file;
 mod codebook;
+mod compute;
+mod device;
 mod dynamic_map;
 mod error;
 pub mod fused;
@@ -25,6 +27,8 @@ mod weight;
 
 pub use atomic_file::write_atomically;
 pub use codebook::Codebook;
+pub use compute::Compute;
+pub use device::DeviceLimits;
 pub use error::{Error, Result};
 pub use host::{ints_to_host, to_host};
 pub use linear::{PackedLinear, QuantLinear};

@@ -6,7 +6,9 @@ use burn::{
     tensor::Tensor,
 };
 
-use crate::{Error, HostQuantizer, MinMax, PackedTensor, Projection, QuantScheme, Result, Scheme};
+use crate::{
+    Compute, Error, HostQuantizer, MinMax, PackedTensor, Projection, QuantScheme, Result, Scheme, fused,
+};
 
 /// A packed weight with its bias.
 #[derive(Module, Debug)]
@@ -120,7 +122,23 @@ impl From<Linear> for QuantLinear {
     }
 }
 
+impl QuantLinear {
+    /// Rounds operands of a packed weight's products from now on; a dense one's have the type it is stored in.
+    pub fn set_compute(&mut self, compute: Compute) {
+        if let Self::Packed(linear) = self {
+            linear.weight.set_compute(compute);
+        }
+    }
+}
+
 impl Projection for QuantLinear {
+    fn compute(&self) -> Compute {
+        match self {
+            Self::Packed(linear) => linear.weight.compute(),
+            Self::Dense(linear) => Compute::of(linear.weight.val().dtype()),
+        }
+    }
+
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Packed(linear) => {
@@ -130,7 +148,21 @@ impl Projection for QuantLinear {
                     None => y,
                 }
             }
-            Self::Dense(linear) => Projection::forward(linear, x),
+            Self::Dense(linear) => match Compute::of(linear.weight.val().dtype()) {
+                Compute::F32 => Projection::forward(linear, x),
+                compute => {
+                    let mut sizes = x.dims();
+                    let rows = sizes[..D - 1].iter().product::<usize>();
+                    let x = x.reshape([rows, sizes[D - 1]]);
+                    let y = fused::matmul(x, linear.weight.val(), compute);
+                    sizes[D - 1] = y.dims()[1];
+                    let y = y.reshape(sizes);
+                    match &linear.bias {
+                        Some(bias) => y + bias.val().unsqueeze(),
+                        None => y,
+                    }
+                }
+            },
         }
     }
 

@@ -6,6 +6,8 @@ use burn::{
     tensor::Tensor,
 };
 
+use crate::Compute;
+
 /// What a model needs of a linear layer, whatever stands behind it: dense, packed, or either with an adapter.
 ///
 /// Models are generic over one projection (`Decoder<P>`), so that quantizing, adapting and merging change the type and
@@ -28,6 +30,11 @@ pub trait Projection: Module + ModuleDisplay {
 
     /// `[d_input, d_output]`.
     fn shape(&self) -> [usize; 2];
+
+    /// What operands of its products are rounded to; adapters around it do the same.
+    fn compute(&self) -> Compute {
+        Compute::F32
+    }
 
     /// Hears where training stands before every forward pass; seeded dropout needs it, most projections don't.
     fn at(&self, _place: Place) {}

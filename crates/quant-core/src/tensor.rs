@@ -6,7 +6,8 @@ use burn::{
 };
 
 use crate::{
-    DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales, fused,
+    Compute, DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales,
+    fused,
     host::unreadable,
     ints_to_host,
     ops::{self, PackedSpec},
@@ -51,6 +52,8 @@ pub struct PackedTensor {
     scheme: QuantScheme,
     #[module(skip)]
     size: [usize; 2],
+    #[module(skip)]
+    compute: Compute,
 }
 
 fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
@@ -127,6 +130,7 @@ impl PackedTensor {
             }),
             scheme: weight.scheme,
             size: [weight.d_input, weight.d_output],
+            compute: Compute::F32,
         }
     }
 
@@ -174,8 +178,18 @@ impl PackedTensor {
         self.scheme.storage_bytes(self.size[0], self.size[1]) + order
     }
 
+    /// Rounds operands of products from now on; [`Compute::F32`] until then.
+    pub fn set_compute(&mut self, compute: Compute) {
+        self.compute = compute;
+    }
+
+    /// What operands of products are rounded to.
+    pub fn compute(&self) -> Compute {
+        self.compute
+    }
+
     fn spec(&self) -> PackedSpec {
-        PackedSpec::new(&self.scheme, self.size[0], self.size[1])
+        PackedSpec { compute: self.compute, ..PackedSpec::new(&self.scheme, self.size[0], self.size[1]) }
     }
 
     /// Scales `[block_rows, block_columns]` as the arithmetic sees them.

@@ -1,21 +1,36 @@
 //! The fused operations against their plain versions, values and gradients (Burn's own autodiff).
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
-use kiln_quant_core::fused::{self, AttentionSpec, plain};
-use kiln_testkit::{read, relative_difference, tensor};
+use kiln_quant_core::{
+    Compute,
+    fused::{self, AttentionSpec, Drops, plain},
+};
+use kiln_testkit::{kept, read, relative_difference, tensor};
+
+/// A device, and how far its results may be from Flex's plain ones, relatively.
+#[derive(Clone, Copy)]
+pub(crate) struct On<'a> {
+    pub device: &'a Device,
+    pub tolerance: f64,
+}
 
 /// Both versions sum in another order.
 const TOLERANCE: f64 = 3e-6;
 
-/// Runs both functions on leaves made from seeds and compares values and all gradients.
+fn on_flex(check: impl Fn(On)) {
+    check(On { device: &Device::flex(), tolerance: TOLERANCE });
+}
+
+/// Runs `found` on the device and `expected` on Flex, on leaves made from seeds, and compares values and all gradients.
 fn compare<const D: usize, const E: usize>(
+    on: On,
     what: &str,
     shapes: &[[usize; D]],
     found: impl Fn(&[Tensor<D>]) -> Tensor<E>,
     expected: impl Fn(&[Tensor<D>]) -> Tensor<E>,
 ) {
-    let device = Device::flex().autodiff();
-    let run = |f: &dyn Fn(&[Tensor<D>]) -> Tensor<E>| {
+    let run = |f: &dyn Fn(&[Tensor<D>]) -> Tensor<E>, device: &Device| {
+        let device = device.clone().autodiff();
         let leaves: Vec<Tensor<D>> =
             shapes.iter().enumerate().map(|(i, s)| tensor(i as u64, *s, &device).require_grad()).collect();
         let y = f(&leaves);
@@ -25,16 +40,22 @@ fn compare<const D: usize, const E: usize>(
         all.extend(leaves.iter().map(|leaf| read(leaf.grad(&gradients).unwrap())));
         all
     };
-    for (i, (found, expected)) in run(&found).iter().zip(run(&expected)).enumerate() {
+    let expected = run(&expected, &Device::flex());
+    for (i, (found, expected)) in run(&found, on.device).iter().zip(expected).enumerate() {
         let difference = relative_difference(found, &expected);
-        assert!(difference < TOLERANCE, "{what}, output {i}: {difference:e}");
+        assert!(difference < on.tolerance, "{what}, output {i}: {difference:e}");
     }
 }
 
 #[test]
 fn norm_activation_and_rotation_equal_the_plain_versions() {
+    on_flex(check_elementwise);
+}
+
+pub(crate) fn check_elementwise(on: On) {
     for [rows, width] in [[1, 5], [3, 64], [70, 96], [33, 100]] {
         compare(
+            on,
             "rms_norm",
             &[[rows, width], [1, width]],
             |x| fused::rms_norm(x[0].clone(), x[1].clone().reshape([width]), 1e-5),
@@ -42,62 +63,111 @@ fn norm_activation_and_rotation_equal_the_plain_versions() {
         );
         let wide = |x: &[Tensor<2>]| (x[0].clone().mul_scalar(20.0), x[1].clone());
         compare(
+            on,
             "swiglu",
             &[[rows, width]; 2],
             |x| fused::swiglu(wide(x).0, wide(x).1),
             |x| plain::swiglu(wide(x).0, wide(x).1),
         );
         compare(
+            on,
             "geglu",
             &[[rows, width]; 2],
             |x| fused::geglu(wide(x).0, wide(x).1),
             |x| plain::geglu(wide(x).0, wide(x).1),
         );
     }
-    let device = Device::flex();
-    let (cos, sin) = (tensor::<2>(8, [14, 12], &device), tensor::<2>(9, [14, 12], &device));
+    let table = |seed, x: &Tensor<4>| tensor::<2>(seed, [14, 12], &x.device().without_autodiff());
     compare(
+        on,
         "rotate",
         &[[2, 7, 3, 24]],
-        |x| fused::rotate(x[0].clone(), cos.clone(), sin.clone()),
-        |x| plain::rotate(x[0].clone(), cos.clone(), sin.clone()),
+        |x| fused::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0])),
+        |x| plain::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0])),
     );
 }
 
 #[test]
 fn sums_of_products_are_added_in_place_without_harm() {
-    let device = Device::flex().autodiff();
-    let run = |f: &dyn Fn(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>| {
-        let y = tensor::<2>(1, [37, 20], &device).require_grad();
-        let (a, b) = (tensor(2, [37, 4], &device).require_grad(), tensor(3, [4, 20], &device).require_grad());
-        let out = f(y.clone(), a.clone(), b.clone());
-        let gradients = (out.clone() * tensor(4, [37, 20], &device)).sum().backward();
-        let mut all = vec![read(out), read(y.clone())];
-        all.extend([&y, &a, &b].map(|leaf| read(leaf.grad(&gradients).unwrap())));
-        all
-    };
-    for (found, expected) in run(&fused::add_matmul).iter().zip(run(&|y, a, b| y + a.matmul(b))) {
-        assert!(relative_difference(found, &expected) < TOLERANCE);
+    on_flex(check_add_matmul);
+}
+
+pub(crate) fn check_add_matmul(on: On) {
+    // The last inner size has no kernel of its own on GPUs.
+    for [rows, columns, inner] in [[37, 20, 4], [1, 33, 1], [50, 70, 64], [9, 12, 65]] {
+        let run = |device: &Device, f: &dyn Fn(Tensor<2>, Tensor<2>, Tensor<2>) -> Tensor<2>| {
+            let device = device.clone().autodiff();
+            let leaf = |seed, shape| tensor::<2>(seed, shape, &device).require_grad();
+            let (y, a, b) = (leaf(1, [rows, columns]), leaf(2, [rows, inner]), leaf(3, [inner, columns]));
+            let out = f(y.clone(), a.clone(), b.clone());
+            let gradients = (out.clone() * tensor(4, [rows, columns], &device)).sum().backward();
+            // `y` is still what it was.
+            let mut all = vec![read(out), read(y.clone())];
+            all.extend([&y, &a, &b].map(|leaf| read(leaf.grad(&gradients).unwrap())));
+            all
+        };
+        let found = run(on.device, &|y, a, b| fused::add_matmul(y, a, b, Compute::F32));
+        let expected = run(&Device::flex(), &|y, a, b| y + a.matmul(b));
+        for (found, expected) in found.iter().zip(expected) {
+            assert!(relative_difference(found, &expected) < on.tolerance, "{rows}x{inner}x{columns}");
+        }
+        compare(
+            on,
+            &format!("matmul {rows}x{inner}x{columns}"),
+            &[[rows, inner], [columns, inner]],
+            |x| fused::matmul(x[0].clone(), x[1].clone().transpose(), Compute::F32),
+            |x| x[0].clone().matmul(x[1].clone().transpose()),
+        );
+    }
+}
+
+#[test]
+fn what_is_dropped_is_known_from_the_key_alone() {
+    on_flex(check_dropout);
+}
+
+pub(crate) fn check_dropout(on: On) {
+    for (rows, columns, threshold) in [(1, 1, u32::MAX), (7, 13, 1 << 30), (300, 130, 1 << 31), (2, 2, 0)] {
+        let drops = Drops { key: [7, 0xffff_fff0], threshold };
+        let mask = kept(&drops.mask(rows * columns), [rows, columns], &Device::flex());
+        compare(
+            on,
+            &format!("dropout {rows}x{columns}"),
+            &[[rows, columns]],
+            |x| fused::dropout(x[0].clone(), drops),
+            |x| x[0].clone() * Tensor::from_inner(mask.clone()),
+        );
     }
 }
 
 #[test]
 fn cross_entropy_equals_the_plain_version() {
-    let device = Device::flex();
+    on_flex(check_cross_entropy);
+}
+
+pub(crate) fn check_cross_entropy(on: On) {
     for [rows, classes] in [[1, 3], [40, 257], [5, 5000]] {
         let targets: Vec<i64> = (0..rows).map(|i| ((i * 7919) % classes) as i64).collect();
-        let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [rows]), &device);
+        let targets = |x: &Tensor<2>| {
+            let device = x.device().without_autodiff();
+            Tensor::<1, Int>::from_data(TensorData::new(targets.clone(), [rows]), &device)
+        };
         compare(
+            on,
             "cross_entropy",
             &[[rows, classes]],
-            |x| fused::cross_entropy(x[0].clone().mul_scalar(30.0), targets.clone()),
-            |x| plain::cross_entropy(x[0].clone().mul_scalar(30.0), targets.clone()),
+            |x| fused::cross_entropy(x[0].clone().mul_scalar(30.0), targets(&x[0])),
+            |x| plain::cross_entropy(x[0].clone().mul_scalar(30.0), targets(&x[0])),
         );
     }
 }
 
 #[test]
 fn attention_equals_the_plain_version_under_every_mask() {
+    on_flex(check_attention);
+}
+
+pub(crate) fn check_attention(on: On) {
     // batch, length, past, heads, kv_heads, head_dim, window, packed documents
     for (batch, length, past, heads, kv_heads, head_dim, window, packed) in [
         (1, 1, 0, 1, 1, 4, None, false),
@@ -107,6 +177,9 @@ fn attention_equals_the_plain_version_under_every_mask() {
         (2, 100, 0, 3, 1, 8, Some(70), true),
         (2, 3, 9, 4, 4, 8, None, false),
         (1, 1, 70, 2, 1, 8, Some(5), false),
+        // So many heads that GPUs, too, take several blocks of queries.
+        (2, 150, 0, 128, 64, 4, Some(70), true),
+        (1, 130, 3, 256, 32, 4, None, true),
     ] {
         let keys = past + length;
         let segment = |place: usize| match packed {
@@ -114,32 +187,45 @@ fn attention_equals_the_plain_version_under_every_mask() {
             true => (place + 20) as u32 / 40,
             false => 1,
         };
-        let spec = AttentionSpec {
-            scale: 1.7,
-            window,
-            query_segments: (0..batch * length).map(|i| segment(i % length + past)).collect(),
-            key_segments: (0..batch * keys).map(|i| segment(i % keys)).collect(),
+        let queries: Vec<u32> = (0..batch * length).map(|i| segment(i % length + past)).collect();
+        let seen: Vec<u32> = (0..batch * keys).map(|i| segment(i % keys)).collect();
+        let spec = |x: &Tensor<4>| {
+            let device = x.device().without_autodiff();
+            AttentionSpec {
+                scale: 1.7,
+                window,
+                compute: Compute::F32,
+                query_segments: fused::segments(&queries, [batch, length], &device),
+                key_segments: fused::segments(&seen, [batch, keys], &device),
+            }
         };
         let (q, k) = ([batch, length, heads, head_dim], [batch, keys, kv_heads, head_dim]);
         compare(
+            on,
             &format!("attention {length}+{past} window {window:?} packed {packed}"),
             &[q, k, k],
-            |x| fused::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec),
-            |x| plain::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec),
+            |x| fused::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec(&x[0])),
+            |x| plain::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec(&x[0])),
         );
     }
 }
 
 #[test]
 fn sums_of_groups_and_repeated_updates_equal_the_plain_versions() {
+    on_flex(check_groups);
+}
+
+pub(crate) fn check_groups(on: On) {
     for (rows, columns, size) in [(1, 1, 1), (3, 5, 2), (37, 96, 4), (130, 72, 8), (9, 7, 33), (2, 9000, 3)] {
         compare(
+            on,
             &format!("sum_groups {rows}x{columns} of {size}"),
             &[[rows, columns * size]],
             |x| fused::sum_groups(x[0].clone(), size),
             |x| plain::sum_groups(x[0].clone(), size),
         );
         compare(
+            on,
             &format!("add_repeated {rows}x{columns} {size} times"),
             &[[rows, columns * size], [rows, columns]],
             |x| fused::add_repeated(x[0].clone(), x[1].clone(), size),

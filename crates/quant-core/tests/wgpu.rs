@@ -10,7 +10,10 @@ use burn::{
 use kiln_quant_core::PackedTensor;
 use kiln_testkit::{Vulkan, assert_close, read, relative_difference, tensor, vulkan};
 
-use crate::ops::{self, Case, random_weight};
+use crate::{
+    fused::{self, On},
+    ops::{self, Case, random_weight},
+};
 
 /// All kinds of values, blocks and scales once, ragged runs and blocks, and a last cube of outputs that is not full.
 const CASES: &[Case] = &[
@@ -29,6 +32,19 @@ const CASES: &[Case] = &[
 
 /// A few of them, for what depends little on the format.
 const FEW_CASES: &[Case] = &[("affine4:64", 128, 64), ("affine3:24", 70, 50), ("nf4:64:double", 320, 70)];
+
+#[test]
+fn fused_operations_equal_the_plain_ones_on_the_cpu() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    // Exponentials are less precise there.
+    let on = On { device, tolerance: 2e-5 };
+    fused::check_elementwise(on);
+    fused::check_add_matmul(on);
+    fused::check_dropout(on);
+    fused::check_cross_entropy(on);
+    fused::check_attention(on);
+    fused::check_groups(on);
+}
 
 /// Products of f32, relatively: rounding of some hundred terms.
 const TOLERANCE: f64 = 2e-6;

@@ -137,7 +137,7 @@ impl HiddenCache {
     }
 
     fn keys(&self, context: &Context) -> Result<Vec<String>> {
-        let (length, segments) = (context.length(), context.attention(1.0, None).query_segments);
+        let (length, segments) = (context.length(), context.segments());
         let ids = ints_to_host("ids", context.ids.clone())?;
         let positions = ints_to_host("positions", context.positions.clone())?;
         let rows = ids.chunks(length).zip(positions.chunks(length)).zip(segments.chunks(length));

@@ -32,6 +32,12 @@ pub fn tensor<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> 
     Tensor::from_data(TensorData::new(values(seed, shape.iter().product()), shape), device)
 }
 
+/// 1 where `dropped` is false, 0 where it is true.
+pub fn kept(dropped: &[bool], shape: [usize; 2], device: &Device) -> Tensor<2> {
+    let kept: Vec<f32> = dropped.iter().map(|dropped| f32::from(u8::from(!dropped))).collect();
+    Tensor::from_data(TensorData::new(kept, shape), device)
+}
+
 /// A tensor's values.
 pub fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     tensor.into_data().convert::<f32>().try_to_vec().expect("f32 values")

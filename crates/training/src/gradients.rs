@@ -5,15 +5,9 @@ use burn::{
     optim::GradientsParams,
     tensor::Tensor,
 };
-use kiln_quant_core::to_host;
 
-use crate::Result;
-
-/// The norm of all gradients together, as if they were one vector.
-///
-/// # Errors
-/// A device that can't be read.
-pub(crate) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> Result<f64> {
+/// The sums of each gradient's squares; the root of their sum is the norm of all gradients as one vector.
+pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Tensor<1>> {
     struct Squares<'a> {
         gradients: &'a GradientsParams,
         sums: Vec<Tensor<1>>,
@@ -27,12 +21,7 @@ pub(crate) fn global_norm<M: Module>(model: &M, gradients: &GradientsParams) -> 
     }
     let mut squares = Squares { gradients, sums: Vec::new() };
     model.visit(&mut squares);
-    if squares.sums.is_empty() {
-        return Ok(0.0);
-    }
-    // One read for all, so that a GPU is waited for once.
-    let sums = to_host("gradients", Tensor::cat(squares.sums, 0)).map_err(kiln_models::Error::from)?;
-    Ok(sums.into_iter().map(f64::from).sum::<f64>().sqrt())
+    squares.sums
 }
 
 /// All gradients times `factor`.

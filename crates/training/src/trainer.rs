@@ -3,14 +3,14 @@
 use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc, time::Instant};
 
 use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
-use kiln_models::{CausalLm, DriverOptions, Place, Recompute, loss_and_gradients};
+use kiln_models::{CausalLm, DriverOptions, PendingLoss, Place, Recompute, queue_gradients};
 use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Batch, BatchOptions, Batches, Dataset, Error, Evaluation, Event, Observer, Result, RunEnd, RunOptions,
     RunReport, Schedule, ScheduleKind, batch, checkpoint, evaluate,
-    gradients::{global_norm, scale},
+    gradients::{scale, squares},
     trainable::{self, Parameter},
 };
 
@@ -376,19 +376,21 @@ impl<M: CausalLm> Trainer<M> {
         let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
         let tokens = micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum();
         let model = self.model.as_ref().expect("a model between calls");
-        let (mut sums, mut nll) = (GradientsAccumulator::new(), 0.0);
+        let (mut sums, mut losses) = (GradientsAccumulator::new(), Vec::new());
         for (index, batch) in micro_batches.iter().enumerate() {
             if batch.target_count() == 0 {
                 continue;
             }
             model.at(Place { step: self.step, micro_batch: index as u64, training: true });
-            nll += loss_and_gradients(model, &batch.tokens, batch.as_targets(), &options, &mut sums)?;
+            losses.push(queue_gradients(model, &batch.tokens, batch.as_targets(), &options, &mut sums)?);
         }
         model.at(Place { step: self.step, micro_batch: 0, training: false });
         // Sums of sums, divided once: k micro-batches are one batch, however their tokens are spread.
-        let loss = nll / targets as f64;
         let gradients = sums.grads();
-        let norm = global_norm(model, &gradients)? / targets as f64;
+        // The one time that the device is waited for.
+        let (nll, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
+        let loss = nll / targets as f64;
+        let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / targets as f64;
         for (quantity, value) in [("loss", loss), ("gradient norm", norm)] {
             if !value.is_finite() {
                 return Err(Error::Diverged { step: self.step, quantity, value });

@@ -1,36 +1,30 @@
-//! Backward passes of the fused operations on Flex.
-
-use std::sync::Arc;
+//! Backward passes of the fused operations, for every backend that has the kernels.
 
 use burn::backend::{
+    TensorMetadata,
     autodiff::{
         Autodiff,
         checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
         grads::Gradients,
         ops::{Backward, Ops, OpsKind},
     },
-    flex::{Flex, FlexTensor},
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::DType;
+use burn::tensor::{FloatDType, Shape};
 
-use super::{
-    AttentionSpec, FusedOps, Gating, attention,
-    flex::{cross_entropy_rows, rms_norm_backward, rows_of, shape_of, targets_of, values_mut},
-    groups,
-};
-use crate::ops::flex::{contiguous, floats, tensor};
+use super::{Drops, FusedKernels, FusedOps, Gating, Scores};
+use crate::Compute;
 
 /// Declares a backward pass: `$op` with state `$state` and `$n` parents.
 macro_rules! backward {
     ($op:ident, $n:literal, $state:ty, |$parents:ident, $st:pat_param, $dy:ident, $grads:ident| $body:block) => {
         #[derive(Debug)]
         struct $op;
-        impl Backward<Flex, $n> for $op {
+        impl<B: FusedOps + FusedKernels> Backward<B, $n> for $op {
             type State = $state;
             fn backward(self, ops: Ops<Self::State, $n>, $grads: &mut Gradients, _: &mut Checkpointer) {
                 let $parents = ops.parents;
-                let $dy = $grads.consume::<Flex>(&ops.node);
+                let $dy = $grads.consume::<B>(&ops.node);
                 let $st = ops.state;
                 $body
             }
@@ -38,49 +32,55 @@ macro_rules! backward {
     };
 }
 
-impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
+impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
-        backward!(RmsNorm, 2, (FlexTensor, FlexTensor, f32), |parents, (x, weight, eps), dy, grads| {
-            let (shape, width) = (shape_of(&x), weight.layout().shape().num_elements());
-            let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
-            let (dx, d_weight) = rms_norm_backward(floats(&x), floats(&weight), floats(&dy), eps);
-            let [node_x, node_weight] = parents;
-            if let Some(node) = node_x {
-                grads.register::<Flex>(node.id, tensor(dx, shape, DType::F32));
+        backward!(
+            RmsNorm,
+            2,
+            (FloatTensor<B>, FloatTensor<B>, f32),
+            |parents, (x, weight, eps), dy, grads| {
+                let [node_x, node_weight] = parents;
+                if let Some(node) = node_weight {
+                    let d_weight = B::rms_norm_dweight(x.clone(), weight.clone(), dy.clone(), eps);
+                    grads.register::<B>(node.id, d_weight);
+                }
+                if let Some(node) = node_x {
+                    grads.register::<B>(node.id, B::rms_norm_dx(x, weight, dy, eps));
+                }
             }
-            if let Some(node) = node_weight {
-                grads.register::<Flex>(node.id, tensor(d_weight, [width], DType::F32));
-            }
-        });
+        );
         match RmsNorm.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (x, weight) = (x.into_primitive(), weight.into_primitive());
-                prep.finish((x.clone(), weight.clone(), eps), Flex::rms_norm(x, weight, eps))
+                prep.finish((x.clone(), weight.clone(), eps), B::rms_norm(x, weight, eps))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::rms_norm(x.into_primitive(), weight.into_primitive(), eps))
+                prep.finish(B::rms_norm(x.into_primitive(), weight.into_primitive(), eps))
             }
         }
     }
 
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
-        backward!(Gated, 2, (FlexTensor, FlexTensor, Gating), |parents, (gate, up, gating), dy, grads| {
-            let shape = shape_of(&gate);
-            let (gate, up, mut d_gate) = (contiguous(gate), contiguous(up), contiguous(dy));
-            let d_up = gating.backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
-            for (node, gradient) in parents.into_iter().zip([d_gate, tensor(d_up, shape, DType::F32)]) {
-                if let Some(node) = node {
-                    grads.register::<Flex>(node.id, gradient);
+        backward!(
+            Gated,
+            2,
+            (FloatTensor<B>, FloatTensor<B>, Gating),
+            |parents, (gate, up, gating), dy, grads| {
+                let (d_gate, d_up) = B::gated_backward(gate, up, dy, gating);
+                for (node, gradient) in parents.into_iter().zip([d_gate, d_up]) {
+                    if let Some(node) = node {
+                        grads.register::<B>(node.id, gradient);
+                    }
                 }
             }
-        });
+        );
         match Gated.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (gate, up) = (gate.into_primitive(), up.into_primitive());
-                prep.finish((gate.clone(), up.clone(), gating), Flex::gated(gate, up, gating))
+                prep.finish((gate.clone(), up.clone(), gating), B::gated(gate, up, gating))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::gated(gate.into_primitive(), up.into_primitive(), gating))
+                prep.finish(B::gated(gate.into_primitive(), up.into_primitive(), gating))
             }
         }
     }
@@ -91,19 +91,24 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         sin: FloatTensor<Self>,
         sign: f32,
     ) -> FloatTensor<Self> {
-        backward!(Rotate, 1, (FlexTensor, FlexTensor, f32), |parents, (cos, sin, sign), dy, grads| {
-            let [node] = parents;
-            if let Some(node) = node {
-                grads.register::<Flex>(node.id, Flex::rotate(dy, cos, sin, -sign));
+        backward!(
+            Rotate,
+            1,
+            (FloatTensor<B>, FloatTensor<B>, f32),
+            |parents, (cos, sin, sign), dy, grads| {
+                let [node] = parents;
+                if let Some(node) = node {
+                    grads.register::<B>(node.id, B::rotate(dy, cos, sin, -sign));
+                }
             }
-        });
+        );
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
         match Rotate.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let state = (cos.clone(), sin.clone(), sign);
-                prep.finish(state, Flex::rotate(x.into_primitive(), cos, sin, sign))
+                prep.finish(state, B::rotate(x.into_primitive(), cos, sin, sign))
             }
-            OpsKind::UnTracked(prep) => prep.finish(Flex::rotate(x.into_primitive(), cos, sin, sign)),
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate(x.into_primitive(), cos, sin, sign)),
         }
     }
 
@@ -111,17 +116,20 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        spec: AttentionSpec,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
     ) -> FloatTensor<Self> {
         backward!(
             Attention,
             3,
-            ([FlexTensor; 4], Arc<Vec<f32>>, AttentionSpec),
-            |parents, ([q, k, v, out], lse, spec), dy, grads| {
-                let gradients = attention::backward([q, k, v, out, dy], &lse, &spec);
-                for (node, gradient) in parents.into_iter().zip(gradients) {
+            ([FloatTensor<B>; 5], [IntTensor<B>; 2], Scores),
+            |parents, ([q, k, v, out, log_sums], [query_segments, key_segments], scores), dy, grads| {
+                let (dq, dk, dv) =
+                    B::attention_backward(q, k, v, out, log_sums, dy, query_segments, key_segments, scores);
+                for (node, gradient) in parents.into_iter().zip([dq, dk, dv]) {
                     if let Some(node) = node {
-                        grads.register::<Flex>(node.id, gradient);
+                        grads.register::<B>(node.id, gradient);
                     }
                 }
             }
@@ -129,63 +137,121 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         match Attention.prepare::<C>([q.node(), k.node(), v.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (q, k, v) = (q.into_primitive(), k.into_primitive(), v.into_primitive());
-                let (out, lse) = attention::forward(q.clone(), k.clone(), v.clone(), &spec);
-                prep.finish(([q, k, v, out.clone()], Arc::new(lse), spec), out)
+                let segments = [query_segments.clone(), key_segments.clone()];
+                let (out, log_sums) = B::attention_with_log_sums(
+                    q.clone(),
+                    k.clone(),
+                    v.clone(),
+                    query_segments,
+                    key_segments,
+                    scores,
+                );
+                prep.finish(([q, k, v, out.clone(), log_sums], segments, scores), out)
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::attention(q.into_primitive(), k.into_primitive(), v.into_primitive(), spec))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(<B as FusedOps>::attention(
+                q.into_primitive(),
+                k.into_primitive(),
+                v.into_primitive(),
+                query_segments,
+                key_segments,
+                scores,
+            )),
         }
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        backward!(CrossEntropy, 1, FlexTensor, |parents, gradient, dy, grads| {
+        backward!(CrossEntropy, 1, FloatTensor<B>, |parents, gradient, dy, grads| {
             let [node] = parents;
-            let ([_, classes], dy, mut gradient) = (rows_of(&gradient), contiguous(dy), gradient);
-            for (row, dy) in values_mut(&mut gradient).chunks_exact_mut(classes).zip(floats(&dy)) {
-                // The usual loss is a plain sum.
-                if *dy != 1.0 {
-                    row.iter_mut().for_each(|x| *x *= dy);
-                }
-            }
             if let Some(node) = node {
-                grads.register::<Flex>(node.id, gradient);
+                grads.register::<B>(node.id, B::scale_rows(gradient, dy));
             }
         });
-        let [rows, classes] = rows_of(logits.primitive());
         match CrossEntropy.prepare::<C>([logits.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let mut logits = contiguous(logits.into_primitive());
-                let nll = cross_entropy_rows(values_mut(&mut logits), &targets_of(&targets), classes);
-                prep.finish(logits, tensor(nll, [rows], DType::F32))
+                let (losses, gradient) = B::cross_entropy_with_gradient(logits.into_primitive(), targets);
+                prep.finish(gradient, losses)
             }
-            OpsKind::UnTracked(prep) => prep.finish(Flex::cross_entropy(logits.into_primitive(), targets)),
+            OpsKind::UnTracked(prep) => prep.finish(B::cross_entropy(logits.into_primitive(), targets)),
         }
     }
 
-    fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
-        use burn::backend::ops::FloatTensorOps;
-        backward!(AddMatmul, 3, (FlexTensor, FlexTensor), |parents, (a, b), dy, grads| {
-            let [node_y, node_a, node_b] = parents;
-            if let Some(node) = node_a {
-                let b = b.transpose(0, 1);
-                grads.register::<Flex>(node.id, Flex::float_matmul(dy.clone(), b));
-            }
-            if let Some(node) = node_b {
-                grads.register::<Flex>(node.id, Flex::float_matmul(a.transpose(0, 1), dy.clone()));
-            }
-            if let Some(node) = node_y {
-                grads.register::<Flex>(node.id, dy);
+    fn dropout(x: FloatTensor<Self>, drops: Drops) -> FloatTensor<Self> {
+        backward!(Dropout, 1, Drops, |parents, drops, dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                grads.register::<B>(node.id, B::dropout(dy, drops));
             }
         });
+        match Dropout.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish(drops, B::dropout(x.into_primitive(), drops)),
+            OpsKind::UnTracked(prep) => prep.finish(B::dropout(x.into_primitive(), drops)),
+        }
+    }
+
+    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        backward!(
+            Matmul,
+            2,
+            (Option<FloatTensor<B>>, Option<FloatTensor<B>>, Compute),
+            |parents, (a, b, compute), dy, grads| {
+                let [node_a, node_b] = parents;
+                if let (Some(node), Some(b)) = (node_a, b) {
+                    grads.register::<B>(node.id, B::matmul(dy.clone(), B::float_transpose(b), compute));
+                }
+                if let (Some(node), Some(a)) = (node_b, a) {
+                    grads.register::<B>(node.id, B::matmul(B::float_transpose(a), dy, compute));
+                }
+            }
+        );
+        match Matmul.prepare::<C>([a.node(), b.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                // Only what a gradient needs is kept.
+                let (for_b, for_a) = (b.is_tracked(), a.is_tracked());
+                let (a, b) = (a.into_primitive(), b.into_primitive());
+                let state = (for_b.then(|| a.clone()), for_a.then(|| b.clone()), compute);
+                prep.finish(state, B::matmul(a, b, compute))
+            }
+            OpsKind::UnTracked(prep) => {
+                prep.finish(B::matmul(a.into_primitive(), b.into_primitive(), compute))
+            }
+        }
+    }
+
+    fn add_matmul(
+        y: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        backward!(
+            AddMatmul,
+            3,
+            (FloatTensor<B>, FloatTensor<B>, Compute),
+            |parents, (a, b, compute), dy, grads| {
+                let [node_y, node_a, node_b] = parents;
+                if let Some(node) = node_a {
+                    grads.register::<B>(node.id, B::matmul(dy.clone(), B::float_transpose(b), compute));
+                }
+                if let Some(node) = node_b {
+                    grads.register::<B>(node.id, B::matmul(B::float_transpose(a), dy.clone(), compute));
+                }
+                if let Some(node) = node_y {
+                    grads.register::<B>(node.id, dy);
+                }
+            }
+        );
         match AddMatmul.prepare::<C>([y.node(), a.node(), b.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (a, b) = (a.into_primitive(), b.into_primitive());
-                prep.finish((a.clone(), b.clone()), Flex::add_matmul(y.into_primitive(), a, b))
+                let state = (a.clone(), b.clone(), compute);
+                prep.finish(state, B::add_matmul(y.into_primitive(), a, b, compute))
             }
-            OpsKind::UnTracked(prep) => {
-                prep.finish(Flex::add_matmul(y.into_primitive(), a.into_primitive(), b.into_primitive()))
-            }
+            OpsKind::UnTracked(prep) => prep.finish(B::add_matmul(
+                y.into_primitive(),
+                a.into_primitive(),
+                b.into_primitive(),
+                compute,
+            )),
         }
     }
 
@@ -193,15 +259,15 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         backward!(SumGroups, 1, usize, |parents, size, dy, grads| {
             let [node] = parents;
             if let Some(node) = node {
-                let ([rows, groups], dy) = (rows_of(&dy), contiguous(dy));
-                let mut dx = vec![0.0; rows * groups * size];
-                groups::add_repeated(&mut dx, floats(&dy), size);
-                grads.register::<Flex>(node.id, tensor(dx, [rows, groups * size], DType::F32));
+                let shape = dy.shape();
+                let zeros = Shape::from(vec![shape[0], shape[1] * size]);
+                let zeros = B::float_zeros(zeros, &dy.device(), FloatDType::F32);
+                grads.register::<B>(node.id, B::add_repeated(zeros, dy, size));
             }
         });
         match SumGroups.prepare::<C>([x.node()]).compute_bound().stateful() {
-            OpsKind::Tracked(prep) => prep.finish(size, Flex::sum_groups(x.into_primitive(), size)),
-            OpsKind::UnTracked(prep) => prep.finish(Flex::sum_groups(x.into_primitive(), size)),
+            OpsKind::Tracked(prep) => prep.finish(size, B::sum_groups(x.into_primitive(), size)),
+            OpsKind::UnTracked(prep) => prep.finish(B::sum_groups(x.into_primitive(), size)),
         }
     }
 
@@ -209,14 +275,14 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         backward!(AddRepeated, 2, usize, |parents, times, dy, grads| {
             let [node_y, node_update] = parents;
             if let Some(node) = node_update {
-                grads.register::<Flex>(node.id, Flex::sum_groups(dy.clone(), times));
+                grads.register::<B>(node.id, B::sum_groups(dy.clone(), times));
             }
             if let Some(node) = node_y {
-                grads.register::<Flex>(node.id, dy);
+                grads.register::<B>(node.id, dy);
             }
         });
         let parts = AddRepeated.prepare::<C>([y.node(), update.node()]).compute_bound().stateful();
-        let sum = Flex::add_repeated(y.into_primitive(), update.into_primitive(), times);
+        let sum = B::add_repeated(y.into_primitive(), update.into_primitive(), times);
         match parts {
             OpsKind::Tracked(prep) => prep.finish(times, sum),
             OpsKind::UnTracked(prep) => prep.finish(sum),
@@ -227,10 +293,10 @@ impl<C: CheckpointStrategy> FusedOps for Autodiff<Flex, C> {
         codes: IntTensor<Self>,
         nested: FloatTensor<Self>,
         offset: FloatTensor<Self>,
-        shape: [usize; 2],
+        size: [usize; 2],
     ) -> FloatTensor<Self> {
         // Constants: nothing to track.
-        let scales = Flex::double_scales(codes, nested.into_primitive(), offset.into_primitive(), shape);
+        let scales = B::double_scales(codes, nested.into_primitive(), offset.into_primitive(), size);
         FloatTensor::<Self>::new(scales)
     }
 }

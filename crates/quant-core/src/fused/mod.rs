@@ -1,56 +1,90 @@
 //! The other operations of a transformer block, each with a backward pass written by hand.
 //!
 //! Composed of Burn's elementwise operations, attention, norms and activations would keep several copies of their
-//! inputs in the graph and go over memory many times. On Flex these functions run as one pass and keep what their
-//! backward pass cannot recompute cheaply; on every other backend, and for types other than f32, they are the plain
-//! versions in [`plain`], which tests compare with.
+//! inputs in the graph and go over memory many times. On Flex (CPU) and CubeCL (GPUs) these functions are one or a few
+//! passes and keep what their backward pass cannot recompute cheaply; on every other backend, and for types other than
+//! f32, they are the plain versions in [`plain`], which tests compare with.
 
-#[cfg(feature = "flex")]
-mod attention;
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "flex", feature = "cube"))]
 mod autodiff;
+#[cfg(feature = "cube")]
+mod cube;
 #[cfg(feature = "flex")]
 mod flex;
-#[cfg(feature = "flex")]
-mod groups;
+mod philox;
 pub mod plain;
 
-use std::sync::Arc;
-
-#[cfg(feature = "flex")]
+#[cfg(any(feature = "flex", feature = "cube"))]
 use burn::backend::{
     Dispatch, DispatchDevice, backend_extension,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, Int, Tensor};
+#[cfg(feature = "cube")]
+use burn::tensor::Shape;
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-/// Which keys a query sees: those at or before its own place, of its own segment, and inside the window.
-#[derive(Debug, Clone, PartialEq)]
+use crate::Compute;
+
+/// Which keys a query sees, those at or before its own place, of its own segment, and inside the window; and how scores
+/// are made.
+#[derive(Debug, Clone)]
 pub struct AttentionSpec {
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
     /// Latest positions seen, the query's own included; `None` sees all.
     pub window: Option<usize>,
-    /// Segments of the queries, `[batch, length]` row-major.
-    pub query_segments: Arc<[u32]>,
-    /// Segments of the keys, `[batch, past + length]` row-major: the queries' places come last.
-    pub key_segments: Arc<[u32]>,
+    /// What the operands of its products are rounded to.
+    pub compute: Compute,
+    /// Segments of the queries, `[batch, length]`, of the type [`segments`] gives them.
+    pub query_segments: Tensor<2, Int>,
+    /// Segments of the keys, `[batch, past + length]`: the queries' places come last.
+    pub key_segments: Tensor<2, Int>,
 }
 
-impl AttentionSpec {
-    /// Whether query `query` of `row` sees key `key`, given the lengths of a row.
-    #[inline]
-    pub fn sees(&self, row: usize, query: usize, key: usize, [length, keys]: [usize; 2]) -> bool {
-        let place = query + keys - length;
-        key <= place
-            && self.window.is_none_or(|window| place - key < window)
-            && self.query_segments[row * length + query] == self.key_segments[row * keys + key]
+/// Segments `[batch, length]`, row-major, as [`AttentionSpec`] wants them.
+///
+/// # Panics
+/// If `values` doesn't hold `batch * length` of them.
+pub fn segments(values: &[u32], [batch, length]: [usize; 2], device: &Device) -> Tensor<2, Int> {
+    let values = values.iter().map(|&segment| segment as i32).collect();
+    Tensor::from_data(TensorData::new::<i32, _>(values, [batch, length]), (device, DType::I32))
+}
+
+/// What an attention's kernels are told beside their tensors.
+#[derive(Debug, Clone, Copy, PartialEq)]
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) struct Scores {
+    /// As in [`AttentionSpec`].
+    scale: f32,
+    /// As in [`AttentionSpec`].
+    window: Option<usize>,
+    /// As in [`AttentionSpec`].
+    #[cfg_attr(not(feature = "cube"), allow(dead_code))]
+    compute: Compute,
+}
+
+/// Which elements are dropped: a function of these numbers and the element's index alone, so that whoever needs the mask
+/// makes it again, on any device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Drops {
+    /// The key of [Philox 4x32-10](https://doi.org/10.1145/2063384.2063405); element `i` has word `i % 4` of the counter
+    /// `i / 4`.
+    pub key: [u32; 2],
+    /// Elements whose word is below it are dropped: 2³² times their share.
+    pub threshold: u32,
+}
+
+impl Drops {
+    /// True for each of `count` elements that is dropped.
+    pub fn mask(&self, count: usize) -> Vec<bool> {
+        let words = (0..count.div_ceil(4) as u64).flat_map(|index| philox::words(index, self.key));
+        words.take(count).map(|word| word < self.threshold).collect()
     }
 }
 
 /// An activation `x * sigmoid(s(x))` that gates another value.
-#[cfg(feature = "flex")]
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Gating {
     /// `s(x) = x`.
     Silu,
@@ -58,15 +92,126 @@ pub(crate) enum Gating {
     GeluTanh,
 }
 
-/// The differentiable operations, on Flex only.
-#[cfg(feature = "flex")]
-#[backend_extension(Flex: cfg(feature = "flex"), Autodiff)]
+/// `2 sqrt(2 / π)`, of GELU's tanh form.
+#[cfg(any(feature = "flex", feature = "cube"))]
+const GELU_SCALE: f32 = 1.595_769;
+/// The coefficient of the cube in GELU's tanh form.
+#[cfg(any(feature = "flex", feature = "cube"))]
+const GELU_CUBE: f32 = 0.044715;
+
+// Output shapes for the lazy implementation on fusing backends.
+#[cfg(feature = "cube")]
+fn first_of(shape: &Shape) -> Shape {
+    Shape::from(vec![shape[0]])
+}
+#[cfg(feature = "cube")]
+fn groups_of(x: &Shape, size: usize) -> Shape {
+    Shape::from(vec![x[0], x[1] / size])
+}
+#[cfg(feature = "cube")]
+fn product_of(a: &Shape, b: &Shape) -> Shape {
+    Shape::from(vec![a[0], b[1]])
+}
+#[cfg(feature = "cube")]
+fn log_sums_of(q: &Shape) -> Shape {
+    Shape::from(vec![q[0], q[2], q[1]])
+}
+
+/// What the backward passes call on the inner backend, and forward passes that keep something for them. Not
+/// differentiable themselves: Burn's autodiff is first order.
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Fusion: cfg(feature = "cube")
+)]
+pub(crate) trait FusedKernels: burn::backend::Backend {
+    /// Gradient of [`rms_norm`]'s input.
+    #[fusion(dtype = x, shape = x)]
+    fn rms_norm_dx(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self>;
+    /// Gradient of [`rms_norm`]'s weight.
+    #[fusion(dtype = weight, shape = weight)]
+    fn rms_norm_dweight(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self>;
+    /// Gradients of both inputs of [`swiglu`] and [`geglu`].
+    #[fusion(meta = |gate, up, _dy, _gating| (gate.clone(), up.clone()))]
+    fn gated_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        gating: Gating,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// [`attention`] and the logarithm of each query's sum of exponentials, `[batch, heads, length]`.
+    #[fusion(meta = |q, _k, _v, _query_segments, _key_segments, _scores| {
+        let mut log_sums = q.clone();
+        log_sums.shape = log_sums_of(&q.shape);
+        (q.clone(), log_sums)
+    })]
+    fn attention_with_log_sums(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// Gradients of q, k and v. `kept` is what [`Self::attention_with_log_sums`] gave.
+    #[fusion(meta = |q, k, v, _out, _log_sums, _d_out, _query_segments, _key_segments, _scores| {
+        (q.clone(), k.clone(), v.clone())
+    })]
+    #[allow(clippy::too_many_arguments)] // the macro takes tensors one by one
+    fn attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        log_sums: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// [`cross_entropy`] and, in the logits' place where nobody else holds them, its gradient of the logits.
+    #[fusion(meta = |logits, _targets| {
+        let mut losses = logits.clone();
+        losses.shape = first_of(&logits.shape);
+        (losses, logits.clone())
+    })]
+    fn cross_entropy_with_gradient(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// Rows of `x` `[rows, columns]` times `factors` `[rows]`, in place where `x` is not used elsewhere.
+    #[fusion(dtype = x, shape = x)]
+    fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// The differentiable operations.
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Autodiff,
+    Fusion: cfg(feature = "cube")
+)]
 pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`rms_norm`].
+    #[fusion(dtype = x, shape = x)]
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
     /// See [`swiglu`] and [`geglu`].
+    #[fusion(dtype = gate, shape = gate)]
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self>;
     /// See [`rotate`]; `sign` is -1 for the inverse rotation.
+    #[fusion(dtype = x, shape = x)]
     fn rotate(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -74,42 +219,68 @@ pub(crate) trait FusedOps: burn::backend::Backend {
         sign: f32,
     ) -> FloatTensor<Self>;
     /// See [`attention`].
+    #[fusion(dtype = q, shape = q)]
     fn attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        spec: AttentionSpec,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
     ) -> FloatTensor<Self>;
     /// See [`cross_entropy`].
+    #[fusion(dtype = logits, shape = first_of(logits))]
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self>;
+    /// See [`dropout`].
+    #[fusion(dtype = x, shape = x)]
+    fn dropout(x: FloatTensor<Self>, drops: Drops) -> FloatTensor<Self>;
+    /// See [`matmul`].
+    #[fusion(dtype = a, shape = product_of(a, b))]
+    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
     /// See [`add_matmul`].
-    fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self>;
+    #[fusion(dtype = y, shape = y)]
+    fn add_matmul(
+        y: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
     /// See [`sum_groups`].
+    #[fusion(dtype = x, shape = groups_of(x, *size))]
     fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self>;
     /// See [`add_repeated`].
+    #[fusion(dtype = y, shape = y)]
     fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self>;
     /// See [`double_scales`].
+    #[fusion(dtype = nested, shape = Shape::from(size.to_vec()))]
     fn double_scales(
         codes: IntTensor<Self>,
         nested: FloatTensor<Self>,
         offset: FloatTensor<Self>,
-        shape: [usize; 2],
+        size: [usize; 2],
     ) -> FloatTensor<Self>;
 }
 
 /// Whether the fused kernels take this tensor.
 fn fused<const D: usize>(x: &Tensor<D>) -> bool {
-    #[cfg(feature = "flex")]
+    #[cfg(any(feature = "flex", feature = "cube"))]
     return x.dtype() == DType::F32
-        && matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Flex(_));
-    #[cfg(not(feature = "flex"))]
+        && match x.device().without_autodiff().as_dispatch() {
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => true,
+            #[cfg(feature = "cube")]
+            DispatchDevice::Cube(_) => true,
+            #[allow(unreachable_patterns)] // where no other backend is compiled in
+            _ => false,
+        };
+    #[cfg(not(any(feature = "flex", feature = "cube")))]
     return false;
 }
 
 /// Calls the fused operation where it exists, else the plain one.
 macro_rules! fused_or_plain {
     ($x:expr, $fused:expr, $plain:expr) => {{
-        #[cfg(feature = "flex")]
+        #[cfg(any(feature = "flex", feature = "cube"))]
         if fused(&$x) {
             return Tensor::from_dispatch($fused);
         }
@@ -176,7 +347,14 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
     fused_or_plain!(
         q,
-        Dispatch::attention(q.into_dispatch(), k.into_dispatch(), v.into_dispatch(), spec.clone()),
+        Dispatch::attention(
+            q.into_dispatch(),
+            k.into_dispatch(),
+            v.into_dispatch(),
+            spec.query_segments.clone().into_dispatch(),
+            spec.key_segments.clone().into_dispatch(),
+            Scores { scale: spec.scale, window: spec.window, compute: spec.compute },
+        ),
         plain::attention(q, k, v, spec)
     )
 }
@@ -214,14 +392,31 @@ pub(crate) fn double_scales(
     )
 }
 
-/// `y + a · b`, in place where `y` is not used elsewhere.
+/// `x` with the elements that `drops` names, counted row by row, set to zero. No mask is kept.
+///
+/// # Shapes
+/// `[rows, columns]` → the same.
+pub fn dropout(x: Tensor<2>, drops: Drops) -> Tensor<2> {
+    fused_or_plain!(x, Dispatch::dropout(x.into_dispatch(), drops), plain::dropout(x, drops))
+}
+
+/// `a · b`, operands rounded as `compute` says, also those of the products of its backward pass.
+///
+/// # Shapes
+/// `a` `[rows, inner]`, `b` `[inner, columns]`, any strides.
+pub fn matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
+    fused_or_plain!(a, Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute), a.matmul(b))
+}
+
+/// `y + a · b`, in place where `y` is not used elsewhere; for a small inner size, operands are rounded as `compute` says
+/// only in the products of its backward pass.
 ///
 /// # Shapes
 /// `y` `[rows, columns]`, `a` `[rows, inner]`, `b` `[inner, columns]`.
-pub fn add_matmul(y: Tensor<2>, a: Tensor<2>, b: Tensor<2>) -> Tensor<2> {
+pub fn add_matmul(y: Tensor<2>, a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
     fused_or_plain!(
         y,
-        Dispatch::add_matmul(y.into_dispatch(), a.into_dispatch(), b.into_dispatch()),
+        Dispatch::add_matmul(y.into_dispatch(), a.into_dispatch(), b.into_dispatch(), compute),
         y + a.matmul(b)
     )
 }

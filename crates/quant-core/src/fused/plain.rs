@@ -5,7 +5,7 @@ use burn::tensor::{
     activation::{log_softmax, silu, softmax},
 };
 
-use super::AttentionSpec;
+use super::{AttentionSpec, Drops};
 use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// See [`rms_norm`](super::rms_norm).
@@ -50,14 +50,21 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
             .expand([batch, kv_heads, group, keys, head_dim])
             .reshape([batch, heads, keys, head_dim])
     };
-    let mut hidden = Vec::with_capacity(batch * length * keys);
-    for row in 0..batch {
-        for query in 0..length {
-            hidden.extend((0..keys).map(|key| !spec.sees(row, query, key, [length, keys])));
-        }
+    let device = q.device().without_autodiff();
+    let places =
+        Tensor::<1, Int>::arange((keys - length) as i64..keys as i64, &device).reshape([1, length, 1]);
+    let key_places = Tensor::<1, Int>::arange(0..keys as i64, &device).reshape([1, 1, keys]);
+    let behind = (places - key_places).expand([batch, length, keys]);
+    let mut hidden = behind.clone().lower_scalar(0);
+    if let Some(window) = spec.window {
+        hidden = hidden.bool_or(behind.greater_equal_scalar(window as i64));
     }
-    let hidden: Tensor<4, Bool> =
-        Tensor::from_data(TensorData::new(hidden, [batch, 1, length, keys]), &q.device().without_autodiff());
+    let segments = |segments: &Tensor<2, Int>, shape: [usize; 3]| {
+        segments.clone().reshape(shape).expand([batch, length, keys])
+    };
+    let query_segments = segments(&spec.query_segments, [batch, length, 1]);
+    hidden = hidden.bool_or(query_segments.not_equal(segments(&spec.key_segments, [batch, 1, keys])));
+    let hidden: Tensor<4, Bool> = hidden.unsqueeze_dim(1);
     let scores = q.swap_dims(1, 2).mul_scalar(spec.scale).matmul(spread(k).swap_dims(2, 3));
     let weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, keys]), f32::MIN), 3);
     weights.matmul(spread(v)).swap_dims(1, 2)
@@ -66,6 +73,15 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
 /// See [`cross_entropy`](super::cross_entropy).
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).squeeze_dim(1).neg()
+}
+
+/// See [`dropout`](super::dropout).
+pub fn dropout(x: Tensor<2>, drops: Drops) -> Tensor<2> {
+    let [rows, columns] = x.dims();
+    let mask = TensorData::new(drops.mask(rows * columns), [rows, columns]);
+    // Outside autodiff, a tensor mixes with those of any autodiff context.
+    let mask = Tensor::<2, Bool>::from_data(mask, &x.device().without_autodiff());
+    x.mask_fill(mask, 0.0)
 }
 
 /// See [`sum_groups`](super::sum_groups).

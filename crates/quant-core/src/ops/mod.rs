@@ -6,7 +6,7 @@
 
 mod autodiff;
 #[cfg(feature = "cube")]
-mod cube;
+pub(crate) mod cube;
 #[cfg(feature = "flex")]
 pub(crate) mod flex;
 pub(crate) mod reference;
@@ -19,7 +19,7 @@ use burn::backend::{
 };
 use burn::tensor::{Int, Shape, Tensor};
 
-use crate::{Block, QuantScheme, Value, scheme::Grid};
+use crate::{Block, Compute, QuantScheme, Value, scheme::Grid};
 
 /// Up to this many rows are multiplied by kernels that unpack on the way; more, by a matrix product over an unpacked
 /// tile or weight.
@@ -39,10 +39,12 @@ pub struct PackedSpec {
     pub d_input: usize,
     /// Outputs of the weight.
     pub d_output: usize,
+    /// What operands of products of many rows are rounded to.
+    pub compute: Compute,
 }
 
 impl PackedSpec {
-    /// The arithmetic of `scheme` on a weight of `d_input` × `d_output`.
+    /// The arithmetic of `scheme` on a weight of `d_input` × `d_output`, operands not rounded.
     pub fn new(scheme: &QuantScheme, d_input: usize, d_output: usize) -> Self {
         Self {
             value: scheme.value,
@@ -50,6 +52,7 @@ impl PackedSpec {
             outputs: scheme.block.outputs,
             d_input,
             d_output,
+            compute: Compute::F32,
         }
     }
 

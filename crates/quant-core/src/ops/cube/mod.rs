@@ -1,7 +1,8 @@
 //! CubeCL (any GPU). Few rows: one kernel that unpacks and multiplies, bound by memory. Many rows: unpack into a dense
-//! matrix that dies with the call, then Burn's own matrix product.
+//! matrix that dies with the call, then a matrix product whose operands are rounded as [`Compute`](crate::Compute) says.
 
 mod kernels;
+mod product;
 
 use burn::backend::{
     cubecl::dtype_to_storage_type,
@@ -13,6 +14,9 @@ use burn_cubecl::{CubeBackend, ops::numeric::empty_device_contiguous_dtype, tens
 use cubecl::{calculate_cube_count_elemwise, ir::ElemType, prelude::*};
 
 use self::kernels::{COLUMNS, Format, PARTS};
+pub(crate) use self::product::{
+    multiplies, name_and_page, operand_type, product, product_into, rounded_product,
+};
 use super::{FEW_ROWS, PackedKernels, PackedOps, PackedSpec};
 use crate::packing::{RUN, code_rows};
 
@@ -168,8 +172,10 @@ impl PackedOps for CubeBackend {
             0 => packed.empty([0, spec.d_output], x.dtype),
             1..=FEW_ROWS => packed.few_rows(x),
             _ => {
+                let dtype = x.dtype;
+                let x = product::rounded(x, spec.compute);
                 let dense = packed.dense(x.dtype);
-                Self::float_matmul(x, dense)
+                product(x, dense, dtype)
             }
         }
     }
@@ -193,8 +199,10 @@ impl PackedKernels for CubeBackend {
         offsets: FloatTensor<Self>,
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
+        let dtype = dy.dtype;
+        let dy = product::rounded(dy, spec.compute);
         let dense = Packed::new(codes, scales, offsets, spec).dense(dy.dtype);
-        Self::float_matmul(dy, Self::float_transpose(dense))
+        product(dy, Self::float_transpose(dense), dtype)
     }
 
     /// Holds `dW` of `GRADIENT_OUTPUTS` outputs (or of one block, if wider) at a time, in f32.

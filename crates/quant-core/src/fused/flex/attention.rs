@@ -7,12 +7,20 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{AttentionSpec, flex::shape_of};
+use super::{super::Scores, shape_of};
 use crate::ops::flex::{
     Matrix, SharedMut, contiguous, floats, matmul,
     simd::{exp, vectorize},
     tensor,
 };
+
+/// Which keys queries see; segments `[batch, length]` and `[batch, keys]`, row-major.
+#[derive(Clone, Copy)]
+pub(super) struct Visible<'a> {
+    pub scores: Scores,
+    pub query_segments: &'a [i32],
+    pub key_segments: &'a [i32],
+}
 
 /// Queries of a block.
 const QUERIES: usize = 64;
@@ -29,7 +37,7 @@ struct Sizes {
 }
 
 impl Sizes {
-    fn new(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor, spec: &AttentionSpec) -> Self {
+    fn new(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor, spec: Visible) -> Self {
         let (q, k, v) = (shape_of(q), shape_of(k), shape_of(v));
         let sizes =
             Self { batch: q[0], length: q[1], keys: k[1], heads: q[2], kv_heads: k[2], head_dim: q[3] };
@@ -68,7 +76,7 @@ impl Sizes {
 /// One block of queries of one head.
 struct Block<'a> {
     sizes: Sizes,
-    spec: &'a AttentionSpec,
+    spec: Visible<'a>,
     row: usize,
     queries: Range<usize>,
     /// Keys that any query of the block may see.
@@ -76,11 +84,11 @@ struct Block<'a> {
 }
 
 impl<'a> Block<'a> {
-    fn of(sizes: Sizes, spec: &'a AttentionSpec, row: usize) -> impl Iterator<Item = Self> {
+    fn of(sizes: Sizes, spec: Visible<'a>, row: usize) -> impl Iterator<Item = Self> {
         (0..sizes.length).step_by(QUERIES).map(move |start| {
             let queries = start..sizes.length.min(start + QUERIES);
             let past = sizes.keys - sizes.length;
-            let first = spec.window.map_or(0, |window| (start + past + 1).saturating_sub(window));
+            let first = spec.scores.window.map_or(0, |window| (start + past + 1).saturating_sub(window));
             Self { sizes, spec, row, keys: first..past + queries.end, queries }
         })
     }
@@ -111,7 +119,7 @@ impl<'a> Block<'a> {
     /// Of the block's keys, those that `query` may see by place; segments are left to [`Self::hide`].
     fn visible(&self, query: usize) -> Range<usize> {
         let place = query + self.sizes.keys - self.sizes.length;
-        let first = self.spec.window.map_or(0, |window| (place + 1).saturating_sub(window));
+        let first = self.spec.scores.window.map_or(0, |window| (place + 1).saturating_sub(window));
         first.max(self.keys.start) - self.keys.start..place + 1 - self.keys.start
     }
 
@@ -131,12 +139,7 @@ impl<'a> Block<'a> {
 }
 
 /// The result and the logarithm of each query's sum of exponentials, `[batch, heads, length]`.
-pub(super) fn forward(
-    q: FlexTensor,
-    k: FlexTensor,
-    v: FlexTensor,
-    spec: &AttentionSpec,
-) -> (FlexTensor, Vec<f32>) {
+pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible) -> (FlexTensor, Vec<f32>) {
     let (sizes, shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q));
     let (q, k, v) = (contiguous(q), contiguous(k), contiguous(v));
     let (q, k, v) = (floats(&q), floats(&k), floats(&v));
@@ -156,7 +159,7 @@ pub(super) fn forward(
                     let query = block.queries.start + i;
                     let visible = block.visible(query);
                     block.hide(query, visible.clone(), scores, f32::NEG_INFINITY);
-                    let log_sum = softmax(scores, visible.clone(), spec.scale);
+                    let log_sum = softmax(scores, visible.clone(), spec.scores.scale);
                     block.hide(query, visible, scores, 0.0);
                     // SAFETY: each (row, head, query) belongs to one task.
                     unsafe { *shared_lse.at(block.lse_at(head) + i) = log_sum }
@@ -205,7 +208,7 @@ fn softmax(scores: &mut [f32], visible: Range<usize>, scale: f32) -> f32 {
 pub(super) fn backward(
     [q, k, v, out, d_out]: [FlexTensor; 5],
     lse: &[f32],
-    spec: &AttentionSpec,
+    spec: Visible,
 ) -> [FlexTensor; 3] {
     let (sizes, q_shape, k_shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q), shape_of(&k));
     let (q, k, v) = (contiguous(q), contiguous(k), contiguous(v));
@@ -245,7 +248,7 @@ pub(super) fn backward(
                         .sum();
                     let log_sum = lse[block.lse_at(head) + i];
                     block.hide(query, visible.clone(), weights, f32::NEG_INFINITY);
-                    softmax_backward(weights, d_scores, visible.clone(), spec.scale, log_sum, along);
+                    softmax_backward(weights, d_scores, visible.clone(), spec.scores.scale, log_sum, along);
                     block.hide(query, visible.clone(), weights, 0.0);
                     block.hide(query, visible, d_scores, 0.0);
                 }

@@ -1,22 +1,29 @@
 //! Flex kernels: slices in, slices out, parallel over rows.
 
+mod attention;
+mod groups;
+
 use burn::backend::{
     flex::{Flex, FlexTensor},
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, Shape};
+use burn::tensor::{DType, FloatDType, Shape};
 use rayon::prelude::*;
 
-use super::{AttentionSpec, FusedOps, Gating, attention, groups};
+use self::attention::Visible;
+use super::{Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, Scores, philox};
 use crate::ops::flex::{
     Matrix, contiguous, floats, matmul,
     simd::{exp, vectorize},
     tensor, words,
 };
-use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
+use crate::{Compute, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
+
+/// Values of a task that drops some, a multiple of four.
+const DROPPED: usize = 1 << 14;
 
 /// Rows of a task.
-pub(super) const ROWS: usize = 32;
+const ROWS: usize = 32;
 
 /// Columns of double-quantized scales that are unpacked together: their codes stay in the first-level cache while rows are
 /// written from them.
@@ -25,18 +32,18 @@ const SCALE_COLUMNS: usize = 64;
 const SCALES_PER_TASK: usize = 1 << 15;
 
 /// The sizes of a tensor seen as rows of its last axis: `[rows, width]`.
-pub(super) fn rows_of(x: &FlexTensor) -> [usize; 2] {
+fn rows_of(x: &FlexTensor) -> [usize; 2] {
     let shape = x.layout().shape();
     let width = shape[shape.num_dims() - 1];
     [shape.num_elements() / width.max(1), width]
 }
 
 /// The values of a tensor made by [`contiguous`], to be written: copied first where somebody else holds them.
-pub(super) fn values_mut(x: &mut FlexTensor) -> &mut [f32] {
+fn values_mut(x: &mut FlexTensor) -> &mut [f32] {
     x.storage_mut()
 }
 
-pub(super) fn shape_of(x: &FlexTensor) -> Shape {
+fn shape_of(x: &FlexTensor) -> Shape {
     x.layout().shape().clone()
 }
 
@@ -60,28 +67,40 @@ fn lanes_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-pub(super) fn rms_norm_backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> (Vec<f32>, Vec<f32>) {
+fn rms_norm_dx(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
     let width = weight.len();
     let mut dx = vec![0.0; x.len()];
-    let d_weight = dx
-        .par_chunks_mut(ROWS * width)
+    dx.par_chunks_mut(ROWS * width)
         .zip(x.par_chunks(ROWS * width).zip(dy.par_chunks(ROWS * width)))
-        .map(|(dx, (x, dy))| {
-            let mut d_weight = vec![0.0; width];
+        .for_each(|(dx, (x, dy))| {
             vectorize(|| {
                 for ((dx, x), dy) in
                     dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width))
                 {
                     let inverse = inverse_rms(x, eps);
-                    for (((dx, dw), (x, dy)), w) in
-                        dx.iter_mut().zip(&mut d_weight).zip(x.iter().zip(dy)).zip(weight)
-                    {
-                        *dw += dy * x * inverse;
+                    for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
                         *dx = dy * w * x;
                     }
                     let along = lanes_sum(dx, |d| d) * inverse * inverse / width as f32;
                     for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
                         *dx = inverse * (dy * w - x * along);
+                    }
+                }
+            });
+        });
+    dx
+}
+
+fn rms_norm_dweight(x: &[f32], dy: &[f32], width: usize, eps: f32) -> Vec<f32> {
+    x.par_chunks(ROWS * width)
+        .zip(dy.par_chunks(ROWS * width))
+        .map(|(x, dy)| {
+            let mut d_weight = vec![0.0; width];
+            vectorize(|| {
+                for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
+                    let inverse = inverse_rms(x, eps);
+                    for (dw, (x, dy)) in d_weight.iter_mut().zip(x.iter().zip(dy)) {
+                        *dw += dy * x * inverse;
                     }
                 }
             });
@@ -93,14 +112,8 @@ pub(super) fn rms_norm_backward(x: &[f32], weight: &[f32], dy: &[f32], eps: f32)
         .fold(vec![0.0; width], |mut sum, part| {
             sum.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
             sum
-        });
-    (dx, d_weight)
+        })
 }
-
-/// `2 sqrt(2 / π)`, of GELU's tanh form.
-const GELU_SCALE: f32 = 1.595_769;
-/// The coefficient of the cube in GELU's tanh form.
-const GELU_CUBE: f32 = 0.044715;
 
 impl Gating {
     /// `y *= up * sigmoid(s(y))`.
@@ -112,7 +125,7 @@ impl Gating {
     }
 
     /// Turns the result's gradient `dy` into the gate's; returns that of `up`.
-    pub(super) fn backward(self, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+    fn backward(self, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
         match self {
             Self::Silu => gate_backward(|x| (x, 1.0), gate, up, dy),
             Self::GeluTanh => {
@@ -158,7 +171,7 @@ fn gate_backward(s: impl Fn(f32) -> (f32, f32) + Sync, gate: &[f32], up: &[f32],
     d_up
 }
 
-pub(super) fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, heads: usize, half: usize) {
+fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, heads: usize, half: usize) {
     x.par_chunks_mut(heads * 2 * half)
         .zip(cos.par_chunks(half).zip(sin.par_chunks(half)))
         .with_min_len(ROWS)
@@ -177,7 +190,7 @@ pub(super) fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, he
 }
 
 /// Negative log-likelihoods; turns the logits into their gradients (`softmax - onehot`) on the way.
-pub(super) fn cross_entropy_rows(logits: &mut [f32], targets: &[i64], classes: usize) -> Vec<f32> {
+fn cross_entropy_rows(logits: &mut [f32], targets: &[i64], classes: usize) -> Vec<f32> {
     let mut nll = vec![0.0; targets.len()];
     logits.par_chunks_mut(classes).zip(targets).zip(&mut nll).for_each(|((row, &target), nll)| {
         let target = usize::try_from(target).unwrap_or(usize::MAX);
@@ -200,9 +213,112 @@ pub(super) fn cross_entropy_rows(logits: &mut [f32], targets: &[i64], classes: u
 }
 
 /// Targets as i64, whatever integer type the device uses.
-pub(super) fn targets_of(targets: &FlexTensor) -> Vec<i64> {
+fn targets_of(targets: &FlexTensor) -> Vec<i64> {
     let targets = targets.to_contiguous();
     targets.into_data().convert::<i64>().try_into_vec().expect("integer values")
+}
+
+/// Calls `f` with what attention sees of its segments.
+fn with_visible<T>(
+    query_segments: &FlexTensor,
+    key_segments: &FlexTensor,
+    scores: Scores,
+    f: impl FnOnce(Visible) -> T,
+) -> T {
+    let (queries, keys) = (query_segments.to_contiguous(), key_segments.to_contiguous());
+    let segments = |tensor: &FlexTensor| {
+        assert_eq!(tensor.dtype(), DType::I32, "segments");
+        bytemuck::cast_slice::<u8, i32>(tensor.bytes()).to_vec()
+    };
+    let (queries, keys) = (segments(&queries), segments(&keys));
+    f(Visible { scores, query_segments: &queries, key_segments: &keys })
+}
+
+impl FusedKernels for Flex {
+    fn rms_norm_dx(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        let shape = shape_of(&x);
+        let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
+        tensor(rms_norm_dx(floats(&x), floats(&weight), floats(&dy), eps), shape, DType::F32)
+    }
+
+    fn rms_norm_dweight(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        let ([_, width], x, dy) = (rows_of(&x), contiguous(x), contiguous(dy));
+        tensor(rms_norm_dweight(floats(&x), floats(&dy), width, eps), shape_of(&weight), DType::F32)
+    }
+
+    fn gated_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        gating: Gating,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let shape = shape_of(&gate);
+        let (gate, up, mut d_gate) = (contiguous(gate), contiguous(up), contiguous(dy));
+        let d_up = gating.backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
+        (d_gate, tensor(d_up, shape, DType::F32))
+    }
+
+    fn attention_with_log_sums(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let shape = shape_of(&q);
+        let (out, log_sums) = with_visible(&query_segments, &key_segments, scores, |visible| {
+            attention::forward(q, k, v, visible)
+        });
+        (out, tensor(log_sums, [shape[0], shape[2], shape[1]], DType::F32))
+    }
+
+    fn attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        log_sums: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [dq, dk, dv] = with_visible(&query_segments, &key_segments, scores, |visible| {
+            attention::backward([q, k, v, out, d_out], floats(&log_sums), visible)
+        });
+        (dq, dk, dv)
+    }
+
+    fn cross_entropy_with_gradient(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let ([rows, classes], mut logits) = (rows_of(&logits), contiguous(logits));
+        let losses = cross_entropy_rows(values_mut(&mut logits), &targets_of(&targets), classes);
+        (tensor(losses, [rows], DType::F32), logits)
+    }
+
+    fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ([_, columns], factors, mut x) = (rows_of(&x), contiguous(factors), contiguous(x));
+        for (row, factor) in values_mut(&mut x).chunks_exact_mut(columns).zip(floats(&factors)) {
+            // The usual loss is a plain sum.
+            if *factor != 1.0 {
+                row.iter_mut().for_each(|x| *x *= factor);
+            }
+        }
+        x
+    }
 }
 
 impl FusedOps for Flex {
@@ -253,18 +369,45 @@ impl FusedOps for Flex {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        spec: AttentionSpec,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
     ) -> FloatTensor<Self> {
-        attention::forward(q, k, v, &spec).0
+        Self::attention_with_log_sums(q, k, v, query_segments, key_segments, scores).0
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
-        let ([rows, classes], mut logits) = (rows_of(&logits), contiguous(logits));
-        let nll = cross_entropy_rows(values_mut(&mut logits), &targets_of(&targets), classes);
-        tensor(nll, [rows], DType::F32)
+        Self::cross_entropy_with_gradient(logits, targets).0
     }
 
-    fn add_matmul(y: FloatTensor<Self>, a: FloatTensor<Self>, b: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn dropout(x: FloatTensor<Self>, drops: Drops) -> FloatTensor<Self> {
+        let mut x = contiguous(x);
+        values_mut(&mut x).par_chunks_mut(DROPPED).enumerate().for_each(|(task, x)| {
+            let first = (task * DROPPED / 4) as u64;
+            for (index, x) in (first..).zip(x.chunks_mut(4)) {
+                for (x, word) in x.iter_mut().zip(philox::words(index, drops.key)) {
+                    if word < drops.threshold {
+                        *x = 0.0;
+                    }
+                }
+            }
+        });
+        x
+    }
+
+    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
+        use burn::backend::ops::FloatTensorOps;
+        // A weight stored in 16 bits is widened for each product.
+        let b = if b.dtype() == DType::F32 { b } else { Self::float_cast(b, FloatDType::F32) };
+        Self::float_matmul(a, b)
+    }
+
+    fn add_matmul(
+        y: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        _: Compute,
+    ) -> FloatTensor<Self> {
         let ([rows, columns], [_, inner]) = (rows_of(&y), rows_of(&a));
         let shape = shape_of(&y);
         let (a, b) = (contiguous(a), contiguous(b));

@@ -1,0 +1,138 @@
+//! Every operation and its gradients on the device, beside the same on the CPU in f32.
+
+use crate::{Result, synthetic::Words};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+use kiln::quant::{
+    Compute, HostQuantizer, MinMax, PackedTensor,
+    fused::{self, AttentionSpec, Drops},
+};
+
+/// Numbers between -1 and 1 made from a seed.
+fn numbers(seed: u64, count: usize) -> Vec<f32> {
+    let mut words = Words((seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15));
+    (0..count).map(|_| words.next() as f32 / (1u32 << 31) as f32 - 1.0).collect()
+}
+
+fn tensor<const D: usize>(seed: u64, shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::from_data(TensorData::new(numbers(seed, shape.iter().product()), shape), device)
+}
+
+fn read<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+    tensor.into_data().iter::<f32>().collect()
+}
+
+/// The norm of the difference over the norm of what is expected.
+fn relative_difference(found: &[f32], expected: &[f32]) -> f64 {
+    let norm =
+        |values: &mut dyn Iterator<Item = f32>| values.map(|x| f64::from(x).powi(2)).sum::<f64>().sqrt();
+    let difference = norm(&mut found.iter().zip(expected).map(|(a, b)| a - b));
+    difference / norm(&mut expected.iter().copied()).max(f64::MIN_POSITIVE)
+}
+
+/// Values and gradients of `f` on leaves made from seeds.
+fn values<const D: usize, const E: usize>(
+    device: &Device,
+    shapes: &[[usize; D]],
+    f: &dyn Fn(&[Tensor<D>]) -> Tensor<E>,
+) -> Vec<Vec<f32>> {
+    let device = device.clone().autodiff();
+    let leaves: Vec<Tensor<D>> =
+        shapes.iter().enumerate().map(|(i, s)| tensor(i as u64, *s, &device).require_grad()).collect();
+    let y = f(&leaves);
+    let weight = tensor::<E>(77, y.dims(), &device);
+    let gradients = (y.clone() * weight).sum().backward();
+    let mut all = vec![read(y)];
+    all.extend(leaves.iter().map(|leaf| leaf.grad(&gradients).map(read).unwrap_or_default()));
+    all
+}
+
+fn compare<const D: usize, const E: usize>(
+    device: &Device,
+    what: &str,
+    shapes: &[[usize; D]],
+    f: impl Fn(&[Tensor<D>]) -> Tensor<E>,
+) {
+    let expected = values(&Device::flex(), shapes, &f);
+    let found = values(device, shapes, &f);
+    let differences: Vec<f64> =
+        found.iter().zip(&expected).map(|(found, expected)| relative_difference(found, expected)).collect();
+    let shown: Vec<String> = differences.iter().map(|difference| format!("{difference:.1e}")).collect();
+    println!("{what:44} {}", shown.join("  "));
+}
+
+pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
+    println!("relative differences from the CPU's f32: result, then gradient of each input");
+    for scheme in
+        ["affine2:64", "affine3:64", "affine4:64", "affine8:32:sym:f16", "nf4:64:double", "affine3:24"]
+    {
+        let [d_input, d_output] = [320, 192];
+        let weight: Vec<f32> = numbers(5, d_input * d_output);
+        let host = MinMax.quantize("w", &weight, d_input, d_output, &scheme.parse()?)?;
+        for rows in [3, 130] {
+            for compute in [Compute::F32, compute] {
+                compare(
+                    device,
+                    &format!("packed {scheme}, {rows} rows, {compute}"),
+                    &[[rows, d_input]],
+                    |x| {
+                        let mut weight = PackedTensor::new(&host, &x[0].device());
+                        if x[0].device().without_autodiff() == *device {
+                            weight.set_compute(compute);
+                        }
+                        weight.forward(x[0].clone())
+                    },
+                );
+            }
+        }
+    }
+    let wide = [[70, 2048], [1, 2048]];
+    compare(device, "rms_norm", &wide, |x| fused::rms_norm(x[0].clone(), x[1].clone().reshape([2048]), 1e-5));
+    let pair = [[70, 2048]; 2];
+    compare(device, "swiglu", &pair, |x| fused::swiglu(x[0].clone() * 8.0, x[1].clone()));
+    compare(device, "geglu", &pair, |x| fused::geglu(x[0].clone() * 8.0, x[1].clone()));
+    compare(device, "rotate", &[[2, 35, 8, 64]], |x| {
+        let table = |seed| tensor::<2>(seed, [70, 32], &x[0].device().without_autodiff());
+        fused::rotate(x[0].clone(), table(8), table(9))
+    });
+    compare(device, "dropout", &[[70, 2047]], |x| {
+        fused::dropout(x[0].clone(), Drops { key: [3, u32::MAX], threshold: 1 << 30 })
+    });
+    compare(device, "cross_entropy", &[[40, 32003]], |x| {
+        let targets: Vec<i64> = (0..40).map(|i| i * 7919 % 32003).collect();
+        let targets = Tensor::<1, Int>::from_data(targets.as_slice(), &x[0].device().without_autodiff());
+        fused::cross_entropy(x[0].clone() * 20.0, targets)
+    });
+    for compute in [Compute::F32, compute] {
+        compare(device, &format!("low-rank update, {compute}"), &[[130, 2048]], |x| {
+            let (a, b) = (tensor(8, [2048, 16], &x[0].device()), tensor(9, [16, 2048], &x[0].device()));
+            let low = fused::matmul(x[0].clone(), a, compute);
+            fused::add_matmul(x[0].clone(), low, b, compute)
+        });
+        for (length, past, window) in [(300, 0, None), (300, 0, Some(100)), (1, 77, None)] {
+            let (q, k) = ([2, length, 32, 64], [2, past + length, 8, 64]);
+            compare(
+                device,
+                &format!("attention {length}+{past}, window {window:?}, {compute}"),
+                &[q, k, k],
+                |x| {
+                    let device = x[0].device().without_autodiff();
+                    let segment = |place: usize| u32::from(place >= 150) + 1;
+                    let segments = |first: usize, count: usize| {
+                        let row: Vec<u32> = (first..first + count).map(segment).collect();
+                        fused::segments(&row.repeat(2), [2, count], &device)
+                    };
+                    let spec = AttentionSpec {
+                        scale: 0.6,
+                        window,
+                        compute,
+                        query_segments: segments(past, length),
+                        key_segments: segments(0, past + length),
+                    };
+                    fused::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec)
+                },
+            );
+        }
+    }
+    println!();
+    Ok(())
+}

@@ -1,0 +1,379 @@
+//! The fused operations on CubeCL: a launch or a few each, the same sums in the same order on every run.
+
+mod attention;
+mod rows;
+
+use burn::backend::{
+    ops::FloatTensorOps,
+    tensor::{FloatTensor, IntTensor},
+};
+use burn::tensor::{DType, IntDType, Shape};
+use burn_cubecl::{
+    CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
+};
+use cubecl::{calculate_cube_count_elemwise, prelude::*};
+
+use super::{Drops, FusedKernels, FusedOps, Gating, Scores};
+use crate::{Compute, ops::cube::rounded_product};
+
+/// Largest inner size of a low-rank update that has a kernel of its own: one column of B in registers.
+const MOST_INNER: usize = 64;
+
+/// Cubes in one direction that every device takes.
+const MOST_CUBES: usize = 1 << 15;
+
+/// The sizes of a tensor seen as rows of its last axis: `[rows, width]`.
+fn rows_of(x: &CubeTensor) -> [usize; 2] {
+    let shape = x.meta.shape();
+    let width = shape[shape.num_dims() - 1];
+    [shape.num_elements() / width.max(1), width]
+}
+
+fn count_of(x: &CubeTensor) -> usize {
+    x.meta.shape().num_elements()
+}
+
+/// A new tensor beside `like`.
+fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), dtype)
+}
+
+/// A new tensor of the shape and type of `like`.
+fn empty_like(like: &CubeTensor) -> CubeTensor {
+    empty(like, like.meta.shape().clone(), like.dtype)
+}
+
+/// `x`, contiguous, to be written in place: a copy where somebody else holds it.
+fn to_write(x: CubeTensor) -> CubeTensor {
+    let x = into_contiguous(x);
+    if x.can_mut() { x } else { x.copy() }
+}
+
+/// A launch of one cube of `units` for each row.
+fn cubes(rows: usize, units: usize) -> (CubeCount, CubeDim) {
+    let x = rows.clamp(1, MOST_CUBES);
+    let count = CubeCount::Static(x as u32, rows.div_ceil(x).max(1) as u32, 1);
+    (count, CubeDim::new_1d(units as u32))
+}
+
+/// A launch of at least `count` units.
+fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
+    let dim = CubeDim::new(client, count);
+    (calculate_cube_count_elemwise(client, count, dim), dim)
+}
+
+/// Runs a kernel with one cube for each row of `like`.
+macro_rules! by_rows {
+    ($kernel:path, $like:expr, [$($arg:expr),*], [$($scalar:expr),*]) => {{
+        let [rows, width] = rows_of(&$like);
+        let units = rows::units_of(width);
+        let (count, dim) = cubes(rows, units);
+        $kernel(&$like.client, count, dim, $($arg.clone().into_tensor_arg(),)* rows, width, $($scalar,)* units);
+    }};
+}
+
+impl FusedKernels for CubeBackend {
+    fn rms_norm_dx(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        let (x, weight, dy) = (into_contiguous(x), into_contiguous(weight), into_contiguous(dy));
+        let dx = empty_like(&x);
+        by_rows!(rows::rms_norm_dx::launch, x, [x, weight, dy, dx], [eps]);
+        dx
+    }
+
+    fn rms_norm_dweight(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        eps: f32,
+    ) -> FloatTensor<Self> {
+        let ([rows, width], x, dy) = (rows_of(&x), into_contiguous(x), into_contiguous(dy));
+        let (inverses, d_weight) = (empty(&x, [rows], DType::F32), empty_like(&weight));
+        by_rows!(rows::inverse_rms_of_rows::launch, x, [x, inverses], [eps]);
+        let (count, dim) = units(&x.client, width);
+        rows::rms_norm_dweight::launch(
+            &x.client.clone(),
+            count,
+            dim,
+            x.into_tensor_arg(),
+            dy.into_tensor_arg(),
+            inverses.into_tensor_arg(),
+            d_weight.clone().into_tensor_arg(),
+            rows,
+            width,
+        );
+        d_weight
+    }
+
+    fn gated_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        gating: Gating,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let (gate, up, dy) = (into_contiguous(gate), into_contiguous(up), into_contiguous(dy));
+        let (d_gate, d_up) = (empty_like(&gate), empty_like(&up));
+        let (count, dim) = units(&gate.client, count_of(&gate));
+        rows::gated_backward::launch(
+            &d_gate.client,
+            count,
+            dim,
+            gate.into_tensor_arg(),
+            up.into_tensor_arg(),
+            dy.into_tensor_arg(),
+            d_gate.clone().into_tensor_arg(),
+            d_up.clone().into_tensor_arg(),
+            count_of(&d_gate),
+            gating,
+        );
+        (d_gate, d_up)
+    }
+
+    fn attention_with_log_sums(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::forward([q, k, v], [query_segments, key_segments], scores)
+    }
+
+    fn attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        out: FloatTensor<Self>,
+        log_sums: FloatTensor<Self>,
+        d_out: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        attention::backward([q, k, v, out, d_out], log_sums, [query_segments, key_segments], scores)
+    }
+
+    fn cross_entropy_with_gradient(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        use burn::backend::ops::IntTensorOps;
+        let [rows, _] = rows_of(&logits);
+        let targets = match targets.dtype {
+            DType::I32 => targets,
+            _ => Self::int_cast(targets, IntDType::I32),
+        };
+        let (logits, targets) = (to_write(logits), into_contiguous(targets));
+        let losses = empty(&logits, [rows], DType::F32);
+        by_rows!(rows::cross_entropy::launch, logits, [logits, targets, losses], []);
+        (losses, logits)
+    }
+
+    fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self> {
+        let ([_, columns], x, factors) = (rows_of(&x), to_write(x), into_contiguous(factors));
+        let (count, dim) = units(&x.client, count_of(&x));
+        rows::scale_rows::launch(
+            &x.client,
+            count,
+            dim,
+            x.clone().into_tensor_arg(),
+            factors.into_tensor_arg(),
+            count_of(&x),
+            columns,
+        );
+        x
+    }
+}
+
+impl FusedOps for CubeBackend {
+    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+        let (x, weight) = (into_contiguous(x), into_contiguous(weight));
+        assert_eq!(count_of(&weight), rows_of(&x)[1], "rms_norm: weights for rows of {}", rows_of(&x)[1]);
+        let y = empty_like(&x);
+        by_rows!(rows::rms_norm::launch, x, [x, weight, y], [eps]);
+        y
+    }
+
+    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
+        let (gate, up) = (into_contiguous(gate), into_contiguous(up));
+        assert_eq!(count_of(&up), count_of(&gate), "gated: gate and up");
+        let y = empty_like(&gate);
+        let (count, dim) = units(&gate.client, count_of(&gate));
+        rows::gated::launch(
+            &y.client,
+            count,
+            dim,
+            gate.into_tensor_arg(),
+            up.into_tensor_arg(),
+            y.clone().into_tensor_arg(),
+            count_of(&y),
+            gating,
+        );
+        y
+    }
+
+    fn rotate(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        sign: f32,
+    ) -> FloatTensor<Self> {
+        let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
+        let shape = x.meta.shape().clone();
+        let (heads, half) = (shape[2], shape[3] / 2);
+        let tables = [count_of(&cos), count_of(&sin)];
+        assert_eq!(tables, [shape[0] * shape[1] * half; 2], "rotate: tables for {shape:?}");
+        let y = empty_like(&x);
+        let pairs = count_of(&y) / 2;
+        let (count, dim) = units(&y.client, pairs);
+        rows::rotate::launch(
+            &y.client,
+            count,
+            dim,
+            x.into_tensor_arg(),
+            cos.into_tensor_arg(),
+            sin.into_tensor_arg(),
+            y.clone().into_tensor_arg(),
+            pairs,
+            heads,
+            half,
+            sign,
+        );
+        y
+    }
+
+    fn attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> FloatTensor<Self> {
+        Self::attention_with_log_sums(q, k, v, query_segments, key_segments, scores).0
+    }
+
+    fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::cross_entropy_with_gradient(logits, targets).0
+    }
+
+    fn dropout(x: FloatTensor<Self>, drops: Drops) -> FloatTensor<Self> {
+        let x = into_contiguous(x);
+        let y = empty_like(&x);
+        let (count, dim) = units(&y.client, count_of(&y).div_ceil(4));
+        rows::dropout::launch(
+            &y.client,
+            count,
+            dim,
+            x.into_tensor_arg(),
+            y.clone().into_tensor_arg(),
+            count_of(&y),
+            drops.key[0],
+            drops.key[1],
+            drops.threshold,
+        );
+        y
+    }
+
+    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        rounded_product(a, b, compute)
+    }
+
+    fn add_matmul(
+        y: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        let ([rows, columns], [_, inner]) = (rows_of(&y), rows_of(&a));
+        if inner > MOST_INNER {
+            return Self::float_add(y, rounded_product(a, b, compute));
+        }
+        let (y, a, b) = (into_contiguous(y), into_contiguous(a), into_contiguous(b));
+        assert_eq!([count_of(&a), count_of(&b)], [rows * inner, inner * columns], "add_matmul: sizes");
+        let (count, dim) = units(&y.client, rows.div_ceil(rows::ROWS) * columns);
+        let client = y.client.clone();
+        let (out, out_arg) = match y.can_mut() {
+            true => (y.clone(), y.as_tensor_alias(0)),
+            false => {
+                let out = empty_like(&y);
+                (out.clone(), out.into_tensor_arg())
+            }
+        };
+        rows::add_low_rank::launch(
+            &client,
+            count,
+            dim,
+            y.into_tensor_arg(),
+            a.into_tensor_arg(),
+            b.into_tensor_arg(),
+            out_arg,
+            rows,
+            columns,
+            inner,
+        );
+        out
+    }
+
+    fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self> {
+        let ([rows, columns], x) = (rows_of(&x), into_contiguous(x));
+        let y = empty(&x, [rows, columns / size], DType::F32);
+        let (count, dim) = units(&y.client, count_of(&y));
+        rows::sum_groups::launch(
+            &y.client,
+            count,
+            dim,
+            x.into_tensor_arg(),
+            y.clone().into_tensor_arg(),
+            count_of(&y),
+            size,
+        );
+        y
+    }
+
+    fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self> {
+        let (y, update) = (into_contiguous(y), into_contiguous(update));
+        let out = empty_like(&y);
+        let (count, dim) = units(&out.client, count_of(&out));
+        rows::add_repeated::launch(
+            &out.client,
+            count,
+            dim,
+            y.into_tensor_arg(),
+            update.into_tensor_arg(),
+            out.clone().into_tensor_arg(),
+            count_of(&out),
+            times,
+        );
+        out
+    }
+
+    fn double_scales(
+        codes: IntTensor<Self>,
+        nested: FloatTensor<Self>,
+        offset: FloatTensor<Self>,
+        size: [usize; 2],
+    ) -> FloatTensor<Self> {
+        let (codes, nested, offset) =
+            (into_contiguous(codes), into_contiguous(nested), into_contiguous(offset));
+        let scales = empty(&nested, size, DType::F32);
+        let (count, dim) = units(&scales.client, size[0] * size[1]);
+        rows::double_scales::launch(
+            &scales.client,
+            count,
+            dim,
+            codes.into_tensor_arg(),
+            nested.into_tensor_arg(),
+            offset.into_tensor_arg(),
+            scales.clone().into_tensor_arg(),
+            size[0],
+            size[1],
+        );
+        scales
+    }
+}
