@@ -23,7 +23,7 @@ use kiln_examples::{DeviceName, Result};
 #[command(about)]
 struct Options {
     /// Where to compute.
-    #[arg(long, value_enum, default_value = "flex")]
+    #[arg(long, default_value = "flex")]
     device: DeviceName,
 }
 

@@ -10,7 +10,6 @@ use std::{
     sync::Arc,
 };
 
-use burn::tensor::Device;
 use clap::Parser;
 use kiln::{
     Tuned,
@@ -22,7 +21,7 @@ use kiln::{
     quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
     training::{RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, ModelArgs, Result, open_data, testdata, write_json};
+use kiln_examples::{Bar, DeviceName, ModelArgs, Result, open_data, testdata, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -118,7 +117,7 @@ fn rounded(model: &Decoder<QuantLinear>) -> Result<BTreeMap<String, Vec<f32>>> {
 
 /// The largest difference between the linears of a file, read again, and `expected`.
 fn file_difference(path: &Path, expected: &BTreeMap<String, Vec<f32>>) -> Result<f32> {
-    let (model, _) = Checkpoint::open(path)?.load(&LoadOptions::default(), &Device::default())?;
+    let (model, _) = Checkpoint::open(path)?.load(&LoadOptions::default(), &DeviceName::flex().open()?)?;
     let found = rounded(&model)?;
     if found.keys().ne(expected.keys()) {
         return Err(format!("{}: other packed linears than were written", path.display()).into());

@@ -1,6 +1,7 @@
 //! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
+mod devices;
 #[cfg(doctest)]
 mod documents;
 mod errors;
@@ -8,47 +9,18 @@ mod progress;
 
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use kiln::{
     AdaptedModel,
     eval::{Perplexity, WindowedPerplexity},
     models::{CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer},
-    quant::{QuantLinear, Scheme},
+    quant::{Compute, QuantLinear, Scheme},
     training::{DataOptions, Dataset, ModelTokenizer},
 };
 
+pub use devices::DeviceName;
 pub use errors::{Result, program};
 pub use progress::Bar;
-
-/// Where to compute.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-pub enum DeviceName {
-    /// The CPU.
-    Flex,
-    /// Any GPU, through WGPU.
-    Wgpu,
-    /// NVIDIA GPUs.
-    Cuda,
-}
-
-impl DeviceName {
-    /// Opens the device.
-    ///
-    /// # Errors
-    /// If the program was built without it.
-    pub fn open(self) -> Result<burn::tensor::Device> {
-        match self {
-            #[cfg(feature = "flex")]
-            Self::Flex => Ok(burn::tensor::Device::flex()),
-            #[cfg(feature = "wgpu")]
-            Self::Wgpu => Ok(burn::tensor::Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
-            #[cfg(feature = "cuda")]
-            Self::Cuda => Ok(burn::tensor::Device::cuda(0)),
-            #[allow(unreachable_patterns)] // with every feature on
-            other => Err(format!("built without {other:?}: add --features to the command").into()),
-        }
-    }
-}
 
 /// Options of every program that loads a model.
 #[derive(Debug, Args)]
@@ -62,9 +34,12 @@ pub struct ModelArgs {
     /// Scheme of the blocks' linears, e.g. affine4:64 or dense; as stored if left out.
     #[arg(long)]
     pub scheme: Option<Scheme>,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value = "flex")]
+    /// Where to compute: flex, wgpu, vulkan, metal, cuda, rocm or cpu, of several one by its number, as cuda:1.
+    #[arg(long, default_value = "flex")]
     pub device: DeviceName,
+    /// What operands of products are rounded to: f32, bf16 or f16; what suits the device best if left out.
+    #[arg(long)]
+    pub compute: Option<Compute>,
 }
 
 /// A folder below the repository's `testdata`.
@@ -91,7 +66,7 @@ impl ModelArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<(Decoder<QuantLinear>, LoadReport)> {
-        let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default();
+        let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default().with_compute(self.compute);
         let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
         for note in &report.notes {
             eprintln!("note: {note}");

@@ -4,7 +4,10 @@ use burn::{
     module::{Module, Param},
     tensor::Tensor,
 };
-use kiln_quant_core::{Place, Projection, fused};
+use kiln_quant_core::{
+    Place, Projection,
+    fused::{self, LowRankSpec},
+};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
@@ -21,8 +24,7 @@ use crate::{
 ///
 /// # Memory
 /// Beside the base's output, a forward pass makes one more tensor of that size for a moment, and tensors of `r`
-/// columns; for the backward pass the graph keeps the latter and `x`. Dropout adds a bool and a copy of `x` for each
-/// element of `x`.
+/// columns; for the backward pass the graph keeps the latter and `x`. Dropout makes one copy of `x` for a moment.
 #[derive(Module, Debug)]
 pub struct Lora {
     /// A, `[d_input, r]`.
@@ -88,16 +90,11 @@ impl Lora {
 impl Adapter for Lora {
     fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
-        let (x, compensation) = self.dropout.apply(x);
-        // All factors go to the tensor of r columns, the smallest one on the way.
-        let compute = base.compute();
-        let low = fused::matmul(x, self.lora_a.val().cast(dtype), compute);
-        fused::add_matmul(
-            y,
-            low.mul_scalar(self.scaling * compensation),
-            self.lora_b.val().cast(dtype),
-            compute,
-        )
+        let drops = self.dropout.drops();
+        let compensation = if drops.is_some() { self.dropout.compensation() } else { 1.0 };
+        let factor = (self.scaling * compensation) as f32;
+        let spec = LowRankSpec { factor, drops, compute: base.compute() };
+        fused::low_rank(y, x, self.lora_a.val().cast(dtype), self.lora_b.val().cast(dtype), spec)
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {

@@ -167,7 +167,7 @@ fn block_backward<M: CausalLm>(
 ) -> Tensor<3> {
     let input = Tensor::from_inner(input).require_grad();
     let y = model.block_again(index, input.clone(), output, context);
-    let mut found = (y * Tensor::from_inner(dy)).sum().backward();
+    let mut found = fused::seeded(y, dy).backward();
     let dx = input.grad_remove(&mut found).expect("a block passes gradients to its input");
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
     dx
@@ -175,7 +175,7 @@ fn block_backward<M: CausalLm>(
 
 /// Sends `dx` down the graph that ends in `x`.
 fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut GradientsAccumulator<M>) {
-    let found = (x * Tensor::from_inner(dx)).sum().backward();
+    let found = fused::seeded(x, dx).backward();
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }
 
@@ -202,7 +202,8 @@ fn head<M: CausalLm>(
         let part = Tensor::from_inner(rows.clone().select(0, index)).require_grad();
         let loss = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
         losses.push(loss.clone().inner());
-        let mut found = loss.sum().backward();
+        // Begins with ones, which is the gradient of the sum.
+        let mut found = loss.backward();
         found_rows.push(part.grad_remove(&mut found).expect("the head passes gradients to its input"));
         gradients.accumulate(model, GradientsParams::from_grads(found, model));
     }

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_quant_core::{
     Compute,
-    fused::{self, AttentionSpec, Drops, plain},
+    fused::{self, AttentionSpec, Drops, LowRankSpec, plain},
 };
 use kiln_testkit::{kept, read, relative_difference, tensor};
 
@@ -119,6 +119,73 @@ pub(crate) fn check_add_matmul(on: On) {
             |x| x[0].clone().matmul(x[1].clone().transpose()),
         );
     }
+}
+
+#[test]
+fn low_rank_updates_equal_the_plain_version_with_and_without_dropout() {
+    on_flex(check_low_rank);
+}
+
+pub(crate) fn check_low_rank(on: On) {
+    let drops = Drops { key: [3, 9], threshold: 1 << 30 };
+    // The last rank has no kernels of its own on GPUs.
+    for [rows, inputs, rank, columns] in [[37, 20, 4, 33], [1, 5, 1, 7], [130, 700, 16, 90], [9, 70, 65, 12]]
+    {
+        for drops in [None, Some(drops)] {
+            let spec = LowRankSpec { factor: 1.7, drops, compute: Compute::F32 };
+            let leaves = |x: &[Tensor<2>]| (x[0].clone(), x[1].clone(), x[2].clone(), x[3].clone());
+            compare(
+                on,
+                &format!("low_rank {rows}x{inputs}x{rank}x{columns}, drops {}", drops.is_some()),
+                &[[rows, columns], [rows, inputs], [inputs, rank], [rank, columns]],
+                |x| {
+                    let (y, x, a, b) = leaves(x);
+                    fused::low_rank(y, x, a, b, spec)
+                },
+                |x| {
+                    let (y, x, a, b) = leaves(x);
+                    plain::low_rank(y, x, a, b, spec)
+                },
+            );
+        }
+    }
+}
+
+#[test]
+fn narrow_products_equal_plain_ones_whatever_side_is_narrow() {
+    on_flex(check_narrow);
+}
+
+pub(crate) fn check_narrow(on: On) {
+    // Sums that GPUs split over cubes, tiles that are not full, every stride.
+    for [rows, inner, columns] in [[70, 2100, 3], [130, 500, 17], [65, 333, 64], [5, 900, 200], [300, 40, 70]]
+    {
+        for (turn_a, turn_b) in [(false, false), (false, true), (true, false), (true, true)] {
+            let shape = |[a, b]: [usize; 2], turned: bool| if turned { [b, a] } else { [a, b] };
+            let turn = |x: &Tensor<2>, turned: bool| if turned { x.clone().transpose() } else { x.clone() };
+            compare(
+                on,
+                &format!("{rows}x{inner}x{columns} {turn_a} {turn_b}"),
+                &[shape([rows, inner], turn_a), shape([inner, columns], turn_b)],
+                |x| fused::matmul(turn(&x[0], turn_a), turn(&x[1], turn_b), Compute::F32),
+                |x| turn(&x[0], turn_a).matmul(turn(&x[1], turn_b)),
+            );
+        }
+    }
+}
+
+#[test]
+fn a_backward_pass_goes_on_from_a_gradient() {
+    on_flex(check_seeded);
+}
+
+pub(crate) fn check_seeded(on: On) {
+    let device = on.device.clone().autodiff();
+    let x = tensor::<2>(1, [5, 7], &device).require_grad();
+    let gradient = tensor::<2>(2, [5, 7], on.device);
+    let gradients = fused::seeded(x.clone() * 3.0, gradient.clone()).backward();
+    let difference = relative_difference(&read(x.grad(&gradients).unwrap()), &read(gradient * 3.0));
+    assert!(difference < 1e-7, "{difference:e}");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use kiln_quant_core::PackedTensor;
+use kiln_quant_core::{PackedTensor, fused::AdamWStep};
 use kiln_testkit::{Vulkan, assert_close, read, relative_difference, tensor, vulkan};
 
 use crate::{
@@ -40,10 +40,35 @@ fn fused_operations_equal_the_plain_ones_on_the_cpu() {
     let on = On { device, tolerance: 2e-5 };
     fused::check_elementwise(on);
     fused::check_add_matmul(on);
+    fused::check_low_rank(on);
+    fused::check_narrow(on);
+    fused::check_seeded(on);
     fused::check_dropout(on);
     fused::check_cross_entropy(on);
     fused::check_attention(on);
     fused::check_groups(on);
+}
+
+#[test]
+fn a_step_of_adamw_is_that_of_the_formula() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    let leaf = |seed| tensor::<2>(seed, [37, 21], device);
+    let [parameter, gradient, first, second] = [leaf(1), leaf(2), leaf(3), leaf(4).square()];
+    let step = AdamWStep { lr: 0.1, betas: [0.9, 0.99], corrections: [0.19, 0.02], eps: 1e-3, decay: 0.95 };
+    let squares: f64 = read(gradient.clone()).into_iter().map(|x| f64::from(x).powi(2)).sum();
+    let sum = f64::from(read(kiln_quant_core::fused::square_sum(gradient.clone()))[0]);
+    assert!((sum - squares).abs() < 1e-5 * squares, "{sum} {squares}");
+    let before = [&parameter, &gradient, &first, &second].map(|x| read(x.clone()));
+    let found = kiln_quant_core::fused::adamw(parameter, gradient, [first, second], step).map(read);
+    for i in 0..37 * 21 {
+        let [parameter, gradient, first, second] = before.each_ref().map(|values| f64::from(values[i]));
+        let first = 0.9 * first + 0.1 * gradient;
+        let second = 0.99 * second + 0.01 * gradient * gradient;
+        let parameter = 0.95 * parameter - 0.1 * (first / 0.19) / ((second / 0.02).sqrt() + 1e-3);
+        for (found, expected) in found.iter().zip([parameter, first, second]) {
+            assert!((f64::from(found[i]) - expected).abs() < 2e-6 * (1.0 + expected.abs()), "{i}");
+        }
+    }
 }
 
 /// Products of f32, relatively: rounding of some hundred terms.

@@ -235,8 +235,6 @@ fn parameters(path: &Path, fresh: &BTreeMap<String, Parameter>) -> Result<BTreeM
 }
 
 /// Reads the optimizer's averages into `optimizer`.
-///
-/// Burn places them on its default device first and moves them with the next step.
 pub(crate) fn load_optimizer(folder: &Path, optimizer: ModuleOptimizer) -> Result<ModuleOptimizer> {
     let path = find(folder).join(OPTIMIZER);
     let bytes = burn::tensor::Bytes::from_bytes_vec(read(&path)?);

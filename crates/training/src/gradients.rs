@@ -5,6 +5,7 @@ use burn::{
     optim::GradientsParams,
     tensor::Tensor,
 };
+use kiln_quant_core::fused;
 
 /// The sums of each gradient's squares; the root of their sum is the norm of all gradients as one vector.
 pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Tensor<1>> {
@@ -15,7 +16,7 @@ pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.gradients.get::<D>(param.id) {
-                self.sums.push(gradient.square().sum());
+                self.sums.push(fused::square_sum(gradient));
             }
         }
     }

@@ -2,14 +2,14 @@
 
 use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc, time::Instant};
 
-use burn::optim::{AdamWConfig, GradientsAccumulator, ModuleOptimizer};
+use burn::optim::{GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, PendingLoss, Place, Recompute, queue_gradients};
 use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
     Batch, BatchOptions, Batches, Dataset, Error, Evaluation, Event, Observer, Result, RunEnd, RunOptions,
-    RunReport, Schedule, ScheduleKind, batch, checkpoint, evaluate,
+    RunReport, Schedule, ScheduleKind, adamw, batch, checkpoint, evaluate,
     gradients::{scale, squares},
     trainable::{self, Parameter},
 };
@@ -196,15 +196,6 @@ impl TrainerConfig {
         }
         Schedule::new(self.lr, self.warmup, self.steps, self.schedule)
     }
-
-    fn optimizer(&self) -> ModuleOptimizer {
-        AdamWConfig::new()
-            .with_beta_1(self.betas[0])
-            .with_beta_2(self.betas[1])
-            .with_epsilon(self.eps)
-            .with_weight_decay(self.weight_decay)
-            .init()
-    }
 }
 
 /// What one step did.
@@ -287,7 +278,7 @@ impl<M: CausalLm> Trainer<M> {
         }
         Ok(Self {
             model: Some(model),
-            optimizer: config.optimizer(),
+            optimizer: adamw::optimizer(&config),
             batches: Batches::new(dataset.clone(), config.batch.clone())?,
             config,
             schedule,
@@ -554,7 +545,7 @@ impl<M: CausalLm> Trainer<M> {
             }
             _ => None,
         };
-        self.optimizer = checkpoint::load_optimizer(folder, self.config.optimizer())?;
+        self.optimizer = checkpoint::load_optimizer(folder, adamw::optimizer(&self.config))?;
         self.model = self.model.take().map(|model| trainable::restore(model, saved.parameters));
         self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
         self.step = saved.state.step;

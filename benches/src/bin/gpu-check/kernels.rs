@@ -5,7 +5,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Int, Tensor};
 use kiln::quant::{
     Compute, PackedTensor,
-    fused::{self, AttentionSpec, Drops},
+    fused::{self, AdamWStep, AttentionSpec, Drops},
 };
 
 use crate::{
@@ -180,8 +180,17 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
     bench.row("attention 2x2048x32x64", 0.0, flops, || {
         fused::attention(q.clone().inner(), k.clone().inner(), k.clone().inner(), &spec)
     })?;
+    let gradient = q.clone().inner();
     bench.row("attention and its backward pass", 0.0, 3.5 * flops, || {
-        fused::attention(q.clone(), k.clone(), k.clone(), &spec).sum().backward()
+        let out = fused::attention(q.clone(), k.clone(), k.clone(), &spec);
+        fused::seeded(out, gradient.clone()).backward()
+    })?;
+    let weights = random([2048, 16], bench.device);
+    bench.row("adamw 2048x16", 4.0 * 7.0 * (2048 * 16) as f64, 0.0, || {
+        let step =
+            AdamWStep { lr: 1e-3, betas: [0.9, 0.99], corrections: [0.1, 0.01], eps: 1e-8, decay: 1.0 };
+        let averages = [weights.clone(), weights.clone()];
+        fused::has_adamw(&weights).then(|| fused::adamw(weights.clone(), weights.clone(), averages, step))
     })?;
     println!();
     Ok(())

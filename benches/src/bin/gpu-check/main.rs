@@ -40,6 +40,12 @@ struct Options {
     /// Share of the adapters' input that is dropped.
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
+    /// Rows of logits held at once.
+    #[arg(long, default_value_t = 1024)]
+    logit_rows: usize,
+    /// What the steps compute again, none or block; both, one after the other, if left out.
+    #[arg(long)]
+    recompute: Option<String>,
     /// Timed steps, after one that is not.
     #[arg(long, default_value_t = 3)]
     steps: usize,

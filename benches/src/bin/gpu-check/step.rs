@@ -30,6 +30,10 @@ pub(crate) fn train(device: &Device, compute: Compute, options: &Options) -> Res
         let (rows, length) = batch.split_once('x').ok_or("expected a batch as 2x2048")?;
         let (rows, length): (usize, usize) = (rows.parse()?, length.parse()?);
         for recompute in [Recompute::Block, Recompute::None] {
+            let name = format!("{recompute:?}").to_lowercase();
+            if options.recompute.as_ref().is_some_and(|wanted| *wanted != name) {
+                continue;
+            }
             let start = Instant::now();
             let model = options.model.build(device, compute)?;
             let vocabulary = model.config().vocab_size;
@@ -45,7 +49,8 @@ pub(crate) fn train(device: &Device, compute: Compute, options: &Options) -> Res
             let ids = (0..count as u32).map(|i| i.wrapping_mul(7919) % vocabulary as u32).collect();
             let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(length, vocabulary))?);
             let config = TrainerConfig::new(options.steps as u64 + 1, BatchOptions::new(rows))
-                .with_recompute(recompute);
+                .with_recompute(recompute)
+                .with_logit_rows(options.logit_rows);
             let mut trainer = Trainer::new(tuned.into_model(), dataset, config)?;
             let start = Instant::now();
             let first = trainer.step()?;

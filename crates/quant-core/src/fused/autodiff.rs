@@ -12,8 +12,24 @@ use burn::backend::{
 };
 use burn::tensor::{FloatDType, Shape};
 
-use super::{Drops, FusedKernels, FusedOps, Gating, Scores};
+use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, Scores};
 use crate::Compute;
+
+fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
+    match drops {
+        Some(drops) => B::dropout(x, drops),
+        None => x,
+    }
+}
+
+/// `factor · drop(x) · a`.
+pub(super) fn low<B: FusedOps + FusedKernels>(
+    x: FloatTensor<B>,
+    a: FloatTensor<B>,
+    spec: LowRankSpec,
+) -> FloatTensor<B> {
+    B::scaled_matmul(dropped::<B>(x, spec.drops), a, spec.factor, spec.compute)
+}
 
 /// Declares a backward pass: `$op` with state `$state` and `$n` parents.
 macro_rules! backward {
@@ -185,6 +201,74 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         match Dropout.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => prep.finish(drops, B::dropout(x.into_primitive(), drops)),
             OpsKind::UnTracked(prep) => prep.finish(B::dropout(x.into_primitive(), drops)),
+        }
+    }
+
+    fn seeded(x: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self> {
+        backward!(Seeded, 1, FloatTensor<B>, |parents, gradient, _dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                grads.register::<B>(node.id, gradient);
+            }
+        });
+        let gradient = gradient.into_primitive();
+        match Seeded.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let zero = B::seeded(x.into_primitive(), gradient.clone());
+                prep.finish(gradient, zero)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::seeded(x.into_primitive(), gradient)),
+        }
+    }
+
+    fn low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LowRankSpec,
+    ) -> FloatTensor<Self> {
+        backward!(
+            LowRank,
+            4,
+            ([FloatTensor<B>; 4], LowRankSpec),
+            |parents, ([x, a, b, low], spec), dy, grads| {
+                let [node_y, node_x, node_a, node_b] = parents;
+                let LowRankSpec { factor, drops, compute } = spec;
+                if let Some(node) = node_b {
+                    let d_b = B::matmul(B::float_transpose(low), dy.clone(), compute);
+                    grads.register::<B>(node.id, d_b);
+                }
+                let d_low = B::scaled_matmul(dy.clone(), B::float_transpose(b), factor, compute);
+                if let Some(node) = node_a {
+                    let x = dropped::<B>(x, drops);
+                    let d_a = B::matmul(B::float_transpose(x), d_low.clone(), compute);
+                    grads.register::<B>(node.id, d_a);
+                }
+                if let Some(node) = node_x {
+                    let dx = B::matmul(d_low, B::float_transpose(a), compute);
+                    grads.register::<B>(node.id, dropped::<B>(dx, drops));
+                }
+                if let Some(node) = node_y {
+                    grads.register::<B>(node.id, dy);
+                }
+            }
+        );
+        let compute = spec.compute;
+        match LowRank.prepare::<C>([y.node(), x.node(), a.node(), b.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let (x, a, b) = (x.into_primitive(), a.into_primitive(), b.into_primitive());
+                let low = low::<B>(x.clone(), a.clone(), spec);
+                let state = ([x, a, b.clone(), low.clone()], spec);
+                prep.finish(state, B::add_matmul(y.into_primitive(), low, b, compute))
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::low_rank(
+                y.into_primitive(),
+                x.into_primitive(),
+                a.into_primitive(),
+                b.into_primitive(),
+                spec,
+            )),
         }
     }
 

@@ -19,7 +19,7 @@ use burn::backend::{
     Dispatch, DispatchDevice, backend_extension,
     tensor::{FloatTensor, IntTensor},
 };
-#[cfg(feature = "cube")]
+#[cfg(feature = "fusion")]
 use burn::tensor::Shape;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
@@ -82,6 +82,32 @@ impl Drops {
     }
 }
 
+/// What a low-rank update does beside its products.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LowRankSpec {
+    /// Factor on the update.
+    pub factor: f32,
+    /// What of its input is dropped.
+    pub drops: Option<Drops>,
+    /// What operands are rounded to; narrow products on GPUs are exact.
+    pub compute: Compute,
+}
+
+/// What a step of AdamW does beside the parameter, its gradient and its averages.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AdamWStep {
+    /// Learning rate.
+    pub lr: f32,
+    /// Weights of the averages before.
+    pub betas: [f32; 2],
+    /// `1 - beta^t` of each average.
+    pub corrections: [f32; 2],
+    /// Added to the divisor.
+    pub eps: f32,
+    /// Factor on the parameter before the step.
+    pub decay: f32,
+}
+
 /// An activation `x * sigmoid(s(x))` that gates another value.
 #[cfg(any(feature = "flex", feature = "cube"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -100,19 +126,19 @@ const GELU_SCALE: f32 = 1.595_769;
 const GELU_CUBE: f32 = 0.044715;
 
 // Output shapes for the lazy implementation on fusing backends.
-#[cfg(feature = "cube")]
+#[cfg(feature = "fusion")]
 fn first_of(shape: &Shape) -> Shape {
     Shape::from(vec![shape[0]])
 }
-#[cfg(feature = "cube")]
+#[cfg(feature = "fusion")]
 fn groups_of(x: &Shape, size: usize) -> Shape {
     Shape::from(vec![x[0], x[1] / size])
 }
-#[cfg(feature = "cube")]
+#[cfg(feature = "fusion")]
 fn product_of(a: &Shape, b: &Shape) -> Shape {
     Shape::from(vec![a[0], b[1]])
 }
-#[cfg(feature = "cube")]
+#[cfg(feature = "fusion")]
 fn log_sums_of(q: &Shape) -> Shape {
     Shape::from(vec![q[0], q[2], q[1]])
 }
@@ -123,7 +149,7 @@ fn log_sums_of(q: &Shape) -> Shape {
 #[backend_extension(
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
-    Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait FusedKernels: burn::backend::Backend {
     /// Gradient of [`rms_norm`]'s input.
@@ -190,9 +216,37 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
+    /// `a · b` times `factor`, operands rounded as `compute` says.
+    #[fusion(dtype = a, shape = product_of(a, b))]
+    fn scaled_matmul(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        factor: f32,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
     /// Rows of `x` `[rows, columns]` times `factors` `[rows]`, in place where `x` is not used elsewhere.
     #[fusion(dtype = x, shape = x)]
     fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self>;
+}
+
+/// What only CubeCL needs: on the CPU these are few operations on large tensors.
+#[cfg(feature = "cube")]
+#[backend_extension(Cube, Fusion: cfg(feature = "fusion"))]
+pub(crate) trait StepKernels: burn::backend::Backend {
+    /// See [`adamw`].
+    #[fusion(meta = |parameter, _gradient, first, second, _step| {
+        (parameter.clone(), first.clone(), second.clone())
+    })]
+    fn adamw(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// See [`square_sum`].
+    #[fusion(dtype = x, shape = { let _ = x; Shape::from(vec![1]) })]
+    fn square_sum(x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// The differentiable operations.
@@ -201,7 +255,7 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
     Autodiff,
-    Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`rms_norm`].
@@ -234,6 +288,18 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`dropout`].
     #[fusion(dtype = x, shape = x)]
     fn dropout(x: FloatTensor<Self>, drops: Drops) -> FloatTensor<Self>;
+    /// See [`seeded`].
+    #[fusion(dtype = x, shape = { let _ = x; Shape::from(vec![1]) })]
+    fn seeded(x: FloatTensor<Self>, gradient: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`low_rank`].
+    #[fusion(dtype = y, shape = y)]
+    fn low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LowRankSpec,
+    ) -> FloatTensor<Self>;
     /// See [`matmul`].
     #[fusion(dtype = a, shape = product_of(a, b))]
     fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
@@ -406,6 +472,82 @@ pub fn dropout(x: Tensor<2>, drops: Drops) -> Tensor<2> {
 /// `a` `[rows, inner]`, `b` `[inner, columns]`, any strides.
 pub fn matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
     fused_or_plain!(a, Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute), a.matmul(b))
+}
+
+/// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers.
+///
+/// # Shapes
+/// `y` `[rows, columns]`, `x` `[rows, inputs]`, `a` `[inputs, rank]`, `b` `[rank, columns]`.
+pub fn low_rank(y: Tensor<2>, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, spec: LowRankSpec) -> Tensor<2> {
+    fused_or_plain!(
+        y,
+        Dispatch::low_rank(y.into_dispatch(), x.into_dispatch(), a.into_dispatch(), b.into_dispatch(), spec),
+        plain::low_rank(y, x, a, b, spec)
+    )
+}
+
+/// A number, zero, whose backward pass gives `x` the gradient `gradient`: goes on with a backward pass that began
+/// elsewhere.
+///
+/// # Shapes
+/// `x` and `gradient`, without a graph, alike; result `[1]`.
+pub fn seeded<const D: usize>(x: Tensor<D>, gradient: Tensor<D>) -> Tensor<1> {
+    fused_or_plain!(
+        x,
+        Dispatch::seeded(x.into_dispatch(), gradient.into_dispatch()),
+        (x * Tensor::from_inner(gradient)).sum()
+    )
+}
+
+/// Whether [`adamw`] has a kernel for this parameter; it is for GPUs.
+pub fn has_adamw<const D: usize>(parameter: &Tensor<D>) -> bool {
+    #[cfg(feature = "cube")]
+    return on_cube(parameter);
+    #[cfg(not(feature = "cube"))]
+    {
+        let _ = parameter;
+        false
+    }
+}
+
+/// The parameter and its two averages after a step of AdamW, in one pass over all. All are without a graph, of one shape.
+///
+/// # Panics
+/// Where [`has_adamw`] says no.
+pub fn adamw<const D: usize>(
+    parameter: Tensor<D>,
+    gradient: Tensor<D>,
+    averages: [Tensor<D>; 2],
+    step: AdamWStep,
+) -> [Tensor<D>; 3] {
+    assert!(has_adamw(&parameter), "adamw on {:?}", parameter.device());
+    #[cfg(feature = "cube")]
+    {
+        let [first, second] = averages.map(Tensor::into_dispatch);
+        let (parameter, first, second) =
+            Dispatch::adamw(parameter.into_dispatch(), gradient.into_dispatch(), first, second, step);
+        [parameter, first, second].map(Tensor::from_dispatch)
+    }
+    #[cfg(not(feature = "cube"))]
+    {
+        let _ = (gradient, averages, step);
+        unreachable!("refused above")
+    }
+}
+
+/// The sum of squares, `[1]`, of a tensor without a graph.
+pub fn square_sum<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+    #[cfg(feature = "cube")]
+    if on_cube(&x) {
+        return Tensor::from_dispatch(Dispatch::square_sum(x.into_dispatch()));
+    }
+    x.square().sum()
+}
+
+/// Whether kernels for f32 on CubeCL take this tensor.
+#[cfg(feature = "cube")]
+fn on_cube<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32 && matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Cube(_))
 }
 
 /// `y + a · b`, in place where `y` is not used elsewhere; for a small inner size, operands are rounded as `compute` says

@@ -5,7 +5,7 @@ use burn::tensor::{
     activation::{log_softmax, silu, softmax},
 };
 
-use super::{AttentionSpec, Drops};
+use super::{AttentionSpec, Drops, LowRankSpec};
 use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// See [`rms_norm`](super::rms_norm).
@@ -73,6 +73,15 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
 /// See [`cross_entropy`](super::cross_entropy).
 pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
     log_softmax(logits, 1).gather(1, targets.unsqueeze_dim(1)).squeeze_dim(1).neg()
+}
+
+/// See [`low_rank`](super::low_rank).
+pub fn low_rank(y: Tensor<2>, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, spec: LowRankSpec) -> Tensor<2> {
+    let x = match spec.drops {
+        Some(drops) => dropout(x, drops),
+        None => x,
+    };
+    y + x.matmul(a).mul_scalar(spec.factor).matmul(b)
 }
 
 /// See [`dropout`](super::dropout).

@@ -68,15 +68,15 @@ impl PackedSpec {
 }
 
 // Output shapes for the lazy implementation on fusing backends.
-#[cfg_attr(not(feature = "cube"), allow(dead_code))]
+#[cfg_attr(not(feature = "fusion"), allow(dead_code))]
 fn forward_shape(x: &Shape, spec: &PackedSpec) -> Shape {
     Shape::from(vec![x[0], spec.d_output])
 }
-#[cfg_attr(not(feature = "cube"), allow(dead_code))]
+#[cfg_attr(not(feature = "fusion"), allow(dead_code))]
 fn backward_shape(dy: &Shape, spec: &PackedSpec) -> Shape {
     Shape::from(vec![dy[0], spec.d_input])
 }
-#[cfg_attr(not(feature = "cube"), allow(dead_code))]
+#[cfg_attr(not(feature = "fusion"), allow(dead_code))]
 fn dense_shape(spec: &PackedSpec) -> Shape {
     Shape::from(vec![spec.d_input, spec.d_output])
 }
@@ -88,7 +88,7 @@ fn dense_shape(spec: &PackedSpec) -> Shape {
 #[backend_extension(
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
-    Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "fusion")
 )]
 pub trait PackedKernels: burn::backend::Backend {
     /// `dx = dy · Wᵀ`, `[rows, d_input]`.
@@ -128,7 +128,7 @@ pub trait PackedKernels: burn::backend::Backend {
     Cube: cfg(feature = "cube"),
     Flex: cfg(feature = "flex"),
     Autodiff,
-    Fusion: cfg(feature = "cube")
+    Fusion: cfg(feature = "fusion")
 )]
 pub trait PackedOps: burn::backend::Backend {
     /// `y = x · W`: `[rows, d_input]` → `[rows, d_output]`. No dense weight outlives the call.

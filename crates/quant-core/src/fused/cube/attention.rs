@@ -21,7 +21,7 @@ use super::{
 use crate::ops::cube::{operand_type, product, product_into};
 
 /// Rows of scores of a block, over all rows of the batch and all heads.
-const SCORE_ROWS: usize = 1 << 14;
+const SCORE_ROWS: usize = 1 << 15;
 /// Least and most queries of a block. A multiple of the least one begins where every device lets a tensor begin.
 const QUERIES: Range<usize> = 64..1024;
 

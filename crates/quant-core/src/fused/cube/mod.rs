@@ -1,7 +1,9 @@
 //! The fused operations on CubeCL: a launch or a few each, the same sums in the same order on every run.
 
 mod attention;
+mod narrow;
 mod rows;
+mod step;
 
 use burn::backend::{
     ops::FloatTensorOps,
@@ -9,15 +11,15 @@ use burn::backend::{
 };
 use burn::tensor::{DType, IntDType, Shape};
 use burn_cubecl::{
-    CubeBackend, kernel::into_contiguous, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor,
+    CubeBackend,
+    kernel::into_contiguous,
+    ops::numeric::{self, empty_device_contiguous_dtype},
+    tensor::CubeTensor,
 };
 use cubecl::{calculate_cube_count_elemwise, prelude::*};
 
-use super::{Drops, FusedKernels, FusedOps, Gating, Scores};
+use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, Scores, autodiff::low};
 use crate::{Compute, ops::cube::rounded_product};
-
-/// Largest inner size of a low-rank update that has a kernel of its own: one column of B in registers.
-const MOST_INNER: usize = 64;
 
 /// Cubes in one direction that every device takes.
 const MOST_CUBES: usize = 1 << 15;
@@ -174,6 +176,18 @@ impl FusedKernels for CubeBackend {
         (losses, logits)
     }
 
+    fn scaled_matmul(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        factor: f32,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        match narrow::product(&a, &b, factor) {
+            Some(product) => product,
+            None => Self::float_mul_scalar(rounded_product(a, b, compute), factor.into()),
+        }
+    }
+
     fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self> {
         let ([_, columns], x, factors) = (rows_of(&x), to_write(x), into_contiguous(factors));
         let (count, dim) = units(&x.client, count_of(&x));
@@ -280,8 +294,25 @@ impl FusedOps for CubeBackend {
         y
     }
 
+    fn seeded(x: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        numeric::zeros_client(x.client.clone(), x.device.clone(), Shape::from(vec![1]), DType::F32)
+    }
+
+    fn low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LowRankSpec,
+    ) -> FloatTensor<Self> {
+        Self::add_matmul(y, low::<Self>(x, a, spec), b, spec.compute)
+    }
+
     fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
-        rounded_product(a, b, compute)
+        match narrow::product(&a, &b, 1.0) {
+            Some(product) => product,
+            None => rounded_product(a, b, compute),
+        }
     }
 
     fn add_matmul(
@@ -290,34 +321,10 @@ impl FusedOps for CubeBackend {
         b: FloatTensor<Self>,
         compute: Compute,
     ) -> FloatTensor<Self> {
-        let ([rows, columns], [_, inner]) = (rows_of(&y), rows_of(&a));
-        if inner > MOST_INNER {
+        if rows_of(&a)[1] > narrow::MOST {
             return Self::float_add(y, rounded_product(a, b, compute));
         }
-        let (y, a, b) = (into_contiguous(y), into_contiguous(a), into_contiguous(b));
-        assert_eq!([count_of(&a), count_of(&b)], [rows * inner, inner * columns], "add_matmul: sizes");
-        let (count, dim) = units(&y.client, rows.div_ceil(rows::ROWS) * columns);
-        let client = y.client.clone();
-        let (out, out_arg) = match y.can_mut() {
-            true => (y.clone(), y.as_tensor_alias(0)),
-            false => {
-                let out = empty_like(&y);
-                (out.clone(), out.into_tensor_arg())
-            }
-        };
-        rows::add_low_rank::launch(
-            &client,
-            count,
-            dim,
-            y.into_tensor_arg(),
-            a.into_tensor_arg(),
-            b.into_tensor_arg(),
-            out_arg,
-            rows,
-            columns,
-            inner,
-        );
-        out
+        narrow::outer(Some(into_contiguous(y)), &a, &b, 1.0)
     }
 
     fn sum_groups(x: FloatTensor<Self>, size: usize) -> FloatTensor<Self> {

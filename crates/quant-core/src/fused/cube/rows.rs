@@ -262,40 +262,6 @@ pub(super) fn scale_rows(x: &mut Tensor<f32>, factors: &Tensor<f32>, count: usiz
     }
 }
 
-/// Rows of [`add_low_rank`] that a unit goes through with one column of `b` in registers.
-pub(super) const ROWS: usize = 16;
-
-/// `out = y + a · b`, `a` `[rows, inner]`; one unit for each column and [`ROWS`] rows.
-#[cube(launch)]
-pub(super) fn add_low_rank(
-    y: &Tensor<f32>,
-    a: &Tensor<f32>,
-    b: &Tensor<f32>,
-    out: &mut Tensor<f32>,
-    rows: usize,
-    columns: usize,
-    #[comptime] inner: usize,
-) {
-    let column = ABSOLUTE_POS % columns;
-    let first = ABSOLUTE_POS / columns * ROWS;
-    if first < rows {
-        let mut factors = Array::<f32>::new(inner);
-        #[unroll]
-        for k in 0..inner {
-            factors[k] = b[k * columns + column];
-        }
-        let end = min(first + ROWS, rows);
-        for row in first..end {
-            let mut sum = y[row * columns + column];
-            #[unroll]
-            for k in 0..inner {
-                sum += a[row * inner + k] * factors[k];
-            }
-            out[row * columns + column] = sum;
-        }
-    }
-}
-
 /// One unit for four values.
 #[cube(launch)]
 pub(super) fn dropout(

@@ -5,13 +5,16 @@ mod groups;
 
 use burn::backend::{
     flex::{Flex, FlexTensor},
+    ops::FloatTensorOps,
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, FloatDType, Shape};
 use rayon::prelude::*;
 
 use self::attention::Visible;
-use super::{Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, Scores, philox};
+use super::{
+    Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, Scores, autodiff::low, philox,
+};
 use crate::ops::flex::{
     Matrix, contiguous, floats, matmul,
     simd::{exp, vectorize},
@@ -309,6 +312,15 @@ impl FusedKernels for Flex {
         (tensor(losses, [rows], DType::F32), logits)
     }
 
+    fn scaled_matmul(
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        factor: f32,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
+        Self::float_mul_scalar(Self::matmul(a, b, compute), factor.into())
+    }
+
     fn scale_rows(x: FloatTensor<Self>, factors: FloatTensor<Self>) -> FloatTensor<Self> {
         let ([_, columns], factors, mut x) = (rows_of(&x), contiguous(factors), contiguous(x));
         for (row, factor) in values_mut(&mut x).chunks_exact_mut(columns).zip(floats(&factors)) {
@@ -395,8 +407,21 @@ impl FusedOps for Flex {
         x
     }
 
+    fn seeded(_: FloatTensor<Self>, _: FloatTensor<Self>) -> FloatTensor<Self> {
+        tensor(vec![0.0], [1], DType::F32)
+    }
+
+    fn low_rank(
+        y: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: LowRankSpec,
+    ) -> FloatTensor<Self> {
+        Self::add_matmul(y, low::<Self>(x, a, spec), b, spec.compute)
+    }
+
     fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
-        use burn::backend::ops::FloatTensorOps;
         // A weight stored in 16 bits is widened for each product.
         let b = if b.dtype() == DType::F32 { b } else { Self::float_cast(b, FloatDType::F32) };
         Self::float_matmul(a, b)

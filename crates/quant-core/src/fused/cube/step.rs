@@ -1,0 +1,96 @@
+//! What an optimizer step does to each parameter, a launch each.
+
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::DType;
+use burn_cubecl::{CubeBackend, kernel::into_contiguous};
+use cubecl::prelude::*;
+
+use super::{count_of, empty, rows::over_units, to_write, units};
+use crate::fused::{AdamWStep, StepKernels};
+
+/// Units that add up a tensor's squares.
+const UNITS: usize = 256;
+
+impl StepKernels for CubeBackend {
+    fn adamw(
+        parameter: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        step: AdamWStep,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let [parameter, first, second] = [parameter, first, second].map(to_write);
+        let gradient = into_contiguous(gradient);
+        let (count, dim) = units(&parameter.client, count_of(&parameter));
+        adamw_kernel::launch(
+            &parameter.client,
+            count,
+            dim,
+            parameter.clone().into_tensor_arg(),
+            gradient.into_tensor_arg(),
+            first.clone().into_tensor_arg(),
+            second.clone().into_tensor_arg(),
+            count_of(&parameter),
+            step.lr,
+            step.betas[0],
+            step.betas[1],
+            step.corrections[0],
+            step.corrections[1],
+            step.eps,
+            step.decay,
+        );
+        (parameter, first, second)
+    }
+
+    fn square_sum(x: FloatTensor<Self>) -> FloatTensor<Self> {
+        let x = into_contiguous(x);
+        let sum = empty(&x, [1], DType::F32);
+        square_sum_kernel::launch(
+            &x.client,
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            x.clone().into_tensor_arg(),
+            sum.clone().into_tensor_arg(),
+            count_of(&x),
+        );
+        sum
+    }
+}
+
+#[cube(launch)]
+fn adamw_kernel(
+    parameter: &mut Tensor<f32>,
+    gradient: &Tensor<f32>,
+    first: &mut Tensor<f32>,
+    second: &mut Tensor<f32>,
+    count: usize,
+    lr: f32,
+    beta_1: f32,
+    beta_2: f32,
+    correction_1: f32,
+    correction_2: f32,
+    eps: f32,
+    decay: f32,
+) {
+    if ABSOLUTE_POS < count {
+        let gradient = gradient[ABSOLUTE_POS];
+        let mean = first[ABSOLUTE_POS] * beta_1 + gradient * (1.0 - beta_1);
+        let square = second[ABSOLUTE_POS] * beta_2 + gradient * gradient * (1.0 - beta_2);
+        first[ABSOLUTE_POS] = mean;
+        second[ABSOLUTE_POS] = square;
+        let update = mean / correction_1 / ((square / correction_2).sqrt() + eps);
+        parameter[ABSOLUTE_POS] = parameter[ABSOLUTE_POS] * decay - update * lr;
+    }
+}
+
+#[cube(launch)]
+fn square_sum_kernel(x: &Tensor<f32>, sum: &mut Tensor<f32>, count: usize) {
+    let mut squares = 0.0f32;
+    for i in range_stepped(UNIT_POS as usize, count, UNITS) {
+        squares += x[i] * x[i];
+    }
+    let total = over_units(squares, UNITS, false);
+    if UNIT_POS == 0 {
+        sum[0] = total;
+    }
+}
