@@ -6,8 +6,8 @@ use burn::{
     tensor::{Device, Tensor, TensorData},
 };
 use kiln_quant_core::{
-    Compute, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError, QuantLinear,
-    Scheme, StorageReport, StorageRow, quantizers,
+    Compute, DeviceLimits, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError,
+    QuantLinear, Scheme, StorageReport, StorageRow, quantizers,
 };
 
 use crate::{
@@ -163,6 +163,7 @@ impl Checkpoint {
             checkpoint: self,
             source: self.source(),
             options,
+            limits: DeviceLimits::of(device),
             device: device.clone().without_autodiff(),
             report: LoadReport { notes: self.notes(), ..LoadReport::default() },
             used: Vec::new(),
@@ -177,6 +178,7 @@ struct Loader<'a> {
     checkpoint: &'a Checkpoint,
     source: &'a dyn TensorSource,
     options: &'a LoadOptions<'a>,
+    limits: DeviceLimits,
     device: Device,
     report: LoadReport,
     used: Vec<String>,
@@ -188,8 +190,9 @@ impl Loader<'_> {
         let embed_tokens = self.embedding(names.embedding, config.vocab_size, width)?;
         let embed_positions = names.positions.map(|learned| {
             let shape = [config.max_position_embeddings + learned.offset, width];
-            let table = self.dense(&format!("{}.weight", learned.path), &shape)?;
-            Ok::<_, Error>(frozen(self.tensor(table, shape)))
+            let name = format!("{}.weight", learned.path);
+            let table = self.dense(&name, &shape)?;
+            Ok::<_, Error>(frozen(self.tensor(&name, table.values, shape)?))
         });
         let embed_positions = embed_positions.transpose()?;
         let blocks = (0..config.num_hidden_layers).map(|index| {
@@ -221,11 +224,11 @@ impl Loader<'_> {
         Ok(match stored {
             StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
                 self.record(path, Scheme::Packed(weight.scheme), &[width, rows], None);
-                Embedding::Packed(PackedTensor::new(&weight, &self.device))
+                Embedding::Packed(self.packed(path, &weight)?)
             }
             stored => {
                 self.record(path, Scheme::Dense, &[rows, width], None);
-                let weight = frozen(self.tensor(dense(stored), [rows, width]));
+                let weight = frozen(self.tensor(path, dense(stored).values, [rows, width])?);
                 Embedding::Dense(DenseEmbedding { weight })
             }
         })
@@ -250,8 +253,9 @@ impl Loader<'_> {
 
     fn linear(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Result<QuantLinear> {
         let bias = if bias {
-            let bias = self.dense(&format!("{path}.bias"), &[shape[1]])?;
-            Some(frozen(self.tensor(bias, [shape[1]])))
+            let name = format!("{path}.bias");
+            let bias = self.dense(&name, &[shape[1]])?;
+            Some(frozen(self.tensor(&name, bias.values, [shape[1]])?))
         } else {
             None
         };
@@ -287,12 +291,12 @@ impl Loader<'_> {
             (stored, Scheme::Dense) => {
                 self.record(path, scheme, &[d_input, d_output], None);
                 let values = transpose(&dense(stored).values, d_output, d_input);
-                let weight = Tensor::from_data(TensorData::new(values, [d_input, d_output]), &self.device);
+                let weight = self.tensor(path, values, [d_input, d_output])?;
                 return Ok(QuantLinear::Dense(Linear { weight: frozen(weight), bias }));
             }
         };
         self.record(path, scheme, &[d_input, d_output], packed.input_order.as_ref());
-        Ok(QuantLinear::Packed(PackedLinear { weight: PackedTensor::new(&packed, &self.device), bias }))
+        Ok(QuantLinear::Packed(PackedLinear { weight: self.packed(path, &packed)?, bias }))
     }
 
     fn norm(&mut self, path: &str, width: usize, config: &ModelConfig) -> Result<Norm> {
@@ -301,8 +305,9 @@ impl Loader<'_> {
             if !(there && config.norm_affine) {
                 return Ok(None);
             }
-            let values = self.dense(&format!("{path}.{name}"), &[width])?;
-            Ok(Some(frozen(self.tensor(values, [width]))))
+            let name = format!("{path}.{name}");
+            let values = self.dense(&name, &[width])?.values;
+            Ok(Some(frozen(self.tensor(&name, values, [width])?)))
         };
         let (weight, bias) = (part("weight", true)?, part("bias", kind == NormKind::Layer)?);
         Ok(Norm { weight, bias, eps: config.norm_eps, kind })
@@ -341,8 +346,31 @@ impl Loader<'_> {
         })
     }
 
-    fn tensor<const D: usize>(&self, tensor: DenseTensor, shape: [usize; D]) -> Tensor<D> {
-        Tensor::from_data(TensorData::new(tensor.values, shape), &self.device)
+    fn tensor<const D: usize>(&self, name: &str, values: Vec<f32>, shape: [usize; D]) -> Result<Tensor<D>> {
+        self.check_size(name, 4 * values.len())?;
+        Ok(Tensor::from_data(TensorData::new(values, shape), &self.device))
+    }
+
+    /// Asks before the device is asked, which would fail later and elsewhere.
+    fn check_size(&self, name: &str, bytes: usize) -> Result<()> {
+        match self.limits.largest_tensor {
+            Some(largest) if bytes as u64 > largest => Err(Error::File {
+                path: self.checkpoint.path().to_path_buf(),
+                field: name.into(),
+                expected: format!(
+                    "at most {:.2} GB, the largest tensor of {}; packed it would be smaller",
+                    largest as f64 / 1e9,
+                    self.limits.name
+                ),
+                found: format!("{:.2} GB", bytes as f64 / 1e9),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn packed(&self, path: &str, weight: &PackedWeight) -> Result<PackedTensor> {
+        self.check_size(path, 4 * weight.codes.len())?;
+        Ok(PackedTensor::new(weight, &self.device))
     }
 
     fn record(&mut self, path: &str, scheme: Scheme, shape: &[usize], order: Option<&Vec<u32>>) {

@@ -27,6 +27,17 @@ fn prune(folder: &str, start: usize, compensate: bool) -> (Pruned, PruningRecord
     (pruned, record)
 }
 
+#[test]
+fn a_record_written_before_families_had_descriptions_is_read() {
+    let text = std::fs::read_to_string(testdata("pruning/record_of_e68b09a.json")).unwrap();
+    let record: PruningRecord = serde_json::from_str(&text).unwrap();
+    let original = Checkpoint::open(testdata("models/tiny-llama")).unwrap().config().clone();
+    assert_eq!(record.original, original);
+    // Written again it is today's form, and the same record.
+    let again: PruningRecord = serde_json::from_value(serde_json::to_value(&record).unwrap()).unwrap();
+    assert_eq!(again, record);
+}
+
 fn f32s() -> ExportOptions {
     ExportOptions::new(FloatType::F32)
 }
