@@ -10,7 +10,7 @@ use kiln_models::{
     export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
 };
-use kiln_quant_core::{Plan, QuantLinear, QuantScheme, Scheme};
+use kiln_quant_core::{Compute, Plan, QuantLinear, QuantScheme, Scheme};
 use kiln_training::{DataOptions, Dataset, DatasetLoss, ModelTokenizer, evaluate};
 
 use crate::{Error, FineTune, FineTuned, Result, Tuned};
@@ -40,12 +40,14 @@ pub struct Base {
 /// | --- | --- | --- |
 /// | `bits`, `scheme`, `schemes` | as stored | weight format of the blocks' linears |
 /// | `device` | the CPU, or Burn's choice where that isn't compiled in | where to compute |
+/// | `compute` | what suits the device best | what operands of products are rounded to |
 /// | `chat_template` | the checkpoint's | how conversations become text |
 #[must_use = "`load` makes the model"]
 pub struct OpenBase {
     checkpoint: Checkpoint,
     format: Format,
     device: Option<Device>,
+    compute: Option<Compute>,
     template: Option<String>,
 }
 
@@ -89,6 +91,12 @@ impl OpenBase {
         self
     }
 
+    /// Sets what operands of products are rounded to.
+    pub fn with_compute(mut self, compute: Compute) -> Self {
+        self.compute = Some(compute);
+        self
+    }
+
     /// Sets the chat template, as Jinja, in place of the checkpoint's own, if it has any.
     pub fn with_chat_template(mut self, template: impl Into<String>) -> Self {
         self.template = Some(template.into());
@@ -114,6 +122,7 @@ impl OpenBase {
             Format::Uniform(scheme) => LoadOptions::uniform(scheme),
             Format::Planned(schemes) => LoadOptions::planned(schemes),
         };
+        let options = options.with_compute(self.compute);
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
         let tokenizer = self.checkpoint.tokenizer()?;
         let template = match self.template {
@@ -142,6 +151,7 @@ impl Base {
             checkpoint: Checkpoint::open(path)?,
             format: Format::AsStored,
             device: None,
+            compute: None,
             template: None,
         })
     }

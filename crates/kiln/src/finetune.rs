@@ -11,11 +11,11 @@ use std::{
 use burn::tensor::Tensor;
 use kiln_adapters::{AdapterConfig, AnyAdapter};
 use kiln_models::{
-    Decoder, GenerateOptions, Recompute,
+    CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
     export::{ExportReport, LoraFactors, export_gguf_lora},
 };
-use kiln_quant_core::{QuantLinear, Slots};
+use kiln_quant_core::{DeviceLimits, QuantLinear, Slots};
 use kiln_training::{
     BatchOptions, Dataset, DatasetLoss, Event, RunOptions, RunReport, ScheduleKind, Trainer, TrainerConfig,
 };
@@ -30,7 +30,7 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// | `epochs` or `steps` | 1 epoch | how long; the one set last counts |
 /// | `batch` | 4 | rows of a micro-batch, or all [`BatchOptions`] |
 /// | `lr`, `warmup`, `schedule` | 3e-4, 0, constant | the learning rate |
-/// | `recompute` | none | memory for time |
+/// | `recompute` | none on the CPU, blocks elsewhere | memory for time |
 /// | `trainer` | as these say | every option of the trainer at once |
 /// | `held_out`, `patience` | none | data whose loss is measured on the way, and how long it may fail to fall |
 /// | `checkpoints`, `resume` | none | a folder for `last` and `best`, and whether to go on from `last` if it is there |
@@ -97,11 +97,18 @@ impl<'a> FineTune<'a> {
 
     fn of(start: Start<'a>, data: Arc<Dataset>) -> Self {
         const ROWS: usize = 4;
+        let device = match &start {
+            Start::New(base, _) => base.model().device(),
+            Start::GoingOn(tuned) => tuned.model().device(),
+        };
+        // A GPU's memory is what ends first.
+        let bounded = DeviceLimits::of(&device).largest_tensor.is_some();
+        let recompute = if bounded { Recompute::Block } else { Recompute::None };
         Self {
             start,
             data,
             length: Length::Epochs(1),
-            trainer: TrainerConfig::new(1, ROWS),
+            trainer: TrainerConfig::new(1, ROWS).with_recompute(recompute),
             options: RunOptions::new(),
             resume: false,
             on_event: Box::new(|_| ControlFlow::Continue(())),

@@ -4,23 +4,31 @@
 
 use std::sync::Arc;
 
-use burn::tensor::Device;
+use burn::{
+    module::{Module, ModuleVisitor, Param},
+    optim::{GradientsAccumulator, GradientsParams},
+    tensor::{Device, Tensor},
+};
 use kiln::{
     Tuned,
-    adapters::AdapterConfig,
+    adapters::{AdapterConfig, InitLoraWeights, Method},
     eval::WindowedPerplexity,
-    models::{Checkpoint, LoadOptions, Recompute},
+    models::{
+        CausalLm, Checkpoint, DriverOptions, LoadOptions, Place, Recompute, Targets, TokenBatch,
+        loss_and_gradients,
+    },
     quant::Scheme,
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
-use kiln_testkit::vulkan;
+use kiln_testkit::{read, relative_difference, vulkan};
 
 /// Losses of three steps and the perplexity after them.
 fn pipeline(device: &Device, recompute: Recompute) -> Vec<f64> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/llama-tied-f32-sharded");
     let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
     let (model, _) = Checkpoint::open(folder).unwrap().load(&options, device).unwrap();
-    let model = Tuned::attach(model, &AdapterConfig::lora(4, 8.0).with_seed(3)).unwrap().into_model();
+    let adapters = AdapterConfig::lora(4, 8.0).with_seed(3).with_dropout(0.2);
+    let model = Tuned::attach(model, &adapters).unwrap().into_model();
     let ids: Vec<u32> = (0..160u32).map(|i| (i * i * 7 + i) % 256).collect();
     let dataset = Dataset::from_ids(ids.clone(), &DataOptions::new(16, 256)).unwrap();
     let mut config = TrainerConfig::new(3, BatchOptions::new(2));
@@ -38,9 +46,60 @@ fn training_on_a_gpu_gives_the_losses_of_the_cpu() {
     let Some(vulkan) = vulkan() else { return };
     let expected = pipeline(&Device::flex(), Recompute::None);
     assert!(expected[2] < expected[0], "the loss falls: {expected:?}");
-    let found = pipeline(&vulkan.device, Recompute::Block);
-    for (found, expected) in found.iter().zip(&expected) {
-        // AdamW's first steps magnify rounding.
-        assert!((found / expected - 1.0).abs() < 1e-4, "{found} {expected}");
+    for recompute in [Recompute::Block, Recompute::None] {
+        for (found, expected) in pipeline(&vulkan.device, recompute).iter().zip(&expected) {
+            // AdamW's first steps magnify rounding.
+            assert!((found / expected - 1.0).abs() < 1e-4, "{recompute:?}: {found} {expected}");
+        }
+    }
+}
+
+/// Loss and all gradients of one pass over two rows of packed documents behind padding, with dropout.
+fn gradients(device: &Device, recompute: Recompute) -> (f64, Vec<Vec<f32>>) {
+    struct Collect<'a>(&'a GradientsParams, Vec<Vec<f32>>);
+    impl ModuleVisitor for Collect<'_> {
+        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+            self.1.extend(self.0.get::<D>(param.id).map(read));
+        }
+    }
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/mistral-swa8-f32");
+    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
+    let (model, _) = Checkpoint::open(folder).unwrap().load(&options, device).unwrap();
+    // B is drawn, too, so that A has gradients.
+    let method = Method::Lora { init: InitLoraWeights::Random };
+    let adapters = AdapterConfig::lora(4, 8.0).with_seed(3).with_dropout(0.3).with_method(method);
+    let model = Tuned::attach(model, &adapters).unwrap().into_model().train();
+    model.at(Place { step: 5, micro_batch: 1, training: true });
+    let ids: Vec<u32> = (0..48).map(|i| (i * 37 + 11) % 256).collect();
+    let mut tokens = TokenBatch::masked(ids.clone(), vec![1; 48], 2, 24).unwrap();
+    for place in 0..48 {
+        tokens.segments[place] = [0, 1, 1, 2][place % 24 / 6];
+        tokens.positions[place] = (place % 12) as u32;
+    }
+    let targets: Vec<u32> = (0..48).map(|place| ids[(place + 1) % 48]).collect();
+    let scored: Vec<bool> = (0..48).map(|place| place % 24 >= 6 && place % 5 != 0).collect();
+    let mut sums = GradientsAccumulator::new();
+    let targets = Targets { ids: &targets, scored: &scored };
+    let options = DriverOptions { recompute, logit_rows: 10 };
+    let loss = loss_and_gradients(&model, &tokens, targets, &options, &mut sums).unwrap();
+    let found = sums.grads();
+    let mut collect = Collect(&found, Vec::new());
+    model.visit(&mut collect);
+    (loss, collect.1)
+}
+
+#[test]
+fn a_pass_on_a_gpu_gives_the_gradients_of_the_cpu() {
+    let Some(vulkan) = vulkan() else { return };
+    let (expected_loss, expected) = gradients(&Device::flex(), Recompute::None);
+    assert!(expected.len() > 20 && expected.iter().flatten().all(|x| x.is_finite()));
+    for recompute in [Recompute::None, Recompute::Block] {
+        let (loss, found) = gradients(&vulkan.device, recompute);
+        assert!((loss / expected_loss - 1.0).abs() < 1e-5, "{recompute:?}: {loss} {expected_loss}");
+        assert_eq!(found.len(), expected.len());
+        for (i, (found, expected)) in found.iter().zip(&expected).enumerate() {
+            let difference = relative_difference(found, expected);
+            assert!(difference < 1e-4, "{recompute:?}, parameter {i}: {difference:e}");
+        }
     }
 }

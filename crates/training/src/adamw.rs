@@ -3,8 +3,9 @@
 use burn::{
     optim::{
         AdamW, AdamWConfig, AdamWState, AdaptiveMomentumState, LearningRate, ModuleOptimizer, Optimizer,
+        RecordState, StateSink, StateSource, join_path,
     },
-    tensor::{Device, Tensor},
+    tensor::{Device, Tensor, TensorData},
 };
 use kiln_quant_core::fused::{self, AdamWStep};
 
@@ -74,7 +75,7 @@ impl<const D: usize> RecordState for Averages<D> {
         let path = path(prefix);
         let time = source.take_scalar(&path, "time")?.try_into().ok()?;
         let [moment_1, moment_2] = ["moment_1", "moment_2"]
-            .map(|name| source.take_tensor(&path, name).filter(|data| data.shape.len() == D));
+            .map(|name| source.take_tensor(&path, name).filter(|data| data.shape().num_dims() == D));
         Some(Self::Stored { time, moment_1: moment_1?, moment_2: moment_2? })
     }
 }

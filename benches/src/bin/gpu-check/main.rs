@@ -7,6 +7,8 @@
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 mod kernels;
+#[cfg(feature = "cube")]
+mod launches;
 mod operations;
 mod step;
 mod synthetic;
@@ -40,6 +42,9 @@ struct Options {
     /// Share of the adapters' input that is dropped.
     #[arg(long, default_value_t = 0.0)]
     dropout: f64,
+    /// Says which kernels take the time of a step.
+    #[arg(long)]
+    profile: bool,
     /// Rows of logits held at once.
     #[arg(long, default_value_t = 1024)]
     logit_rows: usize,

@@ -45,10 +45,10 @@ pub(crate) fn train(device: &Device, compute: Compute, options: &Options) -> Res
             );
             let adapters = AdapterConfig::lora(16, 16.0).with_dropout(options.dropout);
             let tuned = Tuned::attach(model, &adapters)?;
-            let count = rows * length * (options.steps + 2) + 1;
+            let count = rows * length * (options.steps + 4) + 1;
             let ids = (0..count as u32).map(|i| i.wrapping_mul(7919) % vocabulary as u32).collect();
             let dataset = Arc::new(Dataset::from_ids(ids, &DataOptions::new(length, vocabulary))?);
-            let config = TrainerConfig::new(options.steps as u64 + 1, BatchOptions::new(rows))
+            let config = TrainerConfig::new(options.steps as u64 + 3, BatchOptions::new(rows))
                 .with_recompute(recompute)
                 .with_logit_rows(options.logit_rows);
             let mut trainer = Trainer::new(tuned.into_model(), dataset, config)?;
@@ -68,6 +68,15 @@ pub(crate) fn train(device: &Device, compute: Compute, options: &Options) -> Res
                 (rows * length) as f64 / seconds,
                 memory(device)
             );
+            #[cfg(feature = "cube")]
+            {
+                let (step, launches) = crate::launches::count(|| trainer.step());
+                step?;
+                println!("  {launches} launches");
+                if options.profile {
+                    crate::launches::profile(|| trainer.step())?;
+                }
+            }
         }
     }
     println!();

@@ -165,20 +165,23 @@ fn gathered(x: &CubeTensor, queries: usize) -> CubeTensor {
 fn move_heads(from: &CubeTensor, to: &CubeTensor, queries: usize, sizes: &CubeTensor, lay_out: bool) {
     let shape = sizes.meta.shape();
     let (count, dim) = units(&from.client, count_of(sizes));
-    move_heads_kernel::launch(
-        &from.client,
-        count,
-        dim,
-        from.clone().into_tensor_arg(),
-        to.clone().into_tensor_arg(),
-        shape[0],
-        shape[1],
-        shape[2],
-        shape[3],
-        queries,
-        lay_out,
-        [dtype_to_storage_type(from.dtype), dtype_to_storage_type(to.dtype)],
-    );
+    // SAFETY: both sides are indexed by a permutation of the elements of one shape.
+    unsafe {
+        move_heads_kernel::launch_unchecked(
+            &from.client,
+            count,
+            dim,
+            from.clone().into_tensor_arg(),
+            to.clone().into_tensor_arg(),
+            shape[0],
+            shape[1],
+            shape[2],
+            shape[3],
+            queries,
+            lay_out,
+            [dtype_to_storage_type(from.dtype), dtype_to_storage_type(to.dtype)],
+        );
+    }
 }
 
 /// The result `[batch, length, heads, head_dim]` and the logarithm of each query's sum of exponentials, `[batch, heads,
@@ -206,28 +209,31 @@ pub(super) fn forward(
         let units = units_of(width);
         let (count, dim) = cubes(block.rows(), units);
         let at = launch_arguments(&block, scores);
-        weights_kernel::launch(
-            &raw.client.clone(),
-            count,
-            dim,
-            raw.into_tensor_arg(),
-            segments[0].clone().into_tensor_arg(),
-            segments[1].clone().into_tensor_arg(),
-            weights.clone().into_tensor_arg(),
-            log_sums.clone().into_tensor_arg(),
-            scores.scale,
-            block.rows(),
-            width,
-            at.heads,
-            at.count,
-            at.start,
-            at.first_key,
-            at.length,
-            at.keys,
-            at.window,
-            units,
-            dtype_to_storage_type(dtype),
-        );
+        // SAFETY: a cube stays in its row of scores, whose query, head and keys are those of the asserted shapes.
+        unsafe {
+            weights_kernel::launch_unchecked(
+                &raw.client.clone(),
+                count,
+                dim,
+                raw.into_tensor_arg(),
+                segments[0].clone().into_tensor_arg(),
+                segments[1].clone().into_tensor_arg(),
+                weights.clone().into_tensor_arg(),
+                log_sums.clone().into_tensor_arg(),
+                scores.scale,
+                block.rows(),
+                width,
+                at.heads,
+                at.count,
+                at.start,
+                at.first_key,
+                at.length,
+                at.keys,
+                at.window,
+                units,
+                dtype_to_storage_type(dtype),
+            );
+        }
         product_into(weights, block.of_keys(&v), block.of_queries(&out));
     }
     (gathered(&out, sizes.queries), log_sums)
@@ -243,6 +249,9 @@ pub(super) fn backward(
     let [q, k, v, out, d_out] = [q, k, v, out, d_out].map(into_contiguous);
     let segments = segments.map(into_contiguous);
     let sizes = Sizes::new([&q, &k, &v], &segments);
+    let counts = [&out, &d_out, &log_sums].map(count_of);
+    let queries = sizes.batch * sizes.heads * sizes.length;
+    assert_eq!(counts, [count_of(&q), count_of(&q), queries], "attention: what its backward pass is given");
     let dtype = operand_type(scores.compute);
     let along = along(&out, &d_out);
     let zeros = |like: &CubeTensor| {
@@ -264,31 +273,34 @@ pub(super) fn backward(
         let units = units_of(width);
         let (count, dim) = cubes(block.rows(), units);
         let at = launch_arguments(&block, scores);
-        score_gradients_kernel::launch(
-            &raw.client.clone(),
-            count,
-            dim,
-            raw.into_tensor_arg(),
-            d_weights.into_tensor_arg(),
-            log_sums.clone().into_tensor_arg(),
-            along.clone().into_tensor_arg(),
-            segments[0].clone().into_tensor_arg(),
-            segments[1].clone().into_tensor_arg(),
-            weights.clone().into_tensor_arg(),
-            d_scores.clone().into_tensor_arg(),
-            scores.scale,
-            block.rows(),
-            width,
-            at.heads,
-            at.count,
-            at.start,
-            at.first_key,
-            at.length,
-            at.keys,
-            at.window,
-            units,
-            dtype_to_storage_type(dtype),
-        );
+        // SAFETY: a cube stays in its row of scores, whose query, head and keys are those of the asserted shapes.
+        unsafe {
+            score_gradients_kernel::launch_unchecked(
+                &raw.client.clone(),
+                count,
+                dim,
+                raw.into_tensor_arg(),
+                d_weights.into_tensor_arg(),
+                log_sums.clone().into_tensor_arg(),
+                along.clone().into_tensor_arg(),
+                segments[0].clone().into_tensor_arg(),
+                segments[1].clone().into_tensor_arg(),
+                weights.clone().into_tensor_arg(),
+                d_scores.clone().into_tensor_arg(),
+                scores.scale,
+                block.rows(),
+                width,
+                at.heads,
+                at.count,
+                at.start,
+                at.first_key,
+                at.length,
+                at.keys,
+                at.window,
+                units,
+                dtype_to_storage_type(dtype),
+            );
+        }
         product_into(d_scores.clone(), k, block.of_queries(&dq));
         add_keys(&dk, product(transposed(d_scores), q, DType::F32), &block);
         add_keys(&dv, product(transposed(weights), d_out, DType::F32), &block);
@@ -338,7 +350,7 @@ fn add_keys(all: &CubeTensor, part: CubeTensor, block: &Block) {
 }
 
 /// Element by element of `[batch, length, heads, head_dim]`.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn move_heads_kernel<S: Float, T: Float>(
     from: &Tensor<S>,
     to: &mut Tensor<T>,
@@ -381,7 +393,7 @@ fn sees(
 }
 
 /// Unscaled scores to weights, and the logarithms of their sums of exponentials. One cube for each row.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn weights_kernel<E: Float>(
     scores: &Tensor<f32>,
     query_segments: &Tensor<i32>,
@@ -439,7 +451,7 @@ fn weights_kernel<E: Float>(
 }
 
 /// Unscaled scores to weights, and gradients of weights to gradients of unscaled scores. One cube for each row.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn score_gradients_kernel<E: Float>(
     scores: &Tensor<f32>,
     d_weights: &Tensor<f32>,

@@ -65,12 +65,17 @@ fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
 }
 
 /// Runs a kernel with one cube for each row of `like`.
+///
+/// Its kernels index rows below the rows and columns below the width, of tensors of that shape or of one row.
 macro_rules! by_rows {
     ($kernel:path, $like:expr, [$($arg:expr),*], [$($scalar:expr),*]) => {{
         let [rows, width] = rows_of(&$like);
         let units = rows::units_of(width);
         let (count, dim) = cubes(rows, units);
-        $kernel(&$like.client, count, dim, $($arg.clone().into_tensor_arg(),)* rows, width, $($scalar,)* units);
+        // SAFETY: see above; shapes are asserted by the callers.
+        unsafe {
+            $kernel(&$like.client, count, dim, $($arg.clone().into_tensor_arg(),)* rows, width, $($scalar,)* units);
+        }
     }};
 }
 
@@ -82,8 +87,14 @@ impl FusedKernels for CubeBackend {
         eps: f32,
     ) -> FloatTensor<Self> {
         let (x, weight, dy) = (into_contiguous(x), into_contiguous(weight), into_contiguous(dy));
+        let [_, width] = rows_of(&x);
+        assert_eq!(
+            [count_of(&dy), count_of(&weight)],
+            [count_of(&x), width],
+            "rms_norm: gradient and weights"
+        );
         let dx = empty_like(&x);
-        by_rows!(rows::rms_norm_dx::launch, x, [x, weight, dy, dx], [eps]);
+        by_rows!(rows::rms_norm_dx::launch_unchecked, x, [x, weight, dy, dx], [eps]);
         dx
     }
 
@@ -95,7 +106,7 @@ impl FusedKernels for CubeBackend {
     ) -> FloatTensor<Self> {
         let ([rows, width], x, dy) = (rows_of(&x), into_contiguous(x), into_contiguous(dy));
         let (inverses, d_weight) = (empty(&x, [rows], DType::F32), empty_like(&weight));
-        by_rows!(rows::inverse_rms_of_rows::launch, x, [x, inverses], [eps]);
+        by_rows!(rows::inverse_rms_of_rows::launch_unchecked, x, [x, inverses], [eps]);
         let (count, dim) = units(&x.client, width);
         rows::rms_norm_dweight::launch(
             &x.client.clone(),
@@ -171,8 +182,9 @@ impl FusedKernels for CubeBackend {
             _ => Self::int_cast(targets, IntDType::I32),
         };
         let (logits, targets) = (to_write(logits), into_contiguous(targets));
+        assert_eq!(count_of(&targets), rows, "cross_entropy: targets of {rows} rows");
         let losses = empty(&logits, [rows], DType::F32);
-        by_rows!(rows::cross_entropy::launch, logits, [logits, targets, losses], []);
+        by_rows!(rows::cross_entropy::launch_unchecked, logits, [logits, targets, losses], []);
         (losses, logits)
     }
 
@@ -209,7 +221,7 @@ impl FusedOps for CubeBackend {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
         assert_eq!(count_of(&weight), rows_of(&x)[1], "rms_norm: weights for rows of {}", rows_of(&x)[1]);
         let y = empty_like(&x);
-        by_rows!(rows::rms_norm::launch, x, [x, weight, y], [eps]);
+        by_rows!(rows::rms_norm::launch_unchecked, x, [x, weight, y], [eps]);
         y
     }
 

@@ -48,6 +48,7 @@ impl Sides {
 pub(super) fn product(a: &CubeTensor, b: &CubeTensor, factor: f32) -> Option<CubeTensor> {
     let (left, right) = (Sides::of(a), Sides::of(b));
     let ([rows, inner], columns) = (left.shape, right.shape[1]);
+    assert_eq!(right.shape[0], inner, "a product of {:?} and {:?}", left.shape, right.shape);
     let f32s = a.dtype == DType::F32 && b.dtype == DType::F32;
     if !f32s || rows * inner * columns == 0 {
         return None;
@@ -74,6 +75,10 @@ pub(super) fn product(a: &CubeTensor, b: &CubeTensor, factor: f32) -> Option<Cub
 pub(super) fn outer(y: Option<CubeTensor>, a: &CubeTensor, b: &CubeTensor, factor: f32) -> CubeTensor {
     let (left, right) = (Sides::of(a), Sides::of(b));
     let ([rows, inner], columns) = (left.shape, right.shape[1]);
+    assert_eq!(right.shape[0], inner, "a product of {:?} and {:?}", left.shape, right.shape);
+    if let Some(y) = &y {
+        assert_eq!(count_of(y), rows * columns, "an update of {rows}x{columns}");
+    }
     let (out, out_arg) = match &y {
         Some(y) if y.can_mut() => (y.clone(), y.as_tensor_alias(0)),
         _ => {
@@ -83,24 +88,27 @@ pub(super) fn outer(y: Option<CubeTensor>, a: &CubeTensor, b: &CubeTensor, facto
     };
     let (count, dim) = units(&out.client, rows.div_ceil(OUTER_ROWS) * columns);
     let adds = y.is_some();
-    outer_kernel::launch(
-        &out.client,
-        count,
-        dim,
-        y.unwrap_or_else(|| a.clone()).into_tensor_arg(),
-        a.clone().into_tensor_arg(),
-        b.clone().into_tensor_arg(),
-        out_arg,
-        rows,
-        columns,
-        left.strides[0],
-        left.strides[1],
-        right.strides[0],
-        right.strides[1],
-        factor,
-        inner,
-        adds,
-    );
+    // SAFETY: rows, columns and inner places stay below the sizes that the strides belong to.
+    unsafe {
+        outer_kernel::launch_unchecked(
+            &out.client,
+            count,
+            dim,
+            y.unwrap_or_else(|| a.clone()).into_tensor_arg(),
+            a.clone().into_tensor_arg(),
+            b.clone().into_tensor_arg(),
+            out_arg,
+            rows,
+            columns,
+            left.strides[0],
+            left.strides[1],
+            right.strides[0],
+            right.strides[1],
+            factor,
+            inner,
+            adds,
+        );
+    }
     out
 }
 
@@ -124,28 +132,31 @@ fn narrow(
         _ => empty(out, [splits, rows * columns], DType::F32),
     };
     let strides = if splits == 1 { out_strides } else { [columns, 1] };
-    narrow_kernel::launch(
-        &out.client,
-        CubeCount::Static(row_tiles as u32, splits as u32, 1),
-        CubeDim::new_1d(UNITS as u32),
-        a.clone().into_tensor_arg(),
-        b.clone().into_tensor_arg(),
-        target.clone().into_tensor_arg(),
-        rows,
-        inner,
-        columns,
-        left.strides[0],
-        left.strides[1],
-        right.strides[0],
-        right.strides[1],
-        strides[0],
-        strides[1],
-        rows * columns,
-        span,
-        factor,
-        groups,
-        left.strides[0] == 1,
-    );
+    // SAFETY: what is read and written is tested against the sizes that the strides belong to; tiles are as large as the loops over them.
+    unsafe {
+        narrow_kernel::launch_unchecked(
+            &out.client,
+            CubeCount::Static(row_tiles as u32, splits as u32, 1),
+            CubeDim::new_1d(UNITS as u32),
+            a.clone().into_tensor_arg(),
+            b.clone().into_tensor_arg(),
+            target.clone().into_tensor_arg(),
+            rows,
+            inner,
+            columns,
+            left.strides[0],
+            left.strides[1],
+            right.strides[0],
+            right.strides[1],
+            strides[0],
+            strides[1],
+            rows * columns,
+            span,
+            factor,
+            groups,
+            left.strides[0] == 1,
+        );
+    }
     if splits > 1 {
         let (count, dim) = units(&out.client, count_of(out));
         add_splits_kernel::launch(
@@ -164,7 +175,7 @@ fn narrow(
 }
 
 /// One unit for each column and [`OUTER_ROWS`] rows.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn outer_kernel(
     y: &Tensor<f32>,
     a: &Tensor<f32>,
@@ -205,7 +216,7 @@ fn outer_kernel(
 
 /// A tile of rows and a part of the inner places for each cube; its units are `16 * groups` for the sums of 4 rows × 4
 /// columns, as often as they fit, each time for another part of a tile's inner places.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 fn narrow_kernel(
     a: &Tensor<f32>,
     b: &Tensor<f32>,

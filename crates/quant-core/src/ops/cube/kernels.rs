@@ -146,7 +146,7 @@ fn run_weights<S: Float, O: Float>(
 }
 
 /// The dense weight. One unit per run and output; neighbouring units write neighbouring outputs.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 pub(super) fn dequantize<S: Float, O: Float, F: Float>(
     codes: &Tensor<u32>,
     scales: &Tensor<S>,
@@ -177,7 +177,7 @@ pub(super) fn dequantize<S: Float, O: Float, F: Float>(
 
 /// A few rows times the weight, unpacked on the way. A cube has `COLUMNS` outputs × `PARTS` parts of the inputs; every
 /// unit sums its part of the runs for all rows, then the parts are summed.
-#[cube(launch)]
+#[cube(launch_unchecked)]
 pub(super) fn rows_times_weight<S: Float, O: Float, F: Float>(
     x: &Tensor<F>,
     codes: &Tensor<u32>,

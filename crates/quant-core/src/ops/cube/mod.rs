@@ -76,43 +76,50 @@ impl Packed {
         let dense = self.empty([spec.d_input, spec.d_output], dtype);
         let (format, [scales, offsets]) = (self.format(), self.types());
         let (count, dim) = units(&dense.client, spec.d_input.div_ceil(RUN) * spec.d_output);
-        kernels::dequantize::launch(
-            &dense.client,
-            count,
-            dim,
-            self.codes.into_tensor_arg(),
-            self.scales.into_tensor_arg(),
-            self.offsets.into_tensor_arg(),
-            dense.clone().into_tensor_arg(),
-            spec.inputs,
-            spec.outputs,
-            format,
-            [scales, offsets, dtype_to_storage_type(dtype)],
-        );
+        // SAFETY: shapes are asserted in `Packed::new`; runs and outputs beyond them end at once, and inputs are tested.
+        unsafe {
+            kernels::dequantize::launch_unchecked(
+                &dense.client,
+                count,
+                dim,
+                self.codes.into_tensor_arg(),
+                self.scales.into_tensor_arg(),
+                self.offsets.into_tensor_arg(),
+                dense.clone().into_tensor_arg(),
+                spec.inputs,
+                spec.outputs,
+                format,
+                [scales, offsets, dtype_to_storage_type(dtype)],
+            );
+        }
         dense
     }
 
     /// `x · W` for at most [`FEW_ROWS`] rows.
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
         let (spec, rows) = (self.spec, x.meta.shape()[0]);
+        assert_eq!(x.meta.shape()[1], spec.d_input, "x beside {spec:?}");
         let y = self.empty([rows, spec.d_output], x.dtype);
         let (format, [scales, offsets]) = (self.format(), self.types());
         let dtype = dtype_to_storage_type(x.dtype);
-        kernels::rows_times_weight::launch(
-            &y.client,
-            CubeCount::Static(spec.d_output.div_ceil(COLUMNS) as u32, 1, 1),
-            CubeDim::new_2d(COLUMNS as u32, PARTS as u32),
-            x.into_tensor_arg(),
-            self.codes.into_tensor_arg(),
-            self.scales.into_tensor_arg(),
-            self.offsets.into_tensor_arg(),
-            y.clone().into_tensor_arg(),
-            spec.inputs,
-            spec.outputs,
-            rows,
-            format,
-            [scales, offsets, dtype],
-        );
+        // SAFETY: shapes are asserted above and in `Packed::new`; outputs and inputs beyond them are not read.
+        unsafe {
+            kernels::rows_times_weight::launch_unchecked(
+                &y.client,
+                CubeCount::Static(spec.d_output.div_ceil(COLUMNS) as u32, 1, 1),
+                CubeDim::new_2d(COLUMNS as u32, PARTS as u32),
+                x.into_tensor_arg(),
+                self.codes.into_tensor_arg(),
+                self.scales.into_tensor_arg(),
+                self.offsets.into_tensor_arg(),
+                y.clone().into_tensor_arg(),
+                spec.inputs,
+                spec.outputs,
+                rows,
+                format,
+                [scales, offsets, dtype],
+            );
+        }
         y
     }
 
