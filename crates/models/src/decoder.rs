@@ -326,18 +326,20 @@ impl Decoder<QuantLinear> {
         Ok(self)
     }
 
-    /// Bytes of all tensors: packed ones as stored, others at 4 bytes a value.
+    /// Bytes of all tensors: packed ones as stored, others in their types.
     pub fn stored_bytes(&self) -> usize {
         let linear = |linear: &QuantLinear| {
             let [d_input, d_output] = linear.shape();
             match linear {
                 QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
-                QuantLinear::Dense(_) => 4 * d_input * d_output,
+                QuantLinear::Dense(linear) => linear.weight.val().dtype().size() * d_input * d_output,
             }
         };
         let table = match &self.embed_tokens {
             Embedding::Packed(table) => table.storage_bytes(),
-            Embedding::Dense(_) => 4 * self.embed_tokens.shape().iter().product::<usize>(),
+            Embedding::Dense(table) => {
+                table.weight.val().dtype().size() * self.embed_tokens.shape().iter().product::<usize>()
+            }
         };
         let linears: usize = self.slots().into_iter().map(|(_, slot)| linear(slot)).sum();
         let head = self.lm_head.as_ref().map_or(0, linear);

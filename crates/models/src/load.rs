@@ -3,8 +3,9 @@
 use burn::{
     module::{Param, ParamId},
     nn::Linear,
-    tensor::{Device, Tensor, TensorData},
+    tensor::{DType, Device, Tensor, TensorData},
 };
+use half::{bf16, f16};
 use kiln_quant_core::{
     Compute, DeviceLimits, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError,
     QuantLinear, Scheme, StorageReport, StorageRow, quantizers,
@@ -159,8 +160,13 @@ impl Checkpoint {
     /// # Ok::<(), kiln_models::Error>(())
     /// ```
     pub fn load(&self, options: &LoadOptions, device: &Device) -> Result<(Decoder<QuantLinear>, LoadReport)> {
+        let compute = match options.compute {
+            Some(compute) => compute.check(device)?,
+            None => Compute::best(device),
+        };
         let mut loader = Loader {
             checkpoint: self,
+            compute,
             source: self.source(),
             options,
             limits: DeviceLimits::of(device),
@@ -176,6 +182,7 @@ impl Checkpoint {
 
 struct Loader<'a> {
     checkpoint: &'a Checkpoint,
+    compute: Compute,
     source: &'a dyn TensorSource,
     options: &'a LoadOptions<'a>,
     limits: DeviceLimits,
@@ -216,7 +223,7 @@ impl Loader<'_> {
             config: config.clone(),
             compute: Compute::F32,
         };
-        decoder.with_compute(self.options.compute.unwrap_or_else(|| Compute::best(&self.device)))
+        decoder.with_compute(self.compute)
     }
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
@@ -227,8 +234,7 @@ impl Loader<'_> {
                 Embedding::Packed(self.packed(path, &weight)?)
             }
             stored => {
-                self.record(path, Scheme::Dense, &[rows, width], None);
-                let weight = frozen(self.tensor(path, dense(stored).values, [rows, width])?);
+                let weight = frozen(self.table(path, dense(stored).values, [rows, width])?);
                 Embedding::Dense(DenseEmbedding { weight })
             }
         })
@@ -242,13 +248,17 @@ impl Loader<'_> {
         }
         let shape = [config.hidden_size, config.vocab_size];
         let stored = self.stored(path, shape)?;
-        let scheme = match &stored {
+        Ok(Some(match stored {
             StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
-                Scheme::Packed(weight.scheme)
+                let scheme = Scheme::Packed(weight.scheme);
+                self.place(path, StoredWeight::Packed(weight), scheme, shape, None, true)?
             }
-            _ => Scheme::Dense,
-        };
-        self.place(path, stored, scheme, shape, None, true).map(Some)
+            stored => {
+                let values = transpose(&dense(stored).values, shape[1], shape[0]);
+                let weight = frozen(self.table(path, values, shape)?);
+                QuantLinear::Dense(Linear { weight, bias: None })
+            }
+        }))
     }
 
     fn linear(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Result<QuantLinear> {
@@ -351,6 +361,23 @@ impl Loader<'_> {
         Ok(Tensor::from_data(TensorData::new(values, shape), &self.device))
     }
 
+    /// A dense embedding or head: in 16 bits where that loses nothing of it and the device multiplies that type.
+    fn table(&mut self, path: &str, values: Vec<f32>, shape: [usize; 2]) -> Result<Tensor<2>> {
+        let frozen = self.options.tables == Tables::AsStored;
+        let dtype = match self.compute {
+            Compute::Bf16 if frozen && values.iter().all(|x| bf16::from_f32(*x).to_f32() == *x) => {
+                DType::BF16
+            }
+            Compute::F16 if frozen && values.iter().all(|x| f16::from_f32(*x).to_f32() == *x) => DType::F16,
+            _ => DType::F32,
+        };
+        let bytes = dtype.size() * values.len();
+        self.check_size(path, bytes)?;
+        self.record_bytes(path, Scheme::Dense, &shape, bytes);
+        let data = TensorData::new(values, shape).convert_dtype(dtype);
+        Ok(Tensor::from_data(data, (&self.device, dtype)))
+    }
+
     /// Asks before the device is asked, which would fail later and elsewhere.
     fn check_size(&self, name: &str, bytes: usize) -> Result<()> {
         match self.limits.largest_tensor {
@@ -380,6 +407,10 @@ impl Loader<'_> {
                 scheme.storage_bytes(shape[0], shape[1]) + order.map_or(0, |o| 4 * o.len())
             }
         };
+        self.record_bytes(path, scheme, shape, bytes);
+    }
+
+    fn record_bytes(&mut self, path: &str, scheme: Scheme, shape: &[usize], bytes: usize) {
         self.report.storage.rows.push(StorageRow { path: path.into(), scheme, shape: shape.to_vec(), bytes });
         if let Some(progress) = self.options.progress {
             progress(path);
