@@ -227,7 +227,8 @@ impl Work {
             kept: 0.0,
             input: block.width,
             forward: if again { block.passing() } else { 0.0 },
-            backward: block.passing(),
+            // The stream's gradient is what the pass began with.
+            backward: block.passing() - 2.0 * block.width,
         }
     }
 }
