@@ -37,6 +37,7 @@ pub(crate) fn optimizer(config: &TrainerConfig) -> ModuleOptimizer {
 /// Burn reads records onto its default device, which needn't be there. So what a checkpoint holds stays in host memory
 /// until the first step says where the parameter is. Records are those of Burn's [`AdamWState`].
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "nearly all are placed")]
 enum Averages<const D: usize> {
     Stored { time: usize, moment_1: TensorData, moment_2: TensorData },
     Placed(AdaptiveMomentumState<D>),
