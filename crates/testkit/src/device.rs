@@ -48,3 +48,31 @@ fn open() -> Result<Device, String> {
 fn open() -> Result<Device, String> {
     Err("the tests were built without the feature wgpu".into())
 }
+
+/// What `f` gives, and how many kernels it launched on GPUs; none without the feature `wgpu`.
+pub fn launches<T>(f: impl FnOnce() -> T) -> (T, usize) {
+    #[cfg(feature = "wgpu")]
+    {
+        use std::sync::{
+            Arc,
+            atomic::{AtomicUsize, Ordering},
+        };
+
+        use cubecl::logging::{LaunchObservation, LaunchObserver};
+
+        #[derive(Default)]
+        struct Counter(AtomicUsize);
+        impl LaunchObserver for Counter {
+            fn launched(&self, _: &'static str) {
+                self.0.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+        let counter = Arc::new(Counter::default());
+        let watching = LaunchObservation::new(counter.clone());
+        let result = f();
+        drop(watching);
+        (result, counter.0.load(Ordering::Relaxed))
+    }
+    #[cfg(not(feature = "wgpu"))]
+    (f(), 0)
+}

@@ -12,7 +12,7 @@ mod golden;
 mod process;
 
 pub use battery::check_projection;
-pub use device::{Vulkan, vulkan};
+pub use device::{Vulkan, launches, vulkan};
 pub use files::{ids, smollm2, testdata, tiny, u16le};
 pub use golden::Golden;
 pub use process::{figures_of, peak, peak_of, report, resident, task};
