@@ -117,3 +117,51 @@ impl Optimizer for FusedAdamW {
         Averages::Placed(state.placed(device))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use burn::{
+        nn::{Linear, LinearConfig},
+        optim::GradientsParams,
+        tensor::Bytes,
+    };
+    use kiln_testkit::{read, tensor};
+
+    use super::*;
+    use crate::BatchOptions;
+
+    fn step(optimizer: &mut ModuleOptimizer, model: Linear, seed: u64) -> Linear {
+        let device = Device::flex().autodiff();
+        let loss = model.forward(tensor::<2>(seed, [5, 6], &device)).square().sum();
+        let gradients = GradientsParams::from_grads(loss.backward(), &model);
+        optimizer.step(0.1, model, gradients)
+    }
+
+    /// Records of checkpoints written before the state was Kiln's own are read, and the other way round.
+    #[test]
+    fn records_are_those_of_burns_adamw_and_stay_so_before_the_first_step() {
+        let config = TrainerConfig::new(3, BatchOptions::new(1)).with_weight_decay(0.1);
+        let plain =
+            || AdamWConfig::new().with_epsilon(config.eps).with_weight_decay(config.weight_decay).init();
+        let model = LinearConfig::new(6, 4).init(&Device::flex().autodiff());
+        let (mut burns, mut ours) = (plain(), optimizer(&config));
+        let (mut expected, mut found) = (model.clone(), model);
+        for seed in 0..2 {
+            expected = step(&mut burns, expected, seed);
+            found = step(&mut ours, found, seed);
+        }
+        assert_eq!(read(found.weight.val()), read(expected.weight.val()));
+        // Parameters stand in a record in any order, so records are compared by what the next step does with them.
+        let reread = |optimizer: ModuleOptimizer, record: &ModuleOptimizer| {
+            let bytes = record.into_bytes().unwrap().to_vec();
+            optimizer.from_bytes(Bytes::from_bytes_vec(bytes)).unwrap()
+        };
+        let from_burn = reread(optimizer(&config), &burns);
+        let to_burn = reread(plain(), &from_burn);
+        let from_ours = reread(plain(), &ours);
+        let next = read(step(&mut burns, expected.clone(), 7).weight.val());
+        for mut other in [from_burn, to_burn, from_ours] {
+            assert_eq!(read(step(&mut other, expected.clone(), 7).weight.val()), next);
+        }
+    }
+}
