@@ -14,8 +14,8 @@ use crate::random::{Purpose, generator, path_hash};
 /// Dropout of one module's input.
 ///
 /// The mask is a function of the seed, the [`Place`] in the training run, the module's path and the element's index
-/// ([`Drops`]): whoever computes a block again, later or on another device, drops the same elements, and no mask is kept. Until [`at`](Self::at) tells
-/// that this is training, nothing is dropped; trainers call it through
+/// ([`Drops`]): whoever computes a block again, later or on another device, drops the same elements, and no mask is kept.
+/// Until [`at`](Self::at) tells that this is training, nothing is dropped; trainers call it through
 /// [`Projection::at`](kiln_quant_core::Projection::at).
 ///
 /// Clones share their place, those inside clones of a model too (`model.valid()` for recomputation).

@@ -190,7 +190,7 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
         key_segments: IntTensor<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// Gradients of q, k and v. `kept` is what [`Self::attention_with_log_sums`] gave.
+    /// Gradients of q, k and v; `out` and `log_sums` are what [`Self::attention_with_log_sums`] gave.
     #[fusion(meta = |q, k, v, _out, _log_sums, _d_out, _query_segments, _key_segments, _scores| {
         (q.clone(), k.clone(), v.clone())
     })]
@@ -486,7 +486,7 @@ pub fn low_rank(y: Tensor<2>, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, spec: Lo
     )
 }
 
-/// A number, zero, whose backward pass gives `x` the gradient `gradient`: goes on with a backward pass that began
+/// A number of no meaning whose backward pass gives `x` the gradient `gradient`: goes on with a backward pass that began
 /// elsewhere.
 ///
 /// # Shapes
