@@ -45,14 +45,7 @@ impl Embedding {
     /// `[.., width]` → `[.., vocabulary]`.
     pub fn project<const D: usize>(&self, x: Tensor<D>, compute: Compute) -> Tensor<D> {
         match self {
-            Self::Dense(table) => {
-                let mut sizes = x.dims();
-                let [vocabulary, width] = table.weight.val().dims();
-                let rows = sizes[..D - 1].iter().product::<usize>();
-                sizes[D - 1] = vocabulary;
-                let x = x.reshape([rows, width]);
-                fused::matmul(x, table.weight.val().transpose(), compute).reshape(sizes)
-            }
+            Self::Dense(table) => fused::matmul(x, table.weight.val().transpose(), compute),
             Self::Packed(table) => table.forward(x),
         }
     }

@@ -151,12 +151,7 @@ impl Projection for QuantLinear {
             Self::Dense(linear) => match Compute::of(linear.weight.val().dtype()) {
                 Compute::F32 => Projection::forward(linear, x),
                 compute => {
-                    let mut sizes = x.dims();
-                    let rows = sizes[..D - 1].iter().product::<usize>();
-                    let x = x.reshape([rows, sizes[D - 1]]);
                     let y = fused::matmul(x, linear.weight.val(), compute);
-                    sizes[D - 1] = y.dims()[1];
-                    let y = y.reshape(sizes);
                     match &linear.bias {
                         Some(bias) => y + bias.val().unsqueeze(),
                         None => y,

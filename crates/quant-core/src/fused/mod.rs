@@ -469,8 +469,19 @@ pub fn dropout(x: Tensor<2>, drops: Drops) -> Tensor<2> {
 /// `a · b`, operands rounded as `compute` says, also those of the products of its backward pass.
 ///
 /// # Shapes
-/// `a` `[rows, inner]`, `b` `[inner, columns]`, any strides.
-pub fn matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
+/// `a` `[.., inner]`, `b` `[inner, columns]`, any strides → `[.., columns]`.
+///
+/// # Panics
+/// If the inner sizes differ.
+pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<2>, compute: Compute) -> Tensor<D> {
+    let mut sizes = a.dims();
+    let rows = sizes[..D - 1].iter().product::<usize>();
+    let a = a.reshape([rows, sizes[D - 1]]);
+    sizes[D - 1] = b.dims()[1];
+    rows_matmul(a, b, compute).reshape(sizes)
+}
+
+fn rows_matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
     fused_or_plain!(a, Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute), a.matmul(b))
 }
 

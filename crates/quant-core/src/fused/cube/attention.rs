@@ -151,20 +151,20 @@ struct Layout {
 /// `[batch, length, heads, head_dim]` in f32 to the layout of products, in blocks of `queries`.
 fn laid_out(x: &CubeTensor, queries: usize, dtype: DType) -> CubeTensor {
     let laid = empty(x, x.meta.shape().clone(), dtype);
-    move_heads(x, &laid, queries, x, true);
+    move_heads(x, &laid, queries, true);
     laid
 }
 
 /// The reverse of [`laid_out`].
 fn gathered(x: &CubeTensor, queries: usize) -> CubeTensor {
     let back = empty(x, x.meta.shape().clone(), DType::F32);
-    move_heads(x, &back, queries, x, false);
+    move_heads(x, &back, queries, false);
     back
 }
 
-fn move_heads(from: &CubeTensor, to: &CubeTensor, queries: usize, sizes: &CubeTensor, lay_out: bool) {
-    let shape = sizes.meta.shape();
-    let (count, dim) = units(&from.client, count_of(sizes));
+fn move_heads(from: &CubeTensor, to: &CubeTensor, queries: usize, lay_out: bool) {
+    let shape = from.meta.shape();
+    let (count, dim) = units(&from.client, count_of(from));
     // SAFETY: both sides are indexed by a permutation of the elements of one shape.
     unsafe {
         move_heads_kernel::launch_unchecked(

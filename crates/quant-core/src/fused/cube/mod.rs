@@ -10,16 +10,14 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, IntDType, Shape};
-use burn_cubecl::{
-    CubeBackend,
-    kernel::into_contiguous,
-    ops::numeric::{self, empty_device_contiguous_dtype},
-    tensor::CubeTensor,
-};
-use cubecl::{calculate_cube_count_elemwise, prelude::*};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, ops::numeric, tensor::CubeTensor};
+use cubecl::prelude::*;
 
 use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, Scores, autodiff::low};
-use crate::{Compute, ops::cube::rounded_product};
+use crate::{
+    Compute,
+    ops::cube::{empty, rounded_product, units},
+};
 
 /// Cubes in one direction that every device takes.
 const MOST_CUBES: usize = 1 << 15;
@@ -33,11 +31,6 @@ fn rows_of(x: &CubeTensor) -> [usize; 2] {
 
 fn count_of(x: &CubeTensor) -> usize {
     x.meta.shape().num_elements()
-}
-
-/// A new tensor beside `like`.
-fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
-    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), dtype)
 }
 
 /// A new tensor of the shape and type of `like`.
@@ -56,12 +49,6 @@ fn cubes(rows: usize, units: usize) -> (CubeCount, CubeDim) {
     let x = rows.clamp(1, MOST_CUBES);
     let count = CubeCount::Static(x as u32, rows.div_ceil(x).max(1) as u32, 1);
     (count, CubeDim::new_1d(units as u32))
-}
-
-/// A launch of at least `count` units.
-fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
-    let dim = CubeDim::new(client, count);
-    (calculate_cube_count_elemwise(client, count, dim), dim)
 }
 
 /// Runs a kernel with one cube for each row of `like`.

@@ -18,8 +18,8 @@ use crate::ops::flex::{
 #[derive(Clone, Copy)]
 pub(super) struct Visible<'a> {
     pub scores: Scores,
-    pub query_segments: &'a [i32],
-    pub key_segments: &'a [i32],
+    pub query_segments: &'a [u32],
+    pub key_segments: &'a [u32],
 }
 
 /// Queries of a block.

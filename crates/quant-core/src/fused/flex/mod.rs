@@ -229,12 +229,7 @@ fn with_visible<T>(
     f: impl FnOnce(Visible) -> T,
 ) -> T {
     let (queries, keys) = (query_segments.to_contiguous(), key_segments.to_contiguous());
-    let segments = |tensor: &FlexTensor| {
-        assert_eq!(tensor.dtype(), DType::I32, "segments");
-        bytemuck::cast_slice::<u8, i32>(tensor.bytes()).to_vec()
-    };
-    let (queries, keys) = (segments(&queries), segments(&keys));
-    f(Visible { scores, query_segments: &queries, key_segments: &keys })
+    f(Visible { scores, query_segments: words(&queries), key_segments: words(&keys) })
 }
 
 impl FusedKernels for Flex {

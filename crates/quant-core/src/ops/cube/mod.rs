@@ -9,13 +9,13 @@ use burn::backend::{
     ops::FloatTensorOps,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, FloatDType, Shape, Slice};
-use burn_cubecl::{CubeBackend, ops::numeric::empty_device_contiguous_dtype, tensor::CubeTensor};
+use burn::tensor::{DType, FloatDType, Slice};
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, ir::ElemType, prelude::*};
 
 use self::kernels::{COLUMNS, Format, PARTS};
 pub(crate) use self::product::{
-    multiplies, name_and_page, operand_type, product, product_into, rounded_product,
+    empty, multiplies, name_and_page, operand_type, product, product_into, rounded_product,
 };
 use super::{FEW_ROWS, PackedKernels, PackedOps, PackedSpec};
 use crate::packing::{RUN, code_rows};
@@ -66,8 +66,7 @@ impl Packed {
     }
 
     fn empty(&self, shape: [usize; 2], dtype: DType) -> CubeTensor {
-        let codes = &self.codes;
-        empty_device_contiguous_dtype(codes.client.clone(), codes.device.clone(), Shape::from(shape), dtype)
+        empty(&self.codes, shape, dtype)
     }
 
     /// The dense weight.
@@ -157,7 +156,7 @@ impl Packed {
 }
 
 /// A launch of at least `count` units.
-fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
+pub(crate) fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
     let dim = CubeDim::new(client, count);
     (calculate_cube_count_elemwise(client, count, dim), dim)
 }

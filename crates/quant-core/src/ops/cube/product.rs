@@ -75,12 +75,17 @@ pub(crate) fn rounded_product(a: CubeTensor, b: CubeTensor, compute: Compute) ->
     product(a, b, dtype)
 }
 
+/// A new contiguous tensor beside `like`.
+pub(crate) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(like.client.clone(), like.device.clone(), shape.into(), dtype)
+}
+
 /// `a · b`, `[.., m, k]` and `[.., k, n]` of one type and any strides, in the type `dtype`.
 pub(crate) fn product(a: CubeTensor, b: CubeTensor, dtype: DType) -> CubeTensor {
     let mut sizes = a.meta.shape().to_vec();
     let last = sizes.len() - 1;
     sizes[last] = b.meta.shape()[last];
-    let out = empty_device_contiguous_dtype(a.client.clone(), a.device.clone(), Shape::from(sizes), dtype);
+    let out = empty(&a, sizes, dtype);
     product_into(a, b, out.clone());
     out
 }

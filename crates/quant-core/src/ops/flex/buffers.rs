@@ -95,7 +95,7 @@ pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
 pub(crate) fn words(tensor: &FlexTensor) -> &[u32] {
     assert!(
         matches!(tensor.dtype(), DType::U32 | DType::I32),
-        "codes must be U32, found {:?}",
+        "codes and segments must be 32-bit integers, found {:?}",
         tensor.dtype()
     );
     bytemuck::cast_slice(tensor.bytes())
