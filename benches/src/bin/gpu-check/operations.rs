@@ -102,6 +102,16 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
         let targets = Tensor::<1, Int>::from_data(targets.as_slice(), &x[0].device().without_autodiff());
         fused::cross_entropy(x[0].clone() * 20.0, targets)
     });
+    // Sizes around those of tiles; forwards and backwards, plain and transposed, every layout of both operands occurs.
+    for [m, k, n] in
+        [[256, 128, 256], [200, 72, 136], [330, 1000, 264], [64, 64, 520], [130, 96, 72], [1000, 1032, 64]]
+    {
+        let name = |layout: &str| format!("product {m}x{k}x{n}{layout}, {compute}");
+        compare(device, &name(""), &[[m, k], [k, n]], |x| fused::matmul(x[0].clone(), x[1].clone(), compute));
+        compare(device, &name(" transposed"), &[[k, m], [n, k]], |x| {
+            fused::matmul(x[0].clone().transpose(), x[1].clone().transpose(), compute)
+        });
+    }
     for compute in [Compute::F32, compute] {
         compare(device, &format!("low-rank update, {compute}"), &[[130, 2048]], |x| {
             let (a, b) = (tensor(8, [2048, 16], &x[0].device()), tensor(9, [16, 2048], &x[0].device()));

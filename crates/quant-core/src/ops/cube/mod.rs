@@ -1,6 +1,8 @@
 //! CubeCL (any GPU). Few rows: one kernel that unpacks and multiplies, bound by memory. Many rows: unpack into a dense
 //! matrix that dies with the call, then a matrix product whose operands are rounded as [`Compute`](crate::Compute) says.
 
+#[cfg(feature = "cuda-cpp")]
+mod hopper;
 mod kernels;
 mod product;
 
