@@ -2,6 +2,7 @@
 
 use std::{fmt, str::FromStr};
 
+use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device};
 use serde::{Deserialize, Serialize};
 
@@ -42,19 +43,16 @@ impl Compute {
 
     /// Whether `device` has units that multiply such operands.
     pub fn is_native(self, device: &Device) -> bool {
-        match self {
-            Self::F32 => true,
+        if self == Self::F32 {
+            return true;
+        }
+        #[allow(unreachable_patterns)] // where no other backend is compiled in
+        match device.clone().without_autodiff().as_dispatch() {
             #[cfg(feature = "cube")]
-            Self::Bf16 | Self::F16 => match device.clone().without_autodiff().as_dispatch() {
-                burn::backend::DispatchDevice::Cube(device) => crate::ops::cube::multiplies(device, self),
-                #[allow(unreachable_patterns)] // where no other backend is compiled in
-                _ => false,
-            },
-            #[cfg(not(feature = "cube"))]
-            Self::Bf16 | Self::F16 => {
-                let _ = device;
-                false
-            }
+            DispatchDevice::Cube(device) => crate::ops::cube::multiplies(device, self),
+            #[cfg(feature = "flex")]
+            DispatchDevice::Flex(_) => crate::ops::flex::multiplies(self),
+            _ => false,
         }
     }
 

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 
 use super::{super::Scores, shape_of};
 use crate::ops::flex::{
-    Matrix, SharedMut, contiguous, floats, matmul,
+    Matrix, Out, SharedMut, contiguous, floats, matmul,
     simd::{exp, vectorize},
     tensor,
 };
@@ -108,12 +108,21 @@ impl<'a> Block<'a> {
         (self.row * self.sizes.heads + head) * self.sizes.length + self.queries.start
     }
 
+    /// A product on this thread.
+    ///
+    /// # Safety
+    /// As [`matmul`].
+    unsafe fn product(&self, sizes: [usize; 3], out: Out, lhs: Matrix<'_>, rhs: Matrix<'_>) {
+        // SAFETY: this function's contract.
+        unsafe { matmul(sizes, out, lhs, rhs, self.spec.scores.compute) }
+    }
+
     /// Unscaled scores into `scores`, a row a query.
     fn scores(&self, q: &[f32], k: &[f32], scores: &mut [f32]) {
         let sizes = [self.queries.len(), self.keys.len(), self.sizes.head_dim];
         let (q, k) = (Matrix::rows(q, self.sizes.q_stride()), Matrix::columns(k, self.sizes.k_stride()));
         // SAFETY: `scores` holds the block's queries × keys.
-        unsafe { matmul(sizes, scores.as_mut_ptr(), self.keys.len(), false, q, k) }
+        unsafe { self.product(sizes, Out::new(scores.as_mut_ptr(), self.keys.len(), false), q, k) }
     }
 
     /// Of the block's keys, those that `query` may see by place; segments are left to [`Self::hide`].
@@ -168,14 +177,8 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible
                 let v = Matrix::rows(v, sizes.k_stride());
                 // SAFETY: each (row, head) belongs to one task; the block's queries lie inside `out`.
                 unsafe {
-                    matmul(
-                        [block.queries.len(), sizes.head_dim, width],
-                        shared_out.at(block.q_at(head)),
-                        sizes.q_stride(),
-                        false,
-                        weights,
-                        v,
-                    );
+                    let out = Out::new(shared_out.at(block.q_at(head)), sizes.q_stride(), false);
+                    block.product([block.queries.len(), sizes.head_dim, width], out, weights, v);
                 }
             }
         }
@@ -234,7 +237,8 @@ pub(super) fn backward(
                 // SAFETY: `d_scores` holds the block's queries × keys.
                 unsafe {
                     let v = Matrix::columns(v, k_stride);
-                    matmul([count, width, head_dim], d_scores.as_mut_ptr(), width, false, d_rows, v);
+                    let out = Out::new(d_scores.as_mut_ptr(), width, false);
+                    block.product([count, width, head_dim], out, d_rows, v);
                 }
                 for (i, (weights, d_scores)) in
                     weights.chunks_exact_mut(width).zip(d_scores.chunks_exact_mut(width)).enumerate()
@@ -259,10 +263,12 @@ pub(super) fn backward(
                     let q = Matrix::rows(q, q_stride);
                     let rows = Matrix::rows(d_scores, width);
                     let columns = Matrix::columns(d_scores, width);
-                    matmul([count, head_dim, width], dq.at(q_at), q_stride, false, rows, k);
-                    matmul([width, head_dim, count], dk.at(k_at), k_stride, true, columns, q);
+                    let dq = Out::new(dq.at(q_at), q_stride, false);
+                    block.product([count, head_dim, width], dq, rows, k);
+                    let [dk, dv] = [dk, dv].map(|to| Out::new(to.at(k_at), k_stride, true));
+                    block.product([width, head_dim, count], dk, columns, q);
                     let weights = Matrix::columns(weights, width);
-                    matmul([width, head_dim, count], dv.at(k_at), k_stride, true, weights, d_rows);
+                    block.product([width, head_dim, count], dv, weights, d_rows);
                 }
             }
         }

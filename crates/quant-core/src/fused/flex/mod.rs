@@ -8,7 +8,7 @@ use burn::backend::{
     ops::FloatTensorOps,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{DType, FloatDType, Shape};
+use burn::tensor::{DType, Shape};
 use rayon::prelude::*;
 
 use self::attention::Visible;
@@ -16,7 +16,7 @@ use super::{
     Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, Scores, autodiff::low, philox,
 };
 use crate::ops::flex::{
-    Matrix, contiguous, floats, matmul,
+    Matrix, Out, contiguous, floats, matmul, multiplies, multiply,
     simd::{exp, vectorize},
     tensor, words,
 };
@@ -328,6 +328,29 @@ impl FusedKernels for Flex {
     }
 }
 
+/// Whether operands are rounded, and not only widened.
+fn rounds(compute: Compute) -> bool {
+    compute != Compute::F32 && multiplies(compute)
+}
+
+/// A tensor whose memory a product reads: as it is where it can be, copied or widened where not.
+fn operand(x: FlexTensor, compute: Compute) -> FlexTensor {
+    let read = Matrix::of(&x).is_some() && (x.dtype() == DType::F32 || rounds(compute));
+    if read { x } else { contiguous(x) }
+}
+
+/// `out (+)= a · b`.
+fn product_into(out: &mut [f32], add: bool, a: FlexTensor, b: FlexTensor, compute: Compute) {
+    let ([rows, inner], [_, columns]) = (rows_of(&a), rows_of(&b));
+    let found = [shape_of(&b)[0], out.len()];
+    assert_eq!(found, [inner, rows * columns], "a product of {rows} x {inner} and {inner} x {columns}");
+    let (a, b) = (operand(a, compute), operand(b, compute));
+    let (a, b) = (Matrix::of(&a).expect("an operand"), Matrix::of(&b).expect("an operand"));
+    let out = Out::new(out.as_mut_ptr(), columns, add);
+    // SAFETY: `out` holds the rows, as just asserted.
+    unsafe { multiply([rows, columns, inner], out, a, &b, compute) }
+}
+
 impl FusedOps for Flex {
     fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
         let (shape, [_, width]) = (shape_of(&x), rows_of(&x));
@@ -416,39 +439,37 @@ impl FusedOps for Flex {
         Self::add_matmul(y, low::<Self>(x, a, spec), b, spec.compute)
     }
 
-    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
-        // A weight stored in 16 bits is widened for each product.
-        let b = if b.dtype() == DType::F32 { b } else { Self::float_cast(b, FloatDType::F32) };
-        Self::float_matmul(a, b)
+    fn matmul(a: FloatTensor<Self>, b: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        if !rounds(compute) && a.dtype() == DType::F32 && b.dtype() == DType::F32 {
+            return Self::float_matmul(a, b);
+        }
+        let (dtype, sizes) = (a.dtype(), [shape_of(&a)[0], shape_of(&b)[1]]);
+        let mut out = vec![0.0; sizes[0] * sizes[1]];
+        product_into(&mut out, false, a, b, compute);
+        tensor(out, sizes, dtype)
     }
 
     fn add_matmul(
         y: FloatTensor<Self>,
         a: FloatTensor<Self>,
         b: FloatTensor<Self>,
-        _: Compute,
+        compute: Compute,
     ) -> FloatTensor<Self> {
-        let ([rows, columns], [_, inner]) = (rows_of(&y), rows_of(&a));
-        let shape = shape_of(&y);
-        let (a, b) = (contiguous(a), contiguous(b));
-        let (a, b) = (floats(&a), floats(&b));
-        assert_eq!([a.len(), b.len()], [rows * inner, inner * columns], "add_matmul: sizes beside {shape:?}");
         let mut out = contiguous(y);
-        let y = values_mut(&mut out);
+        if rounds(compute) {
+            product_into(values_mut(&mut out), true, a, b, compute);
+            return out;
+        }
+        let ([_, columns], [_, inner]) = (rows_of(&out), rows_of(&a));
+        let (a, b) = (contiguous(a), contiguous(b));
+        let (a, b, y) = (floats(&a), floats(&b), values_mut(&mut out));
+        let rows = y.len() / columns.max(1);
+        assert_eq!([a.len(), b.len()], [rows * inner, inner * columns], "add_matmul: sizes");
         let step = rows.div_ceil(rayon::current_num_threads()).max(1);
         y.par_chunks_mut(step * columns).zip(a.par_chunks(step * inner)).for_each(|(y, a)| {
-            let sizes = [y.len() / columns, columns, inner];
+            let (sizes, out) = ([y.len() / columns, columns, inner], Out::new(y.as_mut_ptr(), columns, true));
             // SAFETY: `y` is the task's own and holds whole rows.
-            unsafe {
-                matmul(
-                    sizes,
-                    y.as_mut_ptr(),
-                    columns,
-                    true,
-                    Matrix::rows(a, inner),
-                    Matrix::rows(b, columns),
-                );
-            }
+            unsafe { matmul(sizes, out, Matrix::rows(a, inner), Matrix::rows(b, columns), compute) }
         });
         out
     }

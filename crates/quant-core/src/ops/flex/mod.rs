@@ -5,6 +5,7 @@ mod buffers;
 #[cfg(target_arch = "x86_64")]
 mod integer_dot;
 mod kernels;
+mod product;
 pub(crate) mod simd;
 mod view;
 
@@ -16,8 +17,11 @@ use burn::{
     tensor::DType,
 };
 
-pub(crate) use self::buffers::{Matrix, SharedMut, contiguous, floats, matmul, tensor, words};
 use self::view::View;
+pub(crate) use self::{
+    buffers::{contiguous, floats, tensor, words},
+    product::{Matrix, Out, SharedMut, matmul, multiplies, multiply},
+};
 use super::{PackedKernels, PackedOps, PackedSpec};
 
 /// Makes the parts contiguous and runs `f` on a view of them.
@@ -87,10 +91,9 @@ impl PackedKernels for Flex {
         let (d_scales, d_offsets) = with_view(codes, scales, offsets, spec, |view| {
             view.parameter_gradients(|(k0, k1), dw| {
                 let (x, dy) = (Matrix::columns(&x[k0..], spec.d_input), Matrix::rows(dy, spec.d_output));
+                let out = Out::new(dw.as_mut_ptr(), spec.d_output, false);
                 // SAFETY: `dw` is the task's own.
-                unsafe {
-                    matmul([k1 - k0, spec.d_output, rows], dw.as_mut_ptr(), spec.d_output, false, x, dy)
-                }
+                unsafe { matmul([k1 - k0, spec.d_output, rows], out, x, dy, spec.compute) }
             })
         });
         let shape = spec.scale_shape();

@@ -11,8 +11,9 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::integer_dot;
 use super::{
-    buffers::{Matrix, SharedMut, floats, matmul, words},
+    buffers::{floats, words},
     kernels::{Levels, Tile, decode, row_times, row_times_transposed},
+    product::{Matrix, Out, SharedMut, Tiles, multiply},
 };
 use crate::{
     Value,
@@ -20,10 +21,8 @@ use crate::{
     packing::RUN,
 };
 
-/// Inputs of a tile; a multiple of [`RUN`].
-const TILE_INPUTS: usize = 256;
-/// Outputs of a tile: together 256 KiB, a quarter of a typical second-level cache.
-const TILE_OUTPUTS: usize = 256;
+/// Inputs whose dense gradient is held at a time when scales and offsets are learned.
+const GRADIENT_INPUTS: usize = 256;
 /// Words of codes up to which integer products of one row stay on one thread: they are done before another one has
 /// woken up and fetched its half into its own cache.
 const SERIAL_WORDS: usize = 1 << 17;
@@ -232,17 +231,9 @@ impl<'a> View<'a> {
             }
             return y;
         }
-        let out = SharedMut(y.as_mut_ptr());
-        spans(d_output, TILE_OUTPUTS).for_each(|n| {
-            for k in (0..d_input).step_by(TILE_INPUTS) {
-                let k = (k, d_input.min(k + TILE_INPUTS));
-                self.dense_tile(k, n, |w| {
-                    let (x, w) = (Matrix::rows(&x[k.0..], d_input), Matrix::rows(w, n.1 - n.0));
-                    // SAFETY: tasks write disjoint columns of `y`.
-                    unsafe { matmul([rows, n.1 - n.0, k.1 - k.0], out.at(n.0), d_output, k.0 > 0, x, w) }
-                });
-            }
-        });
+        let (out, x) = (Out::new(y.as_mut_ptr(), d_output, false), Matrix::rows(x, d_input));
+        // SAFETY: `y` holds the rows.
+        unsafe { multiply([rows, d_output, d_input], out, x, &Unpacked(self), self.spec.compute) }
         y
     }
 
@@ -255,17 +246,9 @@ impl<'a> View<'a> {
             }
             return dx;
         }
-        let out = SharedMut(dx.as_mut_ptr());
-        spans(d_input, TILE_INPUTS).for_each(|k| {
-            for n in (0..d_output).step_by(TILE_OUTPUTS) {
-                let n = (n, d_output.min(n + TILE_OUTPUTS));
-                self.dense_tile(k, n, |w| {
-                    let (dy, w) = (Matrix::rows(&dy[n.0..], d_output), Matrix::columns(w, n.1 - n.0));
-                    // SAFETY: tasks write disjoint columns of `dx`.
-                    unsafe { matmul([rows, k.1 - k.0, n.1 - n.0], out.at(k.0), d_input, n.0 > 0, dy, w) }
-                });
-            }
-        });
+        let (out, dy) = (Out::new(dx.as_mut_ptr(), d_input, false), Matrix::rows(dy, d_output));
+        // SAFETY: `dx` holds the rows.
+        unsafe { multiply([rows, d_input, d_output], out, dy, &Turned(self), self.spec.compute) }
         dx
     }
 
@@ -318,8 +301,8 @@ impl<'a> View<'a> {
             |(block, (d_scales, d_offsets))| {
                 let end = self.spec.d_input.min((block + 1) * self.spec.inputs);
                 // Long blocks (whole columns) in parts, so that `dw` stays small.
-                for k0 in (block * self.spec.inputs..end).step_by(TILE_INPUTS) {
-                    let k = (k0, end.min(k0 + TILE_INPUTS));
+                for k0 in (block * self.spec.inputs..end).step_by(GRADIENT_INPUTS) {
+                    let k = (k0, end.min(k0 + GRADIENT_INPUTS));
                     let mut part = vec![0.0; (k.1 - k.0) * self.spec.d_output];
                     dw(k, &mut part);
                     self.reduce_block(k, &part, d_scales, d_offsets);
@@ -333,11 +316,22 @@ impl<'a> View<'a> {
     }
 }
 
-/// `0..size` in parts of at most `step`, in parallel, and evenly so that no thread waits for a remainder.
-fn spans(size: usize, step: usize) -> impl IndexedParallelIterator<Item = (usize, usize)> {
-    let parts = size.div_ceil(step).next_multiple_of(rayon::current_num_threads());
-    let step = size.div_ceil(parts).next_multiple_of(RUN);
-    (0..size.div_ceil(step)).into_par_iter().map(move |i| (i * step, size.min((i + 1) * step)))
+/// The weight as the right side of a product.
+struct Unpacked<'a>(&'a View<'a>);
+
+impl Tiles for Unpacked<'_> {
+    fn tile(&self, k: (usize, usize), n: (usize, usize), f: impl FnOnce(Matrix<'_>)) {
+        self.0.dense_tile(k, n, |w| f(Matrix::rows(w, n.1 - n.0)));
+    }
+}
+
+/// The transposed weight as the right side of a product.
+struct Turned<'a>(&'a View<'a>);
+
+impl Tiles for Turned<'_> {
+    fn tile(&self, n: (usize, usize), k: (usize, usize), f: impl FnOnce(Matrix<'_>)) {
+        self.0.dense_tile(k, n, |w| f(Matrix::columns(w, n.1 - n.0)));
+    }
 }
 
 /// Outputs of a task of one row: a part for each thread, in whole vectors.
