@@ -1,6 +1,6 @@
 //! Times one training step of a model with LoRA on a packed base, beside the f32 matrix product of the same process.
 //!
-//! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps]`
+//! `cargo run --release -p kiln-benches --bin train-step -- MODEL [scheme] [none|block] [batch] [length] [steps] [compute]`
 //!
 //! The scheme is one of Kiln's, `stored`, or `burn-qlora` for Burn's own `apply_qlora` on the dense model.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
@@ -29,11 +29,12 @@ fn main() -> Result<(), Box<dyn Error>> {
     let device = Device::flex();
 
     let checkpoint = Checkpoint::open(model)?;
-    let options = match scheme.as_str() {
+    let mut options = match scheme.as_str() {
         "stored" => LoadOptions::default(),
         "burn-qlora" => LoadOptions::uniform(Scheme::Dense),
         scheme => LoadOptions::uniform(scheme.parse::<Scheme>()?),
     };
+    options.compute = arguments.get(6).map(|compute| compute.parse()).transpose()?;
     let (model, report) = checkpoint.load(&options, &device)?;
     let parameters = report.storage.total_values();
     let loaded = peak_rss();

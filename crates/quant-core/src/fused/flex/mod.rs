@@ -16,7 +16,7 @@ use super::{
     Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, Scores, autodiff::low, philox,
 };
 use crate::ops::flex::{
-    Matrix, Out, contiguous, floats, matmul, multiplies, multiply,
+    Matrix, Out, contiguous, floats, matmul, multiplies, multiply, product,
     simd::{exp, vectorize},
     tensor, words,
 };
@@ -24,6 +24,9 @@ use crate::{Compute, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// Values of a task that drops some, a multiple of four.
 const DROPPED: usize = 1 << 14;
+
+/// Columns up to which a product is narrow: its factors are an adapter's.
+const NARROW: usize = 64;
 
 /// Rows of a task.
 const ROWS: usize = 32;
@@ -339,16 +342,18 @@ fn operand(x: FlexTensor, compute: Compute) -> FlexTensor {
     if read { x } else { contiguous(x) }
 }
 
-/// `out (+)= a · b`.
-fn product_into(out: &mut [f32], add: bool, a: FlexTensor, b: FlexTensor, compute: Compute) {
+/// Calls `f` with the sizes of a product and its operands.
+fn operands<R>(
+    a: FlexTensor,
+    b: FlexTensor,
+    compute: Compute,
+    f: impl FnOnce([usize; 3], Matrix<'_>, Matrix<'_>) -> R,
+) -> R {
     let ([rows, inner], [_, columns]) = (rows_of(&a), rows_of(&b));
-    let found = [shape_of(&b)[0], out.len()];
-    assert_eq!(found, [inner, rows * columns], "a product of {rows} x {inner} and {inner} x {columns}");
+    assert_eq!(shape_of(&b)[0], inner, "a product of {rows} x {inner} and {:?}", shape_of(&b));
     let (a, b) = (operand(a, compute), operand(b, compute));
     let (a, b) = (Matrix::of(&a).expect("an operand"), Matrix::of(&b).expect("an operand"));
-    let out = Out::new(out.as_mut_ptr(), columns, add);
-    // SAFETY: `out` holds the rows, as just asserted.
-    unsafe { multiply([rows, columns, inner], out, a, &b, compute) }
+    f([rows, columns, inner], a, b)
 }
 
 impl FusedOps for Flex {
@@ -443,10 +448,16 @@ impl FusedOps for Flex {
         if !rounds(compute) && a.dtype() == DType::F32 && b.dtype() == DType::F32 {
             return Self::float_matmul(a, b);
         }
-        let (dtype, sizes) = (a.dtype(), [shape_of(&a)[0], shape_of(&b)[1]]);
-        let mut out = vec![0.0; sizes[0] * sizes[1]];
-        product_into(&mut out, false, a, b, compute);
-        tensor(out, sizes, dtype)
+        let dtype = a.dtype();
+        let (rows, columns) = (shape_of(&a)[0], shape_of(&b)[1]);
+        // The gradient of a narrow factor: what is packed row by row then lies in rows.
+        if columns < rows && columns <= NARROW && Matrix::of(&a).is_some_and(|a| a.is_turned()) {
+            let turned = operands(b.transpose(0, 1), a.transpose(0, 1), compute, |sizes, b, a| {
+                tensor(product(sizes, b, &a, compute), [columns, rows], dtype)
+            });
+            return turned.transpose(0, 1).to_contiguous();
+        }
+        operands(a, b, compute, |sizes, a, b| tensor(product(sizes, a, &b, compute), [rows, columns], dtype))
     }
 
     fn add_matmul(
@@ -457,7 +468,12 @@ impl FusedOps for Flex {
     ) -> FloatTensor<Self> {
         let mut out = contiguous(y);
         if rounds(compute) {
-            product_into(values_mut(&mut out), true, a, b, compute);
+            let to = values_mut(&mut out);
+            operands(a, b, compute, |sizes, a, b| {
+                assert_eq!(to.len(), sizes[0] * sizes[1], "add_matmul: values beside {sizes:?}");
+                // SAFETY: `to` holds the rows, as just asserted.
+                unsafe { multiply(sizes, Out::new(to.as_mut_ptr(), sizes[1], true), a, &b, compute) }
+            });
             return out;
         }
         let ([_, columns], [_, inner]) = (rows_of(&out), rows_of(&a));

@@ -1,5 +1,7 @@
 //! Tensors' memory.
 
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+
 use burn::{
     backend::{
         flex::{Flex, FlexTensor},
@@ -10,9 +12,16 @@ use burn::{
 
 /// Contiguous f32, whatever the strides and float type.
 pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
-    let tensor =
-        if tensor.dtype() == DType::F32 { tensor } else { Flex::float_cast(tensor, FloatDType::F32) };
-    tensor.to_contiguous()
+    let tensor = tensor.to_contiguous();
+    // Scales are widened in every pass: by instructions where the processor has them.
+    let mut values = vec![0.0; if tensor.dtype().size() == 2 { tensor.layout().num_elements() } else { 0 }];
+    match tensor.dtype() {
+        DType::F32 => return tensor,
+        DType::F16 => tensor.as_slice::<f16>().expect("contiguous").convert_to_f32_slice(&mut values),
+        DType::BF16 => tensor.as_slice::<bf16>().expect("contiguous").convert_to_f32_slice(&mut values),
+        _ => return Flex::float_cast(tensor, FloatDType::F32),
+    }
+    self::tensor(values, tensor.layout().shape().clone(), DType::F32)
 }
 
 /// The values of a tensor made by [`contiguous`].

@@ -20,7 +20,7 @@ use burn::{
 use self::view::View;
 pub(crate) use self::{
     buffers::{contiguous, floats, tensor, words},
-    product::{Matrix, Out, SharedMut, matmul, multiplies, multiply},
+    product::{Matrix, Out, SharedMut, matmul, multiplies, multiply, product},
 };
 use super::{PackedKernels, PackedOps, PackedSpec};
 

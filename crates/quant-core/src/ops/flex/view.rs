@@ -13,7 +13,7 @@ use super::integer_dot;
 use super::{
     buffers::{floats, words},
     kernels::{Levels, Tile, decode, row_times, row_times_transposed},
-    product::{Matrix, Out, SharedMut, Tiles, multiply},
+    product::{Matrix, SharedMut, Tiles, product},
 };
 use crate::{
     Value,
@@ -224,32 +224,28 @@ impl<'a> View<'a> {
 
     pub(super) fn forward(&self, x: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        let mut y = vec![0.0; rows * d_output];
         if rows <= FEW_ROWS && self.whole_runs() {
+            let mut y = vec![0.0; rows * d_output];
             for (x, y) in x.chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
                 self.row_forward(x, y);
             }
             return y;
         }
-        let (out, x) = (Out::new(y.as_mut_ptr(), d_output, false), Matrix::rows(x, d_input));
-        // SAFETY: `y` holds the rows.
-        unsafe { multiply([rows, d_output, d_input], out, x, &Unpacked(self), self.spec.compute) }
-        y
+        let x = Matrix::rows(x, d_input);
+        product([rows, d_output, d_input], x, &Unpacked(self), self.spec.compute)
     }
 
     pub(super) fn backward(&self, dy: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        let mut dx = vec![0.0; rows * d_input];
         if rows <= FEW_ROWS && self.whole_runs() {
+            let mut dx = vec![0.0; rows * d_input];
             for (dy, dx) in dy.chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
                 self.row_backward(dy, dx);
             }
             return dx;
         }
-        let (out, dy) = (Out::new(dx.as_mut_ptr(), d_input, false), Matrix::rows(dy, d_output));
-        // SAFETY: `dx` holds the rows.
-        unsafe { multiply([rows, d_input, d_output], out, dy, &Turned(self), self.spec.compute) }
-        dx
+        let dy = Matrix::rows(dy, d_output);
+        product([rows, d_input, d_output], dy, &Turned(self), self.spec.compute)
     }
 
     pub(super) fn dense(&self) -> Vec<f32> {

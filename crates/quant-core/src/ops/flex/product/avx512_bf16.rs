@@ -48,12 +48,13 @@ fn with_scratch<R>(f: impl FnOnce(&mut [Vec<u32>; 2]) -> R) -> R {
     })
 }
 
-/// The first `size` words, whatever they hold.
+/// The first `size` words, whatever they hold, from where a vector doesn't straddle cache lines.
 fn room(words: &mut Vec<u32>, size: usize) -> *mut u32 {
-    if words.len() < size {
-        words.resize(size, 0);
+    if words.len() < size + LANES {
+        words.resize(size + LANES, 0);
     }
-    words.as_mut_ptr()
+    // SAFETY: at most 15 words, which were added.
+    unsafe { words.as_mut_ptr().add(words.as_ptr().align_offset(64)) }
 }
 
 /// A float type as it lies in memory.
@@ -208,6 +209,20 @@ impl<T: Element> Side<T> {
     /// The values must be readable; `blocks` must be writable for whole blocks; AVX512-BF16.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
     unsafe fn pack_blocks(self, [line, k]: [usize; 2], [lines, depth]: [usize; 2], blocks: *mut u32) {
+        if self.depth == 1 {
+            for row in 0..lines {
+                let from = self.at.wrapping_add((line + row) * self.line + k);
+                let into = blocks.wrapping_add(row / ROWS * BLOCK + row % ROWS * ROW);
+                for j in (0..depth).step_by(2 * LANES) {
+                    // SAFETY: this function's contract; 16 words from pair `j / 2` on lie inside a row of `ROW` words.
+                    unsafe {
+                        let words = neighbours(from.wrapping_add(j), depth - j);
+                        _mm512_storeu_si512(into.wrapping_add(j / 2).cast(), words);
+                    }
+                }
+            }
+            return;
+        }
         for i in (0..lines).step_by(LANES) {
             for j in (0..depth).step_by(2 * LANES) {
                 // SAFETY: this function's contract; 16 words from pair `j / 2` on lie inside a row of `ROW` words.
@@ -279,6 +294,12 @@ unsafe fn micro<const R: usize, const V: usize>(
     columns: usize,
 ) {
     let mut sums = [[_mm512_setzero_ps(); V]; R];
+    for row in 0..R {
+        for column in (0..V * LANES).step_by(LANES) {
+            // Written at the end; until then the line has come.
+            _mm_prefetch::<_MM_HINT_T0>(out.to.at(row * out.stride + column).cast());
+        }
+    }
     // SAFETY: this function's contract; the transmuted types are 512 bits of data.
     unsafe {
         for pair in 0..pairs {

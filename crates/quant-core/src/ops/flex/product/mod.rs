@@ -87,6 +87,11 @@ impl<'a> Matrix<'a> {
         Some(Self { values, row, column })
     }
 
+    /// Whether columns lie in one piece.
+    pub(crate) fn is_turned(&self) -> bool {
+        self.row == 1 && self.column != 1
+    }
+
     /// The matrix from a row and a column on.
     fn from(self, row: usize, column: usize) -> Self {
         let start = row * self.row + column * self.column;
@@ -217,6 +222,22 @@ pub(crate) unsafe fn multiply(
             });
         }
     });
+}
+
+/// `lhs · rhs`, row-major, as [`multiply`] does it.
+pub(crate) fn product(sizes: [usize; 3], lhs: Matrix<'_>, rhs: &impl Tiles, compute: Compute) -> Vec<f32> {
+    let [m, n, k] = sizes;
+    if k == 0 {
+        return vec![0.0; m * n];
+    }
+    // Not zeroed: that would be done by one thread, and costs a few hundredths of a training step.
+    let mut out: Vec<f32> = Vec::with_capacity(m * n);
+    // SAFETY: there is room for the rows; the first part of the summed size writes every element without reading it.
+    unsafe {
+        multiply(sizes, Out::new(out.as_mut_ptr(), n, false), lhs, rhs, compute);
+        out.set_len(m * n);
+    }
+    out
 }
 
 /// `0..size` in parts of at most `step`, in parallel, and evenly so that no thread waits for a remainder.
