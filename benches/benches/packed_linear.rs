@@ -1,4 +1,5 @@
-//! `packed_linear` forward and input gradient beside the dense f32 product of the same backend, in one run.
+//! `packed_linear` forward and input gradient beside the dense product of the same backend, in one run: operands in f32, and
+//! in bf16 where the processor multiplies them.
 //!
 //! `cargo bench -p kiln-benches --bench packed_linear`; `-- 'forward/512x'` picks a part.
 
@@ -6,7 +7,7 @@ use std::time::Duration;
 
 use burn::tensor::{Device, Distribution, Tensor};
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kiln::quant::{HostQuantizer, MinMax, PackedTensor};
+use kiln::quant::{Compute, HostQuantizer, MinMax, PackedTensor, fused};
 
 const SHAPES: [[usize; 2]; 2] = [[576, 1536], [4096, 4096]];
 const ROWS: [usize; 3] = [1, 16, 512];
@@ -53,19 +54,27 @@ fn bench(c: &mut Criterion) {
                 group.throughput(Throughput::Elements(flops as u64));
                 group.warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_millis(1500));
                 group.sample_size(15);
-                group.bench_function(BenchmarkId::from_parameter("dense f32"), |b| {
-                    b.iter(|| match backward {
-                        false => finish(x.clone().matmul(dense.clone())),
-                        true => finish(dy.clone().matmul(dense.clone().transpose())),
-                    });
-                });
-                for (scheme, weight) in &packed {
-                    group.bench_function(BenchmarkId::from_parameter(scheme), |b| {
+                let native = |compute: &Compute| compute.is_native(&device);
+                for compute in [Compute::F32, Compute::Bf16].into_iter().filter(native) {
+                    group.bench_function(BenchmarkId::from_parameter(format!("dense {compute}")), |b| {
                         b.iter(|| match backward {
-                            false => finish(weight.forward(x.clone())),
-                            true => finish(weight.backward(dy.clone())),
+                            false => finish(fused::matmul(x.clone(), dense.clone(), compute)),
+                            true => finish(fused::matmul(dy.clone(), dense.clone().transpose(), compute)),
                         });
                     });
+                    for (scheme, weight) in &packed {
+                        let mut weight = weight.clone();
+                        weight.set_compute(compute);
+                        group.bench_function(
+                            BenchmarkId::from_parameter(format!("{scheme} {compute}")),
+                            |b| {
+                                b.iter(|| match backward {
+                                    false => finish(weight.forward(x.clone())),
+                                    true => finish(weight.backward(dy.clone())),
+                                });
+                            },
+                        );
+                    }
                 }
                 group.finish();
             }

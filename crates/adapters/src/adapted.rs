@@ -77,6 +77,10 @@ impl<P: Projection, A: Adapter> Projection for Adapted<P, A> {
         self.base.compute()
     }
 
+    fn set_compute(&mut self, compute: Compute) {
+        self.base.set_compute(compute);
+    }
+
     fn at(&self, place: Place) {
         self.base.at(place);
         if let Some(adapter) = &self.adapter {

@@ -63,4 +63,8 @@ impl Projection for Station {
     fn compute(&self) -> Compute {
         self.lock().compute()
     }
+
+    fn set_compute(&mut self, compute: Compute) {
+        self.lock().set_compute(compute);
+    }
 }

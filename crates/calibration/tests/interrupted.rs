@@ -205,7 +205,7 @@ fn spilled_streams_and_weights_from_the_file_give_the_same_bits() {
         let config = config(method, "affine2:64");
         let expected = uninterrupted(&config, &windows);
         // A skeleton at 2 bits; the weights come block by block.
-        let options = LoadOptions::uniform("affine2:64".parse().unwrap());
+        let options = LoadOptions::uniform("affine2:64".parse().unwrap()).in_f32();
         let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
         let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
         let calibrator = calibrator.with_weights(checkpoint.source()).with_spill(spill.path());

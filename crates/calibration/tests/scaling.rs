@@ -216,7 +216,7 @@ fn norms_are_resumed_saved_and_compared() {
     let saved = folder.path().join("saved");
     save_model(&base, &checkpoint, &saved).unwrap();
     let (loaded, _) =
-        Checkpoint::open(&saved).unwrap().load(&LoadOptions::default(), &Device::flex()).unwrap();
+        Checkpoint::open(&saved).unwrap().load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     assert_eq!(hidden(&loaded, &windows.as_slice()[0]), streams);
 }
 
@@ -225,7 +225,7 @@ fn weights_from_the_file_are_scaled_like_those_in_the_slots() {
     let (config, windows) = (scaled(RTN, "affine3:64"), windows(2));
     let (checkpoint, model) = dense("models/tiny-llama");
     let expected = hidden(&calibrate(&config, model, &windows).0, &windows.as_slice()[0]);
-    let options = LoadOptions::uniform("affine2:64".parse().unwrap());
+    let options = LoadOptions::uniform("affine2:64".parse().unwrap()).in_f32();
     let (skeleton, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let calibrator = Calibrator::new(&config, &windows).with_weights(checkpoint.source());
     let (model, _) = calibrator.run(skeleton).unwrap();

@@ -17,7 +17,7 @@ pub(crate) type Contents = (String, Option<PackedWeight>, Vec<Vec<f32>>);
 /// The embedded model, or another below `testdata`, with dense weights.
 pub(crate) fn dense(folder: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense).in_f32(), &Device::flex()).unwrap();
     (checkpoint, model)
 }
 

@@ -14,7 +14,7 @@ use crate::setup::*;
 /// What a calibration of the tiny LLaMA decides on a device.
 fn calibrated(config: &CalibrationConfig, device: &Device) -> Vec<Contents> {
     let checkpoint = Checkpoint::open(testdata("tiny/llama-tied-f32-sharded")).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense), device).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::uniform(Scheme::Dense).in_f32(), device).unwrap();
     let adapters = AdapterConfig::lora(4, 8.0).with_seed(3);
     let attacher = LoraAttacher::new(&adapters, &model.slot_shapes()).unwrap();
     let windows = (0..2).map(|k| (0..12).map(|i| (i * i * 7 + k * 31) % 256).collect()).collect();

@@ -15,7 +15,7 @@ const TOLERANCE: f64 = 1e-3;
 
 fn load() -> (Decoder<QuantLinear>, Tokenizer) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     (model, checkpoint.tokenizer().unwrap())
 }
 

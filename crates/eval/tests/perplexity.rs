@@ -15,8 +15,8 @@ use kiln_testkit::{Golden, smollm2, testdata, u16le};
 
 fn load(path: impl AsRef<std::path::Path>, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let options = match scheme {
-        Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()),
-        None => LoadOptions::default(),
+        Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()).in_f32(),
+        None => LoadOptions::default().in_f32(),
     };
     Checkpoint::open(path).unwrap().load(&options, &Device::flex()).unwrap().0
 }

@@ -27,8 +27,8 @@ fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Tensor<2> {
 fn load(path: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(path)).unwrap();
     let options = match scheme {
-        Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()),
-        None => LoadOptions::default(),
+        Some(scheme) => LoadOptions::uniform(scheme.parse().unwrap()).in_f32(),
+        None => LoadOptions::default().in_f32(),
     };
     checkpoint.load(&options, &Device::flex()).unwrap().0
 }

@@ -20,7 +20,7 @@ const FOLDER: &str = "tiny/gemma3-text-f32";
 
 fn load(scheme: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(FOLDER)).unwrap();
-    let options = LoadOptions::uniform(scheme.parse().unwrap());
+    let options = LoadOptions::uniform(scheme.parse().unwrap()).in_f32();
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     (checkpoint, model)
 }
@@ -73,7 +73,7 @@ fn an_adapter_of_gemma3_is_trained_saved_as_peft_and_merged_into_an_export() {
     export_hf(&merged, &checkpoint, &exported, &ExportOptions::new(FloatType::F32)).unwrap();
     let again = Checkpoint::open(&exported).unwrap();
     assert_eq!(again.config(), checkpoint.config());
-    let (again, report) = again.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (again, report) = again.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     assert_eq!(report.notes, Vec::<String>::new());
     assert!(relative_difference(&logits(&again), &expected) < 1e-5);
 }

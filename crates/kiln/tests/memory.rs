@@ -70,7 +70,7 @@ fn a_training_step_holds_no_dense_weights() {
 /// Peak of two training steps with per-block recomputation on the model in `folder`.
 fn recomputed_steps(folder: &str) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
-    let options = LoadOptions::uniform("affine4:64".parse::<Scheme>().unwrap());
+    let options = LoadOptions::uniform("affine4:64".parse::<Scheme>().unwrap()).in_f32();
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let config = AdapterConfig::lora(1, 1.0).with_targets(["q_proj"]);
     let model = Tuned::attach(model, &config).unwrap().into_model();
@@ -168,7 +168,7 @@ fn peak_by_block(test: &str, kind: &str, few: usize, many: usize) -> f64 {
 fn calibrated(folder: &str, dense: bool) -> f64 {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let scheme: Scheme = "affine2:64".parse().unwrap();
-    let options = LoadOptions::uniform(if dense { Scheme::Dense } else { scheme });
+    let options = LoadOptions::uniform(if dense { Scheme::Dense } else { scheme }).in_f32();
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let attacher = LoraAttacher::new(&AdapterConfig::lora(4, 4.0), &model.slot_shapes()).unwrap();
     let window = |k: u32| (0..LENGTH as u32).map(|i| (i * 31 + k * 7) % 512).collect();
@@ -208,7 +208,7 @@ fn loading_smollm2_holds_one_dense_tensor() {
     let test = "memory::loading_smollm2_holds_one_dense_tensor";
     let Some(file) = smollm2() else { return };
     let load = || {
-        let options = LoadOptions::uniform("affine4:64".parse().unwrap());
+        let options = LoadOptions::uniform("affine4:64".parse().unwrap()).in_f32();
         Checkpoint::open(&file).unwrap().load(&options, &Device::flex()).unwrap()
     };
     if task().is_some() {

@@ -42,7 +42,7 @@ fn choices(schemes: &[&str]) -> Choices {
 
 fn load(path: &str) -> (Checkpoint, Decoder<QuantLinear>) {
     let checkpoint = Checkpoint::open(testdata(path)).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     (checkpoint, model)
 }
 
@@ -72,7 +72,8 @@ fn predicted_bytes_are_the_loaded_models() {
         let mut variants = Variants::new(model);
         for config in some_configs(&space, 6) {
             let (plan, predicted) = (space.plan(&config), space.bytes(&config));
-            let (loaded, report) = checkpoint.load(&load_options(&plan).unwrap(), &Device::flex()).unwrap();
+            let (loaded, report) =
+                checkpoint.load(&load_options(&plan).unwrap().in_f32(), &Device::flex()).unwrap();
             assert_eq!(report.storage.total_bytes() as u64, predicted, "{path} {config:?}");
             assert_eq!(loaded.stored_bytes() as u64, predicted);
             let made = variants.model(&plan).unwrap();
@@ -102,7 +103,7 @@ fn a_pruned_model_is_counted_by_its_own_shapes() {
     let record = PruningRecord::new(checkpoint.config().clone(), &pruning, &pruned.report).unwrap();
     save_pruned(&pruned.model, &record, &checkpoint, &SaveFormat::AsIs, folder.path()).unwrap();
     for config in some_configs(&space, 4) {
-        let options = load_options(&space.plan(&config)).unwrap();
+        let options = load_options(&space.plan(&config)).unwrap().in_f32();
         let (_, report, _) = load_pruned(folder.path(), &options, &Device::flex()).unwrap();
         assert_eq!(report.storage.total_bytes() as u64, space.bytes(&config), "{config:?}");
     }
@@ -510,7 +511,7 @@ fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
     let config = some_configs(&space, 1)[0].clone();
     let plan = space.plan(&config);
     assert_eq!(space.bytes(&config), space.report(&config).peak);
-    let options = load_options(&plan).unwrap();
+    let options = load_options(&plan).unwrap().in_f32();
     let model = match pruned {
         false => checkpoint.load(&options, &Device::flex()).unwrap().0,
         true => load_pruned(folder.path(), &options, &Device::flex()).unwrap().0,

@@ -196,6 +196,9 @@ fn the_stages_follow_one_another() {
     let (whole, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
     tuned.without_adapters().save(&whole).unwrap();
     tuned.save(&adapter).unwrap();
+    // A stage's new weights are computed with as the old ones were.
+    assert_eq!(mixed.model().slots()[0].1.compute(), base.model().compute());
+    assert_eq!(tuned.model().slots()[0].1.compute(), base.model().compute());
     let again = Base::open(&whole).unwrap().load().unwrap().load_adapters(&adapter).unwrap();
     assert_eq!(again.evaluate(&data).unwrap(), tuned.evaluate(&data).unwrap());
 }

@@ -25,7 +25,7 @@ use kiln_testkit::{launches, read, relative_difference, vulkan};
 /// Losses of three steps and the perplexity after them.
 fn pipeline(device: &Device, recompute: Recompute) -> Vec<f64> {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/llama-tied-f32-sharded");
-    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
+    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap()).in_f32();
     let (model, _) = Checkpoint::open(folder).unwrap().load(&options, device).unwrap();
     let adapters = AdapterConfig::lora(4, 8.0).with_seed(3).with_dropout(0.2);
     let model = Tuned::attach(model, &adapters).unwrap().into_model();
@@ -63,7 +63,7 @@ fn gradients(device: &Device, recompute: Recompute) -> (f64, Vec<Vec<f32>>) {
         }
     }
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/mistral-swa8-f32");
-    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
+    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap()).in_f32();
     let (model, _) = Checkpoint::open(folder).unwrap().load(&options, device).unwrap();
     // B is drawn, too, so that A has gradients.
     let method = Method::Lora { init: InitLoraWeights::Random };
@@ -108,7 +108,7 @@ fn a_pass_on_a_gpu_gives_the_gradients_of_the_cpu() {
 fn a_block_of_a_step_takes_a_bounded_number_of_launches() {
     let Some(vulkan) = vulkan() else { return };
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/llama-tied-f32-sharded");
-    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap());
+    let options = LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap()).in_f32();
     let (model, _) = Checkpoint::open(folder).unwrap().load(&options, &vulkan.device).unwrap();
     let blocks = model.blocks.len();
     let model = Tuned::attach(model, &AdapterConfig::lora(4, 8.0)).unwrap().into_model();

@@ -70,7 +70,9 @@ impl<P: Projection> Decoder<P> {
     pub fn with_config(mut self, config: ModelConfig) -> crate::Result<Self> {
         self.config = config;
         self.check()?;
-        Ok(self)
+        // Linears may be new.
+        let compute = self.compute;
+        self.with_compute(compute)
     }
 
     fn check(&self) -> crate::Result<()> {
@@ -212,7 +214,13 @@ impl<P: Projection> Slots for Decoder<P> {
         let family = self.config.family;
         let blocks = self.blocks.into_iter().enumerate();
         let blocks = blocks
-            .map(|(index, block)| block.try_map(|name, linear| f(&family.path(index, name), linear)))
+            .map(|(index, block)| {
+                block.try_map(|name, linear| {
+                    let mut linear = f(&family.path(index, name), linear)?;
+                    linear.set_compute(self.compute);
+                    Ok(linear)
+                })
+            })
             .collect::<Result<_, E>>()?;
         Ok(Decoder {
             embed_tokens: self.embed_tokens,
@@ -302,9 +310,9 @@ impl<P: Projection> Decoder<P> {
     }
 }
 
-impl Decoder<QuantLinear> {
-    /// Rounds operands of products from now on: packed weights', attention's, the head's and those of adapters attached
-    /// later. Weights stay as they are. Dense linears of the blocks are not rounded.
+impl<P: Projection> Decoder<P> {
+    /// Rounds operands of products from now on: packed weights', attention's, the head's and those of adapters. Weights
+    /// stay as they are. Dense linears of the blocks are not rounded.
     ///
     /// # Errors
     /// A device that doesn't multiply such operands.
@@ -325,7 +333,9 @@ impl Decoder<QuantLinear> {
         }
         Ok(self)
     }
+}
 
+impl Decoder<QuantLinear> {
     /// Bytes of all tensors: packed ones as stored, others in their types.
     pub fn stored_bytes(&self) -> usize {
         let linear = |linear: &QuantLinear| {

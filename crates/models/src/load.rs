@@ -40,7 +40,8 @@ pub struct LoadOptions<'a> {
     pub quantizer: &'a dyn HostQuantizer,
     /// Whether to measure the error of each quantized weight.
     pub measure: bool,
-    /// What operands of products are rounded to; `None` is what suits the device best, [`Compute::best`].
+    /// What operands of products are rounded to; `None` is what suits the device best, [`Compute::best`]. With 16 bits, dense
+    /// weights as stored stay in 16 bits too, where that loses nothing of them; training widens those that it trains.
     pub compute: Option<Compute>,
     /// Called after each tensor, with its path.
     pub progress: Option<&'a dyn Fn(&str)>,
@@ -108,6 +109,12 @@ impl<'a> LoadOptions<'a> {
     pub fn with_compute(mut self, compute: Option<Compute>) -> Self {
         self.compute = compute;
         self
+    }
+
+    /// Sets `compute` to [`Compute::F32`]: operands of products are not rounded, whatever the device multiplies.
+    #[must_use]
+    pub fn in_f32(self) -> Self {
+        self.with_compute(Some(Compute::F32))
     }
 
     /// Sets `progress`.
@@ -234,7 +241,7 @@ impl Loader<'_> {
                 Embedding::Packed(self.packed(path, &weight)?)
             }
             stored => {
-                let weight = frozen(self.table(path, dense(stored).values, [rows, width])?);
+                let weight = frozen(self.matrix(path, dense(stored).values, [rows, width])?);
                 Embedding::Dense(DenseEmbedding { weight })
             }
         })
@@ -255,7 +262,7 @@ impl Loader<'_> {
             }
             stored => {
                 let values = transpose(&dense(stored).values, shape[1], shape[0]);
-                let weight = frozen(self.table(path, values, shape)?);
+                let weight = frozen(self.matrix(path, values, shape)?);
                 QuantLinear::Dense(Linear { weight, bias: None })
             }
         }))
@@ -278,7 +285,7 @@ impl Loader<'_> {
         self.place(path, stored, scheme, shape, bias, self.options.schemes.is_none())
     }
 
-    /// Brings a stored weight to `scheme` and onto the device; `as_stored` leaves packed ones as they are.
+    /// Brings a stored weight to `scheme` and onto the device; `as_stored` leaves it as it is.
     fn place(
         &mut self,
         path: &str,
@@ -299,9 +306,14 @@ impl Loader<'_> {
                 packed
             }
             (stored, Scheme::Dense) => {
-                self.record(path, scheme, &[d_input, d_output], None);
                 let values = transpose(&dense(stored).values, d_output, d_input);
-                let weight = self.tensor(path, values, [d_input, d_output])?;
+                // A plan's dense layers are f32, as the search that made it counts them.
+                let weight = if as_stored {
+                    self.matrix(path, values, [d_input, d_output])?
+                } else {
+                    self.record(path, scheme, &[d_input, d_output], None);
+                    self.tensor(path, values, [d_input, d_output])?
+                };
                 return Ok(QuantLinear::Dense(Linear { weight: frozen(weight), bias }));
             }
         };
@@ -361,8 +373,9 @@ impl Loader<'_> {
         Ok(Tensor::from_data(TensorData::new(values, shape), &self.device))
     }
 
-    /// A dense embedding or head: in 16 bits where that loses nothing of it and the device multiplies that type.
-    fn table(&mut self, path: &str, values: Vec<f32>, shape: [usize; 2]) -> Result<Tensor<2>> {
+    /// A dense weight: in 16 bits where that loses nothing of it and the device multiplies that type, unless all of the
+    /// model was asked for dense, to be trained.
+    fn matrix(&mut self, path: &str, values: Vec<f32>, shape: [usize; 2]) -> Result<Tensor<2>> {
         let frozen = self.options.tables == Tables::AsStored;
         let dtype = match self.compute {
             Compute::Bf16 if frozen && values.iter().all(|x| bf16::from_f32(*x).to_f32() == *x) => {

@@ -169,6 +169,10 @@ impl<P: Projection> Projection for Probe<P> {
         self.base.compute()
     }
 
+    fn set_compute(&mut self, compute: Compute) {
+        self.base.set_compute(compute);
+    }
+
     fn at(&self, place: Place) {
         self.base.at(place);
     }

@@ -27,7 +27,7 @@ fn gradients<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Vec<f32>>
 
 fn model(folder: &str) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     model.unfreeze().train()
 }
 

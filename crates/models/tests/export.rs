@@ -42,12 +42,12 @@ fn open(folder: &str) -> Checkpoint {
 }
 
 fn load(checkpoint: &Checkpoint) -> Model {
-    checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap().0
+    checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap().0
 }
 
 fn quantized(folder: &str, scheme: &str) -> (Checkpoint, Model) {
     let checkpoint = open(folder);
-    let options = LoadOptions::uniform(scheme.parse().unwrap());
+    let options = LoadOptions::uniform(scheme.parse().unwrap()).in_f32();
     let model = checkpoint.load(&options, &Device::flex()).unwrap().0;
     (checkpoint, model)
 }
@@ -161,7 +161,7 @@ fn saved_models_load_bit_for_bit() {
         assert_eq!(again.config(), source.config());
         assert_eq!(again.special_tokens(), source.special_tokens());
         assert_eq!(again.notes(), Vec::<String>::new());
-        let (reloaded, load_report) = again.load(&LoadOptions::default(), &Device::flex()).unwrap();
+        let (reloaded, load_report) = again.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
         assert_eq!(load_report.notes, Vec::<String>::new());
         let (before, after) = (packed(&model), packed(&reloaded));
         assert_eq!(before, after, "{}", source.path().display());
@@ -357,7 +357,7 @@ fn mlx_states_layers_that_differ_by_path() {
         .unwrap()
         .with_override("layers.1.self_attn.q_proj", Scheme::Dense)
         .unwrap();
-    let options = LoadOptions::planned(plan);
+    let options = LoadOptions::planned(plan).in_f32();
     let model = source.load(&options, &Device::flex()).unwrap().0;
     let (_folder, path) = place("mlx");
     export_mlx(&model, &source, &path, &ExportOptions::new(FloatType::Bf16)).unwrap();
@@ -594,8 +594,10 @@ fn tokenizers_go_with_the_model_through_every_format() {
     std::fs::write(origin.join("chat_template.jinja"), "{{ messages[0].content }}").unwrap();
     let source = Checkpoint::open(&origin).unwrap();
     let expected = source.tokenizer().unwrap();
-    let model =
-        source.load(&LoadOptions::uniform("affine4:64:f16".parse().unwrap()), &Device::flex()).unwrap().0;
+    let model = source
+        .load(&LoadOptions::uniform("affine4:64:f16".parse().unwrap()).in_f32(), &Device::flex())
+        .unwrap()
+        .0;
     let gguf = folder.path().join("model.gguf");
     export_gguf(&model, &source, &gguf, &GgufOptions::default()).unwrap();
     let from_gguf = Checkpoint::open(&gguf).unwrap();

@@ -43,7 +43,7 @@ fn every_exporter_writes_what_it_reports_or_refuses_by_name() {
     for folder in ["llama-untied-bf16", "qwen2-tied-f32"] {
         for scheme in SCHEMES {
             let source = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
-            let options = LoadOptions::uniform(scheme.parse().unwrap());
+            let options = LoadOptions::uniform(scheme.parse().unwrap()).in_f32();
             let (model, _) = source.load(&options, &Device::flex()).unwrap();
             for (format, held_exactly, export) in EXPORTERS {
                 let what = format!("{format}, {folder}, {scheme}");
@@ -70,7 +70,7 @@ fn check(what: &str, model: &Decoder<QuantLinear>, source: &Checkpoint, report: 
     if report.path.is_dir() {
         assert_eq!(again.special_tokens(), source.special_tokens(), "{what}");
     }
-    let (reloaded, _) = again.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (reloaded, _) = again.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     for ((path, before), (_, after)) in model.slots().into_iter().zip(reloaded.slots()) {
         let row = report.rows.iter().find(|row| row.name.trim_end_matches(".weight") == path);
         let row = row.unwrap_or_else(|| panic!("{what}: no row of {path}"));

@@ -20,7 +20,7 @@ const FOLDERS: [&str; 6] = [
 
 fn load(folder: &str) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
-    checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap().0
+    checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap().0
 }
 
 /// The fixture's prompt and transformers' 16 greedy tokens.

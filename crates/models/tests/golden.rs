@@ -13,7 +13,7 @@ const TOLERANCE: f32 = 1e-4;
 
 fn load(folder: &str) -> (Decoder<QuantLinear>, Golden) {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
-    let (model, report) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, report) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     assert!(!report.notes.iter().any(|note| note.starts_with("tensor ")), "{folder}: {:?}", report.notes);
     (model, Golden::open(&format!("tiny/{folder}/golden.safetensors")))
 }

@@ -10,7 +10,7 @@ const TOLERANCE: f32 = 1e-4;
 
 fn load(folder: &str) -> (Decoder<QuantLinear>, Golden) {
     let checkpoint = Checkpoint::open(testdata(&format!("tiny/{folder}"))).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     (model, Golden::open(&format!("tiny/{folder}/golden.safetensors")))
 }
 

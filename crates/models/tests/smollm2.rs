@@ -31,7 +31,7 @@ fn norms(x: Tensor<3>) -> Vec<f32> {
 #[test]
 fn smollm2_gives_the_logits_of_transformers() {
     let Some(checkpoint) = checkpoint() else { return };
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     let (golden, prompts) = prompts();
     for (k, ids) in prompts.iter().enumerate() {
         let name = |part: &str| format!("p{k}.{part}");
@@ -60,7 +60,7 @@ fn smollm2_gives_the_logits_of_transformers() {
 #[test]
 fn smollm2_continues_as_transformers_does() {
     let Some(checkpoint) = checkpoint() else { return };
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     let tokenizer = checkpoint.tokenizer().unwrap();
     let expected = [
         " Paris.\n\nThe answer is: 2018-01",
@@ -76,7 +76,7 @@ fn smollm2_continues_as_transformers_does() {
 #[test]
 fn smollm2_has_the_gradients_of_torch() {
     let Some(checkpoint) = checkpoint() else { return };
-    let options = LoadOptions::uniform(Scheme::Dense);
+    let options = LoadOptions::uniform(Scheme::Dense).in_f32();
     let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
     let model = model.unfreeze().train();
     let (golden, prompts) = prompts();

@@ -359,7 +359,7 @@ mod tests {
     fn block_by_block_scores_are_those_of_plain_autodiff() {
         for folder in ["llama-untied-bf16", "qwen3-untied-f32", "opt-f32"] {
             let checkpoint = Checkpoint::open(kiln_testkit::testdata(&format!("tiny/{folder}"))).unwrap();
-            let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+            let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
             let structure = Structure::of(model.config());
             let windows: Vec<Vec<u32>> =
                 (0..5).map(|w| (0..12).map(|i| (w * 31 + i * 7 + i * i) % 256).collect()).collect();

@@ -43,13 +43,13 @@ pub(crate) fn checkpoint(folder: &str) -> Checkpoint {
 }
 
 pub(crate) fn load(folder: &str) -> Decoder<QuantLinear> {
-    checkpoint(folder).load(&LoadOptions::default(), &Device::flex()).unwrap().0
+    checkpoint(folder).load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap().0
 }
 
 /// The model of the repository, and tokens it was not trained on.
 pub(crate) fn embedded() -> (Decoder<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
-    let (model, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     (model, ids("indomain_heldout_sotu_2011"))
 }
 

@@ -48,7 +48,8 @@ fn save(pruned: &Pruned, record: &PruningRecord, folder: &Path, name: &str) -> S
 }
 
 fn reload(folder: &Path) -> (Decoder<QuantLinear>, PruningRecord) {
-    let (model, report, record) = load_pruned(folder, &LoadOptions::default(), &Device::flex()).unwrap();
+    let (model, report, record) =
+        load_pruned(folder, &LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     assert_eq!(report.notes, [""; 0]);
     (model, record)
 }
@@ -98,7 +99,7 @@ fn padding_changes_nothing_but_the_shape() {
             let folder = tempfile::tempdir().unwrap();
             save_padded(&pruned.model, &record, &checkpoint(name), &f32s(), folder.path()).unwrap();
             let padded = Checkpoint::open(folder.path()).unwrap();
-            let (model, _) = padded.load(&LoadOptions::default(), &Device::flex()).unwrap();
+            let (model, _) = padded.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
             if !compensate {
                 assert_eq!(padded.config(), checkpoint(name).config(), "{name}");
             }
@@ -174,7 +175,7 @@ fn other_types_and_packed_weights_come_back_as_they_are() {
     let tokens = tokens("llama-untied-bf16");
     assert_eq!(logits(&reload(folder.path()).0, &tokens), logits(&pruned.model, &tokens));
 
-    let options = LoadOptions::uniform("nf4:32".parse().unwrap());
+    let options = LoadOptions::uniform("nf4:32".parse().unwrap()).in_f32();
     let (model, _) = source.load(&options, &Device::flex()).unwrap();
     let mut pruning = BlockPruning::new(Criterion::L1, 0.5);
     pruning.layers = LayerRange::Between { start: 1, end: 2 };
@@ -210,7 +211,7 @@ fn broken(file: &str, name: &str, change: impl FnOnce(&mut Value)) -> String {
     let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     change(&mut json);
     std::fs::write(&path, json.to_string()).unwrap();
-    match load_pruned(folder.path(), &LoadOptions::default(), &Device::flex()) {
+    match load_pruned(folder.path(), &LoadOptions::default().in_f32(), &Device::flex()) {
         Ok(_) => panic!("{file} should be refused"),
         Err(error) => error.to_string(),
     }

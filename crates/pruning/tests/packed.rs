@@ -10,7 +10,7 @@ const TOLERANCE: f32 = 2e-5;
 
 fn packed(folder: &str, scheme: &str) -> Decoder<QuantLinear> {
     let checkpoint: Checkpoint = checkpoint(folder);
-    checkpoint.load(&LoadOptions::uniform(scheme.parse().unwrap()), &Device::flex()).unwrap().0
+    checkpoint.load(&LoadOptions::uniform(scheme.parse().unwrap()).in_f32(), &Device::flex()).unwrap().0
 }
 
 fn prune(

@@ -10,16 +10,17 @@ use crate::{Error, Result};
 
 /// What the operands of matrix products are rounded to; sums, results and everything between products stay f32.
 ///
-/// 16-bit operands run on the matrix units of GPUs, at several times the rate of f32. Held by each layer, never global.
+/// 16-bit operands run on the matrix units of GPUs, at several times the rate of f32, and bf16 on processors with AVX512-BF16,
+/// at up to twice. Held by each layer, never global.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compute {
     /// Not rounded. On CUDA's matrix units that is TF32, with 11 bits of precision.
     #[default]
     F32,
-    /// The range of f32 with 8 bits of precision.
+    /// The range of f32 with 8 bits of precision. On CPUs values below 1e-38 count as zero.
     Bf16,
-    /// 11 bits of precision; values beyond 65504 overflow, which activations of some models reach.
+    /// 11 bits of precision, on GPUs; values beyond 65504 overflow, which activations of some models reach.
     F16,
 }
 

@@ -3,7 +3,7 @@
 use burn::{
     module::{Module, Param, ParamId},
     nn::Linear,
-    tensor::Tensor,
+    tensor::{DType, FloatDType, Tensor},
 };
 
 use crate::{
@@ -111,6 +111,11 @@ impl QuantLinear {
     }
 }
 
+/// What is stored in 16 bits is widened: whoever asks for a weight computes with it in f32.
+fn in_f32(weight: Tensor<2>) -> Tensor<2> {
+    if weight.dtype() == DType::F32 { weight } else { weight.cast(FloatDType::F32) }
+}
+
 fn frozen(weight: Tensor<2>) -> Param<Tensor<2>> {
     // `Param::from_tensor` would ask for gradients.
     Param::initialized(ParamId::new(), weight)
@@ -122,20 +127,18 @@ impl From<Linear> for QuantLinear {
     }
 }
 
-impl QuantLinear {
-    /// Rounds operands of a packed weight's products from now on; a dense one's have the type it is stored in.
-    pub fn set_compute(&mut self, compute: Compute) {
-        if let Self::Packed(linear) = self {
-            linear.weight.set_compute(compute);
-        }
-    }
-}
-
 impl Projection for QuantLinear {
     fn compute(&self) -> Compute {
         match self {
             Self::Packed(linear) => linear.weight.compute(),
             Self::Dense(linear) => Compute::of(linear.weight.val().dtype()),
+        }
+    }
+
+    /// Of a packed weight's products; a dense one's have the type it is stored in.
+    fn set_compute(&mut self, compute: Compute) {
+        if let Self::Packed(linear) = self {
+            linear.weight.set_compute(compute);
         }
     }
 
@@ -164,7 +167,7 @@ impl Projection for QuantLinear {
     fn weight(&self) -> Tensor<2> {
         match self {
             Self::Packed(linear) => linear.weight.dequantize(),
-            Self::Dense(linear) => linear.weight.val(),
+            Self::Dense(linear) => in_f32(linear.weight.val()),
         }
     }
 

@@ -36,6 +36,9 @@ pub trait Projection: Module + ModuleDisplay {
         Compute::F32
     }
 
+    /// Rounds operands of its products so from now on, where its weight allows it; a model tells all its slots.
+    fn set_compute(&mut self, _compute: Compute) {}
+
     /// Hears where training stands before every forward pass; seeded dropout needs it, most projections don't.
     fn at(&self, _place: Place) {}
 }

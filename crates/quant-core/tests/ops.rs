@@ -3,7 +3,7 @@
 //! with what the CPU computes without kernels.
 
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use kiln_quant_core::{PackedTensor, PackedWeight, QuantScheme, Scales, ops, packing::CodePacker};
+use kiln_quant_core::{Compute, PackedTensor, PackedWeight, QuantScheme, Scales, ops, packing::CodePacker};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
 
 /// Scheme, inputs, outputs.
@@ -403,4 +403,50 @@ fn outputs_are_rows_of_the_checkpoint() {
 fn half_precision_activations_keep_their_type() {
     // bf16 keeps 8 bits: inputs and outputs are each off by up to 2^-9 of their size.
     check_half_precision(&Device::flex(), FloatDType::BF16, &[3, 5], 1e-2);
+}
+
+/// `a [rows, inner] · b [inner, columns]` of operands rounded to bf16, in f64, with the sum of the products' sizes.
+fn rounded_product(a: &[f32], b: &[f32], [rows, inner, columns]: [usize; 3]) -> Vec<[f64; 2]> {
+    let rounded = |x: f32| half::bf16::from_f32(x).to_f64();
+    let element = |row: usize, column: usize| {
+        (0..inner).fold([0.0; 2], |[sum, size], k| {
+            let product = rounded(a[row * inner + k]) * rounded(b[k * columns + column]);
+            [sum + product, size + product.abs()]
+        })
+    };
+    (0..rows * columns).map(|i| element(i / columns, i % columns)).collect()
+}
+
+#[test]
+fn bf16_products_of_packed_weights_are_those_of_rounded_operands() {
+    let device = Device::flex();
+    if !Compute::Bf16.is_native(&device) {
+        println!("skipped: this processor doesn't multiply bf16");
+        return;
+    }
+    for &(scheme, d_input, d_output) in CASES {
+        let mut weight = PackedTensor::new(&random_weight(scheme, d_input, d_output, 51), &device);
+        let dense = read(weight.dequantize());
+        let turned = read(weight.dequantize().transpose());
+        for rows in [1, 3, 5, 40] {
+            let (x, dy) =
+                (tensor::<2>(52, [rows, d_input], &device), tensor::<2>(53, [rows, d_output], &device));
+            let exact = [read(weight.forward(x.clone())), read(weight.backward(dy.clone()))];
+            weight.set_compute(Compute::Bf16);
+            let found = [read(weight.forward(x.clone())), read(weight.backward(dy.clone()))];
+            weight.set_compute(Compute::F32);
+            let expected = [
+                rounded_product(&read(x), &dense, [rows, d_input, d_output]),
+                rounded_product(&read(dy), &turned, [rows, d_output, d_input]),
+            ];
+            for ((found, exact), expected) in found.iter().zip(&exact).zip(&expected) {
+                let agrees = found
+                    .iter()
+                    .zip(expected)
+                    .all(|(found, [sum, size])| (f64::from(*found) - sum).abs() < 1e-6 * size + 1e-9);
+                // Few rows are unpacked in registers and multiplied as they are.
+                assert!(agrees || (rows <= 4 && found == exact), "{scheme}, {rows} rows");
+            }
+        }
+    }
 }

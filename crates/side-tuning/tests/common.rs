@@ -20,8 +20,8 @@ pub(crate) type Base = Decoder<QuantLinear>;
 pub(crate) fn load(folder: impl AsRef<Path>, scheme: Option<&str>) -> Base {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let options = match scheme {
-        Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()),
-        None => LoadOptions::default(),
+        Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()).in_f32(),
+        None => LoadOptions::default().in_f32(),
     };
     checkpoint.load(&options, &Device::flex()).unwrap().0
 }

@@ -50,7 +50,7 @@ impl Case {
 /// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
 fn load(path: &str, case: &Case) -> (Decoder<QuantLinear>, ModelConfig, usize) {
     let scheme: Scheme = case.scheme().parse().unwrap();
-    let options = LoadOptions::uniform(scheme);
+    let options = LoadOptions::uniform(scheme).in_f32();
     let checkpoint = Checkpoint::open(path).unwrap();
     let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
     (model, checkpoint.config().clone(), report.storage.total_bytes())

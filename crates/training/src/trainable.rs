@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use burn::{
     module::{Module, ModuleMapper, Param, ParamId},
-    tensor::{Tensor, TensorData},
+    tensor::{DType, FloatDType, Tensor, TensorData},
 };
 use kiln_quant_core::{HostValues, for_each_parameter};
 
@@ -43,6 +43,22 @@ pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter
         Ok::<_, kiln_models::Error>(())
     })?;
     Ok(found)
+}
+
+/// Widens trained parameters that are kept in 16 bits: a step is smaller than their rounding.
+pub(crate) fn widened<M: Module>(model: M) -> M {
+    struct Widen;
+    impl ModuleMapper for Widen {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let value = param.val();
+            if !value.is_require_grad() || value.dtype().size() >= DType::F32.size() {
+                return param;
+            }
+            let (id, tensor, mapper) = param.consume();
+            Param::from_mapped_value(id, tensor.detach().cast(FloatDType::F32).require_grad(), mapper)
+        }
+    }
+    model.map(&mut Widen)
 }
 
 /// Puts parameters back, values and ids; `parameters` must have the paths and shapes that [`collect`] finds.

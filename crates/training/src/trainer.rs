@@ -260,7 +260,7 @@ impl<M: CausalLm> Trainer<M> {
     /// trainable parameters.
     pub fn new(model: M, dataset: Arc<Dataset>, config: TrainerConfig) -> Result<Self> {
         let schedule = config.check()?;
-        let model = model.train();
+        let model = trainable::widened(model.train());
         if trained_values(&model) == 0 {
             return Err(Error::Argument {
                 name: "model".into(),

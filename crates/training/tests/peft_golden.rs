@@ -20,7 +20,7 @@ type Model = Decoder<Adapted<QuantLinear, Lora>>;
 
 fn load(base: impl AsRef<std::path::Path>, adapter: &str) -> Model {
     let checkpoint = Checkpoint::open(base.as_ref()).unwrap();
-    let (base, _) = checkpoint.load(&LoadOptions::default(), &Device::flex()).unwrap();
+    let (base, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     let folder = PeftFolder::open(testdata(adapter)).unwrap();
     let attacher = folder.attacher::<kiln_adapters::Lora>(&base.slot_shapes(), 0).unwrap();
     base.try_map(|path, slot| attacher.attach(path, slot)).unwrap()

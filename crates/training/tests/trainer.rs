@@ -4,11 +4,11 @@ use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
-    tensor::{Device, Tensor},
+    tensor::{DType, Device, Tensor},
 };
 use kiln_adapters::{Adapted, AdapterConfig, Lora, LoraAttacher, PeftFolder};
 use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, TokenBatch};
-use kiln_quant_core::{QuantLinear, Scheme};
+use kiln_quant_core::{Compute, QuantLinear, Scheme};
 use kiln_testkit::{Golden, max_difference, testdata};
 use kiln_training::{
     BatchOptions, Batches, DataOptions, Dataset, Error, Event, Example, Observer, Order, Place, RunEnd,
@@ -20,8 +20,8 @@ type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
 fn base(folder: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let options = match scheme {
-        Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()),
-        None => LoadOptions::default(),
+        Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()).in_f32(),
+        None => LoadOptions::default().in_f32(),
     };
     checkpoint.load(&options, &Device::flex()).unwrap().0
 }
@@ -88,7 +88,11 @@ fn full_training_with_clipping_follows_torch() {
 
 /// A 4-bit tiny model with LoRA and dropout.
 fn lora_model(dropout: f64) -> LoraModel {
-    let model = base("tiny/llama-tied-f32-sharded", Some("affine4:32"));
+    lora_model_in(Compute::F32, dropout)
+}
+
+fn lora_model_in(compute: Compute, dropout: f64) -> LoraModel {
+    let model = base("tiny/llama-tied-f32-sharded", Some("affine4:32")).with_compute(compute).unwrap();
     let config = AdapterConfig::lora(4, 8.0).with_dropout(dropout).with_seed(5);
     let attacher = LoraAttacher::new(&config, &model.slot_shapes()).unwrap();
     model.try_map(|path, base| attacher.attach(path, base)).unwrap()
@@ -513,4 +517,74 @@ fn rows_longer_than_the_model_are_refused() {
 fn a_model_without_trainable_parameters_is_refused() {
     let model = base("tiny/llama-untied-bf16", None);
     assert!(matches!(Trainer::new(model, documents(), config(1, 1)), Err(Error::Argument { .. })));
+}
+
+/// The processor's bf16, where it has it.
+fn bf16() -> Option<Compute> {
+    let native = Compute::Bf16.is_native(&Device::flex());
+    if !native {
+        println!("skipped: this processor doesn't multiply bf16");
+    }
+    native.then_some(Compute::Bf16)
+}
+
+#[test]
+fn bf16_runs_are_repeated_and_resumed_to_the_same_bits_and_stay_close_to_f32() {
+    let Some(compute) = bf16() else { return };
+    let model = || lora_model_in(compute, 0.2);
+    let run = |model| {
+        let mut trainer = Trainer::new(model, documents(), config(2, 2)).unwrap();
+        let reports = trainer.run(&RunOptions::new()).unwrap().steps;
+        (losses(&reports), parameters(trainer.model()))
+    };
+    let whole = run(model());
+    assert_eq!(run(model()), whole);
+
+    let folder = tempfile::tempdir().unwrap();
+    let mut first = Trainer::new(model(), documents(), config(2, 2)).unwrap();
+    for _ in 0..3 {
+        first.step().unwrap();
+    }
+    first.save(folder.path().join("last")).unwrap();
+    let mut resumed =
+        Trainer::resume(model(), documents(), config(2, 2), folder.path().join("last")).unwrap();
+    let reports = resumed.run(&RunOptions::new()).unwrap().steps;
+    assert_eq!(losses(&reports), whole.0[3..]);
+    assert_eq!(parameters(resumed.model()), whole.1);
+
+    let exact = run(dropout_model());
+    assert_ne!(exact.0, whole.0, "operands were rounded");
+    for (found, exact) in whole.0.iter().zip(&exact.0) {
+        let (found, exact) = (f64::from_bits(*found), f64::from_bits(*exact));
+        assert!((found - exact).abs() < 0.01, "{found} and {exact}");
+    }
+}
+
+#[test]
+fn weights_kept_in_16_bits_are_trained_in_f32() {
+    let Some(compute) = bf16() else { return };
+    let (golden, dataset, mut config) = fixture("training/tiny_full_adamw_6steps.safetensors");
+    (config.lr, config.weight_decay, config.clip) = (3e-3, 0.1, Some(1.0));
+    let checkpoint = Checkpoint::open(testdata("tiny/llama-untied-bf16")).unwrap();
+    let options = LoadOptions::default().with_compute(Some(compute));
+    let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
+    assert!(
+        report
+            .storage
+            .rows
+            .iter()
+            .filter(|row| row.shape.len() == 2)
+            .all(|row| { row.bytes == 2 * row.shape.iter().product::<usize>() })
+    );
+    let mut trainer = Trainer::new(model.unfreeze(), dataset, config).unwrap();
+    let reports = trainer.run(&RunOptions::new()).unwrap().steps;
+    // The frozen model computes in bf16, what is trained was widened: steps of 3e-3 are below bf16's rounding of weights
+    // near 1, so without that the losses would stay where they are.
+    for (report, expected) in reports.iter().zip(golden.floats("losses")) {
+        assert!((report.loss - f64::from(expected)).abs() < 0.02, "{} and {expected}", report.loss);
+    }
+    for (path, slot) in trainer.into_model().slots() {
+        let QuantLinear::Dense(linear) = slot else { panic!("{path} is packed") };
+        assert_eq!(linear.weight.val().dtype(), DType::F32, "{path}");
+    }
 }

@@ -143,7 +143,7 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
         let [d_input, d_output] = linear.shape();
         weights += match linear {
             QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
-            QuantLinear::Dense(_) => weight_bytes(Scheme::Dense, d_input, d_output),
+            QuantLinear::Dense(linear) => linear.weight.val().dtype().size() * d_input * d_output,
         };
         let slot = Slot::new(path, d_input, d_output);
         match choices.frozen(path) {

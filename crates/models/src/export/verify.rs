@@ -17,7 +17,8 @@ pub struct LogitDifference {
     pub relative: f64,
 }
 
-/// Loads what stands at `path` as it is stored, onto the device of `model`, and compares the logits of `prompt`.
+/// Loads what stands at `path` as it is stored, onto the device of `model`, and compares the logits of `prompt`. Operands of
+/// the reloaded model are not rounded: where those of `model` are, that is part of the difference.
 ///
 /// # Errors
 /// [`Error::Argument`] for a prompt that is empty, longer than the model's positions, or has ids beyond its vocabulary,
@@ -36,7 +37,7 @@ pub fn verify_export(
     if let Some(id) = prompt.iter().find(|&&id| id as usize >= model.vocab_size()) {
         return Err(argument("prompt", format!("ids below {}", model.vocab_size()), id.to_string()));
     }
-    let (reloaded, _) = Checkpoint::open(path)?.load(&LoadOptions::default(), &model.device())?;
+    let (reloaded, _) = Checkpoint::open(path)?.load(&LoadOptions::default().in_f32(), &model.device())?;
     if reloaded.vocab_size() != model.vocab_size() {
         let (expected, found) = (model.vocab_size().to_string(), reloaded.vocab_size().to_string());
         return Err(argument("vocabulary of the written model", expected, found));

@@ -22,8 +22,9 @@ const ROW: usize = DEPTH / 2 + LANES;
 const BLOCK: usize = ROWS * ROW;
 /// Blocks that are multiplied with one panel after the other: they stay in the second-level cache.
 const BLOCKS: usize = 24;
-/// Rows that are packed at a time, so that scratch doesn't grow with the product.
+/// Rows that are packed at a time, and how much of each, so that scratch doesn't grow with the product: at most 10 MB.
 const SLAB: usize = 1024;
+const SLAB_DEPTH: usize = 16 * DEPTH;
 /// Columns of a task.
 const TASK_COLUMNS: usize = 512;
 /// Columns that are unpacked at a time, whole panels: they stay in the cache until they are packed.
@@ -451,15 +452,18 @@ pub(super) unsafe fn multiply([m, n, k]: [usize; 3], out: Out, lhs: Matrix<'_>, 
         });
     }
     with_scratch(|[blocks, _]| {
-        let slab_blocks = m.min(SLAB).div_ceil(ROWS);
-        let blocks = Blocks(room(blocks, slab_blocks * k.div_ceil(DEPTH) * BLOCK));
-        for slab in parts(m, SLAB) {
-            let layer = slab_blocks * BLOCK;
+        let layer = m.min(SLAB).div_ceil(ROWS) * BLOCK;
+        let blocks = Blocks(room(blocks, k.min(SLAB_DEPTH).div_ceil(DEPTH) * layer));
+        for (slab, deep) in
+            parts(m, SLAB).flat_map(|slab| parts(k, SLAB_DEPTH).map(move |k| (slab.clone(), k)))
+        {
+            let layers =
+                || parts(deep.len(), DEPTH).map(|k| deep.start + k.start..deep.start + k.end).enumerate();
             // Whole squares of packing that are whole blocks.
             let step = slab.len().div_ceil(4 * threads).next_multiple_of(ROWS * 4);
             (0..slab.len().div_ceil(step)).into_par_iter().for_each(|i| {
                 let rows = i * step..slab.len().min((i + 1) * step);
-                for (index, k) in parts(k, DEPTH).enumerate() {
+                for (index, k) in layers() {
                     let into = blocks.at(index * layer + rows.start / ROWS * BLOCK);
                     let (at, size) = ([slab.start + rows.start, k.start], [rows.len(), k.len()]);
                     // SAFETY: `lhs` holds the sizes; tasks pack whole blocks of their own, for which there is room.
@@ -470,7 +474,7 @@ pub(super) unsafe fn multiply([m, n, k]: [usize; 3], out: Out, lhs: Matrix<'_>, 
                 let columns = n.1 - n.0;
                 with_scratch(|[_, panels]| {
                     let panels = room(panels, columns.next_multiple_of(COLUMNS) * DEPTH / 2);
-                    for (index, k) in parts(k, DEPTH).enumerate() {
+                    for (index, k) in layers() {
                         for part in parts(columns, TILE_COLUMNS) {
                             rhs.tile((k.start, k.end), (n.0 + part.start, n.0 + part.end), |tile| {
                                 let (size, at) = ([part.len(), k.len()], part.start * k.len().div_ceil(2));

@@ -72,9 +72,9 @@ impl<'a> Matrix<'a> {
         let [row, column] = <[isize; 2]>::try_from(layout.strides()).ok()?.map(usize::try_from);
         let (row, column) = (row.ok()?, column.ok()?);
         let [rows, columns] = [layout.shape()[0], layout.shape()[1]];
-        let (outer, inner) = if column == 1 { (row, columns) } else { (column, rows) };
-        // Rows that lie inside one another are a repeated one's.
-        if row.min(column) != 1 || outer < inner {
+        let (lines, outer, inner) = if column == 1 { (rows, row, columns) } else { (columns, column, rows) };
+        // Lines that lie inside one another are a repeated one.
+        if row.min(column) != 1 || (lines > 1 && outer < inner) {
             return None;
         }
         let start = layout.start_offset();
@@ -344,7 +344,7 @@ mod tests {
     }
 
     /// Sizes around those of vectors, blocks, panels, tiles and slabs.
-    const SIZES: [[usize; 3]; 16] = [
+    const SIZES: [[usize; 3]; 17] = [
         [1, 1, 1],
         [1, 17, 31],
         [2, 16, 33],
@@ -361,6 +361,7 @@ mod tests {
         [1030, 70, 5],
         [100, 8, 300],
         [289, 130, 40],
+        [30, 70, 4200],
     ];
 
     #[test]
@@ -383,6 +384,35 @@ mod tests {
                 });
             }
         }
+    }
+
+    #[test]
+    fn rows_columns_and_transposes_are_read_where_they_lie_and_repeated_lines_are_not() {
+        let values = |shape: [usize; 2]| {
+            crate::ops::flex::tensor((0..shape[0] * shape[1]).map(|i| i as f32).collect(), shape, DType::F32)
+        };
+        for shape in [[1, 1], [1, 7], [7, 1], [3, 5]] {
+            for (tensor, [rows, columns]) in
+                [(values(shape), shape), (values(shape).transpose(0, 1), [shape[1], shape[0]])]
+            {
+                let expected = tensor.to_contiguous();
+                let matrix = Matrix::of(&tensor).unwrap_or_else(|| panic!("{shape:?} as {rows} x {columns}"));
+                matrix.holds(rows, columns);
+                let Values::F32(found) = matrix.values else { unreachable!("f32") };
+                for (i, value) in expected.as_slice::<f32>().unwrap().iter().enumerate() {
+                    assert_eq!(found[i / columns * matrix.row + i % columns * matrix.column], *value);
+                }
+            }
+        }
+        let repeated = burn::tensor::Slice::from(0..1);
+        let row = <burn::backend::flex::Flex as burn::backend::ops::FloatTensorOps<_>>::float_expand(
+            <burn::backend::flex::Flex as burn::backend::ops::FloatTensorOps<_>>::float_slice(
+                values([3, 5]),
+                &[repeated],
+            ),
+            [3, 5].into(),
+        );
+        assert!(Matrix::of(&row).is_none());
     }
 
     #[test]
