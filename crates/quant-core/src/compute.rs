@@ -2,7 +2,6 @@
 
 use std::{fmt, str::FromStr};
 
-use burn::backend::DispatchDevice;
 use burn::tensor::{DType, Device};
 use serde::{Deserialize, Serialize};
 
@@ -50,9 +49,9 @@ impl Compute {
         #[allow(unreachable_patterns)] // where no other backend is compiled in
         match device.clone().without_autodiff().as_dispatch() {
             #[cfg(feature = "cube")]
-            DispatchDevice::Cube(device) => crate::ops::cube::multiplies(device, self),
+            burn::backend::DispatchDevice::Cube(device) => crate::ops::cube::multiplies(device, self),
             #[cfg(feature = "flex")]
-            DispatchDevice::Flex(_) => crate::ops::flex::multiplies(self),
+            burn::backend::DispatchDevice::Flex(_) => crate::ops::flex::multiplies(self),
             _ => false,
         }
     }

@@ -421,7 +421,7 @@ fn rounded_product(a: &[f32], b: &[f32], [rows, inner, columns]: [usize; 3]) -> 
 fn bf16_products_of_packed_weights_are_those_of_rounded_operands() {
     let device = Device::flex();
     if !Compute::Bf16.is_native(&device) {
-        println!("skipped: this processor doesn't multiply bf16");
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
         return;
     }
     for &(scheme, d_input, d_output) in CASES {

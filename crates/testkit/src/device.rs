@@ -25,7 +25,7 @@ pub fn vulkan() -> Option<Vulkan> {
         Ok(device) => Some(Vulkan { device, _turn: turn }),
         Err(reason) => {
             assert!(!required("KILN_REQUIRE_VULKAN"), "KILN_REQUIRE_VULKAN=1, but {reason}");
-            println!("skipped: {reason}");
+            crate::skipped(&reason);
             None
         }
     }

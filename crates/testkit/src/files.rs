@@ -38,7 +38,7 @@ pub fn ids(text: &str) -> Vec<u32> {
 pub fn smollm2() -> Option<PathBuf> {
     let Some(path) = std::env::var_os("KILN_SMOLLM2").map(PathBuf::from) else {
         assert!(!required("KILN_REQUIRE_SMOLLM2"), "KILN_REQUIRE_SMOLLM2=1, but KILN_SMOLLM2 names no file");
-        println!("skipped: KILN_SMOLLM2 names no file");
+        crate::skipped("KILN_SMOLLM2 names no file");
         return None;
     };
     assert!(path.is_file(), "KILN_SMOLLM2={}: no such file", path.display());

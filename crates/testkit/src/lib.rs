@@ -21,6 +21,11 @@ use burn::tensor::{Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
+/// Says that a test can't be done on this machine, and why.
+pub fn skipped(why: &str) {
+    println!("skipped: {why}");
+}
+
 /// Uniform values in -1..1.
 pub fn values(seed: u64, count: usize) -> Vec<f32> {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);

@@ -3,7 +3,7 @@
 //! Operands are rounded while they are packed: two values that are neighbours along the summed size share a word, and
 //! [`micro`] multiplies and adds both at once. Values below the normal numbers count as zero, as the instruction has it.
 
-use std::{arch::x86_64::*, cell::Cell, ops::Range};
+use std::{arch::x86_64::*, cell::Cell, mem::transmute, ops::Range};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
@@ -104,9 +104,8 @@ fn first(count: usize) -> u16 {
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
 fn pairs_of(low: __m512, high: __m512) -> __m512i {
     // SAFETY: both types are 256 bits of data.
-    let [low, high]: [__m256i; 2] = unsafe {
-        [std::mem::transmute(_mm512_cvtneps_pbh(low)), std::mem::transmute(_mm512_cvtneps_pbh(high))]
-    };
+    let [low, high]: [__m256i; 2] =
+        unsafe { [low, high].map(|x| transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))) };
     _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16))
 }
 
@@ -120,7 +119,7 @@ unsafe fn neighbours<T: Element>(at: *const T, count: usize) -> __m512i {
     unsafe {
         let low = T::load(at, first(count));
         let high = T::load(at.wrapping_add(LANES), first(count.saturating_sub(LANES)));
-        std::mem::transmute(_mm512_cvtne2ps_pbh(high, low))
+        transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
     }
 }
 
@@ -309,7 +308,8 @@ unsafe fn micro<const R: usize, const V: usize>(
             for (row, sums) in sums.iter_mut().enumerate() {
                 let a = _mm512_set1_epi32(*a.add(row * ROW + pair) as i32);
                 for (sum, b) in sums.iter_mut().zip(b) {
-                    *sum = _mm512_dpbf16_ps(*sum, std::mem::transmute(a), std::mem::transmute(b));
+                    let [a, b] = [a, b].map(|x| transmute::<__m512i, __m512bh>(x));
+                    *sum = _mm512_dpbf16_ps(*sum, a, b);
                 }
             }
         }

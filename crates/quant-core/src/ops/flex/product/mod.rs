@@ -367,7 +367,7 @@ mod tests {
     #[test]
     fn products_of_rounded_operands_are_those_of_f64_to_the_rounding_of_sums() {
         if !multiplies(Compute::Bf16) {
-            println!("skipped: this processor doesn't multiply bf16");
+            kiln_testkit::skipped("this processor doesn't multiply bf16");
             return;
         }
         for (i, sizes) in SIZES.into_iter().enumerate() {
