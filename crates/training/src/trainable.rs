@@ -55,7 +55,7 @@ pub(crate) fn widened<M: Module>(model: M) -> M {
                 return param;
             }
             let (id, tensor, mapper) = param.consume();
-            Param::from_mapped_value(id, tensor.detach().cast(FloatDType::F32).require_grad(), mapper)
+            Param::from_mapped_value(id, tensor.cast(FloatDType::F32).detach().require_grad(), mapper)
         }
     }
     model.map(&mut Widen)
