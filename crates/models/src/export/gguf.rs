@@ -77,7 +77,7 @@ impl Default for GgufOptions {
 /// # let folder = tempfile::tempdir()?;
 /// # let file = folder.path().join("model.gguf");
 /// let checkpoint = Checkpoint::open(path)?;
-/// let (model, _) = checkpoint.load(&LoadOptions::uniform("affine4:32:f16".parse()?), &Device::flex())?;
+/// let (model, _) = checkpoint.load(&LoadOptions::uniform("affine4:32:f16".parse()?).in_f32(), &Device::flex())?;
 /// let report = export_gguf(&model, &checkpoint, &file, &GgufOptions::default())?;
 /// assert!(report.rows.iter().all(|row| row.stored != "Q4_1" || row.is_exact()));
 /// assert!(verify_export(&file, &model, &[1, 2, 3])?.relative < 1e-3);

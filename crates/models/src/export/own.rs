@@ -34,7 +34,7 @@ use crate::{Checkpoint, Decoder, Error, Result, hf::PACKED_WEIGHTS};
 /// # let folder = tempfile::tempdir()?;
 /// # let folder = folder.path().join("saved");
 /// let checkpoint = Checkpoint::open(path)?;
-/// let (model, _) = checkpoint.load(&LoadOptions::uniform("nf4:64:double".parse()?), &Device::flex())?;
+/// let (model, _) = checkpoint.load(&LoadOptions::uniform("nf4:64:double".parse()?).in_f32(), &Device::flex())?;
 /// save_model(&model, &checkpoint, &folder)?;
 /// assert_eq!(verify_export(&folder, &model, &[1, 2, 3])?.max, 0.0);
 /// # Ok::<(), Box<dyn std::error::Error>>(())
