@@ -91,7 +91,9 @@ fn fine_tuning_halves_the_perplexity_and_others_read_the_adapter() {
 #[ignore = "takes minutes, and needs the programs built"]
 fn an_exact_merge_is_exact_in_every_file() {
     let folder = folder();
-    let merged = figures(&folder, "06-merge-and-export", &["--out", text(&folder.path().join("export"))]);
+    let export = folder.path().join("export");
+    // The merge is exact; products of rounded operands differ by their rounding.
+    let merged = figures(&folder, "06-merge-and-export", &["--compute", "f32", "--out", text(&export)]);
     assert!(number(&merged, "adapter_shift") >= 0.01, "the adapter moved something: {merged}");
     assert!(number(&merged, "merge_error") <= 1e-3, "{merged}");
     for key in ["codes_changed", "gguf_weight_max_difference", "mlx_weight_max_difference"] {
