@@ -338,21 +338,14 @@ impl<P: Projection> Decoder<P> {
 impl Decoder<QuantLinear> {
     /// Bytes of all tensors: packed ones as stored, others in their types.
     pub fn stored_bytes(&self) -> usize {
-        let linear = |linear: &QuantLinear| {
-            let [d_input, d_output] = linear.shape();
-            match linear {
-                QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
-                QuantLinear::Dense(linear) => linear.weight.val().dtype().size() * d_input * d_output,
-            }
-        };
         let table = match &self.embed_tokens {
             Embedding::Packed(table) => table.storage_bytes(),
             Embedding::Dense(table) => {
                 table.weight.val().dtype().size() * self.embed_tokens.shape().iter().product::<usize>()
             }
         };
-        let linears: usize = self.slots().into_iter().map(|(_, slot)| linear(slot)).sum();
-        let head = self.lm_head.as_ref().map_or(0, linear);
+        let linears: usize = self.slots().into_iter().map(|(_, slot)| slot.storage_bytes()).sum();
+        let head = self.lm_head.as_ref().map_or(0, QuantLinear::storage_bytes);
         let plain = self.config.tensors().into_iter().filter(|tensor| tensor.role == TensorRole::Plain);
         let plain: usize = plain.map(|tensor| 4 * tensor.shape.iter().product::<usize>()).sum();
         table + linears + head + plain

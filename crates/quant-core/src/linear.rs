@@ -59,6 +59,17 @@ impl QuantLinear {
         }
     }
 
+    /// Bytes of the weight: a packed one as stored, a dense one in its type.
+    pub fn storage_bytes(&self) -> usize {
+        match self {
+            Self::Packed(linear) => linear.weight.storage_bytes(),
+            Self::Dense(linear) => {
+                let weight = linear.weight.val();
+                weight.dtype().size() * weight.shape().num_elements()
+            }
+        }
+    }
+
     /// The bias `[d_output]` as a parameter, where [`Projection::bias`] gives its value.
     pub fn bias_parameter(&self) -> Option<&Param<Tensor<1>>> {
         match self {

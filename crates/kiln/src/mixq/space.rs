@@ -141,10 +141,7 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
     for (path, linear) in model.slots() {
         let path = path.as_str();
         let [d_input, d_output] = linear.shape();
-        weights += match linear {
-            QuantLinear::Packed(linear) => linear.weight.storage_bytes(),
-            QuantLinear::Dense(linear) => linear.weight.val().dtype().size() * d_input * d_output,
-        };
+        weights += linear.storage_bytes();
         let slot = Slot::new(path, d_input, d_output);
         match choices.frozen(path) {
             Some(scheme) => fixed_units.push((slot, scheme)),

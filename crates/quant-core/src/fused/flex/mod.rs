@@ -476,6 +476,7 @@ impl FusedOps for Flex {
             });
             return out;
         }
+        // In f32 whole rows are shared out, as ever: other parts could take other kernels of the library, and change bits.
         let ([_, columns], [_, inner]) = (rows_of(&out), rows_of(&a));
         let (a, b) = (contiguous(a), contiguous(b));
         let (a, b, y) = (floats(&a), floats(&b), values_mut(&mut out));

@@ -220,6 +220,8 @@ pub(super) fn launch(a: &CubeTensor, b: &CubeTensor, out: &CubeTensor) -> bool {
         declared_io: vec![BufferIOAttr::ReadOnly, BufferIOAttr::ReadOnly, BufferIOAttr::WriteOnly],
         info: MetadataBindingInfo::new([m, n, k].map(|size| size as u64).to_vec(), 3),
     };
+    // The kernel stays inside: copies end with the maps' sizes, and what lies beyond the rows and columns of `out`, which is
+    // as large as the product, isn't stored. `gpu-check --part operations` walks these edges.
     out.client.launch(Box::new(kernel), CubeCount::Static(tiles, 1, count as u32), arguments);
     true
 }

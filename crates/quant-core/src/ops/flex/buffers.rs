@@ -14,13 +14,12 @@ use burn::{
 pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
     let tensor = tensor.to_contiguous();
     // Scales are widened in every pass: by instructions where the processor has them.
-    let mut values = vec![0.0; if tensor.dtype().size() == 2 { tensor.layout().num_elements() } else { 0 }];
-    match tensor.dtype() {
+    let values = match tensor.dtype() {
         DType::F32 => return tensor,
-        DType::F16 => tensor.as_slice::<f16>().expect("contiguous").convert_to_f32_slice(&mut values),
-        DType::BF16 => tensor.as_slice::<bf16>().expect("contiguous").convert_to_f32_slice(&mut values),
+        DType::F16 => tensor.as_slice::<f16>().expect("contiguous").to_f32_vec(),
+        DType::BF16 => tensor.as_slice::<bf16>().expect("contiguous").to_f32_vec(),
         _ => return Flex::float_cast(tensor, FloatDType::F32),
-    }
+    };
     self::tensor(values, tensor.layout().shape().clone(), DType::F32)
 }
 

@@ -258,7 +258,8 @@ impl<T: Element> Side<T> {
     }
 }
 
-/// Calls a method of the [`Side`] that a matrix is; `$lines` says whether its lines are rows or columns.
+/// Calls a method of the [`Side`] that a matrix is: `$line` is the stride of its lines, `row` for a left side and `column` for
+/// a right one, `$depth` the other.
 macro_rules! with_side {
     ($matrix:expr, $line:ident, $depth:ident, |$side:ident| $body:expr) => {{
         let matrix: Matrix<'_> = $matrix;

@@ -208,6 +208,9 @@ pub(crate) unsafe fn multiply(
 ) {
     let [m, n, k] = sizes;
     lhs.holds(m, k);
+    if m == 0 || n == 0 {
+        return;
+    }
     #[cfg(target_arch = "x86_64")]
     if compute == Compute::Bf16 && avx512_bf16::supported() {
         // SAFETY: `out` by this function's contract, the matrix as just seen, the instructions too.
@@ -413,6 +416,16 @@ mod tests {
             [3, 5].into(),
         );
         assert!(Matrix::of(&row).is_none());
+    }
+
+    #[test]
+    fn products_of_nothing_are_empty_or_zero() {
+        for compute in [Compute::F32, Compute::Bf16] {
+            for sizes @ [m, n, k] in [[0, 5, 3], [0, 500, 3], [4, 0, 3], [4, 5, 0], [0, 0, 0]] {
+                let (a, b) = (Stored::new(1, [m, k], false, 0), Stored::new(2, [k, n], false, 0));
+                assert_eq!(product(sizes, a.matrix(0), &b.matrix(0), compute), vec![0.0; m * n], "{sizes:?}");
+            }
+        }
     }
 
     #[test]
