@@ -1,22 +1,36 @@
 //! A block of a decoder: attention and MLP, each beside the residual path, from the parts that its family lists.
 
-use burn::tensor::{Tensor, activation::relu};
-use kiln_quant_core::{Projection, fused};
+use std::borrow::Cow;
+
+use burn::{
+    module::Param,
+    tensor::{
+        Tensor,
+        activation::{gelu, relu, silu, softplus},
+    },
+};
+use kiln_quant_core::{
+    Projection,
+    fused::{self, AttentionSpec},
+};
 
 use crate::{
     Context, KvCache, Norm,
-    config::ModelConfig,
-    families::{Activation, Family, LinearRole, NormPlace, Part},
+    config::{ExpertsConfig, ModelConfig},
+    experts::{Expert, clamped_swiglu, mixture, shared},
+    families::{
+        Activation, EXPERT_ROLES, FusedRows, LinearRole, MatrixRole, NormPlace, Part, Parts, VectorRole,
+    },
 };
 
-/// One block; its norms and linears in the order of [`Family::block`].
+/// One block; its norms, linears and other parameters in the order of its table.
 #[derive(Debug, Clone)]
 pub struct Block<P: Projection> {
-    pub(crate) family: &'static Family,
+    pub(crate) table: Parts,
     pub(crate) parts: Vec<BlockPart<P>>,
 }
 
-/// A norm or linear of a block.
+/// A part of a block.
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant)] // most are linears
 pub enum BlockPart<P: Projection> {
@@ -24,6 +38,12 @@ pub enum BlockPart<P: Projection> {
     Norm(Norm),
     /// A linear.
     Linear(P),
+    /// A few numbers, flat.
+    Vector(Param<Tensor<1>>),
+    /// A matrix `[d_output, d_input]` that is no slot.
+    Matrix(Param<Tensor<2>>),
+    /// All experts.
+    Experts(Vec<Expert<P>>),
 }
 
 /// What [`Block::build`] asks for.
@@ -33,56 +53,89 @@ pub enum PartShape {
     Norm(usize),
     /// A linear of shape `[d_input, d_output]`, with a bias or without.
     Linear([usize; 2], bool),
+    /// So many numbers, for this.
+    Vector(usize, VectorRole),
+    /// A matrix `[d_output, d_input]`, for this.
+    Matrix([usize; 2], MatrixRole),
 }
 
 impl<P: Projection> Block<P> {
-    /// Block `index` of the model that `config` describes; `part` makes each part, given its path within the block.
+    /// Block `index` of the model that `config` describes; `part` makes each part, given its path within the block, and the
+    /// linears of experts one by one.
     ///
     /// # Errors
     /// The first error of `part`.
     ///
     /// # Panics
-    /// If `part` answers a norm with a linear, or the reverse.
+    /// If `part` answers with a part of another kind.
     pub fn build<E>(
         config: &ModelConfig,
         index: usize,
         mut part: impl FnMut(&str, PartShape) -> Result<BlockPart<P>, E>,
     ) -> Result<Self, E> {
-        let family = config.family;
-        let parts = family.block.iter().map(|entry| {
+        let table = config.parts(index);
+        let linear = |role| PartShape::Linear(config.linear_shape(role, index), config.has_bias(role));
+        let parts = table.iter().map(|entry| {
             let shape = match entry {
-                Part::Norm(norm) => PartShape::Norm(config.norm_width(norm.place)),
-                Part::Linear(linear) => {
-                    PartShape::Linear(config.linear_shape(linear.role, index), config.has_bias(linear.role))
+                Part::Norm(norm) => PartShape::Norm(config.norm_width(norm.place, index)),
+                Part::Vector(vector) => {
+                    PartShape::Vector(config.vector_shape(vector.role).iter().product(), vector.role)
+                }
+                Part::Matrix(matrix) => PartShape::Matrix(config.matrix_shape(matrix.role), matrix.role),
+                Part::Linear(part) => linear(part.role),
+                Part::Experts(experts) => {
+                    let count = config.experts.map_or(0, |experts| experts.count);
+                    let made = (0..count).map(|expert| {
+                        let mut one = |kind: usize| {
+                            let name = experts.path(expert, kind);
+                            match part(&name, linear(EXPERT_ROLES[kind]))? {
+                                BlockPart::Linear(linear) => Ok(linear),
+                                _ => panic!("{name}: a part of another kind than a linear"),
+                            }
+                        };
+                        Ok([one(0)?, one(1)?, one(2)?])
+                    });
+                    return Ok(BlockPart::Experts(made.collect::<Result<_, E>>()?));
                 }
             };
             let made = part(entry.name(), shape)?;
             let same = matches!(
                 (entry, &made),
-                (Part::Norm(_), BlockPart::Norm(_)) | (Part::Linear(_), BlockPart::Linear(_))
+                (Part::Norm(_), BlockPart::Norm(_))
+                    | (Part::Linear(_), BlockPart::Linear(_))
+                    | (Part::Vector(_), BlockPart::Vector(_))
+                    | (Part::Matrix(_), BlockPart::Matrix(_))
             );
             assert!(same, "{}: a part of another kind than {entry:?}", entry.name());
             Ok(made)
         });
-        Ok(Self { family, parts: parts.collect::<Result<_, E>>()? })
+        Ok(Self { table, parts: parts.collect::<Result<_, E>>()? })
     }
 
     /// Parts with their paths within the block.
     pub fn parts(&self) -> impl Iterator<Item = (&'static str, &BlockPart<P>)> {
-        self.family.block.iter().map(Part::name).zip(&self.parts)
+        self.table.iter().map(Part::name).zip(&self.parts)
     }
 
     /// The norms, with what the family says of them.
     pub fn norms_mut(&mut self) -> impl Iterator<Item = (NormPlace, &mut Norm)> {
-        self.family.block.iter().zip(&mut self.parts).filter_map(|(entry, part)| match (entry, part) {
+        self.table.iter().zip(&mut self.parts).filter_map(|(entry, part)| match (entry, part) {
             (Part::Norm(norm), BlockPart::Norm(part)) => Some((norm.place, part)),
+            _ => None,
+        })
+    }
+
+    /// The matrices `[d_output, hidden_size]` that are no slots: routers.
+    pub fn matrices_mut(&mut self) -> impl Iterator<Item = &mut Param<Tensor<2>>> {
+        self.parts.iter_mut().filter_map(|part| match part {
+            BlockPart::Matrix(values) => Some(values),
             _ => None,
         })
     }
 
     /// The norm of a place, if the family has one there.
     pub fn norm(&self, place: NormPlace) -> Option<&Norm> {
-        self.family.block.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
+        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
             (Part::Norm(norm), BlockPart::Norm(part)) if norm.place == place => Some(part),
             _ => None,
         })
@@ -95,7 +148,7 @@ impl<P: Projection> Block<P> {
 
     /// The linear of a role, if the family has one.
     pub fn linear(&self, role: LinearRole) -> Option<&P> {
-        self.family.block.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
+        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
             (Part::Linear(linear), BlockPart::Linear(part)) if linear.role == role => Some(part),
             _ => None,
         })
@@ -103,17 +156,34 @@ impl<P: Projection> Block<P> {
 
     /// The linear of a role, if the family has one.
     pub fn linear_mut(&mut self, role: LinearRole) -> Option<&mut P> {
-        self.family.block.iter().zip(&mut self.parts).find_map(|(entry, part)| match (entry, part) {
+        self.table.iter().zip(&mut self.parts).find_map(|(entry, part)| match (entry, part) {
             (Part::Linear(linear), BlockPart::Linear(part)) if linear.role == role => Some(part),
             _ => None,
         })
     }
 
     /// The linears with their paths within the block, in the order in which data flows.
-    pub fn linears(&self) -> impl Iterator<Item = (&'static str, &P)> {
-        self.parts().filter_map(|(name, part)| match part {
-            BlockPart::Linear(linear) => Some((name, linear)),
-            BlockPart::Norm(_) => None,
+    pub fn linears(&self) -> impl Iterator<Item = (Cow<'static, str>, &P)> {
+        let entries = self.table.iter().zip(&self.parts);
+        entries.flat_map(|(entry, part)| match (entry, part) {
+            (Part::Experts(entry), BlockPart::Experts(experts)) => {
+                let named = experts.iter().enumerate().flat_map(move |(index, expert)| {
+                    let linears = expert.iter().enumerate();
+                    linears.map(move |(kind, linear)| (Cow::Owned(entry.path(index, kind)), linear))
+                });
+                named.collect()
+            }
+            (entry, BlockPart::Linear(linear)) => vec![(Cow::Borrowed(entry.name()), linear)],
+            _ => Vec::new(),
+        })
+    }
+
+    /// The linears, as [`linears`](Self::linears) goes through them.
+    pub(crate) fn linears_mut(&mut self) -> impl Iterator<Item = &mut P> {
+        self.parts.iter_mut().flat_map(|part| match part {
+            BlockPart::Linear(linear) => vec![linear],
+            BlockPart::Experts(experts) => experts.iter_mut().flatten().collect(),
+            BlockPart::Norm(_) | BlockPart::Vector(_) | BlockPart::Matrix(_) => Vec::new(),
         })
     }
 
@@ -122,12 +192,24 @@ impl<P: Projection> Block<P> {
         self,
         mut f: impl FnMut(&str, P) -> Result<Q, E>,
     ) -> Result<Block<Q>, E> {
-        let family = self.family;
-        let parts = family.block.iter().zip(self.parts).map(|(entry, part)| match part {
-            BlockPart::Norm(norm) => Ok(BlockPart::Norm(norm)),
-            BlockPart::Linear(linear) => f(entry.name(), linear).map(BlockPart::Linear),
+        let table = self.table;
+        let parts = table.iter().zip(self.parts).map(|(entry, part)| {
+            Ok(match (entry, part) {
+                (_, BlockPart::Norm(norm)) => BlockPart::Norm(norm),
+                (_, BlockPart::Vector(values)) => BlockPart::Vector(values),
+                (_, BlockPart::Matrix(values)) => BlockPart::Matrix(values),
+                (entry, BlockPart::Linear(linear)) => BlockPart::Linear(f(entry.name(), linear)?),
+                (entry, BlockPart::Experts(experts)) => {
+                    let Part::Experts(entry) = entry else { panic!("{entry:?} with experts") };
+                    let mapped = experts.into_iter().enumerate().map(|(index, [gate, up, down])| {
+                        let mut one = |kind: usize, linear: P| f(&entry.path(index, kind), linear);
+                        Ok([one(0, gate)?, one(1, up)?, one(2, down)?])
+                    });
+                    BlockPart::Experts(mapped.collect::<Result<_, E>>()?)
+                }
+            })
         });
-        Ok(Block { family, parts: parts.collect::<Result<_, E>>()? })
+        Ok(Block { table, parts: parts.collect::<Result<_, E>>()? })
     }
 
     /// Runs the block; `index` says which one it is of the model that `config` describes.
@@ -145,11 +227,25 @@ impl<P: Projection> Block<P> {
         cache: Option<&mut KvCache>,
         config: &ModelConfig,
     ) -> Tensor<3> {
+        let added = |y: Tensor<3>| match config.residual_multiplier {
+            1.0 => y,
+            factor => y.mul_scalar(factor),
+        };
         let normed = self.normed(NormPlace::PreAttention, x.clone());
-        let attended = self.attention(index, normed, context, cache, config);
-        let x = x + self.normed(NormPlace::PostAttention, attended);
+        let attended = self.attention(index, normed.clone(), context, cache, config);
+        let attended = added(self.normed(NormPlace::PostAttention, attended));
+        if config.parallel {
+            let normed = match self.norm(NormPlace::PreMlp) {
+                Some(norm) => norm.forward(x.clone()),
+                None => normed,
+            };
+            let y = self.normed(NormPlace::PostMlp, self.mlp(normed, config));
+            return x + attended + added(y);
+        }
+        drop(normed);
+        let x = x + attended;
         let normed = self.normed(NormPlace::PreMlp, x.clone());
-        x + self.normed(NormPlace::PostMlp, self.mlp(normed))
+        x + added(self.normed(NormPlace::PostMlp, self.mlp(normed, config)))
     }
 
     fn normed<const D: usize>(&self, place: NormPlace, x: Tensor<D>) -> Tensor<D> {
@@ -161,7 +257,7 @@ impl<P: Projection> Block<P> {
 
     /// The output of a linear that every family has.
     fn project(&self, role: LinearRole, x: Tensor<3>) -> Tensor<3> {
-        self.linear(role).unwrap_or_else(|| panic!("{:?} blocks have no {role:?}", self.family)).forward(x)
+        self.linear(role).unwrap_or_else(|| panic!("a block without {role:?}")).forward(x)
     }
 
     /// Grouped-query attention.
@@ -173,39 +269,177 @@ impl<P: Projection> Block<P> {
         cache: Option<&mut KvCache>,
         config: &ModelConfig,
     ) -> Tensor<3> {
-        let [batch, length, _] = x.dims();
-        let (shape, layer) = (config.layer(index), config.layer_attention[index]);
-        let heads =
-            |role, x, heads: usize| self.project(role, x).reshape([batch, length, heads, config.head_dim]);
-        let q = heads(LinearRole::Query, x.clone(), shape.num_attention_heads);
+        let layer = config.layer_attention[index];
+        let mut all = self.queries_keys_values(index, x, config);
+        if let Some(most) = config.qkv_clip {
+            all = all.map(|x| x.clamp(-most, most));
+        }
+        let [q, k, v] = all;
         let q = self.normed(NormPlace::QueryHead, q);
-        let k = heads(LinearRole::Key, x.clone(), shape.num_key_value_heads);
         let k = self.normed(NormPlace::KeyHead, k);
-        let v = heads(LinearRole::Value, x, shape.num_key_value_heads);
         let (q, k) = match layer.rope {
             Some(table) => {
-                let [cos, sin] = context.rotary[table].clone();
-                (fused::rotate(q, cos.clone(), sin.clone()), fused::rotate(k, cos, sin))
+                let ([cos, sin], pairs) = (context.rotary[table].clone(), config.family.rotary_pairs);
+                (fused::rotate(q, cos.clone(), sin.clone(), pairs), fused::rotate(k, cos, sin, pairs))
             }
             None => (q, k),
+        };
+        let q = self.normed(NormPlace::RotatedQueryHead, q);
+        let k = self.normed(NormPlace::RotatedKeyHead, k);
+        let q = match &context.query_factors {
+            Some(factors) => q * factors.clone(),
+            None => q,
         };
         let [k, v] = match cache {
             Some(cache) => cache.extend(index, k, v),
             None => [k, v],
         };
-        let spec = context.attention(config.attention_scale(), layer.sliding_window);
-        let y = fused::attention(q, k, v, &spec);
-        let y = y.reshape([batch, length, shape.num_attention_heads * config.head_dim]);
-        self.project(LinearRole::Output, y)
+        let spec = AttentionSpec {
+            alibi: config.alibi as f32,
+            softcap: config.attention_softcap.map(|cap| cap as f32),
+            ..context.attention(config.attention_scale(), layer.sliding_window)
+        };
+        let [batch, length, heads, head_dim] = q.dims();
+        let y = match self.find_vector(VectorRole::Sinks) {
+            Some(sinks) => fused::attention_with_sinks(q, k, v, sinks, &spec),
+            None => fused::attention(q, k, v, &spec),
+        };
+        self.project(LinearRole::Output, y.reshape([batch, length, heads * head_dim]))
     }
 
-    fn mlp(&self, x: Tensor<3>) -> Tensor<3> {
-        let gate = |x: &Tensor<3>| self.project(LinearRole::Gate, x.clone());
-        let inner = match self.family.activation {
-            Activation::SiluGated => fused::swiglu(gate(&x), self.project(LinearRole::Up, x)),
-            Activation::GeluTanhGated => fused::geglu(gate(&x), self.project(LinearRole::Up, x)),
-            Activation::Relu => relu(self.project(LinearRole::Up, x)),
+    /// Queries, keys and values, `[batch, length, heads, head_dim]`, from their linears.
+    fn queries_keys_values(&self, index: usize, x: Tensor<3>, config: &ModelConfig) -> [Tensor<4>; 3] {
+        let [batch, length, _] = x.dims();
+        let (shape, head_dim) = (config.layer(index), config.head_dim);
+        let (heads, groups) = (shape.num_attention_heads, shape.num_key_value_heads);
+        let split = |x: Tensor<3>, heads: usize| x.reshape([batch, length, heads, head_dim]);
+        let fused = [FusedRows::Concatenated, FusedRows::Grouped]
+            .into_iter()
+            .find_map(|rows| self.linear(LinearRole::QueryKeyValue(rows)).map(|linear| (rows, linear)));
+        match fused {
+            None => {
+                let q = self.normed(NormPlace::Queries, self.project(LinearRole::Query, x.clone()));
+                let k = self.normed(NormPlace::Keys, self.project(LinearRole::Key, x.clone()));
+                let v = self.project(LinearRole::Value, x);
+                [split(q, heads), split(k, groups), split(v, groups)]
+            }
+            Some((FusedRows::Concatenated, linear)) => {
+                let all = split(linear.forward(x), heads + 2 * groups);
+                let part = |first, count| all.clone().narrow(2, first, count);
+                [part(0, heads), part(heads, groups), part(heads + groups, groups)]
+            }
+            Some((FusedRows::Grouped, linear)) => {
+                let queries = heads / groups;
+                let all = linear.forward(x).reshape([batch, length, groups, queries + 2, head_dim]);
+                let part = |first, count, heads| {
+                    all.clone().narrow(3, first, count).reshape([batch, length, heads, head_dim])
+                };
+                [part(0, queries, heads), part(queries, 1, groups), part(queries + 1, 1, groups)]
+            }
+        }
+    }
+
+    fn experts(&self) -> Option<&[Expert<P>]> {
+        self.parts.iter().find_map(|part| match part {
+            BlockPart::Experts(experts) => Some(experts.as_slice()),
+            _ => None,
+        })
+    }
+
+    fn mixture(&self, all: &[Expert<P>], x: Tensor<3>, config: &ExpertsConfig) -> Tensor<3> {
+        let sizes = x.dims();
+        let x = x.reshape([sizes[0] * sizes[1], sizes[2]]);
+        let scores = |role| self.matrix(role).map(|weight| x.clone().matmul(weight.transpose()));
+        let mut routed = scores(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
+        if let Some(bias) = self.find_vector(VectorRole::RouterBias) {
+            routed = routed + bias.unsqueeze();
+        }
+        let gated = |gate, up| match config.clamped {
+            Some(by) => clamped_swiglu(gate, up, by),
+            None => fused::swiglu(gate, up),
+        };
+        let mut y = mixture(all, x.clone(), routed, config, gated);
+        let roles = [LinearRole::SharedGate, LinearRole::SharedUp, LinearRole::SharedDown];
+        if let [Some(gate), Some(up), Some(down)] = roles.map(|role| self.linear(role))
+            && let Some(score) = scores(MatrixRole::SharedExpertGate)
+        {
+            y = y + shared([gate, up, down], x, score);
+        }
+        y.reshape(sizes)
+    }
+
+    fn matrix(&self, role: MatrixRole) -> Option<Tensor<2>> {
+        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
+            (Part::Matrix(matrix), BlockPart::Matrix(values)) if matrix.role == role => Some(values.val()),
+            _ => None,
+        })
+    }
+
+    fn mlp(&self, x: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
+        if let (Some(experts), Some(config)) = (self.experts(), &config.experts) {
+            return self.mixture(experts, x, config);
+        }
+        let inner = match (self.linear(LinearRole::GateUp), self.linear(LinearRole::Gate)) {
+            (Some(linear), _) => {
+                let both = linear.forward(x);
+                let width = both.dims()[2] / 2;
+                self.gated(both.clone().narrow(2, 0, width), both.narrow(2, width, width), config)
+            }
+            (None, Some(gate)) => {
+                self.gated(gate.forward(x.clone()), self.project(LinearRole::Up, x), config)
+            }
+            (None, None) => self.activated(self.project(LinearRole::Up, x), config),
         };
         self.project(LinearRole::Down, inner)
     }
+
+    fn gated(&self, gate: Tensor<3>, up: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
+        match config.activation {
+            Activation::Silu => fused::swiglu(gate, up),
+            Activation::GeluTanh => fused::geglu(gate, up),
+            _ => self.activated(gate, config) * up,
+        }
+    }
+
+    fn activated(&self, x: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
+        match config.activation {
+            Activation::Silu => silu(x),
+            Activation::GeluTanh => fused::plain::gelu_tanh(x),
+            Activation::Gelu => gelu(x),
+            Activation::Relu => relu(x),
+            Activation::Relu2 => relu(x).square(),
+            Activation::Xielu => {
+                let [positive, negative, beta, eps] = [
+                    VectorRole::XieluPositive,
+                    VectorRole::XieluNegative,
+                    VectorRole::XieluBeta,
+                    VectorRole::XieluEps,
+                ]
+                .map(|role| self.vector(role).reshape([1, 1, 1]));
+                xielu(x, [positive, negative, beta, eps])
+            }
+        }
+    }
+
+    /// Numbers that the family has by its table.
+    fn vector(&self, role: VectorRole) -> Tensor<1> {
+        self.find_vector(role).unwrap_or_else(|| panic!("a block without {role:?}"))
+    }
+
+    fn find_vector(&self, role: VectorRole) -> Option<Tensor<1>> {
+        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
+            (Part::Vector(vector), BlockPart::Vector(values)) if vector.role == role => Some(values.val()),
+            _ => None,
+        })
+    }
+}
+
+/// `ap x² + β x` above 0, `an (e^min(x, ε) - 1 - x) + β x` below, with `ap = softplus(αp)`, `an = β + softplus(αn)`.
+fn xielu(x: Tensor<3>, [positive, negative, beta, eps]: [Tensor<3>; 4]) -> Tensor<3> {
+    let above = softplus(positive, 1.0) * relu(x.clone()).square();
+    let negative = beta.clone() + softplus(negative, 1.0);
+    let low = x.clone().min_pair(eps);
+    let below = negative * (low.exp().sub_scalar(1.0) - x.clone());
+    let below = below.mask_fill(x.clone().greater_scalar(0.0), 0.0);
+    above + below + beta * x
 }

@@ -51,6 +51,12 @@ pub trait CausalLm: Module + ModuleDisplay {
     /// Positions the model was made for.
     fn max_positions(&self) -> usize;
 
+    /// The length of texts beyond which keys cached of their beginnings serve no longer; `None`: they always do. LongRoPE
+    /// rotates all of a longer text by other frequencies.
+    fn cache_limit(&self) -> Option<usize> {
+        None
+    }
+
     /// Where the parameters are.
     fn device(&self) -> Device;
 

@@ -4,7 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     Error, Result,
-    families::{Channels, Family, LinearRole, NormKind, NormPlace, Part},
+    families::{
+        Activation, Channels, EXPERT_ROLES, Family, LinearRole, MatrixRole, NormAxis, NormKind, NormPlace,
+        Part, Parts, VectorRole,
+    },
     hf::parse_config,
     stored_config::StoredConfig,
 };
@@ -15,6 +18,8 @@ use crate::{
 pub struct ModelConfig {
     /// The family, as the file named it.
     pub family: &'static Family,
+    /// Which of [`Family::blocks`] each block is; empty where all are the first.
+    pub block_kinds: Vec<usize>,
     /// Rows of the embedding.
     pub vocab_size: usize,
     /// Width of the residual stream.
@@ -33,19 +38,38 @@ pub struct ModelConfig {
     pub max_position_embeddings: usize,
     /// Added to the norms' mean square or variance.
     pub norm_eps: f64,
-    /// Whether norms have weights; only OPT's may not.
+    /// Whether norms have weights; only OPT's and NanoChat's may not.
     pub norm_affine: bool,
+    /// The function in the MLP.
+    pub activation: Activation,
+    /// Attention and MLP both read the block's input, and both are added to it; the MLP shares the attention's norm where it has
+    /// none of its own.
+    pub parallel: bool,
     /// Rotary tables; [`LayerAttention::rope`] chooses. None where positions are learned.
     pub rope: Vec<RopeConfig>,
     /// What differs between the blocks' attentions, one for each block.
     pub layer_attention: Vec<LayerAttention>,
-    /// The attention scores' scale is this to the power of -1/2; `None` is `head_dim`.
-    pub query_pre_attn_scalar: Option<f64>,
+    /// Factor on the attention's scores.
+    pub attention_scale: AttentionScale,
+    /// Scores `z` become `cap * tanh(z / cap)`.
+    pub attention_softcap: Option<f64>,
+    /// Factor on ALiBi's bias of scores; 0 where positions are others.
+    pub alibi: f64,
+    /// A factor on queries that grows with their positions.
+    pub query_temperature: Option<QueryTemperature>,
     /// Factor on the embedding.
     pub embedding_multiplier: f64,
+    /// Factor on what attention and MLP add to the residual stream.
+    pub residual_multiplier: f64,
+    /// Factor on the logits.
+    pub logit_multiplier: f64,
     /// Logits `z` become `cap * tanh(z / cap)`.
     pub logit_softcap: Option<f64>,
-    /// Which linears of the blocks have biases.
+    /// Queries, keys and values are brought within plus and minus this before they are rotated.
+    pub qkv_clip: Option<f64>,
+    /// The experts of blocks that have some.
+    pub experts: Option<ExpertsConfig>,
+    /// Which linears have biases.
     pub biases: Biases,
     /// The head is the embedding.
     pub tie_word_embeddings: bool,
@@ -54,7 +78,64 @@ pub struct ModelConfig {
     pub layer_shapes: Vec<LayerShape>,
 }
 
-/// Which linears of the blocks have biases.
+/// Factor on the attention's scores.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum AttentionScale {
+    /// The width of a head to the power of -1/2.
+    HeadDim,
+    /// This number to the power of -1/2: Gemma's `query_pre_attn_scalar`.
+    Scalar(f64),
+    /// This: Granite's `attention_multiplier`.
+    Factor(f64),
+}
+
+/// Queries at position `p` are multiplied by `1 + beta * ln(1 + floor(p / original_max_position_embeddings))`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueryTemperature {
+    /// Its growth: `llama_4_scaling_beta`.
+    pub beta: f64,
+    /// Positions before it grows.
+    pub original_max_position_embeddings: usize,
+}
+
+impl QueryTemperature {
+    /// The factor at a position.
+    pub fn at(&self, position: u32) -> f32 {
+        let steps = (f64::from(position) / self.original_max_position_embeddings as f64).floor();
+        (1.0 + self.beta * steps.ln_1p()) as f32
+    }
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExpertsConfig {
+    /// How many there are.
+    pub count: usize,
+    /// How many a token goes through.
+    pub per_token: usize,
+    /// Channels of each.
+    pub width: usize,
+    /// Channels of the one that all tokens go through; 0 where there is none.
+    pub shared_width: usize,
+    /// Whether the weights of the chosen are divided by their sum.
+    pub normalise: bool,
+    /// The function between an expert's linears, where it isn't the model's.
+    pub clamped: Option<ClampedSwiglu>,
+}
+
+/// gpt-oss's function of gate and up: with `g = min(gate, limit)` and `u` = up within ± limit, `(u + 1) g sigmoid(alpha g)`.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClampedSwiglu {
+    /// See above.
+    pub alpha: f64,
+    /// See above.
+    pub limit: f64,
+}
+
+/// Which linears have biases.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Biases {
@@ -64,6 +145,33 @@ pub struct Biases {
     pub o: bool,
     /// All of the MLP.
     pub mlp: bool,
+    /// The head.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub head: bool,
+}
+
+impl Biases {
+    /// Those of either.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self {
+            qkv: self.qkv || other.qkv,
+            o: self.o || other.o,
+            mlp: self.mlp || other.mlp,
+            head: self.head || other.head,
+        }
+    }
+
+    /// Those of both.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self {
+            qkv: self.qkv && other.qkv,
+            o: self.o && other.o,
+            mlp: self.mlp && other.mlp,
+            head: self.head && other.head,
+        }
+    }
 }
 
 /// What a block's attention sees.
@@ -136,9 +244,50 @@ impl ModelConfig {
         parse_config(&map)
     }
 
+    /// A model of a family without anything: no blocks, all widths 0, factors 1.
+    pub(crate) fn bare(family: &'static Family) -> Self {
+        Self {
+            family,
+            block_kinds: Vec::new(),
+            vocab_size: 0,
+            hidden_size: 0,
+            intermediate_size: 0,
+            num_hidden_layers: 0,
+            num_attention_heads: 0,
+            num_key_value_heads: 0,
+            head_dim: 0,
+            max_position_embeddings: 0,
+            norm_eps: family.class.norm_eps,
+            norm_affine: true,
+            activation: family.class.activations[0].1,
+            parallel: family.class.parallel,
+            rope: Vec::new(),
+            layer_attention: Vec::new(),
+            attention_scale: AttentionScale::HeadDim,
+            attention_softcap: None,
+            alibi: 0.0,
+            query_temperature: None,
+            embedding_multiplier: 1.0,
+            residual_multiplier: 1.0,
+            logit_multiplier: 1.0,
+            logit_softcap: None,
+            qkv_clip: None,
+            experts: None,
+            biases: Biases::default(),
+            tie_word_embeddings: false,
+            layer_shapes: Vec::new(),
+        }
+    }
+
     /// The window of every block.
     pub fn sliding_windows(&self) -> Vec<Option<usize>> {
         self.layer_attention.iter().map(|layer| layer.sliding_window).collect()
+    }
+
+    /// Norms and linears of block `index`.
+    pub fn parts(&self, index: usize) -> Parts {
+        let kind = self.block_kinds.get(index).copied().unwrap_or(0);
+        self.family.blocks[kind]
     }
 
     /// Widths of block `index`.
@@ -173,7 +322,13 @@ impl ModelConfig {
             Channels::Hidden => self.hidden_size,
             Channels::Query => shape.num_attention_heads * self.head_dim,
             Channels::KeyValue => shape.num_key_value_heads * self.head_dim,
+            Channels::QueryKeyValue(_) => {
+                (shape.num_attention_heads + 2 * shape.num_key_value_heads) * self.head_dim
+            }
             Channels::Mlp => shape.intermediate_size,
+            Channels::GateUp => 2 * shape.intermediate_size,
+            Channels::Expert => self.experts.map_or(0, |experts| experts.width),
+            Channels::SharedExpert => self.experts.map_or(0, |experts| experts.shared_width),
         }
     }
 
@@ -182,25 +337,70 @@ impl ModelConfig {
         role.channels().map(|channels| self.width(channels, index))
     }
 
-    /// Width of a norm of the blocks.
-    pub fn norm_width(&self, place: NormPlace) -> usize {
-        if place.is_head() { self.head_dim } else { self.hidden_size }
+    /// Width of a norm of block `index`.
+    pub fn norm_width(&self, place: NormPlace, index: usize) -> usize {
+        match place.axis() {
+            NormAxis::Hidden => self.hidden_size,
+            NormAxis::Head => self.head_dim,
+            NormAxis::Queries => self.width(Channels::Query, index),
+            NormAxis::Keys => self.width(Channels::KeyValue, index),
+        }
     }
 
     /// Whether linears of a role have biases.
     pub fn has_bias(&self, role: LinearRole) -> bool {
         match role {
-            LinearRole::Query | LinearRole::Key | LinearRole::Value => self.biases.qkv,
+            LinearRole::Query | LinearRole::Key | LinearRole::Value | LinearRole::QueryKeyValue(_) => {
+                self.biases.qkv
+            }
             LinearRole::Output => self.biases.o,
-            LinearRole::Gate | LinearRole::Up | LinearRole::Down => self.biases.mlp,
+            _ => self.biases.mlp,
         }
     }
 
     /// Factor on the attention scores.
     pub fn attention_scale(&self) -> f32 {
-        match self.query_pre_attn_scalar {
-            Some(scalar) => scalar.powf(-0.5) as f32,
-            None => (self.head_dim as f32).powf(-0.5),
+        match self.attention_scale {
+            AttentionScale::HeadDim => (self.head_dim as f32).powf(-0.5),
+            AttentionScale::Scalar(scalar) => scalar.powf(-0.5) as f32,
+            AttentionScale::Factor(factor) => factor as f32,
+        }
+    }
+
+    /// The shape of a parameter of the blocks that is neither a linear's nor a norm's.
+    pub fn vector_shape(&self, role: VectorRole) -> Vec<usize> {
+        match role {
+            VectorRole::XieluPositive | VectorRole::XieluNegative => vec![1],
+            VectorRole::XieluBeta | VectorRole::XieluEps => Vec::new(),
+            VectorRole::RouterBias => vec![self.experts.map_or(0, |experts| experts.count)],
+            VectorRole::Sinks => vec![self.num_attention_heads],
+        }
+    }
+
+    /// `[d_output, d_input]` of a matrix of the blocks that is no slot.
+    pub fn matrix_shape(&self, role: MatrixRole) -> [usize; 2] {
+        match role {
+            MatrixRole::Router => [self.experts.map_or(0, |experts| experts.count), self.hidden_size],
+            MatrixRole::SharedExpertGate => [1, self.hidden_size],
+        }
+    }
+
+    /// The linears of block `index`, experts' included, by their paths within the block, in the order in which data flows.
+    pub fn linears(&self, index: usize) -> Vec<(String, LinearRole)> {
+        self.parts(index).iter().flat_map(|part| self.linears_of(part)).collect()
+    }
+
+    /// The linears of a part, by their paths within the block.
+    fn linears_of(&self, part: &Part) -> Vec<(String, LinearRole)> {
+        match part {
+            Part::Linear(linear) => vec![(linear.name.to_owned(), linear.role)],
+            Part::Experts(experts) => {
+                let count = self.experts.map_or(0, |experts| experts.count);
+                let kinds = || EXPERT_ROLES.into_iter().enumerate();
+                let each = (0..count).flat_map(|expert| kinds().map(move |kind| (expert, kind)));
+                each.map(|(expert, (kind, role))| (experts.path(expert, kind), role)).collect()
+            }
+            Part::Norm(_) | Part::Vector(_) | Part::Matrix(_) => Vec::new(),
         }
     }
 
@@ -213,22 +413,39 @@ impl ModelConfig {
             let rows = self.max_position_embeddings + positions.offset;
             list.add(format!("{}.weight", positions.path), [rows, hidden], TensorRole::Plain);
         }
+        if let Some(path) = names.embedding_norm {
+            list.norm(path, hidden, self.norm_affine);
+        }
         for index in 0..self.num_hidden_layers {
-            for part in self.family.block {
+            for part in self.parts(index).iter() {
                 let path = self.family.path(index, part.name());
                 match part {
-                    Part::Norm(norm) => list.norm(&path, self.norm_width(norm.place), self.norm_affine),
-                    Part::Linear(linear) => {
-                        let [d_input, d_output] = self.linear_shape(linear.role, index);
-                        if self.has_bias(linear.role) {
-                            list.add(format!("{path}.bias"), [d_output], TensorRole::Plain);
+                    Part::Norm(norm) => {
+                        list.norm(&path, self.norm_width(norm.place, index), self.norm_affine);
+                    }
+                    Part::Linear(_) | Part::Experts(_) => {
+                        for (name, role) in self.linears_of(part) {
+                            let path = self.family.path(index, &name);
+                            let [d_input, d_output] = self.linear_shape(role, index);
+                            if self.has_bias(role) {
+                                list.add(format!("{path}.bias"), [d_output], TensorRole::Plain);
+                            }
+                            list.add(format!("{path}.weight"), [d_output, d_input], TensorRole::Linear);
                         }
-                        list.add(format!("{path}.weight"), [d_output, d_input], TensorRole::Linear);
+                    }
+                    Part::Matrix(matrix) => {
+                        list.add(format!("{path}.weight"), self.matrix_shape(matrix.role), TensorRole::Plain);
+                    }
+                    Part::Vector(vector) => {
+                        list.add(path, self.vector_shape(vector.role), TensorRole::Plain);
                     }
                 }
             }
         }
         list.norm(names.final_norm, hidden, self.norm_affine);
+        if self.biases.head {
+            list.add(format!("{}.bias", names.head), [self.vocab_size], TensorRole::Plain);
+        }
         if !self.tie_word_embeddings {
             list.add(format!("{}.weight", names.head), [self.vocab_size, hidden], TensorRole::Head);
         }
@@ -275,13 +492,37 @@ fn uniform(shapes: &[LayerShape]) -> Option<LayerShape> {
     shapes.iter().all(|shape| *shape == first).then_some(first)
 }
 
-/// Rotary position embedding, half-split as in Hugging Face's models.
+/// Rotary position embedding.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct RopeConfig {
     /// Base of the frequencies.
     pub theta: f64,
     /// How frequencies are changed for longer contexts.
     pub scaling: RopeScaling,
+    /// The share of a head's channels that are rotated, the first ones; above 0, at most 1.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub partial_rotary_factor: f64,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_one(factor: &f64) -> bool {
+    *factor == 1.0
+}
+
+impl RopeConfig {
+    /// Plain frequencies of all channels.
+    pub fn plain(theta: f64) -> Self {
+        Self { theta, scaling: RopeScaling::Default, partial_rotary_factor: 1.0 }
+    }
+
+    /// Channels of a head that are rotated: an even number of them.
+    pub fn rotated(&self, head_dim: usize) -> usize {
+        (head_dim as f64 * self.partial_rotary_factor) as usize / 2 * 2
+    }
 }
 
 /// Context extension, as transformers' `rope_type` defines it.
@@ -317,6 +558,23 @@ pub enum RopeScaling {
         attention_factor: f64,
         /// Whether the correction range is rounded outwards to whole dimensions (default true).
         truncate: bool,
+    },
+    /// A theta that is stretched whatever the length: HunYuan's `alpha`.
+    Alpha {
+        /// Theta is multiplied by this to the power of `n / (n - 2)`, with n rotated channels.
+        alpha: f64,
+    },
+    /// LongRoPE: each frequency divided by a factor of its own, from one list or, for sequences longer than
+    /// `original_max_position_embeddings`, another.
+    LongRope {
+        /// Of short sequences, one for each pair of channels.
+        short_factor: Vec<f64>,
+        /// Of long ones.
+        long_factor: Vec<f64>,
+        /// Positions of pre-training.
+        original_max_position_embeddings: usize,
+        /// Factor on cos and sin.
+        attention_factor: f64,
     },
     /// LLaMA 3's: low frequencies stretched, high ones kept, smooth between.
     Llama3 {

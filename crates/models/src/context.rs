@@ -17,8 +17,10 @@ pub struct Context {
     pub ids: Tensor<2, Int>,
     /// Positions `[batch, length]`.
     pub positions: Tensor<2, Int>,
-    /// Cosines and sines `[batch * length, head_dim / 2]` of the model's rotary tables; none with learned positions.
+    /// Cosines and sines `[batch * length, rotated channels / 2]` of the model's rotary tables; none with other positions.
     pub rotary: Vec<[Tensor<2>; 2]>,
+    /// Factors on queries by their positions, `[batch, length, 1, 1]`.
+    pub query_factors: Option<Tensor<4>>,
     /// The same tokens as a network beside the model sees them (side tuning): other rotary tables.
     pub beside: Option<Arc<Context>>,
     /// What operands of attention's products are rounded to.
@@ -53,6 +55,7 @@ impl Context {
             ids: ints(&tokens.ids),
             positions: ints(&tokens.positions),
             rotary,
+            query_factors: None,
             beside: None,
             compute,
             query_segments: fused::segments(&tokens.segments, [batch, length], device),
@@ -82,6 +85,8 @@ impl Context {
     pub fn attention(&self, scale: f32, window: Option<usize>) -> AttentionSpec {
         AttentionSpec {
             scale,
+            alibi: 0.0,
+            softcap: None,
             window,
             compute: self.compute,
             query_segments: self.query_segments.clone(),

@@ -4,15 +4,15 @@ use std::collections::BTreeMap;
 
 use burn::{
     module::Param,
-    tensor::{Device, Tensor},
+    tensor::{Device, Tensor, TensorData},
 };
 use kiln_quant_core::{Compute, Place, Projection, QuantLinear, Slots};
 
 use crate::{
     Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
     TokenBatch,
-    config::{ModelConfig, TensorRole, TensorShape},
-    families::{LinearRole, NormKind, NormPlace},
+    config::{ModelConfig, RopeConfig, TensorRole, TensorShape},
+    families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace},
 };
 
 /// A decoder-only language model; every linear of every block is a `P`.
@@ -24,6 +24,8 @@ pub struct Decoder<P: Projection> {
     pub embed_tokens: Embedding,
     /// Learned positions, `[max_position_embeddings + offset, width]`; `None` where positions are rotary.
     pub embed_positions: Option<Param<Tensor<2>>>,
+    /// Norm over the embedding; most families have none.
+    pub embed_norm: Option<Norm>,
     /// Blocks.
     pub blocks: Vec<Block<P>>,
     /// Norm before the head.
@@ -53,12 +55,14 @@ impl<P: Projection> Decoder<P> {
         config: ModelConfig,
         embed_tokens: Embedding,
         embed_positions: Option<Param<Tensor<2>>>,
+        embed_norm: Option<Norm>,
         blocks: Vec<Block<P>>,
         final_norm: Norm,
         lm_head: Option<QuantLinear>,
     ) -> crate::Result<Self> {
         let compute = Compute::F32;
-        let decoder = Self { embed_tokens, embed_positions, blocks, final_norm, lm_head, config, compute };
+        let decoder =
+            Self { embed_tokens, embed_positions, embed_norm, blocks, final_norm, lm_head, config, compute };
         decoder.check()?;
         Ok(decoder)
     }
@@ -84,7 +88,11 @@ impl<P: Projection> Decoder<P> {
         count("blocks", config.num_hidden_layers, self.blocks.len())?;
         count("blocks' attention", config.num_hidden_layers, config.layer_attention.len())?;
         let mut found = self.shapes();
-        for TensorShape { name, shape, .. } in config.tensors() {
+        for TensorShape { name, mut shape, .. } in config.tensors() {
+            // Scalars are held as vectors.
+            if shape.is_empty() {
+                shape.push(1);
+            }
             match found.remove(&name) {
                 Some(found) if found == shape => {}
                 found => {
@@ -125,6 +133,15 @@ impl<P: Projection> Decoder<P> {
         if let Some(head) = &self.lm_head {
             let [d_input, d_output] = head.shape();
             add(names.head, "weight", &[d_output, d_input]);
+            if let Some(bias) = head.bias() {
+                add(names.head, "bias", &bias.dims());
+            }
+        }
+        for (name, values) in self.matrices() {
+            shapes.insert(name, values.lazy_shape().to_vec());
+        }
+        for (name, values) in self.vectors() {
+            shapes.insert(name, values.lazy_shape().to_vec());
         }
         shapes
     }
@@ -139,8 +156,16 @@ impl<P: Projection> CausalLm for Decoder<P> {
         let device = self.device();
         let config = &self.config;
         let tables = config.rope.iter().map(|rope| rope.tables(config.head_dim, &tokens.positions, &device));
+        let tables =
+            tables.map(|[cos, sin]| if config.family.turns_back { [cos, sin.neg()] } else { [cos, sin] });
         let past = cache.map_or(&[][..], |cache| &cache.segments);
-        Context::new(tokens, past, tables.collect(), self.compute, &device)
+        let mut context = Context::new(tokens, past, tables.collect(), self.compute, &device);
+        context.query_factors = config.query_temperature.map(|temperature| {
+            let factors: Vec<f32> =
+                tokens.positions.iter().map(|position| temperature.at(*position)).collect();
+            Tensor::from_data(TensorData::new(factors, [tokens.batch, tokens.length, 1, 1]), &device)
+        });
+        context
     }
 
     fn embed(&self, context: &Context) -> Tensor<3> {
@@ -148,7 +173,7 @@ impl<P: Projection> CausalLm for Decoder<P> {
         if self.config.embedding_multiplier != 1.0 {
             x = x.mul_scalar(self.config.embedding_multiplier);
         }
-        match (&self.embed_positions, self.config.family.names.positions) {
+        let x = match (&self.embed_positions, self.config.family.names.positions) {
             (Some(table), Some(learned)) => {
                 let [batch, length, width] = x.dims();
                 let positions = context.positions.clone().add_scalar(learned.offset as i64);
@@ -156,12 +181,19 @@ impl<P: Projection> CausalLm for Decoder<P> {
                 x + table.val().select(0, rows).reshape([batch, length, width])
             }
             _ => x,
+        };
+        match &self.embed_norm {
+            Some(norm) => norm.forward(x),
+            None => x,
         }
     }
 
     fn trains_embedding(&self) -> bool {
         let positions = self.embed_positions.as_ref();
-        self.embed_tokens.is_trained() || positions.is_some_and(|table| table.val().is_require_grad())
+        let mut norm = self.embed_norm.iter().flat_map(Norm::parameters);
+        self.embed_tokens.is_trained()
+            || positions.is_some_and(|table| table.val().is_require_grad())
+            || norm.any(|(_, parameter)| parameter.val().is_require_grad())
     }
 
     fn num_blocks(&self) -> usize {
@@ -181,6 +213,10 @@ impl<P: Projection> CausalLm for Decoder<P> {
             Some(head) => head.forward(x),
             None => self.embed_tokens.project(x, self.compute),
         };
+        let logits = match self.config.logit_multiplier {
+            1.0 => logits,
+            factor => logits.mul_scalar(factor),
+        };
         match self.config.logit_softcap {
             Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
             None => logits,
@@ -193,6 +229,10 @@ impl<P: Projection> CausalLm for Decoder<P> {
 
     fn max_positions(&self) -> usize {
         self.config.max_position_embeddings
+    }
+
+    fn cache_limit(&self) -> Option<usize> {
+        self.config.rope.iter().filter_map(RopeConfig::changes_beyond).min()
     }
 
     fn device(&self) -> Device {
@@ -225,6 +265,7 @@ impl<P: Projection> Slots for Decoder<P> {
         Ok(Decoder {
             embed_tokens: self.embed_tokens,
             embed_positions: self.embed_positions,
+            embed_norm: self.embed_norm,
             blocks,
             final_norm: self.final_norm,
             lm_head: self.lm_head,
@@ -237,7 +278,7 @@ impl<P: Projection> Slots for Decoder<P> {
         let family = self.config.family;
         let blocks = self.blocks.iter().enumerate();
         let slots = blocks.flat_map(|(index, block)| {
-            block.linears().map(move |(name, linear)| (family.path(index, name), linear))
+            block.linears().map(move |(name, linear)| (family.path(index, &name), linear))
         });
         slots.collect()
     }
@@ -246,22 +287,30 @@ impl<P: Projection> Slots for Decoder<P> {
 impl<P: Projection> ScaleSites for Decoder<P> {
     fn scale_sites(&self, index: usize) -> Vec<ScaleSite> {
         let (block, family) = (&self.blocks[index], self.config.family);
-        let path = |role| family.linear(role).map(|linear| family.path(index, linear.name));
+        let table = block.table;
+        let path = |role| table.linear(role).map(|linear| family.path(index, linear.name));
         let site = |source, readers: &[LinearRole]| ScaleSite {
             source,
             readers: readers.iter().filter_map(|role| path(*role)).collect(),
         };
         let mut sites = Vec::new();
         let norm = |place| {
-            let part = family.norms().find(|norm| norm.place == place)?;
+            let part = table.norm(place)?;
             let names = block.norm(place)?.parameters();
             let names: Vec<_> =
                 names.map(|(name, _)| family.path(index, &format!("{}.{name}", part.name))).collect();
             let one_plus = family.norm == NormKind::RmsOnePlus;
             (!names.is_empty()).then_some(ScaleSource::Norm { parameters: names, one_plus })
         };
+        let mut attention = vec![LinearRole::Query, LinearRole::Key, LinearRole::Value];
+        attention.extend([FusedRows::Concatenated, FusedRows::Grouped].map(LinearRole::QueryKeyValue));
+        let mlp = [LinearRole::Gate, LinearRole::Up, LinearRole::GateUp];
+        // Side by side, both may read one norm.
+        if self.config.parallel && table.norm(NormPlace::PreMlp).is_none() {
+            attention.extend(mlp);
+        }
         if let Some(source) = norm(NormPlace::PreAttention) {
-            sites.push(site(source, &[LinearRole::Query, LinearRole::Key, LinearRole::Value]));
+            sites.push(site(source, &attention));
         }
         // Where several query heads share a value head, its channel has several readers.
         let shape = self.config.layer(index);
@@ -271,10 +320,10 @@ impl<P: Projection> ScaleSites for Decoder<P> {
             sites.push(site(ScaleSource::Projection(value), &[LinearRole::Output]));
         }
         if let Some(source) = norm(NormPlace::PreMlp) {
-            sites.push(site(source, &[LinearRole::Gate, LinearRole::Up]));
+            sites.push(site(source, &mlp));
         }
         if let Some(up) = path(LinearRole::Up)
-            && family.activation.passes_factors()
+            && (table.is_gated() || self.config.activation.passes_factors())
         {
             sites.push(site(ScaleSource::Projection(up), &[LinearRole::Down]));
         }
@@ -285,8 +334,10 @@ impl<P: Projection> ScaleSites for Decoder<P> {
         let family = self.config.family;
         let (index, name) = name.strip_prefix(family.names.blocks)?.strip_prefix('.')?.split_once('.')?;
         let (path, parameter) = name.rsplit_once('.')?;
-        let part = family.norms().find(|norm| norm.name == path && !norm.place.is_head())?;
-        let norm = self.blocks.get_mut(index.parse::<usize>().ok()?)?.norm_mut(part.place)?;
+        let block = self.blocks.get_mut(index.parse::<usize>().ok()?)?;
+        let on_stream = |place: NormPlace| place.axis() == NormAxis::Hidden;
+        let part = block.table.norms().find(|norm| norm.name == path && on_stream(norm.place))?;
+        let norm = block.norm_mut(part.place)?;
         match parameter {
             "weight" => norm.weight.as_mut(),
             "bias" => norm.bias.as_mut(),
@@ -296,17 +347,45 @@ impl<P: Projection> ScaleSites for Decoder<P> {
 }
 
 impl<P: Projection> Decoder<P> {
-    /// The norms, those of the blocks and the last one, with their paths.
+    /// The norms, those over the embedding, of the blocks and the last one, with their paths.
     pub(crate) fn norms(&self) -> Vec<(String, &Norm)> {
         let family = self.config.family;
         let blocks = self.blocks.iter().enumerate();
         let norms = blocks.flat_map(|(index, block)| {
             block.parts().filter_map(move |(name, part)| match part {
                 BlockPart::Norm(norm) => Some((family.path(index, name), norm)),
-                BlockPart::Linear(_) => None,
+                _ => None,
             })
         });
-        norms.chain([(family.names.final_norm.to_owned(), &self.final_norm)]).collect()
+        let first = self.embed_norm.iter().zip(family.names.embedding_norm);
+        let first = first.map(|(norm, path)| (path.to_owned(), norm));
+        first.chain(norms).chain([(family.names.final_norm.to_owned(), &self.final_norm)]).collect()
+    }
+
+    /// The blocks' parameters that are neither a linear's nor a norm's, with their names in checkpoints.
+    pub(crate) fn vectors(&self) -> Vec<(String, &Param<Tensor<1>>)> {
+        let blocks = self.blocks.iter().enumerate();
+        let vectors = blocks.flat_map(|(index, block)| {
+            block.parts().filter_map(move |(name, part)| match part {
+                BlockPart::Vector(values) => Some((self.config.family.path(index, name), values)),
+                _ => None,
+            })
+        });
+        vectors.collect()
+    }
+
+    /// The blocks' matrices that are no slots, with their names in checkpoints.
+    pub(crate) fn matrices(&self) -> Vec<(String, &Param<Tensor<2>>)> {
+        let blocks = self.blocks.iter().enumerate();
+        let matrices = blocks.flat_map(|(index, block)| {
+            block.parts().filter_map(move |(name, part)| match part {
+                BlockPart::Matrix(values) => {
+                    Some((format!("{}.weight", self.config.family.path(index, name)), values))
+                }
+                _ => None,
+            })
+        });
+        matrices.collect()
     }
 }
 
@@ -319,11 +398,7 @@ impl<P: Projection> Decoder<P> {
     pub fn with_compute(mut self, compute: Compute) -> crate::Result<Self> {
         self.compute = compute.check(&self.device())?;
         for block in &mut self.blocks {
-            for part in &mut block.parts {
-                if let BlockPart::Linear(linear) = part {
-                    linear.set_compute(compute);
-                }
-            }
+            block.linears_mut().for_each(|linear| linear.set_compute(compute));
         }
         if let Some(head) = &mut self.lm_head {
             head.set_compute(compute);

@@ -170,6 +170,12 @@ pub fn generate_with<M: CausalLm>(
     let (mut cache, mut sampler) = (KvCache::new(), Sampler::new(options));
     let (mut ids, mut fresh) = (Vec::new(), prompt_ids.to_vec());
     loop {
+        let limit = model.cache_limit().unwrap_or(usize::MAX);
+        if cache.length() > 0 && cache.length() <= limit && cache.length() + fresh.len() > limit {
+            // Begun again, as transformers does.
+            cache = KvCache::new();
+            fresh = [prompt_ids, ids.as_slice()].concat();
+        }
         let logits = next_logits(&model, fresh, &mut cache)?;
         let id = sampler.choose(&logits)?;
         ids.push(id);

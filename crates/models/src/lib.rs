@@ -12,6 +12,7 @@ mod decoder;
 mod driver;
 mod embedding;
 mod error;
+mod experts;
 pub mod export;
 pub mod families;
 mod fingerprint;
@@ -43,6 +44,7 @@ pub use driver::{
 };
 pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
+pub use experts::Expert;
 pub use fingerprint::fingerprint;
 pub use generate::{Finish, GenerateOptions, Generation, generate, generate_with};
 pub use kiln_quant_core::{Place, Slots};

@@ -16,7 +16,7 @@ use crate::{
     config::ModelConfig,
     embedding::DenseEmbedding,
     families::NormKind,
-    source::{DenseTensor, StoredWeight, TensorSource},
+    source::{DenseTensor, StoredWeight, TensorSource, transposed_values},
 };
 
 /// How to load a model.
@@ -209,12 +209,22 @@ impl Loader<'_> {
             Ok::<_, Error>(frozen(self.tensor(&name, table.values, shape)?))
         });
         let embed_positions = embed_positions.transpose()?;
+        let embed_norm = names.embedding_norm.map(|path| self.norm(path, width, config)).transpose()?;
         let blocks = (0..config.num_hidden_layers).map(|index| {
             Block::build(config, index, |name, shape| {
                 let path = config.family.path(index, name);
                 match shape {
                     PartShape::Norm(width) => self.norm(&path, width, config).map(BlockPart::Norm),
                     PartShape::Linear(shape, bias) => self.linear(&path, shape, bias).map(BlockPart::Linear),
+                    PartShape::Matrix(shape, _) => {
+                        let name = format!("{path}.weight");
+                        let values = self.dense(&name, &shape)?.values;
+                        Ok(BlockPart::Matrix(frozen(self.tensor(&name, values, shape)?)))
+                    }
+                    PartShape::Vector(length, role) => {
+                        let values = self.dense(&path, &config.vector_shape(role))?.values;
+                        Ok(BlockPart::Vector(frozen(self.tensor(&path, values, [length])?)))
+                    }
                 }
             })
         });
@@ -224,6 +234,7 @@ impl Loader<'_> {
         let decoder = Decoder {
             embed_tokens,
             embed_positions,
+            embed_norm,
             blocks,
             final_norm,
             lm_head,
@@ -254,28 +265,23 @@ impl Loader<'_> {
             return Ok(None);
         }
         let shape = [config.hidden_size, config.vocab_size];
+        let bias = self.bias(path, shape[1], config.biases.head)?;
         let stored = self.stored(path, shape)?;
         Ok(Some(match stored {
             StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
                 let scheme = Scheme::Packed(weight.scheme);
-                self.place(path, StoredWeight::Packed(weight), scheme, shape, None, true)?
+                self.place(path, StoredWeight::Packed(weight), scheme, shape, bias, true)?
             }
             stored => {
-                let values = transpose(&dense(stored).values, shape[1], shape[0]);
+                let values = transposed_values(&dense(stored).values, shape[1], shape[0]);
                 let weight = frozen(self.matrix(path, values, shape)?);
-                QuantLinear::Dense(Linear { weight, bias: None })
+                QuantLinear::Dense(Linear { weight, bias })
             }
         }))
     }
 
     fn linear(&mut self, path: &str, shape: [usize; 2], bias: bool) -> Result<QuantLinear> {
-        let bias = if bias {
-            let name = format!("{path}.bias");
-            let bias = self.dense(&name, &[shape[1]])?;
-            Some(frozen(self.tensor(&name, bias.values, [shape[1]])?))
-        } else {
-            None
-        };
+        let bias = self.bias(path, shape[1], bias)?;
         let stored = self.stored(path, shape)?;
         let scheme = match (&self.options.schemes, &stored) {
             (Some(plan), _) => *plan.get(path),
@@ -283,6 +289,15 @@ impl Loader<'_> {
             (None, StoredWeight::Dense(_)) => Scheme::Dense,
         };
         self.place(path, stored, scheme, shape, bias, self.options.schemes.is_none())
+    }
+
+    fn bias(&mut self, path: &str, d_output: usize, there: bool) -> Result<Option<Param<Tensor<1>>>> {
+        if !there {
+            return Ok(None);
+        }
+        let name = format!("{path}.bias");
+        let bias = self.dense(&name, &[d_output])?;
+        Ok(Some(frozen(self.tensor(&name, bias.values, [d_output])?)))
     }
 
     /// Brings a stored weight to `scheme` and onto the device; `as_stored` leaves it as it is.
@@ -306,7 +321,7 @@ impl Loader<'_> {
                 packed
             }
             (stored, Scheme::Dense) => {
-                let values = transpose(&dense(stored).values, d_output, d_input);
+                let values = transposed_values(&dense(stored).values, d_output, d_input);
                 // A plan's dense layers are f32, as the search that made it counts them.
                 let weight = if as_stored {
                     self.matrix(path, values, [d_input, d_output])?
@@ -453,20 +468,4 @@ fn dense(stored: StoredWeight) -> DenseTensor {
             DenseTensor { shape: vec![weight.d_output, weight.d_input], values: weight.dequantize() }
         }
     }
-}
-
-/// A row-major matrix, transposed in squares that fit the cache.
-fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
-    const SQUARE: usize = 32;
-    let mut result = vec![0.0; values.len()];
-    for row in (0..rows).step_by(SQUARE) {
-        for column in (0..columns).step_by(SQUARE) {
-            for r in row..rows.min(row + SQUARE) {
-                for c in column..columns.min(column + SQUARE) {
-                    result[c * rows + r] = values[r * columns + c];
-                }
-            }
-        }
-    }
-    result
 }

@@ -15,7 +15,7 @@
 use crate::{
     Recompute,
     config::ModelConfig,
-    families::{Channels, LinearRole, NormKind, NormPlace},
+    families::{Channels, NormAxis, NormKind, NormPlace},
 };
 
 /// Bytes of a value.
@@ -125,14 +125,12 @@ impl BlockSizes {
         let mut alike = model.clone();
         alike.layer_shapes.clear();
         let width = |channels| alike.width(channels, 0) as f64;
-        let shapes: Vec<[f64; 2]> = model
-            .family
-            .linears()
-            .map(|linear| alike.linear_shape(linear.role, 0).map(|size| size as f64))
-            .collect();
-        let count = |places: &[NormPlace]| {
-            model.family.norms().filter(|norm| places.contains(&norm.place)).count() as f64
-        };
+        let table = model.parts(0);
+        let linears = alike.linears(0).into_iter();
+        let shapes: Vec<[f64; 2]> =
+            linears.map(|(_, role)| alike.linear_shape(role, 0).map(|size| size as f64)).collect();
+        let count =
+            |places: &[NormPlace]| table.norms().filter(|norm| places.contains(&norm.place)).count() as f64;
         Self {
             width: width(Channels::Hidden),
             query: width(Channels::Query),
@@ -142,12 +140,12 @@ impl BlockSizes {
             linears: shapes.iter().map(|[d_input, d_output]| d_input * d_output).sum(),
             low_rank: shapes.iter().map(|[d_input, d_output]| d_input + d_output).sum(),
             slots: shapes.len() as f64,
-            gated: model.family.linear(LinearRole::Gate).is_some(),
+            gated: table.is_gated(),
             norms: Norms {
                 kind: model.family.norm,
                 before: count(&[NormPlace::PreAttention, NormPlace::PreMlp]),
                 behind: count(&[NormPlace::PostAttention, NormPlace::PostMlp]),
-                over_heads: count(&[NormPlace::QueryHead]) > 0.0,
+                over_heads: table.norms().any(|norm| norm.place.axis() != NormAxis::Hidden),
             },
         }
     }
@@ -161,7 +159,9 @@ impl BlockSizes {
             // What goes in; before a linear also what comes out.
             NormKind::Rms | NormKind::RmsOnePlus => 2.0 * self.norms.before + self.norms.behind,
             // Centred and normed state, the scaled one where gains are trained.
-            NormKind::Layer => (self.norms.before + self.norms.behind) * if norms { 3.0 } else { 2.0 },
+            NormKind::Layer | NormKind::LayerGain => {
+                (self.norms.before + self.norms.behind) * if norms { 3.0 } else { 2.0 }
+            }
         };
         let heads = if self.norms.over_heads { query + key } else { 0.0 };
         // Gate, up and their product; or the activation.

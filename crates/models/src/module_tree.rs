@@ -1,6 +1,7 @@
 //! Decoders and blocks as Burn modules.
 //!
 //! Written by hand because parts stand in lists: parameters get the paths that checkpoints give them, not positions.
+//! Constants are not visited: they are no parameters.
 
 use burn::{
     module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
@@ -8,7 +9,7 @@ use burn::{
 };
 use kiln_quant_core::Projection;
 
-use crate::{Block, BlockPart, Decoder};
+use crate::{Block, BlockPart, Decoder, families::Part};
 
 /// The container type that visitors are told.
 const CONTAINER: &str = "Struct:Decoder";
@@ -26,16 +27,20 @@ fn map_at<M: Module, V: ModuleMapper>(mapper: &mut V, path: &[&str], module: M) 
     module
 }
 
-/// A block with `$call` made on each of its parts, `$name` being the part's path.
+/// A block with `$call` made on each of its parts.
 macro_rules! block {
-    ($block:expr, |$name:pat_param, $part:ident| $call:expr) => {{
-        let Block { family, parts } = $block;
-        let named = family.block.iter().map(|entry| entry.name()).zip(parts);
-        let parts = named.map(|($name, part)| match part {
+    ($block:expr, |$part:ident| $call:expr) => {{
+        let Block { table, parts } = $block;
+        let parts = parts.into_iter().map(|part| match part {
             BlockPart::Norm($part) => BlockPart::Norm($call),
             BlockPart::Linear($part) => BlockPart::Linear($call),
+            BlockPart::Vector($part) => BlockPart::Vector($call),
+            BlockPart::Matrix($part) => BlockPart::Matrix($call),
+            BlockPart::Experts(experts) => {
+                BlockPart::Experts(experts.into_iter().map(|expert| expert.map(|$part| $call)).collect())
+            }
         });
-        Block { family, parts: parts.collect() }
+        Block { table, parts: parts.collect() }
     }};
 }
 
@@ -44,41 +49,82 @@ impl<P: Projection> Module for Block<P> {
         self.parts.iter().fold(devices, |devices, part| match part {
             BlockPart::Norm(norm) => norm.collect_devices(devices),
             BlockPart::Linear(linear) => linear.collect_devices(devices),
+            BlockPart::Vector(values) => values.collect_devices(devices),
+            BlockPart::Matrix(values) => values.collect_devices(devices),
+            BlockPart::Experts(experts) => {
+                experts.iter().flatten().fold(devices, |devices, linear| linear.collect_devices(devices))
+            }
         })
     }
 
     fn fork(self, device: &Device) -> Self {
-        block!(self, |_, part| part.fork(device))
+        block!(self, |part| part.fork(device))
     }
 
     fn to_device(self, device: &Device) -> Self {
-        block!(self, |_, part| part.to_device(device))
+        block!(self, |part| part.to_device(device))
     }
 
     fn train(self) -> Self {
-        block!(self, |_, part| part.train())
+        block!(self, |part| part.train())
     }
 
     fn valid(&self) -> Self {
-        block!(self.clone(), |_, part| part.valid())
+        block!(self.clone(), |part| part.valid())
     }
 
     fn materialize(self) -> Self {
-        block!(self, |_, part| part.materialize())
+        block!(self, |part| part.materialize())
     }
 
     fn visit<V: ModuleVisitor>(&self, visitor: &mut V) {
-        for (name, part) in self.parts() {
-            let path: Vec<&str> = name.split('.').collect();
+        for (entry, part) in self.table.iter().zip(&self.parts) {
+            let path: Vec<&str> = entry.name().split('.').collect();
+            if let (Part::Experts(entry), BlockPart::Experts(experts)) = (entry, part) {
+                for (index, expert) in experts.iter().enumerate() {
+                    for (kind, linear) in expert.iter().enumerate() {
+                        let path = entry.path(index, kind);
+                        visit_at(visitor, &path.split('.').collect::<Vec<_>>(), linear);
+                    }
+                }
+            }
             match part {
+                _ if entry.is_constant() => {}
                 BlockPart::Norm(norm) => visit_at(visitor, &path, norm),
                 BlockPart::Linear(linear) => visit_at(visitor, &path, linear),
+                BlockPart::Vector(values) => visit_at(visitor, &path, values),
+                BlockPart::Matrix(values) => visit_at(visitor, &[&path[..], &["weight"]].concat(), values),
+                BlockPart::Experts(_) => {}
             }
         }
     }
 
     fn map<V: ModuleMapper>(self, mapper: &mut V) -> Self {
-        block!(self, |name, part| map_at(mapper, &name.split('.').collect::<Vec<_>>(), part))
+        let Block { table, parts } = self;
+        let parts = table.iter().zip(parts).map(|(entry, part)| {
+            let path: Vec<&str> = entry.name().split('.').collect();
+            match part {
+                part if entry.is_constant() => part,
+                BlockPart::Norm(norm) => BlockPart::Norm(map_at(mapper, &path, norm)),
+                BlockPart::Linear(linear) => BlockPart::Linear(map_at(mapper, &path, linear)),
+                BlockPart::Vector(values) => BlockPart::Vector(map_at(mapper, &path, values)),
+                BlockPart::Matrix(values) => {
+                    BlockPart::Matrix(map_at(mapper, &[&path[..], &["weight"]].concat(), values))
+                }
+                BlockPart::Experts(experts) => {
+                    let Part::Experts(entry) = entry else { panic!("{entry:?} with experts") };
+                    let mut one = |index, kind, linear| {
+                        let path = entry.path(index, kind);
+                        map_at(mapper, &path.split('.').collect::<Vec<_>>(), linear)
+                    };
+                    let experts = experts.into_iter().enumerate().map(|(index, [gate, up, down])| {
+                        [one(index, 0, gate), one(index, 1, up), one(index, 2, down)]
+                    });
+                    BlockPart::Experts(experts.collect())
+                }
+            }
+        });
+        Block { table, parts: parts.collect() }
     }
 }
 
@@ -87,6 +133,11 @@ impl<P: Projection> ModuleDisplayDefault for Block<P> {
         let content = self.parts().fold(content, |content, (name, part)| match part {
             BlockPart::Norm(norm) => content.add(name, norm),
             BlockPart::Linear(linear) => content.add(name, linear),
+            BlockPart::Vector(values) => content.add(name, values),
+            BlockPart::Matrix(values) => content.add(name, values),
+            BlockPart::Experts(experts) => {
+                experts.iter().flatten().fold(content, |content, linear| content.add(name, linear))
+            }
         });
         content.optional()
     }
@@ -113,6 +164,7 @@ macro_rules! decoder {
         let [embedding, blocks, norm, head] =
             [names.embedding, names.blocks, names.final_norm, names.head].map(|path| decoder.segments(path));
         let positions = names.positions.map(|learned| decoder.segments(learned.path)).unwrap_or_default();
+        let embedding_norm = names.embedding_norm.map(|path| decoder.segments(path)).unwrap_or_default();
         // Struct fields are evaluated in the order in which they stand.
         Decoder {
             embed_tokens: {
@@ -121,6 +173,10 @@ macro_rules! decoder {
             },
             embed_positions: decoder.embed_positions.map(|$part| {
                 let $path = &positions;
+                $call
+            }),
+            embed_norm: decoder.embed_norm.map(|$part| {
+                let $path = &embedding_norm;
                 $call
             }),
             blocks: {
@@ -149,6 +205,7 @@ impl<P: Projection> Module for Decoder<P> {
     fn collect_devices(&self, devices: Devices) -> Devices {
         let devices = self.embed_tokens.collect_devices(devices);
         let devices = self.embed_positions.collect_devices(devices);
+        let devices = self.embed_norm.collect_devices(devices);
         let devices = self.blocks.collect_devices(devices);
         let devices = self.final_norm.collect_devices(devices);
         self.lm_head.collect_devices(devices)
@@ -180,6 +237,9 @@ impl<P: Projection> Module for Decoder<P> {
         if let (Some(table), Some(learned)) = (&self.embed_positions, names.positions) {
             visit_at(visitor, &self.segments(learned.path), table);
         }
+        if let (Some(norm), Some(path)) = (&self.embed_norm, names.embedding_norm) {
+            visit_at(visitor, &self.segments(path), norm);
+        }
         let blocks = self.segments(names.blocks);
         for (index, block) in self.blocks.iter().enumerate() {
             let index = index.to_string();
@@ -200,6 +260,7 @@ impl<P: Projection> ModuleDisplayDefault for Decoder<P> {
     fn content(&self, content: Content) -> Option<Content> {
         content
             .add("embed_tokens", &self.embed_tokens)
+            .add("embed_norm", &self.embed_norm)
             .add("blocks", &self.blocks)
             .add("final_norm", &self.final_norm)
             .add("lm_head", &self.lm_head)

@@ -11,7 +11,7 @@ use crate::families::NormKind;
 /// A norm of any kind.
 #[derive(Module, Debug)]
 pub struct Norm {
-    /// Gains; with [`NormKind::RmsOnePlus`] what is added to 1. Only layer norms may lack them.
+    /// Gains; with [`NormKind::RmsOnePlus`] what is added to 1. OPT's and NanoChat's may lack them.
     pub weight: Option<Param<Tensor<1>>>,
     /// Biases, of layer norms only.
     pub bias: Option<Param<Tensor<1>>>,
@@ -41,7 +41,7 @@ impl Norm {
                 let scale = x.clone().square().mean_dim(D - 1).add_scalar(self.eps).sqrt().recip();
                 x * scale
             }
-            (NormKind::Layer, weight) => {
+            (NormKind::Layer | NormKind::LayerGain, weight) => {
                 let centred = x.clone() - x.mean_dim(D - 1);
                 let variance = centred.clone().square().mean_dim(D - 1);
                 let mut y = centred / variance.add_scalar(self.eps).sqrt();

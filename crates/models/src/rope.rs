@@ -1,23 +1,24 @@
-//! Rotary position embedding: frequencies as transformers 5 computes them, half-split rotation.
+//! Rotary position embedding: frequencies as transformers 5 computes them.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{RopeConfig, RopeScaling};
 
-/// Inverse frequencies `[head_dim / 2]` and the factor on cos and sin, for a sequence whose last position is
-/// `length - 1` (only dynamic scaling looks at it).
+/// Inverse frequencies `[rotated / 2]` and the factor on cos and sin, for a sequence whose last position is
+/// `length - 1` (only dynamic scaling and LongRoPE look at it).
 ///
 /// Source: transformers `modeling_rope_utils.py`.
 pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> (Vec<f32>, f32) {
+    let head_dim = rope.rotated(head_dim);
     let plain = |theta: f64| -> Vec<f64> {
         (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect()
     };
     let base = plain(rope.theta);
-    let (frequencies, factor) = match rope.scaling {
+    let (frequencies, factor) = match &rope.scaling {
         RopeScaling::Default => (base, 1.0),
         RopeScaling::Linear { factor } => (base.iter().map(|f| f / factor).collect(), 1.0),
         RopeScaling::Dynamic { factor, original_max_position_embeddings: original } => {
-            let (length, original) = (length.max(original) as f64, original as f64);
+            let (length, original) = (length.max(*original) as f64, *original as f64);
             let stretch = factor * length / original - (factor - 1.0);
             let d = head_dim as f64;
             (plain(rope.theta * stretch.powf(d / (d - 2.0))), 1.0)
@@ -30,13 +31,13 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
             attention_factor,
             truncate,
         } => {
-            let (d, original) = (head_dim as f64, original_max_position_embeddings as f64);
+            let (d, original) = (head_dim as f64, *original_max_position_embeddings as f64);
             // The dimension whose frequency makes this many rotations over the original context.
             let dimension = |rotations: f64| {
                 d * (original / (rotations * std::f64::consts::TAU)).ln() / (2.0 * rope.theta.ln())
             };
-            let (mut low, mut high) = (dimension(beta_fast), dimension(beta_slow));
-            if truncate {
+            let (mut low, mut high) = (dimension(*beta_fast), dimension(*beta_slow));
+            if *truncate {
                 (low, high) = (low.floor(), high.ceil());
             }
             (low, high) = (low.max(0.0), high.min(d - 1.0));
@@ -47,7 +48,20 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
                 let stretched = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
                 f / factor * stretched + f * (1.0 - stretched)
             };
-            (base.iter().enumerate().map(blend).collect(), attention_factor)
+            (base.iter().enumerate().map(blend).collect(), *attention_factor)
+        }
+        RopeScaling::Alpha { alpha } => {
+            let d = head_dim as f64;
+            (plain(rope.theta * alpha.powf(d / (d - 2.0))), 1.0)
+        }
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings: original,
+            attention_factor,
+        } => {
+            let factors = if length > *original { long_factor } else { short_factor };
+            (base.iter().zip(factors).map(|(f, factor)| f / factor).collect(), *attention_factor)
         }
         RopeScaling::Llama3 {
             factor,
@@ -55,7 +69,7 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
             high_freq_factor,
             original_max_position_embeddings,
         } => {
-            let original = original_max_position_embeddings as f64;
+            let original = *original_max_position_embeddings as f64;
             let blend = |f: &f64| {
                 let wavelength = std::f64::consts::TAU / f;
                 if wavelength > original / low_freq_factor {
@@ -75,7 +89,18 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
 }
 
 impl RopeConfig {
-    /// Cosines and sines `[positions, head_dim / 2]`, as [`Context::rotary`](crate::Context::rotary) holds them.
+    /// The length of sequences from which on earlier keys would have to be rotated anew, as LongRoPE's other factors hold for
+    /// all of a longer sequence.
+    pub(crate) fn changes_beyond(&self) -> Option<usize> {
+        match &self.scaling {
+            RopeScaling::LongRope { original_max_position_embeddings, .. } => {
+                Some(*original_max_position_embeddings)
+            }
+            _ => None,
+        }
+    }
+
+    /// Cosines and sines `[positions, rotated channels / 2]`, as [`Context::rotary`](crate::Context::rotary) holds them.
     pub fn tables(&self, head_dim: usize, positions: &[u32], device: &Device) -> [Tensor<2>; 2] {
         let length = positions.iter().max().map_or(1, |last| *last as usize + 1);
         let (frequencies, factor) = frequencies(self, head_dim, length);
@@ -84,7 +109,7 @@ impl RopeConfig {
                 .iter()
                 .flat_map(|&position| frequencies.iter().map(move |w| f(position as f32 * w) * factor))
                 .collect();
-            Tensor::from_data(TensorData::new(values, [positions.len(), head_dim / 2]), device)
+            Tensor::from_data(TensorData::new(values, [positions.len(), frequencies.len()]), device)
         };
         [table(f32::cos), table(f32::sin)]
     }

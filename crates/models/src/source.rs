@@ -43,3 +43,19 @@ pub trait TensorSource: Send + Sync {
     /// As [`dense`](Self::dense).
     fn weight(&self, module: &str) -> Result<StoredWeight>;
 }
+
+/// A row-major matrix, transposed in squares that fit the cache.
+pub(crate) fn transposed_values(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    const SQUARE: usize = 32;
+    let mut result = vec![0.0; values.len()];
+    for row in (0..rows).step_by(SQUARE) {
+        for column in (0..columns).step_by(SQUARE) {
+            for r in row..rows.min(row + SQUARE) {
+                for c in column..columns.min(column + SQUARE) {
+                    result[c * rows + r] = values[r * columns + c];
+                }
+            }
+        }
+    }
+    result
+}

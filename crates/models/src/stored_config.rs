@@ -3,8 +3,11 @@
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    config::{Biases, LayerAttention, LayerShape, ModelConfig, RopeConfig},
-    families::Family,
+    config::{
+        AttentionScale, Biases, ExpertsConfig, LayerAttention, LayerShape, ModelConfig, QueryTemperature,
+        RopeConfig,
+    },
+    families::{Activation, Family},
 };
 
 /// A configuration as JSON. Files written before families had a description of their own are read as [`Before`].
@@ -19,6 +22,8 @@ pub(crate) enum StoredConfig {
 #[serde(deny_unknown_fields)]
 pub(crate) struct Now {
     model_type: String,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    block_kinds: Vec<usize>,
     vocab_size: usize,
     hidden_size: usize,
     intermediate_size: usize,
@@ -29,13 +34,34 @@ pub(crate) struct Now {
     max_position_embeddings: usize,
     norm_eps: f64,
     norm_affine: bool,
+    /// Absent in files of the families whose classes know only one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    activation: Option<Activation>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    parallel: bool,
     rope: Vec<RopeConfig>,
     layer_attention: Vec<LayerAttention>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     query_pre_attn_scalar: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attention_multiplier: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attention_softcap: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    alibi: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    query_temperature: Option<QueryTemperature>,
     embedding_multiplier: f64,
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    residual_multiplier: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    logit_multiplier: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     logit_softcap: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    qkv_clip: Option<f64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    experts: Option<ExpertsConfig>,
     biases: Biases,
     tie_word_embeddings: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -84,8 +110,16 @@ pub(crate) enum Before {
 
 impl From<ModelConfig> for StoredConfig {
     fn from(config: ModelConfig) -> Self {
+        let (query_pre_attn_scalar, attention_multiplier) = match config.attention_scale {
+            AttentionScale::HeadDim => (None, None),
+            AttentionScale::Scalar(scalar) => (Some(scalar), None),
+            AttentionScale::Factor(factor) => (None, Some(factor)),
+        };
+        let unless = |value: f64, usual: f64| (value != usual).then_some(value);
+        let usual = config.family.class.activations[0].1;
         Self::Now(Box::new(Now {
             model_type: config.family.model_type.into(),
+            block_kinds: config.block_kinds,
             vocab_size: config.vocab_size,
             hidden_size: config.hidden_size,
             intermediate_size: config.intermediate_size,
@@ -96,11 +130,21 @@ impl From<ModelConfig> for StoredConfig {
             max_position_embeddings: config.max_position_embeddings,
             norm_eps: config.norm_eps,
             norm_affine: config.norm_affine,
+            activation: (config.activation != usual).then_some(config.activation),
+            parallel: config.parallel,
             rope: config.rope,
             layer_attention: config.layer_attention,
-            query_pre_attn_scalar: config.query_pre_attn_scalar,
+            query_pre_attn_scalar,
+            attention_multiplier,
+            attention_softcap: config.attention_softcap,
+            alibi: unless(config.alibi, 0.0),
+            query_temperature: config.query_temperature,
             embedding_multiplier: config.embedding_multiplier,
+            residual_multiplier: unless(config.residual_multiplier, 1.0),
+            logit_multiplier: unless(config.logit_multiplier, 1.0),
             logit_softcap: config.logit_softcap,
+            qkv_clip: config.qkv_clip,
+            experts: config.experts,
             biases: config.biases,
             tie_word_embeddings: config.tie_word_embeddings,
             layer_shapes: config.layer_shapes,
@@ -119,6 +163,7 @@ impl TryFrom<StoredConfig> for ModelConfig {
         let config = match stored {
             StoredConfig::Now(now) => Self {
                 family: family(&now.model_type)?,
+                block_kinds: now.block_kinds,
                 vocab_size: now.vocab_size,
                 hidden_size: now.hidden_size,
                 intermediate_size: now.intermediate_size,
@@ -129,11 +174,27 @@ impl TryFrom<StoredConfig> for ModelConfig {
                 max_position_embeddings: now.max_position_embeddings,
                 norm_eps: now.norm_eps,
                 norm_affine: now.norm_affine,
+                activation: match now.activation {
+                    Some(activation) => activation,
+                    None => family(&now.model_type)?.class.activations[0].1,
+                },
+                parallel: now.parallel,
                 rope: now.rope,
                 layer_attention: now.layer_attention,
-                query_pre_attn_scalar: now.query_pre_attn_scalar,
+                attention_scale: match (now.query_pre_attn_scalar, now.attention_multiplier) {
+                    (Some(scalar), _) => AttentionScale::Scalar(scalar),
+                    (None, Some(factor)) => AttentionScale::Factor(factor),
+                    (None, None) => AttentionScale::HeadDim,
+                },
+                attention_softcap: now.attention_softcap,
+                alibi: now.alibi.unwrap_or(0.0),
+                query_temperature: now.query_temperature,
                 embedding_multiplier: now.embedding_multiplier,
+                residual_multiplier: now.residual_multiplier.unwrap_or(1.0),
+                logit_multiplier: now.logit_multiplier.unwrap_or(1.0),
                 logit_softcap: now.logit_softcap,
+                qkv_clip: now.qkv_clip,
+                experts: now.experts,
                 biases: now.biases,
                 tie_word_embeddings: now.tie_word_embeddings,
                 layer_shapes: now.layer_shapes,
@@ -145,6 +206,14 @@ impl TryFrom<StoredConfig> for ModelConfig {
             return Err(format!(
                 "blocks' attention: expected {} entries, found {found}",
                 config.num_hidden_layers
+            ));
+        }
+        let kinds = config.family.blocks.len();
+        let fits = [0, config.num_hidden_layers].contains(&config.block_kinds.len());
+        if !fits || config.block_kinds.iter().any(|kind| *kind >= kinds) {
+            return Err(format!(
+                "block_kinds: expected one below {kinds} for each block, found {:?}",
+                config.block_kinds
             ));
         }
         let tables = config.rope.len();
@@ -188,7 +257,6 @@ impl Before {
                 };
                 let attention = |window| LayerAttention { sliding_window: window, rope: Some(0) };
                 ModelConfig {
-                    family: family(model_type)?,
                     vocab_size,
                     hidden_size,
                     intermediate_size,
@@ -201,12 +269,10 @@ impl Before {
                     norm_affine: true,
                     rope: vec![rope],
                     layer_attention: sliding_window.into_iter().map(attention).collect(),
-                    query_pre_attn_scalar: None,
-                    embedding_multiplier: 1.0,
-                    logit_softcap: None,
-                    biases: Biases { qkv: qkv_bias, o: o_bias, mlp: mlp_bias },
+                    biases: Biases { qkv: qkv_bias, o: o_bias, mlp: mlp_bias, head: false },
                     tie_word_embeddings,
                     layer_shapes,
+                    ..ModelConfig::bare(family(model_type)?)
                 }
             }
             Self::Opt {
@@ -222,7 +288,6 @@ impl Before {
                 tie_word_embeddings,
                 layer_shapes,
             } => ModelConfig {
-                family: family("opt")?,
                 vocab_size,
                 hidden_size,
                 intermediate_size: ffn_dim,
@@ -235,12 +300,10 @@ impl Before {
                 norm_affine: layer_norm_affine,
                 rope: Vec::new(),
                 layer_attention: vec![LayerAttention { sliding_window: None, rope: None }; num_hidden_layers],
-                query_pre_attn_scalar: None,
-                embedding_multiplier: 1.0,
-                logit_softcap: None,
-                biases: Biases { qkv: bias, o: bias, mlp: bias },
+                biases: Biases { qkv: bias, o: bias, mlp: bias, head: false },
                 tie_word_embeddings,
                 layer_shapes,
+                ..ModelConfig::bare(family("opt")?)
             },
         })
     }

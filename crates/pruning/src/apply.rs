@@ -10,7 +10,7 @@ use burn::{
 use kiln_models::{
     Block, CausalLm, Decoder, DenseEmbedding, Embedding, Norm, Slots,
     config::{Biases, ModelConfig},
-    families::{Channels, Family, NormKind},
+    families::{Channels, Family, NormAxis, NormKind},
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
@@ -210,7 +210,7 @@ impl Cutter<'_> {
                 NormKind::Rms => weight.mul_scalar(scale),
                 // The gain is 1 + w.
                 NormKind::RmsOnePlus => weight.add_scalar(1.0).mul_scalar(scale).sub_scalar(1.0),
-                NormKind::Layer => weight,
+                NormKind::Layer | NormKind::LayerGain => weight,
             })
         });
         norm.bias = norm.bias.take().map(|bias| self.param(bias, 0, hidden));
@@ -232,10 +232,16 @@ impl Cutter<'_> {
             let names = config.family.names;
             model.embed_tokens = self.embedding(names.embedding, model.embed_tokens, &hidden)?;
             model.embed_positions = model.embed_positions.map(|table| self.param(table, 1, &hidden));
+            for matrix in model.blocks.iter_mut().flat_map(Block::matrices_mut) {
+                *matrix = self.param(matrix.clone(), 1, &hidden);
+            }
+            if let Some(norm) = &mut model.embed_norm {
+                self.norm(norm, &hidden, config.norm_eps);
+            }
             for (place, norm) in model.blocks.iter_mut().flat_map(Block::norms_mut) {
-                match place.is_head() {
-                    true => norm.eps = config.norm_eps,
-                    false => self.norm(norm, &hidden, config.norm_eps),
+                match place.axis() == NormAxis::Hidden {
+                    false => norm.eps = config.norm_eps,
+                    true => self.norm(norm, &hidden, config.norm_eps),
                 }
             }
             self.norm(&mut model.final_norm, &hidden, config.norm_eps);
@@ -268,17 +274,15 @@ pub(crate) fn add_biases(
     let device = model.device();
     let mut config = model.config().clone();
     let had = config.biases.qkv;
-    config.biases = Biases { qkv: true, o: true, mlp: true };
+    config.biases = Biases { qkv: true, o: true, mlp: true, ..config.biases };
     // One key may stand for the biases of q, k, v and o.
-    config.biases.qkv = had || (Family::expressing(&config).own_biases)(config.biases).qkv;
+    config.biases.qkv = had || Family::expressing(&config).own_biases(config.biases).qkv;
     let everywhere = config.biases.qkv;
     let structure = Structure::of(&config);
     let linears = structure.by_path();
     let model = model.try_map(|path, slot| {
         let [_, d_output] = slot.shape();
-        let query = linears
-            .get(path)
-            .is_some_and(|linear| matches!(linear.output, Channels::Query | Channels::KeyValue));
+        let query = linears.get(path).is_some_and(|linear| linear.output.are_heads());
         let bias = match added.get(path) {
             Some(values) if values.len() != d_output => {
                 return Err(Error::mismatch(path, format!("a bias of {d_output} values"), values.len()));

@@ -1,8 +1,8 @@
 //! What stays of a model: blocks, heads, channels.
 
 use kiln_models::{
-    config::ModelConfig,
-    families::{Channels, NormKind},
+    config::{LayerShape, ModelConfig},
+    families::Channels,
 };
 use serde::{Deserialize, Serialize};
 
@@ -73,6 +73,10 @@ impl Kept {
         for kept in &self.layers {
             let groups = &structure.layers[kept.layer];
             rising(&groups.attention, &kept.heads, groups.shape.num_key_value_heads)?;
+            if !groups.heads_go && kept.heads.len() < groups.shape.num_key_value_heads {
+                let expected = "all heads, as a norm runs over all of them together";
+                return Err(Error::mismatch(&groups.attention, expected, kept.heads.len()));
+            }
             rising(&groups.mlp, &kept.channels, groups.shape.intermediate_size)?;
         }
         Ok(())
@@ -94,7 +98,26 @@ impl Kept {
                 (&kept.heads, queries * structure.head_dim, groups.shape.num_key_value_heads)
             }
             Channels::KeyValue => (&kept.heads, structure.head_dim, groups.shape.num_key_value_heads),
+            Channels::QueryKeyValue(rows) => {
+                let LayerShape { num_attention_heads: heads, num_key_value_heads: all, .. } = groups.shape;
+                let unit =
+                    |unit: usize| kept.heads.iter().flat_map(move |head| head * unit..(head + 1) * unit);
+                let [queries, keys, values] = rows.rows(heads, all, structure.head_dim);
+                let queries = unit(groups.queries_per_group() * structure.head_dim).map(|i| queries[i]);
+                let [keys, values] =
+                    [keys, values].map(|rows| unit(structure.head_dim).map(move |i| rows[i]));
+                let mut positions: Vec<usize> = queries.chain(keys).chain(values).collect();
+                // As they stand in the matrix, where kept rows keep their order.
+                positions.sort_unstable();
+                return (kept.heads.len() < all).then_some(positions);
+            }
+            Channels::Expert | Channels::SharedExpert => return None,
             Channels::Mlp => (&kept.channels, 1, groups.shape.intermediate_size),
+            Channels::GateUp => {
+                let all = groups.shape.intermediate_size;
+                let both = kept.channels.iter().copied().chain(kept.channels.iter().map(|i| i + all));
+                return (kept.channels.len() < all).then(|| both.collect());
+            }
         };
         (of.len() < total).then(|| of.iter().flat_map(|index| index * unit..(index + 1) * unit).collect())
     }
@@ -116,12 +139,12 @@ impl Kept {
             self.layers.iter().map(|kept| original.layer_attention[kept.layer]).collect();
         config.num_hidden_layers = self.layers.len();
         config.hidden_size = self.hidden.len();
-        match original.family.norm {
+        if !original.family.norm.centres() {
             // The mean runs over fewer channels: see `apply`.
-            NormKind::Rms | NormKind::RmsOnePlus => {
-                config.norm_eps *= original.hidden_size as f64 / self.hidden.len() as f64;
-            }
-            NormKind::Layer => {}
+            config.norm_eps *= original.hidden_size as f64 / self.hidden.len() as f64;
+        }
+        if !original.block_kinds.is_empty() {
+            config.block_kinds = self.layers.iter().map(|kept| original.block_kinds[kept.layer]).collect();
         }
         config.set_layers(shapes);
         config

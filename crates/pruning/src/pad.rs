@@ -36,13 +36,7 @@ pub fn pad(model: Decoder<QuantLinear>, kept: &Kept, original: &ModelConfig) -> 
     let model = model.try_map(|path, slot| {
         let linear = linears.get(path).ok_or_else(|| Error::mismatch(path, "a known linear", "another"))?;
         let place = |channels: Channels| -> Option<(Vec<usize>, usize)> {
-            let shape = structure.layers[linear.layer].shape;
-            let total = match channels {
-                Channels::Hidden => structure.hidden,
-                Channels::Query => shape.num_attention_heads * structure.head_dim,
-                Channels::KeyValue => shape.num_key_value_heads * structure.head_dim,
-                Channels::Mlp => shape.intermediate_size,
-            };
+            let total = original.width(channels, linear.layer);
             kept.positions(&structure, linear.layer, channels).map(|positions| (positions, total))
         };
         let (inputs, outputs) = (place(linear.input), place(linear.output));

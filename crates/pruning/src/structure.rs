@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use kiln_models::{
     config::{LayerShape, ModelConfig},
-    families::Channels,
+    families::{Channels, NormAxis},
 };
 
 /// A linear's place in the groups; its weight is `[d_input, d_output]`.
@@ -23,9 +23,7 @@ pub struct Coupling {
 impl Coupling {
     /// Whether the linear belongs to the attention of its block, not to the MLP.
     pub fn is_attention(&self) -> bool {
-        [self.input, self.output]
-            .iter()
-            .any(|channels| matches!(channels, Channels::Query | Channels::KeyValue))
+        [self.input, self.output].iter().any(|channels| channels.are_heads())
     }
 }
 
@@ -33,8 +31,8 @@ impl Coupling {
 ///
 /// | group | unit | outputs lost by | inputs lost by |
 /// | --- | --- | --- | --- |
-/// | attention | a key-value head with its query heads (without grouped queries: one head) | q, k, v | o (`out_proj`) |
-/// | MLP | a channel | gate and up (`fc1`) | down (`fc2`) |
+/// | attention | a key-value head with its query heads (without grouped queries: one head) | q, k, v, or the matrix of all three | o (`out_proj`) |
+/// | MLP | a channel | gate and up, or the matrix of both (`fc1`) | down (`fc2`) |
 #[derive(Debug, Clone, PartialEq)]
 pub struct Layer {
     /// Path of the attention group, e.g. `model.layers.3.self_attn`.
@@ -43,6 +41,10 @@ pub struct Layer {
     pub mlp: String,
     /// Heads and channels.
     pub shape: LayerShape,
+    /// Whether heads can go: not where a norm runs over all of them together, whose mean would be another.
+    pub heads_go: bool,
+    /// Whether the MLP is a mixture of experts, whose channels stay.
+    pub has_experts: bool,
 }
 
 impl Layer {
@@ -81,14 +83,19 @@ impl Structure {
         let family = config.family;
         let (mut layers, mut linears) = (Vec::new(), Vec::new());
         for layer in 0..config.num_hidden_layers {
+            let parts = config.parts(layer);
             layers.push(Layer {
                 attention: family.path(layer, "self_attn"),
                 mlp: family.path(layer, "mlp"),
                 shape: config.layer(layer),
+                has_experts: parts.experts().is_some(),
+                heads_go: parts
+                    .norms()
+                    .all(|norm| matches!(norm.place.axis(), NormAxis::Hidden | NormAxis::Head)),
             });
-            linears.extend(family.linears().map(|linear| {
-                let [input, output] = linear.role.channels();
-                Coupling { path: family.path(layer, linear.name), layer, input, output }
+            linears.extend(config.linears(layer).into_iter().map(|(name, role)| {
+                let [input, output] = role.channels();
+                Coupling { path: family.path(layer, &name), layer, input, output }
             }));
         }
         Self { hidden: config.hidden_size, head_dim: config.head_dim, layers, linears }
@@ -112,6 +119,7 @@ impl Structure {
 
     /// Weights that go with one MLP channel of `layer`, biases not counted.
     pub fn channel_parameters(&self, layer: usize) -> usize {
-        self.group(layer, false).len() * self.hidden
+        let width = |linear: &Coupling| if linear.output == Channels::GateUp { 2 } else { 1 };
+        self.group(layer, false).into_iter().map(width).sum::<usize>() * self.hidden
     }
 }

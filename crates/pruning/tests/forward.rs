@@ -9,7 +9,7 @@ use kiln_models::{
     families::{LinearRole, NormKind},
 };
 use kiln_pruning::CutOptions;
-use kiln_quant_core::fused;
+use kiln_quant_core::fused::{self, RotaryPairs};
 use kiln_testkit::assert_close;
 use serde_json::{Value, json};
 
@@ -59,11 +59,12 @@ fn model() -> Decoder<QuantLinear> {
     let block = Block::build(&config, 0, |name, shape| {
         Ok::<_, Infallible>(match shape {
             PartShape::Norm(_) => BlockPart::Norm(norm()),
+            PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
             PartShape::Linear(..) => BlockPart::Linear(linear(name.rsplit('.').next().unwrap())),
         })
     });
     let embed_tokens = Embedding::Dense(DenseEmbedding { weight: frozen(Tensor::ones([8, 4], &device)) });
-    Decoder::from_parts(config, embed_tokens, None, vec![block.unwrap()], norm(), None).unwrap()
+    Decoder::from_parts(config, embed_tokens, None, None, vec![block.unwrap()], norm(), None).unwrap()
 }
 
 /// Attention by its definition, on the model's own weights and rotary tables.
@@ -74,8 +75,13 @@ fn attention(model: &Decoder<QuantLinear>, x: Tensor<2>) -> Tensor<2> {
     let context = model.context(&TokenBatch::new(&[vec![0; length]]).unwrap(), None);
     let [cos, sin] = context.rotary[0].clone();
     let split = |y: Tensor<2>| y.reshape([1, length, heads, 2]);
-    let q = fused::rotate(split(project(LinearRole::Query, x.clone())), cos.clone(), sin.clone());
-    let k = fused::rotate(split(project(LinearRole::Key, x.clone())), cos, sin);
+    let q = fused::rotate(
+        split(project(LinearRole::Query, x.clone())),
+        cos.clone(),
+        sin.clone(),
+        RotaryPairs::Halves,
+    );
+    let k = fused::rotate(split(project(LinearRole::Key, x.clone())), cos, sin, RotaryPairs::Halves);
     let v = split(project(LinearRole::Value, x));
     let [q, k, v] = [q, k, v].map(|t| t.swap_dims(1, 2));
     let scores = q.matmul(k.transpose()).div_scalar(2f32.sqrt());

@@ -1,6 +1,9 @@
 //! Cutting gives what masking gives.
 
-use kiln_models::{Block, Decoder, Embedding, families::NormKind};
+use kiln_models::{
+    Block, Decoder, Embedding,
+    families::{NormAxis, NormKind},
+};
 use kiln_pruning::{BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Structure};
 use kiln_testkit::{Golden, assert_close, read};
 
@@ -128,7 +131,9 @@ fn a_narrower_stream_under_rms_norm_is_the_masked_one() {
                 kept.iter().map(|&c| (gains[c] + one) * (4.0f32 / 3.0).sqrt() - one).collect();
             assert_close(folder, &read(after.weight.as_ref().unwrap().val()), &scaled, 1e-6);
             // Norms over heads share the epsilon in the checkpoint.
-            for (_, norm) in old.blocks.iter_mut().flat_map(Block::norms_mut).filter(|(p, _)| p.is_head()) {
+            for (_, norm) in
+                old.blocks.iter_mut().flat_map(Block::norms_mut).filter(|(p, _)| p.axis() == NormAxis::Head)
+            {
                 norm.eps = after.eps;
             }
             let what = format!("{folder} {criterion:?}");

@@ -52,6 +52,7 @@ fn model(blocks: usize) -> Decoder<QuantLinear> {
         let block = Block::build(&config, index, |_, shape| {
             Ok::<_, Infallible>(match shape {
                 PartShape::Norm(_) => BlockPart::Norm(norm()),
+                PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
                 PartShape::Linear(shape, _) => {
                     seed += 1;
                     BlockPart::Linear(linear(seed - 1, shape))
@@ -63,7 +64,7 @@ fn model(blocks: usize) -> Decoder<QuantLinear> {
     let table = kiln_testkit::tensor::<2>(99, [256, WIDTH], &device);
     let embed_tokens = Embedding::Dense(DenseEmbedding { weight: Param::initialized(ParamId::new(), table) });
     let blocks = (0..blocks).map(block).collect();
-    Decoder::from_parts(config.clone(), embed_tokens, None, blocks, norm(), None).unwrap()
+    Decoder::from_parts(config.clone(), embed_tokens, None, None, blocks, norm(), None).unwrap()
 }
 
 /// Growth of the peak while heads of the first block are chosen; all blocks are measured.

@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_quant_core::{
     Compute,
-    fused::{self, AttentionSpec, Drops, LowRankSpec, plain},
+    fused::{self, AttentionSpec, Drops, LowRankSpec, RotaryPairs, plain},
 };
 use kiln_testkit::{kept, read, relative_difference, tensor};
 
@@ -77,14 +77,19 @@ pub(crate) fn check_elementwise(on: On) {
             |x| plain::geglu(wide(x).0, wide(x).1),
         );
     }
-    let table = |seed, x: &Tensor<4>| tensor::<2>(seed, [14, 12], &x.device().without_autodiff());
-    compare(
-        on,
-        "rotate",
-        &[[2, 7, 3, 24]],
-        |x| fused::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0])),
-        |x| plain::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0])),
-    );
+    // All channels of a head, some, one pair.
+    for (head_dim, half) in [(24, 12), (24, 5), (7, 1), (6, 3)] {
+        for pairs in [RotaryPairs::Halves, RotaryPairs::Neighbours] {
+            let table = |seed, x: &Tensor<4>| tensor::<2>(seed, [14, half], &x.device().without_autodiff());
+            compare(
+                on,
+                &format!("rotate {half} pairs of {head_dim}, {pairs:?}"),
+                &[[2, 7, 3, head_dim]],
+                |x| fused::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0]), pairs),
+                |x| plain::rotate(x[0].clone(), table(8, &x[0]), table(9, &x[0]), pairs),
+            );
+        }
+    }
 }
 
 #[test]
@@ -235,6 +240,13 @@ fn attention_equals_the_plain_version_under_every_mask() {
 }
 
 pub(crate) fn check_attention(on: On) {
+    // Neither, both, one of them.
+    for (alibi, softcap) in [(0.0, None), (0.7, Some(3.0)), (1.0, None), (0.0, Some(2.0))] {
+        check_attention_with(on, alibi, softcap);
+    }
+}
+
+fn check_attention_with(on: On, alibi: f32, softcap: Option<f32>) {
     // batch, length, past, heads, kv_heads, head_dim, window, packed documents
     for (batch, length, past, heads, kv_heads, head_dim, window, packed) in [
         (1, 1, 0, 1, 1, 4, None, false),
@@ -260,6 +272,8 @@ pub(crate) fn check_attention(on: On) {
             let device = x.device().without_autodiff();
             AttentionSpec {
                 scale: 1.7,
+                alibi,
+                softcap,
                 window,
                 compute: Compute::F32,
                 query_segments: fused::segments(&queries, [batch, length], &device),
@@ -269,10 +283,25 @@ pub(crate) fn check_attention(on: On) {
         let (q, k) = ([batch, length, heads, head_dim], [batch, keys, kv_heads, head_dim]);
         compare(
             on,
-            &format!("attention {length}+{past} window {window:?} packed {packed}"),
+            &format!("attention {length}+{past} window {window:?} packed {packed} {alibi} {softcap:?}"),
             &[q, k, k],
             |x| fused::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec(&x[0])),
             |x| plain::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec(&x[0])),
+        );
+        // Sinks below, beside and above the scores.
+        let sinks = |x: &Tensor<4>| x.clone().reshape([heads]).mul_scalar(3.0);
+        compare(
+            on,
+            &format!("sinks {length}+{past} window {window:?} packed {packed} {alibi} {softcap:?}"),
+            &[q, k, k, [1, 1, 1, heads]],
+            |x| {
+                let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
+                fused::attention_with_sinks(q, k, v, sinks(&x[3]), &spec(&x[0]))
+            },
+            |x| {
+                let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
+                plain::attention_with_sinks(q, k, v, sinks(&x[3]), &spec(&x[0]))
+            },
         );
     }
 }

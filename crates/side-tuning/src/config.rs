@@ -1,6 +1,6 @@
 //! What a side network looks like, and which side networks a backbone can have.
 
-use kiln_models::config::{ModelConfig, RopeConfig, RopeScaling};
+use kiln_models::config::{AttentionScale, ExpertsConfig, ModelConfig, RopeConfig, RopeScaling};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
@@ -334,13 +334,31 @@ impl Sizes {
 
     /// The backbone's family in these sizes; scores are scaled by the width of the narrower heads.
     fn model(self, backbone: &ModelConfig) -> ModelConfig {
+        let mut rope = backbone.rope.clone();
+        for table in &mut rope {
+            // Its factors are those of the backbone's pairs of channels.
+            if matches!(table.scaling, RopeScaling::LongRope { .. }) && self.head_dim != backbone.head_dim {
+                table.scaling = RopeScaling::Default;
+            }
+        }
+        let narrower = |width: usize| match width {
+            0 => 0,
+            width => (width * self.inner / backbone.intermediate_size).max(1),
+        };
+        let experts = backbone.experts.map(|experts| ExpertsConfig {
+            width: narrower(experts.width),
+            shared_width: narrower(experts.shared_width),
+            ..experts
+        });
         ModelConfig {
+            rope,
+            experts,
             hidden_size: self.width,
             intermediate_size: self.inner,
             num_attention_heads: self.heads,
             num_key_value_heads: self.kv_heads,
             head_dim: self.head_dim,
-            query_pre_attn_scalar: None,
+            attention_scale: AttentionScale::HeadDim,
             layer_shapes: Vec::new(),
             ..backbone.clone()
         }

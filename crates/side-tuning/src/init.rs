@@ -5,7 +5,10 @@ use burn::{
     nn::Linear,
     tensor::{Device, Tensor, TensorData},
 };
-use kiln_models::{Norm, families::NormKind};
+use kiln_models::{
+    Norm,
+    families::{NormKind, VectorRole},
+};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use sha2::{Digest, Sha256};
@@ -54,6 +57,17 @@ impl Init {
         self.param(vec![value as f32; size], [size])
     }
 
+    /// Numbers that training may change where their role says so.
+    pub(crate) fn vector(&self, size: usize, role: VectorRole) -> Param<Tensor<1>> {
+        let values = self.full(size, vector_start(role));
+        if role.is_trained() { values } else { values.set_require_grad(false) }
+    }
+
+    /// A matrix `[d_output, d_input]`, as a linear's.
+    pub(crate) fn matrix(&self, path: &str, [d_output, d_input]: [usize; 2]) -> Param<Tensor<2>> {
+        self.uniform(path, d_input, [d_output, d_input])
+    }
+
     /// A norm that leaves its input's scale alone: gains of 1.
     pub(crate) fn norm(&self, kind: NormKind, width: usize, eps: f64, affine: bool) -> Norm {
         let gain = if kind == NormKind::RmsOnePlus { 0.0 } else { 1.0 };
@@ -65,6 +79,20 @@ impl Init {
         }
     }
 }
+
+/// What xIELU's parameters begin with in transformers: `alpha_p` and `alpha_n` whose softplus are 0.8 and 0.8 - beta.
+fn vector_start(role: VectorRole) -> f64 {
+    let before_softplus = |y: f64| y.exp_m1().ln();
+    match role {
+        VectorRole::XieluPositive => before_softplus(0.8),
+        VectorRole::XieluNegative => before_softplus(0.8 - XIELU_BETA),
+        VectorRole::XieluBeta => XIELU_BETA,
+        VectorRole::XieluEps => -1e-6,
+        VectorRole::RouterBias | VectorRole::Sinks => 0.0,
+    }
+}
+
+const XIELU_BETA: f64 = 0.5;
 
 #[cfg(test)]
 mod tests {

@@ -132,6 +132,10 @@ fn block(model: &ModelConfig, index: usize, init: &Init) -> Block<Linear> {
     let made = Block::build(model, index, |name, shape| {
         Ok::<_, Infallible>(match shape {
             PartShape::Norm(width) => BlockPart::Norm(init.norm(kind, width, eps, affine)),
+            PartShape::Vector(size, role) => BlockPart::Vector(init.vector(size, role)),
+            PartShape::Matrix(shape, _) => {
+                BlockPart::Matrix(init.matrix(&format!("blocks.{index}.{name}.weight"), shape))
+            }
             PartShape::Linear(shape, bias) => {
                 BlockPart::Linear(init.linear(&format!("blocks.{index}.{name}"), shape, bias))
             }

@@ -182,6 +182,10 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
         self.backbone().max_positions()
     }
 
+    fn cache_limit(&self) -> Option<usize> {
+        self.backbone().cache_limit()
+    }
+
     fn device(&self) -> Device {
         self.backbone().device()
     }

@@ -5,7 +5,7 @@ use std::time::Instant;
 use burn::tensor::{Device, Int, Tensor};
 use kiln::quant::{
     Compute, PackedTensor,
-    fused::{self, AdamWStep, AttentionSpec, Drops},
+    fused::{self, AdamWStep, AttentionSpec, Drops, RotaryPairs},
 };
 
 use crate::{
@@ -123,7 +123,7 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
     let heads = random([2, 2048, 32, 64], device);
     let (cos, sin) = (random([rows, 32], device), random([rows, 32], device));
     bench.row("rotate 4096x32x64", moved(2, width), 0.0, || {
-        fused::rotate(heads.clone(), cos.clone(), sin.clone())
+        fused::rotate(heads.clone(), cos.clone(), sin.clone(), RotaryPairs::Halves)
     })?;
 
     for (what, a, b) in [
@@ -170,6 +170,8 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
     let segments = fused::segments(&vec![1; batch * length], [batch, length], bench.device);
     let spec = AttentionSpec {
         scale: 0.125,
+        alibi: 0.0,
+        softcap: None,
         window: None,
         compute,
         query_segments: segments.clone(),

@@ -4,7 +4,7 @@ use crate::{Result, synthetic::Words};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln::quant::{
     Compute, HostQuantizer, MinMax, PackedTensor,
-    fused::{self, AttentionSpec, Drops},
+    fused::{self, AttentionSpec, Drops, RotaryPairs},
 };
 
 /// Numbers between -1 and 1 made from a seed.
@@ -90,10 +90,12 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
     let pair = [[70, 2048]; 2];
     compare(device, "swiglu", &pair, |x| fused::swiglu(x[0].clone() * 8.0, x[1].clone()));
     compare(device, "geglu", &pair, |x| fused::geglu(x[0].clone() * 8.0, x[1].clone()));
-    compare(device, "rotate", &[[2, 35, 8, 64]], |x| {
-        let table = |seed| tensor::<2>(seed, [70, 32], &x[0].device().without_autodiff());
-        fused::rotate(x[0].clone(), table(8), table(9))
-    });
+    for (half, pairs) in [(32, RotaryPairs::Halves), (12, RotaryPairs::Neighbours)] {
+        compare(device, &format!("rotate {half} pairs of 64, {pairs:?}"), &[[2, 35, 8, 64]], |x| {
+            let table = |seed| tensor::<2>(seed, [70, half], &x[0].device().without_autodiff());
+            fused::rotate(x[0].clone(), table(8), table(9), pairs)
+        });
+    }
     compare(device, "dropout", &[[70, 2047]], |x| {
         fused::dropout(x[0].clone(), Drops { key: [3, u32::MAX], threshold: 1 << 30 })
     });
@@ -118,12 +120,17 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
             let low = fused::matmul(x[0].clone(), a, compute);
             fused::add_matmul(x[0].clone(), low, b, compute)
         });
-        for (length, past, window) in [(300, 0, None), (300, 0, Some(100)), (1, 77, None)] {
+        for (length, past, window, alibi, softcap) in [
+            (300, 0, None, 0.0, None),
+            (300, 0, Some(100), 0.0, None),
+            (300, 0, Some(100), 1.0, Some(5.0)),
+            (1, 77, None, 0.0, None),
+        ] {
             let (q, k) = ([2, length, 32, 64], [2, past + length, 8, 64]);
             compare(
                 device,
-                &format!("attention {length}+{past}, window {window:?}, {compute}"),
-                &[q, k, k],
+                &format!("attention {length}+{past}, window {window:?}, {alibi}, {softcap:?}, {compute}"),
+                &[q, k, k, [1, 1, 1, 32]],
                 |x| {
                     let device = x[0].device().without_autodiff();
                     let segment = |place: usize| u32::from(place >= 150) + 1;
@@ -133,12 +140,16 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
                     };
                     let spec = AttentionSpec {
                         scale: 0.6,
+                        alibi,
+                        softcap,
                         window,
                         compute,
                         query_segments: segments(past, length),
                         key_segments: segments(0, past + length),
                     };
-                    fused::attention(x[0].clone(), x[1].clone(), x[2].clone(), &spec)
+                    let [q, k, v] = [0, 1, 2].map(|i| x[i].clone());
+                    let sinks = x[3].clone().reshape([32]);
+                    fused::attention_with_sinks(q, k, v, sinks, &spec)
                 },
             );
         }

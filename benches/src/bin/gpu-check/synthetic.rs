@@ -61,6 +61,7 @@ impl Model {
             Block::build(&config, index, |_, shape| {
                 Ok::<_, kiln::quant::Error>(match shape {
                     PartShape::Norm(width) => BlockPart::Norm(norm(width, config.norm_eps, device)),
+                    PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
                     PartShape::Linear([d_input, d_output], bias) => {
                         let weight = packed([d_input, d_output], &mut words, device)?;
                         let bias = bias.then(|| frozen(Tensor::zeros([d_output], device)));
@@ -75,7 +76,8 @@ impl Model {
             QuantLinear::Dense(burn::nn::Linear { weight: frozen(table().transpose()), bias: None })
         });
         let final_norm = norm(config.hidden_size, config.norm_eps, device);
-        Ok(Decoder::from_parts(config, embedding, None, blocks, final_norm, head)?.with_compute(compute)?)
+        Ok(Decoder::from_parts(config, embedding, None, None, blocks, final_norm, head)?
+            .with_compute(compute)?)
     }
 }
 

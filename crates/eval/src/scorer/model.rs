@@ -281,7 +281,7 @@ impl<M: CausalLm> Scorer for ModelScorer<'_, M> {
     fn loglikelihood(&self, requests: &[(String, String)], on_answer: OnAnswer) -> Result<()> {
         let rows = requests.iter().enumerate();
         let rows = rows.map(|(request, (context, continuation))| self.row(request, context, continuation));
-        let units = plan::units(rows.collect::<Result<_>>()?);
+        let units = plan::units(rows.collect::<Result<_>>()?, self.model.cache_limit());
         for units in plan::batches(units, self.batch) {
             for (request, (ll, greedy)) in self.score(&units)? {
                 if on_answer(request, Response::Pair(ll, greedy))?.is_break() {

@@ -44,11 +44,14 @@ pub(super) fn row(request: usize, context: Vec<u32>, continuation: Vec<u32>, max
     Row { ids, wanted: vec![(request, continuation)] }
 }
 
-/// Puts equal inputs together, then neighbours that share a beginning; longest first.
-pub(super) fn units(rows: Vec<Row>) -> Vec<Unit> {
+/// Puts equal inputs together, then neighbours that share a beginning; longest first. Rows longer than `cache_limit` don't
+/// share.
+pub(super) fn units(rows: Vec<Row>, cache_limit: Option<usize>) -> Vec<Unit> {
     let mut units: Vec<Unit> = Vec::new();
+    let shares = |row: &Row| cache_limit.is_none_or(|limit| row.ids.len() <= limit);
     for row in merged(rows) {
-        let joined = units.last().and_then(|unit| shared_with(unit, &row));
+        let last = units.last().filter(|unit| shares(&row) && unit.rows.iter().all(shares));
+        let joined = last.and_then(|unit| shared_with(unit, &row));
         match (joined, units.last_mut()) {
             (Some(shared), Some(unit)) => {
                 unit.rows.push(row);
@@ -134,7 +137,7 @@ mod tests {
             row(2, question.clone(), vec![52, 53, 54], 99),
             row(3, tokens(100..130), vec![50], 99),
         ];
-        let units = units(rows);
+        let units = units(rows, None);
         assert_eq!(units.len(), 2);
         // The other question, longer, on its own.
         assert_eq!((units[0].rows.len(), units[0].shared), (1, 0));
@@ -151,11 +154,11 @@ mod tests {
             context.extend(100 * (n + 1)..100 * (n + 1) + 6);
             row(n as usize, context, vec![7], 99)
         });
-        let units = units(rows.collect());
+        let units = units(rows.collect(), None);
         assert_eq!((units.len(), units[0].rows.len(), units[0].shared), (1, 5, 40));
         // Less than that isn't worth it.
         let rows = (0..2).map(|n| row(n, vec![1, 2, 3, n as u32 + 10], vec![7], 99)).collect();
-        assert_eq!(super::units(rows).len(), 2);
+        assert_eq!(super::units(rows, None).len(), 2);
     }
 
     #[test]
@@ -166,7 +169,7 @@ mod tests {
             row(request, context, vec![choice, choice], 99)
         };
         let rows = vec![choice(0, 1, 5), choice(1, 1, 6), choice(2, 1, 7), choice(3, 2, 5), choice(4, 2, 6)];
-        let found = units(rows);
+        let found = units(rows, None);
         // All of the question but its last token, whose logits the choices need.
         assert_eq!(
             found.iter().map(|unit| (unit.rows.len(), unit.shared)).collect::<Vec<_>>(),

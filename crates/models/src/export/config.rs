@@ -24,7 +24,7 @@ pub(super) fn config_json(
         &mut map,
         [("architectures", json!([family.architecture])), ("model_type", json!(family.model_type))],
     );
-    (family.write)(config, &mut map);
+    family.class.write(config, &mut map);
     let eos = match special.eos.as_slice() {
         [one] => json!(one),
         [] => Value::Null,

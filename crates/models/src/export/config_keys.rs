@@ -9,28 +9,36 @@ pub(crate) fn set<const N: usize>(map: &mut Map<String, Value>, entries: [(&str,
     map.extend(entries.map(|(key, value)| (key.to_owned(), value)));
 }
 
-/// The sizes, under the names that most families have.
-pub(crate) fn sizes(config: &ModelConfig, map: &mut Map<String, Value>) {
-    set(
-        map,
-        [
-            ("vocab_size", json!(config.vocab_size)),
-            ("hidden_size", json!(config.hidden_size)),
-            ("intermediate_size", json!(config.intermediate_size)),
-            ("num_hidden_layers", json!(config.num_hidden_layers)),
-            ("num_attention_heads", json!(config.num_attention_heads)),
-            ("num_key_value_heads", json!(config.num_key_value_heads)),
-            ("head_dim", json!(config.head_dim)),
-            ("max_position_embeddings", json!(config.max_position_embeddings)),
-            ("rms_norm_eps", json!(config.norm_eps)),
-            ("tie_word_embeddings", json!(config.tie_word_embeddings)),
-        ],
-    );
+/// The keys of a rotary table, as transformers before 5 spelt them; `partial` says whether its class knows a share of
+/// rotated channels.
+pub(crate) fn rope(rope: &RopeConfig, partial: bool, map: &mut Map<String, Value>) {
+    set(map, [("rope_theta", json!(rope.theta)), ("rope_scaling", scaling(rope))]);
+    if partial {
+        set(map, [("partial_rotary_factor", json!(rope.partial_rotary_factor))]);
+    }
+    // Phi-3 reads it here only.
+    if let RopeScaling::LongRope { original_max_position_embeddings, .. } = rope.scaling {
+        set(map, [("original_max_position_embeddings", json!(original_max_position_embeddings))]);
+    }
 }
 
-/// Base and scaling of a rotary table; the scaling is an object with its `rope_type`, or null.
-pub(crate) fn rope(rope: &RopeConfig) -> (Value, Value) {
-    let scaling = match &rope.scaling {
+/// `rope_parameters` of a table for full and one for sliding blocks.
+pub(crate) fn rope_by_layer_type(tables: &[RopeConfig], map: &mut Map<String, Value>) {
+    let tables = ["full_attention", "sliding_attention"].into_iter().zip(tables).map(|(kind, rope)| {
+        let mut table = match scaling(rope) {
+            Value::Object(table) => table,
+            _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
+        };
+        set(&mut table, [("rope_theta", json!(rope.theta))]);
+        (kind.to_owned(), Value::Object(table))
+    });
+    let tables = Value::Object(tables.collect());
+    set(map, [("rope_parameters", tables)]);
+}
+
+/// An object with its `rope_type`, or null.
+fn scaling(rope: &RopeConfig) -> Value {
+    match &rope.scaling {
         RopeScaling::Default => Value::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
         RopeScaling::Dynamic { factor, .. } => json!({"rope_type": "dynamic", "factor": factor}),
@@ -50,6 +58,19 @@ pub(crate) fn rope(rope: &RopeConfig) -> (Value, Value) {
             "attention_factor": attention_factor,
             "truncate": truncate,
         }),
+        RopeScaling::Alpha { alpha } => json!({"rope_type": "dynamic", "alpha": alpha, "factor": 1.0}),
+        RopeScaling::LongRope {
+            short_factor,
+            long_factor,
+            original_max_position_embeddings,
+            attention_factor,
+        } => json!({
+            "rope_type": "longrope",
+            "short_factor": short_factor,
+            "long_factor": long_factor,
+            "original_max_position_embeddings": original_max_position_embeddings,
+            "attention_factor": attention_factor,
+        }),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
@@ -62,8 +83,7 @@ pub(crate) fn rope(rope: &RopeConfig) -> (Value, Value) {
             "high_freq_factor": high_freq_factor,
             "original_max_position_embeddings": original_max_position_embeddings,
         }),
-    };
-    (json!(rope.theta), scaling)
+    }
 }
 
 /// `layer_types`.
@@ -78,7 +98,7 @@ pub(crate) fn layer_types(config: &ModelConfig) -> Value {
 /// Kiln's extension, where the biases aren't the family's `own` or the embedding's factor isn't its `factor`.
 pub(crate) fn extension(config: &ModelConfig, own: Biases, factor: f64, map: &mut Map<String, Value>) {
     let mut kiln = Map::new();
-    let Biases { qkv, o, mlp } = config.biases;
+    let Biases { qkv, o, mlp, .. } = config.biases;
     if config.biases != own {
         set(&mut kiln, [("qkv_bias", json!(qkv)), ("o_bias", json!(o)), ("mlp_bias", json!(mlp))]);
     }
@@ -92,17 +112,17 @@ pub(crate) fn extension(config: &ModelConfig, own: Biases, factor: f64, map: &mu
 
 /// `per_layer_config`: widths of the blocks that differ from the model's.
 pub(crate) fn layer_shapes(config: &ModelConfig, map: &mut Map<String, Value>) {
-    let (keys, global) = (config.family.widths, config.common_shape());
+    let (keys, global) = (config.family.class.keys, config.common_shape());
     let mut blocks = Map::new();
     for (index, shape) in config.layer_shapes.iter().enumerate() {
         let mut block = Map::new();
         let widths = [
-            (Some(keys.heads), shape.num_attention_heads, global.num_attention_heads),
+            (keys.heads, shape.num_attention_heads, global.num_attention_heads),
             (keys.key_value_heads, shape.num_key_value_heads, global.num_key_value_heads),
-            (Some(keys.channels), shape.intermediate_size, global.intermediate_size),
+            (keys.channels, shape.intermediate_size, global.intermediate_size),
         ];
-        for (key, width, usual) in widths {
-            if let Some(key) = key
+        for (keys, width, usual) in widths {
+            if let Some(key) = keys.first()
                 && width != usual
             {
                 set(&mut block, [(key, json!(width))]);

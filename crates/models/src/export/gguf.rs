@@ -156,11 +156,11 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
     }
-    if (own.own_biases)(config.biases) == config.biases {
+    if own.own_biases(config.biases) == config.biases {
         return Ok(own);
     }
     match Family::by_gguf("llama", false) {
-        Some(llama) if own.norms().all(|norm| !norm.place.is_head()) => Ok(llama),
+        Some(llama) if own.blocks == llama.blocks => Ok(llama),
         _ => Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
     }
 }
@@ -459,7 +459,10 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
         RopeScaling::Llama3 { original_max_position_embeddings, .. } => {
             vec![("rope.scaling.original_context_length", Key::Uint(original_max_position_embeddings as u64))]
         }
-        RopeScaling::Yarn { .. } | RopeScaling::Dynamic { .. } => {
+        RopeScaling::Yarn { .. }
+        | RopeScaling::Dynamic { .. }
+        | RopeScaling::Alpha { .. }
+        | RopeScaling::LongRope { .. } => {
             let expected = "default, linear, llama3, or yarn with rounded borders";
             return Err(refuse("config.rope.scaling", expected, format!("{scaling:?}")));
         }

@@ -111,11 +111,18 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
             list.vector(&format!("{path}.{name}"), values);
         }
     }
+    for (name, values) in model.matrices() {
+        list.add(&name, TensorRole::Plain, Stored::Matrix(values.val(), false));
+    }
+    for (name, values) in model.vectors() {
+        list.vector(&name, values);
+    }
+    let transposed = !model.config().family.conv1d;
     for (path, slot) in model.slots() {
-        list.linear(&path, TensorRole::Linear, slot);
+        list.linear(&path, TensorRole::Linear, slot, transposed);
     }
     if let Some(head) = &model.lm_head {
-        list.linear(names.head, TensorRole::Head, head);
+        list.linear(names.head, TensorRole::Head, head, true);
     }
     list.0
 }
@@ -139,10 +146,10 @@ impl List {
         self.add(path, TensorRole::Embedding, stored);
     }
 
-    fn linear(&mut self, path: &str, role: TensorRole, linear: &QuantLinear) {
+    fn linear(&mut self, path: &str, role: TensorRole, linear: &QuantLinear, transposed: bool) {
         let (stored, bias) = match linear {
             QuantLinear::Packed(linear) => (Stored::Packed(linear.weight.clone()), &linear.bias),
-            QuantLinear::Dense(linear) => (Stored::Matrix(linear.weight.val(), true), &linear.bias),
+            QuantLinear::Dense(linear) => (Stored::Matrix(linear.weight.val(), transposed), &linear.bias),
         };
         self.add(path, role, stored);
         if let Some(bias) = bias {

@@ -1,26 +1,29 @@
-//! LLaMA 1–3, SmolLM2 and the families that differ from it in biases, windows and norms on heads: Mistral, Qwen2, Qwen3.
+//! LLaMA 1–3, SmolLM2 and the families that differ from it by little: biases, windows, norms on heads, multipliers, an MLP
+//! without a gate.
 
 use serde_json::{Map, Value, json};
 
 use super::{
-    Activation, Family, GgufArchitecture, LLAMA_NAMES, LLAMA_WIDTHS, LinearRole, ModulePath, NormKind,
-    NormPlace, Part, linear, norm,
+    Activation, Family, GgufArchitecture, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace,
+    Part, Parts, RotaryPairs, VectorRole,
+    class::{
+        self, ATTENTION_BIAS, BLOCK as ALL, BiasKey, Class, HeadDim, MLP_BIAS, Multipliers, QKV, Rope,
+        Windows,
+    },
+    linear, norm, plain_linear, plain_norm, vector,
 };
 use crate::{
-    Result,
-    config::{Biases, LayerAttention, ModelConfig, SpecialTokens},
-    export::config_keys::{self, set},
+    Error, Result,
+    config::{LayerAttention, ModelConfig, QueryTemperature, SpecialTokens},
+    export::config_keys::set,
     hf::{
         Fields,
-        config::{self, Defaults, MAX_POSITIONS},
-        rope,
+        config::{MAX_LAYERS, MAX_POSITIONS},
+        rope::RopeKeys,
     },
 };
 
-/// Window where the file is silent (transformers' class default).
-const DEFAULT_WINDOW: usize = 4096;
-
-const BLOCK: [Part; 9] = [
+pub(super) const BLOCK: [Part; 9] = [
     norm("input_layernorm", NormPlace::PreAttention, "attn_norm"),
     linear("self_attn.q_proj", LinearRole::Query, "attn_q"),
     linear("self_attn.k_proj", LinearRole::Key, "attn_k"),
@@ -33,246 +36,429 @@ const BLOCK: [Part; 9] = [
 ];
 
 /// The same with norms over each query and key head.
-const QWEN3_BLOCK: [Part; 11] = [
+const QWEN3_BLOCK: [Part; 11] = with_head_norms([
+    norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
+    norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
+]);
+
+/// LLaMA's block with two norms behind the attention's linears.
+const fn with_head_norms([query, key]: [Part; 2]) -> [Part; 11] {
+    let [a, b, c, d, e, f, g, h, i] = BLOCK;
+    [a, b, c, d, e, query, key, f, g, h, i]
+}
+
+/// LLaMA's attention with an MLP without a gate.
+const ARCEE_BLOCK: [Part; 8] =
+    [BLOCK[0], BLOCK[1], BLOCK[2], BLOCK[3], BLOCK[4], BLOCK[5], BLOCK[7], BLOCK[8]];
+
+const APERTUS_BLOCK: [Part; 14] = [
+    plain_norm("attention_layernorm", NormPlace::PreAttention),
+    BLOCK[1],
+    BLOCK[2],
+    BLOCK[3],
+    BLOCK[4],
+    plain_norm("self_attn.q_norm", NormPlace::QueryHead),
+    plain_norm("self_attn.k_norm", NormPlace::KeyHead),
+    plain_norm("feedforward_layernorm", NormPlace::PreMlp),
+    BLOCK[7],
+    vector("mlp.act_fn.alpha_p", VectorRole::XieluPositive),
+    vector("mlp.act_fn.alpha_n", VectorRole::XieluNegative),
+    vector("mlp.act_fn.beta", VectorRole::XieluBeta),
+    vector("mlp.act_fn.eps", VectorRole::XieluEps),
+    BLOCK[8],
+];
+
+const NANOCHAT_BLOCK: [Part; 10] = [
     BLOCK[0],
     BLOCK[1],
     BLOCK[2],
     BLOCK[3],
     BLOCK[4],
-    norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
-    norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
+    plain_norm("self_attn.q_norm", NormPlace::RotatedQueryHead),
+    plain_norm("self_attn.k_norm", NormPlace::RotatedKeyHead),
     BLOCK[5],
-    BLOCK[6],
-    BLOCK[7],
-    BLOCK[8],
+    plain_linear("mlp.fc1", LinearRole::Up),
+    plain_linear("mlp.fc2", LinearRole::Down),
 ];
 
-/// What differs between these families' classes.
-struct Class {
-    /// Biases on q, k and v without being asked.
-    qkv_bias: bool,
-    /// Whether there is the key `attention_bias`, for q, k, v and o.
-    attention_bias: bool,
-    /// Whether there is the key `mlp_bias`.
-    mlp_bias: bool,
-    windows: Windows,
-    /// Width of a head where the file is silent; `None` shares the model's width.
-    head_dim: Option<usize>,
-    /// Key and value heads where the file is silent; `None` as many as query heads.
-    key_value_heads: Option<usize>,
-    max_positions: usize,
-}
+pub(super) const NO_TOKENS: fn() -> SpecialTokens = SpecialTokens::default;
 
-/// Which blocks have a sliding window.
-enum Windows {
-    /// None.
-    Never,
-    /// All, if there is one.
-    All,
-    /// Those that `layer_types` or `max_window_layers` choose.
-    ByLayer,
-}
-
-const LLAMA_CLASS: Class = Class {
-    qkv_bias: false,
-    attention_bias: true,
-    mlp_bias: true,
-    windows: Windows::Never,
-    head_dim: None,
-    key_value_heads: None,
-    max_positions: 2048,
-};
-
-const MISTRAL_CLASS: Class = Class {
-    qkv_bias: false,
-    attention_bias: false,
-    mlp_bias: false,
-    windows: Windows::All,
-    head_dim: None,
-    key_value_heads: Some(8),
-    max_positions: 4096 * 32,
-};
-
-const QWEN2_CLASS: Class = Class {
-    qkv_bias: true,
-    attention_bias: false,
-    mlp_bias: false,
-    windows: Windows::ByLayer,
-    head_dim: None,
-    key_value_heads: Some(32),
-    max_positions: 32_768,
-};
-
-const QWEN3_CLASS: Class =
-    Class { qkv_bias: false, attention_bias: true, head_dim: Some(128), ..QWEN2_CLASS };
-
-const LLAMA_MODULE: ModulePath = ModulePath { root: "Llama", left_out: "" };
-const NO_TOKENS: fn() -> SpecialTokens = SpecialTokens::default;
-const LLAMA_TOKENS: fn() -> SpecialTokens = || SpecialTokens { bos: Some(1), eos: vec![2], pad: None };
-
-pub(super) static LLAMA: Family = Family {
+pub(super) const LLAMA_FAMILY: Family = Family {
     model_type: "llama",
     architecture: "LlamaForCausalLM",
+    aliases: &["LLaMAForCausalLM"],
     names: LLAMA_NAMES,
     norm: NormKind::Rms,
-    activation: Activation::SiluGated,
-    block: &BLOCK,
-    widths: LLAMA_WIDTHS,
+    blocks: &[Parts(&BLOCK)],
+    rotary_pairs: RotaryPairs::Halves,
+    turns_back: false,
+    conv1d: false,
     gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: false }),
-    special_tokens: LLAMA_TOKENS,
-    own_biases: |biases| LLAMA_CLASS.biases(biases),
-    module: LLAMA_MODULE,
-    read: |fields, family| read(fields, family, &LLAMA_CLASS),
-    write: |config, map| write(config, &LLAMA_CLASS, map),
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: None },
+    module: ModulePath { root: "Llama", left_out: "" },
+    class: class::LLAMA,
 };
+
+pub(super) static LLAMA: Family = LLAMA_FAMILY;
 
 pub(super) static MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
-    names: LLAMA_NAMES,
-    norm: NormKind::Rms,
-    activation: Activation::SiluGated,
-    block: &BLOCK,
-    widths: LLAMA_WIDTHS,
+    aliases: &[],
     gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: true }),
-    special_tokens: LLAMA_TOKENS,
-    own_biases: |biases| MISTRAL_CLASS.biases(biases),
-    module: LLAMA_MODULE,
-    read: |fields, family| read(fields, family, &MISTRAL_CLASS),
-    write: |config, map| write(config, &MISTRAL_CLASS, map),
+    class: Class {
+        bias_keys: &[],
+        windows: Windows::All(Some(4096)),
+        key_value_heads: Some(8),
+        max_positions: 4096 * 32,
+        ..class::LLAMA
+    },
+    ..LLAMA_FAMILY
+};
+
+const QWEN2_CLASS: Class = Class {
+    always: QKV,
+    bias_keys: &[],
+    windows: Windows::ByLayer,
+    key_value_heads: Some(32),
+    max_positions: 32_768,
+    ..class::LLAMA
 };
 
 pub(super) static QWEN2: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
-    names: LLAMA_NAMES,
-    norm: NormKind::Rms,
-    activation: Activation::SiluGated,
-    block: &BLOCK,
-    widths: LLAMA_WIDTHS,
+    aliases: &[],
     gguf: Some(GgufArchitecture { name: "qwen2", interleaved: false, windowed: false }),
     special_tokens: NO_TOKENS,
-    own_biases: |biases| QWEN2_CLASS.biases(biases),
-    module: LLAMA_MODULE,
-    read: |fields, family| read(fields, family, &QWEN2_CLASS),
-    write: |config, map| write(config, &QWEN2_CLASS, map),
+    class: QWEN2_CLASS,
+    ..LLAMA_FAMILY
 };
 
 pub(super) static QWEN3: Family = Family {
     model_type: "qwen3",
     architecture: "Qwen3ForCausalLM",
-    names: LLAMA_NAMES,
-    norm: NormKind::Rms,
-    activation: Activation::SiluGated,
-    block: &QWEN3_BLOCK,
-    widths: LLAMA_WIDTHS,
+    aliases: &[],
+    blocks: &[Parts(&QWEN3_BLOCK)],
     gguf: Some(GgufArchitecture { name: "qwen3", interleaved: false, windowed: false }),
     special_tokens: NO_TOKENS,
-    own_biases: |biases| QWEN3_CLASS.biases(biases),
-    module: LLAMA_MODULE,
-    read: |fields, family| read(fields, family, &QWEN3_CLASS),
-    write: |config, map| write(config, &QWEN3_CLASS, map),
+    class: Class {
+        always: class::NO_BIASES,
+        bias_keys: &[ATTENTION_BIAS],
+        head_dim: HeadDim::Default(128),
+        ..QWEN2_CLASS
+    },
+    ..LLAMA_FAMILY
 };
 
-impl Class {
-    /// The biases that the class's keys express, `biases` being those wanted.
-    fn biases(&self, biases: Biases) -> Biases {
-        let attention = self.attention_bias && biases.o;
-        Biases { qkv: attention || self.qkv_bias, o: attention, mlp: self.mlp_bias && biases.mlp }
-    }
-}
+/// LLaMA's family without what only it has.
+pub(super) const LIKE_LLAMA: Family = Family { aliases: &[], gguf: None, ..LLAMA_FAMILY };
 
-fn read(fields: &Fields<'_>, family: &'static Family, class: &Class) -> Result<ModelConfig> {
-    if !matches!(fields.str("hidden_act")?, None | Some("silu" | "swish")) {
-        return Err(fields.unsupported("hidden_act", "silu"));
-    }
-    let defaults = Defaults {
-        head_dim: class.head_dim,
-        key_value_heads: class.key_value_heads,
-        max_positions: class.max_positions,
-        tied: false,
-        norm_eps: 1e-6,
-    };
-    let attention_bias = class.attention_bias && fields.bool("attention_bias")?.unwrap_or(false);
-    let own = Biases {
-        qkv: attention_bias || class.qkv_bias,
-        o: attention_bias,
-        mlp: class.mlp_bias && fields.bool("mlp_bias")?.unwrap_or(false),
-    };
-    let mut config = config::sizes(fields, family, &defaults)?;
-    config.rope = vec![rope::parse(fields, config.max_position_embeddings, config.head_dim)?];
-    let windows = windows(fields, &class.windows, config.num_hidden_layers)?;
-    let attention = |window| LayerAttention { sliding_window: window, rope: Some(0) };
-    config.layer_attention = windows.into_iter().map(attention).collect();
-    config.biases = own;
-    config::extension(fields, &mut config)?;
-    config::set_layer_shapes(fields, &mut config)?;
-    Ok(config)
-}
+pub(super) static SMOLLM3: Family = Family {
+    model_type: "smollm3",
+    architecture: "SmolLM3ForCausalLM",
+    special_tokens: || SpecialTokens { bos: Some(128_000), eos: vec![128_001], pad: Some(128_004) },
+    class: Class {
+        key_value_heads: Some(4),
+        max_positions: 32_768,
+        tied: true,
+        rope: Rope::One(RopeKeys { theta: 2e6, ..RopeKeys::DEFAULT }),
+        read_more: read_smollm3,
+        write_more: write_smollm3,
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
 
-/// The window of every block. Mistral has one for all; Qwen2 and Qwen3 choose blocks by `layer_types` or, without it,
-/// from `max_window_layers` on; LLaMA's class knows none.
-fn windows(fields: &Fields<'_>, windows: &Windows, layers: usize) -> Result<Vec<Option<usize>>> {
-    let window = || match fields.present("sliding_window") {
-        true => fields.size("sliding_window", MAX_POSITIONS),
-        false => Ok(Some(DEFAULT_WINDOW)),
-    };
-    match windows {
-        Windows::Never => Ok(vec![None; layers]),
-        Windows::All => Ok(vec![window()?; layers]),
-        Windows::ByLayer => {
-            fields.know(&["sliding_window"]);
-            let used = fields.bool("use_sliding_window")?.unwrap_or(false);
-            let window = if used { window()? } else { None };
-            let first = match fields.get("max_window_layers").map(|value| value.as_u64()) {
-                None => 28,
-                Some(Some(first)) => first,
-                Some(None) => return Err(fields.wrong("max_window_layers", "a number of layers")),
-            };
-            match config::slides(fields, layers)? {
-                Some(slides) => slides
-                    .into_iter()
-                    .map(|slides| match (slides, window) {
-                        (false, _) => Ok(None),
-                        (true, Some(_)) => Ok(window),
-                        (true, None) => {
-                            Err(fields.wrong("sliding_window", "a window, as layer_types asks for one"))
-                        }
-                    })
-                    .collect(),
-                None => Ok((0..layers as u64).map(|layer| window.filter(|_| layer >= first)).collect()),
-            }
+/// One block in so many isn't rotated, where the file is silent.
+const NO_ROPE_INTERVAL: usize = 4;
+
+/// `no_rope_layers` has a 1 for each block that *is* rotated.
+fn read_smollm3(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
+    let layers = config.num_hidden_layers;
+    let interval = fields.size("no_rope_layer_interval", MAX_LAYERS)?.unwrap_or(NO_ROPE_INTERVAL);
+    let rotated: Vec<bool> = match fields.get("no_rope_layers") {
+        None => (1..=layers).map(|layer| !layer.is_multiple_of(interval)).collect(),
+        Some(list) => {
+            let wrong = || fields.wrong("no_rope_layers", &format!("a list of {layers} numbers, 1 or 0"));
+            let list = list.as_array().filter(|list| list.len() == layers).ok_or_else(wrong)?;
+            let list: Option<Vec<bool>> = list
+                .iter()
+                .map(|value| value.as_u64().filter(|value| *value < 2).map(|value| value == 1))
+                .collect();
+            list.ok_or_else(wrong)?
         }
-    }
+    };
+    let window = match fields.bool("use_sliding_window")?.unwrap_or(false) {
+        true => fields.size("sliding_window", MAX_POSITIONS)?,
+        false => {
+            fields.know(&["sliding_window"]);
+            None
+        }
+    };
+    let slides = match crate::hf::config::slides(fields, layers)? {
+        Some(slides) => slides,
+        None => rotated.iter().map(|rotated| !rotated && window.is_some()).collect(),
+    };
+    let layers = rotated.into_iter().zip(slides).map(|(rotated, slides)| {
+        let sliding_window = match (slides, window) {
+            (true, None) => {
+                return Err(fields.wrong("sliding_window", "a window, as layer_types asks for one"));
+            }
+            (slides, window) => window.filter(|_| slides),
+        };
+        Ok::<_, Error>(LayerAttention { sliding_window, rope: rotated.then_some(0) })
+    });
+    config.layer_attention = layers.collect::<Result<_>>()?;
+    Ok(())
 }
 
-fn write(config: &ModelConfig, class: &Class, map: &mut Map<String, Value>) {
-    set(map, [("hidden_act", json!("silu"))]);
-    config_keys::sizes(config, map);
-    if let Some(rope) = config.rope.first() {
-        let (theta, scaling) = config_keys::rope(rope);
-        set(map, [("rope_theta", theta), ("rope_scaling", scaling)]);
-    }
-    let own = class.biases(config.biases);
-    if class.attention_bias {
-        set(map, [("attention_bias", json!(own.o))]);
-    }
-    if class.mlp_bias {
-        set(map, [("mlp_bias", json!(config.biases.mlp))]);
-    }
-    let window = config.sliding_windows().into_iter().flatten().next();
-    match class.windows {
-        Windows::Never => {}
-        Windows::All => set(map, [("sliding_window", json!(window))]),
-        Windows::ByLayer => set(
-            map,
-            [
-                ("use_sliding_window", json!(window.is_some())),
-                ("sliding_window", json!(window)),
-                ("layer_types", config_keys::layer_types(config)),
-            ],
-        ),
-    }
-    config_keys::extension(config, own, 1.0, map);
-    config_keys::layer_shapes(config, map);
+fn write_smollm3(config: &ModelConfig, map: &mut Map<String, Value>) {
+    let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
+    let rotated: Vec<u8> =
+        config.layer_attention.iter().map(|layer| u8::from(layer.rope.is_some())).collect();
+    set(
+        map,
+        [
+            ("no_rope_layers", json!(rotated)),
+            ("use_sliding_window", json!(window.is_some())),
+            ("sliding_window", json!(window)),
+            ("layer_types", crate::export::config_keys::layer_types(config)),
+        ],
+    );
 }
+
+pub(super) static GRANITE: Family = Family {
+    model_type: "granite",
+    architecture: "GraniteForCausalLM",
+    class: Class {
+        multipliers: Multipliers {
+            embedding: "embedding_multiplier",
+            attention: "attention_multiplier",
+            residual: "residual_multiplier",
+            logits_divisor: "logits_scaling",
+            ..class::LLAMA.multipliers
+        },
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static MINISTRAL: Family = Family {
+    model_type: "ministral",
+    architecture: "MinistralForCausalLM",
+    class: Class {
+        bias_keys: &[],
+        windows: Windows::All(Some(4096)),
+        key_value_heads: Some(8),
+        max_positions: 131_072,
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static MINISTRAL3: Family = Family {
+    model_type: "ministral3",
+    architecture: "Ministral3ForCausalLM",
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(11) },
+    class: Class {
+        bias_keys: &[],
+        head_dim: HeadDim::Default(128),
+        key_value_heads: Some(8),
+        windows: Windows::All(None),
+        max_positions: 262_144,
+        norm_eps: 1e-5,
+        rope: Rope::One(RopeKeys {
+            theta: 1e6,
+            absent: Some(
+                r#"{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+                    "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}"#,
+            ),
+            ..RopeKeys::DEFAULT
+        }),
+        read_more: read_ministral3,
+        write_more: write_ministral3,
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+/// What `llama_4_scaling_beta` is where the object with the rotary parameters isn't there.
+const TEMPERATURE_BETA: f64 = 0.1;
+/// The original length where that object isn't there.
+const TEMPERATURE_POSITIONS: usize = 16_384;
+
+fn read_ministral3(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
+    let inner = match fields.object("rope_scaling")? {
+        Some(inner) => Some(inner),
+        None => fields.object("rope_parameters")?,
+    };
+    let (beta, original) = match &inner {
+        None => (TEMPERATURE_BETA, TEMPERATURE_POSITIONS),
+        Some(inner) => {
+            let beta = inner.f64("llama_4_scaling_beta")?.unwrap_or(0.0);
+            if !(beta.is_finite() && beta >= 0.0) {
+                return Err(inner.wrong("llama_4_scaling_beta", "a number of at least 0"));
+            }
+            let original = inner.size("original_max_position_embeddings", MAX_POSITIONS)?;
+            (beta, original.unwrap_or(config.max_position_embeddings))
+        }
+    };
+    if beta != 0.0 {
+        config.query_temperature =
+            Some(QueryTemperature { beta, original_max_position_embeddings: original });
+    }
+    Ok(())
+}
+
+fn write_ministral3(config: &ModelConfig, map: &mut Map<String, Value>) {
+    let beta = config.query_temperature.map_or(0.0, |temperature| temperature.beta);
+    let mut table = match map.remove("rope_scaling") {
+        Some(Value::Object(table)) => table,
+        _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
+    };
+    if let Some(theta) = map.remove("rope_theta") {
+        set(&mut table, [("rope_theta", theta)]);
+    }
+    set(&mut table, [("llama_4_scaling_beta", json!(beta))]);
+    if let Some(temperature) = config.query_temperature {
+        let original = temperature.original_max_position_embeddings;
+        set(&mut table, [("original_max_position_embeddings", json!(original))]);
+    }
+    set(map, [("rope_parameters", Value::Object(table))]);
+}
+
+pub(super) static SEED_OSS: Family = Family {
+    model_type: "seed_oss",
+    architecture: "SeedOssForCausalLM",
+    special_tokens: || SpecialTokens { bos: Some(0), eos: vec![2], pad: Some(1) },
+    class: Class {
+        head_dim: HeadDim::Default(128),
+        key_value_heads: Some(8),
+        max_positions: 524_288,
+        bias_keys: &[
+            BiasKey { key: "attention_bias", default: true, covers: QKV },
+            BiasKey { key: "attention_out_bias", default: false, covers: class::OUTPUT },
+            MLP_BIAS,
+        ],
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+const HUNYUAN_BLOCK: [Part; 11] = with_head_norms([
+    plain_norm("self_attn.query_layernorm", NormPlace::RotatedQueryHead),
+    plain_norm("self_attn.key_layernorm", NormPlace::RotatedKeyHead),
+]);
+
+pub(super) static HUNYUAN: Family = Family {
+    model_type: "hunyuan_v1_dense",
+    architecture: "HunYuanDenseV1ForCausalLM",
+    blocks: &[Parts(&HUNYUAN_BLOCK)],
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(0) },
+    class: Class {
+        norm_eps: 1e-5,
+        bias_keys: &[ATTENTION_BIAS],
+        only: &[("use_qk_norm", true)],
+        ignored: &["eod_token_id", "attention_head_dim"],
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static HELIUM: Family = Family {
+    model_type: "helium",
+    architecture: "HeliumForCausalLM",
+    rotary_pairs: RotaryPairs::Neighbours,
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(3) },
+    class: Class {
+        head_dim: HeadDim::Default(128),
+        key_value_heads: Some(20),
+        max_positions: 4096,
+        norm_eps: 1e-8,
+        bias_keys: &[BiasKey { key: "attention_bias", default: false, covers: QKV }, MLP_BIAS],
+        rope: Rope::One(RopeKeys { theta: 1e5, ..RopeKeys::DEFAULT }),
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static ERNIE4_5: Family = Family {
+    model_type: "ernie4_5",
+    architecture: "Ernie4_5ForCausalLM",
+    aliases: &["Ernie4_5_ForCausalLM"],
+    rotary_pairs: RotaryPairs::Neighbours,
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(0) },
+    class: Class {
+        head_dim: HeadDim::Default(128),
+        key_value_heads: Some(2),
+        max_positions: 131_072,
+        norm_eps: 1e-5,
+        tied: true,
+        bias_keys: &[BiasKey { key: "use_bias", default: false, covers: ALL }],
+        rope: Rope::One(RopeKeys { theta: 5e5, ..RopeKeys::DEFAULT }),
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static ARCEE: Family = Family {
+    model_type: "arcee",
+    architecture: "ArceeForCausalLM",
+    blocks: &[Parts(&ARCEE_BLOCK)],
+    special_tokens: || SpecialTokens { bos: Some(128_000), eos: vec![128_001], pad: None },
+    class: Class {
+        max_positions: 4096,
+        norm_eps: 1e-5,
+        activations: &[("relu2", Activation::Relu2)],
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static APERTUS: Family = Family {
+    model_type: "apertus",
+    architecture: "ApertusForCausalLM",
+    blocks: &[Parts(&APERTUS_BLOCK)],
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(3) },
+    class: Class {
+        max_positions: 65_536,
+        norm_eps: 1e-5,
+        activations: &[("xielu", Activation::Xielu)],
+        bias_keys: &[ATTENTION_BIAS],
+        rope: Rope::One(RopeKeys {
+            theta: 1.2e7,
+            absent: Some(
+                r#"{"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192,
+                    "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 12000000.0}"#,
+            ),
+            ..RopeKeys::DEFAULT
+        }),
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+pub(super) static NANOCHAT: Family = Family {
+    model_type: "nanochat",
+    architecture: "NanoChatForCausalLM",
+    names: Names { embedding_norm: Some("model.embed_norm"), ..LLAMA_NAMES },
+    blocks: &[Parts(&NANOCHAT_BLOCK)],
+    turns_back: true,
+    special_tokens: || SpecialTokens { bos: Some(0), eos: vec![1], pad: Some(1) },
+    class: Class {
+        activations: &[("relu2", Activation::Relu2)],
+        bias_keys: &[ATTENTION_BIAS],
+        multipliers: Multipliers {
+            logit_softcap: Some(("final_logit_softcapping", Some(15.0))),
+            ..class::LLAMA.multipliers
+        },
+        read_more: |_, config| {
+            // Norms without weights.
+            config.norm_affine = false;
+            Ok(())
+        },
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};

@@ -3,49 +3,97 @@
 //!
 //! A family is a file here, a line in [`FAMILIES`] and a fixture.
 
-mod gemma3;
+pub(crate) mod class;
+mod cohere;
+mod experts;
+mod gemma;
+mod glm;
+mod gpt;
 mod llama;
+mod olmo;
 mod opt;
+mod phi;
 
 use std::fmt;
 
-use serde_json::{Map, Value};
+use kiln_quant_core::fused::RotaryPairs;
+use serde::{Deserialize, Serialize};
 
-use crate::{
-    Result,
-    config::{Biases, ModelConfig, SpecialTokens},
-    hf::Fields,
-};
+use self::class::Class;
+use crate::config::{Biases, ModelConfig, SpecialTokens};
 
 /// All families, in the order in which GGUF's shared architecture names are resolved.
-pub static FAMILIES: [&Family; 6] =
-    [&llama::LLAMA, &llama::MISTRAL, &llama::QWEN2, &llama::QWEN3, &opt::OPT, &gemma3::GEMMA3];
+pub static FAMILIES: [&Family; 40] = [
+    &llama::LLAMA,
+    &llama::MISTRAL,
+    &llama::QWEN2,
+    &llama::QWEN3,
+    &opt::OPT,
+    &gemma::GEMMA3,
+    &gemma::GEMMA,
+    &gemma::GEMMA2,
+    &llama::SMOLLM3,
+    &llama::GRANITE,
+    &llama::MINISTRAL,
+    &llama::MINISTRAL3,
+    &llama::SEED_OSS,
+    &llama::HUNYUAN,
+    &llama::HELIUM,
+    &llama::ERNIE4_5,
+    &llama::ARCEE,
+    &llama::APERTUS,
+    &llama::NANOCHAT,
+    &olmo::OLMO2,
+    &olmo::OLMO3,
+    &olmo::EXAONE4,
+    &phi::PHI,
+    &phi::PHI3,
+    &glm::GLM4,
+    &glm::GLM,
+    &cohere::COHERE2,
+    &cohere::COHERE,
+    &gpt::STARCODER2,
+    &gpt::STABLELM,
+    &gpt::GPT2,
+    &gpt::GPT_NEOX,
+    &gpt::FALCON,
+    &gpt::BLOOM,
+    &experts::MIXTRAL,
+    &experts::QWEN2_MOE,
+    &experts::QWEN3_MOE,
+    &experts::OLMOE,
+    &experts::GRANITEMOE,
+    &experts::GPT_OSS,
+];
 
 /// A family of decoder-only models, as transformers names it.
+#[derive(Clone, Copy)]
 pub struct Family {
     /// `model_type` of `config.json`.
     pub model_type: &'static str,
     /// The class in `architectures`.
     pub architecture: &'static str,
+    /// Other spellings of either that files have.
+    pub aliases: &'static [&'static str],
     /// Names of the tensors outside the blocks.
     pub names: Names,
     /// The kind of all its norms.
     pub norm: NormKind,
-    /// What the MLP does between its linears.
-    pub activation: Activation,
-    /// Norms and linears of a block. The order is that of loading and of the module's parameters.
-    pub block: &'static [Part],
-    /// Keys of `config.json` for query heads, key and value heads (`None`: as many as query heads) and MLP channels.
-    pub widths: Widths,
+    /// The kinds of blocks that its models are made of. Within one, the order is that of loading and of the module's
+    /// parameters.
+    pub blocks: &'static [Parts],
+    /// Which channels of a head rotary positions turn together.
+    pub rotary_pairs: RotaryPairs,
+    /// Whether rotary positions turn the other way round: NanoChat.
+    pub turns_back: bool,
+    /// Whether dense linears of the blocks stand in checkpoints as `[d_input, d_output]`: GPT-2's `Conv1D`.
+    pub conv1d: bool,
     /// The architecture in GGUF files, if Kiln reads and writes it there.
     pub gguf: Option<GgufArchitecture>,
     /// Ids where files are silent: transformers' class defaults.
     pub special_tokens: fn() -> SpecialTokens,
-    /// The biases that the family's own configuration keys express, nearest to those given.
-    pub own_biases: fn(Biases) -> Biases,
     pub(crate) module: ModulePath,
-    pub(crate) read: fn(&Fields<'_>, &'static Family) -> Result<ModelConfig>,
-    pub(crate) write: fn(&ModelConfig, &mut Map<String, Value>),
+    pub(crate) class: Class,
 }
 
 /// Paths of the modules outside the blocks, and of the list of blocks.
@@ -55,6 +103,8 @@ pub struct Names {
     pub embedding: &'static str,
     /// Table of learned positions; `None` where positions are rotary.
     pub positions: Option<LearnedPositions>,
+    /// Norm over the embedding.
+    pub embedding_norm: Option<&'static str>,
     /// The list of blocks; block 3 is `{blocks}.3`.
     pub blocks: &'static str,
     /// Norm before the head.
@@ -72,17 +122,6 @@ pub struct LearnedPositions {
     pub offset: usize,
 }
 
-/// Keys of the widths that may differ by block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Widths {
-    /// Query heads.
-    pub heads: &'static str,
-    /// Key and value heads; `None`: as many as query heads.
-    pub key_value_heads: Option<&'static str>,
-    /// MLP channels.
-    pub channels: &'static str,
-}
-
 /// What a norm computes over the last axis.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum NormKind {
@@ -92,26 +131,96 @@ pub enum NormKind {
     RmsOnePlus,
     /// Layer norm, with weight and bias or neither.
     Layer,
+    /// Layer norm with a weight alone: Cohere.
+    LayerGain,
 }
 
-/// What the MLP does between its linears.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+impl NormKind {
+    /// Whether it takes the mean away before it scales.
+    pub fn centres(self) -> bool {
+        match self {
+            Self::Rms | Self::RmsOnePlus => false,
+            Self::Layer | Self::LayerGain => true,
+        }
+    }
+}
+
+/// The function in the MLP: of the gate, which then multiplies `up`, or of `up` where there is no gate.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Activation {
-    /// `down(silu(gate) * up)`.
-    SiluGated,
-    /// `down(gelu(gate) * up)`, GELU in its tanh form.
-    GeluTanhGated,
-    /// `down(relu(up))`.
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// `x / 2 * (1 + tanh(sqrt(2 / π) (x + 0.044715 x³)))`.
+    GeluTanh,
+    /// `x / 2 * (1 + erf(x / sqrt(2)))`.
+    Gelu,
+    /// `max(x, 0)`.
     Relu,
+    /// `max(x, 0)²`.
+    Relu2,
+    /// xIELU, with parameters of its own in each block ([arXiv:2411.13010](https://arxiv.org/abs/2411.13010)).
+    Xielu,
 }
 
 impl Activation {
-    /// Whether the factors that scale the MLP's channels before it can be taken back behind it: it is linear in `up`, or
-    /// lets positive factors through.
+    /// Whether positive factors on its input come out as the same factors.
     pub(crate) fn passes_factors(self) -> bool {
         match self {
-            Self::SiluGated | Self::GeluTanhGated | Self::Relu => true,
+            Self::Relu => true,
+            Self::Silu | Self::GeluTanh | Self::Gelu | Self::Relu2 | Self::Xielu => false,
         }
+    }
+}
+
+/// Norms, linears and other parameters of a block, in the order of loading.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Parts(pub &'static [Part]);
+
+impl Parts {
+    /// All of them.
+    pub fn iter(self) -> impl Iterator<Item = &'static Part> + use<> {
+        self.0.iter()
+    }
+
+    /// The linears but those of experts, in the order in which data flows.
+    pub fn linears(self) -> impl Iterator<Item = &'static LinearPart> + use<> {
+        self.0.iter().filter_map(|part| match part {
+            Part::Linear(linear) => Some(linear),
+            _ => None,
+        })
+    }
+
+    /// The norms.
+    pub fn norms(self) -> impl Iterator<Item = &'static NormPart> + use<> {
+        self.0.iter().filter_map(|part| match part {
+            Part::Norm(norm) => Some(norm),
+            _ => None,
+        })
+    }
+
+    /// The experts, where the MLP has some.
+    pub fn experts(self) -> Option<&'static ExpertsPart> {
+        self.0.iter().find_map(|part| match part {
+            Part::Experts(experts) => Some(experts),
+            _ => None,
+        })
+    }
+
+    /// The linear of a role.
+    pub fn linear(self, role: LinearRole) -> Option<&'static LinearPart> {
+        self.linears().find(|linear| linear.role == role)
+    }
+
+    /// The norm of a place.
+    pub fn norm(self, place: NormPlace) -> Option<&'static NormPart> {
+        self.norms().find(|norm| norm.place == place)
+    }
+
+    /// Whether the MLP has a gate.
+    pub fn is_gated(self) -> bool {
+        self.linears().any(|linear| matches!(linear.role, LinearRole::Gate | LinearRole::GateUp))
+            || self.experts().is_some()
     }
 }
 
@@ -122,6 +231,12 @@ pub enum Part {
     Norm(NormPart),
     /// A linear: a slot of the model.
     Linear(LinearPart),
+    /// A few numbers.
+    Vector(VectorPart),
+    /// A small matrix that is neither quantized nor adapted.
+    Matrix(MatrixPart),
+    /// All experts of the MLP, each with linears of its own.
+    Experts(ExpertsPart),
 }
 
 /// A norm of a block.
@@ -146,20 +261,116 @@ pub struct LinearPart {
     pub gguf: &'static str,
 }
 
+/// A few numbers of a block that belong to no linear or norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VectorPart {
+    /// The tensor's name within the block.
+    pub name: &'static str,
+    /// What it is for.
+    pub role: VectorRole,
+}
+
+/// What a [`VectorPart`] is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum VectorRole {
+    /// xIELU's `alpha_p`, `[1]`.
+    XieluPositive,
+    /// xIELU's `alpha_n`, `[1]`.
+    XieluNegative,
+    /// xIELU's `beta`, a scalar that is never trained.
+    XieluBeta,
+    /// xIELU's `eps`, a scalar that is never trained.
+    XieluEps,
+    /// The router's biases, one an expert.
+    RouterBias,
+    /// The attention's sinks, one a query head.
+    Sinks,
+}
+
+impl VectorRole {
+    /// Whether training may change it.
+    pub fn is_trained(self) -> bool {
+        match self {
+            Self::XieluPositive | Self::XieluNegative | Self::RouterBias | Self::Sinks => true,
+            Self::XieluBeta | Self::XieluEps => false,
+        }
+    }
+}
+
+/// A small matrix of a block that is neither quantized nor adapted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MatrixPart {
+    /// The module's path within the block; the tensor is its `weight`, `[d_output, d_input]`.
+    pub name: &'static str,
+    /// What it is for.
+    pub role: MatrixRole,
+}
+
+/// What a [`MatrixPart`] is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MatrixRole {
+    /// From the residual stream to a score for each expert.
+    Router,
+    /// From the residual stream to the shared expert's one gate.
+    SharedExpertGate,
+}
+
+/// The experts of an MLP: each has a gate, a way in and a way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExpertsPart {
+    /// Path within the block of the list of experts; the linears of expert 3 are `{name}.3.{gate}` and so on.
+    pub name: &'static str,
+    /// The last segments of the paths of gate, way in and way out.
+    pub linears: [&'static str; 3],
+    /// How the family's own files stack all experts in one tensor a kind; `None` where each expert has its tensors.
+    pub stacked: Option<StackedExperts>,
+}
+
+/// Experts as two tensors, `[experts, ..]`, of gate and way in, and of the way out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StackedExperts {
+    /// Names of the tensors within the block.
+    pub tensors: [&'static str; 2],
+    /// Names of the tensors with their biases; empty where there are none.
+    pub biases: [&'static str; 2],
+    /// Matrices are `[d_input, d_output]`, and channels of gate and way in alternate: gpt-oss.
+    pub interleaved: bool,
+}
+
+/// How [`ExpertsPart::linears`] are counted.
+pub const EXPERT_ROLES: [LinearRole; 3] =
+    [LinearRole::ExpertGate, LinearRole::ExpertUp, LinearRole::ExpertDown];
+
+impl ExpertsPart {
+    /// The path within the block of a linear of expert `index`; `kind` counts in [`EXPERT_ROLES`].
+    pub fn path(&self, index: usize, kind: usize) -> String {
+        format!("{}.{index}.{}", self.name, self.linears[kind])
+    }
+}
+
 impl Part {
     /// Path within the block.
     pub fn name(&self) -> &'static str {
         match self {
             Self::Norm(norm) => norm.name,
             Self::Linear(linear) => linear.name,
+            Self::Vector(vector) => vector.name,
+            Self::Matrix(matrix) => matrix.name,
+            Self::Experts(experts) => experts.name,
         }
     }
 
-    /// Name within the block in GGUF files.
+    /// Whether no training changes it.
+    pub(crate) fn is_constant(&self) -> bool {
+        matches!(self, Self::Vector(vector) if !vector.role.is_trained())
+    }
+
+    /// Name within the block in GGUF files; empty where there is none.
     pub fn gguf(&self) -> &'static str {
         match self {
             Self::Norm(norm) => norm.gguf,
             Self::Linear(linear) => linear.gguf,
+            Self::Vector(_) | Self::Matrix(_) | Self::Experts(_) => "",
         }
     }
 }
@@ -179,16 +390,39 @@ pub enum NormPlace {
     QueryHead,
     /// Each key head, before the rotation.
     KeyHead,
+    /// Each query head, after the rotation.
+    RotatedQueryHead,
+    /// Each key head, after the rotation.
+    RotatedKeyHead,
+    /// All query heads of a token together, before the rotation.
+    Queries,
+    /// All key heads of a token together, before the rotation.
+    Keys,
 }
 
 impl NormPlace {
-    /// Whether it runs over a head instead of the residual stream.
-    pub fn is_head(self) -> bool {
+    /// What it runs over.
+    pub fn axis(self) -> NormAxis {
         match self {
-            Self::QueryHead | Self::KeyHead => true,
-            Self::PreAttention | Self::PostAttention | Self::PreMlp | Self::PostMlp => false,
+            Self::PreAttention | Self::PostAttention | Self::PreMlp | Self::PostMlp => NormAxis::Hidden,
+            Self::QueryHead | Self::KeyHead | Self::RotatedQueryHead | Self::RotatedKeyHead => NormAxis::Head,
+            Self::Queries => NormAxis::Queries,
+            Self::Keys => NormAxis::Keys,
         }
     }
+}
+
+/// What a norm of a block runs over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum NormAxis {
+    /// The residual stream.
+    Hidden,
+    /// One head, with one weight for all of them.
+    Head,
+    /// All query heads together.
+    Queries,
+    /// All key heads together.
+    Keys,
 }
 
 /// What a linear of a block is for.
@@ -200,14 +434,60 @@ pub enum LinearRole {
     Key,
     /// Values.
     Value,
+    /// All three in one matrix.
+    QueryKeyValue(FusedRows),
     /// The attention's output.
     Output,
     /// The MLP's gate.
     Gate,
     /// The MLP's way in.
     Up,
+    /// Both in one matrix, the gate first.
+    GateUp,
     /// The MLP's way out.
     Down,
+    /// An expert's gate.
+    ExpertGate,
+    /// An expert's way in.
+    ExpertUp,
+    /// An expert's way out.
+    ExpertDown,
+    /// The gate of the expert that all tokens go through.
+    SharedGate,
+    /// Its way in.
+    SharedUp,
+    /// Its way out.
+    SharedDown,
+}
+
+/// How the rows of a matrix of queries, keys and values follow each other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FusedRows {
+    /// All query heads, all key heads, all value heads.
+    Concatenated,
+    /// For each key head the query heads that use it, then itself, then its value head.
+    Grouped,
+}
+
+impl FusedRows {
+    /// The rows of queries, of keys and of values, each head by head, in a matrix for `heads` query heads and `groups` key
+    /// heads of width `head_dim`.
+    pub fn rows(self, heads: usize, groups: usize, head_dim: usize) -> [Vec<usize>; 3] {
+        let queries = heads / groups;
+        // The place of a head among all of them: query heads of a group, its key head, its value head.
+        let at = |group: usize, of_group: usize| match self {
+            Self::Grouped => group * (queries + 2) + of_group,
+            Self::Concatenated if of_group < queries => group * queries + of_group,
+            Self::Concatenated => heads + (of_group - queries) * groups + group,
+        };
+        let rows = |of_group: std::ops::Range<usize>| {
+            let places =
+                (0..groups).flat_map(|group| of_group.clone().map(move |of_group| (group, of_group)));
+            let places = places.map(|(group, of_group)| at(group, of_group));
+            places.flat_map(|place| place * head_dim..(place + 1) * head_dim).collect()
+        };
+        [rows(0..queries), rows(queries..queries + 1), rows(queries + 1..queries + 2)]
+    }
 }
 
 impl LinearRole {
@@ -216,18 +496,21 @@ impl LinearRole {
         match self {
             Self::Query => [Channels::Hidden, Channels::Query],
             Self::Key | Self::Value => [Channels::Hidden, Channels::KeyValue],
+            Self::QueryKeyValue(rows) => [Channels::Hidden, Channels::QueryKeyValue(rows)],
             Self::Output => [Channels::Query, Channels::Hidden],
             Self::Gate | Self::Up => [Channels::Hidden, Channels::Mlp],
+            Self::GateUp => [Channels::Hidden, Channels::GateUp],
             Self::Down => [Channels::Mlp, Channels::Hidden],
+            Self::ExpertGate | Self::ExpertUp => [Channels::Hidden, Channels::Expert],
+            Self::ExpertDown => [Channels::Expert, Channels::Hidden],
+            Self::SharedGate | Self::SharedUp => [Channels::Hidden, Channels::SharedExpert],
+            Self::SharedDown => [Channels::SharedExpert, Channels::Hidden],
         }
     }
 
     /// Whether it belongs to the attention, not to the MLP.
     pub fn is_attention(self) -> bool {
-        match self {
-            Self::Query | Self::Key | Self::Value | Self::Output => true,
-            Self::Gate | Self::Up | Self::Down => false,
-        }
+        matches!(self, Self::Query | Self::Key | Self::Value | Self::QueryKeyValue(_) | Self::Output)
     }
 }
 
@@ -240,8 +523,26 @@ pub enum Channels {
     Query,
     /// Channels of the block's key and value heads, head by head.
     KeyValue,
+    /// Those of queries, keys and values in one matrix.
+    QueryKeyValue(FusedRows),
     /// Channels of the block's MLP.
     Mlp,
+    /// Channels of the block's MLP, once for the gate and once more.
+    GateUp,
+    /// Channels of each expert.
+    Expert,
+    /// Channels of the expert that all tokens go through.
+    SharedExpert,
+}
+
+impl Channels {
+    /// Whether they are channels of heads.
+    pub fn are_heads(self) -> bool {
+        match self {
+            Self::Query | Self::KeyValue | Self::QueryKeyValue(_) => true,
+            Self::Hidden | Self::Mlp | Self::GateUp | Self::Expert | Self::SharedExpert => false,
+        }
+    }
 }
 
 /// An architecture of GGUF files.
@@ -275,7 +576,12 @@ impl ModulePath {
 impl Family {
     /// The family of a `model_type`.
     pub fn by_model_type(name: &str) -> Option<&'static Family> {
-        FAMILIES.into_iter().find(|family| family.model_type == name)
+        FAMILIES.into_iter().find(|family| family.model_type == name || family.aliases.contains(&name))
+    }
+
+    /// The family of a class in `architectures`.
+    pub fn by_architecture(name: &str) -> Option<&'static Family> {
+        FAMILIES.into_iter().find(|family| family.architecture == name || family.aliases.contains(&name))
     }
 
     /// The family of a GGUF architecture; `windowed` says whether the file has a sliding window.
@@ -302,42 +608,28 @@ impl Family {
     /// keys know more biases, where blocks have no windows.
     pub fn expressing(config: &ModelConfig) -> &'static Family {
         let own = config.family;
-        let expresses = |family: &Family| (family.own_biases)(config.biases) == config.biases;
-        let same_parts = |family: &Family| {
-            (family.names, family.block, family.norm, family.activation)
-                == (own.names, own.block, own.norm, own.activation)
+        let expresses = |family: &Family| family.own_biases(config.biases) == config.biases;
+        let description = |family: &Family| {
+            (family.names, family.blocks, family.norm, family.rotary_pairs, family.turns_back, family.conv1d)
         };
         let has_windows = config.layer_attention.iter().any(|layer| layer.sliding_window.is_some());
         if expresses(own) || has_windows {
             return own;
         }
-        FAMILIES.into_iter().find(|family| same_parts(family) && expresses(family)).unwrap_or(own)
+        FAMILIES
+            .into_iter()
+            .find(|family| description(family) == description(own) && expresses(family))
+            .unwrap_or(own)
     }
 
-    /// The block's linears, in the order in which data flows.
-    pub fn linears(&self) -> impl Iterator<Item = &'static LinearPart> + use<> {
-        self.block.iter().filter_map(|part| match part {
-            Part::Linear(linear) => Some(linear),
-            Part::Norm(_) => None,
-        })
+    /// The biases that the family's own configuration keys express, nearest to those given.
+    pub fn own_biases(&self, biases: Biases) -> Biases {
+        self.class.biases_nearest(biases)
     }
 
-    /// The block's norms.
-    pub fn norms(&self) -> impl Iterator<Item = &'static NormPart> + use<> {
-        self.block.iter().filter_map(|part| match part {
-            Part::Norm(norm) => Some(norm),
-            Part::Linear(_) => None,
-        })
-    }
-
-    /// The block's linear of a role.
-    pub fn linear(&self, role: LinearRole) -> Option<&'static LinearPart> {
-        self.linears().find(|linear| linear.role == role)
-    }
-
-    /// Whether the MLP has a gate.
-    pub fn is_gated(&self) -> bool {
-        self.linear(LinearRole::Gate).is_some()
+    /// Whether a tensor of this name is one of a block.
+    pub(crate) fn is_in_block(&self, name: &str) -> bool {
+        name.strip_prefix(self.names.blocks).is_some_and(|rest| rest.starts_with('.'))
     }
 
     /// The path of a module of block `index`, given its path within the block.
@@ -371,20 +663,34 @@ const fn linear(name: &'static str, role: LinearRole, gguf: &'static str) -> Par
     Part::Linear(LinearPart { name, role, gguf })
 }
 
+/// An entry of a block's table, in families that GGUF files don't know.
+const fn plain_norm(name: &'static str, place: NormPlace) -> Part {
+    norm(name, place, "")
+}
+
+/// An entry of a block's table, in families that GGUF files don't know.
+const fn plain_linear(name: &'static str, role: LinearRole) -> Part {
+    linear(name, role, "")
+}
+
+/// An entry of a block's table.
+const fn matrix(name: &'static str, role: MatrixRole) -> Part {
+    Part::Matrix(MatrixPart { name, role })
+}
+
+/// An entry of a block's table.
+const fn vector(name: &'static str, role: VectorRole) -> Part {
+    Part::Vector(VectorPart { name, role })
+}
+
 /// Names of transformers' LLaMA and of all families that took them over.
 const LLAMA_NAMES: Names = Names {
     embedding: "model.embed_tokens",
     positions: None,
+    embedding_norm: None,
     blocks: "model.layers",
     final_norm: "model.norm",
     head: "lm_head",
-};
-
-/// The widths' keys of most families.
-const LLAMA_WIDTHS: Widths = Widths {
-    heads: "num_attention_heads",
-    key_value_heads: Some("num_key_value_heads"),
-    channels: "intermediate_size",
 };
 
 #[cfg(test)]
@@ -396,15 +702,27 @@ mod tests {
     #[test]
     fn tables_name_every_part_once() {
         for family in FAMILIES {
-            let names: BTreeSet<_> = family.block.iter().map(Part::name).collect();
-            let gguf: BTreeSet<_> = family.block.iter().map(Part::gguf).collect();
-            assert_eq!([names.len(), gguf.len()], [family.block.len(); 2], "{family:?}");
-            for role in [LinearRole::Query, LinearRole::Key, LinearRole::Value, LinearRole::Output] {
-                assert!(family.linear(role).is_some(), "{family:?}: {role:?}");
+            for parts in family.blocks {
+                let names: BTreeSet<_> = parts.iter().map(Part::name).collect();
+                assert_eq!(names.len(), parts.0.len(), "{family:?}");
+                if family.gguf.is_some() {
+                    let gguf: BTreeSet<_> = parts.iter().map(Part::gguf).collect();
+                    assert_eq!(gguf.len(), parts.0.len(), "{family:?}");
+                }
+                let fused = parts.linears().any(|linear| matches!(linear.role, LinearRole::QueryKeyValue(_)));
+                for role in [LinearRole::Query, LinearRole::Key, LinearRole::Value] {
+                    assert_eq!(parts.linear(role).is_some(), !fused, "{family:?}: {role:?}");
+                }
+                assert!(parts.linear(LinearRole::Output).is_some(), "{family:?}");
+                assert_ne!(parts.linear(LinearRole::Down).is_some(), parts.experts().is_some(), "{family:?}");
+                let heads = parts.norms().filter(|norm| norm.place.axis() != NormAxis::Hidden).count();
+                assert!(
+                    heads == 0 || heads == 2,
+                    "{family:?}: norms on both queries and keys, or on neither"
+                );
             }
-            let heads = family.norms().filter(|norm| norm.place.is_head()).count();
-            assert!(heads == 0 || heads == 2, "{family:?}: norms on both queries and keys, or on neither");
             assert_eq!(Family::by_model_type(family.model_type), Some(family));
+            assert_eq!(Family::by_architecture(family.architecture), Some(family));
         }
     }
 

@@ -167,12 +167,11 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
     let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
     let bias = |roles: &[LinearRole]| {
-        let linears = family.linears().filter(|linear| roles.contains(&linear.role));
+        let linears = family.blocks[0].linears().filter(|linear| roles.contains(&linear.role));
         let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
         all_or_none(file, family, num_hidden_layers, &names)
     };
     Ok(ModelConfig {
-        family,
         vocab_size: vocab_size(file, &keys)?,
         hidden_size,
         intermediate_size: keys.required_size("feed_forward_length")?,
@@ -182,19 +181,16 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         head_dim,
         max_position_embeddings,
         norm_eps: metadata.require(&keys.key("attention.layer_norm_rms_epsilon"), epsilon)?,
-        norm_affine: true,
-        rope: vec![RopeConfig { theta, scaling }],
+        rope: vec![RopeConfig { scaling, ..RopeConfig::plain(theta) }],
         layer_attention: vec![LayerAttention { sliding_window: window, rope: Some(0) }; num_hidden_layers],
-        query_pre_attn_scalar: None,
-        embedding_multiplier: 1.0,
-        logit_softcap: None,
         biases: Biases {
             qkv: bias(&[LinearRole::Query, LinearRole::Key, LinearRole::Value])?,
             o: bias(&[LinearRole::Output])?,
             mlp: bias(&[LinearRole::Gate, LinearRole::Up, LinearRole::Down])?,
+            head: false,
         },
         tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
-        layer_shapes: Vec::new(),
+        ..ModelConfig::bare(family)
     })
 }
 

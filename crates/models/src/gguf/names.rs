@@ -28,7 +28,7 @@ pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
         _ => false,
     };
     if let Some((index, module, part)) = parts("blk", name) {
-        let entry = family.block.iter().find(|entry| entry.gguf() == module)?;
+        let entry = family.blocks[0].iter().find(|entry| entry.gguf() == module)?;
         let norm = matches!(entry, Part::Norm(_));
         return known(norm, part).then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
     }
@@ -40,7 +40,7 @@ pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
 /// GGUF's name of the tensor with this Hugging Face name.
 pub(crate) fn from_hugging_face(family: &Family, name: &str) -> Option<String> {
     if let Some((index, module, part)) = parts(family.names.blocks, name) {
-        let entry = family.block.iter().find(|entry| entry.name() == module)?;
+        let entry = family.blocks[0].iter().find(|entry| entry.name() == module)?;
         return Some(format!("blk.{index}.{}.{part}", entry.gguf()));
     }
     let (module, part) = name.rsplit_once('.')?;
@@ -63,10 +63,10 @@ pub(crate) fn interleaved(family: &Family, name: &str) -> Option<Heads> {
         return None;
     }
     let (_, module, _) = parts(family.names.blocks, name)?;
-    match family.linears().find(|linear| linear.name == module)?.role {
+    match family.blocks[0].linears().find(|linear| linear.name == module)?.role {
         LinearRole::Query => Some(Heads::Query),
         LinearRole::Key => Some(Heads::Key),
-        LinearRole::Value | LinearRole::Output | LinearRole::Gate | LinearRole::Up | LinearRole::Down => None,
+        _ => None,
     }
 }
 

@@ -20,6 +20,7 @@ pub(crate) const MAX_VOCABULARY: usize = 1 << 24;
 pub(crate) const MAX_WIDTH: usize = 1 << 22;
 pub(crate) const MAX_LAYERS: usize = 1 << 12;
 pub(crate) const MAX_HEADS: usize = 1 << 16;
+pub(crate) const MAX_EXPERTS: usize = 1 << 12;
 /// Longest context and window.
 pub(crate) const MAX_POSITIONS: usize = 1 << 28;
 
@@ -29,6 +30,16 @@ const IGNORED: &[&str] = &[
     "_name_or_path",
     "activation_dropout",
     "attention_dropout",
+    "attn_pdrop",
+    "classifier_dropout",
+    "embd_pdrop",
+    "embedding_dropout",
+    "hidden_dropout",
+    "hidden_dropout_prob",
+    "is_decoder",
+    "num_nextn_predict_layers",
+    "resid_pdrop",
+    "residual_dropout",
     "auto_map",
     "dropout",
     "dtype",
@@ -57,7 +68,7 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let object = read_object(&path, MAX_CONFIG_BYTES)?;
     let fields = Fields::new(&path, "", &object);
     let family = family(&fields)?;
-    let model = (family.read)(&fields, family)?;
+    let model = family.class.read(&fields, family)?;
     let mut special_tokens = special_tokens(&fields, (family.special_tokens)())?;
     let generation = folder.join("generation_config.json");
     if generation.exists() {
@@ -73,22 +84,21 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
 pub(crate) fn parse(object: &Map<String, Value>) -> Result<ModelConfig> {
     let fields = Fields::new(Path::new("config.json"), "", object);
     let family = family(&fields)?;
-    (family.read)(&fields, family)
+    family.class.read(&fields, family)
 }
 
 /// The family that `architectures` and `model_type` name; one of them is enough.
 fn family(fields: &Fields<'_>) -> Result<&'static Family> {
-    let list = |name: fn(&Family) -> &'static str| FAMILIES.map(name).join(", ");
     let architectures = fields.strings("architectures")?.unwrap_or_default();
     let by_architecture = match architectures.first() {
         None => None,
         Some(&name) => {
-            let found = FAMILIES.into_iter().find(|family| family.architecture == name);
+            let found = Family::by_architecture(name);
             Some(found.ok_or_else(|| Error::Unsupported {
                 path: fields.path(),
                 field: "architectures".into(),
                 found: name.into(),
-                supported: list(|family| family.architecture),
+                supported: known(name, |family| family.architecture),
             })?)
         }
     };
@@ -96,7 +106,7 @@ fn family(fields: &Fields<'_>) -> Result<&'static Family> {
         None => None,
         Some(name) => Some(
             Family::by_model_type(name)
-                .ok_or_else(|| fields.unsupported("model_type", &list(|family| family.model_type)))?,
+                .ok_or_else(|| fields.unsupported("model_type", &known(name, |family| family.model_type)))?,
         ),
     };
     match (by_architecture, by_type) {
@@ -108,58 +118,30 @@ fn family(fields: &Fields<'_>) -> Result<&'static Family> {
     }
 }
 
-/// What a family's class takes where the file is silent.
-pub(crate) struct Defaults {
-    /// Width of a head; `None` shares the model's width.
-    pub head_dim: Option<usize>,
-    /// Key and value heads; `None` as many as query heads.
-    pub key_value_heads: Option<usize>,
-    pub max_positions: usize,
-    /// Whether the head is the embedding.
-    pub tied: bool,
-    pub norm_eps: f64,
+/// All families' names, those most like `name` first and set apart.
+fn known(name: &str, of: fn(&Family) -> &'static str) -> String {
+    let name = name.to_lowercase();
+    let mut names = FAMILIES.map(of);
+    names.sort_by_key(|known| distance(&name, &known.to_lowercase()));
+    let [nearest, others @ ..] = names.as_slice() else { return String::new() };
+    format!("{}; nearest: {nearest}", [&[*nearest][..], others].concat().join(", "))
 }
 
-/// The sizes, with the keys that most families share. No rotary tables, windows and biases yet, nor widths by block.
-pub(crate) fn sizes(
-    fields: &Fields<'_>,
-    family: &'static Family,
-    defaults: &Defaults,
-) -> Result<ModelConfig> {
-    let hidden_size = fields.required_size("hidden_size", MAX_WIDTH)?;
-    let num_hidden_layers = fields.required_size("num_hidden_layers", MAX_LAYERS)?;
-    let num_attention_heads = fields.required_size("num_attention_heads", MAX_HEADS)?;
-    let head_dim = match (fields.size("head_dim", MAX_WIDTH)?, defaults.head_dim) {
-        (Some(head_dim), _) | (None, Some(head_dim)) => head_dim,
-        (None, None) => equal_share(fields, hidden_size, num_attention_heads)?,
-    };
-    // Rotary positions turn pairs of channels.
-    if !head_dim.is_multiple_of(2) {
-        return Err(fields.wrong("head_dim", "an even number"));
+/// Letters to change, add or take away to make one name of another (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    // No name of a family is near as long.
+    let (a, b) = (a.as_bytes(), b.as_bytes());
+    let a = &a[..a.len().min(100)];
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.iter().enumerate() {
+        let mut diagonal = std::mem::replace(&mut row[0], i + 1);
+        for (j, y) in b.iter().enumerate() {
+            let changed = diagonal + usize::from(x != y);
+            diagonal = row[j + 1];
+            row[j + 1] = changed.min(row[j] + 1).min(diagonal + 1);
+        }
     }
-    Ok(ModelConfig {
-        family,
-        vocab_size: fields.required_size("vocab_size", MAX_VOCABULARY)?,
-        hidden_size,
-        intermediate_size: fields.required_size("intermediate_size", MAX_WIDTH)?,
-        num_hidden_layers,
-        num_attention_heads,
-        num_key_value_heads: key_value_heads(fields, defaults.key_value_heads, num_attention_heads)?,
-        head_dim,
-        max_position_embeddings: fields
-            .size("max_position_embeddings", MAX_POSITIONS)?
-            .unwrap_or(defaults.max_positions),
-        norm_eps: epsilon(fields, defaults.norm_eps)?,
-        norm_affine: true,
-        rope: Vec::new(),
-        layer_attention: Vec::new(),
-        query_pre_attn_scalar: None,
-        embedding_multiplier: 1.0,
-        logit_softcap: None,
-        biases: Biases::default(),
-        tie_word_embeddings: fields.bool("tie_word_embeddings")?.unwrap_or(defaults.tied),
-        layer_shapes: Vec::new(),
-    })
+    row[b.len()]
 }
 
 /// The width of a head that is an equal share of the model's.
@@ -180,6 +162,7 @@ pub(crate) fn extension(fields: &Fields<'_>, config: &mut ModelConfig) -> Result
         qkv: bias("qkv_bias", own.qkv)?,
         o: bias("o_bias", own.o)?,
         mlp: bias("mlp_bias", own.mlp)?,
+        head: own.head,
     };
     if let Some(factor) = kiln.positive("embedding_multiplier")? {
         config.embedding_multiplier = factor;
@@ -191,7 +174,9 @@ pub(crate) fn extension(fields: &Fields<'_>, config: &mut ModelConfig) -> Result
 /// differ there, as transformers 5 spells it.
 pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
     let Some(blocks) = fields.object("per_layer_config")? else { return Ok(()) };
-    let (keys, global, layers) = (config.family.widths, config.common_shape(), config.num_hidden_layers);
+    let (keys, global, layers) = (config.family.class.keys, config.common_shape(), config.num_hidden_layers);
+    let first = |keys: &[&'static str]| keys.first().copied();
+    let [heads, key_value_heads, channels] = [keys.heads, keys.key_value_heads, keys.channels].map(first);
     let mut shapes = vec![global; layers];
     for index in blocks.keys() {
         let shape = index.parse().ok().filter(|i: &usize| i.to_string() == index);
@@ -199,17 +184,21 @@ pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) ->
             return Err(blocks.wrong(index, &format!("the index of one of {layers} layers as key")));
         };
         let block = blocks.object(index)?.ok_or_else(|| blocks.wrong(index, "an object"))?;
-        let num_attention_heads = block.size(keys.heads, MAX_HEADS)?.unwrap_or(global.num_attention_heads);
+        let width = |key: Option<&str>, max, global| match key {
+            Some(key) => Ok(block.size(key, max)?.unwrap_or(global)),
+            None => Ok::<_, Error>(global),
+        };
+        let num_attention_heads = width(heads, MAX_HEADS, global.num_attention_heads)?;
+        let as_many = match key_value_heads {
+            Some(_) => global.num_key_value_heads,
+            None => num_attention_heads,
+        };
         *shape = LayerShape {
             num_attention_heads,
-            num_key_value_heads: match keys.key_value_heads {
-                Some(key) => block.size(key, MAX_HEADS)?.unwrap_or(global.num_key_value_heads),
-                None => num_attention_heads,
-            },
-            intermediate_size: block.size(keys.channels, MAX_WIDTH)?.unwrap_or(global.intermediate_size),
+            num_key_value_heads: width(key_value_heads, MAX_HEADS, as_many)?,
+            intermediate_size: width(channels, MAX_WIDTH, global.intermediate_size)?,
         };
-        let known = [Some(keys.heads), keys.key_value_heads, Some(keys.channels)];
-        let known = known.into_iter().flatten().collect::<Vec<_>>();
+        let known = [heads, key_value_heads, channels].into_iter().flatten().collect::<Vec<_>>();
         refuse_unknown(&block, &known.join(", "))?;
         if !shape.num_attention_heads.is_multiple_of(shape.num_key_value_heads) {
             let expected = format!("a divisor of num_attention_heads, {}", shape.num_attention_heads);
@@ -230,26 +219,6 @@ fn refuse_unknown(fields: &Fields<'_>, supported: &str) -> Result<()> {
             supported: supported.into(),
         }),
         None => Ok(()),
-    }
-}
-
-fn epsilon(fields: &Fields<'_>, default: f64) -> Result<f64> {
-    let epsilon = fields.f64("rms_norm_eps")?.unwrap_or(default);
-    if (0.0..1.0).contains(&epsilon) {
-        Ok(epsilon)
-    } else {
-        Err(fields.wrong("rms_norm_eps", "a number in 0..1"))
-    }
-}
-
-/// `num_key_value_heads`: `null` means as many as query heads, absence means transformers' class default.
-fn key_value_heads(fields: &Fields<'_>, absent: Option<usize>, heads: usize) -> Result<usize> {
-    let default = if fields.present("num_key_value_heads") { heads } else { absent.unwrap_or(heads) };
-    let key_value_heads = fields.size("num_key_value_heads", MAX_HEADS)?.unwrap_or(default);
-    if heads.is_multiple_of(key_value_heads) {
-        Ok(key_value_heads)
-    } else {
-        Err(fields.wrong("num_key_value_heads", &format!("a divisor of num_attention_heads, {heads}")))
     }
 }
 
@@ -313,7 +282,7 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
 
 /// `quantization_config`, or else the file `quantize_config.json` of older GPTQ folders.
 fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
-    const SUPPORTED: &str = "bitsandbytes, gptq, awq, kiln";
+    const SUPPORTED: &str = "bitsandbytes, gptq, awq, mxfp4, kiln";
     if let Some(inner) = fields.object("quantization")? {
         // A copy, for other tools.
         fields.know(&["quantization_config"]);
@@ -339,6 +308,11 @@ fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
         Some("gptq") => Quantization::Gptq(gptq::config(&inner)?),
         Some("awq") => Quantization::Awq(awq::config(&inner)?),
         Some("kiln") => packed::config(&inner)?,
+        // Read to dense, expert by expert: see `hf::experts`.
+        Some("mxfp4") => {
+            inner.know(&["modules_to_not_convert"]);
+            Quantization::None
+        }
         // Before quant_method existed.
         None if inner.present("load_in_4bit") => bnb::config(&inner)?,
         _ => return Err(inner.unsupported("quant_method", SUPPORTED)),

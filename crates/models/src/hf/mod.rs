@@ -12,12 +12,13 @@ use kiln_quant_core::{Codebook, PackedWeight};
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
-    source::{DenseTensor, StoredWeight, TensorSource},
+    source::{DenseTensor, StoredWeight, TensorSource, transposed_values},
 };
 
 mod awq;
 mod bnb;
 pub(crate) mod config;
+mod experts;
 mod gptq;
 mod json;
 mod mlx;
@@ -67,6 +68,8 @@ enum Stored {
     Gptq,
     Awq,
     Mlx,
+    /// In a tensor of all experts.
+    Sliced,
 }
 
 /// An open checkpoint folder. Tensors are read from disk at every call, one at a time.
@@ -84,8 +87,10 @@ pub struct HfFolder {
     path: PathBuf,
     config: FolderConfig,
     tensors: SafetensorsSet,
-    /// Public names: plain tensors under their own, packed ones as `P.weight`.
+    /// Public names: plain tensors under their own, packed ones as `P.weight`, those of stacked experts one by one.
     names: BTreeMap<String, Stored>,
+    /// Tensors of experts that are stacked in others.
+    slices: BTreeMap<String, experts::Slice>,
     notes: Vec<String>,
 }
 
@@ -108,7 +113,14 @@ impl HfFolder {
             });
         }
         let tensors = SafetensorsSet::open_folder(&path)?;
-        let names = public_names(&tensors, &config.quantization)?;
+        let mut names = public_names(&tensors, &config.quantization)?;
+        let slices = experts::slices(&tensors, &config.model)?;
+        for (name, slice) in &slices {
+            for source in slice.sources() {
+                names.remove(&source);
+            }
+            names.insert(name.clone(), Stored::Sliced);
+        }
         let mut notes = Vec::new();
         if let Quantization::Gptq(gptq) = &mut config.quantization
             && gptq.zeros.is_none()
@@ -123,7 +135,7 @@ impl HfFolder {
                 "quantization_config.checkpoint_format is absent: zero points taken for {zeros:?}"
             ));
         }
-        Ok(Self { path, config, tensors, names, notes })
+        Ok(Self { path, config, tensors, names, slices, notes })
     }
 
     /// Reads GPTQ's zero points as `zeros`, whatever the configuration says: some files are labelled wrongly. Nothing
@@ -178,7 +190,7 @@ impl HfFolder {
 
     fn packed(&self, name: &str, stored: Stored) -> Result<Option<PackedWeight>> {
         match (stored, &self.config.quantization) {
-            (Stored::Dense, _) => Ok(None),
+            (Stored::Dense | Stored::Sliced, _) => Ok(None),
             (Stored::Gptq, Quantization::Gptq(config)) => {
                 gptq::weight(&self.tensors, module_of(name), config).map(Some)
             }
@@ -193,8 +205,17 @@ impl HfFolder {
     }
 
     fn read_dense(&self, name: &str) -> Result<DenseTensor> {
-        let tensor = self.tensors.read_f32(name)?;
+        let mut tensor = match self.slices.get(name) {
+            Some(slice) => slice.read(&self.tensors)?,
+            None => self.tensors.read_f32(name)?,
+        };
         self.tensors.check_finite(name, &tensor.values)?;
+        let family = self.config.model.family;
+        if let ([rows, columns], true) = (tensor.shape.as_slice(), family.conv1d && family.is_in_block(name))
+        {
+            tensor.values = transposed_values(&tensor.values, *rows, *columns);
+            tensor.shape.reverse();
+        }
         Ok(tensor)
     }
 }

@@ -4,18 +4,46 @@ use super::json::Fields;
 use crate::{
     Result,
     config::{RopeConfig, RopeScaling},
+    families::class::first,
 };
 
-/// Base of the frequencies where the file names none.
-const DEFAULT_THETA: f64 = 10_000.0;
-const SUPPORTED: &str = "default, linear, dynamic, yarn, llama3";
+const SUPPORTED: &str = "default, linear, dynamic, yarn, longrope, llama3";
+
+/// What a class says of its rotary positions.
+#[derive(Clone, Copy)]
+pub(crate) struct RopeKeys {
+    /// Base of the frequencies where the file names none.
+    pub theta: f64,
+    /// The share of rotated channels where the file names none; `None`: the class rotates all.
+    pub partial: Option<f64>,
+    /// The object that holds where the file has none.
+    pub absent: Option<&'static str>,
+}
+
+impl RopeKeys {
+    /// LLaMA's.
+    pub(crate) const DEFAULT: Self = Self { theta: 10_000.0, partial: None, absent: None };
+}
+
+/// Old names of `rope_theta` and `partial_rotary_factor` outside the object.
+const THETA: &[&str] = &["rope_theta", "rotary_emb_base"];
+const PARTIAL: &[&str] = &["partial_rotary_factor", "rotary_pct", "rope_pct"];
 
 /// Reads `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (older), with the resolution that
 /// transformers' `modeling_rope_utils.py` makes: `rope_scaling` before `rope_parameters`, values inside before those at
 /// the top (for `original_max_position_embeddings` the reverse), `type` where `rope_type` is absent.
-pub(crate) fn parse(config: &Fields<'_>, max_positions: usize, head_dim: usize) -> Result<RopeConfig> {
+pub(crate) fn parse(
+    config: &Fields<'_>,
+    keys: &RopeKeys,
+    max_positions: usize,
+    head_dim: usize,
+) -> Result<RopeConfig> {
+    let absent = keys.absent.map(serde_json::from_str::<serde_json::Map<_, _>>).transpose();
+    let absent = absent.map_err(|error| config.wrong("rope_parameters", &error.to_string()))?;
+    let path = config.path();
+    let absent = absent.as_ref().map(|map| Fields::new(&path, "rope_parameters.", map));
     let inner = dictionary(config)?;
-    let rope = one(config, inner.as_ref(), max_positions, head_dim, DEFAULT_THETA)?;
+    let rope = one(config, inner.as_ref().or(absent.as_ref()), max_positions, head_dim, keys)?;
     inner.into_iter().for_each(|inner| config.add_unknown(inner.unknown()));
     Ok(rope)
 }
@@ -39,17 +67,19 @@ pub(crate) fn parse_by_layer_type(
             .zip(thetas)
             .map(|(kind, theta)| {
                 let Some(set) = sets.object(kind)? else {
-                    return Ok(RopeConfig { theta, scaling: RopeScaling::Default });
+                    return Ok(RopeConfig::plain(theta));
                 };
-                let rope = one(config, Some(&set), max_positions, head_dim, theta)?;
+                let keys = RopeKeys { theta, ..RopeKeys::DEFAULT };
+                let rope = one(config, Some(&set), max_positions, head_dim, &keys)?;
                 config.add_unknown(set.unknown());
                 Ok(rope)
             })
             .collect::<Result<_>>()?,
         None => {
-            let full = one(config, inner.as_ref(), max_positions, head_dim, thetas[0])?;
+            let keys = RopeKeys { theta: thetas[0], ..RopeKeys::DEFAULT };
+            let full = one(config, inner.as_ref(), max_positions, head_dim, &keys)?;
             let theta = checked_theta(config, local.unwrap_or(thetas[1]))?;
-            vec![full, RopeConfig { theta, scaling: RopeScaling::Default }]
+            vec![full, RopeConfig::plain(theta)]
         }
     };
     inner.into_iter().for_each(|inner| config.add_unknown(inner.unknown()));
@@ -59,7 +89,6 @@ pub(crate) fn parse_by_layer_type(
 /// The object with the parameters.
 fn dictionary<'a>(config: &Fields<'a>) -> Result<Option<Fields<'a>>> {
     config.know(&["rope_scaling", "rope_parameters"]);
-    config.refuse_unless("partial_rotary_factor", 1.0)?;
     config.refuse_unless("rope_interleaved", false)?;
     match config.object("rope_scaling")? {
         Some(scaling) => Ok(Some(scaling)),
@@ -73,18 +102,18 @@ fn one(
     inner: Option<&Fields<'_>>,
     max_positions: usize,
     head_dim: usize,
-    default_theta: f64,
+    keys: &RopeKeys,
 ) -> Result<RopeConfig> {
-    let top_theta = config.positive("rope_theta")?;
+    let top_theta = first(THETA, |key| config.positive(key))?.unwrap_or(keys.theta);
+    let partial_rotary_factor = partial_factor(config, inner, keys.partial)?;
     let Some(rope) = inner else {
-        let theta = checked_theta(config, top_theta.unwrap_or(default_theta))?;
-        return Ok(RopeConfig { theta, scaling: RopeScaling::Default });
+        let theta = checked_theta(config, top_theta)?;
+        return Ok(RopeConfig { theta, scaling: RopeScaling::Default, partial_rotary_factor });
     };
-    rope.refuse_unless("partial_rotary_factor", 1.0)?;
     rope.know(&["type"]);
     let theta = match rope.positive("rope_theta")? {
         Some(theta) => checked_theta(rope, theta)?,
-        None => checked_theta(config, top_theta.unwrap_or(default_theta))?,
+        None => checked_theta(config, top_theta)?,
     };
     let original = match config.size("original_max_position_embeddings", super::config::MAX_POSITIONS)? {
         Some(original) => original,
@@ -92,8 +121,33 @@ fn one(
             .size("original_max_position_embeddings", super::config::MAX_POSITIONS)?
             .unwrap_or(max_positions),
     };
-    let scaling = scaling(rope, Positions { max: max_positions, original }, head_dim)?;
-    Ok(RopeConfig { theta, scaling })
+    let mut config = RopeConfig { theta, scaling: RopeScaling::Default, partial_rotary_factor };
+    config.scaling = scaling(rope, Positions { max: max_positions, original }, config.rotated(head_dim))?;
+    Ok(config)
+}
+
+/// The share of rotated channels: in the object, else outside, else the class's. Classes that rotate all say `None`, and
+/// another share is refused.
+fn partial_factor(config: &Fields<'_>, inner: Option<&Fields<'_>>, default: Option<f64>) -> Result<f64> {
+    let Some(default) = default else {
+        for fields in std::iter::once(config).chain(inner) {
+            fields.refuse_unless(PARTIAL[0], 1.0)?;
+        }
+        return Ok(1.0);
+    };
+    let inside = match inner {
+        Some(inner) => inner.positive(PARTIAL[0])?,
+        None => None,
+    };
+    let outside = first(PARTIAL, |key| config.positive(key))?;
+    let factor = inside.or(outside).unwrap_or(default);
+    match factor <= 1.0 {
+        true => Ok(factor),
+        false => Err(inner
+            .filter(|_| inside.is_some())
+            .unwrap_or(config)
+            .wrong(PARTIAL[0], "a share of at most 1")),
+    }
 }
 
 /// Positions the model may use, and those of its pre-training.
@@ -103,7 +157,7 @@ struct Positions {
     original: usize,
 }
 
-fn scaling(rope: &Fields<'_>, positions: Positions, head_dim: usize) -> Result<RopeScaling> {
+fn scaling(rope: &Fields<'_>, positions: Positions, rotated: usize) -> Result<RopeScaling> {
     let key = if rope.get("rope_type").is_some() { "rope_type" } else { "type" };
     match rope.str(key)?.unwrap_or("default") {
         // Parameters per layer type: an object of objects without a type of its own.
@@ -113,8 +167,16 @@ fn scaling(rope: &Fields<'_>, positions: Positions, head_dim: usize) -> Result<R
         "default" => Ok(RopeScaling::Default),
         "linear" => Ok(RopeScaling::Linear { factor: required(rope, "factor")? }),
         "dynamic" => {
-            if head_dim <= 2 {
+            if rotated <= 2 {
                 return Err(rope.unsupported(key, "dynamic scaling with a head_dim above 2"));
+            }
+            // HunYuan's: other keys are not looked at then.
+            if let Some(alpha) = rope.f64("alpha")?.filter(|alpha| *alpha != 0.0) {
+                rope.know(&["factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"]);
+                return match alpha > 0.0 && alpha.is_finite() {
+                    true => Ok(RopeScaling::Alpha { alpha }),
+                    false => Err(rope.wrong("alpha", "a number above 0")),
+                };
             }
             // transformers stretches from `max_position_embeddings`, whatever stands in the object.
             Ok(RopeScaling::Dynamic {
@@ -123,6 +185,7 @@ fn scaling(rope: &Fields<'_>, positions: Positions, head_dim: usize) -> Result<R
             })
         }
         "yarn" => yarn(rope, positions),
+        "longrope" | "su" => long_rope(rope, positions, rotated),
         "llama3" => llama3(rope, positions.original),
         _ => Err(rope.unsupported(key, SUPPORTED)),
     }
@@ -147,6 +210,35 @@ fn yarn(rope: &Fields<'_>, positions: Positions) -> Result<RopeScaling> {
         beta_slow: beta(rope, "beta_slow", 1.0)?,
         attention_factor,
         truncate: rope.bool("truncate")?.unwrap_or(true),
+    })
+}
+
+fn long_rope(rope: &Fields<'_>, positions: Positions, rotated: usize) -> Result<RopeScaling> {
+    let pairs = rotated / 2;
+    let factors = |key: &str| {
+        let wrong = || {
+            rope.wrong(
+                key,
+                &format!("a list of {pairs} numbers above 0, one for each pair of rotated channels"),
+            )
+        };
+        let list = rope.get(key).and_then(|value| value.as_array()).ok_or_else(wrong)?;
+        let list: Option<Vec<f64>> =
+            list.iter().map(|value| value.as_f64().filter(|factor| *factor > 0.0)).collect();
+        list.filter(|list| list.len() == pairs).ok_or_else(wrong)
+    };
+    let original = positions.original;
+    let factor = rope.positive("factor")?.unwrap_or(positions.max as f64 / original as f64);
+    let attention_factor = match rope.positive("attention_factor")? {
+        Some(given) => given,
+        None if factor <= 1.0 || original <= 1 => 1.0,
+        None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
+    };
+    Ok(RopeScaling::LongRope {
+        short_factor: factors("short_factor")?,
+        long_factor: factors("long_factor")?,
+        original_max_position_embeddings: original,
+        attention_factor,
     })
 }
 
@@ -195,7 +287,7 @@ mod tests {
 
     fn read(config: Value) -> std::result::Result<RopeConfig, String> {
         let fields = Fields::new(Path::new("config.json"), "", config.as_object().unwrap());
-        parse(&fields, 4096, 64).map_err(|error| error.to_string())
+        parse(&fields, &RopeKeys::DEFAULT, 4096, 64).map_err(|error| error.to_string())
     }
 
     fn scaling_of(config: Value) -> RopeScaling {
@@ -207,8 +299,11 @@ mod tests {
         let new = json!({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5e5}});
         let old = json!({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}});
         assert_eq!(read(new.clone()), read(old));
-        assert_eq!(read(new), Ok(RopeConfig { theta: 5e5, scaling: RopeScaling::Linear { factor: 2.0 } }));
-        let default = Ok(RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default });
+        assert_eq!(
+            read(new),
+            Ok(RopeConfig { scaling: RopeScaling::Linear { factor: 2.0 }, ..RopeConfig::plain(5e5) })
+        );
+        let default = Ok(RopeConfig::plain(10_000.0));
         assert_eq!(read(json!({})), default);
         assert_eq!(read(json!({"rope_scaling": null})), default);
         assert_eq!(read(json!({"rope_parameters": {"rope_theta": 10000}})), default);
@@ -274,7 +369,11 @@ mod tests {
     #[test]
     fn what_is_not_implemented_is_named() {
         for (config, parts) in [
-            (json!({"rope_scaling": {"type": "longrope"}}), &["rope_scaling.type", "longrope"][..]),
+            (json!({"rope_scaling": {"type": "longrope"}}), &["rope_scaling.short_factor", "32 numbers"][..]),
+            (
+                json!({"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}),
+                &["rope_scaling.short_factor", "32 numbers"],
+            ),
             (json!({"rope_scaling": {"rope_type": "ntk"}}), &["rope_scaling.rope_type", "ntk"]),
             (json!({"rope_parameters": {"rope_type": "linear"}}), &["rope_parameters.factor"]),
             (

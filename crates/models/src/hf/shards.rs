@@ -113,6 +113,23 @@ impl SafetensorsSet {
         Ok(self.file_of(name)?.read(name)?)
     }
 
+    /// As [`SafetensorsFile::read_part`].
+    pub(crate) fn read_part(&self, name: &str, index: usize) -> Result<RawTensor> {
+        Ok(self.file_of(name)?.read_part(name, index)?)
+    }
+
+    /// One of the tensors that are stacked in the tensor `name`, stored as F32, F16 or BF16.
+    pub(crate) fn read_f32_part(&self, name: &str, index: usize) -> Result<DenseTensor> {
+        let raw = self.read_part(name, index)?;
+        let values = match raw.dtype {
+            Dtype::F32 => floats(&raw.bytes, f32::from_le_bytes),
+            Dtype::F16 => floats(&raw.bytes, |bytes| half::f16::from_le_bytes(bytes).to_f32()),
+            Dtype::BF16 => floats(&raw.bytes, |bytes| half::bf16::from_le_bytes(bytes).to_f32()),
+            other => return Err(self.wrong(name, "type F32, F16 or BF16", other.to_string())),
+        };
+        Ok(DenseTensor { shape: raw.shape, values })
+    }
+
     /// As [`SafetensorsFile::read_f32`].
     pub(crate) fn read_f32(&self, name: &str) -> Result<DenseTensor> {
         let (shape, values) = self.file_of(name)?.read_f32(name)?;
@@ -132,6 +149,10 @@ impl SafetensorsSet {
             None => Ok(()),
         }
     }
+}
+
+fn floats<const N: usize>(bytes: &[u8], value: fn([u8; N]) -> f32) -> Vec<f32> {
+    bytes.as_chunks().0.iter().map(|chunk| value(*chunk)).collect()
 }
 
 /// The error about a tensor that `path` doesn't hold.

@@ -134,6 +134,9 @@ impl BlockPruning {
     ) -> Result<Pruned> {
         self.check(calibration)?;
         let initial = Structure::of(model.config());
+        if let Some(layer) = initial.layers.iter().find(|layer| layer.has_experts) {
+            return Err(Error::mismatch(&layer.mlp, "an MLP without experts", "experts"));
+        }
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
         let mut run = Run::start(model, &initial, calibration);
@@ -333,16 +336,27 @@ impl BlockPruning {
         });
         let heads = structure.layers[layer].shape.num_key_value_heads;
         let group = |attention: bool| -> Result<Vec<f64>> {
-            let lists = structure.group(layer, attention).into_iter().map(|linear| {
+            let mut lists = Vec::new();
+            for linear in structure.group(layer, attention) {
                 let scores = matrices.get(&linear.path);
                 let scores = scores.ok_or_else(|| Error::mismatch(&linear.path, "scores", "none"))?;
-                let queries = linear.input == Channels::Query || linear.output == Channels::Query;
-                Ok(match queries {
-                    true => self.gqa_fold.apply(scores, heads, structure.head_dim),
-                    false => scores.clone(),
-                })
-            });
-            Ok(aggregation.apply(&lists.collect::<Result<Vec<_>>>()?))
+                let folded = |scores: &[f64]| self.gqa_fold.apply(scores, heads, structure.head_dim);
+                match (linear.input, linear.output) {
+                    (Channels::Query, _) | (_, Channels::Query) => lists.push(folded(scores)),
+                    (_, Channels::QueryKeyValue(rows)) => {
+                        let query_heads = structure.layers[layer].shape.num_attention_heads;
+                        let rows = rows.rows(query_heads, heads, structure.head_dim);
+                        let [queries, keys, values] =
+                            rows.map(|rows| rows.into_iter().map(|i| scores[i]).collect::<Vec<_>>());
+                        lists.extend([folded(&queries), keys, values]);
+                    }
+                    (_, Channels::GateUp) => {
+                        lists.extend(scores.chunks_exact(scores.len() / 2).map(<[f64]>::to_vec));
+                    }
+                    _ => lists.push(scores.clone()),
+                }
+            }
+            Ok(aggregation.apply(&lists))
         };
         let units = |units: Vec<f64>| UnitScores { units, channels: Vec::new() };
         Ok(LayerScores {

@@ -12,7 +12,7 @@ use burn::backend::{
 };
 use burn::tensor::{FloatDType, Shape};
 
-use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, Scores};
+use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, sinks};
 use crate::Compute;
 
 fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
@@ -105,26 +105,27 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        pairs: RotaryPairs,
         sign: f32,
     ) -> FloatTensor<Self> {
         backward!(
             Rotate,
             1,
-            (FloatTensor<B>, FloatTensor<B>, f32),
-            |parents, (cos, sin, sign), dy, grads| {
+            (FloatTensor<B>, FloatTensor<B>, RotaryPairs, f32),
+            |parents, (cos, sin, pairs, sign), dy, grads| {
                 let [node] = parents;
                 if let Some(node) = node {
-                    grads.register::<B>(node.id, B::rotate(dy, cos, sin, -sign));
+                    grads.register::<B>(node.id, B::rotate(dy, cos, sin, pairs, -sign));
                 }
             }
         );
         let (cos, sin) = (cos.into_primitive(), sin.into_primitive());
         match Rotate.prepare::<C>([x.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
-                let state = (cos.clone(), sin.clone(), sign);
-                prep.finish(state, B::rotate(x.into_primitive(), cos, sin, sign))
+                let state = (cos.clone(), sin.clone(), pairs, sign);
+                prep.finish(state, B::rotate(x.into_primitive(), cos, sin, pairs, sign))
             }
-            OpsKind::UnTracked(prep) => prep.finish(B::rotate(x.into_primitive(), cos, sin, sign)),
+            OpsKind::UnTracked(prep) => prep.finish(B::rotate(x.into_primitive(), cos, sin, pairs, sign)),
         }
     }
 
@@ -172,6 +173,50 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
                 key_segments,
                 scores,
             )),
+        }
+    }
+
+    fn attention_with_sinks(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> FloatTensor<Self> {
+        backward!(
+            AttentionWithSinks,
+            4,
+            ([FloatTensor<B>; 6], [IntTensor<B>; 2], Scores),
+            |parents,
+             ([q, k, v, sinks, out, log_sums], [query_segments, key_segments], scores),
+             dy,
+             grads| {
+                let [node_q, node_k, node_v, node_sinks] = parents;
+                if let Some(node) = node_sinks {
+                    let d_sinks = sinks::backward::<B>(sinks, out.clone(), log_sums.clone(), dy.clone());
+                    grads.register::<B>(node.id, d_sinks);
+                }
+                let (dq, dk, dv) =
+                    B::attention_backward(q, k, v, out, log_sums, dy, query_segments, key_segments, scores);
+                for (node, gradient) in [node_q, node_k, node_v].into_iter().zip([dq, dk, dv]) {
+                    if let Some(node) = node {
+                        grads.register::<B>(node.id, gradient);
+                    }
+                }
+            }
+        );
+        let segments = [query_segments, key_segments];
+        let nodes = [q.node(), k.node(), v.node(), sinks.node()];
+        let inputs = [q, k, v, sinks].map(|tensor| tensor.into_primitive());
+        let (out, log_sums) = sinks::forward::<B>(inputs.clone(), segments.clone(), scores);
+        match AttentionWithSinks.prepare::<C>(nodes).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let [q, k, v, sinks] = inputs;
+                prep.finish(([q, k, v, sinks, out.clone(), log_sums], segments, scores), out)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(out),
         }
     }
 

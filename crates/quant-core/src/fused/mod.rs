@@ -13,6 +13,8 @@ mod cube;
 mod flex;
 mod philox;
 pub mod plain;
+#[cfg(any(feature = "flex", feature = "cube"))]
+mod sinks;
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 use burn::backend::{
@@ -31,6 +33,11 @@ use crate::Compute;
 pub struct AttentionSpec {
     /// Factor on the scores, usually `1 / sqrt(head_dim)`.
     pub scale: f32,
+    /// Factor on ALiBi's bias, which is added to the scaled scores: [`alibi_slope`] of the head times the key's place less
+    /// the query's. 0 adds none.
+    pub alibi: f32,
+    /// Scores `z` (scaled, biased) become `cap * tanh(z / cap)`, above 0; `None` leaves them.
+    pub softcap: Option<f32>,
     /// Latest positions seen, the query's own included; `None` sees all.
     pub window: Option<usize>,
     /// What the operands of its products are rounded to.
@@ -50,12 +57,51 @@ pub fn segments(values: &[u32], [batch, length]: [usize; 2], device: &Device) ->
     Tensor::from_data(TensorData::new::<i32, _>(values, [batch, length]), (device, DType::I32))
 }
 
+impl AttentionSpec {
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    fn scores(&self) -> Scores {
+        Scores {
+            scale: self.scale,
+            alibi: self.alibi,
+            softcap: self.softcap.unwrap_or(0.0),
+            window: self.window,
+            compute: self.compute,
+        }
+    }
+}
+
+/// ALiBi's slope of one of `heads` heads: `2^(-8 (head + 1) / c)` with the largest power of two `c` that is at most `heads`; heads from `c` on
+/// take every second slope of `2 c` heads. Source: Press et al. 2022, and BLOOM's code.
+pub fn alibi_slope(head: usize, heads: usize) -> f32 {
+    let power = 1 << heads.ilog2();
+    let exponent = match head < power {
+        true => (head + 1) as f32 / power as f32,
+        false => (2 * (head - power) + 1) as f32 / (2 * power) as f32,
+    };
+    (-8.0 * exponent).exp2()
+}
+
+/// Which channels of a head turn together in [`rotate`].
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RotaryPairs {
+    /// The `i`-th and the `n / 2 + i`-th of `n` channels.
+    #[default]
+    Halves,
+    /// The `2 i`-th and the `2 i + 1`-th.
+    Neighbours,
+}
+
 /// What an attention's kernels are told beside their tensors.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) struct Scores {
     /// As in [`AttentionSpec`].
     scale: f32,
+    /// As in [`AttentionSpec`].
+    alibi: f32,
+    /// As in [`AttentionSpec`]; 0 where there is none.
+    softcap: f32,
     /// As in [`AttentionSpec`].
     window: Option<usize>,
     /// As in [`AttentionSpec`].
@@ -270,6 +316,7 @@ pub(crate) trait FusedOps: burn::backend::Backend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        pairs: RotaryPairs,
         sign: f32,
     ) -> FloatTensor<Self>;
     /// See [`attention`].
@@ -278,6 +325,17 @@ pub(crate) trait FusedOps: burn::backend::Backend {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> FloatTensor<Self>;
+    /// See [`attention_with_sinks`].
+    #[fusion(dtype = q, shape = q)]
+    fn attention_with_sinks(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
         query_segments: IntTensor<Self>,
         key_segments: IntTensor<Self>,
         scores: Scores,
@@ -390,15 +448,28 @@ pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     )
 }
 
-/// Rotary positions, half-split: pairs are (`i`, `i + head_dim / 2`).
+/// Rotary positions of the first `n` channels of each head; the others stay.
 ///
 /// # Shapes
-/// `x` `[batch, length, heads, head_dim]`; `cos` and `sin` `[batch * length, head_dim / 2]`; result as `x`.
-pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
+/// `x` `[batch, length, heads, head_dim]`; `cos` and `sin` `[batch * length, n / 2]`, `n` at most `head_dim`; result as `x`.
+///
+/// # Panics
+/// If the tables don't fit.
+pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: RotaryPairs) -> Tensor<4> {
+    let [batch, length, _, head_dim] = x.dims();
+    let [rows, half] = cos.dims();
+    assert!(
+        rows == batch * length && 2 * half <= head_dim && sin.dims() == [rows, half],
+        "rotate: tables {rows}x{half} for {:?}",
+        x.dims()
+    );
+    if half == 0 {
+        return x;
+    }
     fused_or_plain!(
         x,
-        Dispatch::rotate(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), 1.0),
-        plain::rotate(x, cos, sin)
+        Dispatch::rotate(x.into_dispatch(), cos.into_dispatch(), sin.into_dispatch(), pairs, 1.0),
+        plain::rotate(x, cos, sin, pairs)
     )
 }
 
@@ -419,9 +490,40 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
             v.into_dispatch(),
             spec.query_segments.clone().into_dispatch(),
             spec.key_segments.clone().into_dispatch(),
-            Scores { scale: spec.scale, window: spec.window, compute: spec.compute },
+            spec.scores(),
         ),
         plain::attention(q, k, v, spec)
+    )
+}
+
+/// [`attention`] whose softmax runs over the keys and one more score, the head's sink, which has no value: weights sum to
+/// less than 1. Source: gpt-oss.
+///
+/// # Shapes
+/// As [`attention`]; `sinks` `[heads]`.
+///
+/// # Panics
+/// As [`attention`].
+pub fn attention_with_sinks(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    sinks: Tensor<1>,
+    spec: &AttentionSpec,
+) -> Tensor<4> {
+    assert_eq!(sinks.dims(), [q.dims()[2]], "attention: sinks for {:?}", q.dims());
+    fused_or_plain!(
+        q,
+        Dispatch::attention_with_sinks(
+            q.into_dispatch(),
+            k.into_dispatch(),
+            v.into_dispatch(),
+            sinks.into_dispatch(),
+            spec.query_segments.clone().into_dispatch(),
+            spec.key_segments.clone().into_dispatch(),
+            spec.scores(),
+        ),
+        plain::attention_with_sinks(q, k, v, sinks, spec)
     )
 }
 

@@ -5,7 +5,7 @@ use burn::tensor::{
     activation::{log_softmax, silu, softmax},
 };
 
-use super::{AttentionSpec, Drops, LowRankSpec};
+use super::{AttentionSpec, Drops, LowRankSpec, RotaryPairs, alibi_slope};
 use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// See [`rms_norm`](super::rms_norm).
@@ -21,40 +21,85 @@ pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
 
 /// See [`geglu`](super::geglu).
 pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
-    let inner = (gate.clone() + gate.clone().powi_scalar(3).mul_scalar(0.044715))
+    gelu_tanh(gate) * up
+}
+
+/// GELU in its tanh form.
+pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let inner = (x.clone() + x.clone().powi_scalar(3).mul_scalar(0.044715))
         .mul_scalar((2.0 / std::f64::consts::PI).sqrt());
-    gate.mul_scalar(0.5) * inner.tanh().add_scalar(1.0) * up
+    x.mul_scalar(0.5) * inner.tanh().add_scalar(1.0)
 }
 
 /// See [`rotate`](super::rotate).
-pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>) -> Tensor<4> {
-    let [batch, length, heads, head_dim] = x.dims();
-    let half = head_dim / 2;
+pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: RotaryPairs) -> Tensor<4> {
+    let ([batch, length, heads, head_dim], [_, half]) = (x.dims(), cos.dims());
+    // `[.., 2, half]`, the pairs along the axis of 2.
+    let turned = x.clone().narrow(3, 0, 2 * half);
+    let turned: Tensor<5> = match pairs {
+        RotaryPairs::Halves => turned.reshape([batch, length, heads, 2, half]),
+        RotaryPairs::Neighbours => turned.reshape([batch, length, heads, half, 2]).swap_dims(3, 4),
+    };
     let spread =
-        |table: Tensor<2>| table.reshape([batch, length, 1, half]).expand([batch, length, heads, half]);
+        |table: Tensor<2>| table.reshape([batch, length, 1, 1, half]).expand([batch, length, heads, 1, half]);
     let (cos, sin) = (spread(cos), spread(sin));
-    let (low, high) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
+    let (low, high) = (turned.clone().narrow(3, 0, 1), turned.narrow(3, 1, 1));
     let first = low.clone() * cos.clone() - high.clone() * sin.clone();
-    Tensor::cat(vec![first, high * cos + low * sin], 3)
+    let turned = Tensor::cat(vec![first, high * cos + low * sin], 3);
+    let turned = match pairs {
+        RotaryPairs::Halves => turned,
+        RotaryPairs::Neighbours => turned.swap_dims(3, 4),
+    };
+    let turned = turned.reshape([batch, length, heads, 2 * half]);
+    match head_dim - 2 * half {
+        0 => turned,
+        rest => Tensor::cat(vec![turned, x.narrow(3, 2 * half, rest)], 3),
+    }
 }
 
 /// See [`attention`](super::attention).
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
-    let [batch, length, heads, head_dim] = q.dims();
-    let [_, keys, kv_heads, _] = k.dims();
-    let spread = |x: Tensor<4>| {
-        // `[batch, kv_heads, 1, keys, head_dim]` over the query heads of each group.
-        let group = heads / kv_heads;
-        x.swap_dims(1, 2)
-            .unsqueeze_dim::<5>(2)
-            .expand([batch, kv_heads, group, keys, head_dim])
-            .reshape([batch, heads, keys, head_dim])
-    };
+    let heads = q.dims()[2];
+    let weights = softmax(scores(q, k, spec), 3);
+    weights.matmul(spread(v, heads)).swap_dims(1, 2)
+}
+
+/// See [`attention_with_sinks`](super::attention_with_sinks).
+pub fn attention_with_sinks(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    sinks: Tensor<1>,
+    spec: &AttentionSpec,
+) -> Tensor<4> {
+    let [batch, length, heads, _] = q.dims();
+    let scores = scores(q, k, spec);
+    let keys = scores.dims()[3];
+    let sinks = sinks.reshape([1, heads, 1, 1]).expand([batch, heads, length, 1]);
+    let weights = softmax(Tensor::cat(vec![scores, sinks], 3), 3).narrow(3, 0, keys);
+    weights.matmul(spread(v, heads)).swap_dims(1, 2)
+}
+
+/// `[batch, keys, kv_heads, head_dim]` → `[batch, heads, keys, head_dim]`: each over the query heads of its group.
+fn spread(x: Tensor<4>, heads: usize) -> Tensor<4> {
+    let [batch, keys, kv_heads, head_dim] = x.dims();
+    x.swap_dims(1, 2)
+        .unsqueeze_dim::<5>(2)
+        .expand([batch, kv_heads, heads / kv_heads, keys, head_dim])
+        .reshape([batch, heads, keys, head_dim])
+}
+
+/// Scores `[batch, heads, length, keys]`, the lowest number where a key isn't seen.
+fn scores(q: Tensor<4>, k: Tensor<4>, spec: &AttentionSpec) -> Tensor<4> {
+    let [batch, length, heads, _] = q.dims();
+    let [_, keys, _, _] = k.dims();
     let device = q.device().without_autodiff();
     let places =
         Tensor::<1, Int>::arange((keys - length) as i64..keys as i64, &device).reshape([1, length, 1]);
     let key_places = Tensor::<1, Int>::arange(0..keys as i64, &device).reshape([1, 1, keys]);
-    let behind = (places - key_places).expand([batch, length, keys]);
+    let behind = places - key_places;
+    let distances = behind.clone().float().unsqueeze_dim::<4>(1);
+    let behind = behind.expand([batch, length, keys]);
     let mut hidden = behind.clone().lower_scalar(0);
     if let Some(window) = spec.window {
         hidden = hidden.bool_or(behind.greater_equal_scalar(window as i64));
@@ -65,9 +110,16 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, spec: &AttentionSpec)
     let query_segments = segments(&spec.query_segments, [batch, length, 1]);
     hidden = hidden.bool_or(query_segments.not_equal(segments(&spec.key_segments, [batch, 1, keys])));
     let hidden: Tensor<4, Bool> = hidden.unsqueeze_dim(1);
-    let scores = q.swap_dims(1, 2).mul_scalar(spec.scale).matmul(spread(k).swap_dims(2, 3));
-    let weights = softmax(scores.mask_fill(hidden.expand([batch, heads, length, keys]), f32::MIN), 3);
-    weights.matmul(spread(v)).swap_dims(1, 2)
+    let mut scores = q.swap_dims(1, 2).mul_scalar(spec.scale).matmul(spread(k, heads).swap_dims(2, 3));
+    if spec.alibi != 0.0 {
+        let slopes: Vec<f32> = (0..heads).map(|head| -spec.alibi * alibi_slope(head, heads)).collect();
+        let slopes = Tensor::<4>::from_data(TensorData::new(slopes, [1, heads, 1, 1]), &device);
+        scores = scores + slopes * distances;
+    }
+    if let Some(cap) = spec.softcap {
+        scores = scores.div_scalar(cap).tanh().mul_scalar(cap);
+    }
+    scores.mask_fill(hidden.expand([batch, heads, length, keys]), f32::MIN)
 }
 
 /// See [`cross_entropy`](super::cross_entropy).

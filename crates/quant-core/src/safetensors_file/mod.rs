@@ -138,6 +138,30 @@ impl SafetensorsFile {
         Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
     }
 
+    /// Reads one of the tensors that are stacked in the tensor `name`: place `index` of its outermost axis, as it is stored.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; [`Error::File`] if there is no such place.
+    pub fn read_part(&self, name: &str, index: usize) -> Result<RawTensor> {
+        let info = self.info(name)?;
+        let [count, shape @ ..] = info.shape.as_slice() else {
+            return Err(self.wrong(name, "at least one axis", "none"));
+        };
+        if index >= *count {
+            return Err(self.wrong(
+                name,
+                format!("more than {index} on the outermost axis"),
+                count.to_string(),
+            ));
+        }
+        let (start, end) = info.data_offsets;
+        let size = (end - start) / count;
+        let mut bytes = self.reserve(size)?;
+        bytes.resize(size, 0);
+        self.read_at(&mut bytes, start + index * size)?;
+        Ok(RawTensor { dtype: info.dtype, shape: shape.to_vec(), bytes })
+    }
+
     /// Shape and values of the tensor `name`, stored as F32, F16, BF16 or F64. Needs little memory beside the result.
     ///
     /// # Errors

@@ -10,7 +10,6 @@ fn config(writer: &Writer) -> Result<ModelConfig> {
 fn configuration_comes_from_keys_and_tensors() {
     let plain = config(&model("llama")).unwrap();
     let expected = ModelConfig {
-        family: Family::by_model_type("llama").unwrap(),
         vocab_size: 4,
         hidden_size: 8,
         intermediate_size: 16,
@@ -20,15 +19,10 @@ fn configuration_comes_from_keys_and_tensors() {
         head_dim: 4,
         max_position_embeddings: 64,
         norm_eps: 1e-6,
-        norm_affine: true,
-        rope: vec![crate::config::RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }],
+        rope: vec![crate::config::RopeConfig::plain(10_000.0)],
         layer_attention: vec![LayerAttention { sliding_window: None, rope: Some(0) }],
-        query_pre_attn_scalar: None,
-        embedding_multiplier: 1.0,
-        logit_softcap: None,
-        biases: Biases::default(),
         tie_word_embeddings: true,
-        layer_shapes: Vec::new(),
+        ..ModelConfig::bare(Family::by_model_type("llama").unwrap())
     };
     assert_eq!(plain, expected);
     let bias = [0.0; 8];

@@ -60,11 +60,11 @@ fn the_fixtures_say_what_their_table_says() {
             original_max_position_embeddings: 64
         }
     );
-    assert_eq!((llama3.head_dim, llama3.biases), (24, Biases { qkv: true, o: true, mlp: true }));
+    assert_eq!((llama3.head_dim, llama3.biases), (24, Biases { qkv: true, o: true, mlp: true, head: false }));
     let mistral = llama(&tiny_file("mistral-swa8-f32", "config.json"));
     assert_eq!(mistral.sliding_windows(), [Some(8), Some(8)]);
     let qwen2 = llama(&tiny_file("qwen2-tied-f32", "config.json"));
-    assert_eq!((qwen2.biases, qwen2.tie_word_embeddings), (Biases { qkv: true, o: false, mlp: false }, true));
+    assert_eq!((qwen2.biases, qwen2.tie_word_embeddings), (Biases { qkv: true, ..Biases::default() }, true));
     assert_eq!(qwen2.sliding_windows(), [None, None]);
     let qwen3 = llama(&tiny_file("qwen3-untied-f32", "config.json"));
     assert_eq!((qwen3.biases, qwen3.tie_word_embeddings), (Biases::default(), false));
@@ -79,7 +79,7 @@ fn the_fixtures_say_what_their_table_says() {
 fn absent_keys_take_the_defaults_of_the_class() {
     let llama1 = llama(&with(tiny_config(), json!({"num_key_value_heads": null})));
     assert_eq!((llama1.num_key_value_heads, llama1.head_dim, llama1.max_position_embeddings), (4, 16, 2048));
-    assert_eq!(llama1.rope, [RopeConfig { theta: 10_000.0, scaling: RopeScaling::Default }]);
+    assert_eq!(llama1.rope, [RopeConfig::plain(10_000.0)]);
     assert_eq!((llama1.norm_eps, llama1.tie_word_embeddings, llama1.biases.qkv), (1e-6, false, false));
     let mut mistral = with(
         tiny_config(),
@@ -119,10 +119,11 @@ fn qwen_windows_follow_layer_types_or_max_window_layers() {
 #[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     for (change, parts) in [
-        (json!({"architectures": ["GraniteForCausalLM"]}), &["architectures", "GraniteForCausalLM"][..]),
+        (json!({"architectures": ["MambaForCausalLM"]}), &["architectures", "MambaForCausalLM"][..]),
+        (json!({"architectures": ["Gemma3ForCausalML"]}), &["architectures", "nearest: Gemma3ForCausalLM"]),
         (json!({"architectures": ["LlamaModel"]}), &["architectures", "LlamaModel"]),
         (json!({"architectures": ["Qwen2ForCausalLM"]}), &["model_type", "qwen2", "llama"]),
-        (json!({"architectures": [], "model_type": "granite"}), &["model_type", "granite"]),
+        (json!({"architectures": [], "model_type": "rwkv"}), &["model_type", "rwkv"]),
         (json!({"architectures": null, "model_type": null}), &["architectures"]),
         (json!({"hidden_act": "gelu"}), &["hidden_act", "gelu", "silu"]),
         (json!({"hidden_size": 0}), &["hidden_size", "found 0"]),
@@ -137,7 +138,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (json!({"rms_norm_eps": -1.0}), &["rms_norm_eps"]),
         (json!({"tie_word_embeddings": "yes"}), &["tie_word_embeddings", "yes"]),
         (json!({"eos_token_id": "</s>"}), &["eos_token_id"]),
-        (json!({"rope_scaling": {"rope_type": "su"}}), &["rope_scaling.rope_type", "su"]),
+        (json!({"rope_scaling": {"rope_type": "ntk"}}), &["rope_scaling.rope_type", "ntk"]),
         (json!({"quantization": {"bits": 4}}), &["quantization.group_size", "nothing"]),
         (json!({"quantization": {"bits": 5, "group_size": 64}}), &["quantization.bits", "5"]),
         (json!({"quantization": {"bits": 4, "group_size": 16}}), &["quantization.group_size", "16"]),

@@ -127,6 +127,7 @@ fn launch_arguments(block: &Block, scores: Scores) -> Layout {
     let Sizes { length, keys, heads, .. } = block.sizes;
     Layout {
         heads,
+        power: 1 << heads.ilog2(),
         count: block.queries.len(),
         start: block.queries.start,
         first_key: block.keys.start,
@@ -140,6 +141,7 @@ fn launch_arguments(block: &Block, scores: Scores) -> Layout {
 /// Where a block's queries and keys are.
 struct Layout {
     heads: usize,
+    power: usize,
     count: usize,
     start: usize,
     first_key: usize,
@@ -221,9 +223,12 @@ pub(super) fn forward(
                 weights.clone().into_tensor_arg(),
                 log_sums.clone().into_tensor_arg(),
                 scores.scale,
+                scores.alibi,
+                scores.softcap,
                 block.rows(),
                 width,
                 at.heads,
+                at.power,
                 at.count,
                 at.start,
                 at.first_key,
@@ -288,9 +293,12 @@ pub(super) fn backward(
                 weights.clone().into_tensor_arg(),
                 d_scores.clone().into_tensor_arg(),
                 scores.scale,
+                scores.alibi,
+                scores.softcap,
                 block.rows(),
                 width,
                 at.heads,
+                at.power,
                 at.count,
                 at.start,
                 at.first_key,
@@ -392,6 +400,28 @@ fn sees(
     key <= place && place < key + window && key_segments[at + key] == query_segment
 }
 
+/// ALiBi's slope of a head, 0 where there is none; see [`alibi_slope`](super::super::alibi_slope). `power` is the largest
+/// power of two that is at most the number of heads.
+#[cube]
+fn slope(alibi: f32, head: usize, power: usize) -> f32 {
+    let mut exponent = f32::cast_from(head + 1) / f32::cast_from(power);
+    if head >= power {
+        exponent = f32::cast_from(2 * (head - power) + 1) / f32::cast_from(2 * power);
+    }
+    // 8 ln 2.
+    alibi * (exponent * -5.545_177_5f32).exp()
+}
+
+/// The score of a key `behind` places before its query.
+#[cube]
+fn score(product: f32, scale: f32, softcap: f32, slope: f32, behind: usize) -> f32 {
+    let mut z = product * scale - slope * f32::cast_from(behind);
+    if softcap != 0.0 {
+        z = softcap * (z / softcap).tanh();
+    }
+    z
+}
+
 /// Unscaled scores to weights, and the logarithms of their sums of exponentials. One cube for each row.
 #[cube(launch_unchecked)]
 fn weights_kernel<E: Float>(
@@ -401,9 +431,12 @@ fn weights_kernel<E: Float>(
     weights: &mut Tensor<E>,
     log_sums: &mut Tensor<f32>,
     scale: f32,
+    alibi: f32,
+    softcap: f32,
     rows: usize,
     width: usize,
     heads: usize,
+    power: usize,
     count: usize,
     start: usize,
     first_key: usize,
@@ -420,13 +453,14 @@ fn weights_kernel<E: Float>(
         let query = start + CUBE_POS % count;
         let place = query + keys - length;
         let segment = query_segments[row * length + query];
+        let slope = slope(alibi, head % heads, power);
         let key_at = row * keys;
 
         let mut largest = f32::new(f32::MIN);
         let mut sum = 0.0f32;
         for i in range_stepped(UNIT_POS as usize, width, units) {
             if sees(segment, key_segments, key_at, place, first_key + i, window) {
-                let score = scores[at + i] * scale;
+                let score = score(scores[at + i], scale, softcap, slope, place - first_key - i);
                 if score > largest {
                     sum = sum * (largest - score).exp() + 1.0;
                     largest = score;
@@ -443,7 +477,8 @@ fn weights_kernel<E: Float>(
         for i in range_stepped(UNIT_POS as usize, width, units) {
             let mut weight = 0.0f32;
             if sees(segment, key_segments, key_at, place, first_key + i, window) {
-                weight = (scores[at + i] * scale - log_sum).exp();
+                weight =
+                    (score(scores[at + i], scale, softcap, slope, place - first_key - i) - log_sum).exp();
             }
             weights[at + i] = E::cast_from(weight);
         }
@@ -462,9 +497,12 @@ fn score_gradients_kernel<E: Float>(
     weights: &mut Tensor<E>,
     d_scores: &mut Tensor<E>,
     scale: f32,
+    alibi: f32,
+    softcap: f32,
     rows: usize,
     width: usize,
     heads: usize,
+    power: usize,
     count: usize,
     start: usize,
     first_key: usize,
@@ -483,13 +521,20 @@ fn score_gradients_kernel<E: Float>(
         let segment = query_segments[row * length + query];
         let log_sum = log_sums[head * length + query];
         let along = along[head * length + query];
+        let slope = slope(alibi, head % heads, power);
         for i in range_stepped(UNIT_POS as usize, width, units) {
             let mut weight = 0.0f32;
+            let mut through = scale;
             if sees(segment, key_segments, row * keys, place, first_key + i, window) {
-                weight = (scores[at + i] * scale - log_sum).exp();
+                let z = score(scores[at + i], scale, softcap, slope, place - first_key - i);
+                weight = (z - log_sum).exp();
+                if softcap != 0.0 {
+                    let share = z / softcap;
+                    through *= 1.0 - share * share;
+                }
             }
             weights[at + i] = E::cast_from(weight);
-            d_scores[at + i] = E::cast_from(weight * (d_weights[at + i] - along) * scale);
+            d_scores[at + i] = E::cast_from(weight * (d_weights[at + i] - along) * through);
         }
     }
 }

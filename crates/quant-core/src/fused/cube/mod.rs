@@ -13,7 +13,7 @@ use burn::tensor::{DType, IntDType, Shape};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, ops::numeric, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, Scores, autodiff::low};
+use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, autodiff::low, sinks};
 use crate::{
     Compute,
     ops::cube::{empty, rounded_product, units},
@@ -234,16 +234,21 @@ impl FusedOps for CubeBackend {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        pairs: RotaryPairs,
         sign: f32,
     ) -> FloatTensor<Self> {
         let (x, cos, sin) = (into_contiguous(x), into_contiguous(cos), into_contiguous(sin));
         let shape = x.meta.shape().clone();
-        let (heads, half) = (shape[2], shape[3] / 2);
-        let tables = [count_of(&cos), count_of(&sin)];
-        assert_eq!(tables, [shape[0] * shape[1] * half; 2], "rotate: tables for {shape:?}");
+        let [rows, half] = rows_of(&cos);
+        assert!(
+            rows == shape[0] * shape[1] && count_of(&sin) == rows * half && 2 * half <= shape[3],
+            "rotate: tables {rows}x{half} for {shape:?}"
+        );
         let y = empty_like(&x);
-        let pairs = count_of(&y) / 2;
-        let (count, dim) = units(&y.client, pairs);
+        // One for each pair, one for each channel that stays.
+        let units_of_head = shape[3] - half;
+        let total = rows * shape[2] * units_of_head;
+        let (count, dim) = units(&y.client, total);
         rows::rotate::launch(
             &y.client,
             count,
@@ -252,10 +257,12 @@ impl FusedOps for CubeBackend {
             cos.into_tensor_arg(),
             sin.into_tensor_arg(),
             y.clone().into_tensor_arg(),
-            pairs,
-            heads,
+            total,
+            shape[2],
+            units_of_head,
             half,
             sign,
+            pairs,
         );
         y
     }
@@ -269,6 +276,18 @@ impl FusedOps for CubeBackend {
         scores: Scores,
     ) -> FloatTensor<Self> {
         Self::attention_with_log_sums(q, k, v, query_segments, key_segments, scores).0
+    }
+
+    fn attention_with_sinks(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> FloatTensor<Self> {
+        sinks::forward::<Self>([q, k, v, sinks], [query_segments, key_segments], scores).0
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {

@@ -4,7 +4,7 @@
 use cubecl::prelude::*;
 
 use super::super::{
-    GELU_CUBE, GELU_SCALE, Gating,
+    GELU_CUBE, GELU_SCALE, Gating, RotaryPairs,
     philox::{MULTIPLIERS, ROUNDS, WEYL},
 };
 use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
@@ -193,27 +193,40 @@ pub(super) fn gated_backward(
     }
 }
 
-/// One unit for each pair of `x` `[tokens, heads, 2 * half]`.
+/// `x` `[tokens, heads, units_of_head + half]`: one unit for each of a head's `half` pairs, and one for each channel behind
+/// them.
 #[cube(launch)]
 pub(super) fn rotate(
     x: &Tensor<f32>,
     cos: &Tensor<f32>,
     sin: &Tensor<f32>,
     y: &mut Tensor<f32>,
-    pairs: usize,
+    total: usize,
     heads: usize,
+    units_of_head: usize,
     half: usize,
     sign: f32,
+    #[comptime] pairs: RotaryPairs,
 ) {
-    if ABSOLUTE_POS < pairs {
-        let head = ABSOLUTE_POS / half;
-        let i = ABSOLUTE_POS % half;
-        let place = head / heads * half + i;
-        let low = head * 2 * half + i;
-        let (a, b) = (x[low], x[low + half]);
-        let (cos, sin) = (cos[place], sin[place] * sign);
-        y[low] = a * cos - b * sin;
-        y[low + half] = b * cos + a * sin;
+    if ABSOLUTE_POS < total {
+        let head = ABSOLUTE_POS / units_of_head;
+        let i = ABSOLUTE_POS % units_of_head;
+        let at = head * (units_of_head + half);
+        if i < half {
+            let place = head / heads * half + i;
+            let mut low = at + i;
+            let mut high = at + half + i;
+            if comptime!(matches!(pairs, RotaryPairs::Neighbours)) {
+                low = at + 2 * i;
+                high = at + 2 * i + 1;
+            }
+            let (a, b) = (x[low], x[high]);
+            let (cos, sin) = (cos[place], sin[place] * sign);
+            y[low] = a * cos - b * sin;
+            y[high] = b * cos + a * sin;
+        } else {
+            y[at + half + i] = x[at + half + i];
+        }
     }
 }
 

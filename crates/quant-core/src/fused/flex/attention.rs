@@ -7,7 +7,10 @@ use burn::backend::flex::FlexTensor;
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{super::Scores, shape_of};
+use super::{
+    super::{Scores, alibi_slope},
+    shape_of,
+};
 use crate::ops::flex::{
     Matrix, Out, SharedMut, contiguous, floats, matmul,
     simd::{exp, vectorize},
@@ -132,6 +135,14 @@ impl<'a> Block<'a> {
         first.max(self.keys.start) - self.keys.start..place + 1 - self.keys.start
     }
 
+    /// What scores are made by, but for their product.
+    fn scoring(&self, head: usize, query: usize) -> Scoring {
+        let Scores { scale, alibi, softcap, .. } = self.spec.scores;
+        let slope = if alibi == 0.0 { 0.0 } else { alibi * alibi_slope(head, self.sizes.heads) };
+        let place = query + self.sizes.keys - self.sizes.length;
+        Scoring { scale, slope, softcap, behind: (place - self.keys.start) as f32 }
+    }
+
     /// Sets to zero what belongs to keys of other segments.
     fn hide(&self, query: usize, visible: Range<usize>, weights: &mut [f32], value: f32) {
         let segment = self.spec.query_segments[self.row * self.sizes.length + query];
@@ -144,6 +155,39 @@ impl<'a> Block<'a> {
                 *weight = value;
             }
         }
+    }
+}
+
+/// How a query's products with keys become scores.
+#[derive(Clone, Copy)]
+struct Scoring {
+    scale: f32,
+    /// ALiBi's, 0 where there is none.
+    slope: f32,
+    /// 0 where there is none.
+    softcap: f32,
+    /// Places from the block's first key to the query.
+    behind: f32,
+}
+
+impl Scoring {
+    /// Whether scores are products times the scale and nothing else.
+    fn is_plain(self) -> bool {
+        self.slope == 0.0 && self.softcap == 0.0
+    }
+
+    /// The score of the block's key `key`; what is hidden (minus infinity) stays so.
+    fn score(self, product: f32, key: usize) -> f32 {
+        if product == f32::NEG_INFINITY {
+            return product;
+        }
+        let z = product * self.scale - self.slope * (self.behind - key as f32);
+        if self.softcap == 0.0 { z } else { self.softcap * (z / self.softcap).tanh() }
+    }
+
+    /// The product's gradient as a multiple of the gradient of its score `z`.
+    fn slope_at(self, z: f32) -> f32 {
+        if self.softcap == 0.0 { self.scale } else { self.scale * (1.0 - (z / self.softcap).powi(2)) }
     }
 }
 
@@ -168,7 +212,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible
                     let query = block.queries.start + i;
                     let visible = block.visible(query);
                     block.hide(query, visible.clone(), scores, f32::NEG_INFINITY);
-                    let log_sum = softmax(scores, visible.clone(), spec.scores.scale);
+                    let log_sum = softmax(scores, visible.clone(), block.scoring(head, query));
                     block.hide(query, visible, scores, 0.0);
                     // SAFETY: each (row, head, query) belongs to one task.
                     unsafe { *shared_lse.at(block.lse_at(head) + i) = log_sum }
@@ -186,12 +230,19 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible
     (tensor(out, shape, DType::F32), lse)
 }
 
-/// Scores to weights over `visible`, zero elsewhere; returns the logarithm of the sum of exponentials.
-fn softmax(scores: &mut [f32], visible: Range<usize>, scale: f32) -> f32 {
+/// Products to weights over `visible`, zero elsewhere; returns the logarithm of the sum of exponentials.
+fn softmax(scores: &mut [f32], visible: Range<usize>, scoring: Scoring) -> f32 {
+    let scale = if scoring.is_plain() { scoring.scale } else { 1.0 };
     vectorize(|| {
         scores[..visible.start].fill(0.0);
         scores[visible.end..].fill(0.0);
+        let first = visible.start;
         let scores = &mut scores[visible];
+        if !scoring.is_plain() {
+            for (key, score) in scores.iter_mut().enumerate() {
+                *score = scoring.score(*score, first + key);
+            }
+        }
         let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max) * scale;
         for score in scores.iter_mut() {
             *score = exp(*score * scale - largest);
@@ -252,7 +303,8 @@ pub(super) fn backward(
                         .sum();
                     let log_sum = lse[block.lse_at(head) + i];
                     block.hide(query, visible.clone(), weights, f32::NEG_INFINITY);
-                    softmax_backward(weights, d_scores, visible.clone(), spec.scores.scale, log_sum, along);
+                    let scoring = block.scoring(head, query);
+                    softmax_backward(weights, d_scores, visible.clone(), scoring, log_sum, along);
                     block.hide(query, visible.clone(), weights, 0.0);
                     block.hide(query, visible, d_scores, 0.0);
                 }
@@ -285,7 +337,7 @@ fn softmax_backward(
     weights: &mut [f32],
     d_scores: &mut [f32],
     visible: Range<usize>,
-    scale: f32,
+    scoring: Scoring,
     log_sum: f32,
     along: f32,
 ) {
@@ -294,9 +346,19 @@ fn softmax_backward(
             values[..visible.start].fill(0.0);
             values[visible.end..].fill(0.0);
         }
-        for (weight, d) in weights[visible.clone()].iter_mut().zip(&mut d_scores[visible]) {
-            *weight = exp(*weight * scale - log_sum);
-            *d = *weight * (*d - along) * scale;
+        let first = visible.start;
+        let pairs = weights[visible.clone()].iter_mut().zip(&mut d_scores[visible]);
+        if scoring.is_plain() {
+            for (weight, d) in pairs {
+                *weight = exp(*weight * scoring.scale - log_sum);
+                *d = *weight * (*d - along) * scoring.scale;
+            }
+        } else {
+            for (key, (weight, d)) in pairs.enumerate() {
+                let z = scoring.score(*weight, first + key);
+                *weight = exp(z - log_sum);
+                *d = *weight * (*d - along) * scoring.slope_at(z);
+            }
         }
     });
 }

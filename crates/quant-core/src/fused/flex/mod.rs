@@ -13,7 +13,8 @@ use rayon::prelude::*;
 
 use self::attention::Visible;
 use super::{
-    Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, Scores, autodiff::low, philox,
+    Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, RotaryPairs, Scores,
+    autodiff::low, philox, sinks,
 };
 use crate::ops::flex::{
     Matrix, Out, contiguous, floats, matmul, multiplies, multiply, product,
@@ -177,18 +178,39 @@ fn gate_backward(s: impl Fn(f32) -> (f32, f32) + Sync, gate: &[f32], up: &[f32],
     d_up
 }
 
-fn rotate_rows(x: &mut [f32], cos: &[f32], sin: &[f32], sign: f32, heads: usize, half: usize) {
-    x.par_chunks_mut(heads * 2 * half)
+fn rotate_rows(
+    x: &mut [f32],
+    [cos, sin]: [&[f32]; 2],
+    [heads, head_dim, half]: [usize; 3],
+    pairs: RotaryPairs,
+    sign: f32,
+) {
+    let turn = |low: &mut f32, high: &mut f32, cos: f32, sin: f32| {
+        let (a, b, sin) = (*low, *high, sin * sign);
+        *low = a * cos - b * sin;
+        *high = b * cos + a * sin;
+    };
+    x.par_chunks_mut(heads * head_dim)
         .zip(cos.par_chunks(half).zip(sin.par_chunks(half)))
         .with_min_len(ROWS)
         .for_each(|(x, (cos, sin))| {
             vectorize(|| {
-                for head in x.chunks_exact_mut(2 * half) {
-                    let (low, high) = head.split_at_mut(half);
-                    for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(cos.iter().zip(sin)) {
-                        let (a, b, sin) = (*low, *high, sin * sign);
-                        *low = a * cos - b * sin;
-                        *high = b * cos + a * sin;
+                let angles = || cos.iter().zip(sin);
+                for head in x.chunks_exact_mut(head_dim) {
+                    let head = &mut head[..2 * half];
+                    match pairs {
+                        RotaryPairs::Halves => {
+                            let (low, high) = head.split_at_mut(half);
+                            for ((low, high), (cos, sin)) in low.iter_mut().zip(high).zip(angles()) {
+                                turn(low, high, *cos, *sin);
+                            }
+                        }
+                        RotaryPairs::Neighbours => {
+                            for (pair, (cos, sin)) in head.chunks_exact_mut(2).zip(angles()) {
+                                let (low, high) = pair.split_at_mut(1);
+                                turn(&mut low[0], &mut high[0], *cos, *sin);
+                            }
+                        }
                     }
                 }
             });
@@ -388,15 +410,14 @@ impl FusedOps for Flex {
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
+        pairs: RotaryPairs,
         sign: f32,
     ) -> FloatTensor<Self> {
-        let shape = shape_of(&x);
-        let (heads, half) = (shape[2], shape[3] / 2);
+        let (shape, [_, half]) = (shape_of(&x), rows_of(&cos));
         let (cos, sin) = (contiguous(cos), contiguous(sin));
         let (cos, sin) = (floats(&cos), floats(&sin));
-        assert_eq!([cos.len(), sin.len()], [shape[0] * shape[1] * half; 2], "rotate: tables for {shape:?}");
         let mut x = contiguous(x);
-        rotate_rows(values_mut(&mut x), cos, sin, sign, heads, half);
+        rotate_rows(values_mut(&mut x), [cos, sin], [shape[2], shape[3], half], pairs, sign);
         x
     }
 
@@ -409,6 +430,18 @@ impl FusedOps for Flex {
         scores: Scores,
     ) -> FloatTensor<Self> {
         Self::attention_with_log_sums(q, k, v, query_segments, key_segments, scores).0
+    }
+
+    fn attention_with_sinks(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        sinks: FloatTensor<Self>,
+        query_segments: IntTensor<Self>,
+        key_segments: IntTensor<Self>,
+        scores: Scores,
+    ) -> FloatTensor<Self> {
+        sinks::forward::<Self>([q, k, v, sinks], [query_segments, key_segments], scores).0
     }
 
     fn cross_entropy(logits: FloatTensor<Self>, targets: IntTensor<Self>) -> FloatTensor<Self> {

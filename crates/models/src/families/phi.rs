@@ -1,0 +1,73 @@
+//! Phi-1 to Phi-2: attention and MLP side by side on one layer norm. Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: LLaMA with fused
+//! matrices and LongRoPE.
+
+use super::{
+    Family, FusedRows, LLAMA_NAMES, LinearRole, Names, NormKind, NormPlace, Part, Parts,
+    class::{self, BLOCK as ALL, Class, GELU_TANH, Keys, LLAMA_KEYS, Rope, Windows},
+    linear,
+    llama::{BLOCK, LIKE_LLAMA},
+    plain_linear, plain_norm,
+};
+use crate::{
+    config::{Biases, SpecialTokens},
+    hf::rope::RopeKeys,
+};
+
+const PHI_BLOCK: [Part; 7] = [
+    plain_norm("input_layernorm", NormPlace::PreAttention),
+    BLOCK[1],
+    BLOCK[2],
+    BLOCK[3],
+    plain_linear("self_attn.dense", LinearRole::Output),
+    plain_linear("mlp.fc1", LinearRole::Up),
+    plain_linear("mlp.fc2", LinearRole::Down),
+];
+
+pub(super) static PHI: Family = Family {
+    model_type: "phi",
+    architecture: "PhiForCausalLM",
+    names: Names { final_norm: "model.final_layernorm", ..LLAMA_NAMES },
+    norm: NormKind::Layer,
+    blocks: &[Parts(&PHI_BLOCK)],
+    class: Class {
+        keys: Keys { norm_eps: &["layer_norm_eps"], ..LLAMA_KEYS },
+        norm_eps: 1e-5,
+        activations: GELU_TANH_NEW,
+        always: Biases { head: true, ..ALL },
+        bias_keys: &[],
+        rope: Rope::One(RopeKeys { partial: Some(0.5), ..RopeKeys::DEFAULT }),
+        parallel: true,
+        only: &[("qk_layernorm", false), ("tie_word_embeddings", false)],
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};
+
+const GELU_TANH_NEW: &[(&str, super::Activation)] = &[GELU_TANH[1], GELU_TANH[0], GELU_TANH[2]];
+
+const PHI3_BLOCK: [Part; 6] = [
+    BLOCK[0],
+    linear("self_attn.qkv_proj", LinearRole::QueryKeyValue(FusedRows::Concatenated), "attn_qkv"),
+    BLOCK[4],
+    BLOCK[5],
+    linear("mlp.gate_up_proj", LinearRole::GateUp, "ffn_up"),
+    BLOCK[8],
+];
+
+pub(super) static PHI3: Family = Family {
+    model_type: "phi3",
+    architecture: "Phi3ForCausalLM",
+    blocks: &[Parts(&PHI3_BLOCK)],
+    special_tokens: || SpecialTokens { bos: Some(1), eos: vec![32_000], pad: Some(32_000) },
+    class: Class {
+        max_positions: 4096,
+        norm_eps: 1e-5,
+        bias_keys: &[],
+        windows: Windows::All(None),
+        rope: Rope::One(RopeKeys { partial: Some(1.0), ..RopeKeys::DEFAULT }),
+        // Read with the rotary parameters.
+        ignored: &["original_max_position_embeddings"],
+        ..class::LLAMA
+    },
+    ..LIKE_LLAMA
+};

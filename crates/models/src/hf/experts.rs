@@ -1,0 +1,185 @@
+//! Experts that a file holds stacked, one tensor for all of a block's, under the names that each would have alone.
+
+use std::{collections::BTreeMap, ops::Range};
+
+use kiln_quant_core::safetensors_file::Dtype;
+
+use super::shards::SafetensorsSet;
+use crate::{
+    Result,
+    config::ModelConfig,
+    families::{ExpertsPart, StackedExperts},
+    source::{DenseTensor, transposed_values},
+};
+
+/// Values to a scale of MXFP4.
+const MXFP4_BLOCK: usize = 32;
+/// What MXFP4's codes stand for. Source: OCP Microscaling Formats 1.0, E2M1.
+const MXFP4_VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+const MXFP4_BLOCKS: &str = "_blocks";
+const MXFP4_SCALES: &str = "_scales";
+
+/// A tensor of one expert within a stacked one.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Slice {
+    /// The stacked tensor's name; of MXFP4's two without their endings.
+    tensor: String,
+    mxfp4: bool,
+    expert: usize,
+    /// Sizes of all that is stacked for an expert, as a linear has them: `[d_output, d_input]`, or `[d_output]`.
+    shape: Vec<usize>,
+    /// Whether it stands as `[d_input, d_output]`.
+    transposed: bool,
+    /// The first row of this expert's linear, how many rows it has, and the distance between two of them.
+    first: usize,
+    rows: usize,
+    step: usize,
+}
+
+/// The slices of all stacked experts that `tensors` hold, by the names of the tensors of single experts.
+pub(super) fn slices(tensors: &SafetensorsSet, model: &ModelConfig) -> Result<BTreeMap<String, Slice>> {
+    let mut slices = BTreeMap::new();
+    let Some(experts) = &model.experts else { return Ok(slices) };
+    for index in 0..model.num_hidden_layers {
+        let Some(part) = model.parts(index).experts() else { continue };
+        let usual = [format!("{}.gate_up_proj", part.name), format!("{}.down_proj", part.name)];
+        let own = part.stacked.map(|stacked| stacked.tensors.map(str::to_owned));
+        let interleaved = part.stacked.is_some_and(|stacked| stacked.interleaved);
+        let inner = [2 * experts.width, model.hidden_size];
+        let outer = [model.hidden_size, experts.width];
+        // As transformers has them in memory, whatever the family's own files are.
+        let usual = (own.as_ref() != Some(&usual)).then_some((usual, false));
+        for (names, transposed) in own.map(|names| (names, interleaved)).into_iter().chain(usual) {
+            let block = Stack { index, part, model, interleaved: transposed };
+            for (name, shape, gated) in [(&names[0], inner, true), (&names[1], outer, false)] {
+                let name = model.family.path(index, name);
+                block.add(tensors, &name, &shape, gated, "weight", &mut slices)?;
+            }
+        }
+        if let Some(StackedExperts { biases, interleaved, .. }) = part.stacked {
+            let block = Stack { index, part, model, interleaved };
+            for (name, size, gated) in [(biases[0], inner[0], true), (biases[1], outer[0], false)] {
+                let name = model.family.path(index, name);
+                block.add(tensors, &name, &[size], gated, "bias", &mut slices)?;
+            }
+        }
+    }
+    Ok(slices)
+}
+
+/// A block whose experts are stacked.
+struct Stack<'a> {
+    index: usize,
+    part: &'static ExpertsPart,
+    model: &'a ModelConfig,
+    interleaved: bool,
+}
+
+impl Stack<'_> {
+    /// Adds the slices of the tensor `name`, if there is one; `gated` says whether it holds gate and way in.
+    fn add(
+        &self,
+        tensors: &SafetensorsSet,
+        name: &str,
+        shape: &[usize],
+        gated: bool,
+        kind: &str,
+        slices: &mut BTreeMap<String, Slice>,
+    ) -> Result<()> {
+        let count = self.model.experts.map_or(0, |experts| experts.count);
+        let blocks = format!("{name}{MXFP4_BLOCKS}");
+        let mxfp4 = tensors.contains(&blocks);
+        if !mxfp4 && !tensors.contains(name) {
+            return Ok(());
+        }
+        // MXFP4's rows are outputs, whatever the family's own matrices are.
+        let transposed = self.interleaved && shape.len() == 2 && !mxfp4;
+        let mut expected = vec![count];
+        expected.extend(shape);
+        if transposed {
+            expected[1..].reverse();
+        }
+        if mxfp4 {
+            let scales = [&expected[..2], &[shape[1] / MXFP4_BLOCK]].concat();
+            check(tensors, &format!("{name}{MXFP4_SCALES}"), &scales)?;
+            expected = [&scales[..], &[MXFP4_BLOCK / 2]].concat();
+        }
+        check(tensors, if mxfp4 { &blocks } else { name }, &expected)?;
+        for expert in 0..count {
+            let kinds: Range<usize> = if gated { 0..2 } else { 2..3 };
+            for (place, which) in kinds.enumerate() {
+                let rows = if gated { shape[0] / 2 } else { shape[0] };
+                let (first, step) = match (gated, self.interleaved) {
+                    (true, true) => (place, 2),
+                    (true, false) => (place * rows, 1),
+                    (false, _) => (0, 1),
+                };
+                let path = self.model.family.path(self.index, &self.part.path(expert, which));
+                let (tensor, shape) = (name.to_owned(), shape.to_vec());
+                slices.insert(
+                    format!("{path}.{kind}"),
+                    Slice { tensor, mxfp4, expert, shape, transposed, first, rows, step },
+                );
+            }
+        }
+        Ok(())
+    }
+}
+
+fn check(tensors: &SafetensorsSet, name: &str, expected: &[usize]) -> Result<()> {
+    let (_, found) = tensors.describe(name)?;
+    if found == expected {
+        return Ok(());
+    }
+    let expected = format!("shape {expected:?}, as the configuration says");
+    Err(tensors.wrong(name, expected, format!("{found:?}")))
+}
+
+impl Slice {
+    /// Names of the stacked tensors that it is read from.
+    pub(super) fn sources(&self) -> Vec<String> {
+        match self.mxfp4 {
+            true => [MXFP4_BLOCKS, MXFP4_SCALES].map(|ending| format!("{}{ending}", self.tensor)).to_vec(),
+            false => vec![self.tensor.clone()],
+        }
+    }
+
+    /// The expert's tensor; only its part of the file is read.
+    pub(super) fn read(&self, tensors: &SafetensorsSet) -> Result<DenseTensor> {
+        let mut values = if self.mxfp4 {
+            self.read_mxfp4(tensors)?
+        } else {
+            tensors.read_f32_part(&self.tensor, self.expert)?.values
+        };
+        if self.transposed {
+            values = transposed_values(&values, self.shape[1], self.shape[0]);
+        }
+        let width: usize = self.shape[1..].iter().product();
+        let rows = (0..self.rows).map(|row| self.first + row * self.step);
+        let values = rows.flat_map(|row| values[row * width..][..width].iter().copied()).collect();
+        let shape = [&[self.rows], &self.shape[1..]].concat();
+        Ok(DenseTensor { shape, values })
+    }
+
+    fn read_mxfp4(&self, tensors: &SafetensorsSet) -> Result<Vec<f32>> {
+        let [blocks, scales] = [MXFP4_BLOCKS, MXFP4_SCALES].map(|ending| {
+            let name = format!("{}{ending}", self.tensor);
+            let raw = tensors.read_part(&name, self.expert)?;
+            match raw.dtype {
+                Dtype::U8 => Ok(raw.bytes),
+                other => Err(tensors.wrong(&name, "type U8", other.to_string())),
+            }
+        });
+        let (blocks, scales) = (blocks?, scales?);
+        let value = |code: u8, scale: f32| {
+            let magnitude = MXFP4_VALUES[usize::from(code & 7)] * scale;
+            if code & 8 == 0 { magnitude } else { -magnitude }
+        };
+        let both = blocks.chunks_exact(MXFP4_BLOCK / 2).zip(scales);
+        let values = both.flat_map(|(codes, scale)| {
+            let scale = (f32::from(scale) - 127.0).exp2();
+            codes.iter().flat_map(move |byte| [value(byte & 15, scale), value(byte >> 4, scale)])
+        });
+        Ok(values.collect())
+    }
+}
