@@ -214,14 +214,13 @@ pub struct PeftConfig {
 }
 
 /// Keys of PEFT 0.21 whose value must be its default (the second entry), null, or, where the default is empty, empty.
-const UNSUPPORTED: [(&str, &str); 19] = [
+const UNSUPPORTED: [(&str, &str); 18] = [
     ("alora_invocation_tokens", "null"),
     ("arrow_config", "null"),
     ("bias", "\"none\""),
     ("corda_config", "null"),
     ("ensure_weight_tying", "false"),
     ("eva_config", "null"),
-    ("fan_in_fan_out", "false"),
     ("kasa_config", "null"),
     ("layer_replication", "null"),
     ("loftq_config", "{}"),
@@ -236,8 +235,10 @@ const UNSUPPORTED: [(&str, &str); 19] = [
     ("velora_config", "null"),
 ];
 
-/// Keys of PEFT 0.21 without effect while the keys of [`UNSUPPORTED`] have their defaults, and what is written.
-const INFORMATIVE: [(&str, &str); 2] = [("auto_mapping", "null"), ("megatron_core", "\"megatron.core\"")];
+/// Keys of PEFT 0.21 without effect while the keys of [`UNSUPPORTED`] have their defaults, and what is written. How the base's
+/// files lay out a weight (`fan_in_fan_out`, GPT-2) changes nothing of the adapter's.
+const INFORMATIVE: [(&str, &str); 3] =
+    [("auto_mapping", "null"), ("fan_in_fan_out", "false"), ("megatron_core", "\"megatron.core\"")];
 
 /// PEFT's default of `qalora_group_size`.
 const QALORA_GROUP_SIZE: usize = 16;
@@ -595,7 +596,6 @@ mod tests {
         let values = [
             ("bias", json!("all")),
             ("bias", json!("lora_only")),
-            ("fan_in_fan_out", json!(true)),
             ("lora_bias", json!(true)),
             ("layer_replication", json!([[0, 4], [2, 5]])),
             ("modules_to_save", json!(["lm_head"])),

@@ -108,7 +108,10 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
         }
         let Some(first) = readers.first().map(|&reader| &places[reader]) else { continue };
         let forward = |x: Tensor<2>| pass(model, index, context, x);
-        let windows = (0..x.len()).map(|window| first.inputs(tape, &forward, x.tensor(window, &device)?));
+        let windows = (0..x.len()).map(|window| {
+            let inputs = first.inputs(tape, &forward, x.tensor(window, &device)?);
+            inputs.ok_or_else(|| Error::argument(&first.path, "a projection that its block runs", "no call"))
+        });
         let inputs = Inputs::of(&first.path, first.shape[0], &device, windows)?;
         let weights: Vec<Reader> = readers.iter().filter_map(|&reader| Reader::of(&places[reader])).collect();
         let found = search(config, &weights, &inputs)?;

@@ -10,7 +10,7 @@ use kiln_adapters::Adapted;
 use kiln_quant_core::{PackedWeight, Projection, QuantLinear, QuantScheme, Scheme, to_host};
 
 use crate::{
-    ApiqConfig, ApiqLoss, CalibrationConfig, ClippedWeight, ClippingGrid, GptqConfig, Hessian, Method,
+    ApiqConfig, ApiqLoss, CalibrationConfig, ClippedWeight, ClippingGrid, Error, GptqConfig, Hessian, Method,
     Progress, Result, Rounding, Svd,
     apiq::{Apiq, Layer, Objective},
     block::{Block, Place},
@@ -113,7 +113,9 @@ impl Block<'_> {
             let mut hessian = Hessian::new(self.places[first].shape[0]);
             for window in 0..self.quantized.len() {
                 let input = self.quantized.tensor(window, &self.device)?;
-                hessian.add(&self.places[first].path, self.inputs(first, input)?)?;
+                if let Some(inputs) = self.inputs(first, input) {
+                    hessian.add(&self.places[first].path, inputs)?;
+                }
             }
             let mut factor = None;
             let mut shared = start.elapsed().as_secs_f64();
@@ -123,6 +125,11 @@ impl Block<'_> {
                 let [_, d_output] = place.shape;
                 slots[index] = match place.scheme {
                     Scheme::Dense => place.dense(),
+                    // An expert that no token went through.
+                    Scheme::Packed(scheme) if hessian.samples() == 0 => {
+                        let rounding = Method::Rtn(Rounding::default());
+                        self.solve_weight(place, &scheme, &rounding, correction)?
+                    }
                     Scheme::Packed(scheme) => {
                         let (path, weight) = (&place.path, &place.weight);
                         let factor = match &mut factor {
@@ -258,7 +265,13 @@ impl Block<'_> {
         let mut inputs = Stream::new(&self.store, [stream.shape()[0], self.places[listener].shape[0]])?;
         for window in 0..stream.len() {
             let input = stream.tensor(window, &self.device)?;
-            let values = to_host(&self.places[listener].path, self.inputs(listener, input.clone())?)?;
+            let path = &self.places[listener].path;
+            let heard = self.inputs(listener, input.clone()).filter(|x| x.dims()[0] == stream.shape()[0]);
+            let Some(heard) = heard else {
+                let expected = "a projection that all tokens go through; experts are calibrated by block";
+                return Err(Error::argument(path, expected, "one that some tokens go through"));
+            };
+            let values = to_host(path, heard)?;
             if !finite(&values) {
                 self.pass(input, window)?;
             }

@@ -6,6 +6,7 @@
 )]
 
 mod adapters;
+mod architectures;
 mod families;
 #[cfg(target_os = "linux")]
 mod memory;

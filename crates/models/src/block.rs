@@ -19,7 +19,8 @@ use crate::{
     config::{ExpertsConfig, ModelConfig},
     experts::{Expert, clamped_swiglu, mixture, shared},
     families::{
-        Activation, EXPERT_ROLES, FusedRows, LinearRole, MatrixRole, NormPlace, Part, Parts, VectorRole,
+        Activation, EXPERT_ROLES, FusedRows, LinearRole, MatrixRole, NormPlace, Part, Parts, VectorPart,
+        VectorRole,
     },
 };
 
@@ -427,8 +428,13 @@ impl<P: Projection> Block<P> {
     }
 
     fn find_vector(&self, role: VectorRole) -> Option<Tensor<1>> {
-        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
-            (Part::Vector(vector), BlockPart::Vector(values)) if vector.role == role => Some(values.val()),
+        self.vectors().find(|(part, _)| part.role == role).map(|(_, values)| values.val())
+    }
+
+    /// The parameters that are neither a linear's nor a norm's.
+    pub(crate) fn vectors(&self) -> impl Iterator<Item = (&'static VectorPart, &Param<Tensor<1>>)> {
+        self.table.iter().zip(&self.parts).filter_map(|(entry, part)| match (entry, part) {
+            (Part::Vector(vector), BlockPart::Vector(values)) => Some((vector, values)),
             _ => None,
         })
     }

@@ -12,7 +12,7 @@ use crate::{
     Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
     TokenBatch,
     config::{ModelConfig, RopeConfig, TensorRole, TensorShape},
-    families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace},
+    families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
 };
 
 /// A decoder-only language model; every linear of every block is a `P`.
@@ -140,7 +140,7 @@ impl<P: Projection> Decoder<P> {
         for (name, values) in self.matrices() {
             shapes.insert(name, values.lazy_shape().to_vec());
         }
-        for (name, values) in self.vectors() {
+        for (name, _, values) in self.vectors() {
             shapes.insert(name, values.lazy_shape().to_vec());
         }
         shapes
@@ -363,13 +363,12 @@ impl<P: Projection> Decoder<P> {
     }
 
     /// The blocks' parameters that are neither a linear's nor a norm's, with their names in checkpoints.
-    pub(crate) fn vectors(&self) -> Vec<(String, &Param<Tensor<1>>)> {
+    pub(crate) fn vectors(&self) -> Vec<(String, VectorRole, &Param<Tensor<1>>)> {
         let blocks = self.blocks.iter().enumerate();
         let vectors = blocks.flat_map(|(index, block)| {
-            block.parts().filter_map(move |(name, part)| match part {
-                BlockPart::Vector(values) => Some((self.config.family.path(index, name), values)),
-                _ => None,
-            })
+            block
+                .vectors()
+                .map(move |(part, values)| (self.config.family.path(index, part.name), part.role, values))
         });
         vectors.collect()
     }

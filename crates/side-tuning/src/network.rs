@@ -186,7 +186,9 @@ impl SideConfig {
         } + bias(2 * side, self.downsample_norm);
         let tensors = model.tensors();
         let count = |prefix: &str| -> usize {
-            let under = tensors.iter().filter(|tensor| tensor.name.starts_with(prefix));
+            // Scalars are constants.
+            let trained = tensors.iter().filter(|tensor| !tensor.shape.is_empty());
+            let under = trained.filter(|tensor| tensor.name.starts_with(prefix));
             under.map(|tensor| tensor.shape.iter().product::<usize>()).sum()
         };
         let blocks = count(&format!("{}.", model.family.names.blocks));

@@ -2,18 +2,25 @@
 
 use serde_json::{Map, Value, json};
 
-use crate::config::{Biases, ModelConfig, RopeConfig, RopeScaling};
+use crate::{
+    config::{Biases, ModelConfig, RopeConfig, RopeScaling},
+    hf::rope::RopeKeys,
+};
 
 /// Adds entries.
 pub(crate) fn set<const N: usize>(map: &mut Map<String, Value>, entries: [(&str, Value); N]) {
     map.extend(entries.map(|(key, value)| (key.to_owned(), value)));
 }
 
-/// The keys of a rotary table, as transformers before 5 spelt them; `partial` says whether its class knows a share of
-/// rotated channels.
-pub(crate) fn rope(rope: &RopeConfig, partial: bool, map: &mut Map<String, Value>) {
-    set(map, [("rope_theta", json!(rope.theta)), ("rope_scaling", scaling(rope))]);
-    if partial {
+/// The keys of a rotary table, as transformers before 5 spelt them.
+pub(crate) fn rope(rope: &RopeConfig, keys: &RopeKeys, map: &mut Map<String, Value>) {
+    let scaling = match scaling(rope) {
+        // Silence would mean the class's own.
+        Value::Null if keys.absent.is_some() => json!({"rope_type": "default"}),
+        scaling => scaling,
+    };
+    set(map, [("rope_theta", json!(rope.theta)), ("rope_scaling", scaling)]);
+    if keys.partial.is_some() {
         set(map, [("partial_rotary_factor", json!(rope.partial_rotary_factor))]);
     }
     // Phi-3 reads it here only.

@@ -1,10 +1,17 @@
 //! A model as a list of named tensors, each brought to host memory when it is asked for.
 
+use std::collections::BTreeMap;
+
 use burn::{module::Param, tensor::Tensor};
 use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme, to_host};
 
 use super::{FloatType, Format};
-use crate::{Decoder, Embedding, Error, Result, Slots, config::TensorRole, source::DenseTensor};
+use crate::{
+    Decoder, Embedding, Error, Result, Slots,
+    config::{ModelConfig, TensorRole},
+    families::StackedExperts,
+    source::{DenseTensor, transposed_values},
+};
 
 /// A tensor of the model. It shares the model's memory.
 pub(super) struct Item {
@@ -19,7 +26,10 @@ enum Stored {
     Packed(PackedTensor),
     /// As the checkpoint has it, or transposed.
     Matrix(Tensor<2>, bool),
-    Vector(Tensor<1>),
+    /// Numbers with their sizes in the checkpoint: a scalar has none.
+    Vector(Tensor<1>, Vec<usize>),
+    /// The tensors of a block's experts in one.
+    Experts(Stack),
 }
 
 /// A tensor in host memory, rows in the checkpoint's order.
@@ -61,7 +71,8 @@ impl Item {
                 let [rows, columns] = values.dims();
                 if *transposed { vec![columns, rows] } else { vec![rows, columns] }
             }
-            Stored::Vector(values) => values.dims().to_vec(),
+            Stored::Vector(_, shape) => shape.clone(),
+            Stored::Experts(stack) => stack.shape(),
         }
     }
 
@@ -73,7 +84,8 @@ impl Item {
             Ok(Host::Dense(DenseTensor { shape: self.shape(), values }))
         };
         match &self.stored {
-            Stored::Vector(values) => dense(to_host(&name, values.clone())?),
+            Stored::Vector(values, _) => dense(to_host(&name, values.clone())?),
+            Stored::Experts(stack) => dense(stack.values()?),
             Stored::Matrix(values, false) => dense(to_host(&name, values.clone())?),
             Stored::Matrix(values, true) => dense(to_host(&name, values.clone().transpose())?),
             Stored::Packed(weight) => {
@@ -114,8 +126,9 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
     for (name, values) in model.matrices() {
         list.add(&name, TensorRole::Plain, Stored::Matrix(values.val(), false));
     }
-    for (name, values) in model.vectors() {
-        list.vector(&name, values);
+    for (name, role, values) in model.vectors() {
+        let shape = model.config().vector_shape(role);
+        list.add(&name, TensorRole::Plain, Stored::Vector(values.val(), shape));
     }
     let transposed = !model.config().family.conv1d;
     for (path, slot) in model.slots() {
@@ -127,6 +140,82 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
     list.0
 }
 
+/// Tensors of experts that a family's files hold in one tensor.
+struct Stack {
+    /// For each expert its tensor, or those of gate and way in.
+    experts: Vec<Vec<Item>>,
+    /// Whether matrices stand as `[d_input, d_output]` and the channels of gate and way in alternate.
+    interleaved: bool,
+}
+
+impl Stack {
+    /// Sizes of what an expert has, rows one after the other: `[d_output, d_input]` or `[d_output]`.
+    fn of_one(&self) -> Vec<usize> {
+        let one = &self.experts[0];
+        let mut shape = one[0].shape();
+        shape[0] *= one.len();
+        shape
+    }
+
+    fn shape(&self) -> Vec<usize> {
+        let mut shape = self.of_one();
+        if self.interleaved {
+            shape.reverse();
+        }
+        shape.insert(0, self.experts.len());
+        shape
+    }
+
+    fn values(&self) -> Result<Vec<f32>> {
+        let shape = self.of_one();
+        let width: usize = shape[1..].iter().product();
+        let mut all = Vec::new();
+        for items in &self.experts {
+            let tensors = items.iter().map(|item| Ok(item.host()?.dense())).collect::<Result<Vec<_>>>()?;
+            if !self.interleaved {
+                all.extend(tensors.into_iter().flatten());
+                continue;
+            }
+            let rows = shape[0] / tensors.len();
+            let alternating =
+                (0..rows).flat_map(|row| tensors.iter().map(move |values| &values[row * width..][..width]));
+            let alternating: Vec<f32> = alternating.flatten().copied().collect();
+            all.extend(transposed_values(&alternating, shape[0], width));
+        }
+        Ok(all)
+    }
+}
+
+/// `items` as the family's own files name them: experts in stacks, where they are stacked there.
+pub(super) fn stacked(items: Vec<Item>, config: &ModelConfig) -> Vec<Item> {
+    let mut rest: BTreeMap<String, Item> = BTreeMap::new();
+    let mut order = Vec::new();
+    for item in items {
+        order.push(item.name());
+        rest.insert(item.name(), item);
+    }
+    let mut stacks = Vec::new();
+    for index in 0..config.num_hidden_layers {
+        let Some(part) = config.parts(index).experts() else { continue };
+        let Some(StackedExperts { tensors, biases, interleaved }) = part.stacked else { continue };
+        let count = config.experts.map_or(0, |experts| experts.count);
+        for (names, kind) in [(tensors, "weight"), (biases, "bias")] {
+            for (name, which) in names.into_iter().zip([&[0, 1][..], &[2]]) {
+                let mut take = |expert: usize, which: usize| {
+                    rest.remove(&format!("{}.{kind}", config.family.path(index, &part.path(expert, which))))
+                };
+                let one = |expert| which.iter().map(|which| take(expert, *which)).collect::<Option<Vec<_>>>();
+                let experts: Option<Vec<_>> = (0..count).map(one).collect();
+                let Some(experts) = experts.filter(|experts| !experts.is_empty()) else { continue };
+                let stored = Stored::Experts(Stack { experts, interleaved });
+                stacks.push(Item { path: config.family.path(index, name), role: TensorRole::Plain, stored });
+            }
+        }
+    }
+    let others = order.into_iter().filter_map(|name| rest.remove(&name)).collect::<Vec<_>>();
+    others.into_iter().chain(stacks).collect()
+}
+
 struct List(Vec<Item>);
 
 impl List {
@@ -135,7 +224,9 @@ impl List {
     }
 
     fn vector(&mut self, name: &str, values: &Param<Tensor<1>>) {
-        self.add(name, TensorRole::Plain, Stored::Vector(values.val()));
+        let values = values.val();
+        let shape = values.dims().to_vec();
+        self.add(name, TensorRole::Plain, Stored::Vector(values, shape));
     }
 
     fn embedding(&mut self, path: &str, embedding: &Embedding) {

@@ -468,8 +468,8 @@ impl Class {
         match (self.rope, config.rope.as_slice()) {
             (Rope::Never, _) | (_, []) => {}
             (Rope::ByKind(_), tables) => config_keys::rope_by_layer_type(tables, map),
-            (Rope::One(keys), [table, ..]) => config_keys::rope(table, keys.partial.is_some(), map),
-            (Rope::Sliding { .. }, [table, ..]) => config_keys::rope(table, false, map),
+            (Rope::One(keys), [table, ..]) => config_keys::rope(table, &keys, map),
+            (Rope::Sliding { .. }, [table, ..]) => config_keys::rope(table, &RopeKeys::DEFAULT, map),
         }
         let factor = match self.multipliers.embedding {
             "" if self.scales_embedding => (config.hidden_size as f64).sqrt(),

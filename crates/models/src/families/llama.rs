@@ -274,6 +274,7 @@ pub(super) static MINISTRAL3: Family = Family {
                 r#"{"rope_type": "yarn", "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
                     "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}"#,
             ),
+            known: &["llama_4_scaling_beta", "max_position_embeddings"],
             ..RopeKeys::DEFAULT
         }),
         read_more: read_ministral3,

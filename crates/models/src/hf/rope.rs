@@ -18,11 +18,13 @@ pub(crate) struct RopeKeys {
     pub partial: Option<f64>,
     /// The object that holds where the file has none.
     pub absent: Option<&'static str>,
+    /// Keys of the object that the family reads itself, or that say nothing new.
+    pub known: &'static [&'static str],
 }
 
 impl RopeKeys {
     /// LLaMA's.
-    pub(crate) const DEFAULT: Self = Self { theta: 10_000.0, partial: None, absent: None };
+    pub(crate) const DEFAULT: Self = Self { theta: 10_000.0, partial: None, absent: None, known: &[] };
 }
 
 /// Old names of `rope_theta` and `partial_rotary_factor` outside the object.
@@ -110,7 +112,8 @@ fn one(
         let theta = checked_theta(config, top_theta)?;
         return Ok(RopeConfig { theta, scaling: RopeScaling::Default, partial_rotary_factor });
     };
-    rope.know(&["type"]);
+    rope.know(&["type", "original_max_position_embeddings"]);
+    rope.know(keys.known);
     let theta = match rope.positive("rope_theta")? {
         Some(theta) => checked_theta(rope, theta)?,
         None => checked_theta(config, top_theta)?,

@@ -1,0 +1,229 @@
+//! What Kiln does with every family, on the checkpoints of `testdata/arch`. Logits and gradients of the dense models are
+//! compared with transformers in `kiln-models`.
+
+use std::{convert::Infallible, sync::Arc};
+
+use burn::{
+    module::{Module, Param, ParamId},
+    nn::Linear,
+    tensor::{Device, Tensor, TensorData, activation::log_softmax},
+};
+use kiln::{
+    Tuned,
+    adapters::AdapterConfig,
+    models::{
+        CausalLm, Checkpoint, Decoder, Embedding, LoadOptions, Recompute, Slots, TokenBatch, Windows,
+        export::{ExportOptions, FloatType, export_hf, save_model, verify_export},
+    },
+    quant::{Projection, QuantLinear},
+    training::{BatchOptions, DataOptions, Dataset, RunOptions, Trainer, TrainerConfig},
+};
+use kiln_testkit::{Golden, assert_close, max_difference, read, relative_difference, testdata};
+
+/// All folders of `testdata/arch`.
+fn folders() -> Vec<String> {
+    let mut folders: Vec<String> = std::fs::read_dir(testdata("arch"))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    folders.sort();
+    assert!(folders.len() >= 39, "{folders:?}");
+    folders
+}
+
+fn load(folder: &str, scheme: &str) -> (Checkpoint, Decoder<QuantLinear>) {
+    let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+    let options = LoadOptions::uniform(scheme.parse().unwrap()).in_f32();
+    let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
+    assert_eq!(report.notes, Vec::<String>::new(), "{folder}");
+    (checkpoint, model)
+}
+
+fn rows(folder: &str) -> Vec<Vec<u32>> {
+    let ids = Golden::open(&format!("arch/{folder}/golden.safetensors")).ints("input_ids");
+    ids.chunks(24).map(|row| row.iter().map(|&id| id as u32).collect()).collect()
+}
+
+fn logits<M: CausalLm>(model: &M, folder: &str) -> Vec<f32> {
+    read(model.forward(&model.context(&TokenBatch::new(&rows(folder)).unwrap(), None)))
+}
+
+/// The same model with its linears' weights dequantized.
+fn plain(model: Decoder<QuantLinear>) -> Decoder<QuantLinear> {
+    let mapped = model.try_map(|_, slot| {
+        let weight = Param::initialized(ParamId::new(), slot.weight());
+        let bias = slot.bias().map(|bias| Param::initialized(ParamId::new(), bias));
+        Ok::<_, Infallible>(QuantLinear::Dense(Linear { weight, bias }))
+    });
+    mapped.unwrap()
+}
+
+/// The gradient of the embedding.
+fn embedding_gradient(model: Decoder<QuantLinear>, folder: &str) -> Vec<f32> {
+    let mut model = model.train();
+    let Embedding::Dense(table) = model.embed_tokens else { panic!("a packed table") };
+    let weight = table.weight.val().require_grad();
+    model.embed_tokens = Embedding::Dense(kiln::models::DenseEmbedding {
+        weight: Param::initialized(ParamId::new(), weight.clone()),
+    });
+    let rows = rows(folder);
+    let logits = model.forward(&model.context(&TokenBatch::new(&rows).unwrap(), None));
+    let [batch, length, vocabulary] = logits.dims();
+    let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().map(|&id| i64::from(id))).collect();
+    let targets = Tensor::from_data(TensorData::new(targets, [batch * (length - 1), 1]), &model.device());
+    let logits = logits.narrow(1, 0, length - 1).reshape([batch * (length - 1), vocabulary]);
+    let gradients = log_softmax(logits, 1).gather(1, targets).mean().neg().backward();
+    read(weight.grad(&gradients).unwrap())
+}
+
+#[test]
+fn packed_linears_compute_what_their_dequantized_weights_do() {
+    for folder in folders() {
+        let (_, packed) = load(&folder, "affine4:32");
+        assert!(packed.slots().iter().all(|(_, slot)| matches!(slot, QuantLinear::Packed(_))), "{folder}");
+        let plain = plain(packed.clone());
+        assert_close(&folder, &logits(&packed, &folder), &logits(&plain, &folder), 1e-5);
+        let gradients = [packed, plain].map(|model| embedding_gradient(model, &folder));
+        assert_close(&folder, &gradients[0], &gradients[1], 1e-4);
+    }
+}
+
+/// A few steps on the fixture's tokens; the losses.
+fn train<M: CausalLm>(model: M, folder: &str, recompute: Recompute) -> (M, Vec<f64>) {
+    let data = Dataset::from_ids(rows(folder).concat(), &DataOptions::new(23, model.vocab_size())).unwrap();
+    let mut config = TrainerConfig::new(6, BatchOptions::new(2));
+    (config.lr, config.recompute) = (1e-2, recompute);
+    let mut trainer = Trainer::new(model, Arc::new(data), config).unwrap();
+    let losses = trainer.run(&RunOptions::new()).unwrap().steps.iter().map(|step| step.loss).collect();
+    (trainer.into_model(), losses)
+}
+
+#[test]
+fn adapters_are_trained_saved_as_peft_merged_and_exported() {
+    for folder in folders() {
+        let (checkpoint, base) = load(&folder, "affine4:32");
+        let tuned =
+            Tuned::attach(base.clone(), &AdapterConfig::lora(4, 8.0).with_dropout(0.1).with_seed(3)).unwrap();
+        assert_eq!(tuned.adapters().len(), base.slots().len(), "{folder}");
+        let (model, adapters) = tuned.into_parts();
+        let (trained, losses) = train(model.clone(), &folder, Recompute::None);
+        assert!(losses[5] < losses[0], "{folder}: {losses:?}");
+        // Recomputed blocks drop the same elements and route tokens to the same experts.
+        for (again, plain) in train(model, &folder, Recompute::Block).1.iter().zip(&losses) {
+            assert!((again / plain - 1.0).abs() < 1e-5, "{folder}: {again} and {plain}");
+        }
+        let tuned = Tuned::<Decoder<_>>::from_parts(trained, adapters);
+        let expected = logits(tuned.model(), &folder);
+        assert!(max_difference(&expected, &logits(&base, &folder)) > 1e-3, "{folder}");
+
+        let place = tempfile::tempdir().unwrap();
+        let adapter = place.path().join("adapter");
+        tuned.save_peft(&adapter).unwrap();
+        let loaded = Tuned::load(base, &adapter).unwrap();
+        assert_eq!(logits(loaded.model(), &folder), expected, "{folder}");
+
+        let merged = loaded.merge_dense();
+        let exported = place.path().join("merged");
+        export_hf(&merged, &checkpoint, &exported, &ExportOptions::new(FloatType::F32)).unwrap();
+        let again = Checkpoint::open(&exported).unwrap();
+        assert_eq!(again.config(), checkpoint.config(), "{folder}");
+        let (again, report) = again.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        assert_eq!(report.notes, Vec::<String>::new(), "{folder}");
+        assert!(relative_difference(&logits(&again, &folder), &expected) < 1e-5, "{folder}");
+    }
+}
+
+#[test]
+fn models_are_saved_as_they_are() {
+    for folder in folders() {
+        let (checkpoint, model) = load(&folder, "affine4:32");
+        let place = tempfile::tempdir().unwrap();
+        let saved = place.path().join("saved");
+        save_model(&model, &checkpoint, &saved).unwrap();
+        let ids: Vec<u32> = rows(&folder)[0].clone();
+        assert_eq!(verify_export(&saved, &model, &ids).unwrap().max, 0.0, "{folder}");
+        // As records keep it.
+        let text = serde_json::to_string(model.config()).unwrap();
+        let read: kiln::models::config::ModelConfig = serde_json::from_str(&text).unwrap();
+        assert_eq!(read, *model.config(), "{folder}");
+    }
+}
+
+#[cfg(feature = "side-tuning")]
+#[test]
+fn side_networks_have_the_backbones_blocks() {
+    use kiln::side_tuning::{SideConfig, SideTuned};
+    for folder in folders() {
+        let (_, base) = load(&folder, "affine4:32");
+        let config = SideConfig::qst().with_reduction(2);
+        let counts = config.parameter_counts(base.config()).unwrap();
+        let model = SideTuned::new(base.clone(), &config, 5).unwrap();
+        assert_eq!(kiln::quant::trained_values(&model.side.clone().train()), counts.total(), "{folder}");
+        // Alpha 1: training starts at the backbone.
+        assert_eq!(logits(&model, &folder), logits(&base, &folder), "{folder}");
+        let (_, losses) = train(model, &folder, Recompute::None);
+        assert!(losses[5] < losses[0], "{folder}: {losses:?}");
+    }
+}
+
+#[cfg(feature = "calibration")]
+#[test]
+fn weights_are_calibrated_by_gptq_and_apiq_and_norms_scaled() {
+    use kiln::{
+        adapters::LoraAttacher,
+        calibration::{ApiqConfig, CalibrationConfig, Calibrator, GptqConfig, Method},
+        quant::Plan,
+    };
+    for folder in folders() {
+        let (_, dense) = load(&folder, "dense");
+        let expected = logits(&dense, &folder);
+        let windows = Windows::new(rows(&folder)).unwrap();
+        let schemes = Plan::uniform("affine4:16".parse().unwrap());
+        let attacher = LoraAttacher::new(&AdapterConfig::lora(2, 2.0), &dense.slot_shapes()).unwrap();
+        let apiq = Method::ApiqBlock(ApiqConfig {
+            epochs: 10,
+            lr_clipping: 1e-2,
+            lr_lora: 2e-3,
+            ..ApiqConfig::default()
+        });
+        let error = |method: Method, scaling: bool| {
+            let mut config = CalibrationConfig::new(method, schemes.clone());
+            config.scaling = scaling.then(Default::default);
+            let calibrator = Calibrator::new(&config, &windows).with_adapters(&attacher);
+            let (model, _) = calibrator.run(dense.clone()).unwrap();
+            relative_difference(&logits(&model, &folder), &expected)
+        };
+        let rounded = load(&folder, "affine4:16").1;
+        let rounded = relative_difference(&logits(&rounded, &folder), &expected);
+        let gptq = Method::Gptq(GptqConfig::default());
+        for (method, scaling) in [(gptq.clone(), false), (gptq, true), (apiq, false)] {
+            let error = error(method.clone(), scaling);
+            let what = format!("{folder}, {method:?}, scaling {scaling}");
+            assert!(error < 1.2 * rounded, "{what}: {error}, rounded to nearest {rounded}");
+        }
+    }
+}
+
+#[cfg(feature = "pruning")]
+#[test]
+fn heads_and_channels_go_or_are_refused_by_name() {
+    use kiln::pruning::{BlockPruning, Criterion, CutOptions, LayerRange};
+    for folder in folders() {
+        let (_, dense) = load(&folder, "dense");
+        let config = dense.config().clone();
+        let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+        pruning.layers = LayerRange::All;
+        let pruned = pruning.prune(dense, None, &CutOptions::default());
+        let has_experts = (0..config.num_hidden_layers).any(|layer| config.parts(layer).experts().is_some());
+        let norms_over_heads = folder.starts_with("olmo");
+        if has_experts || norms_over_heads {
+            let message = pruned.unwrap_err().to_string();
+            let reason = if has_experts { "experts" } else { "all heads" };
+            assert!(message.contains(reason), "{folder}: {message}");
+            continue;
+        }
+        let pruned = pruned.unwrap();
+        assert!(pruned.model.config().parameters() < config.parameters(), "{folder}");
+        assert!(logits(&pruned.model, &folder).iter().all(|logit| logit.is_finite()), "{folder}");
+    }
+}
