@@ -227,3 +227,26 @@ fn heads_and_channels_go_or_are_refused_by_name() {
         assert!(logits(&pruned.model, &folder).iter().all(|logit| logit.is_finite()), "{folder}");
     }
 }
+
+#[test]
+fn adapters_made_by_peft_give_its_logits() {
+    let adapters = std::fs::read_dir(testdata("peft/arch")).unwrap();
+    let mut seen = 0;
+    for adapter in adapters.map(|entry| entry.unwrap().path()) {
+        let name = adapter.file_name().unwrap().to_str().unwrap();
+        let place =
+            if name == "gemma3_text" { "tiny/gemma3-text-f32".into() } else { format!("arch/{name}") };
+        let checkpoint = Checkpoint::open(testdata(&place)).unwrap();
+        let options = LoadOptions::uniform("dense".parse().unwrap()).in_f32();
+        let (base, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+        let tuned = Tuned::load(base, &adapter).unwrap();
+        let ids = Golden::open(&format!("{place}/golden.safetensors")).ints("input_ids");
+        let row: Vec<u32> = ids[..24].iter().map(|&id| id as u32).collect();
+        let model = tuned.model();
+        let found = model.forward(&model.context(&TokenBatch::new(&[row]).unwrap(), None));
+        let golden = Golden::open(&format!("peft/arch/{name}/golden.safetensors"));
+        assert_close(name, &read(found), &golden.floats("logits"), 1e-5);
+        seen += 1;
+    }
+    assert_eq!(seen, 9);
+}

@@ -232,21 +232,21 @@ impl<P: Projection> Block<P> {
             1.0 => y,
             factor => y.mul_scalar(factor),
         };
+        let behind = |place, y| added(self.normed(place, y));
         let normed = self.normed(NormPlace::PreAttention, x.clone());
-        let attended = self.attention(index, normed.clone(), context, cache, config);
-        let attended = added(self.normed(NormPlace::PostAttention, attended));
         if config.parallel {
+            let attended = self.attention(index, normed.clone(), context, cache, config);
             let normed = match self.norm(NormPlace::PreMlp) {
                 Some(norm) => norm.forward(x.clone()),
                 None => normed,
             };
-            let y = self.normed(NormPlace::PostMlp, self.mlp(normed, config));
-            return x + attended + added(y);
+            let y = behind(NormPlace::PostMlp, self.mlp(normed, config));
+            return x + behind(NormPlace::PostAttention, attended) + y;
         }
-        drop(normed);
-        let x = x + attended;
+        let attended = self.attention(index, normed, context, cache, config);
+        let x = x + behind(NormPlace::PostAttention, attended);
         let normed = self.normed(NormPlace::PreMlp, x.clone());
-        x + added(self.normed(NormPlace::PostMlp, self.mlp(normed, config)))
+        x + behind(NormPlace::PostMlp, self.mlp(normed, config))
     }
 
     fn normed<const D: usize>(&self, place: NormPlace, x: Tensor<D>) -> Tensor<D> {
@@ -445,7 +445,36 @@ fn xielu(x: Tensor<3>, [positive, negative, beta, eps]: [Tensor<3>; 4]) -> Tenso
     let above = softplus(positive, 1.0) * relu(x.clone()).square();
     let negative = beta.clone() + softplus(negative, 1.0);
     let low = x.clone().min_pair(eps);
-    let below = negative * (low.exp().sub_scalar(1.0) - x.clone());
+    // `e^x - 1` without losing what is small: of a padding token's embedding, which is 0, a norm makes much of it.
+    let less_one = low.clone().mul_scalar(0.5).tanh() * low.exp().add_scalar(1.0);
+    let below = negative * (less_one - x.clone());
     let below = below.mask_fill(x.clone().greater_scalar(0.0), 0.0);
     above + below + beta * x
+}
+
+#[cfg(test)]
+mod tests {
+    use burn::tensor::Device;
+    use kiln_testkit::read;
+
+    use super::*;
+
+    #[test]
+    fn xielu_keeps_what_is_small() {
+        let (positive, negative, beta, eps) = (0.3f64, -0.2f64, 0.5f64, -1e-6f64);
+        let device = Device::flex();
+        let number = |value: f64| Tensor::<3>::full([1, 1, 1], value, &device);
+        let values = [0.0f32, -1e-9, -1e-7, -3e-6, -1e-3, -0.5, -30.0, 1e-7, 0.4, 7.0];
+        let x = Tensor::<1>::from_floats(values, &device).reshape([1, 1, values.len()]);
+        let found = read(xielu(x, [positive, negative, beta, eps].map(number)));
+        for (x, found) in values.into_iter().map(f64::from).zip(found) {
+            let softplus = |x: f64| x.exp().ln_1p();
+            let expected = match x > 0.0 {
+                true => softplus(positive) * x * x + beta * x,
+                false => (beta + softplus(negative)) * (x.min(eps).exp_m1() - x) + beta * x,
+            };
+            let error = (f64::from(found) - expected).abs();
+            assert!(error <= 1e-6 * expected.abs().max(x.abs()), "{x}: {found}, expected {expected}");
+        }
+    }
 }

@@ -12,14 +12,13 @@ pub(crate) fn set<const N: usize>(map: &mut Map<String, Value>, entries: [(&str,
     map.extend(entries.map(|(key, value)| (key.to_owned(), value)));
 }
 
-/// The keys of a rotary table, as transformers before 5 spelt them.
+/// The keys of a rotary table, as transformers before 5 spelt them; as it does now where silence would mean the class's own
+/// scaling.
 pub(crate) fn rope(rope: &RopeConfig, keys: &RopeKeys, map: &mut Map<String, Value>) {
-    let scaling = match scaling(rope) {
-        // Silence would mean the class's own.
-        Value::Null if keys.absent.is_some() => json!({"rope_type": "default"}),
-        scaling => scaling,
-    };
-    set(map, [("rope_theta", json!(rope.theta)), ("rope_scaling", scaling)]);
+    match keys.absent {
+        Some(_) => set(map, [("rope_parameters", Value::Object(parameters(rope)))]),
+        None => set(map, [("rope_theta", json!(rope.theta)), ("rope_scaling", scaling(rope))]),
+    }
     if keys.partial.is_some() {
         set(map, [("partial_rotary_factor", json!(rope.partial_rotary_factor))]);
     }
@@ -31,16 +30,20 @@ pub(crate) fn rope(rope: &RopeConfig, keys: &RopeKeys, map: &mut Map<String, Val
 
 /// `rope_parameters` of a table for full and one for sliding blocks.
 pub(crate) fn rope_by_layer_type(tables: &[RopeConfig], map: &mut Map<String, Value>) {
-    let tables = ["full_attention", "sliding_attention"].into_iter().zip(tables).map(|(kind, rope)| {
-        let mut table = match scaling(rope) {
-            Value::Object(table) => table,
-            _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
-        };
-        set(&mut table, [("rope_theta", json!(rope.theta))]);
-        (kind.to_owned(), Value::Object(table))
-    });
+    let tables = ["full_attention", "sliding_attention"].into_iter().zip(tables);
+    let tables = tables.map(|(kind, rope)| (kind.to_owned(), Value::Object(parameters(rope))));
     let tables = Value::Object(tables.collect());
     set(map, [("rope_parameters", tables)]);
+}
+
+/// A table as transformers 5 spells it: type, theta and all else in one object.
+fn parameters(rope: &RopeConfig) -> Map<String, Value> {
+    let mut table = match scaling(rope) {
+        Value::Object(table) => table,
+        _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
+    };
+    set(&mut table, [("rope_theta", json!(rope.theta))]);
+    table
 }
 
 /// An object with its `rope_type`, or null.

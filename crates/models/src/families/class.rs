@@ -91,6 +91,8 @@ const EXPERTS_PER_TOKEN: &[&str] = &["num_experts_per_tok", "experts_per_token"]
 pub(crate) enum HeadDim {
     /// `head_dim`, else an equal share of the width.
     Share,
+    /// An equal share of the width, for which the class knows no key; files of ours have one where it is another.
+    Implied,
     /// `head_dim`, else this.
     Default(usize),
 }
@@ -239,7 +241,9 @@ impl Class {
         let num_attention_heads = required(fields, keys.heads, MAX_HEADS)?;
         let head_dim = match (fields.size("head_dim", MAX_WIDTH)?, self.head_dim) {
             (Some(head_dim), _) | (None, HeadDim::Default(head_dim)) => head_dim,
-            (None, HeadDim::Share) => config::equal_share(fields, hidden_size, num_attention_heads)?,
+            (None, HeadDim::Share | HeadDim::Implied) => {
+                config::equal_share(fields, hidden_size, num_attention_heads)?
+            }
         };
         // Rotary positions turn pairs of channels.
         if !matches!(self.rope, Rope::Never) && !head_dim.is_multiple_of(2) {
@@ -452,7 +456,10 @@ impl Class {
             (keys.activation, json!(name(config.activation))),
         ];
         map.extend(sizes.into_iter().filter_map(|(keys, value)| Some(((*keys.first()?).to_owned(), value))));
-        set(map, [("head_dim", json!(config.head_dim))]);
+        let shared = config.head_dim * config.num_attention_heads == config.hidden_size;
+        if !(shared && matches!(self.head_dim, HeadDim::Implied)) {
+            set(map, [("head_dim", json!(config.head_dim))]);
+        }
         for (key, only) in self.only {
             set(map, [(key, json!(only))]);
         }
@@ -497,7 +504,9 @@ impl Class {
         match config.attention_scale {
             AttentionScale::HeadDim => {}
             AttentionScale::Scalar(scalar) => {
-                put(keys.query_scalar.map_or("", |(key, _)| key), json!(scalar))
+                // Classes want an integer where it is one.
+                let number = if scalar.fract() == 0.0 { json!(scalar as u64) } else { json!(scalar) };
+                put(keys.query_scalar.map_or("", |(key, _)| key), number);
             }
             AttentionScale::Factor(factor) => put(keys.attention, json!(factor)),
         }

@@ -6,7 +6,8 @@ use super::{
     Activation, Family, FusedRows, LLAMA_NAMES, LearnedPositions, LinearRole, ModulePath, Names, NormKind,
     NormPlace, Part, Parts,
     class::{
-        self, ATTENTION, BLOCK as ALL, BiasKey, Class, GELU_TANH, Keys, LLAMA_KEYS, MLP, QKV, Rope, Windows,
+        self, ATTENTION, BLOCK as ALL, BiasKey, Class, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, MLP, QKV, Rope,
+        Windows,
     },
     llama::{BLOCK, LIKE_LLAMA},
     plain_linear, plain_norm,
@@ -23,7 +24,7 @@ const GELU: &[(&str, Activation)] = &[("gelu", Activation::Gelu), GELU_TANH[0], 
 /// LLaMA's family with layer norms.
 const FAMILY: Family = Family { norm: NormKind::Layer, ..LIKE_LLAMA };
 
-const CLASS: Class = Class { norm_eps: 1e-5, ..class::LLAMA };
+const CLASS: Class = Class { head_dim: HeadDim::Implied, norm_eps: 1e-5, ..class::LLAMA };
 
 const STARCODER2_BLOCK: [Part; 8] = [
     BLOCK[0],
@@ -193,7 +194,14 @@ pub(super) static GPT_NEOX: Family = Family {
             config.parallel = fields.bool("use_parallel_residual")?.unwrap_or(true);
             Ok(())
         },
-        write_more: write_parallel,
+        write_more: |config, map| {
+            write_parallel(config, map);
+            // The class's own names for what others call rope_theta and partial_rotary_factor.
+            if let Some(rope) = config.rope.first() {
+                let (theta, partial) = (json!(rope.theta), json!(rope.partial_rotary_factor));
+                set(map, [("rotary_emb_base", theta), ("rotary_pct", partial)]);
+            }
+        },
         ..CLASS
     },
     ..FAMILY

@@ -314,13 +314,7 @@ fn read_ministral3(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> 
 
 fn write_ministral3(config: &ModelConfig, map: &mut Map<String, Value>) {
     let beta = config.query_temperature.map_or(0.0, |temperature| temperature.beta);
-    let mut table = match map.remove("rope_scaling") {
-        Some(Value::Object(table)) => table,
-        _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
-    };
-    if let Some(theta) = map.remove("rope_theta") {
-        set(&mut table, [("rope_theta", theta)]);
-    }
+    let Some(Value::Object(mut table)) = map.remove("rope_parameters") else { return };
     set(&mut table, [("llama_4_scaling_beta", json!(beta))]);
     if let Some(temperature) = config.query_temperature {
         let original = temperature.original_max_position_embeddings;

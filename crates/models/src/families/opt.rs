@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Activation, Family, LearnedPositions, LinearRole, ModulePath, Names, NormKind, NormPlace, Part, Parts,
-    class::{self, BLOCK as ALL, BiasKey, Class, Keys, LLAMA_KEYS, Rope},
+    class::{self, BLOCK as ALL, BiasKey, Class, HeadDim, Keys, LLAMA_KEYS, Rope},
     llama::LIKE_LLAMA,
     plain_linear, plain_norm,
 };
@@ -50,6 +50,7 @@ pub(super) static OPT: Family = Family {
             activation: &["activation_function"],
             ..LLAMA_KEYS
         },
+        head_dim: HeadDim::Implied,
         tied: true,
         norm_eps: 1e-5,
         activations: &[("relu", Activation::Relu)],
