@@ -5,19 +5,22 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use kiln::eval::{WindowedPerplexity, peak_rss_bytes};
-use kiln_examples::{ModelArgs, Result, read_u16le, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, read_id_file, testdata, write_json};
 
 #[derive(Parser)]
 #[command(about)]
 struct Options {
     #[command(flatten)]
     model: ModelArgs,
-    /// Token ids, 16 bits each, little-endian; the embedded model's held-out addresses if neither is given.
+    /// Token ids, little-endian, 32 bits each in a .u32le file, else 16; the embedded model's held-out addresses if neither is given.
     #[arg(long, conflicts_with = "text")]
     tokens: Option<PathBuf>,
     /// A text, tokenised with the model's tokenizer.
     #[arg(long)]
     text: Option<PathBuf>,
+    /// Puts the model's begin token before every window, and scores all of the window.
+    #[arg(long)]
+    bos: bool,
     /// Tokens of a window.
     #[arg(long, default_value_t = 256)]
     window: usize,
@@ -40,12 +43,16 @@ fn run(options: Options) -> Result<()> {
                 std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
             checkpoint.tokenizer()?.encode(&text, false)?
         }
-        (Some(path), None) => read_u16le(path)?,
-        _ => read_u16le(&testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le"))?,
+        (Some(path), None) => read_id_file(path)?,
+        _ => read_id_file(&testdata("models/tiny-llama/text/indomain_heldout_sotu_2011.u16le"))?,
     };
     let (model, _) = options.model.load_adapted(&checkpoint)?;
     let start = Instant::now();
     let mut protocol = WindowedPerplexity::new(options.window).with_batch(options.batch);
+    if options.bos {
+        let begin = checkpoint.special_tokens().bos;
+        protocol = protocol.with_begin(begin.ok_or("--bos: the model has no begin token")?);
+    }
     if let Some(most) = options.max_windows {
         protocol = protocol.with_max_windows(most);
     }

@@ -101,27 +101,32 @@ pub fn write_json(path: Option<&Path>, figures: &serde_json::Value) -> Result<()
     Ok(())
 }
 
-/// Reads little-endian 16-bit token ids.
+/// Reads little-endian token ids, of 32 bits from a .u32le file, else of 16.
 ///
 /// # Errors
-/// The operating system's refusal, or a file of odd length.
-pub fn read_u16le(path: &Path) -> Result<Vec<u32>> {
+/// The operating system's refusal, or a file that ends within an id.
+pub fn read_id_file(path: &Path) -> Result<Vec<u32>> {
     let bytes = std::fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
-    if !bytes.len().is_multiple_of(2) {
-        return Err(
-            format!("{}: expected an even number of bytes, found {}", path.display(), bytes.len()).into()
-        );
+    let size = if has_extension(path, "u32le") { 4 } else { 2 };
+    if !bytes.len().is_multiple_of(size) {
+        let expected = format!("a multiple of {size} bytes");
+        return Err(format!("{}: expected {expected}, found {}", path.display(), bytes.len()).into());
     }
-    Ok(bytes.chunks_exact(2).map(|b| u32::from(u16::from_le_bytes([b[0], b[1]]))).collect())
+    let id = |bytes: &[u8]| bytes.iter().rev().fold(0, |id, byte| id << 8 | u32::from(*byte));
+    Ok(bytes.chunks_exact(size).map(id).collect())
 }
 
-/// Token ids of a .u16le file, or of any other file's text.
+fn has_extension(path: &Path, wanted: &str) -> bool {
+    path.extension().is_some_and(|extension| extension == wanted)
+}
+
+/// Token ids of a .u16le or .u32le file, or of any other file's text.
 ///
 /// # Errors
 /// The operating system's refusal, or a text that is not UTF-8.
 pub fn read_ids(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-    if path.extension().is_some_and(|extension| extension == "u16le") {
-        return read_u16le(path);
+    if has_extension(path, "u16le") || has_extension(path, "u32le") {
+        return read_id_file(path);
     }
     let text = std::fs::read_to_string(path).map_err(|error| format!("{}: {error}", path.display()))?;
     Ok(tokenizer.encode(&text, false)?)

@@ -16,10 +16,10 @@ use super::{
 };
 use crate::{
     Checkpoint, Decoder, Result,
-    config::{ModelConfig, RopeConfig, RopeScaling, TensorRole},
+    config::{AttentionScale, ModelConfig, RopeConfig, RopeScaling, TensorRole},
     families::Family,
     gguf::{
-        BlockType, Value as Key, llama3_factors,
+        BlockType, Value as Key, layers, llama3_factors,
         names::{self, Heads, ROPE_FACTORS},
         writer::{self, NewTensor},
     },
@@ -152,6 +152,7 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
     }
+    check_expressible(config)?;
     let own = config.family;
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
@@ -163,6 +164,49 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
         Some(llama) if own.blocks == llama.blocks => Ok(llama),
         _ => Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
     }
+}
+
+/// Refuses what these files have no key for and their readers take for granted.
+fn check_expressible(config: &ModelConfig) -> Result<()> {
+    let class = &config.family.class;
+    let usual = |what: &str, expected: String, found: String| match expected == found {
+        true => Ok(()),
+        false => Err(refuse(&format!("config.{what}"), expected, found)),
+    };
+    let embedding = match (class.multipliers.embedding, class.scales_embedding) {
+        ("", true) => (config.hidden_size as f64).sqrt(),
+        ("", false) => 1.0,
+        _ => config.embedding_multiplier,
+    };
+    usual("embedding_multiplier", embedding.to_string(), config.embedding_multiplier.to_string())?;
+    let factor = |key: &str, value: f64| if key.is_empty() { 1.0 } else { value };
+    let residual = factor(class.multipliers.residual, config.residual_multiplier);
+    usual("residual_multiplier", residual.to_string(), config.residual_multiplier.to_string())?;
+    let logits = factor(class.multipliers.logits_divisor, config.logit_multiplier);
+    usual("logit_multiplier", logits.to_string(), config.logit_multiplier.to_string())?;
+    let scale = match config.attention_scale {
+        AttentionScale::Factor(_) if !class.multipliers.attention.is_empty() => config.attention_scale,
+        _ => layers::scale(config),
+    };
+    usual("attention_scale", format!("{scale:?}"), format!("{:?}", config.attention_scale))?;
+    let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
+    let layers = layers::attention(config, window);
+    usual("layer_attention", format!("{layers:?}"), format!("{:?}", config.layer_attention))?;
+    usual("parallel", class.parallel.to_string(), config.parallel.to_string())?;
+    usual("activation", format!("{:?}", class.activations[0].1), format!("{:?}", config.activation))?;
+    let tied = class.scales_embedding || config.tie_word_embeddings;
+    usual("tie_word_embeddings", tied.to_string(), config.tie_word_embeddings.to_string())?;
+    if let [_, sliding, ..] = config.rope.as_slice() {
+        usual("rope[1].scaling", "Default".into(), format!("{:?}", sliding.scaling))?;
+    }
+    let none = [
+        ("query_temperature", config.query_temperature.is_none()),
+        ("alibi", config.alibi == 0.0),
+        ("qkv_clip", config.qkv_clip.is_none()),
+        ("experts", config.experts.is_none()),
+        ("block_kinds", config.block_kinds.is_empty()),
+    ];
+    none.into_iter().try_for_each(|(what, none)| usual(what, "true".into(), none.to_string()))
 }
 
 /// A GGUF architecture's name.
@@ -224,7 +268,14 @@ impl Exporter<'_> {
             BlockType::Bf16 => FloatType::Bf16,
             _ => FloatType::F32,
         };
-        let values = rounded(Format::Gguf, &name, &values, float)?;
+        let mut values = rounded(Format::Gguf, &name, &values, float)?;
+        if names::has_one_added(self.family, &name) {
+            // As gains; what is read back has lost the bits that 1 takes.
+            values.iter_mut().for_each(|value| *value += 1.0);
+            let bytes = floats(&values, kind);
+            values.iter_mut().for_each(|value| *value -= 1.0);
+            return Ok(Converted { kind, bytes, written: Written::Dense(values), note: None });
+        }
         let bytes = match order {
             // The rows of a bias are single values.
             Some(order) => {
@@ -401,31 +452,42 @@ fn keys(
         ("attention.head_count_kv", count(config.num_key_value_heads)),
         ("attention.key_length", count(config.head_dim)),
         ("attention.value_length", count(config.head_dim)),
-        ("attention.layer_norm_rms_epsilon", float(config.norm_eps)),
-        ("rope.dimension_count", count(config.head_dim)),
+        (
+            match family.norm.centres() {
+                true => "attention.layer_norm_epsilon",
+                false => "attention.layer_norm_rms_epsilon",
+            },
+            float(config.norm_eps),
+        ),
+        ("rope.dimension_count", count(rope.rotated(config.head_dim))),
         ("rope.freq_base", float(rope.theta)),
         ("vocab_size", count(config.vocab_size)),
     ];
-    match config.layer_attention.as_slice() {
-        [first, rest @ ..] if rest.iter().any(|other| other != first) => {
-            return Err(refuse("config.sliding_window", "one window for all blocks", "windows that differ"));
-        }
-        [first, ..] => {
-            own.extend(first.sliding_window.map(|window| ("attention.sliding_window", count(window))))
-        }
-        [] => {}
+    let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
+    own.extend(window.map(|window| ("attention.sliding_window", count(window))));
+    if let [_, sliding, ..] = config.rope.as_slice() {
+        own.push(("rope.freq_base_swa", float(sliding.theta)));
+    }
+    let multipliers = &family.class.multipliers;
+    let mut add = |known: bool, key, value: Option<f64>| {
+        own.extend(value.filter(|_| known).map(|value| (key, float(value))));
+    };
+    add(!multipliers.embedding.is_empty(), "embedding_scale", Some(config.embedding_multiplier));
+    add(!multipliers.residual.is_empty(), "residual_scale", Some(config.residual_multiplier));
+    add(!multipliers.logits_divisor.is_empty(), "logit_scale", Some(1.0 / config.logit_multiplier));
+    add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping", config.attention_softcap);
+    add(multipliers.logit_softcap.is_some(), "final_logit_softcapping", config.logit_softcap);
+    if let AttentionScale::Factor(factor) = config.attention_scale {
+        add(true, "attention.scale", Some(factor));
     }
     own.extend(rope_keys(&rope.scaling)?);
     keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture(family)), value)));
     Ok(keys)
 }
 
-/// The one rotary table that these files describe.
+/// The rotary table that these files describe; of the one for sliding blocks they have the base.
 fn rope(config: &ModelConfig) -> Result<&RopeConfig> {
-    match config.rope.as_slice() {
-        [rope] => Ok(rope),
-        tables => Err(refuse("config.rope", "one rotary table", tables.len().to_string())),
-    }
+    config.rope.first().ok_or_else(|| refuse("config.rope", "a rotary table", "none"))
 }
 
 fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {

@@ -2,7 +2,7 @@
 //! windows, capped or scaled scores.
 
 use super::{
-    Activation, Family, LinearRole, ModulePath, NormKind, NormPlace, Part, Parts,
+    Activation, Family, GgufArchitecture, LinearRole, ModulePath, NormKind, NormPlace, Part, Parts,
     class::{self, ATTENTION_BIAS, Class, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, Multipliers, Rope, Windows},
     linear,
     llama::{BLOCK, LIKE_LLAMA},
@@ -56,6 +56,11 @@ const FAMILY: Family = Family {
     ..LIKE_LLAMA
 };
 
+/// Norms stand in GGUF files as the gains that they are.
+const fn gguf(name: &'static str) -> Option<GgufArchitecture> {
+    Some(GgufArchitecture { name, interleaved: false, windowed: false, norms_plus_one: true })
+}
+
 /// Encoders made of these models see all of a text.
 fn refuse_encoders(fields: &Fields<'_>, _: &mut ModelConfig) -> Result<()> {
     fields.refuse_unless("use_bidirectional_attention", false)
@@ -64,6 +69,7 @@ fn refuse_encoders(fields: &Fields<'_>, _: &mut ModelConfig) -> Result<()> {
 pub(super) static GEMMA: Family = Family {
     model_type: "gemma",
     architecture: "GemmaForCausalLM",
+    gguf: gguf("gemma"),
     blocks: &[Parts(&BLOCK)],
     module: ModulePath { root: "Gemma", left_out: "" },
     class: Class {
@@ -80,6 +86,7 @@ const SOFTCAP: Option<(&str, Option<f64>)> = Some(("final_logit_softcapping", No
 pub(super) static GEMMA2: Family = Family {
     model_type: "gemma2",
     architecture: "Gemma2ForCausalLM",
+    gguf: gguf("gemma2"),
     blocks: &[Parts(&GEMMA2_BLOCK)],
     module: ModulePath { root: "Gemma2", left_out: "" },
     class: Class {
@@ -102,6 +109,7 @@ const GEMMA2_KEYS: Keys = Keys { activation: &["hidden_activation", "hidden_act"
 pub(super) static GEMMA3: Family = Family {
     model_type: "gemma3_text",
     architecture: "Gemma3ForCausalLM",
+    gguf: gguf("gemma3"),
     blocks: &[Parts(&GEMMA3_BLOCK)],
     module: ModulePath { root: "Gemma3", left_out: "" },
     class: Class {

@@ -1,7 +1,7 @@
 //! GLM-4 and its predecessor: a fused gate, partial rotary positions of neighbouring channels.
 
 use super::{
-    Family, LinearRole, NormPlace, Part, Parts, RotaryPairs,
+    Family, GgufArchitecture, LinearRole, NormPlace, Part, Parts, RotaryPairs,
     class::{self, BiasKey, Class, HeadDim, QKV, Rope},
     linear,
     llama::{BLOCK, LIKE_LLAMA},
@@ -41,8 +41,13 @@ const FAMILY: Family = Family {
     ..LIKE_LLAMA
 };
 
-pub(super) static GLM4: Family =
-    Family { model_type: "glm4", architecture: "Glm4ForCausalLM", blocks: &[Parts(&GLM4_BLOCK)], ..FAMILY };
+pub(super) static GLM4: Family = Family {
+    model_type: "glm4",
+    architecture: "Glm4ForCausalLM",
+    gguf: GgufArchitecture::plain("glm4"),
+    blocks: &[Parts(&GLM4_BLOCK)],
+    ..FAMILY
+};
 
 pub(super) static GLM: Family =
     Family { model_type: "glm", architecture: "GlmForCausalLM", blocks: &[Parts(&GLM_BLOCK)], ..FAMILY };

@@ -93,7 +93,7 @@ pub(super) const LLAMA_FAMILY: Family = Family {
     rotary_pairs: RotaryPairs::Halves,
     turns_back: false,
     conv1d: false,
-    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: false }),
+    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: false, norms_plus_one: false }),
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: None },
     module: ModulePath { root: "Llama", left_out: "" },
     class: class::LLAMA,
@@ -101,11 +101,15 @@ pub(super) const LLAMA_FAMILY: Family = Family {
 
 pub(super) static LLAMA: Family = LLAMA_FAMILY;
 
+/// An architecture whose queries and keys stand in GGUF files as LLaMA's.
+const INTERLEAVED: GgufArchitecture =
+    GgufArchitecture { name: "llama", interleaved: true, windowed: false, norms_plus_one: false };
+
 pub(super) static MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
     aliases: &[],
-    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: true }),
+    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: true, norms_plus_one: false }),
     class: Class {
         bias_keys: &[],
         windows: Windows::All(Some(4096)),
@@ -129,7 +133,7 @@ pub(super) static QWEN2: Family = Family {
     model_type: "qwen2",
     architecture: "Qwen2ForCausalLM",
     aliases: &[],
-    gguf: Some(GgufArchitecture { name: "qwen2", interleaved: false, windowed: false }),
+    gguf: GgufArchitecture::plain("qwen2"),
     special_tokens: NO_TOKENS,
     class: QWEN2_CLASS,
     ..LLAMA_FAMILY
@@ -140,7 +144,7 @@ pub(super) static QWEN3: Family = Family {
     architecture: "Qwen3ForCausalLM",
     aliases: &[],
     blocks: &[Parts(&QWEN3_BLOCK)],
-    gguf: Some(GgufArchitecture { name: "qwen3", interleaved: false, windowed: false }),
+    gguf: GgufArchitecture::plain("qwen3"),
     special_tokens: NO_TOKENS,
     class: Class {
         always: class::NO_BIASES,
@@ -231,6 +235,7 @@ fn write_smollm3(config: &ModelConfig, map: &mut Map<String, Value>) {
 pub(super) static GRANITE: Family = Family {
     model_type: "granite",
     architecture: "GraniteForCausalLM",
+    gguf: Some(GgufArchitecture { name: "granite", ..INTERLEAVED }),
     class: Class {
         multipliers: Multipliers {
             embedding: "embedding_multiplier",
@@ -323,9 +328,18 @@ fn write_ministral3(config: &ModelConfig, map: &mut Map<String, Value>) {
     set(map, [("rope_parameters", Value::Object(table))]);
 }
 
+/// LLaMA's, under other names in GGUF files.
+const SEED_OSS_BLOCK: [Part; 9] = {
+    let [a, b, c, d, e, _, g, h, i] = BLOCK;
+    let before_mlp = norm("post_attention_layernorm", NormPlace::PreMlp, "post_attention_norm");
+    [a, b, c, d, e, before_mlp, g, h, i]
+};
+
 pub(super) static SEED_OSS: Family = Family {
     model_type: "seed_oss",
     architecture: "SeedOssForCausalLM",
+    blocks: &[Parts(&SEED_OSS_BLOCK)],
+    gguf: GgufArchitecture::plain("seed_oss"),
     special_tokens: || SpecialTokens { bos: Some(0), eos: vec![2], pad: Some(1) },
     class: Class {
         head_dim: HeadDim::Default(128),
@@ -382,6 +396,7 @@ pub(super) static ERNIE4_5: Family = Family {
     model_type: "ernie4_5",
     architecture: "Ernie4_5ForCausalLM",
     aliases: &["Ernie4_5_ForCausalLM"],
+    gguf: GgufArchitecture::plain("ernie4_5"),
     rotary_pairs: RotaryPairs::Neighbours,
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(0) },
     class: Class {
@@ -400,6 +415,7 @@ pub(super) static ERNIE4_5: Family = Family {
 pub(super) static ARCEE: Family = Family {
     model_type: "arcee",
     architecture: "ArceeForCausalLM",
+    gguf: Some(GgufArchitecture { name: "arcee", ..INTERLEAVED }),
     blocks: &[Parts(&ARCEE_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(128_000), eos: vec![128_001], pad: None },
     class: Class {

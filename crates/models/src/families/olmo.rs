@@ -1,7 +1,7 @@
 //! Families whose norms stand behind attention and MLP only: OLMo 2 and 3, EXAONE 4.
 
 use super::{
-    Family, NormPlace, Part, Parts,
+    Family, GgufArchitecture, NormPlace, Part, Parts,
     class::{self, ATTENTION_BIAS, Class, Rope, Windows},
     llama::{BLOCK, LIKE_LLAMA},
     norm,
@@ -35,8 +35,13 @@ const FAMILY: Family = Family {
     ..LIKE_LLAMA
 };
 
-pub(super) static OLMO2: Family =
-    Family { model_type: "olmo2", architecture: "Olmo2ForCausalLM", class: CLASS, ..FAMILY };
+pub(super) static OLMO2: Family = Family {
+    model_type: "olmo2",
+    architecture: "Olmo2ForCausalLM",
+    gguf: GgufArchitecture::plain("olmo2"),
+    class: CLASS,
+    ..FAMILY
+};
 
 pub(super) static OLMO3: Family = Family {
     model_type: "olmo3",

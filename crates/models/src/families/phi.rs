@@ -2,7 +2,7 @@
 //! matrices and LongRoPE.
 
 use super::{
-    Family, FusedRows, LLAMA_NAMES, LinearRole, Names, NormKind, NormPlace, Part, Parts,
+    Family, FusedRows, GgufArchitecture, LLAMA_NAMES, LinearRole, Names, NormKind, NormPlace, Part, Parts,
     class::{self, BLOCK as ALL, Class, GELU_TANH, Keys, LLAMA_KEYS, Rope, Windows},
     linear,
     llama::{BLOCK, LIKE_LLAMA},
@@ -57,6 +57,7 @@ const PHI3_BLOCK: [Part; 6] = [
 pub(super) static PHI3: Family = Family {
     model_type: "phi3",
     architecture: "Phi3ForCausalLM",
+    gguf: GgufArchitecture::plain("phi3"),
     blocks: &[Parts(&PHI3_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![32_000], pad: Some(32_000) },
     class: Class {

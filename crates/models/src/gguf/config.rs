@@ -2,19 +2,21 @@
 
 use std::collections::BTreeSet;
 
-use super::{Gguf, rope, value::Metadata};
+use super::{Gguf, layers, rope, value::Metadata};
 use crate::{
     Error, Result,
-    config::{Biases, LayerAttention, ModelConfig, RopeConfig},
-    families::{Family, LinearRole},
+    config::{AttentionScale, Biases, ModelConfig, RopeConfig},
+    families::{Family, FusedRows, LinearRole, class::Rope},
+    hf::rope::RopeKeys,
     source::TensorSource,
 };
 
 /// Keys (without the architecture) that are read, or that change nothing.
-const KNOWN: [&str; 23] = [
+const KNOWN: [&str; 25] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
+    "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon",
     "attention.sliding_window",
     "attention.value_length",
@@ -25,6 +27,7 @@ const KNOWN: [&str; 23] = [
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
+    "rope.freq_base_swa",
     "rope.scale_linear",
     "rope.scaling.attn_factor",
     "rope.scaling.factor",
@@ -101,10 +104,11 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn refuse_what_changes_the_model(&self) -> Result<()> {
+    fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
+            let read = read_by(family).contains(&key);
             let key = self.key(key);
-            if self.metadata.get(&key).is_none() {
+            if read || self.metadata.get(&key).is_none() {
                 continue;
             }
             let number = match self.metadata.bool(&key) {
@@ -149,11 +153,15 @@ pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let metadata = &file.metadata;
     let keys = Keys::new(metadata, &file.architecture);
-    keys.refuse_what_changes_the_model()?;
+    let window = keys.size("attention.sliding_window")?;
+    // The file's names fit the family that it was opened with; only the window can tell another one of that name.
+    let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
+    keys.refuse_what_changes_the_model(family)?;
     let hidden_size = keys.required_size("embedding_length")?;
     let num_hidden_layers = keys.required_size("block_count")?;
     let (num_attention_heads, num_key_value_heads) = head_counts(metadata, &file.architecture)?;
     let head_dim = head_dim(&keys, hidden_size, num_attention_heads)?;
+    let partial_rotary_factor = partial_factor(&keys, family, head_dim)?;
     check_layer_count(file, &keys, num_hidden_layers)?;
     let max_position_embeddings = keys.required_size("context_length")?;
     let theta = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
@@ -162,16 +170,25 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         Some(factors) => rope::from_factors(&keys, &factors.values, theta, head_dim)?,
         None => rope::from_keys(&keys, max_position_embeddings)?,
     };
-    let epsilon = keys.positive("attention.layer_norm_rms_epsilon")?;
-    let window = keys.size("attention.sliding_window")?;
-    // The file's names fit the family that it was opened with; only the window can tell another one of that name.
-    let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
+    let epsilon_key = match family.norm.centres() {
+        true => "attention.layer_norm_epsilon",
+        false => "attention.layer_norm_rms_epsilon",
+    };
+    let epsilon = keys.positive(epsilon_key)?;
+    let full = RopeConfig { theta, scaling, partial_rotary_factor };
+    let rope = match family.class.rope {
+        Rope::ByKind([_, sliding]) => {
+            let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(sliding);
+            vec![full, RopeConfig::plain(sliding)]
+        }
+        _ => vec![full],
+    };
     let bias = |roles: &[LinearRole]| {
         let linears = family.blocks[0].linears().filter(|linear| roles.contains(&linear.role));
         let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
         all_or_none(file, family, num_hidden_layers, &names)
     };
-    Ok(ModelConfig {
+    let mut config = ModelConfig {
         vocab_size: vocab_size(file, &keys)?,
         hidden_size,
         intermediate_size: keys.required_size("feed_forward_length")?,
@@ -180,21 +197,74 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         num_key_value_heads,
         head_dim,
         max_position_embeddings,
-        norm_eps: metadata.require(&keys.key("attention.layer_norm_rms_epsilon"), epsilon)?,
-        rope: vec![RopeConfig { scaling, ..RopeConfig::plain(theta) }],
-        layer_attention: vec![LayerAttention { sliding_window: window, rope: Some(0) }; num_hidden_layers],
+        norm_eps: metadata.require(&keys.key(epsilon_key), epsilon)?,
+        rope,
         biases: Biases {
-            qkv: bias(&[LinearRole::Query, LinearRole::Key, LinearRole::Value])?,
+            qkv: bias(&[
+                LinearRole::Query,
+                LinearRole::Key,
+                LinearRole::Value,
+                LinearRole::QueryKeyValue(FusedRows::Concatenated),
+            ])?,
             o: bias(&[LinearRole::Output])?,
-            mlp: bias(&[LinearRole::Gate, LinearRole::Up, LinearRole::Down])?,
+            mlp: bias(&[LinearRole::Gate, LinearRole::Up, LinearRole::GateUp, LinearRole::Down])?,
             head: false,
         },
         tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
         ..ModelConfig::bare(family)
-    })
+    };
+    config.layer_attention = layers::attention(&config, window);
+    config.attention_scale = layers::scale(&config);
+    read_factors(&keys, &mut config)?;
+    Ok(config)
 }
 
-/// Width of a head; keys, values and rotated dimensions must agree on it.
+/// Keys that change the model and that a family reads.
+fn read_by(family: &Family) -> Vec<&'static str> {
+    let multipliers = &family.class.multipliers;
+    let mut read = Vec::new();
+    let mut add = |known: bool, key| read.extend(known.then_some(key));
+    add(!multipliers.embedding.is_empty(), "embedding_scale");
+    add(!multipliers.attention.is_empty(), "attention.scale");
+    add(!multipliers.residual.is_empty(), "residual_scale");
+    add(!multipliers.logits_divisor.is_empty(), "logit_scale");
+    add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
+    add(multipliers.logit_softcap.is_some(), "final_logit_softcapping");
+    read
+}
+
+fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
+    if config.family.class.scales_embedding {
+        config.embedding_multiplier = (config.hidden_size as f64).sqrt();
+    }
+    for key in read_by(config.family) {
+        let value = keys.positive(key)?;
+        match key {
+            "embedding_scale" => config.embedding_multiplier = value.unwrap_or(1.0),
+            "attention.scale" => {
+                config.attention_scale = value.map_or(AttentionScale::HeadDim, AttentionScale::Factor);
+            }
+            "residual_scale" => config.residual_multiplier = value.unwrap_or(1.0),
+            "logit_scale" => config.logit_multiplier = 1.0 / value.unwrap_or(1.0),
+            "attn_logit_softcapping" => config.attention_softcap = value,
+            _ => config.logit_softcap = value,
+        }
+    }
+    Ok(())
+}
+
+/// The share of rotated channels.
+fn partial_factor(keys: &Keys, family: &Family, head_dim: usize) -> Result<f64> {
+    let Some(count) = keys.size("rope.dimension_count")? else { return Ok(1.0) };
+    let partial = matches!(family.class.rope, Rope::One(RopeKeys { partial: Some(_), .. }));
+    if count == head_dim || partial && count <= head_dim {
+        return Ok(count as f64 / head_dim as f64);
+    }
+    let supported = format!("the width of a head, {head_dim}");
+    Err(keys.metadata.unsupported_value(&keys.key("rope.dimension_count"), &supported))
+}
+
+/// Width of a head; keys and values must agree on it.
 fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
     let head_dim = match keys.size("attention.key_length")? {
         Some(head_dim) => head_dim,
@@ -204,11 +274,10 @@ fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
             return Err(keys.metadata.error(&keys.key("attention.head_count"), &expected, heads.to_string()));
         }
     };
-    for key in ["attention.value_length", "rope.dimension_count"] {
-        if keys.size(key)?.is_some_and(|size| size != head_dim) {
-            let supported = format!("the width of a head, {head_dim}");
-            return Err(keys.metadata.unsupported_value(&keys.key(key), &supported));
-        }
+    let key = "attention.value_length";
+    if keys.size(key)?.is_some_and(|size| size != head_dim) {
+        let supported = format!("the width of a head, {head_dim}");
+        return Err(keys.metadata.unsupported_value(&keys.key(key), &supported));
     }
     Ok(head_dim)
 }

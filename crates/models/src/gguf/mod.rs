@@ -8,6 +8,7 @@
 mod blocks;
 mod config;
 mod header;
+pub(crate) mod layers;
 pub(crate) mod names;
 mod rope;
 #[cfg(test)]
@@ -240,6 +241,9 @@ impl Gguf {
             });
             self.check_finite(&tensor.name, chunk)
         })?;
+        if names::has_one_added(self.family, name) {
+            values.iter_mut().for_each(|value| *value -= 1.0);
+        }
         Ok(DenseTensor { shape: tensor.shape.clone(), values })
     }
 

@@ -48,6 +48,16 @@ pub(crate) fn from_hugging_face(family: &Family, name: &str) -> Option<String> {
     Some(format!("{gguf}.{part}"))
 }
 
+/// Whether the tensor with this Hugging Face name is a norm's weight that stands in the file with 1 added.
+pub(crate) fn has_one_added(family: &Family, name: &str) -> bool {
+    let is_norm = |path: &str| match parts(family.names.blocks, name) {
+        Some((_, module, _)) => family.blocks[0].norms().any(|norm| norm.name == module),
+        None => path == family.names.final_norm,
+    };
+    let path = name.strip_suffix(".weight");
+    family.gguf.is_some_and(|gguf| gguf.norms_plus_one) && path.is_some_and(is_norm)
+}
+
 /// Whose heads the rows of a tensor belong to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Heads {

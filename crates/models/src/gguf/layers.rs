@@ -1,0 +1,46 @@
+//! What a GGUF architecture leaves to the program that reads it: which blocks slide, which rotary table they have, what scores
+//! are scaled by. Reading and writing go by the same rules.
+//!
+//! Sources: llama.cpp's model code and conversion scripts.
+
+use crate::{
+    config::{AttentionScale, LayerAttention, ModelConfig},
+    families::class::{Rope, Windows},
+};
+
+/// Blocks of the models whose scores are scaled by an equal share of the width, though their heads are wider: Gemma 2 and 3
+/// with 27 billion parameters.
+const SCALED_BY_SHARE: [(&str, usize); 2] = [("gemma2", 46), ("gemma3_text", 62)];
+
+/// What every block's attention sees in a model with this window.
+pub(crate) fn attention(config: &ModelConfig, window: Option<usize>) -> Vec<LayerAttention> {
+    let class = &config.family.class;
+    let slides = |layer: usize| match class.windows {
+        Windows::Pattern { period, .. } => !layer.is_multiple_of(period),
+        Windows::Never | Windows::All(_) | Windows::ByLayer => true,
+    };
+    let rope = |window: Option<usize>| match class.rope {
+        Rope::Never => None,
+        Rope::One(_) => Some(0),
+        Rope::ByKind(_) => Some(usize::from(window.is_some())),
+        Rope::Sliding { all_without } => (window.is_some() || all_without).then_some(0),
+    };
+    let layers = (1..=config.num_hidden_layers).map(|layer| {
+        let sliding_window = window.filter(|_| slides(layer));
+        LayerAttention { sliding_window, rope: rope(sliding_window) }
+    });
+    layers.collect()
+}
+
+/// What the scores are multiplied by where no key says it.
+pub(crate) fn scale(config: &ModelConfig) -> AttentionScale {
+    let family = config.family;
+    match family.class.multipliers.query_scalar {
+        None => AttentionScale::HeadDim,
+        Some(_) => {
+            let by_share = SCALED_BY_SHARE.contains(&(family.model_type, config.num_hidden_layers));
+            let share = config.hidden_size / config.num_attention_heads;
+            AttentionScale::Scalar(if by_share { share } else { config.head_dim } as f64)
+        }
+    }
+}
