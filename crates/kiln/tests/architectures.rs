@@ -250,3 +250,38 @@ fn adapters_made_by_peft_give_its_logits() {
     }
     assert_eq!(seen, 9);
 }
+
+/// The README's table of families.
+fn table() -> String {
+    use kiln::models::families::{FAMILIES, NormAxis};
+    let mut rows = String::from(
+        "| `model_type` | class | heads and channels are pruned | AWQ scales norms | GGUF |\n| --- | --- | --- | --- | --- |\n",
+    );
+    for family in FAMILIES {
+        let parts = family.blocks[0];
+        let over_all =
+            parts.norms().any(|norm| matches!(norm.place.axis(), NormAxis::Queries | NormAxis::Keys));
+        let pruned = match (parts.experts().is_some(), over_all) {
+            (true, _) => "no: experts",
+            (false, true) => "channels",
+            (false, false) => "yes",
+        };
+        let before = parts.norms().any(|norm| {
+            use kiln::models::families::NormPlace::{PreAttention, PreMlp};
+            matches!(norm.place, PreAttention | PreMlp)
+        });
+        // NanoChat's norms have no weights.
+        let scaled = if before && family.model_type != "nanochat" { "yes" } else { "" };
+        let gguf = family.gguf.map_or(String::new(), |gguf| format!("`{}`", gguf.name));
+        let (model_type, class) = (family.model_type, family.architecture);
+        rows += &format!("| `{model_type}` | `{class}` | {pruned} | {scaled} | {gguf} |\n");
+    }
+    rows
+}
+
+#[test]
+fn the_readme_has_the_table_of_families() {
+    let readme = std::fs::read_to_string(testdata("../README.md")).unwrap();
+    let table = table();
+    assert!(readme.contains(&table), "README.md should contain:\n{table}");
+}

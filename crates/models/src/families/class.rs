@@ -359,11 +359,9 @@ impl Class {
 
     /// The window of every block.
     fn read_windows(&self, fields: &Fields<'_>, layers: usize) -> Result<Vec<Option<usize>>> {
-        let window = |default| match fields.get("sliding_window") {
-            // Saved again, some classes write 0 for none.
-            Some(value) if value.as_u64() == Some(0) => Ok(None),
-            _ if fields.present("sliding_window") => fields.size("sliding_window", MAX_POSITIONS),
-            _ => Ok(default),
+        let window = |default| match fields.present("sliding_window") {
+            true => fields.size("sliding_window", MAX_POSITIONS),
+            false => Ok(default),
         };
         let chosen = |window: Option<usize>, slides: Vec<bool>| {
             let missing = || fields.wrong("sliding_window", "a window, as layer_types asks for one");

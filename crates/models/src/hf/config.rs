@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::{
     Quantization, awq, bnb, gptq,
     json::{Fields, MAX_CONFIG_BYTES, read_object},
-    mlx, packed,
+    mlx, packed, wrapper,
 };
 use crate::{
     Error, Result,
@@ -60,13 +60,24 @@ pub(super) struct FolderConfig {
     pub special_tokens: SpecialTokens,
     pub quantization: Quantization,
     pub unknown_keys: Vec<String>,
+    /// The class that this is the text part of.
+    pub text_part_of: Option<String>,
 }
 
 /// Reads `config.json`, and `generation_config.json` and `quantize_config.json` where they exist.
 pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let path = folder.join("config.json");
     let object = read_object(&path, MAX_CONFIG_BYTES)?;
-    let fields = Fields::new(&path, "", &object);
+    let outer = Fields::new(&path, "", &object);
+    let text = wrapper::text_config(&outer, &object)?;
+    let text_part_of = match &text {
+        Some(_) => Some(outer.strings("architectures")?.unwrap_or_default().concat()),
+        None => None,
+    };
+    let fields = match &text {
+        Some(text) => Fields::new(&path, "text_config.", text),
+        None => outer,
+    };
     let family = family(&fields)?;
     let model = family.class.read(&fields, family)?;
     let mut special_tokens = special_tokens(&fields, (family.special_tokens)())?;
@@ -77,7 +88,7 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     }
     let quantization = quantization(&fields, folder)?;
     fields.know(IGNORED);
-    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys: fields.unknown() })
+    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys: fields.unknown(), text_part_of })
 }
 
 /// The shape that the object of a `config.json` describes.

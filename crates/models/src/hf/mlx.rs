@@ -100,7 +100,6 @@ pub(super) fn weight(tensors: &SafetensorsSet, module: &str, config: &MlxConfig)
         tensors.check_finite(name, &values)?;
         Ok(transposed(&values, rows, groups))
     };
-    let file = tensors.file_of(codes_name)?;
     let packed = PackedWeight {
         scheme: QuantScheme {
             value: Value::Affine { bits, grid: Grid::Float },
@@ -109,7 +108,7 @@ pub(super) fn weight(tensors: &SafetensorsSet, module: &str, config: &MlxConfig)
         },
         d_input: groups * group_size,
         d_output,
-        codes: transposed(&file.read_u32(codes_name)?.1, d_output, words),
+        codes: transposed(&tensors.read_u32(codes_name)?, d_output, words),
         scales: Scales::Plain(floats(scales_name)?),
         offsets: Some(floats(biases_name)?),
         input_order: None,

@@ -27,6 +27,7 @@ pub(crate) mod rope;
 mod shards;
 #[cfg(test)]
 mod tests;
+mod wrapper;
 
 pub use self::{
     awq::AwqConfig,
@@ -112,7 +113,12 @@ impl HfFolder {
                 supported: "a folder of another writer here; PackedFolder or Checkpoint::open".into(),
             });
         }
-        let tensors = SafetensorsSet::open_folder(&path)?;
+        let mut tensors = SafetensorsSet::open_folder(&path)?;
+        let mut notes = Vec::new();
+        if let Some(of) = &config.text_part_of {
+            let left_out = tensors.rename(wrapper::text_name);
+            notes.push(format!("the text part of {of}; {left_out} tensors of its other parts were left out"));
+        }
         let mut names = public_names(&tensors, &config.quantization)?;
         let slices = experts::slices(&tensors, &config.model)?;
         for (name, slice) in &slices {
@@ -121,7 +127,6 @@ impl HfFolder {
             }
             names.insert(name.clone(), Stored::Sliced);
         }
-        let mut notes = Vec::new();
         if let Quantization::Gptq(gptq) = &mut config.quantization
             && gptq.zeros.is_none()
         {

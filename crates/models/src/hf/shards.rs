@@ -17,8 +17,8 @@ const MAX_INDEX_BYTES: u64 = 100_000_000;
 #[derive(Debug)]
 pub(super) struct SafetensorsSet {
     files: Vec<SafetensorsFile>,
-    /// File of each tensor.
-    index: BTreeMap<String, usize>,
+    /// File of each tensor, and its name there.
+    index: BTreeMap<String, (usize, String)>,
     /// What was opened, for messages.
     path: PathBuf,
 }
@@ -29,7 +29,7 @@ impl SafetensorsSet {
         let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if single.exists() {
             let file = SafetensorsFile::open(single)?;
-            let index = file.names().map(|name| (name.to_owned(), 0)).collect();
+            let index = file.names().map(|name| (name.to_owned(), (0, name.to_owned()))).collect();
             return Ok(Self { files: vec![file], index, path: folder.into() });
         }
         if index.exists() {
@@ -63,7 +63,7 @@ impl SafetensorsSet {
         }
         for (name, shard) in weight_map {
             let path = folder.join(shard.as_str().unwrap_or_default());
-            if set.index.get(name).is_none_or(|&file| set.files[file].path() != path) {
+            if set.index.get(name).is_none_or(|(file, _)| set.files[*file].path() != path) {
                 return Err(missing(&path, name));
             }
         }
@@ -72,7 +72,8 @@ impl SafetensorsSet {
 
     fn add(&mut self, file: SafetensorsFile) -> Result<()> {
         for name in file.names() {
-            if let Some(other) = self.index.insert(name.to_owned(), self.files.len()) {
+            if let Some((other, _)) = self.index.insert(name.to_owned(), (self.files.len(), name.to_owned()))
+            {
                 return Err(Error::File {
                     path: file.path().into(),
                     field: name.into(),
@@ -83,6 +84,14 @@ impl SafetensorsSet {
         }
         self.files.push(file);
         Ok(())
+    }
+
+    /// Gives tensors other names; those that get none are left out, and counted.
+    pub(crate) fn rename(&mut self, name: impl Fn(&str) -> Option<String>) -> usize {
+        let before = self.index.len();
+        let index = std::mem::take(&mut self.index).into_iter();
+        self.index = index.filter_map(|(old, place)| Some((name(&old)?, place))).collect();
+        before - self.index.len()
     }
 
     /// Names of all tensors, sorted.
@@ -97,25 +106,39 @@ impl SafetensorsSet {
 
     /// The file that holds the tensor `name`.
     pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+        self.place_of(name).map(|(file, _)| file)
+    }
+
+    /// The file that holds the tensor `name`, and what it is called there.
+    fn place_of(&self, name: &str) -> Result<(&SafetensorsFile, &str)> {
         match self.index.get(name) {
-            Some(&file) => Ok(&self.files[file]),
+            Some((file, there)) => Ok((&self.files[*file], there)),
             None => Err(missing(&self.path, name)),
         }
     }
 
     /// As [`SafetensorsFile::describe`].
     pub(crate) fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
-        Ok(self.file_of(name)?.describe(name)?)
+        let (file, there) = self.place_of(name)?;
+        Ok(file.describe(there)?)
     }
 
     /// As [`SafetensorsFile::read`].
     pub(crate) fn read(&self, name: &str) -> Result<RawTensor> {
-        Ok(self.file_of(name)?.read(name)?)
+        let (file, there) = self.place_of(name)?;
+        Ok(file.read(there)?)
     }
 
     /// As [`SafetensorsFile::read_part`].
     pub(crate) fn read_part(&self, name: &str, index: usize) -> Result<RawTensor> {
-        Ok(self.file_of(name)?.read_part(name, index)?)
+        let (file, there) = self.place_of(name)?;
+        Ok(file.read_part(there, index)?)
+    }
+
+    /// As [`SafetensorsFile::read_u32`], the values alone.
+    pub(crate) fn read_u32(&self, name: &str) -> Result<Vec<u32>> {
+        let (file, there) = self.place_of(name)?;
+        Ok(file.read_u32(there)?.1)
     }
 
     /// One of the tensors that are stacked in the tensor `name`, stored as F32, F16 or BF16.
@@ -132,7 +155,8 @@ impl SafetensorsSet {
 
     /// As [`SafetensorsFile::read_f32`].
     pub(crate) fn read_f32(&self, name: &str) -> Result<DenseTensor> {
-        let (shape, values) = self.file_of(name)?.read_f32(name)?;
+        let (file, there) = self.place_of(name)?;
+        let (shape, values) = file.read_f32(there)?;
         Ok(DenseTensor { shape, values })
     }
 

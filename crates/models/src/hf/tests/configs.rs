@@ -117,6 +117,50 @@ fn qwen_windows_follow_layer_types_or_max_window_layers() {
 }
 
 #[test]
+fn every_family_refuses_what_it_does_not_compute_by_name() {
+    for (folder, change, parts) in [
+        ("phi", json!({"qk_layernorm": true}), &["qk_layernorm", "true"][..]),
+        ("stablelm", json!({"qk_layernorm": true}), &["qk_layernorm"]),
+        ("gemma2", json!({"use_bidirectional_attention": true}), &["use_bidirectional_attention"]),
+        ("gemma2", json!({"hidden_activation": "relu"}), &["hidden_activation", "relu"]),
+        ("gpt2", json!({"scale_attn_by_inverse_layer_idx": true}), &["scale_attn_by_inverse_layer_idx"]),
+        ("gpt2", json!({"add_cross_attention": true}), &["add_cross_attention"]),
+        ("bloom", json!({"apply_residual_connection_post_layernorm": true}), &["apply_residual_connection"]),
+        ("falcon", json!({"num_kv_heads": 3}), &["num_kv_heads", "divisor"]),
+        ("ministral", json!({"sliding_window": 0}), &["sliding_window", "0"]),
+        (
+            "olmo3",
+            json!({"layer_types": ["linear_attention", "full_attention"]}),
+            &["layer_types", "linear_attention"],
+        ),
+        (
+            "exaone4",
+            json!({"sliding_window_pattern": "LLGL", "layer_types": null}),
+            &["sliding_window_pattern", "LLGL"],
+        ),
+        ("smollm3", json!({"no_rope_layers": [1]}), &["no_rope_layers", "2 numbers"]),
+        ("mixtral", json!({"num_experts_per_tok": 5}), &["num_experts_per_tok", "4 experts"]),
+        ("mixtral", json!({"num_local_experts": 0}), &["num_local_experts", "0"]),
+        ("qwen3_moe", json!({"mlp_only_layers": ["a"]}), &["mlp_only_layers"]),
+        (
+            "phi3-longrope",
+            json!({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}}),
+            &["short_factor", "4 numbers"],
+        ),
+        (
+            "phi3-partial",
+            json!({"rope_parameters": {"partial_rotary_factor": 1.5}}),
+            &["partial_rotary_factor", "1.5"],
+        ),
+    ] {
+        let path = testdata(&format!("arch/{folder}/config.json"));
+        let config: serde_json::Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        let message = read(&with(config, change.clone())).unwrap_err().to_string();
+        assert!(parts.iter().all(|part| message.contains(part)), "{folder} {change}: {message}");
+    }
+}
+
+#[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     for (change, parts) in [
         (json!({"architectures": ["MambaForCausalLM"]}), &["architectures", "MambaForCausalLM"][..]),
