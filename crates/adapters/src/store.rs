@@ -46,7 +46,7 @@ pub(crate) fn read(
             let wanted = parts.into_iter().map(|(part, size)| Wanted {
                 part,
                 size,
-                name: naming(part, &target.path),
+                name: in_file(file, naming(part, &target.path)),
                 shape: part.file_shape(size),
             });
             (target.path.as_str(), wanted.collect())
@@ -67,6 +67,22 @@ pub(crate) fn read(
         Ok(((*path).to_owned(), parts.collect::<Result<Parts>>()?))
     };
     wanted.iter().map(read).collect()
+}
+
+/// The name that the tensor `name` has in the file: of an adapter on a multimodal checkpoint, whose text part the model is,
+/// it holds that part's name too.
+fn in_file(file: &SafetensorsFile, name: String) -> String {
+    const TEXT: &str = "base_model.model.model.";
+    const IN_WRAPPERS: [&str; 3] = [
+        "base_model.model.model.language_model.",
+        "base_model.model.language_model.model.",
+        "base_model.model.model.language_model.model.",
+    ];
+    let rest = name.strip_prefix(TEXT).filter(|_| !file.contains(&name));
+    let wrapped = rest.and_then(|rest| {
+        IN_WRAPPERS.iter().map(|prefix| format!("{prefix}{rest}")).find(|name| file.contains(name))
+    });
+    wrapped.unwrap_or(name)
 }
 
 fn check_header(file: &SafetensorsFile, Wanted { name, shape, .. }: &Wanted) -> Result<()> {

@@ -24,10 +24,12 @@ use kiln_testkit::{Golden, assert_close, max_difference, read, relative_differen
 fn folders() -> Vec<String> {
     let mut folders: Vec<String> = std::fs::read_dir(testdata("arch"))
         .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .map(|entry| entry.unwrap())
+        .filter(|entry| entry.path().join("config.json").exists())
+        .map(|entry| entry.file_name().into_string().unwrap())
         .collect();
     folders.sort();
-    assert!(folders.len() >= 39, "{folders:?}");
+    assert!(folders.len() >= 42, "{folders:?}");
     folders
 }
 
@@ -249,6 +251,37 @@ fn adapters_made_by_peft_give_its_logits() {
         seen += 1;
     }
     assert_eq!(seen, 9);
+}
+
+#[test]
+fn an_adapter_on_a_multimodal_checkpoint_is_read_for_its_text_part() {
+    let place = testdata("peft/arch/gemma3_text");
+    let checkpoint = Checkpoint::open(testdata("tiny/gemma3-text-f32")).unwrap();
+    let options = LoadOptions::uniform("dense".parse().unwrap()).in_f32();
+    let (base, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+    let ids = [[3, 14, 15, 92, 65, 35].to_vec()];
+    let logits = |folder: &std::path::Path| {
+        let tuned = Tuned::load(base.clone(), folder).unwrap();
+        let model = tuned.model();
+        read(model.forward(&model.context(&TokenBatch::new(&ids).unwrap(), None)))
+    };
+    let bytes = std::fs::read(place.join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    for prefix in ["model.language_model.", "language_model.model."] {
+        let folder = tempfile::tempdir().unwrap();
+        // Targets by the last segments of their names, as adapters on wrappers have them.
+        let text = std::fs::read_to_string(place.join("adapter_config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        let names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+        config["target_modules"] = serde_json::json!(names);
+        std::fs::write(folder.path().join("adapter_config.json"), config.to_string()).unwrap();
+        let renamed = tensors.tensors().into_iter().map(|(name, view)| {
+            (name.replace("base_model.model.model.", &format!("base_model.model.{prefix}")), view)
+        });
+        safetensors::serialize_to_file(renamed, None, &folder.path().join("adapter_model.safetensors"))
+            .unwrap();
+        assert_eq!(logits(folder.path()), logits(&place), "{prefix}");
+    }
 }
 
 /// The README's table of families.

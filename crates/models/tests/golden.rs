@@ -50,7 +50,7 @@ const DENSE: [&str; 12] = [
 ];
 
 /// Folders of `testdata/arch`.
-const ARCHITECTURES: [&str; 39] = [
+const ARCHITECTURES: [&str; 42] = [
     "apertus",
     "arcee",
     "bloom",
@@ -68,6 +68,8 @@ const ARCHITECTURES: [&str; 39] = [
     "gpt_oss-yarn",
     "granite",
     "granitemoe",
+    "granitemoehybrid",
+    "granitemoehybrid-nope",
     "helium",
     "hunyuan_v1_dense",
     "ministral",
@@ -79,6 +81,7 @@ const ARCHITECTURES: [&str; 39] = [
     "olmo3",
     "olmoe",
     "phi",
+    "phi-norms",
     "phi3",
     "phi3-longrope",
     "phi3-partial",

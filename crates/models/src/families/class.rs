@@ -495,7 +495,7 @@ impl Class {
         };
         put(keys.embedding, json!(config.embedding_multiplier));
         put(keys.residual, json!(config.residual_multiplier));
-        put(keys.logits_divisor, json!(1.0 / config.logit_multiplier));
+        put(keys.logits_divisor, json!(divisor(config.logit_multiplier)));
         put(keys.logits.map_or("", |(key, _)| key), json!(config.logit_multiplier));
         put(keys.logit_softcap.map_or("", |(key, _)| key), json!(config.logit_softcap));
         put(keys.attention_softcap.map_or("", |(key, _)| key), json!(config.attention_softcap));
@@ -603,6 +603,13 @@ impl ExpertKeys {
     }
 }
 
+/// The number that `factor` is 1 divided by: the shortest one, as the file has had it, where rounding leaves several.
+fn divisor(factor: f64) -> f64 {
+    let exact = 1.0 / factor;
+    let short = (exact * 1e6).round() / 1e6;
+    if 1.0 / short == factor { short } else { exact }
+}
+
 /// The first of `keys` that `read` finds something under.
 pub(crate) fn first<T>(keys: &[&str], read: impl Fn(&str) -> Result<Option<T>>) -> Result<Option<T>> {
     let mut found = None;
@@ -629,5 +636,31 @@ fn required(fields: &Fields<'_>, keys: &[&str], max: usize) -> Result<usize> {
     match first(keys, |key| fields.size(key, max))? {
         Some(size) => Ok(size),
         None => fields.required_size(keys.first().copied().unwrap_or_default(), max),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn divisors_are_those_that_were_read() {
+        for read in [1.0, 2.5, 3.0, 8.0, 13.0, 16.0, 49.0, 0.1, 7.3] {
+            assert_eq!(divisor(1.0 / read), read);
+        }
+    }
+
+    #[test]
+    fn a_period_is_a_number_or_letters() {
+        let read = |value: Value| {
+            let map = Map::from_iter([("p".to_owned(), value)]);
+            read_period(&Fields::new(std::path::Path::new("config.json"), "", &map), "p")
+        };
+        assert_eq!(read(json!(4)).unwrap(), Some(4));
+        assert_eq!(read(json!("LLLG")).unwrap(), Some(4));
+        assert_eq!(read(Value::Null).unwrap(), None);
+        for wrong in [json!("LLL"), json!("LGLG"), json!(""), json!(0)] {
+            assert!(read(wrong).is_err());
+        }
     }
 }

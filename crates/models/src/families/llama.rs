@@ -7,8 +7,8 @@ use super::{
     Activation, Family, GgufArchitecture, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace,
     Part, Parts, RotaryPairs, VectorRole,
     class::{
-        self, ATTENTION_BIAS, BLOCK as ALL, BiasKey, Class, HeadDim, MLP_BIAS, Multipliers, QKV, Rope,
-        Windows,
+        self, ATTENTION_BIAS, BLOCK as ALL, BiasKey, Class, HeadDim, Keys, LLAMA_KEYS, MLP_BIAS, Multipliers,
+        QKV, Rope, Windows,
     },
     linear, norm, plain_linear, plain_norm, vector,
 };
@@ -232,7 +232,9 @@ fn write_smollm3(config: &ModelConfig, map: &mut Map<String, Value>) {
     );
 }
 
-pub(super) static GRANITE: Family = Family {
+pub(super) static GRANITE: Family = GRANITE_FAMILY;
+
+const GRANITE_FAMILY: Family = Family {
     model_type: "granite",
     architecture: "GraniteForCausalLM",
     gguf: Some(GgufArchitecture { name: "granite", ..INTERLEAVED }),
@@ -248,6 +250,87 @@ pub(super) static GRANITE: Family = Family {
     },
     ..LIKE_LLAMA
 };
+
+const GRANITE_HYBRID_BLOCK: [Part; 8] = [
+    BLOCK[0],
+    BLOCK[1],
+    BLOCK[2],
+    BLOCK[3],
+    BLOCK[4],
+    BLOCK[5],
+    plain_linear("shared_mlp.input_linear", LinearRole::GateUp),
+    plain_linear("shared_mlp.output_linear", LinearRole::Down),
+];
+
+/// Granite 4 where all layers are attention and none has experts.
+pub(super) static GRANITE_HYBRID: Family = Family {
+    model_type: "granitemoehybrid",
+    architecture: "GraniteMoeHybridForCausalLM",
+    blocks: &[Parts(&GRANITE_HYBRID_BLOCK)],
+    class: Class {
+        keys: Keys { channels: &["shared_intermediate_size"], ..LLAMA_KEYS },
+        bias_keys: &[ATTENTION_BIAS],
+        ignored: &[
+            "intermediate_size",
+            "mamba_chunk_size",
+            "mamba_conv_bias",
+            "mamba_d_conv",
+            "mamba_d_head",
+            "mamba_d_state",
+            "mamba_expand",
+            "mamba_n_groups",
+            "mamba_n_heads",
+            "mamba_proj_bias",
+            "num_experts_per_tok",
+            "output_router_logits",
+            "router_aux_loss_coef",
+            "time_step_limit",
+        ],
+        read_more: read_granite_hybrid,
+        write_more: write_granite_hybrid,
+        ..GRANITE_FAMILY.class
+    },
+    ..LIKE_LLAMA
+};
+
+fn read_granite_hybrid(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
+    if fields.get("num_local_experts").and_then(Value::as_u64) != Some(0) {
+        return Err(fields.unsupported("num_local_experts", "0, models without experts"));
+    }
+    let first = match fields.strings("layer_types")? {
+        Some(types) => Some(("layer_types", types)),
+        None => fields.strings("layers_block_type")?.map(|types| ("layers_block_type", types)),
+    };
+    let supported = "attention for every layer";
+    let Some((key, types)) = first else { return Err(fields.unsupported("layer_types", supported)) };
+    let is_attention = |kind: &&str| matches!(*kind, "attention" | "full_attention");
+    if types.len() != config.num_hidden_layers || !types.iter().all(is_attention) {
+        return Err(fields.unsupported(key, supported));
+    }
+    match fields.str("position_embedding_type")? {
+        Some("rope") => {}
+        None => config.layer_attention.iter_mut().for_each(|layer| layer.rope = None),
+        Some(_) => return Err(fields.unsupported("position_embedding_type", "rope or null")),
+    }
+    Ok(())
+}
+
+fn write_granite_hybrid(config: &ModelConfig, map: &mut Map<String, Value>) {
+    let rotated = config.layer_attention.iter().any(|layer| layer.rope.is_some());
+    // The class divides its inner width by this, though no layer needs it.
+    let heads = if (2 * config.hidden_size).is_multiple_of(128) { 128 } else { 1 };
+    set(
+        map,
+        [
+            ("intermediate_size", json!(config.intermediate_size)),
+            ("layer_types", json!(vec!["attention"; config.num_hidden_layers])),
+            ("mamba_n_heads", json!(heads)),
+            ("num_experts_per_tok", json!(0)),
+            ("num_local_experts", json!(0)),
+            ("position_embedding_type", if rotated { json!("rope") } else { Value::Null }),
+        ],
+    );
+}
 
 pub(super) static MINISTRAL: Family = Family {
     model_type: "ministral",

@@ -23,7 +23,7 @@ use self::class::Class;
 use crate::config::{Biases, ModelConfig, SpecialTokens};
 
 /// All families, in the order in which GGUF's shared architecture names are resolved.
-pub static FAMILIES: [&Family; 40] = [
+pub static FAMILIES: [&Family; 41] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::QWEN2,
@@ -34,6 +34,7 @@ pub static FAMILIES: [&Family; 40] = [
     &gemma::GEMMA2,
     &llama::SMOLLM3,
     &llama::GRANITE,
+    &llama::GRANITE_HYBRID,
     &llama::MINISTRAL,
     &llama::MINISTRAL3,
     &llama::SEED_OSS,

@@ -1,6 +1,8 @@
 //! Phi-1 to Phi-2: attention and MLP side by side on one layer norm. Phi-3, Phi-3.5, Phi-4 and Phi-4-mini: LLaMA with fused
 //! matrices and LongRoPE.
 
+use serde_json::json;
+
 use super::{
     Family, FusedRows, GgufArchitecture, LLAMA_NAMES, LinearRole, Names, NormKind, NormPlace, Part, Parts,
     class::{self, BLOCK as ALL, Class, GELU_TANH, Keys, LLAMA_KEYS, Rope, Windows},
@@ -10,6 +12,7 @@ use super::{
 };
 use crate::{
     config::{Biases, SpecialTokens},
+    export::config_keys::set,
     hf::rope::RopeKeys,
 };
 
@@ -23,12 +26,20 @@ const PHI_BLOCK: [Part; 7] = [
     plain_linear("mlp.fc2", LinearRole::Down),
 ];
 
+/// The same with norms over each query and key head.
+const PHI_NORMS_BLOCK: [Part; 9] = {
+    let [a, b, c, d, e, f, g] = PHI_BLOCK;
+    let query = plain_norm("self_attn.q_layernorm", NormPlace::QueryHead);
+    let key = plain_norm("self_attn.k_layernorm", NormPlace::KeyHead);
+    [a, b, c, d, e, query, key, f, g]
+};
+
 pub(super) static PHI: Family = Family {
     model_type: "phi",
     architecture: "PhiForCausalLM",
     names: Names { final_norm: "model.final_layernorm", ..LLAMA_NAMES },
     norm: NormKind::Layer,
-    blocks: &[Parts(&PHI_BLOCK)],
+    blocks: &[Parts(&PHI_BLOCK), Parts(&PHI_NORMS_BLOCK)],
     class: Class {
         keys: Keys { norm_eps: &["layer_norm_eps"], ..LLAMA_KEYS },
         norm_eps: 1e-5,
@@ -37,7 +48,14 @@ pub(super) static PHI: Family = Family {
         bias_keys: &[],
         rope: Rope::One(RopeKeys { partial: Some(0.5), ..RopeKeys::DEFAULT }),
         parallel: true,
-        only: &[("qk_layernorm", false), ("tie_word_embeddings", false)],
+        only: &[("tie_word_embeddings", false)],
+        read_more: |fields, config| {
+            if fields.bool("qk_layernorm")?.unwrap_or(false) {
+                config.block_kinds = vec![1; config.num_hidden_layers];
+            }
+            Ok(())
+        },
+        write_more: |config, map| set(map, [("qk_layernorm", json!(config.block_kinds.contains(&1)))]),
         ..class::LLAMA
     },
     ..LIKE_LLAMA

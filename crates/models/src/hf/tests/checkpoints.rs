@@ -1,5 +1,7 @@
 //! The small checkpoints of `testdata/tiny`.
 
+use kiln_testkit::Golden;
+
 use super::*;
 
 const FOLDERS: [&str; 14] = [
@@ -219,4 +221,57 @@ fn values_that_are_not_finite_are_refused_by_name() {
     let folder = HfFolder::open(made.path()).unwrap();
     assert_error(folder.weight("a"), &["model.safetensors: a.weight", "NaN at element 1"]);
     assert_error(folder.dense("b"), &["model.safetensors: b", "inf at element 0"]);
+}
+
+#[test]
+fn experts_in_mxfp4_are_what_transformers_makes_of_them() {
+    let golden = Golden::open("arch/mxfp4/golden.safetensors");
+    let made = tempfile::tempdir().unwrap();
+    let config = json!({
+        "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", "vocab_size": 96, "hidden_size": 32,
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1,
+        "quantization_config": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
+    });
+    std::fs::write(made.path().join("config.json"), config.to_string()).unwrap();
+    let bytes = std::fs::read(testdata("arch/mxfp4/golden.safetensors")).unwrap();
+    let all = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let stored = all.tensors().into_iter().filter(|(name, _)| !name.starts_with("expected"));
+    let weights = made.path().join("model.safetensors");
+    safetensors::serialize_to_file(stored, None, &weights).unwrap();
+    let folder = HfFolder::open(made.path()).unwrap();
+    assert_eq!(folder.unknown_keys(), Vec::<String>::new());
+    // `[d_input, d_output]` of each expert.
+    let expected = |name: &str, expert: usize, input: usize, output: usize| {
+        let shape = golden.shape(&format!("expected.{name}"));
+        let at = (expert * shape[1] + input) * shape[2] + output;
+        golden.floats(&format!("expected.{name}"))[at]
+    };
+    for expert in 0..2 {
+        for (linear, name, first, step) in [
+            ("gate_proj", "gate_up_proj", 0, 2),
+            ("up_proj", "gate_up_proj", 1, 2),
+            ("down_proj", "down_proj", 0, 1),
+        ] {
+            let found =
+                folder.dense(&format!("model.layers.0.mlp.experts.{expert}.{linear}.weight")).unwrap();
+            let [rows, inputs] = found.shape.as_slice().try_into().unwrap();
+            for row in [0, 1, rows / 2, rows - 1] {
+                for input in 0..inputs {
+                    let value = found.values[row * inputs + input];
+                    assert_eq!(
+                        value,
+                        expected(name, expert, input, first + row * step),
+                        "{linear} {row} {input}"
+                    );
+                }
+            }
+        }
+    }
+    // A stack of other sizes is refused by name.
+    let mut config = config;
+    config["num_local_experts"] = json!(3);
+    std::fs::write(made.path().join("config.json"), config.to_string()).unwrap();
+    let message = HfFolder::open(made.path()).unwrap_err().to_string();
+    assert!(message.contains("gate_up_proj") && message.contains("[3,"), "{message}");
 }

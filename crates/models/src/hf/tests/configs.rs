@@ -119,8 +119,9 @@ fn qwen_windows_follow_layer_types_or_max_window_layers() {
 #[test]
 fn every_family_refuses_what_it_does_not_compute_by_name() {
     for (folder, change, parts) in [
-        ("phi", json!({"qk_layernorm": true}), &["qk_layernorm", "true"][..]),
-        ("stablelm", json!({"qk_layernorm": true}), &["qk_layernorm"]),
+        ("stablelm", json!({"qk_layernorm": true}), &["qk_layernorm", "true"][..]),
+        ("granitemoehybrid", json!({"layer_types": ["mamba", "attention"]}), &["layer_types", "mamba"]),
+        ("granitemoehybrid", json!({"num_local_experts": 8}), &["num_local_experts", "8"]),
         ("gemma2", json!({"use_bidirectional_attention": true}), &["use_bidirectional_attention"]),
         ("gemma2", json!({"hidden_activation": "relu"}), &["hidden_activation", "relu"]),
         ("gpt2", json!({"scale_attn_by_inverse_layer_idx": true}), &["scale_attn_by_inverse_layer_idx"]),
