@@ -3,6 +3,7 @@
 mod driver;
 mod export;
 mod exporters;
+mod gemma3;
 mod generate;
 mod golden;
 mod nll;

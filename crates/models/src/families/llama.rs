@@ -303,9 +303,16 @@ fn read_granite_hybrid(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<
     };
     let supported = "attention for every layer";
     let Some((key, types)) = first else { return Err(fields.unsupported("layer_types", supported)) };
-    let is_attention = |kind: &&str| matches!(*kind, "attention" | "full_attention");
-    if types.len() != config.num_hidden_layers || !types.iter().all(is_attention) {
-        return Err(fields.unsupported(key, supported));
+    if types.len() != config.num_hidden_layers {
+        return Err(fields.wrong(key, &format!("a list of {} entries", config.num_hidden_layers)));
+    }
+    if let Some(other) = types.iter().find(|kind| !matches!(**kind, "attention" | "full_attention")) {
+        return Err(Error::Unsupported {
+            path: fields.path(),
+            field: key.into(),
+            found: (*other).into(),
+            supported: supported.into(),
+        });
     }
     match fields.str("position_embedding_type")? {
         Some("rope") => {}
