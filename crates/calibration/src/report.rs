@@ -16,7 +16,8 @@ pub struct ProjectionReport {
     /// errors here `f64::MAX` where the original is zero and what was found is not.
     pub weight_error: f64,
     /// `‖y - y^q‖ / ‖y‖` over the measured windows, with `y` the projection's output in the original model and `y^q` in
-    /// the model quantized so far, this block rounded to nearest. 0 where nothing was measured.
+    /// the model quantized so far, this block rounded to nearest. 0 where nothing was measured: of
+    /// experts, who see other tokens in one model than in the other.
     pub activation_error_before: f64,
     /// The same with this block as calibrated.
     pub activation_error_after: f64,

@@ -284,6 +284,58 @@ fn an_adapter_on_a_multimodal_checkpoint_is_read_for_its_text_part() {
     }
 }
 
+#[test]
+fn gguf_files_hold_the_families_that_they_have_an_architecture_for() {
+    use kiln::models::{
+        config::AttentionScale,
+        export::{GgufOptions, export_gguf},
+        gguf::BlockType,
+    };
+    let mut seen = std::collections::BTreeSet::new();
+    let gemma3 = "../tiny/gemma3-text-f32".to_owned();
+    for folder in folders().into_iter().chain([gemma3]) {
+        let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+        let options = LoadOptions::uniform("dense".parse().unwrap()).in_f32();
+        let (mut model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+        let place = tempfile::tempdir().unwrap();
+        let path = place.path().join("model.gguf");
+        let options = GgufOptions { dense: BlockType::F32, tokenizer: false, ..GgufOptions::default() };
+        let refusal = |model: &Decoder<QuantLinear>, part: &str| {
+            let message = export_gguf(model, &checkpoint, &path, &options).unwrap_err().to_string();
+            assert!(message.contains(part), "{folder}: {message}");
+        };
+        let mut config = model.config().clone();
+        if config.family.gguf.is_none() {
+            refusal(&model, "architecture");
+            continue;
+        }
+        if folder == "phi3-longrope" {
+            refusal(&model, "rope.scaling");
+            continue;
+        }
+        // Keys can't say what these fixtures scale scores by, nor that one of Gemma 3's first two blocks doesn't slide.
+        if let AttentionScale::Scalar(_) = config.attention_scale {
+            refusal(&model, "attention_scale");
+            config.attention_scale = AttentionScale::Scalar(config.head_dim as f64);
+            model = model.with_config(config.clone()).unwrap();
+        }
+        if config.family.model_type == "gemma3_text" {
+            refusal(&model, "layer_attention");
+            config.layer_attention[1] = config.layer_attention[0];
+            model = model.with_config(config.clone()).unwrap();
+        }
+        export_gguf(&model, &checkpoint, &path, &options).unwrap();
+        let again = Checkpoint::open(&path).unwrap();
+        assert_eq!(again.config().family, config.family, "{folder}");
+        let (again, report) = again.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        assert_eq!(report.notes, Vec::<String>::new(), "{folder}");
+        assert_close(&folder, &logits(&again, &folder), &logits(&model, &folder), 1e-5);
+        seen.insert(config.family.model_type);
+    }
+    let expected = "arcee ernie4_5 gemma gemma2 gemma3_text glm4 granite olmo2 phi3 seed_oss";
+    assert_eq!(seen.into_iter().collect::<Vec<_>>().join(" "), expected);
+}
+
 /// The README's table of families.
 fn table() -> String {
     use kiln::models::families::{FAMILIES, NormAxis};

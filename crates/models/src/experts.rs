@@ -5,7 +5,7 @@ use burn::tensor::{
     Int, Tensor, TensorData,
     activation::{sigmoid, softmax},
 };
-use kiln_quant_core::{Projection, fused};
+use kiln_quant_core::{Projection, fused, to_host};
 
 use crate::config::{ClampedSwiglu, ExpertsConfig};
 
@@ -45,6 +45,9 @@ impl Routes {
 ///
 /// # Shapes
 /// `x` `[tokens, width]` → the same.
+///
+/// # Panics
+/// If the device can't be read.
 pub(crate) fn mixture<P: Projection>(
     all: &[Expert<P>],
     x: Tensor<2>,
@@ -58,8 +61,7 @@ pub(crate) fn mixture<P: Projection>(
         let values: Vec<i64> = values.into_iter().map(|value| value as i64).collect();
         Tensor::<1, Int>::from_data(values.as_slice(), &device)
     };
-    let host: Vec<f32> =
-        scores.to_data().convert::<f32>().try_into_vec().expect("the router's scores are floats");
+    let host = to_host("the router's scores", scores.clone()).unwrap_or_else(|error| panic!("{error}"));
     let routes = Routes::new(&host, config);
     let (order, counts) = routes.by_expert(config.count);
 

@@ -16,7 +16,7 @@ use crate::{
     config::ModelConfig,
     embedding::DenseEmbedding,
     families::NormKind,
-    source::{DenseTensor, StoredWeight, TensorSource, transposed_values},
+    source::{DenseTensor, StoredWeight, TensorSource, transposed},
 };
 
 /// How to load a model.
@@ -273,7 +273,7 @@ impl Loader<'_> {
                 self.place(path, StoredWeight::Packed(weight), scheme, shape, bias, true)?
             }
             stored => {
-                let values = transposed_values(&dense(stored).values, shape[1], shape[0]);
+                let values = transposed(&dense(stored).values, shape[1], shape[0]);
                 let weight = frozen(self.matrix(path, values, shape)?);
                 QuantLinear::Dense(Linear { weight, bias })
             }
@@ -321,7 +321,7 @@ impl Loader<'_> {
                 packed
             }
             (stored, Scheme::Dense) => {
-                let values = transposed_values(&dense(stored).values, d_output, d_input);
+                let values = transposed(&dense(stored).values, d_output, d_input);
                 // A plan's dense layers are f32, as the search that made it counts them.
                 let weight = if as_stored {
                     self.matrix(path, values, [d_input, d_output])?

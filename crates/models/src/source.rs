@@ -44,10 +44,10 @@ pub trait TensorSource: Send + Sync {
     fn weight(&self, module: &str) -> Result<StoredWeight>;
 }
 
-/// A row-major matrix, transposed in squares that fit the cache.
-pub(crate) fn transposed_values(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+/// A row-major matrix `[rows, columns]`, transposed in squares that fit the cache.
+pub(crate) fn transposed<T: Copy + Default>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
     const SQUARE: usize = 32;
-    let mut result = vec![0.0; values.len()];
+    let mut result = vec![T::default(); values.len()];
     for row in (0..rows).step_by(SQUARE) {
         for column in (0..columns).step_by(SQUARE) {
             for r in row..rows.min(row + SQUARE) {

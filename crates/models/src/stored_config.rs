@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     config::{
         AttentionScale, Biases, ExpertsConfig, LayerAttention, LayerShape, ModelConfig, QueryTemperature,
-        RopeConfig,
+        RopeConfig, RopeScaling,
     },
     families::{Activation, Family},
 };
@@ -216,11 +216,40 @@ impl TryFrom<StoredConfig> for ModelConfig {
                 config.block_kinds
             ));
         }
+        config.check_parts()?;
         let tables = config.rope.len();
         match config.layer_attention.iter().filter_map(|layer| layer.rope).find(|rope| *rope >= tables) {
             Some(rope) => Err(format!("layer_attention.rope: expected below {tables}, found {rope}")),
             None => Ok(config),
         }
+    }
+}
+
+impl ModelConfig {
+    /// What the blocks' experts and the rotary tables need beside each other.
+    fn check_parts(&self) -> Result<(), String> {
+        let mut blocks = 0..self.num_hidden_layers;
+        let chosen = |experts: &ExpertsConfig| (1..=experts.count).contains(&experts.per_token);
+        if blocks.any(|index| self.parts(index).experts().is_some())
+            && !self.experts.as_ref().is_some_and(chosen)
+        {
+            let expected = "a number of them, and of those a token goes through";
+            return Err(format!("experts: expected {expected}, found {:?}", self.experts));
+        }
+        for rope in &self.rope {
+            let share = rope.partial_rotary_factor;
+            if !(share > 0.0 && share <= 1.0) {
+                return Err(format!("partial_rotary_factor: expected above 0, at most 1, found {share}"));
+            }
+            if let RopeScaling::LongRope { short_factor, long_factor, .. } = &rope.scaling {
+                let (pairs, found) =
+                    (rope.rotated(self.head_dim) / 2, [short_factor.len(), long_factor.len()]);
+                if found != [pairs; 2] {
+                    return Err(format!("LongRoPE: expected {pairs} factors in each list, found {found:?}"));
+                }
+            }
+        }
+        Ok(())
     }
 }
 

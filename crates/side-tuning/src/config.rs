@@ -315,7 +315,9 @@ struct Sizes {
 
 impl Sizes {
     fn of(backbone: &ModelConfig) -> Result<Self> {
-        let dynamic = |rope: &RopeConfig| matches!(rope.scaling, RopeScaling::Dynamic { .. });
+        let dynamic = |rope: &RopeConfig| {
+            matches!(rope.scaling, RopeScaling::Dynamic { .. } | RopeScaling::Alpha { .. })
+        };
         let sizes = Self {
             width: backbone.hidden_size,
             inner: backbone.intermediate_size,

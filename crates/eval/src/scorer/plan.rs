@@ -159,6 +159,18 @@ mod tests {
         // Less than that isn't worth it.
         let rows = (0..2).map(|n| row(n, vec![1, 2, 3, n as u32 + 10], vec![7], 99)).collect();
         assert_eq!(super::units(rows, None).len(), 2);
+        // Nor is it allowed where one of the rows is beyond what a cache serves for.
+        let questions = || {
+            let rows = (0..2).map(|n| {
+                let mut context = tokens(0..40);
+                context.extend(100 * (n + 1)..100 * (n + 1) + 6 * (n + 1));
+                row(n as usize, context, vec![7], 99)
+            });
+            rows.collect::<Vec<_>>()
+        };
+        let longest = questions().iter().map(|row| row.ids.len()).max().unwrap();
+        let shared = |limit| super::units(questions(), Some(limit)).iter().any(|unit| unit.shared > 0);
+        assert!(shared(longest) && !shared(longest - 1));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use super::{
     item::{self, Host, Item},
     report::Written,
 };
-use crate::{Checkpoint, Decoder, Result, config::TensorRole, hf::transposed};
+use crate::{Checkpoint, Decoder, Result, config::TensorRole, source::transposed};
 
 /// Values under one scale that bitsandbytes has kernels for.
 const BLOCKS: std::ops::RangeInclusive<usize> = 64..=4096;

@@ -152,11 +152,11 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
     }
-    check_expressible(config)?;
     let own = config.family;
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
     }
+    check_expressible(config)?;
     if own.own_biases(config.biases) == config.biases {
         return Ok(own);
     }
@@ -206,7 +206,10 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
         ("experts", config.experts.is_none()),
         ("block_kinds", config.block_kinds.is_empty()),
     ];
-    none.into_iter().try_for_each(|(what, none)| usual(what, "true".into(), none.to_string()))
+    match none.into_iter().find(|(_, none)| !none) {
+        Some((what, _)) => Err(refuse(&format!("config.{what}"), "none", "one")),
+        None => Ok(()),
+    }
 }
 
 /// A GGUF architecture's name.

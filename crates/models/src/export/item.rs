@@ -10,7 +10,7 @@ use crate::{
     Decoder, Embedding, Error, Result, Slots,
     config::{ModelConfig, TensorRole},
     families::StackedExperts,
-    source::{DenseTensor, transposed_values},
+    source::{DenseTensor, transposed},
 };
 
 /// A tensor of the model. It shares the model's memory.
@@ -180,7 +180,7 @@ impl Stack {
             let alternating =
                 (0..rows).flat_map(|row| tensors.iter().map(move |values| &values[row * width..][..width]));
             let alternating: Vec<f32> = alternating.flatten().copied().collect();
-            all.extend(transposed_values(&alternating, shape[0], width));
+            all.extend(transposed(&alternating, shape[0], width));
         }
         Ok(all)
     }

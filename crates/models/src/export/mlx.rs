@@ -15,7 +15,7 @@ use super::{
     item::{self, Groups, Host, Item, rounded},
     report::Written,
 };
-use crate::{Checkpoint, Decoder, Result, config::TensorRole, hf::transposed};
+use crate::{Checkpoint, Decoder, Result, config::TensorRole, source::transposed};
 
 /// The groups that MLX has, larger ones first: they need fewer scales.
 const GROUPS: [usize; 3] = [128, 64, 32];

@@ -142,6 +142,27 @@ pub(crate) enum Rope {
     },
 }
 
+impl Rope {
+    /// What blocks with these windows see.
+    pub(crate) fn attention(self, windows: Vec<Option<usize>>) -> Vec<LayerAttention> {
+        let has_window = windows.iter().any(Option::is_some);
+        let table = |window: Option<usize>| match (self, window) {
+            (Self::Never, _) => None,
+            (Self::One(_), _) => Some(0),
+            (Self::ByKind(_), window) => Some(usize::from(window.is_some())),
+            (Self::Sliding { .. }, Some(_)) => Some(0),
+            (Self::Sliding { all_without }, None) => (all_without && !has_window).then_some(0),
+        };
+        let layers = windows.into_iter();
+        layers.map(|window| LayerAttention { sliding_window: window, rope: table(window) }).collect()
+    }
+}
+
+/// The window of all blocks but each `period`-th.
+pub(crate) fn every_but(period: usize, window: Option<usize>, layers: usize) -> Vec<Option<usize>> {
+    (1..=layers).map(|layer| window.filter(|_| !layer.is_multiple_of(period))).collect()
+}
+
 /// Keys of factors; empty ones are not known to the class.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Multipliers {
@@ -157,6 +178,26 @@ pub(crate) struct Multipliers {
     /// Caps of logits and scores, with what holds where the file is silent.
     pub logit_softcap: Option<(&'static str, Option<f64>)>,
     pub attention_softcap: Option<(&'static str, Option<f64>)>,
+}
+
+impl Multipliers {
+    const NONE: Self = Self {
+        embedding: "",
+        attention: "",
+        query_scalar: None,
+        residual: "",
+        logits: None,
+        logits_divisor: "",
+        logit_softcap: None,
+        attention_softcap: None,
+    };
+    pub(crate) const GRANITE: Self = Self {
+        embedding: "embedding_multiplier",
+        attention: "attention_multiplier",
+        residual: "residual_multiplier",
+        logits_divisor: "logits_scaling",
+        ..Self::NONE
+    };
 }
 
 pub(crate) const NO_BIASES: Biases = Biases { qkv: false, o: false, mlp: false, head: false };
@@ -203,16 +244,7 @@ pub(crate) const LLAMA: Class = Class {
     windows: Windows::Never,
     rope: Rope::One(RopeKeys::DEFAULT),
     scales_embedding: false,
-    multipliers: Multipliers {
-        embedding: "",
-        attention: "",
-        query_scalar: None,
-        residual: "",
-        logits: None,
-        logits_divisor: "",
-        logit_softcap: None,
-        attention_softcap: None,
-    },
+    multipliers: Multipliers::NONE,
     experts: None,
     parallel: false,
     only: &[],
@@ -394,9 +426,7 @@ impl Class {
                 match (config::slides(fields, layers)?, window) {
                     (_, None) => Ok(vec![None; layers]),
                     (Some(slides), window) => chosen(window, slides),
-                    (None, window) => Ok((1..=layers)
-                        .map(|layer| window.filter(|_| !layer.is_multiple_of(period)))
-                        .collect()),
+                    (None, window) => Ok(every_but(period, window, layers)),
                 }
             }
         }
@@ -410,23 +440,13 @@ impl Class {
         windows: Vec<Option<usize>>,
     ) -> Result<(Vec<RopeConfig>, Vec<LayerAttention>)> {
         let (positions, head_dim) = (config.max_position_embeddings, config.head_dim);
-        let has_window = windows.iter().any(Option::is_some);
         let tables = match self.rope {
             Rope::Never => Vec::new(),
             Rope::One(keys) => vec![rope::parse(fields, &keys, positions, head_dim)?],
             Rope::Sliding { .. } => vec![rope::parse(fields, &RopeKeys::DEFAULT, positions, head_dim)?],
             Rope::ByKind(thetas) => rope::parse_by_layer_type(fields, positions, head_dim, thetas)?,
         };
-        let table = |window: Option<usize>| match (self.rope, window) {
-            (Rope::Never, _) => None,
-            (Rope::One(_), _) => Some(0),
-            (Rope::ByKind(_), window) => Some(usize::from(window.is_some())),
-            (Rope::Sliding { .. }, Some(_)) => Some(0),
-            (Rope::Sliding { all_without }, None) => (all_without && !has_window).then_some(0),
-        };
-        let layers = windows.into_iter();
-        let layers = layers.map(|window| LayerAttention { sliding_window: window, rope: table(window) });
-        Ok((tables, layers.collect()))
+        Ok((tables, self.rope.attention(windows)))
     }
 
     /// The keys that say what `config` is.

@@ -224,13 +224,7 @@ pub(super) static GRANITEMOE: Family = Family {
     blocks: &[Parts(&GRANITEMOE_BLOCK)],
     class: Class {
         bias_keys: &[ATTENTION_BIAS],
-        multipliers: Multipliers {
-            embedding: "embedding_multiplier",
-            attention: "attention_multiplier",
-            residual: "residual_multiplier",
-            logits_divisor: "logits_scaling",
-            ..class::LLAMA.multipliers
-        },
+        multipliers: Multipliers::GRANITE,
         experts: Some(ExpertKeys { width: "intermediate_size", normalise: None, ..KEYS }),
         ..CLASS
     },

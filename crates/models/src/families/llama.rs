@@ -238,16 +238,7 @@ const GRANITE_FAMILY: Family = Family {
     model_type: "granite",
     architecture: "GraniteForCausalLM",
     gguf: Some(GgufArchitecture { name: "granite", ..INTERLEAVED }),
-    class: Class {
-        multipliers: Multipliers {
-            embedding: "embedding_multiplier",
-            attention: "attention_multiplier",
-            residual: "residual_multiplier",
-            logits_divisor: "logits_scaling",
-            ..class::LLAMA.multipliers
-        },
-        ..class::LLAMA
-    },
+    class: Class { multipliers: Multipliers::GRANITE, ..class::LLAMA },
     ..LIKE_LLAMA
 };
 

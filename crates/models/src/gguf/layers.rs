@@ -5,7 +5,7 @@
 
 use crate::{
     config::{AttentionScale, LayerAttention, ModelConfig},
-    families::class::{Rope, Windows},
+    families::class::{Windows, every_but},
 };
 
 /// Blocks of the models whose scores are scaled by an equal share of the width, though their heads are wider: Gemma 2 and 3
@@ -15,21 +15,11 @@ const SCALED_BY_SHARE: [(&str, usize); 2] = [("gemma2", 46), ("gemma3_text", 62)
 /// What every block's attention sees in a model with this window.
 pub(crate) fn attention(config: &ModelConfig, window: Option<usize>) -> Vec<LayerAttention> {
     let class = &config.family.class;
-    let slides = |layer: usize| match class.windows {
-        Windows::Pattern { period, .. } => !layer.is_multiple_of(period),
-        Windows::Never | Windows::All(_) | Windows::ByLayer => true,
-    };
-    let rope = |window: Option<usize>| match class.rope {
-        Rope::Never => None,
-        Rope::One(_) => Some(0),
-        Rope::ByKind(_) => Some(usize::from(window.is_some())),
-        Rope::Sliding { all_without } => (window.is_some() || all_without).then_some(0),
-    };
-    let layers = (1..=config.num_hidden_layers).map(|layer| {
-        let sliding_window = window.filter(|_| slides(layer));
-        LayerAttention { sliding_window, rope: rope(sliding_window) }
-    });
-    layers.collect()
+    let layers = config.num_hidden_layers;
+    class.rope.attention(match class.windows {
+        Windows::Pattern { period, .. } => every_but(period, window, layers),
+        Windows::Never | Windows::All(_) | Windows::ByLayer => vec![window; layers],
+    })
 }
 
 /// What the scores are multiplied by where no key says it.

@@ -61,7 +61,7 @@ pub(super) struct FolderConfig {
     pub quantization: Quantization,
     pub unknown_keys: Vec<String>,
     /// The class that this is the text part of.
-    pub text_part_of: Option<String>,
+    pub text_part_of: Option<&'static str>,
 }
 
 /// Reads `config.json`, and `generation_config.json` and `quantize_config.json` where they exist.
@@ -70,12 +70,9 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let object = read_object(&path, MAX_CONFIG_BYTES)?;
     let outer = Fields::new(&path, "", &object);
     let text = wrapper::text_config(&outer, &object)?;
-    let text_part_of = match &text {
-        Some(_) => Some(outer.strings("architectures")?.unwrap_or_default().concat()),
-        None => None,
-    };
+    let text_part_of = text.as_ref().map(|(_, class)| *class);
     let fields = match &text {
-        Some(text) => Fields::new(&path, "text_config.", text),
+        Some((text, _)) => Fields::new(&path, "text_config.", text),
         None => outer,
     };
     let family = family(&fields)?;

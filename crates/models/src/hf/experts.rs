@@ -9,7 +9,7 @@ use crate::{
     Result,
     config::ModelConfig,
     families::{ExpertsPart, StackedExperts},
-    source::{DenseTensor, transposed_values},
+    source::{DenseTensor, transposed},
 };
 
 /// Values to a scale of MXFP4.
@@ -152,7 +152,7 @@ impl Slice {
             tensors.read_f32_part(&self.tensor, self.expert)?.values
         };
         if self.transposed {
-            values = transposed_values(&values, self.shape[1], self.shape[0]);
+            values = transposed(&values, self.shape[1], self.shape[0]);
         }
         let width: usize = self.shape[1..].iter().product();
         let rows = (0..self.rows).map(|row| self.first + row * self.step);

@@ -11,7 +11,7 @@ use kiln_quant_core::{
 };
 
 use super::{gptq::matrix, json::Fields, shards::SafetensorsSet};
-use crate::Result;
+use crate::{Result, source::transposed};
 
 /// Tensors beside `P.weight`.
 pub(super) const COMPANIONS: [&str; 2] = [".scales", ".biases"];
@@ -115,9 +115,4 @@ pub(super) fn weight(tensors: &SafetensorsSet, module: &str, config: &MlxConfig)
     };
     packed.validate(module)?;
     Ok(packed)
-}
-
-/// A row-major matrix `[rows, columns]`, transposed.
-pub(crate) fn transposed<T: Copy>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
-    (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }

@@ -12,7 +12,7 @@ use kiln_quant_core::{Codebook, PackedWeight};
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
-    source::{DenseTensor, StoredWeight, TensorSource, transposed_values},
+    source::{DenseTensor, StoredWeight, TensorSource, transposed},
 };
 
 mod awq;
@@ -36,7 +36,7 @@ pub use self::{
     packed::PackedFolder,
 };
 use self::{config::FolderConfig, shards::SafetensorsSet};
-pub(crate) use self::{config::parse as parse_config, json::Fields, mlx::transposed, packed::PACKED_WEIGHTS};
+pub(crate) use self::{config::parse as parse_config, json::Fields, packed::PACKED_WEIGHTS};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -115,7 +115,7 @@ impl HfFolder {
         }
         let mut tensors = SafetensorsSet::open_folder(&path)?;
         let mut notes = Vec::new();
-        if let Some(of) = &config.text_part_of {
+        if let Some(of) = config.text_part_of {
             let left_out = tensors.rename(wrapper::text_name);
             notes.push(format!("the text part of {of}; {left_out} tensors of its other parts were left out"));
         }
@@ -218,7 +218,7 @@ impl HfFolder {
         let family = self.config.model.family;
         if let ([rows, columns], true) = (tensor.shape.as_slice(), family.conv1d && family.is_in_block(name))
         {
-            tensor.values = transposed_values(&tensor.values, *rows, *columns);
+            tensor.values = transposed(&tensor.values, *rows, *columns);
             tensor.shape.reverse();
         }
         Ok(tensor)

@@ -141,16 +141,11 @@ impl SafetensorsSet {
         Ok(file.read_u32(there)?.1)
     }
 
-    /// One of the tensors that are stacked in the tensor `name`, stored as F32, F16 or BF16.
+    /// As [`SafetensorsFile::read_f32_part`].
     pub(crate) fn read_f32_part(&self, name: &str, index: usize) -> Result<DenseTensor> {
-        let raw = self.read_part(name, index)?;
-        let values = match raw.dtype {
-            Dtype::F32 => floats(&raw.bytes, f32::from_le_bytes),
-            Dtype::F16 => floats(&raw.bytes, |bytes| half::f16::from_le_bytes(bytes).to_f32()),
-            Dtype::BF16 => floats(&raw.bytes, |bytes| half::bf16::from_le_bytes(bytes).to_f32()),
-            other => return Err(self.wrong(name, "type F32, F16 or BF16", other.to_string())),
-        };
-        Ok(DenseTensor { shape: raw.shape, values })
+        let (file, there) = self.place_of(name)?;
+        let (shape, values) = file.read_f32_part(there, index)?;
+        Ok(DenseTensor { shape, values })
     }
 
     /// As [`SafetensorsFile::read_f32`].
@@ -173,10 +168,6 @@ impl SafetensorsSet {
             None => Ok(()),
         }
     }
-}
-
-fn floats<const N: usize>(bytes: &[u8], value: fn([u8; N]) -> f32) -> Vec<f32> {
-    bytes.as_chunks().0.iter().map(|chunk| value(*chunk)).collect()
 }
 
 /// The error about a tensor that `path` doesn't hold.

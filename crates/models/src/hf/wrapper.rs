@@ -36,11 +36,11 @@ const PREFIXES: [(&str, &str); 3] = [
     ("model.language_model.", "model."),
 ];
 
-/// The text part's configuration, if `config` is that of a wrapper.
+/// The text part's configuration and the wrapper's class, if `config` is that of a wrapper.
 pub(super) fn text_config(
     config: &Fields<'_>,
     object: &Map<String, Value>,
-) -> Result<Option<Map<String, Value>>> {
+) -> Result<Option<(Map<String, Value>, &'static str)>> {
     let architecture = config.strings("architectures")?.unwrap_or_default().first().copied();
     let model_type = config.str("model_type")?;
     let known = |wrapper: &&Wrapper| match architecture {
@@ -61,7 +61,7 @@ pub(super) fn text_config(
             text.insert(key.into(), value.clone());
         }
     }
-    Ok(Some(text))
+    Ok(Some((text, wrapper.architecture)))
 }
 
 /// The name that a tensor of the text part has alone; `None` for all others.

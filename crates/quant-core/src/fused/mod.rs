@@ -70,8 +70,11 @@ impl AttentionSpec {
     }
 }
 
-/// ALiBi's slope of one of `heads` heads: `2^(-8 (head + 1) / c)` with the largest power of two `c` that is at most `heads`; heads from `c` on
-/// take every second slope of `2 c` heads. Source: Press et al. 2022, and BLOOM's code.
+/// ALiBi's slope of one of `heads` heads: `2^(-8 (head + 1) / c)` with the largest power of two `c` that is at most `heads`;
+/// heads from `c` on take every second slope of `2 c` heads. Source: Press et al. 2022, and BLOOM's code.
+///
+/// # Panics
+/// If `heads` is 0.
 pub fn alibi_slope(head: usize, heads: usize) -> f32 {
     let power = 1 << heads.ilog2();
     let exponent = match head < power {
@@ -82,11 +85,9 @@ pub fn alibi_slope(head: usize, heads: usize) -> f32 {
 }
 
 /// Which channels of a head turn together in [`rotate`].
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RotaryPairs {
     /// The `i`-th and the `n / 2 + i`-th of `n` channels.
-    #[default]
     Halves,
     /// The `2 i`-th and the `2 i + 1`-th.
     Neighbours,

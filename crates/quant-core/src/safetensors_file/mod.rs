@@ -130,12 +130,7 @@ impl SafetensorsFile {
     /// # Errors
     /// [`Error::File`] if there is none, [`Error::Io`].
     pub fn read(&self, name: &str) -> Result<RawTensor> {
-        let info = self.info(name)?;
-        let (start, end) = info.data_offsets;
-        let mut bytes = self.reserve(end - start)?;
-        bytes.resize(end - start, 0);
-        self.read_at(&mut bytes, start)?;
-        Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
+        self.read_bytes(self.info(name)?)
     }
 
     /// Reads one of the tensors that are stacked in the tensor `name`: place `index` of its outermost axis, as it is stored.
@@ -143,6 +138,19 @@ impl SafetensorsFile {
     /// # Errors
     /// As [`Self::read`]; [`Error::File`] if there is no such place.
     pub fn read_part(&self, name: &str, index: usize) -> Result<RawTensor> {
+        self.read_bytes(&self.part(name, index)?)
+    }
+
+    /// As [`Self::read_part`], of values stored as F32, F16, BF16 or F64.
+    ///
+    /// # Errors
+    /// As [`Self::read_part`]; [`Error::File`] for other types.
+    pub fn read_f32_part(&self, name: &str, index: usize) -> Result<(Vec<usize>, Vec<f32>)> {
+        self.floats(name, &self.part(name, index)?)
+    }
+
+    /// Where one of the tensors lies that are stacked in the tensor `name`.
+    fn part(&self, name: &str, index: usize) -> Result<TensorInfo> {
         let info = self.info(name)?;
         let [count, shape @ ..] = info.shape.as_slice() else {
             return Err(self.wrong(name, "at least one axis", "none"));
@@ -156,10 +164,8 @@ impl SafetensorsFile {
         }
         let (start, end) = info.data_offsets;
         let size = (end - start) / count;
-        let mut bytes = self.reserve(size)?;
-        bytes.resize(size, 0);
-        self.read_at(&mut bytes, start + index * size)?;
-        Ok(RawTensor { dtype: info.dtype, shape: shape.to_vec(), bytes })
+        let start = start + index * size;
+        Ok(TensorInfo { dtype: info.dtype, shape: shape.to_vec(), data_offsets: (start, start + size) })
     }
 
     /// Shape and values of the tensor `name`, stored as F32, F16, BF16 or F64. Needs little memory beside the result.
@@ -167,7 +173,10 @@ impl SafetensorsFile {
     /// # Errors
     /// As [`Self::read`]; [`Error::File`] for other types.
     pub fn read_f32(&self, name: &str) -> Result<(Vec<usize>, Vec<f32>)> {
-        let info = self.info(name)?;
+        self.floats(name, self.info(name)?)
+    }
+
+    fn floats(&self, name: &str, info: &TensorInfo) -> Result<(Vec<usize>, Vec<f32>)> {
         let values = match info.dtype {
             Dtype::F32 => self.decode(info, f32::from_le_bytes),
             Dtype::F16 => self.decode(info, |bytes| half::f16::from_le_bytes(bytes).to_f32()),
@@ -203,6 +212,14 @@ impl SafetensorsFile {
 
     fn info(&self, name: &str) -> Result<&TensorInfo> {
         self.tensors.get(name).ok_or_else(|| self.wrong(name, "a tensor", "none of that name"))
+    }
+
+    fn read_bytes(&self, info: &TensorInfo) -> Result<RawTensor> {
+        let (start, end) = info.data_offsets;
+        let mut bytes = self.reserve(end - start)?;
+        bytes.resize(end - start, 0);
+        self.read_at(&mut bytes, start)?;
+        Ok(RawTensor { dtype: info.dtype, shape: info.shape.clone(), bytes })
     }
 
     /// Reads a tensor in chunks; `convert` makes a value of `N` bytes.
@@ -271,6 +288,24 @@ mod tests {
         let message = SafetensorsFile::open(&path).unwrap_err().to_string();
         assert!(message.contains("t.safetensors: header"), "{message}");
         message
+    }
+
+    #[test]
+    fn parts_are_read_alone_and_none_beyond_the_last() {
+        let header = br#"{"s":{"dtype":"BF16","shape":[2,1,2],"data_offsets":[0,8]},
+            "z":{"dtype":"F32","shape":[],"data_offsets":[8,12]}}"#;
+        // 1, 2, 3, 4 in bf16.
+        let data = [0x80, 0x3F, 0x00, 0x40, 0x40, 0x40, 0x80, 0x40, 0, 0, 0, 0];
+        let (_folder, path) = file(header, &data);
+        let file = SafetensorsFile::open(path).unwrap();
+        assert_eq!(file.read_f32_part("s", 1).unwrap(), (vec![1, 2], vec![3.0, 4.0]));
+        assert_eq!(file.read_part("s", 0).unwrap().bytes, data[..4]);
+        for (name, index, part) in
+            [("s", 2, "more than 2"), ("z", 0, "at least one axis"), ("t", 0, "a tensor")]
+        {
+            let message = file.read_part(name, index).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]
