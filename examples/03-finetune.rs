@@ -10,7 +10,7 @@ use kiln::{
     Tuned,
     adapters::{AdapterConfig, InitLoraWeights, Method},
     eval::peak_rss_bytes,
-    models::{CausalLm, Decoder, GenerateOptions, generate},
+    models::{CausalLm, Decoder, GenerateOptions, Recompute, generate},
     quant::{QuantLinear, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
@@ -24,6 +24,22 @@ enum Adapter {
     Dora,
     /// Low-rank adapters that start as the weights' largest singular values.
     Pissa,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Schedule {
+    Constant,
+    /// Down to a tenth on a straight line.
+    Linear,
+    /// Down to a tenth along half a cosine wave.
+    Cosine,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Recomputed {
+    None,
+    /// A block's inputs are kept, the rest is computed again: less memory, a third more time.
+    Block,
 }
 
 #[derive(Parser)]
@@ -48,10 +64,25 @@ struct Options {
     /// Rows of a step.
     #[arg(long, default_value_t = 8)]
     batch: usize,
+    /// Batches whose gradients are summed for a step.
+    #[arg(long, default_value_t = 1)]
+    accumulate: usize,
     #[arg(long, default_value_t = 256)]
     seq_len: usize,
     #[arg(long, default_value_t = 3e-3)]
     lr: f64,
+    /// Steps over which the rate rises.
+    #[arg(long, default_value_t = 10)]
+    warmup: u64,
+    /// How the rate falls.
+    #[arg(long, value_enum, default_value = "linear")]
+    schedule: Schedule,
+    /// What is computed twice to save memory.
+    #[arg(long, value_enum, default_value = "none")]
+    recompute: Recomputed,
+    /// Steps between checkpoints; 0 for one at the end.
+    #[arg(long, default_value_t = 0)]
+    save_every: u64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// .txt, .jsonl or .u16le; the embedded model's shifted text if left out.
@@ -100,8 +131,16 @@ impl Options {
         batch.packing =
             self.data.as_ref().is_some_and(|path| path.extension().is_some_and(|found| found == "jsonl"));
         let mut config = TrainerConfig::new(self.steps, batch);
-        (config.lr, config.warmup) = (self.lr, 10);
-        config.schedule = ScheduleKind::Linear { final_ratio: 0.1 };
+        (config.lr, config.warmup, config.accumulate) = (self.lr, self.warmup, self.accumulate);
+        config.schedule = match self.schedule {
+            Schedule::Constant => ScheduleKind::Constant,
+            Schedule::Linear => ScheduleKind::Linear { final_ratio: 0.1 },
+            Schedule::Cosine => ScheduleKind::Cosine { final_ratio: 0.1 },
+        };
+        config.recompute = match self.recompute {
+            Recomputed::None => Recompute::None,
+            Recomputed::Block => Recompute::Block,
+        };
         config
     }
 }
@@ -135,7 +174,8 @@ fn run(mut options: Options) -> Result<()> {
     let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
     let mut bar = Bar::new(options.steps);
-    let steps = trainer.run_with(&RunOptions::new().with_folder(&options.out), &mut bar)?.steps;
+    let saving = RunOptions::new().with_folder(&options.out).with_save_every(options.save_every);
+    let steps = trainer.run_with(&saving, &mut bar)?.steps;
     bar.finish();
 
     let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
@@ -156,6 +196,8 @@ fn run(mut options: Options) -> Result<()> {
         options.json.as_deref(),
         &serde_json::json!({
             "losses": steps.iter().map(|step| step.loss).collect::<Vec<_>>(),
+            "nll_before": before.nll,
+            "nll_after": after.nll,
             "perplexity_before": before.perplexity,
             "perplexity_after": after.perplexity,
             "tokens_per_second": rate,

@@ -1,11 +1,14 @@
-//! Logits of given token ids, for comparing with other programs.
+//! Logits of given token ids, for comparing with other programs; in f32 unless `--compute` says otherwise.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{collections::HashMap, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use kiln::models::{CausalLm, TokenBatch};
-use kiln_examples::{ModelArgs, Result};
+use kiln::{
+    models::{CausalLm, TokenBatch},
+    quant::Compute,
+};
+use kiln_examples::{ComputeName, ModelArgs, Result};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 #[derive(Parser)]
@@ -45,7 +48,8 @@ fn integers(file: &SafeTensors, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
     Ok((values, shape))
 }
 
-fn run(options: Options) -> Result<()> {
+fn run(mut options: Options) -> Result<()> {
+    options.model.compute.get_or_insert(ComputeName(Some(Compute::F32)));
     let checkpoint = options.model.checkpoint()?;
     let tokens = match &options.ids {
         Some(path) => {

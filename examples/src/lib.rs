@@ -7,7 +7,10 @@ mod documents;
 mod errors;
 mod progress;
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    str::FromStr,
+};
 
 use clap::Args;
 use kiln::{
@@ -37,9 +40,24 @@ pub struct ModelArgs {
     /// Where to compute: flex, wgpu, vulkan, metal, cuda, rocm or cpu, of several one by its number, as cuda:1.
     #[arg(long, default_value = "flex")]
     pub device: DeviceName,
-    /// What operands of products are rounded to: f32, bf16 or f16; what suits the device best if left out.
+    /// What operands of products are rounded to: f32, bf16, f16, or auto, what suits the device best; auto if left out.
     #[arg(long)]
-    pub compute: Option<Compute>,
+    pub compute: Option<ComputeName>,
+}
+
+/// `auto`, or a [`Compute`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ComputeName(pub Option<Compute>);
+
+impl FromStr for ComputeName {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self(None)),
+            _ => text.parse().map(|compute| Self(Some(compute))).map_err(|error| format!("auto, or {error}")),
+        }
+    }
 }
 
 /// A folder below the repository's `testdata`.
@@ -66,7 +84,11 @@ impl ModelArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn load(&self, checkpoint: &Checkpoint) -> Result<(Decoder<QuantLinear>, LoadReport)> {
-        let options = self.scheme.map(LoadOptions::uniform).unwrap_or_default().with_compute(self.compute);
+        let options = self
+            .scheme
+            .map(LoadOptions::uniform)
+            .unwrap_or_default()
+            .with_compute(self.compute.and_then(|name| name.0));
         let (model, report) = checkpoint.load(&options, &self.device.open()?)?;
         for note in &report.notes {
             eprintln!("note: {note}");

@@ -124,9 +124,9 @@ fn add_to_offsets(base: PackedWeight, added: &[f64], geometry: &Geometry) -> Pac
     let PackedWeight { scheme, d_input, d_output, .. } = base;
     let [rows, columns] = scheme.scale_shape(d_input, d_output);
     let tile_columns = d_output / geometry.repeat;
-    let scales = base.effective_scales();
+    let (scales, offsets) = (base.effective_scales(), base.effective_offsets());
     let bits = scheme.bits();
-    let offset = |block: usize| match (&base.offsets, scheme.value) {
+    let offset = |block: usize| match (&offsets, scheme.value) {
         (Some(offsets), _) => f64::from(offsets[block]),
         (None, _) => -f64::from(scales[block]) * f64::from(1u32 << (bits - 1)),
     };

@@ -44,7 +44,7 @@ fn packed(case: &Value, scheme: &str) -> PackedWeight {
 fn floats_of(scales: &Scales) -> &[f32] {
     match scales {
         Scales::Plain(scales) => scales,
-        Scales::Double(_) => panic!("plain scales"),
+        Scales::Double(_) | Scales::Super(_) => panic!("plain scales"),
     }
 }
 

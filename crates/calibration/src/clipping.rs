@@ -28,7 +28,7 @@ const FAR: f32 = 1e6;
 /// [ApiQ](https://arxiv.org/abs/2402.05147) and [OmniQuant](https://arxiv.org/abs/2308.13137).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ClippingGrid {
-    /// 2, 3, 4 or 8.
+    /// 2 to 6, or 8.
     pub bits: u32,
     /// Neighbouring inputs of one output that share a scale; the last group may be smaller.
     pub group: usize,
@@ -43,7 +43,7 @@ impl ClippingGrid {
     /// The grid for a packed scheme: float and integer offsets are asymmetric.
     ///
     /// # Errors
-    /// [`Error::Argument`] for codebooks, other widths than 2, 3, 4 and 8 bits, blocks of several outputs, and
+    /// [`Error::Argument`] for codebooks, other widths than 2 to 6 and 8 bits, blocks of several outputs, and
     /// double-quantized scales.
     pub fn for_scheme(scheme: &QuantScheme, d_input: usize, include_zero: bool) -> Result<Self> {
         let (bits, grid) = affine_in_groups("scheme", scheme)?;
@@ -68,14 +68,16 @@ impl ClippingGrid {
 /// [`Error::Argument`] naming `name` for any other scheme.
 pub(crate) fn affine_in_groups(name: &str, scheme: &QuantScheme) -> Result<(u32, Grid)> {
     match scheme.value {
-        Value::Affine { bits: bits @ (2 | 3 | 4 | 8), grid }
-            if scheme.block.outputs == 1 && scheme.scales != ScaleType::Double =>
+        Value::Affine { bits: bits @ (2 | 3 | 4 | 5 | 6 | 8), grid }
+            if scheme.block.outputs == 1
+                && scheme.scales != ScaleType::Double
+                && scheme.scales.integer_bits().is_none() =>
         {
             Ok((bits, grid))
         }
         _ => {
             let expected =
-                "an affine scheme of 2, 3, 4 or 8 bits in groups of one output, scales not quantized";
+                "an affine scheme of 2 to 6 or 8 bits in groups of one output, scales not quantized";
             Err(Error::argument(name, expected, scheme))
         }
     }

@@ -67,7 +67,7 @@ pub(crate) struct Language {
 }
 
 impl OpenBase {
-    /// Packs the blocks' linears to `bits` bits (2, 3, 4 or 8) in groups of 64 inputs, as they are read.
+    /// Packs the blocks' linears to `bits` bits (2 to 6, or 8) in groups of 64 inputs, as they are read.
     pub fn with_bits(mut self, bits: u32) -> Self {
         self.format = Format::Bits(bits);
         self
@@ -115,10 +115,10 @@ impl OpenBase {
     pub fn load(self) -> Result<Base> {
         let options = match self.format {
             Format::AsStored => LoadOptions::default(),
-            Format::Bits(bits @ (2 | 3 | 4 | 8)) => {
+            Format::Bits(bits @ (2..=6 | 8)) => {
                 LoadOptions::uniform(Scheme::Packed(QuantScheme::affine(bits, 64)))
             }
-            Format::Bits(other) => return Err(Error::argument("bits", "2, 3, 4 or 8", other)),
+            Format::Bits(other) => return Err(Error::argument("bits", "2 to 6, or 8", other)),
             Format::Uniform(scheme) => LoadOptions::uniform(scheme),
             Format::Planned(schemes) => LoadOptions::planned(schemes),
         };

@@ -9,8 +9,8 @@ use kiln_quant_core::{
 /// `None` if blocks would have to be split or joined.
 ///
 /// Outputs of a scheme with one output per block can always be cut so; inputs if every new block lies within one old
-/// block, as when whole blocks go. Double-quantized scales become the f32 values they stand for, since their nested
-/// blocks would be cut.
+/// block, as when whole blocks go. Scales that share a factor become the f32 values they stand for, since what shares it
+/// would be cut.
 pub fn cut_packed(
     weight: &PackedWeight,
     inputs: Option<&[usize]>,
@@ -24,7 +24,7 @@ pub fn cut_packed(
     let block_columns = new_blocks(&outputs, block.outputs, block.outputs)?;
 
     let mut scheme = weight.scheme;
-    if scheme.scales == ScaleType::Double {
+    if scheme.scales == ScaleType::Double || scheme.scales.integer_bits().is_some() {
         scheme.scales = ScaleType::F32;
     }
     let [_, columns] = weight.scheme.scale_shape(d_input, d_output);
@@ -47,7 +47,7 @@ pub fn cut_packed(
         d_output: outputs.len(),
         codes: packer.into_words(),
         scales: Scales::Plain(cut(&weight.effective_scales())),
-        offsets: weight.offsets.as_deref().map(cut),
+        offsets: weight.effective_offsets().as_deref().map(cut),
         input_order,
     })
 }
@@ -105,6 +105,7 @@ mod tests {
             "nf4:32:double",
             "affine8:col",
             "affine4:8x32",
+            "affine5:16:super8",
         ] {
             let weight = packed(scheme);
             let outputs: Vec<usize> = match weight.scheme.block.outputs {

@@ -1,8 +1,9 @@
-//! Fixed tables of levels: NF4, NF3, NF2 (QLoRA, LoftQ) and FP4 (bitsandbytes).
+//! Fixed tables of levels: NF4, NF3, NF2 (QLoRA, LoftQ), FP4 (bitsandbytes), IQ4_NL (GGUF) and MXFP4 (OCP).
 
 use serde::{Deserialize, Serialize};
 
-/// A table of `2^bits` levels in -1..=1; a weight is `scale * level[code]` with the block's absolute maximum as scale.
+/// A table of `2^bits` levels; a weight is `scale * level[code]`. Levels lie in -1..=1, with the block's absolute maximum as
+/// scale, but for the last two, whose levels are those of their formats.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Codebook {
@@ -14,6 +15,11 @@ pub enum Codebook {
     Nf4,
     /// Sixteen levels of a 4-bit float (sign, 2 exponent bits, 1 mantissa bit), in bitsandbytes' code order.
     Fp4,
+    /// Sixteen integers from -127 to 113, denser around 0: GGUF's IQ4_NL and IQ4_XS.
+    Iq4Nl,
+    /// Sixteen levels of a 4-bit float up to 6 (sign, 2 exponent bits, 1 mantissa bit), in the code order of the Open
+    /// Compute Project's Microscaling formats (OCP MX 1.0, E2M1).
+    Mxfp4,
 }
 
 impl Codebook {
@@ -22,7 +28,7 @@ impl Codebook {
         match self {
             Self::Nf2 => 2,
             Self::Nf3 => 3,
-            Self::Nf4 | Self::Fp4 => 4,
+            Self::Nf4 | Self::Fp4 | Self::Iq4Nl | Self::Mxfp4 => 4,
         }
     }
 
@@ -33,6 +39,17 @@ impl Codebook {
             Self::Nf3 => &NF3,
             Self::Nf4 => &NF4,
             Self::Fp4 => &FP4,
+            Self::Iq4Nl => &IQ4_NL,
+            Self::Mxfp4 => &MXFP4,
+        }
+    }
+
+    /// What a block's absolute maximum is divided by for its scale, so that nothing is cut off on either side.
+    pub(crate) const fn reach(self) -> f32 {
+        match self {
+            Self::Iq4Nl => 113.0,
+            Self::Mxfp4 => 6.0,
+            _ => 1.0,
         }
     }
 
@@ -43,6 +60,8 @@ impl Codebook {
             Self::Nf3 => "nf3",
             Self::Nf4 => "nf4",
             Self::Fp4 => "fp4",
+            Self::Iq4Nl => "iq4nl",
+            Self::Mxfp4 => "mxfp4",
         }
     }
 
@@ -93,3 +112,8 @@ const FP4: [f32; 16] = [
     -0.166_666_67,
     -0.25,
 ];
+const IQ4_NL: [f32; 16] = [
+    -127.0, -104.0, -83.0, -65.0, -49.0, -35.0, -22.0, -10.0, 1.0, 13.0, 25.0, 38.0, 53.0, 69.0, 89.0, 113.0,
+];
+const MXFP4: [f32; 16] =
+    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];

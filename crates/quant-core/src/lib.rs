@@ -36,8 +36,10 @@ pub use parameters::{HostValues, Parameter, for_each_parameter, trained_values};
 pub use plan::{PathPattern, Plan};
 pub use projection::{Place, Projection};
 pub use quantizers::{HostQuantizer, Hqq, MinMax, MseClipped, QuantError};
-pub use scheme::{Block, DOUBLE_BLOCK, Grid, QuantScheme, ScaleType, Scheme, Value};
+pub use scheme::{
+    Block, DOUBLE_BLOCK, Grid, QuantScheme, SUPER_BLOCK, ScaleType, Scheme, SuperLayout, Value,
+};
 pub use slots::Slots;
 pub use storage::{StorageReport, StorageRow};
 pub use tensor::PackedTensor;
-pub use weight::{DoubleScales, PackedWeight, Scales};
+pub use weight::{DoubleScales, PackedWeight, Scales, SuperBlocks, SuperScales};

@@ -5,10 +5,11 @@
 //! | tensor | type and shape | there is one |
 //! | --- | --- | --- |
 //! | `P.codes` | U32 `[code_rows, d_output]`, laid out as in [`packing`](crate::packing) | always |
-//! | `P.scale_codes` | U8 `[block_columns, block_rows]` | under double quantization |
-//! | `P.scales` | the scheme's scale type `[block_rows, block_columns]`; under double quantization the nested scales, F32 `[ceil(scales / 256)]` | always |
+//! | `P.scale_codes` | U8 `[block_columns, block_rows]` under double quantization; the words of integer scales, U32 `[word_rows, d_output]` (see [`SuperLayout`](crate::SuperLayout)) | where scales are not floats |
+//! | `P.scales` | the scheme's scale type `[block_rows, block_columns]`; under double quantization the nested scales, F32 `[ceil(scales / 256)]`; of integer scales the factors, F16 `[factor_rows, d_output]` | always |
 //! | `P.scale_offset` | F32 `[1]` | under double quantization |
-//! | `P.offsets` | as plain `P.scales` | where the scheme has offsets |
+//! | `P.offset_codes` | as `P.scale_codes` | where the scheme has offsets and scales are integers |
+//! | `P.offsets` | as `P.scales` | where the scheme has offsets |
 //! | `P.input_order` | U32 `[d_input]` | where the inputs are permuted |
 //!
 //! Dense tensors stand under their own names as F32. The metadata hold `kiln.version` ("1"), `kiln.schemes` (a JSON
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales,
+    DoubleScales, Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, SuperBlocks, SuperScales,
     hash::hex,
     packing::code_rows,
     safetensors_file::{Dtype, SafetensorsFile, TensorPlan, Values, stream_safetensors},
@@ -60,14 +61,22 @@ enum Part {
     ScaleCodes,
     Scales,
     ScaleOffset,
+    OffsetCodes,
     Offsets,
     InputOrder,
 }
 
 impl Part {
     /// All of them, in the order of the fingerprint.
-    const ALL: [Self; 6] =
-        [Self::Codes, Self::ScaleCodes, Self::Scales, Self::ScaleOffset, Self::Offsets, Self::InputOrder];
+    const ALL: [Self; 7] = [
+        Self::Codes,
+        Self::ScaleCodes,
+        Self::Scales,
+        Self::ScaleOffset,
+        Self::OffsetCodes,
+        Self::Offsets,
+        Self::InputOrder,
+    ];
 
     fn name(self, path: &str) -> String {
         format!("{path}{}", self.suffix())
@@ -79,6 +88,7 @@ impl Part {
             Self::ScaleCodes => ".scale_codes",
             Self::Scales => ".scales",
             Self::ScaleOffset => ".scale_offset",
+            Self::OffsetCodes => ".offset_codes",
             Self::Offsets => ".offsets",
             Self::InputOrder => ".input_order",
         }
@@ -88,7 +98,11 @@ impl Part {
     fn required(self, scheme: &QuantScheme) -> Option<bool> {
         match self {
             Self::Codes | Self::Scales => Some(true),
-            Self::ScaleCodes | Self::ScaleOffset => Some(scheme.scales == ScaleType::Double),
+            Self::ScaleCodes => {
+                Some(scheme.scales == ScaleType::Double || scheme.scales.integer_bits().is_some())
+            }
+            Self::ScaleOffset => Some(scheme.scales == ScaleType::Double),
+            Self::OffsetCodes => Some(scheme.has_offsets() && scheme.scales.integer_bits().is_some()),
             Self::Offsets => Some(scheme.has_offsets()),
             Self::InputOrder => None,
         }
@@ -97,8 +111,11 @@ impl Part {
     fn dtype(self, scheme: &QuantScheme) -> Dtype {
         match (self, scheme.scales) {
             (Self::Codes | Self::InputOrder, _) => Dtype::U32,
-            (Self::ScaleCodes, _) => Dtype::U8,
-            (Self::Scales | Self::Offsets, ScaleType::F16) => Dtype::F16,
+            (Self::ScaleCodes, ScaleType::Double) => Dtype::U8,
+            (Self::ScaleCodes | Self::OffsetCodes, _) => Dtype::U32,
+            (Self::Scales | Self::Offsets, ScaleType::F16 | ScaleType::Super4 | ScaleType::Super8) => {
+                Dtype::F16
+            }
             (Self::Scales | Self::Offsets, ScaleType::Bf16) => Dtype::BF16,
             (Self::Scales | Self::Offsets | Self::ScaleOffset, _) => Dtype::F32,
         }
@@ -106,9 +123,16 @@ impl Part {
 
     fn shape(self, Entry { scheme, d_input, d_output }: &Entry) -> Vec<usize> {
         let [rows, columns] = scheme.scale_shape(*d_input, *d_output);
+        if let Some(layout) = scheme.super_layout(*d_input, *d_output) {
+            match self {
+                Self::ScaleCodes | Self::OffsetCodes => return vec![layout.word_rows(), columns],
+                Self::Scales | Self::Offsets => return vec![layout.factor_rows(), columns],
+                _ => {}
+            }
+        }
         match self {
             Self::Codes => vec![code_rows(*d_input, scheme.bits()), *d_output],
-            Self::ScaleCodes => vec![columns, rows],
+            Self::ScaleCodes | Self::OffsetCodes => vec![columns, rows],
             Self::Scales if scheme.scales == ScaleType::Double => {
                 vec![rows.saturating_mul(columns).div_ceil(DOUBLE_BLOCK)]
             }
@@ -133,7 +157,15 @@ impl Part {
             (Self::ScaleOffset, Scales::Double(double)) => {
                 Some(Values::F32(std::slice::from_ref(&double.offset)))
             }
-            (Self::ScaleCodes | Self::ScaleOffset, Scales::Plain(_)) => None,
+            (Self::Scales, Scales::Super(both)) => Some(Values::F16(&both.scales.factors)),
+            (Self::ScaleCodes, Scales::Super(both)) => Some(Values::U32(&both.scales.words)),
+            (Self::OffsetCodes, Scales::Super(both)) => {
+                both.offsets.as_ref().map(|offsets| Values::U32(&offsets.words))
+            }
+            (Self::Offsets, Scales::Super(both)) => {
+                both.offsets.as_ref().map(|offsets| Values::F16(&offsets.factors))
+            }
+            (Self::ScaleCodes | Self::ScaleOffset | Self::OffsetCodes, _) => None,
             (Self::Offsets, _) => weight.offsets.as_deref().map(floats),
             (Self::InputOrder, _) => weight.input_order.as_deref().map(Values::U32),
         }
@@ -144,7 +176,7 @@ impl Part {
 ///
 /// Over the paths in ascending order (by bytes); for each path the line `path scheme d_input d_output` (single spaces,
 /// a line feed at its end), then the bytes that a [`PackedFile`] holds of its codes, scales (double-quantized: codes,
-/// nested scales, offset), offsets and input order.
+/// nested scales, offset; integers: codes, factors), offsets (likewise) and input order.
 ///
 /// ```
 /// use kiln_quant_core::{HostQuantizer, MinMax, packed_file::fingerprint};
@@ -345,8 +377,20 @@ impl PackedFile {
                 nested: floats(Part::Scales)?,
                 offset: floats(Part::ScaleOffset)?[0],
             }),
+            ScaleType::Super4 | ScaleType::Super8 => {
+                let blocks = |codes: Part, factors: Part| {
+                    let words = self.file.read_u32(&codes.name(name))?.1;
+                    Ok::<_, Error>(SuperBlocks { words, factors: floats(factors)? })
+                };
+                let offsets = scheme.has_offsets().then(|| blocks(Part::OffsetCodes, Part::Offsets));
+                Scales::Super(SuperScales {
+                    scales: blocks(Part::ScaleCodes, Part::Scales)?,
+                    offsets: offsets.transpose()?,
+                })
+            }
             _ => Scales::Plain(floats(Part::Scales)?),
         };
+        let apart = scheme.has_offsets() && !matches!(scales, Scales::Super(_));
         let order = Part::InputOrder.name(name);
         let order = self.file.contains(&order).then(|| self.file.read_u32(&order)).transpose()?;
         let weight = PackedWeight {
@@ -355,7 +399,7 @@ impl PackedFile {
             d_output,
             codes: self.file.read_u32(&Part::Codes.name(name))?.1,
             scales,
-            offsets: scheme.has_offsets().then(|| floats(Part::Offsets)).transpose()?,
+            offsets: apart.then(|| floats(Part::Offsets)).transpose()?,
             input_order: order.map(|(_, order)| order),
         };
         check_weight(name, &weight).map_err(|error| self.in_file(error))?;

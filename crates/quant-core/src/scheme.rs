@@ -22,7 +22,7 @@ pub enum Grid {
 pub enum Value {
     /// `scale * code + offset`.
     Affine {
-        /// 2, 3, 4 or 8.
+        /// 2, 3, 4, 5, 6 or 8.
         bits: u32,
         /// Where the levels lie.
         grid: Grid,
@@ -78,30 +78,71 @@ pub enum ScaleType {
     Bf16,
     /// 8-bit codes under one f32 per 256 scales and one f32 offset (QLoRA's double quantization).
     Double,
+    /// Integers 0 to 15 under one f16 factor per 256 inputs, scales and offsets alike (GGUF's Q2_K).
+    Super4,
+    /// Integers -128 to 127 under one f16 factor per 256 inputs, scales and offsets alike (GGUF's other K types).
+    Super8,
 }
 
 impl ScaleType {
-    /// `value` as it reads back after storage ([`Self::Double`] keeps f32: it rounds whole tensors at once).
+    /// `value` as it reads back after storage ([`Self::Double`], [`Self::Super4`] and [`Self::Super8`] keep f32: they
+    /// round many scales at once).
     pub fn round(self, value: f32) -> f32 {
         match self {
-            Self::F32 | Self::Double => value,
+            Self::F32 | Self::Double | Self::Super4 | Self::Super8 => value,
             Self::F16 => half::f16::from_f32(value).to_f32(),
             Self::Bf16 => half::bf16::from_f32(value).to_f32(),
         }
     }
 
-    /// Bytes of `count` scales.
-    pub const fn bytes(self, count: usize) -> usize {
+    /// Width of the integers that stand for scales and offsets; `None` where they are floats or double-quantized.
+    pub const fn integer_bits(self) -> Option<u32> {
         match self {
-            Self::F32 => 4 * count,
-            Self::F16 | Self::Bf16 => 2 * count,
-            Self::Double => count + 4 * count.div_ceil(DOUBLE_BLOCK) + 4,
+            Self::Super4 => Some(4),
+            Self::Super8 => Some(8),
+            _ => None,
         }
     }
 }
 
 /// Scales that share one nested scale under [`ScaleType::Double`].
 pub const DOUBLE_BLOCK: usize = 256;
+/// Inputs whose scales share one factor under [`ScaleType::Super4`] and [`ScaleType::Super8`].
+pub const SUPER_BLOCK: usize = 256;
+
+/// Where the integers of [`ScaleType::Super4`] and [`ScaleType::Super8`] lie.
+///
+/// Integers of one output form a bit stream along the input axis, low bits first, in words `[word_rows, d_output]`; a
+/// factor stands for `blocks` of them, in `[factor_rows, d_output]`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SuperLayout {
+    /// Width of an integer.
+    pub bits: u32,
+    /// Integers of one output.
+    pub rows: usize,
+    /// Outputs.
+    pub columns: usize,
+    /// Integers under one factor.
+    pub blocks: usize,
+}
+
+impl SuperLayout {
+    /// Words of one output.
+    pub const fn word_rows(&self) -> usize {
+        (self.rows * self.bits as usize).div_ceil(32)
+    }
+
+    /// Factors of one output.
+    pub const fn factor_rows(&self) -> usize {
+        self.rows.div_ceil(self.blocks)
+    }
+
+    /// Word row and shift of an integer.
+    pub const fn place(&self, row: usize) -> (usize, u32) {
+        let bit = row * self.bits as usize;
+        (bit / 32, (bit % 32) as u32)
+    }
+}
 
 /// A packed format, e.g. `affine4:64` or `nf4:64:double`.
 ///
@@ -110,10 +151,12 @@ pub const DOUBLE_BLOCK: usize = 256;
 /// | `affine4:64` | 4 bits, groups of 64 inputs, float offset |
 /// | `affine4:64:int` | integer zero point |
 /// | `affine4:64:sym` | symmetric, no offset stored |
+/// | `affine5:32`, `affine6:32` | 5 and 6 bits; 2, 3, 4 and 8 likewise |
 /// | `affine2:8x4` | tiles of 8 outputs × 4 inputs |
 /// | `affine3:col` | one group per output |
-/// | `nf4:64`, `nf3:64`, `nf2:64`, `fp4:64` | codebooks |
+/// | `nf4:64`, `nf3:64`, `nf2:64`, `fp4:64`, `iq4nl:32`, `mxfp4:32` | codebooks |
 /// | `nf4:64:double` | double-quantized scales |
+/// | `affine4:32:super8`, `affine2:16:super4` | scales and offsets as small integers under f16 factors of 256 inputs, as in GGUF's K types |
 /// | suffix `:f32` (default), `:f16`, `:bf16` | type of scales and offsets |
 ///
 /// ```
@@ -170,10 +213,43 @@ impl QuantScheme {
         self.block.grid_shape(d_input, d_output)
     }
 
+    /// What can't be, of parts that each can.
+    pub(crate) fn contradiction(&self) -> Option<&'static str> {
+        let integers = self.scales.integer_bits().is_some();
+        match self.value {
+            Value::Affine { grid: Grid::Integer, .. } if integers => {
+                Some("expected a float or no offset beside integer scales, found an integer zero point")
+            }
+            Value::Affine { .. } if self.scales == ScaleType::Double => {
+                Some("double-quantized scales need a codebook")
+            }
+            _ if integers
+                && (self.block.outputs != 1
+                    || self.block.inputs.is_none_or(|inputs| !SUPER_BLOCK.is_multiple_of(inputs))) =>
+            {
+                Some("expected groups of inputs that divide 256 beside integer scales")
+            }
+            _ => None,
+        }
+    }
+
+    /// Where scales and offsets lie as integers; `None` where they are floats or double-quantized.
+    pub fn super_layout(&self, d_input: usize, d_output: usize) -> Option<SuperLayout> {
+        let [rows, columns] = self.scale_shape(d_input, d_output);
+        let blocks = (SUPER_BLOCK / self.block.inputs_of(d_input)).max(1);
+        self.scales.integer_bits().map(|bits| SuperLayout { bits, rows, columns, blocks })
+    }
+
     /// Bytes of codes, scales and offsets as stored, padding of the last run included.
     pub fn storage_bytes(&self, d_input: usize, d_output: usize) -> usize {
         let [rows, columns] = self.scale_shape(d_input, d_output);
-        let scales = self.scales.bytes(rows * columns);
+        let count = rows * columns;
+        let scales = match (self.super_layout(d_input, d_output), self.scales) {
+            (Some(layout), _) => columns * (4 * layout.word_rows() + 2 * layout.factor_rows()),
+            (None, ScaleType::F16 | ScaleType::Bf16) => 2 * count,
+            (None, ScaleType::Double) => count + 4 * count.div_ceil(DOUBLE_BLOCK) + 4,
+            (None, _) => 4 * count,
+        };
         let offsets = if self.has_offsets() { scales } else { 0 };
         4 * code_rows(d_input, self.bits()) * d_output + scales + offsets
     }
@@ -207,6 +283,8 @@ impl fmt::Display for QuantScheme {
             ScaleType::F16 => ":f16",
             ScaleType::Bf16 => ":bf16",
             ScaleType::Double => ":double",
+            ScaleType::Super4 => ":super4",
+            ScaleType::Super8 => ":super8",
         })
     }
 }
@@ -223,12 +301,15 @@ impl FromStr for QuantScheme {
             "nf3" => Value::Codebook(Codebook::Nf3),
             "nf4" => Value::Codebook(Codebook::Nf4),
             "fp4" => Value::Codebook(Codebook::Fp4),
-            "affine2" | "affine3" | "affine4" | "affine8" => {
+            "iq4nl" => Value::Codebook(Codebook::Iq4Nl),
+            "mxfp4" => Value::Codebook(Codebook::Mxfp4),
+            "affine2" | "affine3" | "affine4" | "affine5" | "affine6" | "affine8" => {
                 Value::Affine { bits: u32::from(name.as_bytes()[6] - b'0'), grid: Grid::Float }
             }
             _ => {
                 return Err(fail(format!(
-                    "expected dense, affine2, affine3, affine4, affine8, nf2, nf3, nf4 or fp4, found \"{name}\""
+                    "expected dense, affine2, affine3, affine4, affine5, affine6, affine8, nf2, nf3, nf4, fp4, iq4nl or \
+                     mxfp4, found \"{name}\""
                 )));
             }
         };
@@ -249,6 +330,8 @@ impl FromStr for QuantScheme {
                 ("f16", _) => scales.replace(ScaleType::F16).is_some(),
                 ("bf16", _) => scales.replace(ScaleType::Bf16).is_some(),
                 ("double", Value::Codebook(_)) => scales.replace(ScaleType::Double).is_some(),
+                ("super4", _) => scales.replace(ScaleType::Super4).is_some(),
+                ("super8", _) => scales.replace(ScaleType::Super8).is_some(),
                 ("int", Value::Affine { .. }) => grid.replace(Grid::Integer).is_some(),
                 ("sym", Value::Affine { .. }) => grid.replace(Grid::Symmetric).is_some(),
                 _ => return Err(fail(format!("\"{part}\" is not an option of {name}"))),
@@ -260,7 +343,11 @@ impl FromStr for QuantScheme {
         if let (Value::Affine { grid: slot, .. }, Some(grid)) = (&mut value, grid) {
             *slot = grid;
         }
-        Ok(Self { value, block, scales: scales.unwrap_or(ScaleType::F32) })
+        let scheme = Self { value, block, scales: scales.unwrap_or(ScaleType::F32) };
+        match scheme.contradiction() {
+            Some(reason) => Err(fail(reason.into())),
+            None => Ok(scheme),
+        }
     }
 }
 
@@ -327,6 +414,11 @@ mod tests {
             "affine3:col",
             "affine8:16xcol:sym:bf16",
             "affine4:64:int:f16",
+            "affine5:32:super8",
+            "affine6:16:sym:super8",
+            "affine2:16:super4",
+            "iq4nl:32:super8",
+            "mxfp4:32:bf16",
         ] {
             assert_eq!(text.parse::<QuantScheme>().unwrap().to_string(), text);
         }
@@ -337,7 +429,11 @@ mod tests {
     #[test]
     fn bad_scheme_strings_are_errors_that_name_the_part() {
         for (text, part) in [
-            ("affine5:64", "affine5"),
+            ("affine7:64", "affine7"),
+            ("affine4:32:int:super8", "integer zero point"),
+            ("affine4:48:super8", "divide 256"),
+            ("affine4:4x32:super8", "divide 256"),
+            ("affine4:col:super4", "divide 256"),
             ("affine4", "group size"),
             ("affine4:0", "\"0\""),
             ("affine4:64x", "\"64x\""),
@@ -362,5 +458,11 @@ mod tests {
         // 33 inputs need two runs of 32 and two groups.
         assert_eq!(bits("affine3:32:f16", 33, 1), (2.0 * 96.0 + 4.0 * 16.0) / 33.0);
         assert_eq!(bits("affine2:8x4:bf16", 32, 8), 2.0 + 2.0 * 16.0 / 32.0);
+        // GGUF's Q2_K to Q6_K have 2.625, 3.4375, 4.5, 5.5 and 6.5625; 6-bit integers take 8 bits here.
+        assert_eq!(bits("affine2:16:super4", 512, 8), 2.625);
+        assert_eq!(bits("affine3:16:sym:super8", 512, 8), 3.5625);
+        assert_eq!(bits("affine4:32:super8", 512, 8), 4.625);
+        assert_eq!(bits("affine5:32:super8", 512, 8), 5.625);
+        assert_eq!(bits("affine6:16:sym:super8", 512, 8), 6.5625);
     }
 }

@@ -7,7 +7,7 @@ use burn::{
 
 use crate::{
     Compute, DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales,
-    fused,
+    SuperBlocks, SuperLayout, SuperScales, fused,
     host::unreadable,
     ints_to_host,
     ops::{self, PackedSpec},
@@ -38,12 +38,16 @@ use crate::{
 pub struct PackedTensor {
     /// Words `[code_rows, d_output]`.
     pub codes: Param<Tensor<2, Int>>,
-    /// Scales `[block_rows, block_columns]`; double-quantized: nested scales `[1, ceil(scales / 256)]`.
+    /// Scales `[block_rows, block_columns]`; double-quantized: nested scales `[1, ceil(scales / 256)]`; of integers: their
+    /// factors `[factor_rows, d_output]`.
     pub scales: Param<Tensor<2>>,
     /// Offsets in the scales' shape.
     pub offsets: Option<Param<Tensor<2>>>,
-    /// Double-quantized: four 8-bit scale codes per U32 word, output-major as in [`DoubleScales`].
+    /// Double-quantized: four 8-bit scale codes per U32 word, output-major as in [`DoubleScales`]. Integer scales: their
+    /// words, `[word_rows, d_output]` in one row.
     pub scale_codes: Option<Param<Tensor<1, Int>>>,
+    /// Integer offsets: their words, as those of the scales.
+    pub offset_codes: Option<Param<Tensor<1, Int>>>,
     /// Double-quantized: the offset of all scales, `[1]`.
     pub scale_offset: Option<Param<Tensor<1>>>,
     /// Packed row `k` stands for input `input_order[k]`.
@@ -91,27 +95,47 @@ impl PackedTensor {
         let shape = weight.scheme.scale_shape(weight.d_input, weight.d_output);
         let floats = |values: &[f32], shape: [usize; 2]| {
             let dtype = match weight.scheme.scales {
-                ScaleType::F16 if device.supports_dtype(DType::F16) => DType::F16,
+                ScaleType::F16 | ScaleType::Super4 | ScaleType::Super8
+                    if device.supports_dtype(DType::F16) =>
+                {
+                    DType::F16
+                }
                 ScaleType::Bf16 if device.supports_dtype(DType::BF16) => DType::BF16,
                 _ => DType::F32,
             };
             let data = TensorData::new(values.to_vec(), shape).convert_dtype(dtype);
             frozen(Tensor::from_data(data, (device, dtype)))
         };
-        let (scales, scale_codes, scale_offset) = match &weight.scales {
-            Scales::Plain(scales) => (floats(scales, shape), None, None),
+        let line = |line: Vec<u32>| {
+            let count = line.len();
+            words(line, [count], device)
+        };
+        let plain = weight.offsets.as_ref().map(|offsets| floats(offsets, shape));
+        let (scales, scale_codes, scale_offset, offsets, offset_codes) = match &weight.scales {
+            Scales::Plain(scales) => (floats(scales, shape), None, None, plain, None),
+            Scales::Super(both) => {
+                let factors = |blocks: &SuperBlocks| {
+                    let [_, columns] = shape;
+                    floats(&blocks.factors, [blocks.factors.len() / columns, columns])
+                };
+                let offsets = both.offsets.as_ref();
+                (
+                    factors(&both.scales),
+                    Some(line(both.scales.words.clone())),
+                    None,
+                    offsets.map(factors),
+                    offsets.map(|offsets| line(offsets.words.clone())),
+                )
+            }
             Scales::Double(double) => {
                 let packed: Vec<u32> = double
                     .codes
                     .chunks(4)
                     .map(|chunk| chunk.iter().rev().fold(0, |word, &code| word << 8 | u32::from(code)))
                     .collect();
-                let count = packed.len();
-                (
-                    floats(&double.nested, [1, double.nested.len()]),
-                    Some(words(packed, [count], device)),
-                    Some(frozen(Tensor::from_data([double.offset], device))),
-                )
+                let nested = floats(&double.nested, [1, double.nested.len()]);
+                let offset = frozen(Tensor::from_data([double.offset], device));
+                (nested, Some(line(packed)), Some(offset), plain, None)
             }
         };
         Self {
@@ -121,8 +145,9 @@ impl PackedTensor {
                 device,
             ),
             scales,
-            offsets: weight.offsets.as_ref().map(|offsets| floats(offsets, shape)),
+            offsets,
             scale_codes,
+            offset_codes,
             scale_offset,
             input_order: weight.input_order.as_ref().map(|order| {
                 let order: Vec<i64> = order.iter().map(|&input| i64::from(input)).collect();
@@ -194,16 +219,45 @@ impl PackedTensor {
 
     /// Scales `[block_rows, block_columns]` as the arithmetic sees them.
     pub fn effective_scales(&self) -> Tensor<2> {
-        let (Some(codes), Some(offset)) = (&self.scale_codes, &self.scale_offset) else {
-            return self.scales.val();
+        match (&self.scale_codes, &self.scale_offset) {
+            (Some(codes), Some(offset)) => {
+                let shape = self.scheme.scale_shape(self.size[0], self.size[1]);
+                fused::double_scales(codes.val(), self.scales.val(), offset.val(), shape)
+            }
+            _ => self.of_integers(&self.scales, self.scale_codes.as_ref(), None),
+        }
+    }
+
+    /// `values` themselves, or the integers in `codes` times them; of the given outputs, or of all.
+    fn of_integers(
+        &self,
+        values: &Param<Tensor<2>>,
+        codes: Option<&Param<Tensor<1, Int>>>,
+        outputs: Option<&Tensor<1, Int>>,
+    ) -> Tensor<2> {
+        let picked = |tensor: Tensor<2>| match outputs {
+            Some(outputs) => tensor.select(1, outputs.clone()),
+            None => tensor,
         };
-        let shape = self.scheme.scale_shape(self.size[0], self.size[1]);
-        fused::double_scales(codes.val(), self.scales.val(), offset.val(), shape)
+        let (Some(codes), Some(layout)) = (codes, self.scheme.super_layout(self.size[0], self.size[1]))
+        else {
+            return picked(values.val());
+        };
+        let mut words = codes.val().reshape([layout.word_rows(), layout.columns]);
+        if let Some(outputs) = outputs {
+            words = words.select(1, outputs.clone());
+        }
+        let factors = picked(values.val());
+        let columns = factors.dims()[1];
+        fused::super_scales(words, factors, SuperLayout { columns, ..layout })
     }
 
     fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {
         let scales = self.effective_scales();
-        let offsets = self.offsets.as_ref().map_or_else(|| scales.clone(), |offsets| offsets.val());
+        let offsets = self.offsets.as_ref().map_or_else(
+            || scales.clone(),
+            |offsets| self.of_integers(offsets, self.offset_codes.as_ref(), None),
+        );
         (self.codes.val(), scales, offsets)
     }
 
@@ -263,14 +317,16 @@ impl PackedTensor {
     pub fn outputs(&self, outputs: Tensor<1, Int>) -> Tensor<2> {
         let [count] = outputs.dims();
         let blocks = outputs.clone().div_scalar(self.scheme.block.outputs as i64);
-        let (codes, scales, offsets) = self.parts();
-        let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
-        let dense = ops::packed_dequantize(
-            codes.select(1, outputs),
-            scales.select(1, blocks.clone()),
-            offsets.select(1, blocks),
-            spec,
+        let scales = match self.scale_offset {
+            Some(_) => self.effective_scales().select(1, blocks.clone()),
+            None => self.of_integers(&self.scales, self.scale_codes.as_ref(), Some(&blocks)),
+        };
+        let offsets = self.offsets.as_ref().map_or_else(
+            || scales.clone(),
+            |offsets| self.of_integers(offsets, self.offset_codes.as_ref(), Some(&blocks)),
         );
+        let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
+        let dense = ops::packed_dequantize(self.codes.val().select(1, outputs), scales, offsets, spec);
         match &self.input_order {
             Some(order) => dense.select(0, order.val().argsort(0)),
             None => dense,
@@ -286,6 +342,10 @@ impl PackedTensor {
         let words = |tensor: Tensor<2, Int>| {
             tensor.try_into_vec_as::<u32>().map_err(|error| unreadable::<u32>("codes", error))
         };
+        let blocks = |codes: &Param<Tensor<1, Int>>, factors: &Param<Tensor<2>>| {
+            let words = words(codes.val().unsqueeze())?;
+            Ok::<_, crate::Error>(SuperBlocks { words, factors: to_host("factors", factors.val())? })
+        };
         let scales = match (&self.scale_codes, &self.scale_offset) {
             (Some(codes), Some(offset)) => {
                 let [rows, columns] = self.scheme.scale_shape(self.size[0], self.size[1]);
@@ -296,9 +356,17 @@ impl PackedTensor {
                     offset: to_host("scale_offset", offset.val())?[0],
                 })
             }
+            (Some(codes), None) => {
+                let offsets = self.offset_codes.as_ref().zip(self.offsets.as_ref());
+                Scales::Super(SuperScales {
+                    scales: blocks(codes, &self.scales)?,
+                    offsets: offsets.map(|(codes, factors)| blocks(codes, factors)).transpose()?,
+                })
+            }
             _ => Scales::Plain(to_host("scales", self.scales.val())?),
         };
-        let offsets = self.offsets.as_ref().map(|offsets| to_host("offsets", offsets.val())).transpose()?;
+        let apart = self.offsets.as_ref().filter(|_| self.offset_codes.is_none());
+        let offsets = apart.map(|offsets| to_host("offsets", offsets.val())).transpose()?;
         let order =
             self.input_order.as_ref().map(|order| ints_to_host("input_order", order.val())).transpose()?;
         Ok(PackedWeight {

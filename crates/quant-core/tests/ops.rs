@@ -3,7 +3,10 @@
 //! with what the CPU computes without kernels.
 
 use burn::tensor::{Device, FloatDType, Tensor, TensorData};
-use kiln_quant_core::{Compute, PackedTensor, PackedWeight, QuantScheme, Scales, ops, packing::CodePacker};
+use kiln_quant_core::{
+    Compute, PackedTensor, PackedWeight, QuantScheme, Scales, SuperBlocks, SuperScales, ops,
+    packing::CodePacker,
+};
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
 
 /// Scheme, inputs, outputs.
@@ -32,6 +35,20 @@ pub(crate) const CASES: &[Case] = &[
     ("fp4:64", 192, 32),
     ("affine4:64", 600, 530),
     ("nf4:32:bf16", 288, 270),
+    ("affine5:64", 128, 33),
+    ("affine5:col:f16", 70, 20),
+    ("affine6:32:sym:f16", 100, 50),
+    ("affine6:40", 130, 18),
+    ("affine4:16", 80, 37),
+    ("affine8:16:sym", 112, 20),
+    ("affine2:16:super4", 512, 40),
+    ("affine3:16:sym:super8", 304, 33),
+    ("affine4:32:super8", 300, 37),
+    ("affine5:32:super8", 512, 70),
+    ("affine6:16:sym:super8", 272, 50),
+    ("iq4nl:32:super8", 256, 20),
+    ("iq4nl:32:f16", 64, 17),
+    ("mxfp4:32:bf16", 96, 19),
 ];
 
 /// A packed weight with random codes, scales and offsets.
@@ -51,6 +68,24 @@ pub(crate) fn random_weight(scheme: &str, d_input: usize, d_output: usize, seed:
     let rounded = |seed: u64, scale: f32, shift: f32| -> Vec<f32> {
         values(seed, count).iter().map(|v| scheme.scales.round(v * scale + shift)).collect()
     };
+    let offsets = scheme.has_offsets();
+    if let Some(layout) = scheme.super_layout(d_input, d_output) {
+        let blocks = |seed: u64| {
+            let mut blocks = SuperBlocks::new(&layout);
+            let integers = values(seed, count);
+            for (i, value) in integers.iter().enumerate() {
+                let integer = if layout.bits == 4 { (value + 1.0) * 7.9 } else { value * 127.9 };
+                blocks.set(&layout, i / columns, i % columns, integer as i8);
+            }
+            for (factor, value) in blocks.factors.iter_mut().zip(values(seed + 1, count)) {
+                *factor = half::f16::from_f32(value * 1e-3).to_f32();
+            }
+            blocks
+        };
+        let scales = SuperScales { scales: blocks(seed + 1), offsets: offsets.then(|| blocks(seed + 3)) };
+        let (codes, scales) = (packer.into_words(), Scales::Super(scales));
+        return PackedWeight { scheme, d_input, d_output, codes, scales, offsets: None, input_order: None };
+    }
     let scales = if scheme.to_string().ends_with("double") {
         Scales::Double(kiln_quant_core::DoubleScales {
             codes: values(seed + 1, count).iter().map(|v| ((v + 1.0) * 127.9) as u8).collect(),
@@ -60,7 +95,7 @@ pub(crate) fn random_weight(scheme: &str, d_input: usize, d_output: usize, seed:
     } else {
         Scales::Plain(rounded(seed + 1, 0.05, 0.1))
     };
-    let offsets = scheme.has_offsets().then(|| rounded(seed + 3, 0.3, -0.2));
+    let offsets = offsets.then(|| rounded(seed + 3, 0.3, -0.2));
     PackedWeight { scheme, d_input, d_output, codes: packer.into_words(), scales, offsets, input_order: None }
 }
 
@@ -189,8 +224,8 @@ fn learned(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
 /// Gradients of input, scales and offsets equal finite differences of a product computed on the host.
 pub(crate) fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &[usize]) {
     for &(scheme, d_input, d_output) in cases {
-        // Learned parameters are plain tensors, so double quantization is left to the input's gradient.
-        let host = random_weight(scheme, d_input, d_output, 8);
+        // Learned parameters are plain tensors, so scales in codes are left to the input's gradient.
+        let host = random_weight(scheme, d_input, d_output, 8).with_plain_scales();
         let spec = ops::PackedSpec::new(&host.scheme, d_input, d_output);
         let packed = PackedTensor::new(&host, device);
         let shape = host.scheme.scale_shape(d_input, d_output);
@@ -325,7 +360,7 @@ pub(crate) fn check_half_precision(device: &Device, dtype: FloatDType, rows: &[u
 fn dequantize_equals_the_host_and_the_plain_version_bit_for_bit() {
     check_dequantize(&Device::flex(), CASES, 0.0);
     // So many scales that several threads unpack them.
-    check_dequantize(&Device::flex(), &[("nf4:8:double", 4800, 65)], 0.0);
+    check_dequantize(&Device::flex(), &[("nf4:8:double", 4800, 65), ("affine4:16:super8", 8192, 65)], 0.0);
 }
 
 #[test]
@@ -335,8 +370,19 @@ fn forward_equals_a_dense_product() {
 
 #[test]
 fn one_row_walks_the_edges_of_runs_and_vectors() {
-    let schemes = ["affine2:32", "affine3:32", "affine4:32:sym", "affine8:32:sym", "affine8:col", "nf4:32"];
-    let inputs = [1, 31, 32, 33, 64];
+    let schemes = [
+        "affine2:32",
+        "affine3:32",
+        "affine4:32:sym",
+        "affine8:32:sym",
+        "affine8:col",
+        "nf4:32",
+        "affine5:32",
+        "affine6:32:sym",
+        "affine2:16",
+        "affine6:16:sym",
+    ];
+    let inputs = [1, 15, 16, 17, 31, 32, 33, 48, 64];
     let outputs = [1, 15, 16, 17, 63, 64, 65, 80, 129, 257];
     let mut cases: Vec<Case> = Vec::new();
     for scheme in schemes {
@@ -349,7 +395,15 @@ fn one_row_walks_the_edges_of_runs_and_vectors() {
 
 #[test]
 fn one_row_keeps_values_of_every_size() {
-    let schemes = ["affine2:64", "affine3:64", "affine4:32", "affine4:col:sym", "affine8:64:sym", "nf4:64"];
+    let schemes = [
+        "affine2:64",
+        "affine3:64",
+        "affine4:32",
+        "affine4:col:sym",
+        "affine8:64:sym",
+        "nf4:64",
+        "affine5:16",
+    ];
     let exponents = [[-90, -70], [-30, 0], [0, 30], [60, 90]];
     check_one_row(&Device::flex(), &schemes.map(|scheme| (scheme, 192, 100)), &exponents, 1e-6);
 }
@@ -396,7 +450,11 @@ fn input_order_gathers_the_input() {
 
 #[test]
 fn outputs_are_rows_of_the_checkpoint() {
-    check_outputs(&Device::flex(), &["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double"], 0.0);
+    check_outputs(
+        &Device::flex(),
+        &["affine8:32:sym:f16", "affine2:8x4", "nf4:64:double", "affine4:16:super8"],
+        0.0,
+    );
 }
 
 #[test]

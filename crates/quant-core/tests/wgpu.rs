@@ -28,6 +28,11 @@ const CASES: &[Case] = &[
     ("nf3:64", 128, 16),
     ("nf2:32", 64, 19),
     ("fp4:64", 192, 32),
+    ("affine5:32:super8", 512, 40),
+    ("affine6:16:sym:super8", 272, 50),
+    ("affine2:16:super4", 256, 33),
+    ("iq4nl:32:super8", 256, 20),
+    ("mxfp4:32:bf16", 64, 17),
 ];
 
 /// A few of them, for what depends little on the format.

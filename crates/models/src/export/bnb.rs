@@ -76,6 +76,9 @@ fn check(item: &Item) -> Result<Option<(Codebook, QuantScheme)>> {
         Value::Codebook(codebook @ (Codebook::Nf4 | Codebook::Fp4)) => codebook,
         _ => return refuse("NF4 or FP4".into()),
     };
+    if scheme.scales.integer_bits().is_some() {
+        return refuse("scales as floats, or double-quantized".into());
+    }
     let d_input = item.shape()[1];
     let inputs = scheme.block.inputs_of(d_input);
     let fits = BLOCKS.contains(&inputs) && inputs.is_power_of_two() && d_input.is_multiple_of(inputs);
@@ -125,6 +128,7 @@ fn packed(item: &Item, weight: &PackedWeight, codebook: Codebook, float: FloatTy
         part(".quant_map", vec![codebook.levels().len()], floats(codebook.levels().to_vec())),
     ];
     let scales = match &weight.scales {
+        Scales::Super(_) => unreachable!("`check` refuses the scheme"),
         Scales::Plain(scales) => {
             // Flat order: the blocks of a row follow each other.
             let absmax = transposed(scales, d_input / block, d_output);

@@ -19,7 +19,7 @@ use crate::{
     config::{AttentionScale, ModelConfig, RopeConfig, RopeScaling, TensorRole},
     families::Family,
     gguf::{
-        BlockType, Value as Key, layers, llama3_factors,
+        BlockType, Blocks, Parts, Value as Key, layers, llama3_factors,
         names::{self, Heads, ROPE_FACTORS},
         writer::{self, NewTensor},
     },
@@ -56,16 +56,18 @@ impl Default for GgufOptions {
 
 /// Writes `model` as one GGUF file of version 3, with hyperparameters and the tokenizer of `source`.
 ///
-/// Affine codes are repacked, never requantized: symmetric ones of 2 to 4 bits (and integer grids of 4 bits around 8)
-/// as Q4_0, others of 2 to 4 bits as Q4_1, symmetric ones of 8 bits as Q8_0. Scales and offsets are rounded to f16 and
-/// repeated for every 32 inputs; the report says what that rounding costs. Norms and biases are f32. Rows of q and k
-/// get the order that the architecture `llama` has.
+/// Codes are repacked, never requantized. A weight of a scheme that is a block type's ([`BlockType::packed_scheme`]) is
+/// written as that type, so that what came from a GGUF file goes back block by block, bit for bit. Of the others,
+/// symmetric codes of 2 to 4 bits (and integer grids of 4 bits around 8) become Q4_0, others of 2 to 4 bits Q4_1, those
+/// of 5 bits Q5_0 and Q5_1, symmetric ones of 8 bits Q8_0: scales and offsets are rounded to f16 and repeated for every 32
+/// inputs; the report says what that rounding costs. Norms and biases are f32. Rows of q and k get the order that the
+/// architecture `llama` has.
 ///
 /// The architecture is the family's own, or `llama` for a model whose biases its family's files don't have.
 ///
 /// # Errors
-/// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (codebooks, float offsets at 8 bits, blocks of other
-/// than a multiple of 32 inputs, act-order) unless `options.fallback` writes it dense; a scale beyond f16's range; OPT,
+/// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (NF4 and the like, float
+/// offsets at 8 bits, blocks of other than a multiple of 32 inputs, act-order) unless `options.fallback` writes it dense; a scale beyond f16's range; OPT,
 /// blocks of different widths, windows that differ by block, dynamic rotary scaling; a tokenizer that can't be
 /// expressed. [`Error::Argument`](crate::Error::Argument), [`Error::Io`](crate::Error::Io). `path` is then as it was before.
 ///
@@ -238,7 +240,7 @@ impl Exporter<'_> {
             Host::Dense(_) => self.dense(item, host, order),
             Host::Packed(weight) => match repacked(item, weight) {
                 Ok((kind, rounded)) => {
-                    let bytes = encode(&rounded, kind, order.as_deref());
+                    let bytes = self.encode(item, &rounded, kind, order.as_deref())?;
                     Ok(Converted { kind, bytes, written: Written::Packed(rounded), note: None })
                 }
                 Err(error) if self.options.fallback == Fallback::Refuse => Err(error),
@@ -249,6 +251,17 @@ impl Exporter<'_> {
                 }
             },
         }
+    }
+
+    fn encode(
+        &self,
+        item: &Item,
+        weight: &PackedWeight,
+        kind: BlockType,
+        order: Option<&[usize]>,
+    ) -> Result<Vec<u8>> {
+        let expected = || refuse(&item.name(), format!("numbers that {} holds", kind.name()), "others");
+        encode(weight, kind, order).ok_or_else(expected)
     }
 
     fn dense(&self, item: &Item, host: &Host, order: Option<Vec<usize>>) -> Result<Converted> {
@@ -263,7 +276,7 @@ impl Exporter<'_> {
         if kind == BlockType::Q8_0 {
             let scheme = QuantScheme { block: Block::group(BLOCK), ..symmetric(8) };
             let packed = MinMax.quantize(&name, &values, width, values.len() / width, &scheme)?;
-            let bytes = encode(&packed, kind, order.as_deref());
+            let bytes = self.encode(item, &packed, kind, order.as_deref())?;
             return Ok(Converted { kind, bytes, written: Written::Packed(packed), note: None });
         }
         let float = match kind {
@@ -312,14 +325,18 @@ pub(super) fn row_order(family: &Family, config: &ModelConfig, name: &str) -> Op
     Some((0..heads * config.head_dim).map(|row| row - row % (2 * half) + within(row % (2 * half))).collect())
 }
 
-/// The block type that holds a packed weight, and the weight with scales and offsets for every 32 inputs, as the file
-/// will have them.
+/// The block type that holds a packed weight, and the weight as the file will have it: the weight itself where it came
+/// from a file of that type or could have, else with scales and offsets for every 32 inputs.
 fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeight)> {
     let name = item.name();
     let PackedWeight { scheme, d_input, d_output, .. } = *weight;
     let inputs = scheme.block.inputs_of(d_input);
     if item.is_permuted() {
         return Err(refuse(&name, "inputs in their own order", "act-order"));
+    }
+    let own = BlockType::of_scheme(&scheme).filter(|kind| d_input.is_multiple_of(kind.weights()));
+    if let Some(kind) = own.filter(|kind| encode(weight, *kind, None).is_some()) {
+        return Ok((kind, weight.clone()));
     }
     if !d_input.is_multiple_of(BLOCK) || !(inputs.is_multiple_of(BLOCK) || inputs >= d_input) {
         let found = format!("{scheme} with rows of {d_input}");
@@ -328,12 +345,14 @@ fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeig
     let (kind, grid) = match scheme.value {
         Value::Affine { bits: 8, grid: Grid::Symmetric } => (BlockType::Q8_0, Grid::Symmetric),
         Value::Affine { bits: 2..=4, grid: Grid::Symmetric } => (BlockType::Q4_0, Grid::Symmetric),
+        Value::Affine { bits: 5, grid: Grid::Symmetric } => (BlockType::Q5_0, Grid::Symmetric),
         Value::Affine { bits: 4, grid: Grid::Integer } if is_centred(weight) => {
             (BlockType::Q4_0, Grid::Symmetric)
         }
         Value::Affine { bits: 2..=4, .. } => (BlockType::Q4_1, Grid::Float),
+        Value::Affine { bits: 5, .. } => (BlockType::Q5_1, Grid::Float),
         _ => {
-            let expected = "affine codes of 2 to 4 bits, or symmetric ones of 8";
+            let expected = "affine codes of 2 to 5 bits, symmetric ones of 8, or a type of the format";
             return Err(refuse(&name, expected, scheme.to_string()));
         }
     };
@@ -360,52 +379,60 @@ fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeig
 /// Whether every zero point of a 4-bit weight is 8.
 fn is_centred(weight: &PackedWeight) -> bool {
     let scales = weight.effective_scales();
-    let offsets = weight.offsets.as_deref().unwrap_or_default();
-    scales.iter().zip(offsets).all(|(scale, offset)| *offset == -(scale * 8.0))
+    let offsets = weight.effective_offsets().unwrap_or_default();
+    scales.iter().zip(&offsets).all(|(scale, offset)| *offset == -(scale * 8.0))
 }
 
-/// Blocks of 32 of a weight whose scales stand for 32 inputs each.
-fn encode(weight: &PackedWeight, kind: BlockType, order: Option<&[usize]>) -> Vec<u8> {
+/// The blocks of a weight whose scales lie as the type's do, rows in the file's order; `None` if a number doesn't fit.
+fn encode(weight: &PackedWeight, kind: BlockType, order: Option<&[usize]>) -> Option<Vec<u8>> {
     let (d_output, bits) = (weight.d_output, weight.scheme.bits());
-    let scales = weight.effective_scales();
+    let blocks = Blocks::new(kind)?;
     // Small codes of a symmetric grid move to the middle of the larger one.
     let shift = if kind == BlockType::Q4_0 { 8 - (1u8 << (bits - 1)) } else { 0 };
-    let row_bytes = weight.d_input / BLOCK * kind.bytes();
+    let row_bytes = weight.d_input / kind.weights() * kind.bytes();
     let mut bytes = vec![0; row_bytes * d_output];
-    bytes.par_chunks_exact_mut(row_bytes).enumerate().for_each_init(
-        || vec![0; weight.d_input],
-        |codes, (row, bytes)| {
+    let rows = bytes.par_chunks_exact_mut(row_bytes).enumerate();
+    rows.map_init(
+        || (vec![0; weight.d_input], blocks.parts()),
+        |(codes, parts), (row, bytes)| {
             let output = order.map_or(row, |order| order[row]);
             unpack_column(&weight.codes, d_output, bits, output, codes);
-            let blocks = bytes.chunks_exact_mut(kind.bytes()).zip(codes.as_chunks::<BLOCK>().0);
-            for (group, (block, codes)) in blocks.enumerate() {
-                let index = group * d_output + output;
-                block[..2].copy_from_slice(&f16::from_f32(scales[index]).to_le_bytes());
-                let offset = weight.offsets.as_ref().map(|offsets| f16::from_f32(offsets[index]));
-                let rest = match offset {
-                    Some(offset) => {
-                        block[2..4].copy_from_slice(&offset.to_le_bytes());
-                        &mut block[4..]
-                    }
-                    None => &mut block[2..],
-                };
-                put_codes(kind, codes.map(|code| code + shift), rest);
+            let blocks_of_row = bytes.chunks_exact_mut(kind.bytes()).zip(codes.chunks_exact(kind.weights()));
+            for (index, (block, codes)) in blocks_of_row.enumerate() {
+                parts.codes.iter_mut().zip(codes).for_each(|(into, code)| *into = code + shift);
+                numbers(weight, index, output, parts);
+                blocks.put_together(parts, block)?;
             }
+            Some(())
         },
-    );
-    bytes
+    )
+    .collect::<Option<()>>()?;
+    Some(bytes)
 }
 
-/// 32 codes as bytes (signed, in Q8_0) or as nibbles, the first 16 in the low ones.
-fn put_codes(kind: BlockType, codes: [u8; BLOCK], bytes: &mut [u8]) {
-    if kind == BlockType::Q8_0 {
-        // A code minus 128 as a signed byte is the code with its top bit turned.
-        bytes.iter_mut().zip(codes).for_each(|(byte, code)| *byte = code ^ 0x80);
-        return;
-    }
-    let (low, high) = codes.split_at(BLOCK / 2);
-    for ((byte, low), high) in bytes.iter_mut().zip(low).zip(high) {
-        *byte = low | high << 4;
+/// Scales and offsets of the `index`-th block of an output.
+fn numbers(weight: &PackedWeight, index: usize, output: usize, parts: &mut Parts) {
+    let at = index * weight.d_output + output;
+    match (&weight.scales, weight.scheme.super_layout(weight.d_input, weight.d_output)) {
+        (Scales::Super(both), Some(layout)) => {
+            let first = index * layout.blocks;
+            for (row, integer) in (first..).zip(&mut parts.scales) {
+                *integer = both.scales.get(&layout, row, output);
+            }
+            parts.scale = both.scales.factors[at];
+            if let Some(offsets) = &both.offsets {
+                for (row, integer) in (first..).zip(&mut parts.offsets) {
+                    *integer = offsets.get(&layout, row, output);
+                }
+                parts.offset = offsets.factors[at];
+            }
+        }
+        (Scales::Plain(scales), _) => {
+            parts.scale = scales[at];
+            parts.offset = weight.offsets.as_ref().map_or(0.0, |offsets| offsets[at]);
+        }
+        // No type of the format has double-quantized scales.
+        _ => parts.scale = f32::NAN,
     }
 }
 
@@ -433,7 +460,17 @@ fn keys(
         id if id == BlockType::Q4_0.id() => 2,
         id if id == BlockType::Q4_1.id() => 3,
         id if id == BlockType::Q8_0.id() => 7,
+        id if id == BlockType::Q5_0.id() => 8,
+        id if id == BlockType::Q5_1.id() => 9,
+        id if id == BlockType::Q2K.id() => 10,
+        id if id == BlockType::Q3K.id() => 12,
+        id if id == BlockType::Q4K.id() => 15,
+        id if id == BlockType::Q5K.id() => 17,
+        id if id == BlockType::Q6K.id() => 18,
+        id if id == BlockType::Iq4Nl.id() => 25,
+        id if id == BlockType::Iq4Xs.id() => 30,
         id if id == BlockType::Bf16.id() => 32,
+        id if id == BlockType::Mxfp4.id() => 38,
         _ => 0,
     };
     let mut keys = vec![

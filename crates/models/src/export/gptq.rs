@@ -65,6 +65,9 @@ fn check(item: &Item) -> Result<Option<(u32, Option<usize>)>> {
     let Value::Affine { bits, .. } = scheme.value else {
         return refuse("affine codes", scheme.to_string());
     };
+    if ![2, 3, 4, 8].contains(&bits) {
+        return refuse("codes of 2, 3, 4 or 8 bits", scheme.to_string());
+    }
     let shape = item.shape();
     if shape.iter().any(|size| !size.is_multiple_of(32)) {
         return refuse(

@@ -91,8 +91,8 @@ impl Item {
             Stored::Packed(weight) => {
                 let weight = weight.to_host()?;
                 check_finite(&format!("{}.scales", self.path), &weight.effective_scales())?;
-                let offsets = weight.offsets.as_deref().unwrap_or_default();
-                check_finite(&format!("{}.offsets", self.path), offsets)?;
+                let offsets = weight.effective_offsets().unwrap_or_default();
+                check_finite(&format!("{}.offsets", self.path), &offsets)?;
                 Ok(Host::Packed(weight))
             }
         }
@@ -286,7 +286,7 @@ impl Groups {
     /// The pieces must not cross blocks: `group` divides the block's inputs, or the block is the whole column.
     pub(crate) fn of(weight: &PackedWeight, group: usize) -> Self {
         let scales = weight.effective_scales();
-        let offsets = weight.offsets.as_ref().map(|offsets| spread(weight, offsets, group));
+        let offsets = weight.effective_offsets().map(|offsets| spread(weight, &offsets, group));
         Self { scales: spread(weight, &scales, group), offsets }
     }
 }

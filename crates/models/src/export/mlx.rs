@@ -24,7 +24,7 @@ const GROUPS: [usize; 3] = [128, 64, 32];
 /// [`FloatType::F32`] every affine weight in row groups stays exact; so it does in the type its scales have already.
 /// Groups and widths that differ from most stand in `quantization` by path.
 ///
-/// Held exactly are 2, 3, 4 and 8 bits in groups of a multiple of 32 inputs that divide the row into groups of 32, 64
+/// Held exactly are 2, 3, 4, 5, 6 and 8 bits in groups of a multiple of 32 inputs that divide the row into groups of 32, 64
 /// or 128 (larger ones are cut, with scales repeated). Codebooks, smaller groups and act-order are not.
 ///
 /// # Errors

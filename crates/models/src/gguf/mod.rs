@@ -1,7 +1,7 @@
 //! GGUF files: tensors, configuration, tokenizer and chat template from one file.
 //!
 //! Read are versions 2 and 3 with the architectures `llama` (LLaMA, Mistral, SmolLM2), `qwen2` and `qwen3`. Tensors
-//! of type Q4_0, Q4_1 and Q8_0 become packed weights code by code, without requantizing; all others are decoded. The
+//! of quantized types become packed weights code by code, without requantizing; float types are read as they are. The
 //! file isn't mapped: a tensor's bytes are read when it is asked for, some at a time, so that peak memory is the
 //! result plus a small buffer.
 
@@ -10,6 +10,7 @@ mod config;
 mod header;
 pub(crate) mod layers;
 pub(crate) mod names;
+mod numbers;
 mod rope;
 #[cfg(test)]
 pub(crate) mod test_writer;
@@ -27,19 +28,20 @@ use std::{
     sync::{Mutex, PoisonError},
 };
 
-use kiln_quant_core::{PackedWeight, QuantScheme, Scales, packing::CodePacker};
+use kiln_quant_core::{PackedWeight, QuantScheme, packing::CodePacker};
 use rayon::prelude::*;
 
-use self::names::Heads;
 pub use self::{
     blocks::BlockType,
     header::TensorInfo,
     value::{Array, Metadata, Value},
 };
 pub(crate) use self::{
+    blocks::{Blocks, Parts},
     rope::llama3_factors,
     tokenizer::{LLAMA3_WORDS, QWEN2_WORDS, build as build_tokenizer, kind as token_kind},
 };
+use self::{names::Heads, numbers::Numbers};
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
@@ -247,40 +249,48 @@ impl Gguf {
         Ok(DenseTensor { shape: tensor.shape.clone(), values })
     }
 
-    fn pack(&self, name: &str, tensor: &TensorInfo, scheme: QuantScheme) -> Result<PackedWeight> {
+    fn pack(
+        &self,
+        name: &str,
+        tensor: &TensorInfo,
+        scheme: QuantScheme,
+        blocks: &Blocks,
+    ) -> Result<PackedWeight> {
         let rows = self.rows(name, tensor)?;
         let (d_input, d_output) = (rows.width, rows.count);
-        let [groups, _] = scheme.scale_shape(d_input, d_output);
         let mut packer = CodePacker::new(d_input, d_output, scheme.bits());
-        let mut codes = vec![0; d_input];
-        let mut scales = vec![0.0; groups * d_output];
-        let mut offsets = vec![0.0; if scheme.has_offsets() { scales.len() } else { 0 }];
+        let mut numbers = Numbers::new(&scheme, d_input, d_output);
         let kind = tensor.kind;
         self.for_chunks(tensor, &rows, |first, bytes| {
-            for row in 0..bytes.len() / rows.bytes {
-                let blocks = rows.source(bytes, row).chunks_exact(kind.bytes());
-                for (group, (block, codes)) in blocks.zip(codes.chunks_exact_mut(kind.weights())).enumerate()
-                {
-                    let (scale, offset) = kind.codes(block, codes);
-                    let index = group * d_output + first + row;
-                    scales[index] = scale;
-                    if let Some(slot) = offsets.get_mut(index) {
-                        *slot = offset;
-                    }
+            let take_apart = |row: usize| {
+                let block = |block: &[u8]| {
+                    let mut parts = blocks.parts();
+                    blocks.take_apart(block, &mut parts);
+                    parts
+                };
+                rows.source(bytes, row).chunks_exact(kind.bytes()).map(block).collect::<Vec<_>>()
+            };
+            let taken: Vec<_> = (0..bytes.len() / rows.bytes).into_par_iter().map(take_apart).collect();
+            let mut codes = Vec::with_capacity(d_input);
+            for (output, row) in (first..).zip(taken) {
+                codes.clear();
+                for (index, parts) in row.iter().enumerate() {
+                    codes.extend_from_slice(&parts.codes);
+                    numbers.set(index, output, parts);
                 }
-                packer.set_column(first + row, &codes);
+                packer.set_column(output, &codes);
             }
             Ok(())
         })?;
-        self.check_finite(&tensor.name, &scales)?;
-        self.check_finite(&tensor.name, &offsets)?;
+        numbers.floats().try_for_each(|values| self.check_finite(&tensor.name, values))?;
+        let (scales, offsets) = numbers.into_parts();
         Ok(PackedWeight {
             scheme,
             d_input,
             d_output,
             codes: packer.into_words(),
-            scales: Scales::Plain(scales),
-            offsets: scheme.has_offsets().then_some(offsets),
+            scales,
+            offsets,
             input_order: None,
         })
     }
@@ -313,9 +323,11 @@ impl TensorSource for Gguf {
             let found = format!("{} of sizes {:?}", tensor.shape.len(), tensor.shape);
             return Err(self.metadata.error(&tensor.name, "2 dimensions", found));
         }
-        match tensor.kind.packed_scheme() {
-            Some(scheme) => self.pack(&name, tensor, scheme).map(StoredWeight::Packed),
-            None => self.decode(&name, tensor).map(StoredWeight::Dense),
+        match (tensor.kind.packed_scheme(), Blocks::new(tensor.kind)) {
+            (Some(scheme), Some(blocks)) => {
+                self.pack(&name, tensor, scheme, &blocks).map(StoredWeight::Packed)
+            }
+            _ => self.decode(&name, tensor).map(StoredWeight::Dense),
         }
     }
 }

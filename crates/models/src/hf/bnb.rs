@@ -135,14 +135,14 @@ pub(super) fn weight(tensors: &SafetensorsSet, weight: &str) -> Result<PackedWei
     let stored = read_scales(tensors, weight, &state, blocks)?;
     let (inputs, scales) = if d_input.is_multiple_of(state.blocksize) {
         let scales = match stored {
-            Scales::Plain(flat) => Scales::Plain(by_block_row(&flat, d_input / state.blocksize, d_output)),
-            double => double,
+            Absmax::Plain(flat) => Scales::Plain(by_block_row(&flat, d_input / state.blocksize, d_output)),
+            Absmax::Double(double) => Scales::Double(double),
         };
         (state.blocksize, scales)
     } else {
         let flat = match stored {
-            Scales::Plain(flat) => flat,
-            Scales::Double(double) => double.decode(),
+            Absmax::Plain(flat) => flat,
+            Absmax::Double(double) => double.decode(),
         };
         let inputs = gcd(state.blocksize, d_input);
         let pieces: Vec<f32> = (0..d_output * d_input)
@@ -152,8 +152,8 @@ pub(super) fn weight(tensors: &SafetensorsSet, weight: &str) -> Result<PackedWei
         (inputs, Scales::Plain(by_block_row(&pieces, d_input / inputs, d_output)))
     };
     let scale_type = match scales {
-        Scales::Plain(_) => ScaleType::F32,
         Scales::Double(_) => ScaleType::Double,
+        _ => ScaleType::F32,
     };
     let scheme = QuantScheme {
         value: Value::Codebook(state.codebook),
@@ -204,10 +204,15 @@ fn check_levels(tensors: &SafetensorsSet, weight: &str, codebook: Codebook) -> R
 }
 
 /// One scale per flat block.
-fn read_scales(tensors: &SafetensorsSet, weight: &str, state: &State, blocks: usize) -> Result<Scales> {
+enum Absmax {
+    Plain(Vec<f32>),
+    Double(DoubleScales),
+}
+
+fn read_scales(tensors: &SafetensorsSet, weight: &str, state: &State, blocks: usize) -> Result<Absmax> {
     let name = format!("{weight}.absmax");
     let Some(nested) = &state.nested else {
-        return Ok(Scales::Plain(floats(tensors, &name, blocks)?));
+        return Ok(Absmax::Plain(floats(tensors, &name, blocks)?));
     };
     let (dtype, shape) = tensors.describe(&name)?;
     if dtype != Dtype::U8 || shape.iter().product::<usize>() != blocks {
@@ -218,11 +223,11 @@ fn read_scales(tensors: &SafetensorsSet, weight: &str, state: &State, blocks: us
     let scales = floats(tensors, &format!("{weight}.nested_absmax"), blocks.div_ceil(nested.blocksize))?;
     let map = floats(tensors, &format!("{weight}.nested_quant_map"), 256)?;
     if nested.blocksize == kiln_quant_core::DOUBLE_BLOCK && map == dynamic_map() {
-        return Ok(Scales::Double(DoubleScales { codes, nested: scales, offset: nested.offset }));
+        return Ok(Absmax::Double(DoubleScales { codes, nested: scales, offset: nested.offset }));
     }
     let decode =
         |(i, code): (usize, &u8)| map[usize::from(*code)] * scales[i / nested.blocksize] + nested.offset;
-    Ok(Scales::Plain(codes.iter().enumerate().map(decode).collect()))
+    Ok(Absmax::Plain(codes.iter().enumerate().map(decode).collect()))
 }
 
 /// The map that [`DoubleScales`] implies.

@@ -29,7 +29,7 @@ pub struct MlxConfig {
 /// Bits and group of a module.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct MlxLayout {
-    /// Width of the codes: 2, 3, 4 or 8.
+    /// Width of the codes: 2, 3, 4, 5, 6 or 8.
     pub bits: u32,
     /// Inputs of a group, a multiple of 32.
     pub group_size: usize,
@@ -56,8 +56,8 @@ pub(super) fn config(fields: &Fields<'_>) -> Result<MlxConfig> {
 fn layout(fields: &Fields<'_>) -> Result<MlxLayout> {
     fields.refuse_unless("mode", "affine")?;
     let bits = match fields.required_size("bits", 64)? {
-        bits @ (2 | 3 | 4 | 8) => bits as u32,
-        _ => return Err(fields.unsupported("bits", "2, 3, 4, 8")),
+        bits @ (2 | 3 | 4 | 5 | 6 | 8) => bits as u32,
+        _ => return Err(fields.unsupported("bits", "2, 3, 4, 5, 6, 8")),
     };
     let group_size = fields.required_size("group_size", MAX_GROUP)?;
     if !group_size.is_multiple_of(RUN) {

@@ -13,7 +13,7 @@ use burn::backend::{
 use burn::tensor::{FloatDType, Shape};
 
 use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, sinks};
-use crate::Compute;
+use crate::{Compute, SuperLayout};
 
 fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
     match drops {
@@ -427,5 +427,13 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         // Constants: nothing to track.
         let scales = B::double_scales(codes, nested.into_primitive(), offset.into_primitive(), size);
         FloatTensor::<Self>::new(scales)
+    }
+
+    fn super_scales(
+        words: IntTensor<Self>,
+        factors: FloatTensor<Self>,
+        layout: SuperLayout,
+    ) -> FloatTensor<Self> {
+        FloatTensor::<Self>::new(B::super_scales(words, factors.into_primitive(), layout))
     }
 }

@@ -23,9 +23,9 @@ use burn::backend::{
 };
 #[cfg(feature = "fusion")]
 use burn::tensor::Shape;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 
-use crate::Compute;
+use crate::{Compute, SuperLayout};
 
 /// Which keys a query sees, those at or before its own place, of its own segment, and inside the window; and how scores
 /// are made.
@@ -384,6 +384,13 @@ pub(crate) trait FusedOps: burn::backend::Backend {
         offset: FloatTensor<Self>,
         size: [usize; 2],
     ) -> FloatTensor<Self>;
+    /// See [`super_scales`].
+    #[fusion(dtype = factors, shape = Shape::from(vec![layout.rows, layout.columns]))]
+    fn super_scales(
+        words: IntTensor<Self>,
+        factors: FloatTensor<Self>,
+        layout: SuperLayout,
+    ) -> FloatTensor<Self>;
 }
 
 /// Whether the fused kernels take this tensor.
@@ -558,6 +565,19 @@ pub(crate) fn double_scales(
         nested,
         Dispatch::double_scales(codes.into_dispatch(), nested.into_dispatch(), offset.into_dispatch(), shape),
         plain::double_scales(codes, nested, offset, shape)
+    )
+}
+
+/// Scales or offsets `[layout.rows, layout.columns]` in f32 from their integers. No gradients pass.
+///
+/// # Shapes
+/// `words` `[layout.word_rows(), layout.columns]`, `factors` `[layout.factor_rows(), layout.columns]`.
+pub(crate) fn super_scales(words: Tensor<2, Int>, factors: Tensor<2>, layout: SuperLayout) -> Tensor<2> {
+    let factors = factors.cast(FloatDType::F32);
+    fused_or_plain!(
+        factors,
+        Dispatch::super_scales(words.into_dispatch(), factors.into_dispatch(), layout),
+        plain::super_scales(words, factors, layout)
     )
 }
 

@@ -6,7 +6,7 @@ use burn::tensor::{
 };
 
 use super::{AttentionSpec, Drops, LowRankSpec, RotaryPairs, alibi_slope};
-use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
+use crate::{SuperLayout, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
 /// See [`rms_norm`](super::rms_norm).
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
@@ -176,4 +176,24 @@ pub(crate) fn double_scales(
     let nested = nested.reshape([blocks * DOUBLE_BLOCK]).narrow(0, 0, count);
     let scales = Tensor::<1>::from_floats(DYNAMIC_MAP, &device).select(0, ids) * nested + offset;
     scales.reshape([columns, rows]).transpose()
+}
+
+/// See [`super_scales`](super::super_scales).
+pub(crate) fn super_scales(words: Tensor<2, Int>, factors: Tensor<2>, layout: SuperLayout) -> Tensor<2> {
+    let SuperLayout { bits, rows, columns, blocks } = layout;
+    let device = factors.device();
+    let index = |of: &dyn Fn(usize) -> usize| {
+        let index: Vec<i64> = (0..rows).map(|row| of(row) as i64).collect();
+        Tensor::<1, Int>::from_data(TensorData::new(index, [rows]), &device)
+    };
+    let words = words.select(0, index(&|row| layout.place(row).0));
+    let shifts = index(&|row| layout.place(row).1 as usize).cast(IntDType::U32);
+    let shifts = shifts.unsqueeze_dim::<2>(1).expand([rows, columns]);
+    let integers = words.bitwise_right_shift(shifts).bitwise_and_scalar((1 << bits) - 1).float();
+    let integers = match bits {
+        // Two's complement.
+        8 => integers.clone() - integers.greater_equal_elem(128.0).float() * 256.0,
+        _ => integers,
+    };
+    integers * factors.select(0, index(&|row| row / blocks))
 }

@@ -6,7 +6,7 @@ use crate::{
     safetensors_file::{NewTensor, write_safetensors},
 };
 
-const SCHEMES: [&str; 22] = [
+const SCHEMES: [&str; 27] = [
     "affine2:64",
     "affine3:64",
     "affine4:64",
@@ -29,6 +29,11 @@ const SCHEMES: [&str; 22] = [
     "nf4:8x16:double",
     "nf4:col:f16",
     "affine4:64:bf16",
+    "affine5:32:super8",
+    "affine3:16:sym:super8",
+    "affine2:16:super4",
+    "iq4nl:32:super8",
+    "mxfp4:32:bf16",
 ];
 
 /// 70 inputs and 37 outputs, so that last groups, runs and tiles are ragged.

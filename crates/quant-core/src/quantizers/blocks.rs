@@ -4,7 +4,7 @@ use std::borrow::Cow;
 
 use rayon::prelude::*;
 
-use super::{double_quantize, encode::Encoder};
+use super::{double_quantize, encode::Encoder, super_blocks::in_super_blocks};
 use crate::{
     Error, PackedWeight, QuantScheme, Result, ScaleType, Scales, Value,
     packing::{CodePacker, code_rows},
@@ -94,24 +94,34 @@ impl<'a> Blocks<'a> {
     /// [`Error::Tensor`] if a scale or offset is not finite.
     pub(super) fn pack(&self, params: &[Params]) -> Result<PackedWeight> {
         let [rows, columns] = self.scheme.scale_shape(self.d_input, self.d_output);
-        if let Some(i) = params.iter().position(|p| !(p.scale.is_finite() && p.offset.is_finite())) {
+        let is_finite = |p: &Params| p.scale.is_finite() && p.offset.is_finite();
+        if let Some(i) = params.iter().position(|p| !is_finite(p)) {
             return Err(self.overflow(i / rows, i % rows, &params[i]));
         }
-        let scales = if self.scheme.scales == ScaleType::Double {
+        let mut params = Cow::Borrowed(params);
+        let scales = if let Some(layout) = self.scheme.super_layout(self.d_input, self.d_output) {
+            let (rounded, scales) = in_super_blocks(&self.scheme, &layout, &params);
+            if let Some(i) = rounded.iter().position(|p| !is_finite(p)) {
+                return Err(self.overflow(i / rows, i % rows, &params[i]));
+            }
+            params = Cow::Owned(rounded);
+            Scales::Super(scales)
+        } else if self.scheme.scales == ScaleType::Double {
             let double = double_quantize(&params.iter().map(|p| p.scale).collect::<Vec<_>>());
             if let Some(i) = double.decode().iter().position(|scale| !scale.is_finite()) {
                 return Err(self.overflow(i / rows, i % rows, &params[i]));
             }
             Scales::Double(double)
         } else {
-            Scales::Plain(input_major(params, rows, columns, |p| p.scale))
+            Scales::Plain(input_major(&params, rows, columns, |p| p.scale))
         };
-        let offsets = self.scheme.has_offsets().then(|| input_major(params, rows, columns, |p| p.offset));
+        let apart = self.scheme.has_offsets() && !matches!(scales, Scales::Super(_));
+        let offsets = apart.then(|| input_major(&params, rows, columns, |p| p.offset));
         Ok(PackedWeight {
             scheme: self.scheme,
             d_input: self.d_input,
             d_output: self.d_output,
-            codes: self.codes(params, rows),
+            codes: self.codes(&params, rows),
             scales,
             offsets,
             input_order: None,
@@ -175,11 +185,10 @@ fn check_scheme(scheme: &QuantScheme) -> Result<()> {
         return fail("expected blocks of at least one weight");
     }
     match scheme.value {
-        Value::Affine { bits, .. } if ![2, 3, 4, 8].contains(&bits) => fail("expected 2, 3, 4 or 8 bits"),
-        Value::Affine { .. } if scheme.scales == ScaleType::Double => {
-            fail("double-quantized scales need a codebook")
+        Value::Affine { bits, .. } if ![2, 3, 4, 5, 6, 8].contains(&bits) => {
+            fail("expected 2, 3, 4, 5, 6 or 8 bits")
         }
-        _ => Ok(()),
+        _ => scheme.contradiction().map_or(Ok(()), fail),
     }
 }
 

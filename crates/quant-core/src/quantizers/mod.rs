@@ -27,6 +27,7 @@ mod encode;
 mod hqq;
 mod report;
 mod rtn;
+mod super_blocks;
 
 pub use clip::MseClipped;
 pub use double::double_quantize;

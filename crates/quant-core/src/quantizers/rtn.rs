@@ -16,7 +16,7 @@ use crate::{Grid, PackedWeight, QuantScheme, Result, ScaleType, Value};
 /// | float | `(max - offset) / n` | `min` |
 /// | integer | `(max - min) / n` | `scale * round(min / scale)`, that is `-scale * zero` |
 /// | symmetric | `max(abs) / (2^(bits - 1) - 1)` | none |
-/// | codebook | `max(abs)` | none |
+/// | codebook | `max(abs)`, over the smaller end of its levels | none |
 ///
 /// Ranges are not extended to zero, and the integer grid's zero point may lie outside `0..=n`. In 32 bits the
 /// float grid's scale is `(max - min) / n`; with a 16-bit offset the range starts at the offset as stored.
@@ -52,7 +52,7 @@ pub(super) fn fit(scheme: &QuantScheme, (min, max): (f32, f32)) -> Params {
     let storage = scheme.scales;
     let largest = min.abs().max(max.abs());
     match scheme.value {
-        Value::Codebook(_) => Params { scale: storage.round(largest), offset: 0.0 },
+        Value::Codebook(codebook) => Params { scale: storage.round(largest / codebook.reach()), offset: 0.0 },
         Value::Affine { bits, grid: Grid::Symmetric } => {
             let top = ((1u32 << (bits - 1)) - 1) as f32;
             Params { scale: storage.round(largest / top), offset: 0.0 }

@@ -33,10 +33,17 @@ fn quantizers() -> [(&'static str, Box<dyn HostQuantizer>); 3] {
 fn values() -> impl Strategy<Value = Value> {
     let grid = prop::sample::select(vec![Grid::Float, Grid::Integer, Grid::Symmetric]);
     prop_oneof![
-        (prop::sample::select(vec![2u32, 3, 4, 8]), grid)
+        (prop::sample::select(vec![2u32, 3, 4, 5, 6, 8]), grid)
             .prop_map(|(bits, grid)| Value::Affine { bits, grid }),
-        prop::sample::select(vec![Codebook::Nf2, Codebook::Nf3, Codebook::Nf4, Codebook::Fp4])
-            .prop_map(Value::Codebook),
+        prop::sample::select(vec![
+            Codebook::Nf2,
+            Codebook::Nf3,
+            Codebook::Nf4,
+            Codebook::Fp4,
+            Codebook::Iq4Nl,
+            Codebook::Mxfp4
+        ])
+        .prop_map(Value::Codebook),
     ]
 }
 
@@ -332,4 +339,40 @@ fn errors_are_measured_against_the_dense_weight() {
     assert_eq!(measured.relative, (0.0625f64 / (1.5625 + 9.0 + 4.0 + 1.0 + 4.0 + 9.0)).sqrt());
     let zeros = MinMax.quantize("w", &[0.0; 8], 4, 2, &"nf4:4".parse().unwrap()).unwrap();
     assert_eq!(error(&[0.0; 8], &zeros).relative, 0.0);
+}
+
+#[test]
+fn scales_as_small_integers_cost_little_and_fit_the_k_types() {
+    let weight = random_weight(31, 512 * 6);
+    for (integers, floats, largest) in [
+        ("affine4:32:super8", "affine4:32", 63),
+        ("affine5:32:super8", "affine5:32", 63),
+        ("affine2:16:super4", "affine2:16", 15),
+        ("affine3:16:sym:super8", "affine3:16:sym", 31),
+        ("affine6:16:sym:super8", "affine6:16:sym", 127),
+        ("iq4nl:32:super8", "iq4nl:32", 31),
+    ] {
+        for (name, quantizer) in quantizers() {
+            let on = |scheme: &str| quantizer.quantize("w", &weight, 512, 6, &scheme.parse().unwrap());
+            let (Ok(packed), Ok(plain)) = (on(integers), on(floats)) else {
+                assert!(name == "Hqq" && !integers.parse::<QuantScheme>().unwrap().has_offsets());
+                continue;
+            };
+            packed.validate("w").unwrap();
+            let ratio = error(&weight, &packed).relative / error(&weight, &plain).relative;
+            assert!(ratio < 1.25, "{name}, {integers}: {ratio}");
+            let layout = packed.scheme.super_layout(512, 6).unwrap();
+            let Scales::Super(both) = &packed.scales else { panic!("{integers}") };
+            for blocks in [Some(&both.scales), both.offsets.as_ref()].into_iter().flatten() {
+                for (row, column) in (0..layout.rows).flat_map(|row| (0..6).map(move |column| (row, column)))
+                {
+                    assert!((0..=largest).contains(&i32::from(blocks.get(&layout, row, column))));
+                }
+            }
+        }
+    }
+    // What lies above zero begins there.
+    let weight: Vec<f32> = (0..256).map(|i| 5.0 + (i as f32).sin()).collect();
+    let packed = MinMax.quantize("w", &weight, 256, 1, &"affine4:32:super8".parse().unwrap()).unwrap();
+    assert!(error(&weight, &packed).max_abs < 0.5 * 6.1 / 15.0);
 }

@@ -16,8 +16,17 @@ fn floats(bytes: &[u8]) -> Vec<f32> {
 }
 
 /// Each type's name, bytes and values of `[8, 512]` weights.
-fn with_block_fixture(mut visit: impl FnMut(BlockType, &[u8], &[f32])) {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/gguf/blocks_8x512.safetensors");
+fn with_block_fixture(visit: impl FnMut(BlockType, &[u8], &[f32])) {
+    with_fixture("blocks_8x512", 11, visit);
+}
+
+/// Likewise of `[4, 512]` weights whose codes and integers are random bits.
+fn with_random_blocks(visit: impl FnMut(BlockType, &[u8], &[f32])) {
+    with_fixture("random_blocks_4x512", 13, visit);
+}
+
+fn with_fixture(name: &str, types: usize, mut visit: impl FnMut(BlockType, &[u8], &[f32])) {
+    let path = format!("{}/../../testdata/gguf/{name}.safetensors", env!("CARGO_MANIFEST_DIR"));
     let bytes = std::fs::read(path).unwrap();
     let fixture = SafeTensors::deserialize(&bytes).unwrap();
     let mut count = 0;
@@ -28,7 +37,7 @@ fn with_block_fixture(mut visit: impl FnMut(BlockType, &[u8], &[f32])) {
         visit(kind, data.data(), &values);
         count += 1;
     }
-    assert_eq!(count, 11);
+    assert_eq!(count, types);
 }
 
 fn open(writer: &Writer) -> Result<Gguf> {
@@ -87,27 +96,74 @@ fn every_block_type_decodes_to_the_reference() {
     });
 }
 
+/// A weight's scheme, and its values from both readings; `[rows, 512]`.
+fn read(kind: BlockType, data: &[u8], rows: usize) -> (String, [Vec<f32>; 2]) {
+    let writer = Writer::default().str("general.architecture", "qwen2");
+    let file = open(&writer.tensor("blk.0.ffn_down.weight", &[rows, 512], kind, data)).unwrap();
+    let dense = file.dense("model.layers.0.mlp.down_proj.weight").unwrap().values;
+    match file.weight("model.layers.0.mlp.down_proj").unwrap() {
+        StoredWeight::Packed(weight) => {
+            weight.validate("weight").unwrap();
+            (weight.scheme.to_string(), [weight.dequantize(), dense])
+        }
+        StoredWeight::Dense(weight) => ("dense".into(), [weight.values, dense]),
+    }
+}
+
+fn bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|value| value.to_bits()).collect()
+}
+
 #[test]
-fn packed_weights_hold_the_reference_values_exactly() {
+fn packed_weights_hold_the_reference_values_bit_for_bit() {
     with_block_fixture(|kind, data, expected| {
-        let writer = Writer::default().str("general.architecture", "qwen2");
-        let file = open(&writer.tensor("blk.0.ffn_down.weight", &[8, 512], kind, data)).unwrap();
-        let scheme = match file.weight("model.layers.0.mlp.down_proj").unwrap() {
-            StoredWeight::Packed(weight) => {
-                weight.validate("weight").unwrap();
-                assert_eq!(weight.dequantize(), expected, "{}", kind.name());
-                weight.scheme.to_string()
-            }
-            StoredWeight::Dense(_) => "dense".into(),
-        };
-        let expected = match kind {
-            BlockType::Q4_0 => "affine4:32:sym:f16",
-            BlockType::Q4_1 => "affine4:32:f16",
-            BlockType::Q8_0 => "affine8:32:sym:f16",
-            _ => "dense",
+        let (_, found) = read(kind, data, 8);
+        assert!(found.iter().all(|found| bits(found) == bits(expected)), "{}", kind.name());
+    });
+    with_random_blocks(|kind, data, expected| {
+        let (scheme, found) = read(kind, data, 4);
+        assert!(found.iter().all(|found| bits(found) == bits(expected)), "{}", kind.name());
+        let (expected, own_bits) = match kind {
+            BlockType::Q4_0 => ("affine4:32:sym:f16", 4.5),
+            BlockType::Q4_1 => ("affine4:32:f16", 5.0),
+            BlockType::Q5_0 => ("affine5:32:sym:f16", 5.5),
+            BlockType::Q5_1 => ("affine5:32:f16", 6.0),
+            BlockType::Q8_0 => ("affine8:32:sym:f16", 8.5),
+            BlockType::Q2K => ("affine2:16:super4", 2.625),
+            BlockType::Q3K => ("affine3:16:sym:super8", 3.4375),
+            BlockType::Q4K => ("affine4:32:super8", 4.5),
+            BlockType::Q5K => ("affine5:32:super8", 5.5),
+            BlockType::Q6K => ("affine6:16:sym:super8", 6.5625),
+            BlockType::Iq4Nl => ("iq4nl:32:f16", 4.5),
+            BlockType::Iq4Xs => ("iq4nl:32:super8", 4.25),
+            BlockType::Mxfp4 => ("mxfp4:32:bf16", 4.25),
+            kind => panic!("{}", kind.name()),
         };
         assert_eq!(scheme, expected);
+        let packed = scheme.parse::<QuantScheme>().unwrap().bits_per_weight(512, 4);
+        assert!(packed <= own_bits + 0.3, "{scheme}: {packed} bits a weight");
     });
+}
+
+#[test]
+fn blocks_taken_apart_are_put_together_again_bit_for_bit() {
+    let check = |kind: BlockType, data: &[u8], _: &[f32]| {
+        let Some(blocks) = Blocks::new(kind) else { return };
+        let (mut parts, mut found) = (blocks.parts(), vec![0; kind.bytes()]);
+        for block in data.chunks_exact(kind.bytes()) {
+            blocks.take_apart(block, &mut parts);
+            blocks.put_together(&parts, &mut found).unwrap();
+            assert_eq!(found, block, "{}", kind.name());
+        }
+        // What a type has no room for.
+        parts.scale = 1.0 + f32::EPSILON;
+        assert!(blocks.put_together(&parts, &mut found).is_none(), "{}", kind.name());
+        (parts.scale, parts.scales[0]) = (1.0, 127);
+        let fits = kind == BlockType::Q6K;
+        assert_eq!(blocks.put_together(&parts, &mut found).is_some(), fits, "{}", kind.name());
+    };
+    with_block_fixture(check);
+    with_random_blocks(check);
 }
 
 #[test]

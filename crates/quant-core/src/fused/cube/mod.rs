@@ -15,7 +15,7 @@ use cubecl::prelude::*;
 
 use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, autodiff::low, sinks};
 use crate::{
-    Compute,
+    Compute, SuperLayout,
     ops::cube::{empty, rounded_product, units},
 };
 
@@ -376,6 +376,29 @@ impl FusedOps for CubeBackend {
             times,
         );
         out
+    }
+
+    fn super_scales(
+        words: IntTensor<Self>,
+        factors: FloatTensor<Self>,
+        layout: SuperLayout,
+    ) -> FloatTensor<Self> {
+        let (words, factors) = (into_contiguous(words), into_contiguous(factors));
+        let scales = empty(&factors, [layout.rows, layout.columns], DType::F32);
+        let (count, dim) = units(&scales.client, layout.rows * layout.columns);
+        rows::super_scales::launch(
+            &scales.client,
+            count,
+            dim,
+            words.into_tensor_arg(),
+            factors.into_tensor_arg(),
+            scales.clone().into_tensor_arg(),
+            layout.rows,
+            layout.columns,
+            layout.blocks,
+            layout.bits,
+        );
+        scales
     }
 
     fn double_scales(

@@ -366,3 +366,28 @@ pub(super) fn double_scales(
         scales[ABSOLUTE_POS] = map_entry(code, 0usize, 8u32) * nested[place / DOUBLE_BLOCK] + offset[0];
     }
 }
+
+/// Scales `[rows, columns]` of their integers in words, one unit for each.
+#[cube(launch)]
+pub(super) fn super_scales(
+    words: &Tensor<u32>,
+    factors: &Tensor<f32>,
+    scales: &mut Tensor<f32>,
+    rows: usize,
+    columns: usize,
+    blocks: usize,
+    #[comptime] bits: u32,
+) {
+    if ABSOLUTE_POS < rows * columns {
+        let row = ABSOLUTE_POS / columns;
+        let column = ABSOLUTE_POS % columns;
+        let bit = row * comptime!(bits as usize);
+        let code = words[bit / 32 * columns + column] >> (bit % 32) as u32 & comptime!((1u32 << bits) - 1);
+        let mut integer = f32::cast_from(code);
+        if comptime!(bits == 8) {
+            // Two's complement.
+            integer -= select(code > 127u32, 256.0f32, 0.0f32);
+        }
+        scales[ABSOLUTE_POS] = integer * factors[row / blocks * columns + column];
+    }
+}

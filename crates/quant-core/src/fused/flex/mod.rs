@@ -21,7 +21,7 @@ use crate::ops::flex::{
     simd::{exp, vectorize},
     tensor, words,
 };
-use crate::{Compute, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
+use crate::{Compute, SuperLayout, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK, weight::integer};
 
 /// Values of a task that drops some, a multiple of four.
 const DROPPED: usize = 1 << 14;
@@ -533,6 +533,35 @@ impl FusedOps for Flex {
         let (mut y, update) = (contiguous(y), contiguous(update));
         groups::add_repeated(values_mut(&mut y), floats(&update), times);
         y
+    }
+
+    fn super_scales(
+        words: IntTensor<Self>,
+        factors: FloatTensor<Self>,
+        layout: SuperLayout,
+    ) -> FloatTensor<Self> {
+        let (codes, factors) = (words.to_contiguous(), contiguous(factors));
+        let (codes, factors) = (self::words(&codes), floats(&factors));
+        let SuperLayout { bits, rows, columns, blocks } = layout;
+        let mut scales = vec![0.0; rows * columns];
+        let unpack = |row: usize, scales: &mut [f32]| {
+            let (word, shift) = layout.place(row);
+            let codes = &codes[word * columns..][..columns];
+            let factors = &factors[row / blocks * columns..][..columns];
+            vectorize(|| {
+                for ((scale, code), factor) in scales.iter_mut().zip(codes).zip(factors) {
+                    *scale = factor * f32::from(integer(code >> shift, bits));
+                }
+            });
+        };
+        let task = SCALES_PER_TASK.div_ceil(columns.max(1));
+        if rows <= task {
+            scales.chunks_exact_mut(columns.max(1)).enumerate().for_each(|(row, part)| unpack(row, part));
+        } else {
+            let parts = scales.par_chunks_exact_mut(columns).with_min_len(task).enumerate();
+            parts.for_each(|(row, part)| unpack(row, part));
+        }
+        tensor(scales, [rows, columns], DType::F32)
     }
 
     fn double_scales(

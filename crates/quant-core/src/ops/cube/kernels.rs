@@ -20,8 +20,8 @@ pub(super) struct Format {
     pub value: Value,
     /// Whether offsets are read.
     pub has_offsets: bool,
-    /// Whether a run of 32 codes lies in one block, so that its scale is read once.
-    pub whole_runs: bool,
+    /// Neighbouring codes of a run of 32 that lie in one block wherever the run is, so that their scale is read once.
+    pub in_block: usize,
     /// Whether the last run of 32 inputs is not full.
     pub ragged: bool,
 }
@@ -112,16 +112,13 @@ fn run_weights<S: Float, O: Float>(
     }
 
     let column = output / outputs;
-    let mut scale = at::<S>(scales, run * RUN / inputs, column);
+    let mut scale = 0.0f32;
     let mut offset = 0.0f32;
-    if comptime!(format.has_offsets) {
-        offset = at::<O>(offsets, run * RUN / inputs, column);
-    }
     let mut weights = Array::<f32>::new(RUN);
     #[unroll]
     for input in 0..RUN {
         let k = run * RUN + input;
-        if comptime!(!format.whole_runs) {
+        if comptime!(input % format.in_block == 0) {
             let block = select(k < d_input, k, d_input - 1) / inputs;
             scale = at::<S>(scales, block, column);
             if comptime!(format.has_offsets) {

@@ -57,7 +57,11 @@ impl Packed {
         Format {
             value: spec.value,
             has_offsets: spec.has_offsets(),
-            whole_runs: spec.inputs.is_multiple_of(RUN) || spec.inputs >= spec.d_input,
+            in_block: match spec.inputs {
+                inputs if inputs.is_multiple_of(RUN) || inputs >= spec.d_input => RUN,
+                inputs if RUN.is_multiple_of(inputs) => inputs,
+                _ => 1,
+            },
             ragged: !spec.d_input.is_multiple_of(RUN),
         }
     }

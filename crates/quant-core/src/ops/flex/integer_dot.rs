@@ -39,7 +39,10 @@ struct DigitBlock {
 
 /// Whether this processor and these codes take this path; blocks of `inputs` must be whole runs or one in all.
 pub(super) fn supported(bits: u32, inputs: usize) -> bool {
-    bits != 3 && inputs <= MAX_BLOCK && super::simd::avx512() && is_x86_feature_detected!("avx512vnni")
+    [2, 4, 8].contains(&bits)
+        && inputs <= MAX_BLOCK
+        && super::simd::avx512()
+        && is_x86_feature_detected!("avx512vnni")
 }
 
 impl DigitRow {

@@ -3,7 +3,10 @@
 use super::simd::{LANES, Lanes, dispatch};
 use crate::{Grid, Value, packing::RUN};
 
-/// How codes become levels: a table below 8 bits, a subtraction at 8.
+/// Inputs of the only blocks smaller than a run that the kernels of one row take: two to a run.
+pub(super) const HALF: usize = RUN / 2;
+
+/// How codes become levels: a table of up to 4 bits, a subtraction beyond.
 #[derive(Clone, Copy)]
 pub(super) struct Levels {
     pub table: [f32; LANES],
@@ -31,7 +34,7 @@ impl Levels {
     /// The level of one code.
     #[inline(always)]
     pub(super) fn of(&self, code: u32) -> f32 {
-        if self.bits == 8 { code as f32 - self.center } else { self.table[code as usize % LANES] }
+        if self.bits > 4 { code as f32 - self.center } else { self.table[code as usize % LANES] }
     }
 }
 
@@ -67,13 +70,11 @@ const fn place(j: usize, bits: u32) -> (usize, u32, bool) {
 #[inline(always)]
 fn level<L: Lanes, const BITS: u32>(words: &[L::Words; 8], table: L::Table, center: L, j: usize) -> L {
     let (row, shift, straddles) = place(j, BITS);
-    if BITS == 8 {
-        L::byte(words[row], shift).sub(center)
-    } else if straddles {
-        L::lookup(table, L::straddle(words[row], words[row + 1], shift), 0)
-    } else {
-        L::lookup(table, words[row], shift)
-    }
+    let (words, shift) = match straddles {
+        true => (L::straddle(words[row], words[row + 1], shift), 0),
+        false => (words[row], shift),
+    };
+    if BITS > 4 { L::code(words, shift, (1 << BITS) - 1).sub(center) } else { L::lookup(table, words, shift) }
 }
 
 /// The `BITS` words of a run in 16 lanes.
@@ -129,6 +130,8 @@ macro_rules! by_bits {
             2 => $name::<L, 2>($($arg),*),
             3 => $name::<L, 3>($($arg),*),
             4 => $name::<L, 4>($($arg),*),
+            5 => $name::<L, 5>($($arg),*),
+            6 => $name::<L, 6>($($arg),*),
             _ => $name::<L, 8>($($arg),*),
         }
     };
@@ -177,6 +180,17 @@ unsafe fn decode_lanes<L: Lanes, const BITS: u32>(tile: &Tile, out: *mut f32, st
                 if one_block && count == RUN {
                     macro_rules! quarter { ($q:literal) => { unroll8!(J => {
                         let value = level::<L, BITS>(&run, table, center, $q * 8 + J);
+                        value.mul(scale).add(offset).store(out.add(($q * 8 + J) * stride + c));
+                    }) } }
+                    quarter!(0);
+                    quarter!(1);
+                    quarter!(2);
+                    quarter!(3);
+                } else if tile.inputs == HALF && count == RUN {
+                    let second = parameters(blocks[HALF]);
+                    macro_rules! quarter { ($q:literal) => { unroll8!(J => {
+                        let value = level::<L, BITS>(&run, table, center, $q * 8 + J);
+                        let (scale, offset) = if $q < 2 { (scale, offset) } else { second };
                         value.mul(scale).add(offset).store(out.add(($q * 8 + J) * stride + c));
                     }) } }
                     quarter!(0);
@@ -236,7 +250,8 @@ unsafe fn scalar_level<const BITS: u32>(tile: &Tile, words: *const u32, j: usize
     tile.levels.of(code)
 }
 
-/// `y[c] += sum over k of x[k] * w[k, c]` for the tile, whose blocks must be whole runs (or one block in all).
+/// `y[c] += sum over k of x[k] * w[k, c]` for the tile, whose blocks must be whole runs (or one block in all), or half
+/// ones.
 ///
 /// `x` stands at input `k0` and must hold whole runs, zero beyond `k1`; `block_sums` holds the sum of `x` over each
 /// block; `raw` is scratch of `columns` values.
@@ -254,7 +269,13 @@ pub(super) unsafe fn row_times(
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, x: *const f32, block_sums: *const f32, y: *mut f32, raw: *mut f32) {
         // SAFETY: `row_times`' contract, passed on unchanged.
-        unsafe { by_bits!(tile.levels.bits, row_times_lanes, tile, x, block_sums, y, raw) }
+        unsafe {
+            if tile.inputs == HALF && tile.k1 - tile.k0 > HALF {
+                by_bits!(tile.levels.bits, row_times_half_runs, tile, x, block_sums, y)
+            } else {
+                by_bits!(tile.levels.bits, row_times_lanes, tile, x, block_sums, y, raw)
+            }
+        }
     }
     dispatch!(any(tile: &Tile, x: *const f32, block_sums: *const f32, y: *mut f32, raw: *mut f32))
 }
@@ -326,12 +347,75 @@ unsafe fn row_times_lanes<L: Lanes, const BITS: u32>(
     }
 }
 
+/// As [`row_times`], for blocks of half a run.
+///
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn row_times_half_runs<L: Lanes, const BITS: u32>(
+    tile: &Tile,
+    x: *const f32,
+    block_sums: *const f32,
+    y: *mut f32,
+) {
+    let vectors = tile.columns / LANES * LANES;
+    let (table, center) = (L::table(&tile.levels.table), L::splat(tile.levels.center));
+    for (run, k) in (tile.k0..tile.k1).step_by(RUN).enumerate() {
+        // The last run may be half a one: its second block then isn't there.
+        let halves = (tile.k1 - k).div_ceil(HALF).min(2);
+        // SAFETY: all offsets stay inside what `row_times`' contract covers; `x` is zero beyond `k1`.
+        unsafe {
+            let words = tile.words.add(run * BITS as usize * tile.word_stride);
+            let x = x.add(run * RUN);
+            let block = |half: usize| (2 * run + half.min(halves - 1)) * tile.scale_stride;
+            let offset = |half: usize, c: usize| L::load(tile.offsets.add(block(half) + c));
+            let block_sum = |half: usize| if half < halves { *block_sums.add(2 * run + half) } else { 0.0 };
+            for c in (0..vectors).step_by(LANES) {
+                let words = run_words::<L, BITS>(words.add(c), tile.word_stride);
+                let mut sum = L::load(y.add(c));
+                // Two sums for each half hide the latency of the additions.
+                let mut sums = [L::splat(0.0); 4];
+                macro_rules! quarter { ($q:literal) => { unroll8!(J => {
+                    let value = level::<L, BITS>(&words, table, center, $q * 8 + J);
+                    let at = $q / 2 * 2 + J % 2;
+                    sums[at] = value.mul_add(L::splat(*x.add($q * 8 + J)), sums[at]);
+                }) } }
+                quarter!(0);
+                quarter!(1);
+                quarter!(2);
+                quarter!(3);
+                for half in 0..2 {
+                    let scale = L::load(tile.scales.add(block(half) + c));
+                    sum = sums[2 * half].add(sums[2 * half + 1]).mul_add(scale, sum);
+                    if !tile.offsets.is_null() {
+                        sum = L::splat(block_sum(half)).mul_add(offset(half, c), sum);
+                    }
+                }
+                sum.store(y.add(c));
+            }
+            for c in vectors..tile.columns {
+                for half in 0..halves {
+                    let mut sum = 0.0;
+                    for j in half * HALF..(half + 1) * HALF {
+                        sum += *x.add(j) * scalar_level::<BITS>(tile, words.add(c), j);
+                    }
+                    *y.add(c) += sum * *tile.scales.add(block(half) + c);
+                    if !tile.offsets.is_null() {
+                        *y.add(c) += block_sum(half) * *tile.offsets.add(block(half) + c);
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// `dx[k] = sum over c of dy[c] * level[k, c] * scale[c] + dy[c] * offset[c]` for a tile inside one block row, whose
-/// `inputs` are whole runs (or one block in all). `scaled` is scratch of `columns` values.
+/// `inputs` are whole runs (or one block in all), or for one run of two blocks. `scaled` is scratch of twice `columns`
+/// values.
 ///
 /// # Safety
 /// The tile's pointers must be readable as its fields say; `dy` for `columns` values; `dx` writable for `k1 - k0`,
-/// `scaled` for `columns`.
+/// `scaled` for twice `columns`.
 pub(super) unsafe fn row_times_transposed(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32) {
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32) {
@@ -342,6 +426,8 @@ pub(super) unsafe fn row_times_transposed(tile: &Tile, dy: *const f32, dx: *mut 
                 (4, true) => row_times_transposed_lanes::<L, 4, true>(tile, dy, dx, scaled),
                 (8, true) => row_times_transposed_lanes::<L, 8, true>(tile, dy, dx, scaled),
                 (2, false) => row_times_transposed_lanes::<L, 2, false>(tile, dy, dx, scaled),
+                (5, _) => row_times_transposed_lanes::<L, 5, false>(tile, dy, dx, scaled),
+                (6, _) => row_times_transposed_lanes::<L, 6, false>(tile, dy, dx, scaled),
                 (3, _) => row_times_transposed_lanes::<L, 3, false>(tile, dy, dx, scaled),
                 _ => row_times_transposed_lanes::<L, 4, false>(tile, dy, dx, scaled),
             }
@@ -364,10 +450,18 @@ unsafe fn row_times_transposed_lanes<L: Lanes, const BITS: u32, const MASKED: bo
     let (table, center) = (L::table(&tile.levels.table), L::splat(tile.levels.center));
     // SAFETY: all offsets stay inside what `row_times_transposed`'s contract covers.
     unsafe {
-        let constant = scale_row::<L>(tile, dy, scaled, if MASKED { tile.levels.center } else { 0.0 });
+        let center_of_sums = if MASKED { tile.levels.center } else { 0.0 };
+        // Of the block of each half of a run; of the same one where a run is inside a block.
+        let halves = if tile.inputs == HALF { (tile.k1 - tile.k0).div_ceil(HALF) } else { 1 };
+        let mut constants = [0.0; 2];
+        for (half, constant) in constants.iter_mut().enumerate().take(halves) {
+            *constant = scale_row::<L>(tile, half, dy, scaled.add(half * tile.columns), center_of_sums);
+        }
         for k in (tile.k0..tile.k1).step_by(RUN) {
             let words = tile.words.add((k - tile.k0) / RUN * BITS as usize * tile.word_stride);
             macro_rules! quarter { ($q:literal) => {
+                let half = ($q / 2).min(halves - 1);
+                let scaled = scaled.add(half * tile.columns);
                 let mut sums = [L::splat(0.0); 8];
                 for c in (0..vectors).step_by(LANES) {
                     let run = run_words::<L, BITS>(words.add(c), tile.word_stride);
@@ -388,7 +482,7 @@ unsafe fn row_times_transposed_lanes<L: Lanes, const BITS: u32, const MASKED: bo
                         // Exact: a power of two.
                         sum /= (1u32 << place(j, BITS).1) as f32;
                     }
-                    sum += constant;
+                    sum += constants[half];
                     for c in vectors..tile.columns {
                         let level = scalar_level::<BITS>(tile, words.add(c), j);
                         sum += *scaled.add(c) * if MASKED { level + tile.levels.center } else { level };
@@ -404,15 +498,30 @@ unsafe fn row_times_transposed_lanes<L: Lanes, const BITS: u32, const MASKED: bo
     }
 }
 
-/// Writes `dy * scale` for each column to `scaled`, and sums `dy * (offset - center * scale)`.
+/// Writes `dy * scale` for each column to `scaled`, and sums `dy * (offset - center * scale)`, with the tile's block row
+/// `block`.
 ///
 /// # Safety
 /// As for [`row_times_transposed`].
 #[inline(always)]
-unsafe fn scale_row<L: Lanes>(tile: &Tile, dy: *const f32, scaled: *mut f32, center: f32) -> f32 {
+unsafe fn scale_row<L: Lanes>(
+    tile: &Tile,
+    block: usize,
+    dy: *const f32,
+    scaled: *mut f32,
+    center: f32,
+) -> f32 {
     let vectors = tile.columns / LANES * LANES;
     // SAFETY: all offsets stay inside what `row_times_transposed`'s contract covers.
     unsafe {
+        let tile = &Tile {
+            scales: tile.scales.add(block * tile.scale_stride),
+            offsets: match tile.offsets.is_null() {
+                true => tile.offsets,
+                false => tile.offsets.add(block * tile.scale_stride),
+            },
+            ..*tile
+        };
         let (mut offsets, mut scales) = (L::splat(0.0), L::splat(0.0));
         for c in (0..vectors).step_by(LANES) {
             let dy = L::load(dy.add(c));

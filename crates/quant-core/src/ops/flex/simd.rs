@@ -28,8 +28,8 @@ pub(crate) trait Lanes: Copy {
     fn splat(value: f32) -> Self;
     /// `table[(words >> shift) mod 16]`.
     fn lookup(table: Self::Table, words: Self::Words, shift: u32) -> Self;
-    /// `(words >> shift) mod 256`, as floats; `shift` is a constant after inlining, as in the others.
-    fn byte(words: Self::Words, shift: u32) -> Self;
+    /// `(words >> shift) & mask`, as floats; `shift` is a constant after inlining, as in the others.
+    fn code(words: Self::Words, shift: u32, mask: u32) -> Self;
     /// `words & mask`, as floats.
     fn masked(words: Self::Words, mask: u32) -> Self;
     /// `low >> shift | high << (32 - shift)`, for `0 < shift < 32`.
@@ -89,8 +89,8 @@ impl Lanes for Portable {
         Self(std::array::from_fn(|i| table[(words[i] >> shift) as usize % LANES]))
     }
     #[inline(always)]
-    fn byte(words: Self::Words, shift: u32) -> Self {
-        Self(std::array::from_fn(|i| ((words[i] >> shift) & 255) as i32 as f32))
+    fn code(words: Self::Words, shift: u32, mask: u32) -> Self {
+        Self(std::array::from_fn(|i| ((words[i] >> shift) & mask) as i32 as f32))
     }
     #[inline(always)]
     fn masked(words: Self::Words, mask: u32) -> Self {
@@ -172,10 +172,10 @@ mod avx512 {
             Self(unsafe { _mm512_permutexvar_ps(shr(words, shift), table) })
         }
         #[inline(always)]
-        fn byte(words: Self::Words, shift: u32) -> Self {
+        fn code(words: Self::Words, shift: u32, mask: u32) -> Self {
             Self(unsafe {
-                let byte = _mm512_and_si512(shr(words, shift), _mm512_set1_epi32(255));
-                _mm512_cvtepi32_ps(byte)
+                let code = _mm512_and_si512(shr(words, shift), _mm512_set1_epi32(mask as i32));
+                _mm512_cvtepi32_ps(code)
             })
         }
         #[inline(always)]

@@ -12,7 +12,7 @@ use rayon::prelude::*;
 use super::integer_dot;
 use super::{
     buffers::{floats, words},
-    kernels::{Levels, Tile, decode, row_times, row_times_transposed},
+    kernels::{HALF, Levels, Tile, decode, row_times, row_times_transposed},
     product::{Matrix, SharedMut, Tiles, product},
 };
 use crate::{
@@ -130,7 +130,11 @@ impl<'a> View<'a> {
         });
     }
 
-    /// Whether blocks begin and end with runs, as the fused kernels need.
+    /// Whether blocks begin and end with runs, or with halves of them, as the fused kernels need.
+    fn fits_runs(&self) -> bool {
+        self.whole_runs() || self.spec.inputs == HALF
+    }
+
     fn whole_runs(&self) -> bool {
         self.spec.inputs.is_multiple_of(RUN) || self.spec.inputs >= self.spec.d_input
     }
@@ -147,7 +151,7 @@ impl<'a> View<'a> {
         let sums: Vec<f32> = x.chunks(spec.inputs).map(|block| block.iter().sum()).collect();
         // Each task takes some blocks of inputs, whose words lie one after the other, and has sums of its own.
         let (blocks, threads) = (spec.d_input.div_ceil(spec.inputs), rayon::current_num_threads());
-        let step = blocks.div_ceil(threads);
+        let step = blocks.div_ceil(threads).next_multiple_of(RUN.div_ceil(spec.inputs));
         let mut partial = vec![0.0; (blocks.div_ceil(step) - 1) * spec.d_output];
         let (out, others) = (SharedMut(y.as_mut_ptr()), SharedMut(partial.as_mut_ptr()));
         share(blocks, step, |(first, last)| {
@@ -164,7 +168,7 @@ impl<'a> View<'a> {
                 self.tile(k, (0, spec.d_output), scratch, |tile| {
                     let (x, sums) = (padded[k.0..].as_ptr(), sums[first..].as_ptr());
                     // SAFETY: parts were checked in `new`; `padded` holds whole runs from the tile's first input on,
-                    // `sums` its blocks, `y` and `raw` its columns; the caller made sure of `whole_runs`.
+                    // `sums` its blocks, `y` and `raw` its columns; the caller made sure of `fits_runs`.
                     unsafe { row_times(tile, x, sums, y.as_mut_ptr(), raw.as_mut_ptr()) }
                 });
             });
@@ -179,7 +183,10 @@ impl<'a> View<'a> {
     fn integer_row_forward(&self, x: &[f32], y: &mut [f32]) -> bool {
         let (spec, Levels { bits, center, .. }) = (&self.spec, self.levels);
         let inputs = spec.inputs.min(spec.d_input);
-        if !matches!(spec.value, Value::Affine { .. }) || !integer_dot::supported(bits, inputs) {
+        if !matches!(spec.value, Value::Affine { .. })
+            || !self.whole_runs()
+            || !integer_dot::supported(bits, inputs)
+        {
             return false;
         }
         let Some(row) = integer_dot::DigitRow::new(x, inputs, bits, center) else { return false };
@@ -204,16 +211,17 @@ impl<'a> View<'a> {
     /// One row times the transposed weight.
     fn row_backward(&self, dy: &[f32], dx: &mut [f32]) {
         let out = SharedMut(dx.as_mut_ptr());
-        share(dx.len(), self.spec.inputs, |k| {
+        share(dx.len(), self.spec.inputs.max(RUN), |k| {
             // SAFETY: parts are disjoint and lie inside `dx`.
             let dx = unsafe { std::slice::from_raw_parts_mut(out.at(k.0), k.1 - k.0) };
             SCRATCH.with_borrow_mut(|[scaled, scratch @ ..]| {
-                if scaled.len() < dy.len() {
-                    scaled.resize(dy.len(), 0.0);
+                // Of each block in a run.
+                if scaled.len() < 2 * dy.len() {
+                    scaled.resize(2 * dy.len(), 0.0);
                 }
                 self.tile(k, (0, dy.len()), scratch, |tile| {
-                    // SAFETY: parts were checked in `new`; the tile is one block row; `dx` holds its inputs and
-                    // `scaled` its columns; the caller made sure of `whole_runs`.
+                    // SAFETY: parts were checked in `new`; the tile is one block row, or one run of two; `dx` holds its
+                    // inputs and `scaled` the columns of both; the caller made sure of `fits_runs`.
                     unsafe {
                         row_times_transposed(tile, dy.as_ptr(), dx.as_mut_ptr(), scaled.as_mut_ptr());
                     }
@@ -224,7 +232,7 @@ impl<'a> View<'a> {
 
     pub(super) fn forward(&self, x: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        if rows <= FEW_ROWS && self.whole_runs() {
+        if rows <= FEW_ROWS && self.fits_runs() {
             let mut y = vec![0.0; rows * d_output];
             for (x, y) in x.chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
                 self.row_forward(x, y);
@@ -237,7 +245,7 @@ impl<'a> View<'a> {
 
     pub(super) fn backward(&self, dy: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        if rows <= FEW_ROWS && self.whole_runs() {
+        if rows <= FEW_ROWS && self.fits_runs() {
             let mut dx = vec![0.0; rows * d_input];
             for (dy, dx) in dy.chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
                 self.row_backward(dy, dx);
