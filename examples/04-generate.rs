@@ -8,7 +8,7 @@ use kiln::{
     models::{GenerateOptions, chat::Message, generate_with},
     training::ModelTokenizer,
 };
-use kiln_examples::{ModelArgs, Result, write_json};
+use kiln_examples::{ModelArgs, Result, template_context, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -41,7 +41,7 @@ fn run(options: Options) -> Result<()> {
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = if options.chat {
         let template = checkpoint.chat_template()?;
-        let text = ModelTokenizer::new(&tokenizer, template.as_ref(), Default::default());
+        let text = ModelTokenizer::new(&tokenizer, template.as_ref(), template_context());
         text.prompt(&[Message::new("user", options.prompt.as_str())])?
     } else {
         tokenizer.encode(&options.prompt, true)?

@@ -10,13 +10,17 @@ mod progress;
 use std::{
     path::{Path, PathBuf},
     str::FromStr,
+    time::{SystemTime, UNIX_EPOCH},
 };
 
 use clap::Args;
 use kiln::{
     AdaptedModel,
     eval::{Perplexity, WindowedPerplexity},
-    models::{CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer},
+    models::{
+        CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer,
+        chat::{CivilTime, TemplateContext},
+    },
     quant::{Compute, QuantLinear, Scheme},
     training::{DataOptions, Dataset, ModelTokenizer},
 };
@@ -166,6 +170,15 @@ pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>
     Ok((ids, held_out))
 }
 
+/// What chat templates may ask for: the time, in UTC.
+pub fn template_context() -> TemplateContext {
+    let seconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    TemplateContext {
+        now: i64::try_from(seconds).ok().map(CivilTime::from_unix),
+        ..TemplateContext::default()
+    }
+}
+
 /// Examples of at most `seq_len` tokens of a .txt, .jsonl or .u16le file, by the tokenizer and the chat template of
 /// `checkpoint`; what was cut, left out or ignored is printed.
 ///
@@ -174,7 +187,7 @@ pub fn split_ids(data: Option<&Path>, tokenizer: &Tokenizer) -> Result<(Vec<u32>
 pub fn open_data(path: &Path, checkpoint: &Checkpoint, seq_len: usize, vocab_size: usize) -> Result<Dataset> {
     let tokenizer = checkpoint.tokenizer()?;
     let template = checkpoint.chat_template()?;
-    let text = ModelTokenizer::new(&tokenizer, template.as_ref(), Default::default());
+    let text = ModelTokenizer::new(&tokenizer, template.as_ref(), template_context());
     let mut options = DataOptions::new(seq_len, vocab_size);
     options.eos = tokenizer.special().eos.first().copied();
     let data = Dataset::open(path, &text, &options)?;

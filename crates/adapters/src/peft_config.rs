@@ -214,12 +214,11 @@ pub struct PeftConfig {
 }
 
 /// Keys of PEFT 0.21 whose value must be its default (the second entry), null, or, where the default is empty, empty.
-const UNSUPPORTED: [(&str, &str); 18] = [
+const UNSUPPORTED: [(&str, &str); 17] = [
     ("alora_invocation_tokens", "null"),
     ("arrow_config", "null"),
     ("bias", "\"none\""),
     ("corda_config", "null"),
-    ("ensure_weight_tying", "false"),
     ("eva_config", "null"),
     ("kasa_config", "null"),
     ("layer_replication", "null"),
@@ -237,8 +236,13 @@ const UNSUPPORTED: [(&str, &str); 18] = [
 
 /// Keys of PEFT 0.21 without effect while the keys of [`UNSUPPORTED`] have their defaults, and what is written. How the base's
 /// files lay out a weight (`fan_in_fan_out`, GPT-2) changes nothing of the adapter's.
-const INFORMATIVE: [(&str, &str); 3] =
-    [("auto_mapping", "null"), ("fan_in_fan_out", "false"), ("megatron_core", "\"megatron.core\"")];
+/// With no trained copy of embedding or head there is nothing for `ensure_weight_tying` to tie.
+const INFORMATIVE: [(&str, &str); 4] = [
+    ("auto_mapping", "null"),
+    ("ensure_weight_tying", "false"),
+    ("fan_in_fan_out", "false"),
+    ("megatron_core", "\"megatron.core\""),
+];
 
 /// PEFT's default of `qalora_group_size`.
 const QALORA_GROUP_SIZE: usize = 16;
@@ -605,7 +609,6 @@ mod tests {
             ("alora_invocation_tokens", json!([1])),
             ("megatron_config", json!({"x": 1})),
             ("use_bdlora", json!({"nblocks": 2})),
-            ("ensure_weight_tying", json!(true)),
             ("arrow_config", json!({"top_k": 1})),
             ("init_lora_weights", json!("pissa_niter_x")),
             ("init_lora_weights", json!("mica")),

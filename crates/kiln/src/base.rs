@@ -42,6 +42,7 @@ pub struct Base {
 /// | `device` | the CPU, or Burn's choice where that isn't compiled in | where to compute |
 /// | `compute` | what suits the device best | what operands of products are rounded to |
 /// | `chat_template` | the checkpoint's | how conversations become text |
+/// | `template_context` | empty | what templates may ask for besides: the date, tools, options of the model |
 #[must_use = "`load` makes the model"]
 pub struct OpenBase {
     checkpoint: Checkpoint,
@@ -49,6 +50,7 @@ pub struct OpenBase {
     device: Option<Device>,
     compute: Option<Compute>,
     template: Option<String>,
+    context: TemplateContext,
 }
 
 /// Weight format of the blocks' linears.
@@ -64,6 +66,7 @@ pub(crate) struct Language {
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
     template: Option<ChatTemplate>,
+    context: TemplateContext,
 }
 
 impl OpenBase {
@@ -94,6 +97,13 @@ impl OpenBase {
     /// Sets what operands of products are rounded to.
     pub fn with_compute(mut self, compute: Compute) -> Self {
         self.compute = Some(compute);
+        self
+    }
+
+    /// Sets what the chat template may ask for besides the conversation, in training and generation alike. Many templates
+    /// print the date; Kiln reads no clock, so [`TemplateContext::now`] says what it is.
+    pub fn with_template_context(mut self, context: TemplateContext) -> Self {
+        self.context = context;
         self
     }
 
@@ -129,7 +139,8 @@ impl OpenBase {
             Some(template) => Some(ChatTemplate::new(&template)?),
             None => self.checkpoint.chat_template()?,
         };
-        let language = Arc::new(Language { checkpoint: self.checkpoint, tokenizer, template });
+        let (checkpoint, context) = (self.checkpoint, self.context);
+        let language = Arc::new(Language { checkpoint, tokenizer, template, context });
         Ok(Base { model, language, report })
     }
 }
@@ -153,6 +164,7 @@ impl Base {
             device: None,
             compute: None,
             template: None,
+            context: TemplateContext::default(),
         })
     }
 
@@ -324,7 +336,7 @@ impl Language {
     }
 
     fn text(&self) -> ModelTokenizer<'_> {
-        ModelTokenizer::new(&self.tokenizer, self.template.as_ref(), TemplateContext::default())
+        ModelTokenizer::new(&self.tokenizer, self.template.as_ref(), self.context.clone())
     }
 
     pub(crate) fn evaluate<M: CausalLm>(&self, model: &M, data: &Dataset) -> Result<DatasetLoss> {

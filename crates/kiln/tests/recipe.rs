@@ -207,7 +207,7 @@ fn the_stages_follow_one_another() {
 fn errors_tell_their_kind_and_what_was_expected() {
     let error = Base::open("HuggingFaceTB/SmolLM2-135M").unwrap_err();
     assert!(error.is_io() && error.as_io().is_some() && error.to_string().contains("nothing is downloaded"));
-    let error = Base::open(testdata("models/tiny-llama")).unwrap().with_bits(5).load().unwrap_err();
+    let error = Base::open(testdata("models/tiny-llama")).unwrap().with_bits(7).load().unwrap_err();
     assert!(error.is_argument(), "{error}");
     let base = base(4);
     let error = base.finetune(AdapterConfig::lora(4, 8.0).with_targets(["qproj"]), text(&base)).run();

@@ -11,7 +11,7 @@ use crate::{
     gguf::Gguf,
     hf::{HfFolder, PackedFolder},
     source::TensorSource,
-    tokenizer::Tokenizer,
+    tokenizer::{Tokenizer, contradictions},
 };
 
 /// An open checkpoint: a folder of Hugging Face's, MLX's or Kiln's own, or a `.gguf` file. Tensors are read when a model is loaded.
@@ -127,10 +127,11 @@ impl Checkpoint {
         match &self.files {
             Files::Folder(folder) => {
                 let keys = folder.unknown_keys().iter().map(|key| unknown(key));
-                keys.chain(folder.notes().iter().cloned()).collect()
+                let tokens = contradictions(&self.path, &self.special);
+                keys.chain(folder.notes().iter().cloned()).chain(tokens).collect()
             }
             Files::Packed(folder) => folder.unknown_keys().iter().map(|key| unknown(key)).collect(),
-            Files::Gguf(gguf) => gguf.unknown_keys().into_iter().map(unknown).collect(),
+            Files::Gguf(gguf) => gguf.unknown_keys().into_iter().map(unknown).chain(gguf.notes()).collect(),
         }
     }
 }

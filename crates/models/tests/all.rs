@@ -6,6 +6,7 @@ mod exporters;
 mod gemma3;
 mod generate;
 mod golden;
+mod kquants;
 mod nll;
 mod smollm2;
 mod wrappers;

@@ -27,6 +27,25 @@ pub trait TokenizeText {
     /// The tokenizer's refusal, in words.
     fn encode(&self, text: &str, add_special: bool) -> std::result::Result<Vec<u32>, String>;
 
+    /// The ids of `prompt` and `completion` as one text, and for each whether it stands for a part of the completion, alone
+    /// or with the prompt's end. As given here, that is told from the prompt's own ids; a tokenizer that knows which
+    /// characters a token stands for should go by those.
+    ///
+    /// # Errors
+    /// The tokenizer's refusal, in words.
+    fn completion(
+        &self,
+        prompt: &str,
+        completion: &str,
+        add_special: bool,
+    ) -> std::result::Result<(Vec<u32>, Vec<bool>), String> {
+        let alone = self.encode(prompt, add_special)?;
+        let ids = self.encode(&format!("{prompt}{completion}"), add_special)?;
+        let shared = ids.iter().zip(&alone).take_while(|(id, alone)| id == alone).count();
+        let learned = (0..ids.len()).map(|index| index >= shared).collect();
+        Ok((ids, learned))
+    }
+
     /// The ids of a conversation in the model's own template, and for each whether the assistant said it.
     ///
     /// # Errors

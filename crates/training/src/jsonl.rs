@@ -93,19 +93,19 @@ impl Row {
     }
 
     pub(crate) fn encode(&self, tokenizer: &dyn TokenizeText, options: &DataOptions) -> Found<Example> {
-        let encode = |key: &str, text: &str| {
-            let refused = |reason| Problem::new(key, "text that the tokenizer accepts", reason);
-            tokenizer.encode(text, options.add_special).map_err(refused)
-        };
+        let refused = |key| move |reason| Problem::new(key, "text that the tokenizer accepts", reason);
         match self {
-            Self::Text(text) => Ok(ended(encode("text", text)?, 0, options.eos)),
+            Self::Text(text) => {
+                let ids = tokenizer.encode(text, options.add_special).map_err(refused("text"))?;
+                let scored = vec![true; ids.len()];
+                Ok(ended(Example { ids, scored }, options.eos))
+            }
             Self::Completion { prompt, completion } => {
                 // Tokenised together, as the model will see them: a tokenizer may treat the start of a text in its own
                 // way, and a token may reach across.
-                let alone = encode("prompt", prompt)?;
-                let ids = encode("completion", &format!("{prompt}{completion}"))?;
-                let shared = ids.iter().zip(&alone).take_while(|(id, alone)| id == alone).count();
-                Ok(ended(ids, shared, options.eos))
+                let both = tokenizer.completion(prompt, completion, options.add_special);
+                let (ids, scored) = both.map_err(refused("prompt and completion"))?;
+                Ok(ended(Example { ids, scored }, options.eos))
             }
             Self::Chat(messages) => {
                 let refused =
@@ -117,13 +117,13 @@ impl Row {
     }
 }
 
-/// `ids` with `eos` at the end, learned from the token `start` on.
-fn ended(mut ids: Vec<u32>, start: usize, eos: Option<u32>) -> Example {
-    if let Some(eos) = eos.filter(|eos| ids.last() != Some(eos)) {
-        ids.push(eos);
+/// The example with `eos` at the end, which is learned.
+fn ended(mut example: Example, eos: Option<u32>) -> Example {
+    if let Some(eos) = eos.filter(|eos| example.ids.last() != Some(eos)) {
+        example.ids.push(eos);
+        example.scored.push(true);
     }
-    let scored = (0..ids.len()).map(|index| index >= start).collect();
-    Example { ids, scored }
+    example
 }
 
 fn string(map: &Map<String, Value>, key: &str) -> Found<String> {

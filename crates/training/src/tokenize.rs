@@ -1,5 +1,7 @@
 //! A model's own tokenizer and chat template, as the data pipeline takes them.
 
+use std::ops::Range;
+
 use kiln_models::{
     Tokenizer,
     chat::{ChatTemplate, TemplateContext},
@@ -9,8 +11,7 @@ use crate::{Message, TokenizeText};
 
 /// A tokenizer with the chat template that belongs to it.
 ///
-/// Conversations are rendered once and tokenised once; a token is the assistant's if it begins inside a range of text
-/// that an assistant turn produced.
+/// Texts are tokenised once; a token is learned if it stands for a character that is.
 #[derive(Debug)]
 pub struct ModelTokenizer<'a> {
     tokenizer: &'a Tokenizer,
@@ -30,6 +31,25 @@ impl<'a> ModelTokenizer<'a> {
         context.bos_token = context.bos_token.or_else(|| token(special.bos));
         context.eos_token = context.eos_token.or_else(|| token(special.eos.first().copied()));
         Self { tokenizer, template, context }
+    }
+
+    /// The ids of `text`, and for each whether it stands for a character of `parts`, which ascend.
+    fn learned(
+        &self,
+        text: &str,
+        add_special: bool,
+        parts: &[Range<usize>],
+    ) -> Result<(Vec<u32>, Vec<bool>), String> {
+        let tokens =
+            self.tokenizer.encode_with_offsets(text, add_special).map_err(|error| error.to_string())?;
+        let mut parts = parts.iter().peekable();
+        let is_learned = |range: Range<usize>| {
+            // Tokens ascend too.
+            while parts.next_if(|part| part.end <= range.start && !range.is_empty()).is_some() {}
+            parts.peek().is_some_and(|part| part.start < range.end && range.start < part.end)
+        };
+        let (ids, ranges): (Vec<u32>, Vec<Range<usize>>) = tokens.into_iter().unzip();
+        Ok((ids, ranges.into_iter().map(is_learned).collect()))
     }
 
     fn template(&self) -> Result<&ChatTemplate, String> {
@@ -53,17 +73,22 @@ impl TokenizeText for ModelTokenizer<'_> {
         self.tokenizer.encode(text, add_special).map_err(|error| error.to_string())
     }
 
+    fn completion(
+        &self,
+        prompt: &str,
+        completion: &str,
+        add_special: bool,
+    ) -> Result<(Vec<u32>, Vec<bool>), String> {
+        let text = format!("{prompt}{completion}");
+        self.learned(&text, add_special, std::slice::from_ref(&(prompt.len()..text.len())))
+    }
+
     fn chat(&self, messages: &[Message]) -> Result<(Vec<u32>, Vec<bool>), String> {
         let template = self.template()?;
         let rendered = template
             .render_with_assistant_ranges(messages, &self.context)
             .map_err(|error| error.to_string())?;
         // The template writes the special tokens itself.
-        let tokens =
-            self.tokenizer.encode_with_offsets(&rendered.text, false).map_err(|error| error.to_string())?;
-        Ok(tokens
-            .into_iter()
-            .map(|(id, range)| (id, rendered.assistant.iter().any(|turn| turn.contains(&range.start))))
-            .unzip())
+        self.learned(&rendered.text, false, &rendered.assistant)
     }
 }

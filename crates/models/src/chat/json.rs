@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use minijinja::{
     Error, ErrorKind, Value,
-    value::{Kwargs, ValueKind},
+    value::{Kwargs, Rest, ValueKind},
 };
 
 /// A template's value for a JSON value; objects keep their order.
@@ -25,27 +25,75 @@ pub(super) fn to_value(json: &serde_json::Value) -> Value {
     }
 }
 
-/// The filter `tojson` as `transformers` defines it: `json.dumps(x, ensure_ascii=False, indent=None, sort_keys=False)`.
-pub(super) fn to_json(value: &Value, options: Kwargs) -> Result<Value, Error> {
-    let mut writer = Writer {
-        text: String::new(),
-        indent: options.get("indent")?,
-        ensure_ascii: options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false),
-        sort_keys: options.get::<Option<bool>>("sort_keys")?.unwrap_or(false),
+/// The filter `tojson` as `transformers` defines it: `json.dumps` of its arguments `ensure_ascii=False`, `indent=None`,
+/// `separators=None`, `sort_keys=False`, which may also stand without their names.
+pub(super) fn to_json(value: &Value, positional: Rest<Value>, options: Kwargs) -> Result<Value, Error> {
+    const NAMES: [&str; 4] = ["ensure_ascii", "indent", "separators", "sort_keys"];
+    if positional.len() > NAMES.len() {
+        return Err(Error::from(ErrorKind::TooManyArguments));
+    }
+    let [ensure_ascii, indent, separators, sort_keys] = {
+        let mut found = [const { None }; 4];
+        for (index, name) in NAMES.into_iter().enumerate() {
+            let named: Option<Value> = options.get(name)?;
+            found[index] = named.or_else(|| positional.get(index).cloned()).filter(|value| !value.is_none());
+        }
+        found
     };
     options.assert_all_used()?;
+    let indent = indent.map(indentation).transpose()?;
+    let separators = match separators {
+        Some(pair) => separators_of(&pair)?,
+        None => [if indent.is_some() { "," } else { ", " }, ": "].map(str::to_owned),
+    };
+    let is_true = |value: Option<Value>| value.is_some_and(|value| value.is_true());
+    let mut writer = Writer {
+        text: String::new(),
+        indent,
+        separators,
+        ensure_ascii: is_true(ensure_ascii),
+        sort_keys: is_true(sort_keys),
+    };
     writer.value(value, 0)?;
     Ok(Value::from(writer.text))
 }
 
 /// How deep values may be nested.
 const MAX_DEPTH: usize = 128;
-/// Spaces of the widest indentation.
+/// The widest indentation, in bytes.
 const MAX_INDENT: usize = 16;
+
+/// What a level is indented by: so many spaces, or a text.
+fn indentation(value: Value) -> Result<String, Error> {
+    if let Some(text) = value.as_str().filter(|text| text.len() <= MAX_INDENT) {
+        return Ok(text.to_owned());
+    }
+    match usize::try_from(value.clone()) {
+        Ok(spaces) if spaces <= MAX_INDENT => Ok(" ".repeat(spaces)),
+        _ => {
+            let expected = format!("tojson: expected an indent of at most {MAX_INDENT}, found {value}");
+            Err(failure(expected))
+        }
+    }
+}
+
+/// What stands between items, and behind a key.
+fn separators_of(pair: &Value) -> Result<[String; 2], Error> {
+    let texts: Vec<Value> = pair.try_iter()?.collect();
+    match texts.as_slice() {
+        [item, key] if item.as_str().is_some() && key.as_str().is_some() => {
+            Ok([item.to_string(), key.to_string()])
+        }
+        _ => Err(failure(format!("tojson: expected two texts as separators, found {pair}"))),
+    }
+}
 
 struct Writer {
     text: String,
-    indent: Option<usize>,
+    /// What a level is indented by; without it all is on one line.
+    indent: Option<String>,
+    /// Between items, and behind a key.
+    separators: [String; 2],
     ensure_ascii: bool,
     sort_keys: bool,
 }
@@ -85,7 +133,8 @@ impl Writer {
         }
         self.list(['{', '}'], &fields, depth, |writer, (name, value)| {
             writer.string(name);
-            writer.text.push_str(": ");
+            let [_, separator] = &writer.separators;
+            writer.text.push_str(separator);
             writer.value(value, depth + 1)
         })
     }
@@ -101,28 +150,24 @@ impl Writer {
         self.text.push(brackets[0]);
         for (index, item) in items.iter().enumerate() {
             if index > 0 {
-                self.text.push_str(if self.indent.is_some() { "," } else { ", " });
+                let [separator, _] = &self.separators;
+                self.text.push_str(separator);
             }
-            self.new_line(depth + 1)?;
+            self.new_line(depth + 1);
             write(self, item)?;
         }
         if !items.is_empty() {
-            self.new_line(depth)?;
+            self.new_line(depth);
         }
         self.text.push(brackets[1]);
         Ok(())
     }
 
-    fn new_line(&mut self, depth: usize) -> Result<(), Error> {
-        let Some(indent) = self.indent else { return Ok(()) };
-        if indent > MAX_INDENT {
-            return Err(failure(format!(
-                "tojson: expected an indent of at most {MAX_INDENT}, found {indent}"
-            )));
+    fn new_line(&mut self, depth: usize) {
+        if let Some(indent) = &self.indent {
+            self.text.push('\n');
+            self.text.extend(std::iter::repeat_n(indent.as_str(), depth));
         }
-        self.text.push('\n');
-        self.text.extend(std::iter::repeat_n(' ', indent * depth));
-        Ok(())
     }
 
     fn string(&mut self, text: &str) {
@@ -200,5 +245,11 @@ mod tests {
             dumps(r#"{"a":[1,{"b":[]}]}"#, "(indent=2)"),
             "{\n  \"a\": [\n    1,\n    {\n      \"b\": []\n    }\n  ]\n}"
         );
+        assert_eq!(dumps(r#"{"a":[1,2]}"#, "(separators=(',', ':'))"), r#"{"a":[1,2]}"#);
+        assert_eq!(
+            dumps(r#"{"a":[1,2]}"#, "(indent='-', separators=[';', '='])"),
+            "{\n-\"a\"=[\n--1;\n--2\n-]\n}"
+        );
+        assert_eq!(dumps(r#"{"é":1}"#, "(true, none)"), r#"{"\u00e9": 1}"#);
     }
 }

@@ -4,7 +4,10 @@
 //! `tojson` that writes as Python does, and `strftime_now` where the caller supplies the time. Nothing is read from
 //! the clock or the environment.
 
+mod answers;
+mod jinja;
 mod json;
+mod marks;
 mod time;
 
 use std::ops::Range;
@@ -74,8 +77,8 @@ pub struct TemplateContext {
 pub struct RenderedChat {
     /// The whole text.
     pub text: String,
-    /// For each assistant message, the bytes of `text` from after its generation prompt to the end of its turn: what a
-    /// model is trained to write.
+    /// The bytes of `text` that a model is trained to write, ascending: what the template marks, or each answer with the
+    /// end of its turn.
     pub assistant: Vec<Range<usize>>,
 }
 
@@ -94,6 +97,8 @@ pub struct RenderedChat {
 #[derive(Debug)]
 pub struct ChatTemplate {
     environment: Environment<'static>,
+    /// Whether the template says itself what is learned.
+    has_marks: bool,
 }
 
 impl ChatTemplate {
@@ -108,10 +113,12 @@ impl ChatTemplate {
         environment.set_debug(false);
         environment.set_fuel(Some(FUEL));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        jinja::complete(&mut environment);
         environment.add_filter("tojson", json::to_json);
         environment.add_function("raise_exception", raise_exception);
-        environment.add_template_owned(NAME, without_generation_tags(source)).map_err(error)?;
-        Ok(Self { environment })
+        let (source, has_marks) = marks::as_variables(source);
+        environment.add_template_owned(NAME, source).map_err(error)?;
+        Ok(Self { environment, has_marks })
     }
 
     /// The text of `messages`; with `add_generation_prompt`, also what opens the assistant's next turn.
@@ -124,6 +131,17 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         context: &TemplateContext,
     ) -> Result<String> {
+        self.render_with(messages, add_generation_prompt, context, ["", ""])
+    }
+
+    /// As [`render`](Self::render), with texts for the beginnings and ends of what the template marks.
+    fn render_with(
+        &self,
+        messages: &[Message],
+        add_generation_prompt: bool,
+        context: &TemplateContext,
+        marks: [&str; 2],
+    ) -> Result<String> {
         // Defined in `transformers` whether or not there are any.
         let mut variables =
             vec![("tools".to_owned(), Value::from(())), ("documents".to_owned(), Value::from(()))];
@@ -135,48 +153,51 @@ impl ChatTemplate {
             let format = move |pattern: &str| now.format(pattern);
             variables.push(("strftime_now".into(), Value::from_function(format)));
         }
+        variables.extend(marks::VARIABLES.into_iter().map(str::to_owned).zip(marks.map(Value::from)));
         variables.push(("messages".into(), messages.iter().map(Message::to_value).collect()));
         variables.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         let template = self.environment.get_template(NAME).map_err(error)?;
         template.render(Value::from_pairs(variables)).map_err(error)
     }
 
-    /// The text of `messages` and which parts of it the assistant said, for completion-only losses.
+    /// The text of `messages` and which parts of it are learned, for losses on what the assistant says.
     ///
-    /// A turn's part is what the text up to and including it has beyond the text before it with the generation prompt.
-    /// So the template must write a conversation's beginning as the beginning of its text.
+    /// Where the template marks them with `{% generation %}`, the marked parts. Else each answer's text as the template
+    /// writes it and what ends its turn: the text after the last answer, as far as it follows the others too.
     ///
     /// # Errors
-    /// [`Error::Template`] as [`render`](Self::render), and if the template writes earlier turns otherwise once later
-    /// ones follow, or opens an assistant's turn otherwise than its generation prompt does.
+    /// [`Error::Template`] as [`render`](Self::render), and for an answer that the template writes in another form than
+    /// the message has it, naming the message.
     pub fn render_with_assistant_ranges(
         &self,
         messages: &[Message],
         context: &TemplateContext,
     ) -> Result<RenderedChat> {
         let text = self.render(messages, false, context)?;
-        let mut assistant = Vec::new();
-        for (index, message) in messages.iter().enumerate() {
-            if message.role != "assistant" {
-                continue;
-            }
-            let before = self.render(&messages[..index], true, context)?;
-            let after = self.render(&messages[..=index], false, context)?;
-            if !after.starts_with(&before) {
-                return Err(Error::Template(format!(
-                    "message {index}: the assistant's turn doesn't begin with the generation prompt, so what it said can't \
-                     be told apart"
-                )));
-            }
-            if !text.starts_with(&after) {
-                return Err(Error::Template(format!(
-                    "message {index}: later messages change the text up to here, so what the assistant said can't be told \
-                     apart"
-                )));
-            }
-            assistant.push(before.len()..after.len());
-        }
+        let assistant = match self.has_marks {
+            true => self.marked(messages, context, &text)?,
+            false => answers::find(self, messages, context, &text)?,
+        };
         Ok(RenderedChat { text, assistant })
+    }
+
+    /// The parts that the template marks.
+    fn marked(
+        &self,
+        messages: &[Message],
+        context: &TemplateContext,
+        text: &str,
+    ) -> Result<Vec<Range<usize>>> {
+        let marks = marks::unused(|mark| text.contains(mark))?;
+        let marked = self.render_with(messages, false, context, marks)?;
+        let (found, ranges) = marks::take_out(&marked, marks);
+        match found == text {
+            true => Ok(ranges),
+            false => {
+                let reason = "marks of what is learned ({% generation %}) change what the template writes";
+                Err(Error::Template(reason.into()))
+            }
+        }
     }
 }
 
@@ -187,34 +208,6 @@ fn error(error: minijinja::Error) -> Error {
 /// What templates call to refuse a conversation.
 fn raise_exception(message: String) -> std::result::Result<Value, minijinja::Error> {
     Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
-}
-
-/// `source` with `transformers`' marks around what the assistant says, `{% generation %}` and `{% endgeneration %}`,
-/// made an `if` that always holds: they write nothing themselves.
-fn without_generation_tags(source: &str) -> String {
-    let mut result = String::with_capacity(source.len());
-    let mut rest = source;
-    while let Some(start) = rest.find("{%") {
-        let (before, tag) = rest.split_at(start);
-        result.push_str(before);
-        let Some(end) = tag.find("%}") else {
-            rest = tag;
-            break;
-        };
-        let (inside, after) = (&tag[2..end], &tag[end + 2..]);
-        let word = inside.trim_matches(|c: char| c.is_whitespace() || c == '-' || c == '+');
-        let statement = match word {
-            "generation" => "if true",
-            "endgeneration" => "endif",
-            word => word,
-        };
-        result.push_str("{%");
-        result.push_str(&inside.replacen(word, statement, usize::from(word != statement)));
-        result.push_str("%}");
-        rest = after;
-    }
-    result.push_str(rest);
-    result
 }
 
 #[cfg(test)]
@@ -288,24 +281,85 @@ mod tests {
         }
     }
 
+    /// What is learned of a conversation of system, two questions and two answers.
+    fn learned(source: &str, answers: [&str; 2]) -> Result<Vec<String>> {
+        let messages = [
+            Message::new("system", "s"),
+            Message::new("user", "a question"),
+            Message::new("assistant", answers[0]),
+            Message::new("user", answers[0]),
+            Message::new("assistant", answers[1]),
+        ];
+        let chat = ChatTemplate::new(source)?
+            .render_with_assistant_ranges(&messages, &TemplateContext::default())?;
+        Ok(chat.assistant.into_iter().map(|range| chat.text[range].to_owned()).collect())
+    }
+
     #[test]
-    fn a_template_that_rewrites_earlier_turns_gives_no_ranges() {
-        let context = TemplateContext::default();
-        let messages = [Message::new("user", "a"), Message::new("assistant", "b"), Message::new("user", "c")];
-        let counting = "{% for m in messages %}{{ m.content }}{% endfor %}{{ messages | length }}";
-        let template = ChatTemplate::new(counting).unwrap();
-        let error = template.render_with_assistant_ranges(&messages, &context).unwrap_err().to_string();
-        assert!(error.contains("message 1"), "{error}");
-        let rewriting = "{% for m in messages %}{% if loop.last %}!{% endif %}{{ m.content }}{% endfor %}";
-        let template = ChatTemplate::new(rewriting).unwrap();
-        assert!(template.render_with_assistant_ranges(&messages, &context).is_err());
+    fn answers_are_found_whatever_the_template_does_around_them() {
+        let turns = |answer: &str| {
+            format!(
+                "{{% for m in messages %}}<{{{{ m.role }}}}>{{% if m.role == 'assistant' %}}{answer}{{% else %}}\
+                 {{{{ m.content }}}}{{% endif %}}</>\n{{% endfor %}}"
+            )
+        };
+        let cases = [
+            ("{{ m.content }}", ["one", "two"], ["one</>\n", "two</>\n"]),
+            ("{{ m.content | trim }}", [" one\n", "two "], ["one</>\n", "two</>\n"]),
+            // Written otherwise in the last turn.
+            ("{% if loop.last %}<t></t>{% endif %}{{ m.content }}", ["one", "two"], ["one</>\n", "two</>\n"]),
+            // Earlier thoughts are taken out.
+            (
+                "{{ m.content if loop.last else m.content.split('</t>')[-1].lstrip() }}",
+                ["<t>a</t> one", "<t>b</t> two"],
+                ["one</>\n", "<t>b</t> two</>\n"],
+            ),
+            (
+                "{% if m.content.startswith('<t>') %}{{ m.content.split('</t>')[-1] }}{% else %}{{ m.content }}{% endif %}",
+                ["<t>a</t>one", "two"],
+                ["one</>\n", "two</>\n"],
+            ),
+            // An answer that says nothing ends its turn all the same; spaces are said where they are written.
+            ("{{ m.content }}", ["", "two"], ["</>\n", "two</>\n"]),
+            ("{{ m.content }}", ["  ", " two "], ["  </>\n", " two </>\n"]),
+        ];
+        for (answer, answers, expected) in cases {
+            assert_eq!(learned(&turns(answer), answers).unwrap(), expected, "{answer}");
+        }
+        // The last turn's end is the others' beginning.
+        let inst = "{% for m in messages %}{{ ' ' + m.content + ' </s>' if m.role == 'assistant' else '<s>[' + m.content + ']' }}{% endfor %}";
+        assert_eq!(learned(inst, ["one", "two"]).unwrap(), ["one </s>", "two </s>"]);
+        let shouted = learned(&turns("{{ m.content | upper }}"), ["one", "two"]).unwrap_err().to_string();
+        assert!(shouted.contains("message 2"), "{shouted}");
+    }
+
+    #[test]
+    fn what_the_template_marks_is_learned_and_nothing_else() {
+        let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{% generation %}{% if loop.last %}\
+                      <t></t>{% endif %}{{ m.content }}</>{% endgeneration %}{% else %}{{ m.content }}{% endif %}\n{% endfor %}";
+        assert_eq!(learned(source, ["one", "two"]).unwrap(), ["one</>", "<t></t>two</>"]);
+        // Marks of other roles are the template's own choice, as in `transformers`.
+        let all = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %};{% endfor %}";
+        assert_eq!(learned(all, ["one", "\u{fdd0}"]).unwrap(), ["s", "a question", "one", "one", "\u{fdd0}"]);
+    }
+
+    #[test]
+    fn a_long_conversation_is_rendered_a_few_times_only() {
+        let source = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}";
+        let turns = ["user", "assistant"].map(|role| Message::new(role, "hello"));
+        let messages: Vec<Message> = turns.iter().cycle().take(16_000).cloned().collect();
+        let template = ChatTemplate::new(source).unwrap();
+        let chat = template.render_with_assistant_ranges(&messages, &TemplateContext::default()).unwrap();
+        assert_eq!(chat.assistant.len(), 8000);
+        assert!(chat.assistant.iter().all(|range| &chat.text[range.clone()] == "hello</>"));
     }
 
     #[test]
     fn generation_tags_leave_the_text_alone() {
         let source = "{% for m in messages %}\n  {%- generation -%}\n{{ m.content }}\n{% endgeneration %}\n{% endfor %}";
         assert_eq!(render(source, &TemplateContext::default()).unwrap(), "hi\n");
-        assert_eq!(without_generation_tags("{%generation%}{% if a %}{%"), "{%if true%}{% if a %}{%");
+        let indented = "a\n  {% generation %}\n  {{ messages[0].content }}\n  {% endgeneration %}\nb";
+        assert_eq!(render(indented, &TemplateContext::default()).unwrap(), "a\n  hi\nb");
     }
 
     #[test]

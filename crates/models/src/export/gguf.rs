@@ -36,6 +36,7 @@ const BLOCK: usize = 32;
 /// | `fallback` | refuse | packed weights that no block type holds; dense ones are written as `dense` says |
 /// | `tokenizer` | true | whether the tokenizer goes into the file |
 /// | `name` | none | `general.name` |
+/// | `max_part_bytes` | none | data of a file; more is split into files whose names end in `-00001-of-00005.gguf` |
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GgufOptions {
     /// Type of dense linears, head and embedding.
@@ -46,15 +47,23 @@ pub struct GgufOptions {
     pub tokenizer: bool,
     /// `general.name`.
     pub name: Option<String>,
+    /// Data of a file at most, but for a tensor larger than that.
+    pub max_part_bytes: Option<u64>,
 }
 
 impl Default for GgufOptions {
     fn default() -> Self {
-        Self { dense: BlockType::F16, fallback: Fallback::Refuse, tokenizer: true, name: None }
+        Self {
+            dense: BlockType::F16,
+            fallback: Fallback::Refuse,
+            tokenizer: true,
+            name: None,
+            max_part_bytes: None,
+        }
     }
 }
 
-/// Writes `model` as one GGUF file of version 3, with hyperparameters and the tokenizer of `source`.
+/// Writes `model` as a GGUF file of version 3, or several if `options` limit their size, with hyperparameters and the tokenizer of `source`.
 ///
 /// Codes are repacked, never requantized. A weight of a scheme that is a block type's ([`BlockType::packed_scheme`]) is
 /// written as that type, so that what came from a GGUF file goes back block by block, bit for bit. Of the others,
@@ -123,10 +132,11 @@ pub fn export_gguf(
         let shape = vec![factors.len()];
         tensors.push(NewTensor { name: ROPE_FACTORS.into(), shape, kind: BlockType::F32 });
     }
-    report.bytes = writer::write(path, &keys, &tensors, |index| match items.get(index) {
+    let data = |index: usize| match items.get(index) {
         Some(item) => Ok(writer.convert(item, &item.host()?)?.bytes),
         None => Ok(floats(factors.as_deref().unwrap_or_default(), BlockType::F32)),
-    })?;
+    };
+    (report.path, report.bytes) = writer::write_parts(path, options.max_part_bytes, &keys, &tensors, data)?;
     Ok(report)
 }
 

@@ -39,8 +39,10 @@ pub struct TensorInfo {
     pub shape: Vec<usize>,
     /// How values are stored.
     pub kind: BlockType,
-    /// First byte, from the start of the file.
+    /// First byte, from the start of its file.
     pub(super) start: u64,
+    /// Which of the model's files it is in.
+    pub(super) part: usize,
 }
 
 impl TensorInfo {
@@ -321,7 +323,7 @@ impl Reader<'_> {
             return Err(self.error(&name, format!("an offset aligned to {alignment}"), start.to_string()));
         }
         shape.reverse();
-        Ok(TensorInfo { name, shape, kind, start })
+        Ok(TensorInfo { name, shape, kind, start, part: 0 })
     }
 }
 

@@ -11,6 +11,7 @@ mod header;
 pub(crate) mod layers;
 pub(crate) mod names;
 mod numbers;
+pub(crate) mod parts;
 mod rope;
 #[cfg(test)]
 pub(crate) mod test_writer;
@@ -66,7 +67,7 @@ const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 #[derive(Debug)]
 pub struct Gguf {
     path: PathBuf,
-    file: Mutex<File>,
+    files: Vec<(PathBuf, Mutex<File>)>,
     metadata: Metadata,
     architecture: String,
     family: &'static Family,
@@ -75,17 +76,16 @@ pub struct Gguf {
 }
 
 impl Gguf {
-    /// Reads the header of `path`.
+    /// Reads the header of `path`; of a model in several files (`-00001-of-00005.gguf`), the headers of all, whichever of
+    /// them `path` is.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::File`] for a header that contradicts itself or the file's size; [`Error::Unsupported`]
-    /// for another version, architecture or tensor type, for a tensor that models of this architecture don't have,
-    /// and for a file that holds only a part of a model.
+    /// for another version, architecture or tensor type, and for a tensor that models of this architecture don't have.
     pub fn open(path: impl AsRef<Path>) -> Result<Self> {
         let path = path.as_ref();
-        let file = File::open(path).map_err(Error::io(path))?;
-        let header = header::read(path, &file)?;
-        let metadata = header.metadata;
+        let parts = parts::open(path)?;
+        let metadata = parts.metadata;
         let name = metadata.require("general.architecture", metadata.str("general.architecture")?)?;
         let architecture = name.to_owned();
         let family = Family::by_gguf(name, false)
@@ -93,12 +93,9 @@ impl Gguf {
         if metadata.str("general.type")?.is_some_and(|kind| kind != "model") {
             return Err(metadata.unsupported_value("general.type", "model"));
         }
-        if metadata.usize("split.count")?.is_some_and(|count| count > 1) {
-            return Err(metadata.unsupported_value("split.count", "files that hold the whole model"));
-        }
         metadata.str(CHAT_TEMPLATE)?;
         let (mut tensors, mut rope_factors) = (BTreeMap::new(), None);
-        for tensor in header.tensors {
+        for tensor in parts.tensors {
             if tensor.name == names::ROPE_FACTORS {
                 rope_factors = Some(tensor);
             } else if let Some(name) = names::hugging_face(family, &tensor.name) {
@@ -110,7 +107,7 @@ impl Gguf {
         }
         Ok(Self {
             path: path.into(),
-            file: Mutex::new(file),
+            files: parts.files.into_iter().map(|(path, file)| (path, Mutex::new(file))).collect(),
             metadata,
             architecture,
             family,
@@ -148,12 +145,20 @@ impl Gguf {
         config::unknown_keys(self)
     }
 
-    /// Ids with a meaning.
+    /// Ids with a meaning. Those beyond the vocabulary mean nothing; [`notes`](Self::notes) tells of them.
     ///
     /// # Errors
-    /// [`Error::File`] for an id outside the vocabulary.
+    /// [`Error::File`] for a key of another type.
     pub fn special_tokens(&self) -> Result<SpecialTokens> {
-        tokenizer::special_tokens(&self.metadata)
+        tokenizer::special_tokens(&self.metadata, &mut Vec::new())
+    }
+
+    /// What was passed over, for a load report.
+    pub fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        // What can't be read at all is an error elsewhere.
+        let _ = tokenizer::special_tokens(&self.metadata, &mut notes);
+        notes
     }
 
     /// The tokenizer, made from the header.
@@ -176,11 +181,12 @@ impl Gguf {
         self.tensors.get(name).ok_or_else(|| self.metadata.error(name, "a tensor", "no such tensor".into()))
     }
 
-    fn read_at(&self, start: u64, bytes: &mut [u8]) -> Result<()> {
+    fn read_at(&self, part: usize, start: u64, bytes: &mut [u8]) -> Result<()> {
+        let (path, file) = &self.files[part];
         // A reader that panicked leaves nothing half-done: every read seeks first.
-        let mut file = self.file.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
         let read = file.seek(SeekFrom::Start(start)).and_then(|_| file.read_exact(bytes));
-        read.map_err(Error::io(&self.path))
+        read.map_err(Error::io(path))
     }
 
     /// The tensor as a matrix of rows of whole blocks, with the order of its rows.
@@ -227,7 +233,7 @@ impl Gguf {
         let mut buffer = vec![0; step * rows.bytes];
         for first in (0..rows.count).step_by(step) {
             let bytes = &mut buffer[..step.min(rows.count - first) * rows.bytes];
-            self.read_at(tensor.start + (first * rows.bytes) as u64, bytes)?;
+            self.read_at(tensor.part, tensor.start + (first * rows.bytes) as u64, bytes)?;
             visit(first, bytes)?;
         }
         Ok(())

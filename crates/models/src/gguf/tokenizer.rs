@@ -92,18 +92,20 @@ fn error(error: impl std::fmt::Display) -> Error {
     Error::Tokenizer(error.to_string())
 }
 
-/// Ids with a meaning, checked against the vocabulary if there is one.
-pub(super) fn special_tokens(metadata: &Metadata) -> Result<SpecialTokens> {
+/// Ids with a meaning; those beyond the vocabulary, if there is one, mean nothing, as in llama.cpp. What was passed over
+/// is added to `notes`.
+pub(super) fn special_tokens(metadata: &Metadata, notes: &mut Vec<String>) -> Result<SpecialTokens> {
     let size = metadata.strings(TOKENS)?.map(<[String]>::len);
-    let id = |name: &str| {
+    let mut id = |name: &str| {
         let key = format!("tokenizer.ggml.{name}_token_id");
         let id = metadata.u32(&key)?;
-        match (id, size) {
+        Ok::<_, Error>(match (id, size) {
             (Some(id), Some(size)) if id as usize >= size => {
-                Err(metadata.error(&key, &format!("an id below the {size} tokens"), id.to_string()))
+                notes.push(format!("{key} is {id}, beyond the {size} tokens, and was passed over"));
+                None
             }
-            _ => Ok(id),
-        }
+            _ => id,
+        })
     };
     let mut eos = Vec::new();
     for name in ["eos", "eot", "eom"] {
@@ -139,7 +141,7 @@ fn template(
     bos: bool,
     eos: bool,
 ) -> Result<Option<TemplateProcessing>> {
-    let special = special_tokens(metadata)?;
+    let special = special_tokens(metadata, &mut Vec::new())?;
     let token = |name: &str, id: Option<u32>| {
         let id = metadata.require(&format!("tokenizer.ggml.{name}_token_id"), id)?;
         let text = vocabulary.tokens[id as usize].clone();
@@ -163,15 +165,15 @@ fn template(
 }
 
 /// Texts and types of all tokens.
-struct Vocabulary<'a> {
-    tokens: &'a [String],
+struct Vocabulary {
+    tokens: Vec<String>,
     kinds: Vec<i64>,
-    ids: HashMap<&'a str, u32>,
+    ids: HashMap<String, u32>,
 }
 
-impl<'a> Vocabulary<'a> {
-    fn read(metadata: &'a Metadata) -> Result<Self> {
-        let tokens = metadata.require(TOKENS, metadata.strings(TOKENS)?)?;
+impl Vocabulary {
+    fn read(metadata: &Metadata) -> Result<Self> {
+        let mut tokens = metadata.require(TOKENS, metadata.strings(TOKENS)?)?.to_vec();
         let kinds = metadata.ints(TYPES)?.unwrap_or_else(|| vec![kind::NORMAL; tokens.len()]);
         if kinds.len() != tokens.len() {
             return Err(metadata.error(TYPES, &format!("{} types", tokens.len()), kinds.len().to_string()));
@@ -180,12 +182,16 @@ impl<'a> Vocabulary<'a> {
             return Err(metadata.error(TYPES, "types in 1..=6", unknown.to_string()));
         }
         let mut ids = HashMap::with_capacity(tokens.len());
-        for (id, token) in (0..).zip(tokens) {
+        for (id, token) in (0..).zip(&mut tokens) {
+            if token.is_empty() {
+                // A gap in the ids: no text becomes such a token, which needs a name of its own all the same.
+                *token = format!("[EMPTY_{id}]");
+            }
             if token.len() > MAX_TOKEN {
                 let expected = format!("tokens of at most {MAX_TOKEN} bytes");
                 return Err(metadata.error(TOKENS, &expected, token.len().to_string()));
             }
-            if ids.insert(token.as_str(), id).is_some() {
+            if ids.insert(token.clone(), id).is_some() {
                 return Err(metadata.error(TOKENS, "each token once", format!("{token:?} twice")));
             }
         }
@@ -194,7 +200,7 @@ impl<'a> Vocabulary<'a> {
 
     /// The map the tokenizer's model takes.
     fn map(&self) -> Vocab {
-        self.ids.iter().map(|(&token, &id)| (token.to_owned(), id)).collect()
+        self.ids.iter().map(|(token, &id)| (token.clone(), id)).collect()
     }
 
     /// Tokens that are found in a text before it is split: control tokens, and those a user defined.
@@ -282,7 +288,7 @@ fn merges_by_score(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Merge
     }
     let is_piece = |id: u32| vocabulary.kinds[id as usize] == kind::NORMAL;
     let mut merges = Vec::new();
-    for (id, token) in (0..).zip(vocabulary.tokens).filter(|&(id, _)| is_piece(id)) {
+    for (id, token) in (0..).zip(&vocabulary.tokens).filter(|&(id, _)| is_piece(id)) {
         for (at, _) in token.char_indices().skip(1) {
             let (left, right) = token.split_at(at);
             let ids = (vocabulary.ids.get(left).copied(), vocabulary.ids.get(right).copied());

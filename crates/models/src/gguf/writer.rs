@@ -1,11 +1,15 @@
 //! Writing GGUF files, version 3: keys, then tensors one at a time.
 
-use std::{io::Write, path::Path};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+};
 
 use kiln_quant_core::write_atomically;
 
 use super::{
     blocks::BlockType,
+    parts,
     value::{Array, Value},
 };
 use crate::{Error, Result};
@@ -77,6 +81,43 @@ fn wrong(path: &Path, field: &str, expected: impl Into<String>, found: impl Into
     Error::File { path: path.into(), field: field.into(), expected: expected.into(), found: found.into() }
 }
 
+/// Writes the tensors into files of about `most` bytes of data each, or one if they fit, as [`write`] does: the others
+/// before the first, which opens the model. Returns the first file, and the size of all.
+pub(crate) fn write_parts(
+    path: &Path,
+    most: Option<u64>,
+    keys: &[(String, Value)],
+    tensors: &[NewTensor],
+    mut data: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<(PathBuf, u64)> {
+    let mut starts = vec![0];
+    let mut held = 0;
+    for (index, tensor) in tensors.iter().enumerate() {
+        let bytes = tensor.bytes().unwrap_or(0) as u64;
+        if held > 0 && most.is_some_and(|most| held + bytes > most) {
+            starts.push(index);
+            held = 0;
+        }
+        held += bytes;
+    }
+    let count = starts.len();
+    if count == 1 {
+        return Ok((path.into(), write(path, keys, tensors, data)?));
+    }
+    let text = path.to_string_lossy();
+    let stem = text.strip_suffix(".gguf").unwrap_or(&text);
+    let mut total = 0;
+    for (index, &start) in starts.iter().enumerate().rev() {
+        let end = starts.get(index + 1).copied().unwrap_or(tensors.len());
+        let numbers = [(parts::NUMBER, index), (parts::COUNT, count), (parts::TENSORS, tensors.len())];
+        let numbers = numbers.map(|(key, number)| (key.to_owned(), Value::Uint(number as u64)));
+        let keys: Vec<_> = keys.iter().filter(|_| index == 0).cloned().chain(numbers).collect();
+        let path = parts::name(stem, index, count);
+        total += write(&path, &keys, &tensors[start..end], |at| data(start + at))?;
+    }
+    Ok((parts::name(stem, 0, count), total))
+}
+
 /// Everything before the tensors' data, and the size of each of them.
 fn header(path: &Path, keys: &[(String, Value)], tensors: &[NewTensor]) -> Result<(Vec<u8>, Vec<usize>)> {
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
@@ -84,7 +125,15 @@ fn header(path: &Path, keys: &[(String, Value)], tensors: &[NewTensor]) -> Resul
     bytes.extend((keys.len() as u64).to_le_bytes());
     for (key, value) in keys {
         string(&mut bytes, key);
-        put_value(&mut bytes, value);
+        match value {
+            // llama.cpp takes these in 16 bits only.
+            Value::Uint(value) if [parts::NUMBER, parts::COUNT].contains(&key.as_str()) => {
+                bytes.extend(2u32.to_le_bytes());
+                bytes.extend((*value as u16).to_le_bytes());
+            }
+            Value::Uint(value) if key == parts::TENSORS => put_value(&mut bytes, &Value::Int(*value as i64)),
+            value => put_value(&mut bytes, value),
+        }
     }
     let (mut sizes, mut offset) = (Vec::new(), 0usize);
     for tensor in tensors {

@@ -40,6 +40,8 @@ pub struct GptqConfig {
     pub group_size: Option<usize>,
     /// Whether groups may be scattered over the inputs.
     pub desc_act: bool,
+    /// Whether the grid is centred: every zero point is `2^(bits - 1)`.
+    pub sym: bool,
     /// Format of the zero points: stated, guessed, or set by
     /// [`HfFolder::with_gptq_zeros`](super::HfFolder::with_gptq_zeros). Always there once a folder is open.
     pub zeros: Option<ZeroFormat>,
@@ -111,6 +113,7 @@ pub(super) fn config(fields: &Fields<'_>) -> Result<GptqConfig> {
         bits,
         group_size: group_size.inputs(),
         desc_act: fields.bool("desc_act")?.unwrap_or(false),
+        sym: fields.bool("sym")?.unwrap_or(false),
         zeros,
         overrides: overrides(fields, bits, group_size)?,
     })
@@ -159,6 +162,28 @@ fn overrides(fields: &Fields<'_>, bits: u32, group_size: GroupSize) -> Result<Ve
         });
     }
     Ok(overrides)
+}
+
+/// How the zeros of `module` are stored where the configuration calls the grid symmetric and all of them are alike: a
+/// symmetric quantizer's zero is `2^(bits - 1)` everywhere, so the label may be seen to be wrong. `None` where they say
+/// nothing.
+pub(super) fn symmetric_zeros(
+    tensors: &SafetensorsSet,
+    module: &str,
+    config: &GptqConfig,
+) -> Result<Option<ZeroFormat>> {
+    if !config.sym {
+        return Ok(None);
+    }
+    let layout = Layout::read(tensors, module, config)?;
+    let zeros = layout.stored_zeros(tensors, module)?;
+    let centre = 1 << (layout.bits - 1);
+    let are = |zero| !zeros.is_empty() && zeros.iter().all(|found| *found == zero);
+    Ok(match (are(centre), are(centre - 1)) {
+        (true, _) => Some(ZeroFormat::V2),
+        (_, true) => Some(ZeroFormat::V1),
+        _ => None,
+    })
 }
 
 /// Guesses how the zeros of `module` are stored, for a file that doesn't say. A symmetric quantizer's zero is

@@ -97,7 +97,8 @@ pub struct HfFolder {
 
 impl HfFolder {
     /// Opens a folder: reads its JSON files and the headers of its safetensors files, and no tensor but, where a GPTQ
-    /// configuration doesn't say how zero points are stored, one tensor of zero points to guess from.
+    /// configuration doesn't say how zero points are stored or calls the grid symmetric, one tensor of zero points to guess
+    /// from.
     ///
     /// # Errors
     /// [`Error::File`] for files that are truncated, malformed or contradictory, [`Error::Unsupported`] for
@@ -139,6 +140,18 @@ impl HfFolder {
             notes.push(format!(
                 "quantization_config.checkpoint_format is absent: zero points taken for {zeros:?}"
             ));
+        } else if let Quantization::Gptq(gptq) = &mut config.quantization
+            && let Some((name, _)) = names.iter().find(|(_, stored)| **stored == Stored::Gptq)
+            && let Some(seen) = gptq::symmetric_zeros(&tensors, module_of(name), gptq)?
+            && gptq.zeros != Some(seen)
+        {
+            notes.push(format!(
+                "quantization_config.checkpoint_format says that zero points are stored as {:?}, but by sym they are \
+                 2^(bits - 1), which {seen:?} stores as {} has them: taken for {seen:?}",
+                gptq.zeros.unwrap_or(seen),
+                module_of(name)
+            ));
+            gptq.zeros = Some(seen);
         }
         Ok(Self { path, config, tensors, names, slices, notes })
     }

@@ -24,23 +24,37 @@ pub(super) struct SafetensorsSet {
 }
 
 impl SafetensorsSet {
-    /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` lists.
+    /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` lists, or what stands under
+    /// another name where it is the only index or the only file, as AutoGPTQ's `gptq_model-4bit-128g.safetensors`.
     pub(crate) fn open_folder(folder: &Path) -> Result<Self> {
         let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if single.exists() {
-            let file = SafetensorsFile::open(single)?;
-            let index = file.names().map(|name| (name.to_owned(), (0, name.to_owned()))).collect();
-            return Ok(Self { files: vec![file], index, path: folder.into() });
+            return Self::open_file(folder, single);
         }
         if index.exists() {
             return Self::open_index(folder, &index);
         }
-        Err(Error::File {
-            path: folder.into(),
-            field: "weights".into(),
-            expected: "model.safetensors or model.safetensors.index.json".into(),
-            found: "neither".into(),
-        })
+        let (indices, files) = (files(folder, ".safetensors.index.json")?, files(folder, ".safetensors")?);
+        match (indices.as_slice(), files.as_slice()) {
+            ([index], _) => Self::open_index(folder, index),
+            ([], [file]) => Self::open_file(folder, file.clone()),
+            _ => Err(Error::File {
+                path: folder.into(),
+                field: "weights".into(),
+                expected: "model.safetensors, model.safetensors.index.json, or one file of either kind"
+                    .into(),
+                found: match files.len() {
+                    0 => "neither".into(),
+                    count => format!("{count} safetensors files and {} indices", indices.len()),
+                },
+            }),
+        }
+    }
+
+    fn open_file(folder: &Path, path: PathBuf) -> Result<Self> {
+        let file = SafetensorsFile::open(path)?;
+        let index = file.names().map(|name| (name.to_owned(), (0, name.to_owned()))).collect();
+        Ok(Self { files: vec![file], index, path: folder.into() })
     }
 
     fn open_index(folder: &Path, index_path: &Path) -> Result<Self> {
@@ -170,6 +184,16 @@ impl SafetensorsSet {
     }
 }
 
+/// The files of a folder whose names end so, sorted.
+fn files(folder: &Path, end: &str) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).and_then(|entries| entries.collect::<std::io::Result<Vec<_>>>());
+    let paths = entries.map_err(Error::io(folder))?.into_iter().map(|entry| entry.path());
+    let named = |path: &PathBuf| path.to_string_lossy().ends_with(end) && path.is_file();
+    let mut paths: Vec<PathBuf> = paths.filter(named).collect();
+    paths.sort();
+    Ok(paths)
+}
+
 /// The error about a tensor that `path` doesn't hold.
 fn missing(path: &Path, name: &str) -> Error {
     Error::File {
@@ -227,6 +251,16 @@ mod tests {
             let message = sharded(index).1.unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{index}: {message}");
         }
+        let (folder, _) = sharded("{}");
+        std::fs::remove_file(folder.path().join("model.safetensors.index.json")).unwrap();
+        for name in ["1.st", "2.st"] {
+            std::fs::rename(folder.path().join(name), folder.path().join(format!("{name}.safetensors")))
+                .unwrap();
+        }
+        let message = SafetensorsSet::open_folder(folder.path()).unwrap_err().to_string();
+        assert!(message.contains("2 safetensors files"), "{message}");
+        std::fs::remove_file(folder.path().join("1.st.safetensors")).unwrap();
+        assert_eq!(SafetensorsSet::open_folder(folder.path()).unwrap().names().collect::<Vec<_>>(), ["c"]);
         let empty = tempfile::tempdir().unwrap();
         let message = SafetensorsSet::open_folder(empty.path()).unwrap_err().to_string();
         assert!(message.contains("model.safetensors"), "{message}");

@@ -65,6 +65,32 @@ pub(super) fn write(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
     tokenizer.chat_template.as_ref().map_or(Ok(()), |template| save("chat_template.jinja", template))
 }
 
+/// What a folder's tokenizer and its configuration say otherwise of the same token; the tokenizer's is used.
+pub(crate) fn contradictions(folder: &Path, config: &SpecialTokens) -> Vec<String> {
+    // What can't be read is the tokenizer's error.
+    let Ok(Some(tokenizer)) = read_json::<FolderConfig>(&folder.join("tokenizer_config.json")) else {
+        return Vec::new();
+    };
+    let id_of = |token: &Option<Token>| {
+        let content = token.as_ref()?.content();
+        let added = tokenizer.added_tokens_decoder.iter().find(|(_, added)| added.content == content)?;
+        Some((content.to_owned(), added.0.parse::<u32>().ok()?))
+    };
+    let mut notes = Vec::new();
+    let mut compare = |name: &str, token: &Option<Token>, other: &[u32]| {
+        if let Some((text, id)) = id_of(token).filter(|(_, id)| !other.is_empty() && !other.contains(id)) {
+            notes.push(format!(
+                "{name} is {text:?} (id {id}) in tokenizer_config.json and {other:?} in the model's configuration: the \
+                 tokenizer's is used"
+            ));
+        }
+    };
+    compare("bos_token", &tokenizer.bos_token, config.bos.as_slice());
+    compare("eos_token", &tokenizer.eos_token, &config.eos);
+    compare("pad_token", &tokenizer.pad_token, config.pad.as_slice());
+    notes
+}
+
 fn file_error(path: &Path, field: &str, expected: &str, found: impl std::fmt::Display) -> Error {
     Error::File {
         path: path.into(),

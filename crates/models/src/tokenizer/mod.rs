@@ -7,6 +7,7 @@ mod tests;
 
 use std::{ops::Range, path::Path};
 
+pub(crate) use self::folder::contradictions;
 pub use self::stream::DecodeStream;
 use crate::{Error, Result, config::SpecialTokens, gguf::Gguf};
 

@@ -121,7 +121,7 @@ fn tokenizers_survive_folders_and_gguf_keys() {
         assert_eq!(tokenizer.special(), original.special());
         check_cases(&tokenizer, &expected["cases"]);
         let rows = tokenizer.vocab_size() + 3;
-        let keys = describe_tokenizer(&tokenizer, tokenizer.special(), rows).unwrap();
+        let keys = describe_tokenizer(&tokenizer, tokenizer.special(), rows, &mut Vec::new()).unwrap();
         let mut metadata = Metadata::new(folder.path());
         for (key, value) in keys {
             assert!(metadata.insert(key, value));
@@ -138,7 +138,9 @@ fn tokenizers_survive_folders_and_gguf_keys() {
             assert_eq!(rebuilt.encode(text, true).unwrap(), original.encode(text, true).unwrap());
         }
         // Fewer rows than tokens.
-        let message = describe_tokenizer(&tokenizer, tokenizer.special(), rows - 4).unwrap_err().to_string();
+        let message = describe_tokenizer(&tokenizer, tokenizer.special(), rows - 4, &mut Vec::new())
+            .unwrap_err()
+            .to_string();
         assert!(message.contains("GGUF: tokenizer tokens"), "{message}");
     }
     // A way of splitting words that GGUF has no name for.
@@ -147,7 +149,8 @@ fn tokenizers_survive_folders_and_gguf_keys() {
     json["pre_tokenizer"] = serde_json::json!({"type": "Whitespace"});
     std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
     let tokenizer = Tokenizer::from_folder(folder.path()).unwrap();
-    let message = describe_tokenizer(&tokenizer, tokenizer.special(), 2048).unwrap_err().to_string();
+    let message =
+        describe_tokenizer(&tokenizer, tokenizer.special(), 2048, &mut Vec::new()).unwrap_err().to_string();
     assert!(message.contains("GGUF: tokenizer pre_tokenizer") && message.contains("Whitespace"), "{message}");
 }
 
@@ -167,6 +170,26 @@ fn gguf_flags_say_what_goes_around_a_text() {
         let none = from_gguf(&gguf(entry).bool("tokenizer.ggml.add_bos_token", false)).unwrap();
         assert_eq!(none.encode("the whale", true).unwrap(), plain);
     }
+}
+
+#[test]
+fn gaps_and_ids_beyond_the_vocabulary_are_passed_over() {
+    let tokens = ["a", "", "b", ""];
+    let strings = |texts: &[&str]| texts.iter().map(|text| text.to_string()).collect::<Vec<_>>();
+    let file = Writer::default()
+        .str("general.architecture", "llama")
+        .str("tokenizer.ggml.model", "gpt2")
+        .strings("tokenizer.ggml.tokens", &strings(&tokens))
+        .strings("tokenizer.ggml.merges", &[])
+        .u32("tokenizer.ggml.padding_token_id", u32::MAX)
+        .u32("tokenizer.ggml.eos_token_id", 2);
+    let tokenizer = from_gguf(&file).unwrap();
+    assert_eq!(tokenizer.encode("ab", true).unwrap(), [0, 2]);
+    assert_eq!(tokenizer.special(), &SpecialTokens { bos: None, eos: vec![2], pad: None });
+    let notes = Gguf::open(file.file().path()).unwrap().notes();
+    assert!(
+        matches!(notes.as_slice(), [note] if note.contains("padding_token_id") && note.contains("4294967295"))
+    );
 }
 
 #[test]
@@ -192,7 +215,10 @@ fn gguf_tokenizers_that_do_not_fit_are_errors() {
         (base("llama", &["a", "b"]).f32s("tokenizer.ggml.scores", &[0.0]), "2 scores"),
         (gpt2().i32s("tokenizer.ggml.token_type", &[1]), "3 types"),
         (gpt2().i32s("tokenizer.ggml.token_type", &[1, 1, 9]), "1..=6"),
-        (gpt2().u32("tokenizer.ggml.eos_token_id", 3), "eos_token_id"),
+        (
+            gpt2().u32("tokenizer.ggml.eos_token_id", 3).bool("tokenizer.ggml.add_eos_token", true),
+            "eos_token_id",
+        ),
         (gpt2().bool("tokenizer.ggml.add_bos_token", true), "bos_token_id"),
         (Writer::default().str("general.architecture", "llama"), "tokenizer.ggml.tokens"),
     ] {

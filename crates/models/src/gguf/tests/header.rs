@@ -11,7 +11,7 @@ fn files_that_are_not_whole_models_of_known_kinds_are_refused() {
         (Writer::default().u32("general.architecture", 1), "general.architecture"),
         (Writer::default().str("general.architecture", "mamba"), "llama, qwen2, qwen3"),
         (llama().str("general.type", "adapter"), "general.type"),
-        (llama().u32("split.count", 2), "split.count"),
+        (llama().u32("split.count", 2), "split.no"),
         (llama().floats("blk.0.ffn_gate_exps.weight", &[1], &[0.0]), "blk.0.ffn_gate_exps.weight"),
         (llama().entry("output.weight", &[256], 16, 0), "tensor type 16"),
     ] {

@@ -146,6 +146,7 @@ fn packed_modules_are_packed_and_others_dense() {
             bits: 3,
             group_size: Some(32),
             desc_act: true,
+            sym: false,
             zeros: Some(ZeroFormat::V2),
             overrides: vec![],
         })

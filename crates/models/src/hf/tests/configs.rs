@@ -185,7 +185,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (json!({"eos_token_id": "</s>"}), &["eos_token_id"]),
         (json!({"rope_scaling": {"rope_type": "ntk"}}), &["rope_scaling.rope_type", "ntk"]),
         (json!({"quantization": {"bits": 4}}), &["quantization.group_size", "nothing"]),
-        (json!({"quantization": {"bits": 5, "group_size": 64}}), &["quantization.bits", "5"]),
+        (json!({"quantization": {"bits": 7, "group_size": 64}}), &["quantization.bits", "7"]),
         (json!({"quantization": {"bits": 4, "group_size": 16}}), &["quantization.group_size", "16"]),
         (
             json!({"quantization": {"bits": 4, "group_size": 64, "mode": "mxfp4"}}),

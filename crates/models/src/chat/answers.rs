@@ -1,0 +1,108 @@
+//! Where a template that marks nothing has written what the assistant said.
+//!
+//! A character that stands for nothing is put behind each answer's text; where it comes out, the answer ends. The answer
+//! begins where the text before agrees no longer with the message, so that a template may leave out an answer's beginning
+//! (earlier thoughts) or whitespace around it. Where such a character changes what the template writes, answers are looked
+//! for as they are, one after the other.
+
+use std::ops::Range;
+
+use super::{ChatTemplate, Message, TemplateContext, marks};
+use crate::{Error, Result};
+
+/// The role whose messages are answers.
+const ROLE: &str = "assistant";
+
+/// Each answer with what ends its turn, in `text`, which is how `messages` are rendered.
+pub(super) fn find(
+    template: &ChatTemplate,
+    messages: &[Message],
+    context: &TemplateContext,
+    text: &str,
+) -> Result<Vec<Range<usize>>> {
+    let Some(last) = messages.iter().rposition(|message| message.role == ROLE) else { return Ok(Vec::new()) };
+    let answers = contents(template, messages, context, text)?;
+    let Some(end) = answers.last().map(|range| range.end) else { return Ok(answers) };
+    // What follows the last answer when nothing else does.
+    let alone = match last + 1 == messages.len() {
+        true => None,
+        false => Some(template.render(&messages[..=last], false, context)?),
+    };
+    let tail = match &alone {
+        None => &text[end..],
+        Some(alone) if alone.get(..end) == text.get(..end) => &alone[end..],
+        // The template writes it otherwise once more follows: nothing is known of its end.
+        Some(_) => "",
+    };
+    Ok(answers.into_iter().map(|range| range.start..range.end + common(&text[range.end..], tail)).collect())
+}
+
+/// The answers without what ends their turns.
+fn contents(
+    template: &ChatTemplate,
+    messages: &[Message],
+    context: &TemplateContext,
+    text: &str,
+) -> Result<Vec<Range<usize>>> {
+    let used =
+        |mark: char| text.contains(mark) || messages.iter().any(|message| message.content.contains(mark));
+    let [_, mark] = marks::unused(used)?;
+    let answers: Vec<(usize, &str)> = messages
+        .iter()
+        .enumerate()
+        .filter(|(_, message)| message.role == ROLE)
+        .map(|(index, message)| (index, message.content.as_str()))
+        .collect();
+    let with_mark = |message: &Message| {
+        let mut message = message.clone();
+        if message.role == ROLE {
+            // Before whitespace at the end, which templates take off.
+            message.content.insert_str(message.content.trim_end().len(), mark);
+        }
+        message
+    };
+    let marked: Vec<Message> = messages.iter().map(with_mark).collect();
+    // A template may refuse what it doesn't know.
+    let pieces = template.render(&marked, false, context).ok();
+    let pieces = pieces.as_ref().map(|marked| marked.split(mark).collect::<Vec<_>>());
+    if let Some(pieces) = pieces.filter(|pieces| pieces.len() == answers.len() + 1 && pieces.concat() == text)
+    {
+        let mut end = 0;
+        let ranges = answers.iter().zip(&pieces).map(|(&(index, answer), piece)| {
+            let start = end;
+            end += piece.len();
+            let (answer, space) = answer.split_at(answer.trim_end().len());
+            let agreeing = common_suffix(&text[start..end], answer);
+            match agreeing == 0 && !answer.is_empty() {
+                true => Err(unfound(index)),
+                false => Ok(end - agreeing..end + common(&text[end..], space)),
+            }
+        });
+        return ranges.collect();
+    }
+    let mut from = 0;
+    let ranges = answers.into_iter().map(|(index, answer)| {
+        let answer = answer.trim();
+        let start = from + text[from..].find(answer).ok_or_else(|| unfound(index))?;
+        from = start + answer.len();
+        Ok(start..from)
+    });
+    ranges.collect()
+}
+
+fn unfound(message: usize) -> Error {
+    Error::Template(format!(
+        "message {message}: the template doesn't write what the assistant said as the message has it, so it can't be found; \
+         {{% generation %}} marks in the template would say where it is"
+    ))
+}
+
+/// Bytes of the longest common beginning.
+fn common(a: &str, b: &str) -> usize {
+    a.chars().zip(b.chars()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+}
+
+/// Bytes of the longest common end.
+fn common_suffix(a: &str, b: &str) -> usize {
+    a.chars().rev().zip(b.chars().rev()).take_while(|(a, b)| a == b).map(|(a, _)| a.len_utf8()).sum()
+}
