@@ -3,6 +3,7 @@
 mod driver;
 mod export;
 mod exporters;
+mod forms;
 mod gemma3;
 mod generate;
 mod golden;

@@ -125,25 +125,25 @@ fn a_model_in_several_files_is_opened_by_any_of_them() {
     let options = GgufOptions { tokenizer: false, max_part_bytes: Some(100_000), ..GgufOptions::default() };
     let report =
         export_gguf(&load(&checkpoint), &checkpoint, folder.path().join("m.gguf"), &options).unwrap();
-    assert_eq!(report.path, folder.path().join("m-00001-of-00004.gguf"));
+    assert_eq!(report.path, folder.path().join("m-00001-of-00005.gguf"));
     let size = |part: u32| {
-        std::fs::metadata(folder.path().join(format!("m-0000{part}-of-00004.gguf"))).unwrap().len()
+        std::fs::metadata(folder.path().join(format!("m-0000{part}-of-00005.gguf"))).unwrap().len()
     };
-    assert_eq!(report.bytes, (1..=4).map(size).sum::<u64>());
+    assert_eq!(report.bytes, (1..=5).map(size).sum::<u64>());
     let (ids, _) = reference();
     let expected = logits(&load(&checkpoint), &ids);
     for part in [1, 3] {
-        let path = folder.path().join(format!("m-0000{part}-of-00004.gguf"));
+        let path = folder.path().join(format!("m-0000{part}-of-00005.gguf"));
         assert_eq!(logits(&load(&Checkpoint::open(path).unwrap()), &ids), expected);
     }
     // A part that is another's, that has another name, that is missing.
-    let parts = [1, 2, 3].map(|part| folder.path().join(format!("m-0000{part}-of-00004.gguf")));
+    let parts = [1, 2, 3].map(|part| folder.path().join(format!("m-0000{part}-of-00005.gguf")));
     let error = |path: &std::path::Path| Checkpoint::open(path).unwrap_err().to_string();
     std::fs::copy(&parts[2], &parts[1]).unwrap();
     assert!(error(&parts[0]).contains("split.no"), "{}", error(&parts[0]));
     let renamed = folder.path().join("renamed.gguf");
     std::fs::rename(&parts[2], &renamed).unwrap();
-    assert!(error(&renamed).contains("-00003-of-00004.gguf"), "{}", error(&renamed));
+    assert!(error(&renamed).contains("-00003-of-00005.gguf"), "{}", error(&renamed));
     std::fs::remove_file(&parts[1]).unwrap();
-    assert!(error(&parts[0]).contains("m-00002-of-00004.gguf"), "{}", error(&parts[0]));
+    assert!(error(&parts[0]).contains("m-00002-of-00005.gguf"), "{}", error(&parts[0]));
 }

@@ -39,9 +39,9 @@ pub fn figures_of(test: &str, task: &str) -> Vec<f64> {
         .env(TASK, task)
         // A pool's threads hold buffers of their own.
         .env("RAYON_NUM_THREADS", "2")
-        // glibc else raises the size from which it returns memory to the system as it goes, by which thread frees
-        // what first, and peaks differ by 40 MB from run to run; with the size fixed they are what the program holds.
-        .env("MALLOC_MMAP_THRESHOLD_", "131072")
+        // glibc else gives each thread a heap of its own, and which thread frees what first moves peaks by 40 MB from
+        // run to run.
+        .env("MALLOC_ARENA_MAX", "1")
         .output()
         .expect("this binary runs");
     let [printed, errors] = [&output.stdout, &output.stderr].map(|text| String::from_utf8_lossy(text));

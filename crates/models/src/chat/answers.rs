@@ -2,8 +2,9 @@
 //!
 //! A character that stands for nothing is put behind each answer's text; where it comes out, the answer ends. The answer
 //! begins where the text before agrees no longer with the message, so that a template may leave out an answer's beginning
-//! (earlier thoughts) or whitespace around it. Where such a character changes what the template writes, answers are looked
-//! for as they are, one after the other.
+//! (earlier thoughts) or whitespace around it; what it writes before an answer of nothing is no part of it, even if it
+//! happens to agree. Where such a character changes what the template writes, answers are looked for as they are, one after
+//! the other.
 
 use std::ops::Range;
 
@@ -53,32 +54,37 @@ fn contents(
         .filter(|(_, message)| message.role == ROLE)
         .map(|(index, message)| (index, message.content.as_str()))
         .collect();
-    let with_mark = |message: &Message| {
-        let mut message = message.clone();
-        if message.role == ROLE {
-            // Before whitespace at the end, which templates take off.
-            message.content.insert_str(message.content.trim_end().len(), mark);
+    // What the template writes up to each answer's mark, with each answer changed so.
+    let pieces = |change: &dyn Fn(&mut String)| {
+        let mut changed = messages.to_vec();
+        for message in changed.iter_mut().filter(|message| message.role == ROLE) {
+            change(&mut message.content);
         }
-        message
+        // A template may refuse what it doesn't know.
+        let text = template.render(&changed, false, context).ok()?;
+        let pieces: Vec<String> = text.split(mark).map(str::to_owned).collect();
+        (pieces.len() == answers.len() + 1).then_some(pieces)
     };
-    let marked: Vec<Message> = messages.iter().map(with_mark).collect();
-    // A template may refuse what it doesn't know.
-    let pieces = template.render(&marked, false, context).ok();
-    let pieces = pieces.as_ref().map(|marked| marked.split(mark).collect::<Vec<_>>());
-    if let Some(pieces) = pieces.filter(|pieces| pieces.len() == answers.len() + 1 && pieces.concat() == text)
-    {
-        let mut end = 0;
-        let ranges = answers.iter().zip(&pieces).map(|(&(index, answer), piece)| {
-            let start = end;
+    // Before whitespace at the end, which templates take off.
+    let behind = pieces(&|content| content.insert_str(content.trim_end().len(), mark));
+    if let Some(behind) = behind.filter(|pieces| pieces.concat() == text) {
+        let (mut headers, mut end) = (None, 0);
+        let mut ranges = Vec::with_capacity(answers.len());
+        for (place, (&(index, answer), piece)) in answers.iter().zip(&behind).enumerate() {
             end += piece.len();
             let (answer, space) = answer.split_at(answer.trim_end().len());
-            let agreeing = common_suffix(&text[start..end], answer);
-            match agreeing == 0 && !answer.is_empty() {
-                true => Err(unfound(index)),
-                false => Ok(end - agreeing..end + common(&text[end..], space)),
+            let mut agreeing = common_suffix(piece, answer);
+            if agreeing == 0 && !answer.is_empty() {
+                return Err(unfound(index));
             }
-        });
-        return ranges.collect();
+            if agreeing < answer.len() {
+                let headers = headers.get_or_insert_with(|| pieces(&|content| *content = mark.to_owned()));
+                let header = headers.as_ref().map_or("", |headers| headers[place].as_str());
+                agreeing = agreeing.min(piece.strip_prefix(header).map_or(agreeing, str::len));
+            }
+            ranges.push(end - agreeing..end + common(&text[end..], space));
+        }
+        return Ok(ranges);
     }
     let mut from = 0;
     let ranges = answers.into_iter().map(|(index, answer)| {

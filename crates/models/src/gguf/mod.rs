@@ -161,6 +161,11 @@ impl Gguf {
         notes
     }
 
+    /// Whether the file describes a tokenizer.
+    pub(crate) fn has_tokenizer(&self) -> bool {
+        self.metadata.get("tokenizer.ggml.tokens").is_some()
+    }
+
     /// The tokenizer, made from the header.
     ///
     /// # Errors

@@ -1,4 +1,4 @@
-//! bitsandbytes' 4-bit weights.
+//! bitsandbytes' 4-bit weights, and its 8-bit ones.
 //!
 //! A weight `[out, in]` is flattened row by row and cut into blocks of `blocksize`, which may cross rows; two codes
 //! share a byte, the first in the **high** nibble. Beside the bytes `W` stand `W.absmax` (scales; with double
@@ -6,12 +6,12 @@
 //! `W.quant_state.bitsandbytes__TYPE`, the bytes of a JSON object. Source: bitsandbytes `functional.py`, `QuantState`.
 
 use kiln_quant_core::{
-    Block, Codebook, DoubleScales, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::CodePacker,
-    safetensors_file::Dtype,
+    Block, Codebook, DoubleScales, Grid, PackedWeight, QuantScheme, ScaleType, Scales, Value,
+    packing::CodePacker, safetensors_file::Dtype,
 };
 use serde_json::Map;
 
-use super::{Quantization, gcd, json::Fields, shards::SafetensorsSet};
+use super::{Quantization, gcd, gptq::matrix, json::Fields, shards::SafetensorsSet};
 use crate::{Error, Result};
 
 /// Between a weight's name and its type in the name of its state.
@@ -38,7 +38,10 @@ pub(super) fn config(fields: &Fields<'_>) -> Result<Quantization> {
         "llm_int8_skip_modules",
         "llm_int8_threshold",
     ]);
-    fields.refuse_unless("load_in_8bit", false)?;
+    if fields.bool("load_in_8bit")?.unwrap_or(false) {
+        fields.know(&["load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"]);
+        return Ok(Quantization::BitsAndBytesInt8);
+    }
     fields.refuse_unless("load_in_4bit", true)?;
     let codebook = match fields.str("bnb_4bit_quant_type")? {
         None | Some("fp4") => Codebook::Fp4,
@@ -47,6 +50,41 @@ pub(super) fn config(fields: &Fields<'_>) -> Result<Quantization> {
     };
     let double = fields.bool("bnb_4bit_use_double_quant")?.unwrap_or(false);
     Ok(Quantization::BitsAndBytes { codebook, double })
+}
+
+/// Tensors beside an 8-bit weight: the largest magnitude of each output, and how the weight is laid out.
+pub(super) const INT8_COMPANIONS: [&str; 2] = [".SCB", ".weight_format"];
+
+/// Reads the 8-bit linear `module`: signed codes `[out, in]`, of which 127 stands for `P.SCB`.
+pub(super) fn int8_weight(tensors: &SafetensorsSet, module: &str) -> Result<PackedWeight> {
+    let (name, scales_name) = (format!("{module}.weight"), format!("{module}{}", INT8_COMPANIONS[0]));
+    let [d_output, d_input] = matrix(tensors, &name)?;
+    let format = format!("{module}{}", INT8_COMPANIONS[1]);
+    if tensors.contains(&format) && tensors.read(&format)?.bytes.iter().any(|byte| *byte != 0) {
+        return Err(tensors.wrong(&format, "row-major weights (0)", "another layout"));
+    }
+    let largest = floats(tensors, &scales_name, d_output)?;
+    let bytes = tensors.read(&name)?.bytes;
+    let mut packer = CodePacker::new(d_input, d_output, 8);
+    for (output, row) in bytes.chunks_exact(d_input).enumerate() {
+        // A signed byte plus 128 is the byte with its top bit turned.
+        packer.set_column(output, &row.iter().map(|byte| byte ^ 0x80).collect::<Vec<_>>());
+    }
+    let packed = PackedWeight {
+        scheme: QuantScheme {
+            value: Value::Affine { bits: 8, grid: Grid::Symmetric },
+            block: Block { outputs: 1, inputs: None },
+            scales: ScaleType::F32,
+        },
+        d_input,
+        d_output,
+        codes: packer.into_words(),
+        scales: Scales::Plain(largest.into_iter().map(|largest| largest / 127.0).collect()),
+        offsets: None,
+        input_order: None,
+    };
+    packed.validate(&name)?;
+    Ok(packed)
 }
 
 /// What the JSON state of a weight says.

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{
-    Quantization, awq, bnb, gptq,
+    Quantization, awq, bnb, compressed, fp8, gptq,
     json::{Fields, MAX_CONFIG_BYTES, read_object},
     mlx, packed, wrapper,
 };
@@ -290,7 +290,7 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
 
 /// `quantization_config`, or else the file `quantize_config.json` of older GPTQ folders.
 fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
-    const SUPPORTED: &str = "bitsandbytes, gptq, awq, mxfp4, kiln";
+    const SUPPORTED: &str = "bitsandbytes, gptq, awq, fp8, compressed-tensors, mxfp4, kiln";
     if let Some(inner) = fields.object("quantization")? {
         // A copy, for other tools.
         fields.know(&["quantization_config"]);
@@ -315,6 +315,8 @@ fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
         Some("bitsandbytes") => bnb::config(&inner)?,
         Some("gptq") => Quantization::Gptq(gptq::config(&inner)?),
         Some("awq") => Quantization::Awq(awq::config(&inner)?),
+        Some("fp8") => Quantization::Fp8(fp8::config(&inner)?),
+        Some("compressed-tensors") => compressed::config(&inner)?,
         Some("kiln") => packed::config(&inner)?,
         // Read to dense, expert by expert: see `hf::experts`.
         Some("mxfp4") => {

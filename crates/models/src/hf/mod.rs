@@ -17,12 +17,15 @@ use crate::{
 
 mod awq;
 mod bnb;
+mod compressed;
 pub(crate) mod config;
 mod experts;
+mod fp8;
 mod gptq;
 mod json;
 mod mlx;
 mod packed;
+mod pytorch;
 pub(crate) mod rope;
 mod shards;
 #[cfg(test)]
@@ -31,6 +34,8 @@ mod wrapper;
 
 pub use self::{
     awq::AwqConfig,
+    compressed::CompressedConfig,
+    fp8::Fp8Config,
     gptq::{GptqConfig, GptqOverride, ZeroFormat},
     mlx::{MlxConfig, MlxLayout},
     packed::PackedFolder,
@@ -51,6 +56,12 @@ pub enum Quantization {
         /// Whether scales are quantized too.
         double: bool,
     },
+    /// bitsandbytes, 8 bits.
+    BitsAndBytesInt8,
+    /// compressed-tensors, integers.
+    CompressedTensors(CompressedConfig),
+    /// 8-bit floats, read to dense.
+    Fp8(Fp8Config),
     /// GPTQ.
     Gptq(GptqConfig),
     /// AWQ.
@@ -66,6 +77,9 @@ pub enum Quantization {
 enum Stored {
     Dense,
     BitsAndBytes,
+    BitsAndBytesInt8,
+    CompressedTensors,
+    Fp8,
     Gptq,
     Awq,
     Mlx,
@@ -119,6 +133,19 @@ impl HfFolder {
         if let Some(of) = config.text_part_of {
             let left_out = tensors.rename(wrapper::text_name);
             notes.push(format!("the text part of {of}; {left_out} tensors of its other parts were left out"));
+        }
+        // Saved from the model without a head, as transformers' `AutoModel` and some early checkpoints are.
+        let first = format!("{}.weight", config.model.family.names.embedding);
+        if let Some((prefix, bare)) = first.split_once('.')
+            && !tensors.contains(&first)
+            && tensors.contains(bare)
+        {
+            let head = config.model.family.names.head;
+            tensors.rename(|name| match name.starts_with(head) {
+                true => Some(name.to_owned()),
+                false => Some(format!("{prefix}.{name}")),
+            });
+            notes.push(format!("tensors stand without the prefix {prefix}, which was added"));
         }
         let mut names = public_names(&tensors, &config.quantization)?;
         let slices = experts::slices(&tensors, &config.model)?;
@@ -208,7 +235,11 @@ impl HfFolder {
 
     fn packed(&self, name: &str, stored: Stored) -> Result<Option<PackedWeight>> {
         match (stored, &self.config.quantization) {
-            (Stored::Dense | Stored::Sliced, _) => Ok(None),
+            (Stored::Dense | Stored::Sliced | Stored::Fp8, _) => Ok(None),
+            (Stored::BitsAndBytesInt8, _) => bnb::int8_weight(&self.tensors, module_of(name)).map(Some),
+            (Stored::CompressedTensors, Quantization::CompressedTensors(config)) => {
+                compressed::weight(&self.tensors, module_of(name), config).map(Some)
+            }
             (Stored::Gptq, Quantization::Gptq(config)) => {
                 gptq::weight(&self.tensors, module_of(name), config).map(Some)
             }
@@ -223,9 +254,10 @@ impl HfFolder {
     }
 
     fn read_dense(&self, name: &str) -> Result<DenseTensor> {
-        let mut tensor = match self.slices.get(name) {
-            Some(slice) => slice.read(&self.tensors)?,
-            None => self.tensors.read_f32(name)?,
+        let mut tensor = match (self.slices.get(name), self.names.get(name), &self.config.quantization) {
+            (Some(slice), ..) => slice.read(&self.tensors)?,
+            (_, Some(Stored::Fp8), Quantization::Fp8(config)) => fp8::weight(&self.tensors, name, *config)?,
+            _ => self.tensors.read_f32(name)?,
         };
         self.tensors.check_finite(name, &tensor.values)?;
         let family = self.config.model.family;
@@ -295,6 +327,26 @@ fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result
                 names.remove(&format!("{module}{part}"));
             }
             names.insert(format!("{module}.weight"), stored);
+        } else if let Some(module) = name.strip_suffix(compressed::CODES)
+            && matches!(quantization, Quantization::CompressedTensors(_))
+        {
+            names.remove(name);
+            for part in compressed::COMPANIONS {
+                names.remove(&format!("{module}{part}"));
+            }
+            names.insert(format!("{module}.weight"), Stored::CompressedTensors);
+        } else if let Quantization::Fp8(config) = quantization
+            && fp8::is_one(tensors, name)
+        {
+            names.remove(&format!("{name}{}", config.scale()));
+            names.insert(name.to_owned(), Stored::Fp8);
+        } else if let Some(module) = name.strip_suffix(bnb::INT8_COMPANIONS[0])
+            && matches!(quantization, Quantization::BitsAndBytesInt8)
+        {
+            for part in bnb::INT8_COMPANIONS {
+                names.remove(&format!("{module}{part}"));
+            }
+            names.insert(format!("{module}.weight"), Stored::BitsAndBytesInt8);
         } else if let Some(module) = name.strip_suffix(".scales")
             && matches!(quantization, Quantization::Mlx(_))
         {

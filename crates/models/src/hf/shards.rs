@@ -1,4 +1,4 @@
-//! The tensors of a folder: one safetensors file, or the shards that an index lists.
+//! The tensors of a folder: one file, or the shards that an index lists; safetensors, or else PyTorch's own.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -7,16 +7,86 @@ use std::{
 
 use kiln_quant_core::safetensors_file::{Dtype, RawTensor, SafetensorsFile};
 
-use super::json::{Fields, read_object};
+use super::{
+    json::{Fields, read_object},
+    pytorch::PytorchFile,
+};
 use crate::{Error, Result, source::DenseTensor};
 
 /// Longest index of a sharded checkpoint.
 const MAX_INDEX_BYTES: u64 = 100_000_000;
+const PYTORCH: &str = "pytorch_model.bin";
+const PYTORCH_INDEX: &str = "pytorch_model.bin.index.json";
+
+/// A file of tensors.
+#[derive(Debug)]
+pub(super) enum TensorFile {
+    Safetensors(SafetensorsFile),
+    Pytorch(PytorchFile),
+}
+
+impl TensorFile {
+    fn open(path: PathBuf) -> Result<Self> {
+        match path.extension().is_some_and(|extension| extension == "bin") {
+            true => PytorchFile::open(path).map(Self::Pytorch),
+            false => Ok(Self::Safetensors(SafetensorsFile::open(path)?)),
+        }
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        match self {
+            Self::Safetensors(file) => file.path(),
+            Self::Pytorch(file) => file.path(),
+        }
+    }
+
+    fn names(&self) -> Vec<String> {
+        match self {
+            Self::Safetensors(file) => file.names().map(str::to_owned).collect(),
+            Self::Pytorch(file) => file.names().map(str::to_owned).collect(),
+        }
+    }
+
+    fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
+        match self {
+            Self::Safetensors(file) => Ok(file.describe(name)?),
+            Self::Pytorch(file) => file.describe(name),
+        }
+    }
+
+    fn read(&self, name: &str) -> Result<RawTensor> {
+        match self {
+            Self::Safetensors(file) => Ok(file.read(name)?),
+            Self::Pytorch(file) => file.read(name),
+        }
+    }
+
+    fn read_f32(&self, name: &str) -> Result<DenseTensor> {
+        let (shape, values) = match self {
+            Self::Safetensors(file) => file.read_f32(name)?,
+            Self::Pytorch(file) => file.read_f32(name)?,
+        };
+        Ok(DenseTensor { shape, values })
+    }
+
+    /// The safetensors file; others hold no stacked or packed tensors.
+    fn safetensors(&self, name: &str) -> Result<&SafetensorsFile> {
+        match self {
+            Self::Safetensors(file) => Ok(file),
+            Self::Pytorch(file) => Err(Error::Unsupported {
+                path: file.path().into(),
+                field: name.into(),
+                found: "a stacked or packed tensor in a PyTorch file".into(),
+                supported: "safetensors".into(),
+            }),
+        }
+    }
+}
 
 /// The tensors of one or several files, under one name space.
 #[derive(Debug)]
 pub(super) struct SafetensorsSet {
-    files: Vec<SafetensorsFile>,
+    files: Vec<TensorFile>,
     /// File of each tensor, and its name there.
     index: BTreeMap<String, (usize, String)>,
     /// What was opened, for messages.
@@ -25,7 +95,8 @@ pub(super) struct SafetensorsSet {
 
 impl SafetensorsSet {
     /// Opens `model.safetensors` of a folder, or the shards that `model.safetensors.index.json` lists, or what stands under
-    /// another name where it is the only index or the only file, as AutoGPTQ's `gptq_model-4bit-128g.safetensors`.
+    /// another name where it is the only index or the only file, as AutoGPTQ's `gptq_model-4bit-128g.safetensors`. Without
+    /// any, PyTorch's `pytorch_model.bin` or its shards.
     pub(crate) fn open_folder(folder: &Path) -> Result<Self> {
         let (single, index) = (folder.join("model.safetensors"), folder.join("model.safetensors.index.json"));
         if single.exists() {
@@ -38,10 +109,14 @@ impl SafetensorsSet {
         match (indices.as_slice(), files.as_slice()) {
             ([index], _) => Self::open_index(folder, index),
             ([], [file]) => Self::open_file(folder, file.clone()),
+            ([], []) if folder.join(PYTORCH).exists() => Self::open_file(folder, folder.join(PYTORCH)),
+            ([], []) if folder.join(PYTORCH_INDEX).exists() => {
+                Self::open_index(folder, &folder.join(PYTORCH_INDEX))
+            }
             _ => Err(Error::File {
                 path: folder.into(),
                 field: "weights".into(),
-                expected: "model.safetensors, model.safetensors.index.json, or one file of either kind"
+                expected: "model.safetensors, model.safetensors.index.json, one file of either kind, or pytorch_model.bin"
                     .into(),
                 found: match files.len() {
                     0 => "neither".into(),
@@ -52,8 +127,8 @@ impl SafetensorsSet {
     }
 
     fn open_file(folder: &Path, path: PathBuf) -> Result<Self> {
-        let file = SafetensorsFile::open(path)?;
-        let index = file.names().map(|name| (name.to_owned(), (0, name.to_owned()))).collect();
+        let file = TensorFile::open(path)?;
+        let index = file.names().into_iter().map(|name| (name.clone(), (0, name))).collect();
         Ok(Self { files: vec![file], index, path: folder.into() })
     }
 
@@ -73,7 +148,7 @@ impl SafetensorsSet {
         }
         let mut set = Self { files: Vec::new(), index: BTreeMap::new(), path: folder.into() };
         for shard in &shards {
-            set.add(SafetensorsFile::open(folder.join(shard))?)?;
+            set.add(TensorFile::open(folder.join(shard))?)?;
         }
         for (name, shard) in weight_map {
             let path = folder.join(shard.as_str().unwrap_or_default());
@@ -84,13 +159,12 @@ impl SafetensorsSet {
         Ok(set)
     }
 
-    fn add(&mut self, file: SafetensorsFile) -> Result<()> {
+    fn add(&mut self, file: TensorFile) -> Result<()> {
         for name in file.names() {
-            if let Some((other, _)) = self.index.insert(name.to_owned(), (self.files.len(), name.to_owned()))
-            {
+            if let Some((other, _)) = self.index.insert(name.clone(), (self.files.len(), name.clone())) {
                 return Err(Error::File {
                     path: file.path().into(),
-                    field: name.into(),
+                    field: name,
                     expected: "each tensor in one shard".into(),
                     found: format!("the same name in {}", self.files[other].path().display()),
                 });
@@ -119,12 +193,12 @@ impl SafetensorsSet {
     }
 
     /// The file that holds the tensor `name`.
-    pub(crate) fn file_of(&self, name: &str) -> Result<&SafetensorsFile> {
+    pub(crate) fn file_of(&self, name: &str) -> Result<&TensorFile> {
         self.place_of(name).map(|(file, _)| file)
     }
 
     /// The file that holds the tensor `name`, and what it is called there.
-    fn place_of(&self, name: &str) -> Result<(&SafetensorsFile, &str)> {
+    fn place_of(&self, name: &str) -> Result<(&TensorFile, &str)> {
         match self.index.get(name) {
             Some((file, there)) => Ok((&self.files[*file], there)),
             None => Err(missing(&self.path, name)),
@@ -134,44 +208,43 @@ impl SafetensorsSet {
     /// As [`SafetensorsFile::describe`].
     pub(crate) fn describe(&self, name: &str) -> Result<(Dtype, &[usize])> {
         let (file, there) = self.place_of(name)?;
-        Ok(file.describe(there)?)
+        file.describe(there)
     }
 
     /// As [`SafetensorsFile::read`].
     pub(crate) fn read(&self, name: &str) -> Result<RawTensor> {
         let (file, there) = self.place_of(name)?;
-        Ok(file.read(there)?)
+        file.read(there)
     }
 
     /// As [`SafetensorsFile::read_part`].
     pub(crate) fn read_part(&self, name: &str, index: usize) -> Result<RawTensor> {
         let (file, there) = self.place_of(name)?;
-        Ok(file.read_part(there, index)?)
+        Ok(file.safetensors(name)?.read_part(there, index)?)
     }
 
     /// As [`SafetensorsFile::read_u32`], the values alone.
     pub(crate) fn read_u32(&self, name: &str) -> Result<Vec<u32>> {
         let (file, there) = self.place_of(name)?;
-        Ok(file.read_u32(there)?.1)
+        Ok(file.safetensors(name)?.read_u32(there)?.1)
     }
 
     /// As [`SafetensorsFile::read_f32_part`].
     pub(crate) fn read_f32_part(&self, name: &str, index: usize) -> Result<DenseTensor> {
         let (file, there) = self.place_of(name)?;
-        let (shape, values) = file.read_f32_part(there, index)?;
+        let (shape, values) = file.safetensors(name)?.read_f32_part(there, index)?;
         Ok(DenseTensor { shape, values })
     }
 
     /// As [`SafetensorsFile::read_f32`].
     pub(crate) fn read_f32(&self, name: &str) -> Result<DenseTensor> {
         let (file, there) = self.place_of(name)?;
-        let (shape, values) = file.read_f32(there)?;
-        Ok(DenseTensor { shape, values })
+        file.read_f32(there)
     }
 
     /// An [`Error::File`] about the tensor `name`, with the file that holds it.
     pub(crate) fn wrong(&self, name: &str, expected: impl Into<String>, found: impl Into<String>) -> Error {
-        let path = self.file_of(name).map_or(self.path.as_path(), SafetensorsFile::path);
+        let path = self.file_of(name).map_or(self.path.as_path(), TensorFile::path);
         Error::File { path: path.into(), field: name.into(), expected: expected.into(), found: found.into() }
     }
 

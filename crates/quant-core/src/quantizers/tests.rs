@@ -298,7 +298,7 @@ fn sizes_schemes_and_options_out_of_range_are_errors() {
     for block in [Block { outputs: 0, inputs: None }, Block { outputs: 1, inputs: Some(0) }] {
         assert!(fails(&MinMax, 8, 4, 2, &QuantScheme { block, ..good }).contains("at least one weight"));
     }
-    assert!(fails(&MinMax, 8, 4, 2, &QuantScheme::affine(5, 8)).contains("affine5:8"));
+    assert!(fails(&MinMax, 8, 4, 2, &QuantScheme::affine(7, 8)).contains("affine7:8"));
     assert!(fails(&MinMax, 8, 4, 2, &good.with_scales(ScaleType::Double)).contains("codebook"));
     let default = MseClipped::default();
     assert!(fails(&MseClipped { grid: 0, ..default }, 8, 4, 2, &good).contains("MseClipped.grid"));

@@ -192,8 +192,8 @@ fn what_changes_the_mathematics_is_refused_by_name() {
             &["quantization.mode", "mxfp4"],
         ),
         (
-            json!({"quantization": {"bits": 4, "group_size": 64, "a.b": {"group_size": 64, "bits": 6}}}),
-            &["quantization.a.b.bits", "6"],
+            json!({"quantization": {"bits": 4, "group_size": 64, "a.b": {"group_size": 64, "bits": 7}}}),
+            &["quantization.a.b.bits", "7"],
         ),
         (
             json!({"quantization_config": {"quant_method": "awq", "bits": 3, "group_size": 32}}),

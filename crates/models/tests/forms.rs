@@ -1,0 +1,178 @@
+//! Checkpoints in other programs' layouts, each made by the program that owns it, and broken ones.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use kiln_models::{Checkpoint, LoadOptions, StoredWeight, hf::RawTensor};
+use kiln_quant_core::{QuantLinear, Slots, safetensors_file::SafetensorsFile};
+use kiln_testkit::testdata;
+
+/// Folder, and the scheme of a linear, which stays packed; dense where there is none.
+const FORMS: [(&str, &str); 9] = [
+    ("pytorch", ""),
+    ("no-prefix", ""),
+    ("bnb-int8", "affine8:col:sym"),
+    ("compressed-w4-group", "affine4:32:sym"),
+    ("compressed-w4-asymmetric", "affine4:32:int"),
+    ("compressed-w3-channel", "affine3:col:sym"),
+    ("compressed-w8-channel", "affine8:col:sym"),
+    ("fp8-blocks", ""),
+    ("fp8-outputs", ""),
+];
+
+fn folder(name: &str) -> std::path::PathBuf {
+    testdata(&format!("forms/{name}"))
+}
+
+#[test]
+fn every_form_has_the_values_that_its_program_reads() {
+    for (name, scheme) in FORMS {
+        let checkpoint = Checkpoint::open(folder(name)).unwrap();
+        let reference = SafetensorsFile::open(folder(name).join("expected.safetensors.reference")).unwrap();
+        for tensor in reference.names() {
+            let (shape, expected) = reference.read_f32(tensor).unwrap();
+            let found = checkpoint.source().dense(tensor).unwrap();
+            assert_eq!(found.shape, shape, "{name}: {tensor}");
+            for (found, expected) in found.values.iter().zip(&expected) {
+                // Scales times codes are rounded once here, there once or twice.
+                let close = (found - expected).abs() <= 2.0 * f32::EPSILON * expected.abs();
+                assert!(close, "{name}: {tensor}: {found}, not {expected}");
+            }
+        }
+        let stored = match checkpoint.source().weight("model.layers.0.mlp.up_proj").unwrap() {
+            StoredWeight::Packed(weight) => weight.scheme.to_string(),
+            StoredWeight::Dense(_) => String::new(),
+        };
+        assert_eq!(stored, scheme, "{name}");
+        let (model, report) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        let packed =
+            model.slots().into_iter().filter(|(_, slot)| matches!(slot, QuantLinear::Packed(_))).count();
+        assert_eq!(packed, if scheme.is_empty() { 0 } else { 7 }, "{name}");
+        let prefix = report.notes.iter().filter(|note| note.contains("prefix")).count();
+        let unused = report.notes.iter().any(|note| note.contains("not used"));
+        assert_eq!((prefix, unused), (usize::from(name == "no-prefix"), false), "{name}: {:?}", report.notes);
+    }
+}
+
+/// The form's folder with one tensor changed, or taken out.
+fn changed(name: &str, tensor: &str, change: impl Fn(RawTensor) -> Option<RawTensor>) -> tempfile::TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    std::fs::copy(folder(name).join("config.json"), copy.path().join("config.json")).unwrap();
+    let file = SafetensorsFile::open(folder(name).join("model.safetensors")).unwrap();
+    let mut tensors = Vec::new();
+    for other in file.names() {
+        let raw = file.read(other).unwrap();
+        let raw = if other == tensor { change(raw) } else { Some(raw) };
+        tensors.extend(raw.map(|raw| (other.to_owned(), raw)));
+    }
+    write_raw(&copy.path().join("model.safetensors"), &tensors);
+    copy
+}
+
+/// A safetensors file of these bytes.
+fn write_raw(path: &Path, tensors: &[(String, RawTensor)]) {
+    let (mut header, mut data) = (serde_json::Map::new(), Vec::new());
+    for (name, raw) in tensors {
+        let offsets = [data.len(), data.len() + raw.bytes.len()];
+        let entry =
+            serde_json::json!({"dtype": raw.dtype.to_string(), "shape": raw.shape, "data_offsets": offsets});
+        header.insert(name.clone(), entry);
+        data.extend_from_slice(&raw.bytes);
+    }
+    let header = serde_json::Value::Object(header).to_string();
+    std::fs::write(path, [&(header.len() as u64).to_le_bytes(), header.as_bytes(), &data].concat()).unwrap();
+}
+
+fn up(part: &str) -> String {
+    format!("model.layers.0.mlp.up_proj.{part}")
+}
+
+#[test]
+fn what_does_not_fit_is_refused_by_name() {
+    let none = |_: RawTensor| None;
+    let shorter = |mut raw: RawTensor| {
+        let row = raw.bytes.len() / raw.shape[0];
+        raw.bytes.truncate(raw.bytes.len() - row);
+        raw.shape[0] -= 1;
+        Some(raw)
+    };
+    let infinite = |mut raw: RawTensor| {
+        let end = raw.bytes.len();
+        raw.bytes[end - 4..].copy_from_slice(&f32::INFINITY.to_le_bytes());
+        Some(raw)
+    };
+    let ones = |mut raw: RawTensor| {
+        raw.bytes.fill(255);
+        Some(raw)
+    };
+    type Change<'a> = &'a dyn Fn(RawTensor) -> Option<RawTensor>;
+    let cases: [(&str, String, Change, &str); 12] = [
+        ("bnb-int8", up("SCB"), &shorter, "up_proj.SCB"),
+        ("bnb-int8", up("SCB"), &infinite, "up_proj.SCB"),
+        ("bnb-int8", up("weight_format"), &ones, "up_proj.weight_format"),
+        ("compressed-w4-group", up("weight_shape"), &ones, "up_proj.weight_shape"),
+        ("compressed-w4-group", up("weight_shape"), &none, "up_proj.weight_shape"),
+        ("compressed-w4-group", up("weight_scale"), &none, "up_proj.weight_scale"),
+        ("compressed-w4-group", up("weight_packed"), &shorter, "up_proj.weight_packed"),
+        ("compressed-w4-asymmetric", up("weight_zero_point"), &shorter, "up_proj.weight_zero_point"),
+        ("fp8-blocks", up("weight_scale_inv"), &none, "up_proj.weight_scale_inv"),
+        ("fp8-blocks", up("weight_scale_inv"), &shorter, "up_proj.weight_scale_inv"),
+        ("fp8-blocks", up("weight"), &ones, "up_proj.weight"),
+        ("fp8-outputs", up("weight_scale"), &infinite, "up_proj.weight_scale"),
+    ];
+    for (name, tensor, change, part) in cases {
+        let copy = changed(name, &tensor, change);
+        let error = Checkpoint::open(copy.path())
+            .and_then(|checkpoint| {
+                checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).map(|_| ())
+            })
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(part), "{name}, {tensor}: {error}");
+    }
+}
+
+#[test]
+fn settings_of_compressed_tensors_that_round_activations_are_refused() {
+    let config = std::fs::read_to_string(folder("compressed-w4-group").join("config.json")).unwrap();
+    for (from, to, part) in [
+        ("\"pack-quantized\"", "\"marlin-24\"", "format"),
+        ("\"num_bits\": 4", "\"num_bits\": 7", "num_bits"),
+        ("\"input_activations\": null", "\"input_activations\": {\"num_bits\": 8}", "input_activations"),
+        ("\"type\": \"int\"", "\"type\": \"float\"", "type"),
+    ] {
+        let copy = changed("compressed-w4-group", "", Some);
+        assert!(config.contains(from), "{from}");
+        std::fs::write(copy.path().join("config.json"), config.replace(from, to)).unwrap();
+        let error = Checkpoint::open(copy.path()).unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
+
+#[test]
+fn pickles_that_call_something_or_are_cut_are_errors() {
+    let bytes = std::fs::read(folder("pytorch").join("pytorch_model.bin")).unwrap();
+    let config = std::fs::read(folder("pytorch").join("config.json")).unwrap();
+    let error = |bytes: &[u8]| {
+        let copy = tempfile::tempdir().unwrap();
+        std::fs::write(copy.path().join("config.json"), &config).unwrap();
+        std::fs::write(copy.path().join("pytorch_model.bin"), bytes).unwrap();
+        let loaded = Checkpoint::open(copy.path())
+            .and_then(|checkpoint| checkpoint.load(&LoadOptions::default(), &Device::flex()).map(|_| ()));
+        loaded.err().map(|error| error.to_string())
+    };
+    assert_eq!(error(&bytes), None);
+    for cut in [0, 1, 100, bytes.len() / 2, bytes.len() - 1] {
+        let message = error(&bytes[..cut]).unwrap();
+        assert!(message.contains("pytorch_model.bin"), "{cut}: {message}");
+    }
+    // `os.system("true")`, which unpickling in Python would run.
+    let message = error(b"\x80\x02cos\nsystem\nX\x04\x00\x00\x00true\x85R.").unwrap();
+    assert!(message.contains("pytorch_model.bin"), "{message}");
+    // Any byte changed: an error or other numbers, never a panic.
+    for place in (0..bytes.len()).step_by(bytes.len() / 97) {
+        let mut changed = bytes.clone();
+        changed[place] ^= 0x55;
+        let _ = error(&changed);
+    }
+}
