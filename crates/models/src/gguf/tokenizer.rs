@@ -35,7 +35,7 @@ const MERGES: &str = "tokenizer.ggml.merges";
 const MAX_TOKEN: usize = 1024;
 
 /// SentencePiece's mark for a space.
-const SPACE: &str = "\u{2581}";
+pub(crate) const SPACE: &str = "\u{2581}";
 
 /// Token types, as `tokenizer.ggml.token_type` numbers them.
 pub(crate) mod kind {
@@ -124,14 +124,29 @@ pub(crate) fn build(metadata: &Metadata) -> Result<Tokenizer> {
         "llama" => sentence_piece(metadata, &vocabulary)?,
         _ => return Err(metadata.unsupported_value(MODEL, "gpt2, llama")),
     };
+    finish(&mut tokenizer, metadata, &vocabulary, add_bos)?;
+    Ok(tokenizer)
+}
+
+/// Gives a tokenizer of another model the tokens that are found before a text is split, and those around a text.
+pub(crate) fn add_tokens(tokenizer: &mut Tokenizer, metadata: &Metadata) -> Result<()> {
+    finish(tokenizer, metadata, &Vocabulary::read(metadata)?, false)
+}
+
+fn finish(
+    tokenizer: &mut Tokenizer,
+    metadata: &Metadata,
+    vocabulary: &Vocabulary,
+    add_bos: bool,
+) -> Result<()> {
     tokenizer.add_tokens(vocabulary.added()).map_err(error)?;
     let flag = |name: &str, default| {
         metadata.bool(&format!("tokenizer.ggml.add_{name}_token")).map(|flag| flag.unwrap_or(default))
     };
-    if let Some(template) = template(metadata, &vocabulary, flag("bos", add_bos)?, flag("eos", false)?)? {
+    if let Some(template) = template(metadata, vocabulary, flag("bos", add_bos)?, flag("eos", false)?)? {
         tokenizer.with_post_processor(Some(template));
     }
-    Ok(tokenizer)
+    Ok(())
 }
 
 /// What puts begin- and end-of-sequence tokens around a text.

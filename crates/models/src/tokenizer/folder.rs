@@ -12,16 +12,14 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
-use super::{Tokenizer, error};
+use super::{Tokenizer, error, sentencepiece, vocabulary_files};
 use crate::{Error, Result, config::SpecialTokens};
 
 /// See [`Tokenizer::from_folder`].
 pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
-    let path = folder.join("tokenizer.json");
-    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-    let mut inner = parse(&path, &bytes)?;
     let path = folder.join("tokenizer_config.json");
     let config: FolderConfig = read_json(&path)?.unwrap_or_default();
+    let mut inner = tokenizer(folder, &config)?;
     config.add_tokens(&path, &mut inner)?;
     let jinja = folder.join("chat_template.jinja");
     let chat_template = match read_optional(&jinja)? {
@@ -32,6 +30,28 @@ pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
     };
     let special = config.special_tokens(&path, &inner, end_ids(folder)?)?;
     Ok(Tokenizer { inner, special, chat_template })
+}
+
+/// The folder's tokenizer, of whichever file it has.
+fn tokenizer(folder: &Path, config: &FolderConfig) -> Result<tokenizers::Tokenizer> {
+    let path = folder.join("tokenizer.json");
+    let pieces = folder.join("tokenizer.model");
+    if !path.exists() {
+        if pieces.exists() {
+            let size = std::fs::metadata(&pieces).map_err(Error::io(&pieces))?.len();
+            if size > sentencepiece::MAX_BYTES {
+                return Err(file_error(&pieces, "size", "at most 64 MiB", size));
+            }
+            let bytes = std::fs::read(&pieces).map_err(Error::io(&pieces))?;
+            let (bos, eos) = (config.add_bos_token.unwrap_or(true), config.add_eos_token.unwrap_or(false));
+            return sentencepiece::read(&pieces, &bytes, bos, eos);
+        }
+        if let Some(tokenizer) = vocabulary_files::read(folder, config.tokenizer_class.as_deref())? {
+            return Ok(tokenizer);
+        }
+    }
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    parse(&path, &bytes)
 }
 
 /// See [`Tokenizer::save_folder`].
@@ -129,6 +149,9 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path) -> Result<Option<T>> {
 /// What is read of `tokenizer_config.json`.
 #[derive(Debug, Default, Deserialize)]
 struct FolderConfig {
+    tokenizer_class: Option<String>,
+    add_bos_token: Option<bool>,
+    add_eos_token: Option<bool>,
     bos_token: Option<Token>,
     eos_token: Option<Token>,
     pad_token: Option<Token>,

@@ -1,9 +1,11 @@
 //! Text to token ids and back.
 
 mod folder;
+mod sentencepiece;
 mod stream;
 #[cfg(test)]
 mod tests;
+mod vocabulary_files;
 
 use std::{ops::Range, path::Path};
 
@@ -32,12 +34,13 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Reads a checkpoint folder: `tokenizer.json`; special tokens, further added tokens and the chat template from
+    /// Reads a checkpoint folder: `tokenizer.json`, or else SentencePiece's `tokenizer.model` (BPE or unigram, of
+    /// normalization `identity`), or else `vocab.json` and `merges.txt` of GPT-2's or Qwen 2's class; special tokens, further added tokens and the chat template from
     /// `tokenizer_config.json` if it is there; `chat_template.jinja`, which goes before the latter; and the
     /// `eos_token_id`s of `generation_config.json`, or else of `config.json`.
     ///
     /// # Errors
-    /// [`Error::Io`] for a missing `tokenizer.json`, [`Error::File`] for files that aren't what they should be or
+    /// [`Error::Io`] if none of them is there, [`Error::File`] for files that aren't what they should be or
     /// contradict each other, [`Error::Tokenizer`] for a tokenizer that the `tokenizers` crate refuses.
     pub fn from_folder(path: impl AsRef<Path>) -> Result<Self> {
         folder::read(path.as_ref())

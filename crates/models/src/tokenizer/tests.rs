@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use kiln_testkit::testdata;
+
 use super::*;
 use crate::{
     export::describe_tokenizer,
@@ -301,4 +303,67 @@ fn smollm2_gives_the_ids_of_its_python_tokenizer() {
         tokenizer.encode("Hello world", true).unwrap(),
         tokenizer.encode("Hello world", false).unwrap()
     );
+}
+
+#[test]
+fn older_files_give_the_ids_of_their_own_programs() {
+    let cases: Value = serde_json::from_slice(&std::fs::read(testdata("tokenizer/files.json")).unwrap()).unwrap();
+    let cases = cases.as_object().unwrap();
+    assert_eq!(cases.len(), 6);
+    for (name, cases) in cases {
+        let tokenizer = Tokenizer::from_folder(testdata(&format!("tokenizer/{name}"))).unwrap();
+        for case in cases.as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            let expected: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+            assert_eq!(tokenizer.encode(text, false).unwrap(), expected, "{name}: {text:?}");
+            // SentencePiece shows what it doesn't know in its own way.
+            if name != "spm-squeezed" {
+                let decoded = tokenizer.decode(&expected, false).unwrap();
+                assert_eq!(decoded, case["decoded"].as_str().unwrap(), "{name}: {text:?}");
+            }
+        }
+    }
+    let llama = Tokenizer::from_folder(testdata("tokenizer/spm-llama")).unwrap();
+    assert_eq!(llama.special(), &SpecialTokens { bos: Some(1), eos: vec![2], pad: None });
+    assert_eq!(llama.encode("a", true).unwrap()[0], 1);
+}
+
+#[test]
+fn broken_older_files_are_errors_and_never_panic() {
+    let bytes = std::fs::read(testdata("tokenizer/spm-llama/tokenizer.model")).unwrap();
+    let read = |bytes: &[u8]| {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("tokenizer.model"), bytes).unwrap();
+        Tokenizer::from_folder(folder.path()).and_then(|tokenizer| tokenizer.encode("the whale", true))
+    };
+    assert!(read(&bytes).is_ok());
+    for cut in [0, 1, 7, bytes.len() / 2] {
+        if let Err(error) = read(&bytes[..cut]) {
+            assert!(error.to_string().contains("tokenizer.model"), "{error}");
+        }
+    }
+    assert!(read(&[]).is_err() && read(&[0xff; 40]).is_err());
+    for place in (0..bytes.len()).step_by(31) {
+        let mut changed = bytes.clone();
+        changed[place] ^= 0x3f;
+        let _ = read(&changed);
+    }
+    let files = |vocabulary: &str, merges: &str, class: &str| {
+        let folder = tempfile::tempdir().unwrap();
+        for (name, text) in [("vocab.json", vocabulary), ("merges.txt", merges), ("tokenizer_config.json", class)] {
+            std::fs::write(folder.path().join(name), text).unwrap();
+        }
+        Tokenizer::from_folder(folder.path()).map(|_| ()).unwrap_err().to_string()
+    };
+    for (vocabulary, merges, class, part) in [
+        (r#"{"a": 0, "b": 0}"#, "", "{}", "vocab.json"),
+        (r#"{"a": 4294967295}"#, "", "{}", "vocab.json"),
+        (r#"{"a": -1}"#, "", "{}", "vocab.json"),
+        (r#"{"a": 0}"#, "ab", "{}", "merges"),
+        (r#"{"a": 0, "b": 1}"#, "a b", "{}", "merges"),
+        (r#"{"a": 0}"#, "", r#"{"tokenizer_class": "BartTokenizer"}"#, "BartTokenizer"),
+    ] {
+        let error = files(vocabulary, merges, class);
+        assert!(error.contains(part), "{part}: {error}");
+    }
 }
