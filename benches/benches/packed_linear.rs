@@ -11,7 +11,7 @@ use kiln::quant::{Compute, HostQuantizer, MinMax, PackedTensor, fused};
 
 const SHAPES: [[usize; 2]; 2] = [[576, 1536], [4096, 4096]];
 const ROWS: [usize; 3] = [1, 16, 512];
-const SCHEMES: [&str; 9] = [
+const SCHEMES: [&str; 16] = [
     "affine2:64",
     "affine3:64",
     "affine4:64",
@@ -21,6 +21,13 @@ const SCHEMES: [&str; 9] = [
     "nf4:64:double",
     "nf3:64",
     "affine2:8x4",
+    "affine5:64",
+    "affine6:64",
+    "affine2:16:super4",
+    "affine3:16:sym:super8",
+    "affine4:32:super8",
+    "affine5:32:super8",
+    "affine6:16:sym:super8",
 ];
 
 fn random(shape: [usize; 2], device: &Device) -> Tensor<2> {

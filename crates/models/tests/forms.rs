@@ -39,7 +39,7 @@ fn every_form_has_the_values_that_its_program_reads() {
                 assert!(close, "{name}: {tensor}: {found}, not {expected}");
             }
         }
-        let stored = match checkpoint.source().weight("model.layers.0.mlp.up_proj").unwrap() {
+        let stored = match checkpoint.source().weight("model.layers.0.mlp.down_proj").unwrap() {
             StoredWeight::Packed(weight) => weight.scheme.to_string(),
             StoredWeight::Dense(_) => String::new(),
         };
@@ -110,7 +110,7 @@ fn what_does_not_fit_is_refused_by_name() {
         ("bnb-int8", up("SCB"), &shorter, "up_proj.SCB"),
         ("bnb-int8", up("SCB"), &infinite, "up_proj.SCB"),
         ("bnb-int8", up("weight_format"), &ones, "up_proj.weight_format"),
-        ("compressed-w4-group", up("weight_shape"), &ones, "up_proj.weight_shape"),
+        ("compressed-w4-group", up("weight_shape"), &ones, "weight_shape"),
         ("compressed-w4-group", up("weight_shape"), &none, "up_proj.weight_shape"),
         ("compressed-w4-group", up("weight_scale"), &none, "up_proj.weight_scale"),
         ("compressed-w4-group", up("weight_packed"), &shorter, "up_proj.weight_packed"),

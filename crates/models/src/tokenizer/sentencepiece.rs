@@ -7,13 +7,10 @@ use std::path::Path;
 use tokenizers::{
     DecoderWrapper, NormalizerWrapper, Tokenizer,
     decoders::{
-        byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip as StripDecoded,
+        byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip,
     },
     models::unigram::Unigram,
-    normalizers::{
-        Prepend, Replace, Sequence as NormalizerSequence, Strip,
-        replace::ReplacePattern,
-    },
+    normalizers::{Prepend, Replace, Sequence as NormalizerSequence, Strip, replace::ReplacePattern},
 };
 
 use super::error;
@@ -60,7 +57,11 @@ pub(super) fn read(path: &Path, bytes: &[u8], add_bos: bool, add_eos: bool) -> R
         return Err(unsupported("normalizer_spec.precompiled_charsmap", "a map".into(), "identity"));
     }
     if ![UNIGRAM, BPE].contains(&model.model_type) {
-        return Err(unsupported("trainer_spec.model_type", model.model_type.to_string(), "1 (unigram), 2 (BPE)"));
+        return Err(unsupported(
+            "trainer_spec.model_type",
+            model.model_type.to_string(),
+            "1 (unigram), 2 (BPE)",
+        ));
     }
     let metadata = model.metadata(path, add_bos, add_eos);
     let mut tokenizer = match model.model_type {
@@ -72,9 +73,13 @@ pub(super) fn read(path: &Path, bytes: &[u8], add_bos: bool, add_eos: bool) -> R
         }
     };
     if model.removes_spaces {
-        let spaces = ReplacePattern::Regex(" {2,}".into());
-        let mut steps: Vec<NormalizerWrapper> =
-            vec![Strip::new(true, true).into(), Replace::new(spaces, " ").map_err(error)?.into()];
+        let replaced = |pattern: &str, by: &str| {
+            Replace::new(ReplacePattern::Regex(pattern.into()), by)
+                .map(NormalizerWrapper::from)
+                .map_err(error)
+        };
+        // Spaces alone: other whitespace stays.
+        let mut steps = vec![replaced("^ +| +$", "")?, replaced(" {2,}", " ")?];
         steps.extend(tokenizer.get_normalizer().cloned());
         tokenizer.with_normalizer(Some(NormalizerSequence::new(steps))).map_err(error)?;
     }
@@ -128,7 +133,9 @@ impl Model {
                 (3, Content::Number(number)) => self.model_type = number,
                 (35, Content::Number(number)) => self.byte_fallback = number != 0,
                 // Negative ones, in ten bytes, mean none.
-                (id @ 40..=42, Content::Number(number)) => self.ids[id as usize - 40] = u32::try_from(number).ok(),
+                (id @ 40..=42, Content::Number(number)) => {
+                    self.ids[id as usize - 40] = u32::try_from(number).ok()
+                }
                 _ => {}
             }
         }
@@ -174,11 +181,14 @@ impl Model {
         let model = Unigram::from(vocabulary, unknown, self.byte_fallback).map_err(error)?;
         let mut tokenizer = Tokenizer::new(model);
         let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
-        let mut decoders: Vec<DecoderWrapper> =
-            vec![Replace::new(SPACE, " ").map_err(error)?.into(), ByteFallback::new().into(), Fuse::new().into()];
+        let mut decoders: Vec<DecoderWrapper> = vec![
+            Replace::new(SPACE, " ").map_err(error)?.into(),
+            ByteFallback::new().into(),
+            Fuse::new().into(),
+        ];
         if self.adds_prefix {
             normalizers.push(Prepend::new(SPACE.into()).into());
-            decoders.push(StripDecoded::new(' ', 1, 0).into());
+            decoders.push(Strip::new(' ', 1, 0).into());
         }
         normalizers.push(Replace::new(" ", SPACE).map_err(error)?.into());
         tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(error)?;

@@ -307,7 +307,8 @@ fn smollm2_gives_the_ids_of_its_python_tokenizer() {
 
 #[test]
 fn older_files_give_the_ids_of_their_own_programs() {
-    let cases: Value = serde_json::from_slice(&std::fs::read(testdata("tokenizer/files.json")).unwrap()).unwrap();
+    let cases: Value =
+        serde_json::from_slice(&std::fs::read(testdata("tokenizer/files.json")).unwrap()).unwrap();
     let cases = cases.as_object().unwrap();
     assert_eq!(cases.len(), 6);
     for (name, cases) in cases {
@@ -350,7 +351,9 @@ fn broken_older_files_are_errors_and_never_panic() {
     }
     let files = |vocabulary: &str, merges: &str, class: &str| {
         let folder = tempfile::tempdir().unwrap();
-        for (name, text) in [("vocab.json", vocabulary), ("merges.txt", merges), ("tokenizer_config.json", class)] {
+        for (name, text) in
+            [("vocab.json", vocabulary), ("merges.txt", merges), ("tokenizer_config.json", class)]
+        {
             std::fs::write(folder.path().join(name), text).unwrap();
         }
         Tokenizer::from_folder(folder.path()).map(|_| ()).unwrap_err().to_string()

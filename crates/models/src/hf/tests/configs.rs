@@ -225,8 +225,9 @@ fn what_changes_the_mathematics_is_refused_by_name() {
             &["quantization_config.quant_method"],
         ),
         (
-            json!({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": true}}),
-            &["quantization_config.load_in_8bit"],
+            json!({"quantization_config": {"quant_method": "compressed-tensors", "format": "marlin-24", "config_groups": {
+                "group_0": {"weights": {"num_bits": 4}}}}}),
+            &["quantization_config.format", "marlin-24"],
         ),
         (
             json!({"quantization_config": {"load_in_4bit": true, "bnb_4bit_quant_type": "nf3"}}),
