@@ -66,7 +66,7 @@ pub struct ProcessConstants {
 
 impl ProcessConstants {
     /// Of a program on the CPU, fixed by steps of a small model on Linux with two threads.
-    pub const CPU: Self = Self { base: 30e6, slack: 1.05 };
+    pub const CPU: Self = Self { base: 26e6, slack: 1.05 };
 }
 
 impl MemoryEstimate {

@@ -10,7 +10,7 @@ use tokenizers::{
         byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip,
     },
     models::unigram::Unigram,
-    normalizers::{Prepend, Replace, Sequence as NormalizerSequence, Strip, replace::ReplacePattern},
+    normalizers::{Prepend, Replace, Sequence as NormalizerSequence, replace::ReplacePattern},
 };
 
 use super::error;
