@@ -33,9 +33,12 @@ fn every_form_has_the_values_that_its_program_reads() {
             let (shape, expected) = reference.read_f32(tensor).unwrap();
             let found = checkpoint.source().dense(tensor).unwrap();
             assert_eq!(found.shape, shape, "{name}: {tensor}");
+            let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+            // Scales times codes are rounded once here, there once or twice; under zero points and scales of 32 bits offsets
+            // are rounded too, and may cancel.
+            let cancelled = if name.contains("asymmetric") { largest } else { 0.0 };
             for (found, expected) in found.values.iter().zip(&expected) {
-                // Scales times codes are rounded once here, there once or twice.
-                let close = (found - expected).abs() <= 2.0 * f32::EPSILON * expected.abs();
+                let close = (found - expected).abs() <= 2.0 * f32::EPSILON * (expected.abs() + cancelled);
                 assert!(close, "{name}: {tensor}: {found}, not {expected}");
             }
         }

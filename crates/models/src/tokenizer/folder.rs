@@ -46,7 +46,13 @@ fn tokenizer(folder: &Path, config: &FolderConfig) -> Result<tokenizers::Tokeniz
             let (bos, eos) = (config.add_bos_token.unwrap_or(true), config.add_eos_token.unwrap_or(false));
             return sentencepiece::read(&pieces, &bytes, bos, eos);
         }
-        if let Some(tokenizer) = vocabulary_files::read(folder, config.tokenizer_class.as_deref())? {
+        if let Some(mut tokenizer) = vocabulary_files::read(folder, config.tokenizer_class.as_deref())? {
+            // Nothing in the files tells these from other tokens.
+            let named = [&config.bos_token, &config.eos_token, &config.unk_token, &config.pad_token];
+            let texts = named.into_iter().flatten().map(Token::content).chain([vocabulary_files::END]);
+            let known: Vec<&str> = texts.filter(|text| tokenizer.token_to_id(text).is_some()).collect();
+            let special = known.into_iter().map(|text| AddedToken::from(text, true).normalized(false));
+            tokenizer.add_special_tokens(special).map_err(error)?;
             return Ok(tokenizer);
         }
     }
@@ -154,6 +160,7 @@ struct FolderConfig {
     add_eos_token: Option<bool>,
     bos_token: Option<Token>,
     eos_token: Option<Token>,
+    unk_token: Option<Token>,
     pad_token: Option<Token>,
     chat_template: Option<Templates>,
     #[serde(default)]

@@ -7,6 +7,8 @@ use crate::{
     gguf::{Array, Metadata, Value, build_tokenizer},
 };
 
+/// The end of a text in both classes.
+pub(super) const END: &str = "<|endoftext|>";
 /// Longest of the files.
 const MAX_BYTES: u64 = 64 << 20;
 /// Highest id: unused ones take memory too.

@@ -23,6 +23,14 @@ use crate::ops::flex::{
 };
 use crate::{Compute, SuperLayout, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK, weight::integer};
 
+/// Writes the integers in `words` times their factors.
+#[inline(always)]
+fn scaled(values: &mut [f32], words: &[u32], factors: &[f32], integer: impl Fn(u32) -> i8) {
+    for ((value, word), factor) in values.iter_mut().zip(words).zip(factors) {
+        *value = factor * f32::from(integer(*word));
+    }
+}
+
 /// Values of a task that drops some, a multiple of four.
 const DROPPED: usize = 1 << 14;
 
@@ -548,10 +556,10 @@ impl FusedOps for Flex {
             let (word, shift) = layout.place(row);
             let codes = &codes[word * columns..][..columns];
             let factors = &factors[row / blocks * columns..][..columns];
-            vectorize(|| {
-                for ((scale, code), factor) in scales.iter_mut().zip(codes).zip(factors) {
-                    *scale = factor * f32::from(integer(code >> shift, bits));
-                }
+            // A width of its own each, so that both loops become vectors.
+            vectorize(|| match bits {
+                8 => scaled(scales, codes, factors, |word| integer(word >> shift, 8)),
+                _ => scaled(scales, codes, factors, |word| integer(word >> shift, 4)),
             });
         };
         let task = SCALES_PER_TASK.div_ceil(columns.max(1));
