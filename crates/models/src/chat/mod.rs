@@ -112,7 +112,6 @@ impl ChatTemplate {
         environment.set_syntax(syntax);
         environment.set_debug(false);
         environment.set_fuel(Some(FUEL));
-        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         jinja::complete(&mut environment);
         environment.add_filter("tojson", json::to_json);
         environment.add_function("raise_exception", raise_exception);
@@ -383,6 +382,43 @@ mod tests {
                       {{ messages[0].get('missing', 'none') }}|{{ tools is none }}";
         let text = ChatTemplate::new(source).unwrap().render(&[message], false, &TemplateContext::default());
         assert_eq!(text.unwrap(), " answer |{\"a\": 1}|none|True");
+    }
+
+    // Expected texts are jinja2 3.1.6's in transformers' environment, but for the brackets of tuples.
+    #[test]
+    fn further_methods_filters_and_tests_are_pythons() {
+        for (source, expected) in [
+            (
+                "{{ 'a b c'.partition(' ')[2] }}{{ 'a b c'.rpartition(' ')[0] }}{{ 'x'.partition('-')[0] }}",
+                "b ca bx",
+            ),
+            (
+                "{{ '7'.zfill(3) }}{{ '-7'.zfill(3) }}{{ 'aB'.swapcase() }}{{ [1, 2, 3].index(2) }}",
+                "007-07Ab1",
+            ),
+            (
+                "{{ 'hello world foo' | truncate(8) }}{{ 'hello world foo' | truncate(8, true, '') }}",
+                "hello...hello wo",
+            ),
+            (
+                "{{ 'hello world' | truncate(8) }}{{ 'x' | center(4) }}|{{ 'a b  c' | wordcount }}",
+                "hello world x  |3",
+            ),
+            (
+                "{{ none is iterable }}{{ 'a' is iterable }}{{ [] is sequence }}{{ 5 is sequence }}{{ range is callable }}",
+                "FalseTrueTrueFalseTrue",
+            ),
+        ] {
+            assert_eq!(render(source, &TemplateContext::default()).unwrap(), expected, "{source}");
+        }
+        for source in [
+            "{{ 'a'.partition('') }}",
+            "{{ 'a'.zfill(99999999) }}",
+            "{{ [1].index(2) }}",
+            "{{ 'a' | center(99999999) }}",
+        ] {
+            assert!(render(source, &TemplateContext::default()).is_err(), "{source}");
+        }
     }
 
     #[test]
