@@ -235,17 +235,6 @@ impl PackedWeight {
         layout.map_or_else(Vec::new, |layout| blocks.decode(&layout))
     }
 
-    /// The same values with scales and offsets as f32, if they are integers under factors or double-quantized.
-    #[must_use]
-    pub fn with_plain_scales(self) -> Self {
-        if matches!(self.scales, Scales::Plain(_)) {
-            return self;
-        }
-        let (scales, offsets) = (self.effective_scales(), self.effective_offsets());
-        let scheme = self.scheme.with_scales(ScaleType::F32);
-        Self { scheme, scales: Scales::Plain(scales), offsets, ..self }
-    }
-
     /// The dense weight in the checkpoint's layout, `[d_output, d_input]` row-major, inputs in their own order.
     ///
     /// Outputs are shared among threads; the result doesn't depend on their number.

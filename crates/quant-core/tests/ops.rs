@@ -225,21 +225,22 @@ fn learned(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
 pub(crate) fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &[usize]) {
     for &(scheme, d_input, d_output) in cases {
         // Learned parameters are plain tensors, so scales in codes are left to the input's gradient.
-        let host = random_weight(scheme, d_input, d_output, 8).with_plain_scales();
+        let host = random_weight(scheme, d_input, d_output, 8);
         let spec = ops::PackedSpec::new(&host.scheme, d_input, d_output);
         let packed = PackedTensor::new(&host, device);
         let shape = host.scheme.scale_shape(d_input, d_output);
         for &rows in rows {
             let x = values(9, rows * d_input);
             let scales = host.effective_scales();
-            let offsets = host.offsets.clone().unwrap_or_else(|| scales.clone());
+            let (own, offsets) = (host.effective_offsets(), host.effective_offsets());
+            let offsets = offsets.unwrap_or_else(|| scales.clone());
             let weight = values(10, rows * d_output);
             // The loss is linear in each argument, so a wide step has no truncation error.
             let loss = |x: &[f32], scales: &[f32], offsets: &[f32]| -> f64 {
                 let mut moved = host.clone();
                 moved.scheme.scales = kiln_quant_core::ScaleType::F32;
                 moved.scales = Scales::Plain(scales.to_vec());
-                moved.offsets = host.offsets.as_ref().map(|_| offsets.to_vec());
+                moved.offsets = own.as_ref().map(|_| offsets.to_vec());
                 let dense = moved.dequantize();
                 let mut sum = 0.0;
                 for row in 0..rows {
@@ -264,7 +265,7 @@ pub(crate) fn check_parameter_gradients(device: &Device, cases: &[Case], rows: &
             };
             check("x", tx.grad(&gradients), finite_differences(&x, 0.5, |x| loss(x, &scales, &offsets)));
             check("scales", ts.grad(&gradients), finite_differences(&scales, 0.5, |s| loss(&x, s, &offsets)));
-            if host.offsets.is_some() {
+            if own.is_some() {
                 let expected = finite_differences(&offsets, 0.5, |o| loss(&x, &scales, o));
                 check("offsets", to.grad(&gradients), expected);
             } else {

@@ -248,11 +248,8 @@ impl Exporter<'_> {
         let order = row_order(self.family, self.config, &item.name());
         match host {
             Host::Dense(_) => self.dense(item, host, order),
-            Host::Packed(weight) => match repacked(item, weight) {
-                Ok((kind, rounded)) => {
-                    let bytes = self.encode(item, &rounded, kind, order.as_deref())?;
-                    Ok(Converted { kind, bytes, written: Written::Packed(rounded), note: None })
-                }
+            Host::Packed(weight) => match packed(item, weight, order.as_deref()) {
+                Ok(converted) => Ok(converted),
                 Err(error) if self.options.fallback == Fallback::Refuse => Err(error),
                 Err(error) => {
                     let mut converted = self.dense(item, host, order)?;
@@ -261,17 +258,6 @@ impl Exporter<'_> {
                 }
             },
         }
-    }
-
-    fn encode(
-        &self,
-        item: &Item,
-        weight: &PackedWeight,
-        kind: BlockType,
-        order: Option<&[usize]>,
-    ) -> Result<Vec<u8>> {
-        let expected = || refuse(&item.name(), format!("numbers that {} holds", kind.name()), "others");
-        encode(weight, kind, order).ok_or_else(expected)
     }
 
     fn dense(&self, item: &Item, host: &Host, order: Option<Vec<usize>>) -> Result<Converted> {
@@ -286,8 +272,7 @@ impl Exporter<'_> {
         if kind == BlockType::Q8_0 {
             let scheme = QuantScheme { block: Block::group(BLOCK), ..symmetric(8) };
             let packed = MinMax.quantize(&name, &values, width, values.len() / width, &scheme)?;
-            let bytes = self.encode(item, &packed, kind, order.as_deref())?;
-            return Ok(Converted { kind, bytes, written: Written::Packed(packed), note: None });
+            return encoded(&name, packed, kind, order.as_deref());
         }
         let float = match kind {
             BlockType::F16 => FloatType::F16,
@@ -335,9 +320,16 @@ pub(super) fn row_order(family: &Family, config: &ModelConfig, name: &str) -> Op
     Some((0..heads * config.head_dim).map(|row| row - row % (2 * half) + within(row % (2 * half))).collect())
 }
 
-/// The block type that holds a packed weight, and the weight as the file will have it: the weight itself where it came
-/// from a file of that type or could have, else with scales and offsets for every 32 inputs.
-fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeight)> {
+/// A weight in blocks of `kind`, whose scales lie as the type's do.
+fn encoded(name: &str, weight: PackedWeight, kind: BlockType, order: Option<&[usize]>) -> Result<Converted> {
+    let expected = || refuse(name, format!("numbers that {} holds", kind.name()), "others");
+    let bytes = encode(&weight, kind, order).ok_or_else(expected)?;
+    Ok(Converted { kind, bytes, written: Written::Packed(weight), note: None })
+}
+
+/// A packed weight in the block type that holds it: as it is where it came from a file of that type or could have, else
+/// with scales and offsets for every 32 inputs.
+fn packed(item: &Item, weight: &PackedWeight, order: Option<&[usize]>) -> Result<Converted> {
     let name = item.name();
     let PackedWeight { scheme, d_input, d_output, .. } = *weight;
     let inputs = scheme.block.inputs_of(d_input);
@@ -345,8 +337,8 @@ fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeig
         return Err(refuse(&name, "inputs in their own order", "act-order"));
     }
     let own = BlockType::of_scheme(&scheme).filter(|kind| d_input.is_multiple_of(kind.weights()));
-    if let Some(kind) = own.filter(|kind| encode(weight, *kind, None).is_some()) {
-        return Ok((kind, weight.clone()));
+    if let Some((kind, bytes)) = own.and_then(|kind| Some((kind, encode(weight, kind, order)?))) {
+        return Ok(Converted { kind, bytes, written: Written::Packed(weight.clone()), note: None });
     }
     if !d_input.is_multiple_of(BLOCK) || !(inputs.is_multiple_of(BLOCK) || inputs >= d_input) {
         let found = format!("{scheme} with rows of {d_input}");
@@ -383,7 +375,7 @@ fn repacked(item: &Item, weight: &PackedWeight) -> Result<(BlockType, PackedWeig
         offsets,
         input_order: None,
     };
-    Ok((kind, rounded))
+    encoded(&name, rounded, kind, order)
 }
 
 /// Whether every zero point of a 4-bit weight is 8.

@@ -40,7 +40,9 @@ pub use self::{
 pub(crate) use self::{
     blocks::{Blocks, Parts},
     rope::llama3_factors,
-    tokenizer::{LLAMA3_WORDS, QWEN2_WORDS, SPACE, add_tokens, build as build_tokenizer, kind as token_kind},
+    tokenizer::{
+        LLAMA3_WORDS, QWEN2_WORDS, add_tokens, build as build_tokenizer, kind as token_kind, write_spaces,
+    },
 };
 use self::{names::Heads, numbers::Numbers};
 use crate::{

@@ -35,7 +35,7 @@ const MERGES: &str = "tokenizer.ggml.merges";
 const MAX_TOKEN: usize = 1024;
 
 /// SentencePiece's mark for a space.
-pub(crate) const SPACE: &str = "\u{2581}";
+const SPACE: &str = "\u{2581}";
 
 /// Token types, as `tokenizer.ggml.token_type` numbers them.
 pub(crate) mod kind {
@@ -281,6 +281,12 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Token
     }
     let mut tokenizer = Tokenizer::new(build_model(builder)?);
     let prefix = metadata.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    write_spaces(&mut tokenizer, prefix)?;
+    Ok((tokenizer, true))
+}
+
+/// Spaces as SentencePiece has them in its pieces, one before a text if `prefix`, and bytes that become text again.
+pub(crate) fn write_spaces(tokenizer: &mut Tokenizer, prefix: bool) -> Result<()> {
     let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
     let mut decoders: Vec<DecoderWrapper> =
         vec![Replace::new(SPACE, " ").map_err(error)?.into(), ByteFallback::new().into(), Fuse::new().into()];
@@ -291,7 +297,7 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Token
     normalizers.push(Replace::new(" ", SPACE).map_err(error)?.into());
     tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(error)?;
     tokenizer.with_decoder(Some(DecoderSequence::new(decoders)));
-    Ok((tokenizer, true))
+    Ok(())
 }
 
 /// Merges in the order in which SentencePiece does them: whatever gives the piece of the highest score.

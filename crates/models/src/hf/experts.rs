@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use kiln_quant_core::safetensors_file::Dtype;
+use kiln_quant_core::{Codebook, safetensors_file::Dtype};
 
 use super::shards::SafetensorsSet;
 use crate::{
@@ -14,8 +14,6 @@ use crate::{
 
 /// Values to a scale of MXFP4.
 const MXFP4_BLOCK: usize = 32;
-/// What MXFP4's codes stand for. Source: OCP Microscaling Formats 1.0, E2M1.
-const MXFP4_VALUES: [f32; 8] = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
 const MXFP4_BLOCKS: &str = "_blocks";
 const MXFP4_SCALES: &str = "_scales";
 
@@ -171,10 +169,7 @@ impl Slice {
             }
         });
         let (blocks, scales) = (blocks?, scales?);
-        let value = |code: u8, scale: f32| {
-            let magnitude = MXFP4_VALUES[usize::from(code & 7)] * scale;
-            if code & 8 == 0 { magnitude } else { -magnitude }
-        };
+        let value = |code: u8, scale: f32| Codebook::Mxfp4.levels()[usize::from(code)] * scale;
         let both = blocks.chunks_exact(MXFP4_BLOCK / 2).zip(scales);
         let values = both.flat_map(|(codes, scale)| {
             let scale = (f32::from(scale) - 127.0).exp2();

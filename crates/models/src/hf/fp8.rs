@@ -80,8 +80,9 @@ pub(super) fn weight(tensors: &SafetensorsSet, name: &str, config: Fp8Config) ->
         return Err(tensors.wrong(&scale_name, format!("{expected:?}"), format!("{:?}", scales.shape)));
     }
     let bytes = tensors.read(name)?.bytes;
+    let floats: [f32; 256] = std::array::from_fn(|byte| e4m3(byte as u8));
     let value = |(at, byte): (usize, &u8)| {
-        scales.values[at / inputs / rows * across + at % inputs / columns] * e4m3(*byte)
+        scales.values[at / inputs / rows * across + at % inputs / columns] * floats[usize::from(*byte)]
     };
     Ok(DenseTensor { shape: vec![outputs, inputs], values: bytes.iter().enumerate().map(value).collect() })
 }

@@ -164,17 +164,13 @@ fn overrides(fields: &Fields<'_>, bits: u32, group_size: GroupSize) -> Result<Ve
     Ok(overrides)
 }
 
-/// How the zeros of `module` are stored where the configuration calls the grid symmetric and all of them are alike: a
-/// symmetric quantizer's zero is `2^(bits - 1)` everywhere, so the label may be seen to be wrong. `None` where they say
-/// nothing.
-pub(super) fn symmetric_zeros(
+/// How the zeros of `module` are stored, seen by themselves: a symmetric quantizer's zero is `2^(bits - 1)` everywhere, so
+/// where just that is stored, it is stored as it is, and where one less is, less one. `None` where they say nothing.
+pub(super) fn seen_zeros(
     tensors: &SafetensorsSet,
     module: &str,
     config: &GptqConfig,
 ) -> Result<Option<ZeroFormat>> {
-    if !config.sym {
-        return Ok(None);
-    }
     let layout = Layout::read(tensors, module, config)?;
     let zeros = layout.stored_zeros(tensors, module)?;
     let centre = 1 << (layout.bits - 1);
@@ -184,16 +180,6 @@ pub(super) fn symmetric_zeros(
         (_, true) => Some(ZeroFormat::V1),
         _ => None,
     })
-}
-
-/// Guesses how the zeros of `module` are stored, for a file that doesn't say. A symmetric quantizer's zero is
-/// `2^(bits - 1)` everywhere; if just that is stored, it is stored as it is. Everything else is taken for version 1,
-/// the only one there was while files didn't say.
-pub(super) fn guess_zeros(tensors: &SafetensorsSet, module: &str, config: &GptqConfig) -> Result<ZeroFormat> {
-    let layout = Layout::read(tensors, module, config)?;
-    let zeros = layout.stored_zeros(tensors, module)?;
-    let symmetric = 1 << (layout.bits - 1);
-    Ok(if zeros.iter().all(|&zero| zero == symmetric) { ZeroFormat::V2 } else { ZeroFormat::V1 })
 }
 
 /// Reads the linear `module`.

@@ -12,6 +12,7 @@ use kiln_quant_core::{Codebook, PackedWeight};
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
+    families::Family,
     source::{DenseTensor, StoredWeight, TensorSource, transposed},
 };
 
@@ -134,19 +135,7 @@ impl HfFolder {
             let left_out = tensors.rename(wrapper::text_name);
             notes.push(format!("the text part of {of}; {left_out} tensors of its other parts were left out"));
         }
-        // Saved from the model without a head, as transformers' `AutoModel` and some early checkpoints are.
-        let first = format!("{}.weight", config.model.family.names.embedding);
-        if let Some((prefix, bare)) = first.split_once('.')
-            && !tensors.contains(&first)
-            && tensors.contains(bare)
-        {
-            let head = config.model.family.names.head;
-            tensors.rename(|name| match name.starts_with(head) {
-                true => Some(name.to_owned()),
-                false => Some(format!("{prefix}.{name}")),
-            });
-            notes.push(format!("tensors stand without the prefix {prefix}, which was added"));
-        }
+        notes.extend(add_prefix(&mut tensors, config.model.family));
         let mut names = public_names(&tensors, &config.quantization)?;
         let slices = experts::slices(&tensors, &config.model)?;
         for (name, slice) in &slices {
@@ -155,30 +144,8 @@ impl HfFolder {
             }
             names.insert(name.clone(), Stored::Sliced);
         }
-        if let Quantization::Gptq(gptq) = &mut config.quantization
-            && gptq.zeros.is_none()
-        {
-            let first = names.iter().find(|(_, stored)| **stored == Stored::Gptq);
-            let zeros = match first {
-                Some((name, _)) => gptq::guess_zeros(&tensors, module_of(name), gptq)?,
-                None => ZeroFormat::V1,
-            };
-            gptq.zeros = Some(zeros);
-            notes.push(format!(
-                "quantization_config.checkpoint_format is absent: zero points taken for {zeros:?}"
-            ));
-        } else if let Quantization::Gptq(gptq) = &mut config.quantization
-            && let Some((name, _)) = names.iter().find(|(_, stored)| **stored == Stored::Gptq)
-            && let Some(seen) = gptq::symmetric_zeros(&tensors, module_of(name), gptq)?
-            && gptq.zeros != Some(seen)
-        {
-            notes.push(format!(
-                "quantization_config.checkpoint_format says that zero points are stored as {:?}, but by sym they are \
-                 2^(bits - 1), which {seen:?} stores as {} has them: taken for {seen:?}",
-                gptq.zeros.unwrap_or(seen),
-                module_of(name)
-            ));
-            gptq.zeros = Some(seen);
+        if let Quantization::Gptq(gptq) = &mut config.quantization {
+            notes.extend(decide_zeros(&tensors, &names, gptq)?);
         }
         Ok(Self { path, config, tensors, names, slices, notes })
     }
@@ -302,18 +269,68 @@ fn module_of(name: &str) -> &str {
     name.strip_suffix(".weight").unwrap_or(name)
 }
 
+/// Adds the prefix that tensors saved from the model without a head lack, as transformers' `AutoModel` and some early
+/// checkpoints are; returns a note if so.
+fn add_prefix(tensors: &mut SafetensorsSet, family: &Family) -> Option<String> {
+    let first = format!("{}.weight", family.names.embedding);
+    let (prefix, bare) = first.split_once('.')?;
+    if tensors.contains(&first) || !tensors.contains(bare) {
+        return None;
+    }
+    tensors.rename(|name| match name.starts_with(family.names.head) {
+        true => Some(name.to_owned()),
+        false => Some(format!("{prefix}.{name}")),
+    });
+    Some(format!("tensors stand without the prefix {prefix}, which was added"))
+}
+
+/// Says how GPTQ's zero points are stored where the configuration doesn't, or says what they contradict; returns a note
+/// then. Without a word everything that isn't seen is version 1, the only one there was while files didn't say.
+fn decide_zeros(
+    tensors: &SafetensorsSet,
+    names: &BTreeMap<String, Stored>,
+    gptq: &mut GptqConfig,
+) -> Result<Option<String>> {
+    if gptq.zeros.is_some() && !gptq.sym {
+        return Ok(None);
+    }
+    let first = names.iter().find(|(_, stored)| **stored == Stored::Gptq).map(|(name, _)| module_of(name));
+    let seen = first.map(|module| gptq::seen_zeros(tensors, module, gptq)).transpose()?.flatten();
+    let Some(stated) = gptq.zeros else {
+        let zeros = seen.unwrap_or(ZeroFormat::V1);
+        gptq.zeros = Some(zeros);
+        let note =
+            format!("quantization_config.checkpoint_format is absent: zero points taken for {zeros:?}");
+        return Ok(Some(note));
+    };
+    Ok(seen.filter(|seen| *seen != stated).map(|seen| {
+        gptq.zeros = Some(seen);
+        format!(
+            "quantization_config.checkpoint_format says that zero points are stored as {stated:?}, but by sym they are \
+             2^(bits - 1), which {seen:?} stores as {} has them: taken for {seen:?}",
+            first.unwrap_or_default()
+        )
+    }))
+}
+
 /// The names a folder shows: the parts of packed weights stand behind one `P.weight`.
 fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result<BTreeMap<String, Stored>> {
     let mut names: BTreeMap<String, Stored> =
         tensors.names().map(|name| (name.to_owned(), Stored::Dense)).collect();
+    // `name` and the parts of the same beginning stand behind one weight.
+    let mut gather = |name: &str, start: &str, parts: &[&str], weight: String, stored: Stored| {
+        names.remove(name);
+        for part in parts {
+            names.remove(&format!("{start}{part}"));
+        }
+        names.insert(weight, stored);
+    };
     for name in tensors.names() {
-        if let Some((weight, _)) = name.split_once(bnb::STATE_INFIX) {
-            names.remove(name);
-            for part in bnb::COMPANIONS {
-                names.remove(&format!("{weight}{part}"));
-            }
-            names.insert(weight.into(), Stored::BitsAndBytes);
-        } else if let Some(module) = name.strip_suffix(".qweight") {
+        let module = |ending: &str| name.strip_suffix(ending);
+        let weight = |module: &str| format!("{module}.weight");
+        if let Some((start, _)) = name.split_once(bnb::STATE_INFIX) {
+            gather(name, start, &bnb::COMPANIONS, start.to_owned(), Stored::BitsAndBytes);
+        } else if let Some(module) = module(".qweight") {
             let (parts, stored) = match quantization {
                 Quantization::Gptq(_) => (&gptq::COMPANIONS[..], Stored::Gptq),
                 Quantization::Awq(_) => (&awq::COMPANIONS[..], Stored::Awq),
@@ -322,38 +339,35 @@ fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result
                     return Err(tensors.wrong(name, expected, "none"));
                 }
             };
-            names.remove(name);
-            for part in parts {
-                names.remove(&format!("{module}{part}"));
+            gather(name, module, parts, weight(module), stored);
+        } else {
+            match quantization {
+                Quantization::CompressedTensors(_) => {
+                    if let Some(module) = module(compressed::CODES) {
+                        gather(
+                            name,
+                            module,
+                            &compressed::COMPANIONS,
+                            weight(module),
+                            Stored::CompressedTensors,
+                        );
+                    }
+                }
+                Quantization::BitsAndBytesInt8 => {
+                    if let Some(module) = module(bnb::INT8_COMPANIONS[0]) {
+                        gather(name, module, &bnb::INT8_COMPANIONS, weight(module), Stored::BitsAndBytesInt8);
+                    }
+                }
+                Quantization::Mlx(_) => {
+                    if let Some(module) = module(".scales") {
+                        gather(name, module, &mlx::COMPANIONS, weight(module), Stored::Mlx);
+                    }
+                }
+                Quantization::Fp8(config) if fp8::is_one(tensors, name) => {
+                    gather(name, name, &[config.scale()], name.to_owned(), Stored::Fp8);
+                }
+                _ => {}
             }
-            names.insert(format!("{module}.weight"), stored);
-        } else if let Some(module) = name.strip_suffix(compressed::CODES)
-            && matches!(quantization, Quantization::CompressedTensors(_))
-        {
-            names.remove(name);
-            for part in compressed::COMPANIONS {
-                names.remove(&format!("{module}{part}"));
-            }
-            names.insert(format!("{module}.weight"), Stored::CompressedTensors);
-        } else if let Quantization::Fp8(config) = quantization
-            && fp8::is_one(tensors, name)
-        {
-            names.remove(&format!("{name}{}", config.scale()));
-            names.insert(name.to_owned(), Stored::Fp8);
-        } else if let Some(module) = name.strip_suffix(bnb::INT8_COMPANIONS[0])
-            && matches!(quantization, Quantization::BitsAndBytesInt8)
-        {
-            for part in bnb::INT8_COMPANIONS {
-                names.remove(&format!("{module}{part}"));
-            }
-            names.insert(format!("{module}.weight"), Stored::BitsAndBytesInt8);
-        } else if let Some(module) = name.strip_suffix(".scales")
-            && matches!(quantization, Quantization::Mlx(_))
-        {
-            for part in mlx::COMPANIONS {
-                names.remove(&format!("{module}{part}"));
-            }
-            names.insert(format!("{module}.weight"), Stored::Mlx);
         }
     }
     Ok(names)

@@ -5,18 +5,15 @@
 use std::path::Path;
 
 use tokenizers::{
-    DecoderWrapper, NormalizerWrapper, Tokenizer,
-    decoders::{
-        byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip,
-    },
+    NormalizerWrapper, Tokenizer,
     models::unigram::Unigram,
-    normalizers::{Prepend, Replace, Sequence as NormalizerSequence, replace::ReplacePattern},
+    normalizers::{Replace, Sequence as NormalizerSequence, replace::ReplacePattern},
 };
 
 use super::error;
 use crate::{
     Error, Result,
-    gguf::{Array, Metadata, SPACE, Value, add_tokens, build_tokenizer, token_kind},
+    gguf::{Array, Metadata, Value, add_tokens, build_tokenizer, token_kind, write_spaces},
 };
 
 /// Longest file.
@@ -180,19 +177,7 @@ impl Model {
         let unknown = self.ids[0].map(|id| id as usize);
         let model = Unigram::from(vocabulary, unknown, self.byte_fallback).map_err(error)?;
         let mut tokenizer = Tokenizer::new(model);
-        let mut normalizers: Vec<NormalizerWrapper> = Vec::new();
-        let mut decoders: Vec<DecoderWrapper> = vec![
-            Replace::new(SPACE, " ").map_err(error)?.into(),
-            ByteFallback::new().into(),
-            Fuse::new().into(),
-        ];
-        if self.adds_prefix {
-            normalizers.push(Prepend::new(SPACE.into()).into());
-            decoders.push(Strip::new(' ', 1, 0).into());
-        }
-        normalizers.push(Replace::new(" ", SPACE).map_err(error)?.into());
-        tokenizer.with_normalizer(Some(NormalizerSequence::new(normalizers))).map_err(error)?;
-        tokenizer.with_decoder(Some(DecoderSequence::new(decoders)));
+        write_spaces(&mut tokenizer, self.adds_prefix)?;
         Ok(tokenizer)
     }
 }
