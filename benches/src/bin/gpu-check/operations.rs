@@ -62,9 +62,21 @@ fn compare<const D: usize, const E: usize>(
 
 pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
     println!("relative differences from the CPU's f32: result, then gradient of each input");
-    for scheme in
-        ["affine2:64", "affine3:64", "affine4:64", "affine8:32:sym:f16", "nf4:64:double", "affine3:24"]
-    {
+    for scheme in [
+        "affine2:64",
+        "affine3:64",
+        "affine4:64",
+        "affine8:32:sym:f16",
+        "nf4:64:double",
+        "affine3:24",
+        "affine5:32",
+        "affine2:16:super4",
+        "affine3:16:sym:super8",
+        "affine4:32:super8",
+        "affine6:16:sym:super8",
+        "iq4nl:32:super8",
+        "mxfp4:32:bf16",
+    ] {
         let [d_input, d_output] = [320, 192];
         let weight: Vec<f32> = numbers(5, d_input * d_output);
         let host = MinMax.quantize("w", &weight, d_input, d_output, &scheme.parse()?)?;
