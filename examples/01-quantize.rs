@@ -8,7 +8,7 @@ use kiln::{
     models::{LoadOptions, Slots},
     quant::{HostQuantizer, Hqq, MinMax, MseClipped, QuantLinear, Scheme, packed_file::PackedFile},
 };
-use kiln_examples::{ModelArgs, Result, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, say, write_json};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Quantizer {
@@ -43,6 +43,7 @@ fn run(mut options: Options) -> Result<()> {
         Quantizer::Mse => Box::new(MseClipped::default()),
         Quantizer::Hqq => Box::new(Hqq::default()),
     };
+    check_outputs([&options.out, &options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let bar = indicatif::ProgressBar::new_spinner();
     let progress = |path: &str| bar.set_message(path.to_string());
@@ -52,9 +53,14 @@ fn run(mut options: Options) -> Result<()> {
         .with_progress(&progress);
     let (model, report) = checkpoint.load(&load, &options.model.device.open()?)?;
     bar.finish_and_clear();
-    println!(
+    say!(
         "{:<44} {:<20} {:>10} {:>12} {:>10} {:>9}",
-        "weight", "scheme", "bits", "bytes", "rel. error", "max"
+        "weight",
+        "scheme",
+        "bits",
+        "bytes",
+        "rel. error",
+        "max"
     );
     for row in &report.storage.rows {
         let error = report.errors.iter().find(|(path, _)| *path == row.path).map(|(_, error)| error);
@@ -62,10 +68,10 @@ fn run(mut options: Options) -> Result<()> {
             (format!("{:.5}", error.relative), format!("{:.4}", error.max_abs))
         });
         let (scheme, bits) = (row.scheme.to_string(), row.bits_per_weight());
-        println!("{:<44} {scheme:<20} {bits:>10.4} {:>12} {relative:>10} {largest:>9}", row.path, row.bytes);
+        say!("{:<44} {scheme:<20} {bits:>10.4} {:>12} {relative:>10} {largest:>9}", row.path, row.bytes);
     }
     let (bytes, values) = (report.storage.total_bytes(), report.storage.total_values());
-    println!("total: {values} values in {bytes} bytes, {:.3} bits each", 8.0 * bytes as f64 / values as f64);
+    say!("total: {values} values in {bytes} bytes, {:.3} bits each", 8.0 * bytes as f64 / values as f64);
 
     if let Some(path) = &options.out {
         let mut weights = Vec::new();
@@ -83,7 +89,7 @@ fn run(mut options: Options) -> Result<()> {
         }
         let packed = weights.iter().map(|(path, weight)| (path.as_str(), weight));
         PackedFile::save(path, packed, std::iter::empty(), &Default::default())?;
-        println!("packed weights written to {}", path.display());
+        say!("packed weights written to {}", path.display());
     }
     let errors: Vec<_> = report
         .errors

@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, time::Instant};
 
 use clap::Parser;
 use kiln::eval::{WindowedPerplexity, peak_rss_bytes};
-use kiln_examples::{ModelArgs, Result, read_id_file, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, read_id_file, say, testdata, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -36,6 +36,7 @@ struct Options {
 }
 
 fn run(options: Options) -> Result<()> {
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let ids = match (&options.tokens, &options.text) {
         (None, Some(path)) => {
@@ -65,9 +66,11 @@ fn run(options: Options) -> Result<()> {
     bar.finish_and_clear();
     let seconds = start.elapsed().as_secs_f64();
     let error = found.standard_error.windows.map_or(String::new(), |error| format!(" ± {error:.4}"));
-    println!(
+    say!(
         "perplexity {:.3} (nll {:.5}{error}) over {} tokens, {seconds:.1} s",
-        found.perplexity, found.nll, found.tokens
+        found.perplexity,
+        found.nll,
+        found.tokens
     );
     write_json(
         options.json.as_deref(),

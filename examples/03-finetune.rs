@@ -11,10 +11,12 @@ use kiln::{
     adapters::{AdapterConfig, InitLoraWeights, Method},
     eval::peak_rss_bytes,
     models::{CausalLm, Decoder, GenerateOptions, Recompute, generate},
-    quant::{QuantLinear, trained_values},
+    quant::{QuantLinear, files::OutputFolder, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
+use kiln_examples::{
+    Bar, ModelArgs, Result, check_outputs, open_data, perplexity, read_ids, say, testdata, write_json,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Adapter {
@@ -149,10 +151,13 @@ fn run(mut options: Options) -> Result<()> {
     if options.model.model.is_none() {
         options.model.scheme.get_or_insert("affine4:64".parse()?);
     }
+    // Before the work: nobody else writes there, and it can be written.
+    let out = Arc::new(OutputFolder::claim(&options.out)?);
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let (base, report) = options.model.load(&checkpoint)?;
-    println!("base: {} values in {} bytes", report.storage.total_values(), report.storage.total_bytes());
+    say!("base: {} values in {} bytes", report.storage.total_values(), report.storage.total_bytes());
 
     let text = |path: &Option<PathBuf>, name: &str| path.clone().unwrap_or_else(|| testdata(name));
     let data = text(&options.data, "models/tiny-llama/text/shift_train_moby.txt");
@@ -162,36 +167,38 @@ fn run(mut options: Options) -> Result<()> {
     let window = options.window.unwrap_or(options.seq_len);
 
     let tuned = Tuned::attach(base, &options.adapters())?;
-    let identity = tuned.identity()?;
+    let mut identity = tuned.identity();
+    identity.insert("tokenizer".into(), tokenizer.fingerprint()?);
     let (model, adapters) = tuned.into_parts();
     let before = perplexity(&model, &held_out, window)?;
-    println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
+    say!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
 
     let mut trainer = Trainer::new(model, data, options.trainer())?.with_identity(identity);
     if options.resume {
         trainer = trainer.resumed(options.out.join("last"))?;
     }
     let trainable = trained_values(trainer.model());
-    println!("training {trainable} parameters");
-    let mut bar = Bar::new(options.steps);
-    let saving = RunOptions::new().with_folder(&options.out).with_save_every(options.save_every);
+    say!("training {trainable} parameters");
+    let mut bar = Bar::new(options.steps)?;
+    let saving = RunOptions::new().with_claimed(out).with_save_every(options.save_every);
     let steps = trainer.run_with(&saving, &mut bar)?.steps;
-    bar.finish();
+    let last = options.out.join("last");
+    bar.finish(&format!("the checkpoint is in {}, --resume goes on from it", last.display()))?;
 
     let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
     let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = steps.iter().map(|step| step.tokens).sum();
     let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>();
-    println!("perplexity after: {:.3}; {rate:.0} tokens/s", after.perplexity);
+    say!("perplexity after: {:.3}; {rate:.0} tokens/s", after.perplexity);
     let adapter = options.out.join("adapter");
     tuned.save_peft(&adapter)?;
-    println!("adapter written to {}", adapter.display());
+    say!("adapter written to {}", adapter.display());
 
     let prompt = "The whale";
     let stop = GenerateOptions::new(24).with_stop(tokenizer.special().eos.clone());
     let ids = tokenizer.encode(prompt, true)?;
     let sample = generate(tuned.model(), &ids, &stop)?;
-    println!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
+    say!("sample: {prompt}{}", tokenizer.decode(&sample.ids, true)?);
     write_json(
         options.json.as_deref(),
         &serde_json::json!({

@@ -8,7 +8,7 @@ use kiln::{
     models::{GenerateOptions, chat::Message, generate_with},
     training::ModelTokenizer,
 };
-use kiln_examples::{ModelArgs, Result, template_context, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, say, template_context, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -37,6 +37,7 @@ struct Options {
 }
 
 fn run(options: Options) -> Result<()> {
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let prompt = if options.chat {
@@ -53,16 +54,19 @@ fn run(options: Options) -> Result<()> {
         .with_stop(tokenizer.special().eos.clone());
     (generation.top_k, generation.top_p) = (options.top_k, options.top_p);
 
-    print!("{}", if options.chat { "" } else { &options.prompt });
+    let mut out = std::io::stdout();
+    // A closed terminal is no reason to go on.
+    let mut show = |text: &str| match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => ControlFlow::Continue(()),
+        Err(_) => ControlFlow::Break(()),
+    };
+    let _ = show(if options.chat { "" } else { &options.prompt });
     let mut stream = tokenizer.decode_stream(true);
     let start = Instant::now();
-    let result = generate_with(&model, &prompt, &generation, &mut |id| {
-        print!("{}", stream.push(id).unwrap_or_default());
-        // A closed terminal is no reason to go on.
-        if std::io::stdout().flush().is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
-    })?;
+    let result =
+        generate_with(&model, &prompt, &generation, &mut |id| show(&stream.push(id).unwrap_or_default()))?;
     let rate = result.ids.len() as f64 / start.elapsed().as_secs_f64();
-    println!("{}", stream.finish().unwrap_or_default());
+    say!("{}", stream.finish().unwrap_or_default());
     eprintln!("{} tokens, {rate:.1} tokens/s, {:?}", result.ids.len(), result.finish);
     write_json(
         options.json.as_deref(),

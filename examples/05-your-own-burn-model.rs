@@ -17,7 +17,7 @@ use kiln::{
     adapters::AdapterConfig,
     quant::{Projection, QuantLinear, QuantScheme, Slots, fused, slots},
 };
-use kiln_examples::{DeviceName, Result};
+use kiln_examples::{DeviceName, Result, say};
 
 #[derive(Parser)]
 #[command(about)]
@@ -97,13 +97,13 @@ fn run(options: Options) -> Result<()> {
         output: LinearConfig::new(HIDDEN, CLASSES).init(&device),
     };
     let dense = train(dense, 0, &device).valid();
-    println!("dense: accuracy {:.3}", accuracy(&dense, points(1000, 0, &device)));
+    say!("dense: accuracy {:.3}", accuracy(&dense, points(1000, 0, &device)));
 
     let scheme: QuantScheme = "affine4:32".parse()?;
-    println!("hidden: {:.2} bits per weight", scheme.bits_per_weight(INPUTS, HIDDEN));
+    say!("hidden: {:.2} bits per weight", scheme.bits_per_weight(INPUTS, HIDDEN));
     let packed = dense.try_map(|name, linear| QuantLinear::pack(name, linear, &scheme))?;
-    println!("packed: accuracy {:.3}", accuracy(&packed, points(1000, 0, &device)));
-    println!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 4, &device)));
+    say!("packed: accuracy {:.3}", accuracy(&packed, points(1000, 0, &device)));
+    say!("packed, shifted task: accuracy {:.3}", accuracy(&packed, points(1000, 4, &device)));
 
     // Attaching freezes what stands outside the adapters, here the norm: a folder of adapters would not hold it.
     let tuned = Tuned::attach(packed.clone(), &AdapterConfig::lora(4, 8.0))?;
@@ -112,7 +112,7 @@ fn run(options: Options) -> Result<()> {
     tuned.save(&folder)?;
     let adapted = Tuned::load(packed, &folder)?.into_model();
     std::fs::remove_dir_all(&folder)?;
-    println!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 4, &device)));
+    say!("adapted, shifted task: accuracy {:.3}", accuracy(&adapted, points(1000, 4, &device)));
     Ok(())
 }
 

@@ -18,10 +18,15 @@ use kiln::{
         CausalLm, Checkpoint, Decoder, LoadOptions, Slots, TokenBatch,
         export::{ExportOptions, Fallback, FloatType, GgufOptions, export_gguf, export_mlx, verify_export},
     },
-    quant::{QuantLinear, ScaleType, Scales, Scheme, Value},
+    quant::{
+        QuantLinear, ScaleType, Scales, Scheme, Value,
+        files::{NewFolder, OutputFolder},
+    },
     training::{RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, DeviceName, ModelArgs, Result, open_data, testdata, write_json};
+use kiln_examples::{
+    Bar, DeviceName, ModelArgs, Result, check_outputs, open_data, say, testdata, write_json,
+};
 
 #[derive(Parser)]
 #[command(about)]
@@ -128,6 +133,9 @@ fn file_difference(path: &Path, expected: &BTreeMap<String, Vec<f32>>) -> Result
 
 fn run(mut options: Options) -> Result<()> {
     let scheme = *options.model.scheme.get_or_insert("affine4:64:f16".parse::<Scheme>()?);
+    let out = OutputFolder::claim(&options.out)?;
+    let (gguf, mlx) = (out.path().join("model.gguf"), out.path().join("mlx"));
+    check_outputs([&Some(gguf.clone()), &options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let (base, _) = options.model.load(&checkpoint)?;
     let prompt = checkpoint
@@ -143,9 +151,9 @@ fn run(mut options: Options) -> Result<()> {
     let (model, adapters) = tuned.into_parts();
     let recipe = TrainerConfig::new(options.steps, options.batch).with_lr(options.lr);
     let mut trainer = Trainer::new(model, Arc::new(dataset), recipe)?;
-    let mut bar = Bar::new(options.steps);
+    let mut bar = Bar::new(options.steps)?;
     trainer.run_with(&RunOptions::new(), &mut bar)?;
-    bar.finish();
+    bar.finish("nothing was written")?;
     let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
 
     let adapted = logits(tuned.model(), &prompt)?;
@@ -156,26 +164,25 @@ fn run(mut options: Options) -> Result<()> {
     let merge_error = distance(&merged_logits, &adapted) / shift;
     let codes_changed =
         codes(&merged)?.iter().zip(&base_codes).filter(|(after, before)| after != before).count();
-    println!("the adapter moves the logits by {adapter_shift:.4}; merging loses {merge_error:.1e} of that");
-    println!("changed words of codes: {codes_changed} of {}", base_codes.len());
+    say!("the adapter moves the logits by {adapter_shift:.4}; merging loses {merge_error:.1e} of that");
+    say!("changed words of codes: {codes_changed} of {}", base_codes.len());
 
-    std::fs::create_dir_all(&options.out)?;
-    let (gguf, mlx) = (options.out.join("model.gguf"), options.out.join("mlx"));
-    if mlx.exists() {
-        std::fs::remove_dir_all(&mlx)?;
-    }
     let gguf_options = GgufOptions { fallback: Fallback::Dense, ..GgufOptions::default() };
     let gguf_report = export_gguf(&merged, &checkpoint, &gguf, &gguf_options)?;
     let mlx_options = ExportOptions::new(FloatType::F16).with_fallback(Fallback::Dense);
-    let mlx_report = export_mlx(&merged, &checkpoint, &mlx, &mlx_options)?;
+    // What is there is replaced when the new one is whole.
+    let new = NewFolder::replacing(&mlx, &["model.safetensors", "model.safetensors.index.json"])?;
+    let mut mlx_report = export_mlx(&merged, &checkpoint, new.path(), &mlx_options)?;
+    new.commit()?;
+    mlx_report.path.clone_from(&mlx);
     for report in [&gguf_report, &mlx_report] {
         let lossy = report.lossy().count();
-        println!("{}: {} bytes, {lossy} tensors rounded", report.path.display(), report.bytes);
-        report.notes.iter().for_each(|note| println!("note: {note}"));
+        say!("{}: {} bytes, {lossy} tensors rounded", report.path.display(), report.bytes);
+        report.notes.iter().for_each(|note| say!("note: {note}"));
     }
     let gguf_shift = verify_export(&gguf, &merged, &prompt)?;
     let mlx_shift = verify_export(&mlx, &merged, &prompt)?;
-    println!("reloaded: logits move by {:.1e} (GGUF), {:.1e} (MLX)", gguf_shift.relative, mlx_shift.relative);
+    say!("reloaded: logits move by {:.1e} (GGUF), {:.1e} (MLX)", gguf_shift.relative, mlx_shift.relative);
     let expected = rounded(&merged)?;
     write_json(
         options.json.as_deref(),

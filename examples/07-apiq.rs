@@ -13,7 +13,9 @@ use kiln::{
     quant::{Plan, Scheme},
     training::{RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
+use kiln_examples::{
+    Bar, ModelArgs, Result, check_outputs, open_data, perplexity, read_ids, say, testdata, write_json,
+};
 
 #[derive(Parser)]
 #[command(about)]
@@ -51,6 +53,7 @@ struct Options {
 }
 
 fn run(options: Options) -> Result<()> {
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = |path: &Option<PathBuf>, name: &str| path.clone().unwrap_or_else(|| testdata(name));
@@ -71,7 +74,7 @@ fn run(options: Options) -> Result<()> {
         ..ApiqConfig::default()
     };
 
-    println!("{:<10} {:>8} {:>8}", "method", "before", "after");
+    say!("{:<10} {:>8} {:>8}", "method", "before", "after");
     let mut rows = Vec::new();
     for (name, method) in [("rounding", Method::Rtn(Rounding::MinMax)), ("apiq", Method::ApiqBlock(apiq))] {
         let (base, _) = options.model.load(&checkpoint)?;
@@ -91,11 +94,11 @@ fn run(options: Options) -> Result<()> {
 
         let recipe = TrainerConfig::new(options.steps, 4).with_lr(1e-3);
         let mut trainer = Trainer::new(model, Arc::new(data), recipe)?;
-        let mut bar = Bar::new(options.steps);
+        let mut bar = Bar::new(options.steps)?;
         trainer.run_with(&RunOptions::new(), &mut bar)?;
-        bar.finish();
+        bar.finish("nothing was written")?;
         let after = perplexity(&trainer.into_model(), &held_out, options.length)?.perplexity;
-        println!("{name:<10} {before:>8.2} {after:>8.2}");
+        say!("{name:<10} {before:>8.2} {after:>8.2}");
         rows.push(serde_json::json!({
             "method": name,
             "perplexity_before": before,

@@ -11,14 +11,16 @@ use kiln::{
     Tuned,
     adapters::AdapterConfig,
     models::{CausalLm, Recompute},
-    quant::{Scheme, trained_values},
+    quant::{Scheme, files::OutputFolder, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
         memory::{Method, ProcessConstants, Step, estimate},
     },
     training::{Dataset, RunOptions, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
+use kiln_examples::{
+    Bar, ModelArgs, Result, check_outputs, open_data, perplexity, read_ids, say, testdata, write_json,
+};
 
 const RANK: usize = 16;
 
@@ -38,7 +40,7 @@ struct Options {
     /// Backbone width over side width.
     #[arg(long, default_value_t = 16)]
     reduction: usize,
-    /// Gets the side network.
+    /// Gets the folder of the side network (side/).
     #[arg(long, default_value = "target/kiln-side")]
     out: PathBuf,
     /// Where the figures go.
@@ -64,9 +66,9 @@ fn train<M: CausalLm>(
     let recipe = TrainerConfig::new(options.steps, options.batch).with_lr(lr);
     let mut trainer = Trainer::new(model, data.clone(), recipe)?;
     let values = trained_values(trainer.model());
-    let mut bar = Bar::new(options.steps);
+    let mut bar = Bar::new(options.steps)?;
     let steps = trainer.run_with(&RunOptions::new(), &mut bar)?.steps;
-    bar.finish();
+    bar.finish("nothing was written")?;
     let seconds = steps.iter().map(|step| step.seconds).fold(f64::INFINITY, f64::min);
     let model = trainer.into_model();
     let loss = perplexity(&model, held_out, options.seq_len)?.nll;
@@ -75,6 +77,8 @@ fn train<M: CausalLm>(
 
 fn run(mut options: Options) -> Result<()> {
     options.model.scheme.get_or_insert("nf4:64:double".parse::<Scheme>()?);
+    let out = OutputFolder::claim(&options.out)?;
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let text = |name: &str| testdata(&format!("models/tiny-llama/text/{name}.txt"));
     let (backbone, report) = options.model.load(&checkpoint)?;
@@ -95,11 +99,11 @@ fn run(mut options: Options) -> Result<()> {
     let lora = train(adapted, 1e-3, &data, &held_out, &options)?;
     // A side network starts at random and takes larger steps than weights that were trained before.
     let qst = train(SideTuned::new(backbone, &side, 0)?, 3e-3, &data, &held_out, &options)?;
-    qst.model.save(&options.out)?;
+    qst.model.save(out.path().join("side"))?;
 
-    println!("{:<5} {:>10} {:>8} {:>12} {:>8}", "what", "trained", "s/step", "predicted MB", "loss");
+    say!("{:<5} {:>10} {:>8} {:>12} {:>8}", "what", "trained", "s/step", "predicted MB", "loss");
     let row = |name, values, seconds, peak: f64, loss| {
-        println!("{name:<5} {values:>10} {seconds:>8.3} {:>12.1} {loss:>8.4}", peak / 1e6);
+        say!("{name:<5} {values:>10} {seconds:>8.3} {:>12.1} {loss:>8.4}", peak / 1e6);
         serde_json::json!({
             "method": name,
             "trainable_parameters": values,
@@ -112,7 +116,7 @@ fn run(mut options: Options) -> Result<()> {
         row("lora", lora.values, lora.seconds, predicted[0], lora.loss),
         row("qst", qst.values, qst.seconds, predicted[1], qst.loss),
     ];
-    println!("side network written to {}", options.out.display());
+    say!("side network written to {}", out.path().join("side").display());
     write_json(options.json.as_deref(), &serde_json::json!({ "rows": rows }))
 }
 

@@ -5,7 +5,7 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kiln::eval::{DataFolder, Evaluation, ModelScorer, Probe, Report, Scorer, Task, TaskData, disk_bytes};
-use kiln_examples::{ModelArgs, Result, testdata, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, say, testdata, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -114,8 +114,13 @@ fn run(options: Options) -> Result<()> {
     (evaluation.shots, evaluation.limit, evaluation.samples) =
         (options.shots, options.limit, options.samples());
     if let Some(log) = evaluation.samples.as_ref().filter(|log| !options.resume && log.exists()) {
-        std::fs::remove_file(log).map_err(|error| format!("{}: {error}", log.display()))?;
+        let log = log.display();
+        return Err(format!(
+            "{log}: expected no log yet: --resume goes on after it, --samples names another"
+        )
+        .into());
     }
+    check_outputs([&options.json])?;
     let tasks = options.tasks(&evaluation)?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
@@ -133,10 +138,12 @@ fn run(options: Options) -> Result<()> {
     })?;
     bar.finish_and_clear();
     let usage = probe.finish(scorer.tokens());
-    println!("{report}");
-    println!(
+    say!("{report}");
+    say!(
         "{:.2} documents a second, {:.0} tokens a second, {:.1} s",
-        report.documents_per_second, usage.tokens_per_second, usage.seconds
+        report.documents_per_second,
+        usage.tokens_per_second,
+        usage.seconds
     );
     write_json(
         options.json.as_deref(),

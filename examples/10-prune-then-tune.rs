@@ -18,10 +18,10 @@ use kiln::{
     pruning::{
         BlockPruning, Criterion, CutOptions, HeadRounding, Pruned, PruningRecord, SaveFormat, save_pruned,
     },
-    quant::QuantLinear,
+    quant::{QuantLinear, files::OutputFolder},
     training::{BatchOptions, DataOptions, Dataset, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, perplexity, say, split_ids, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -98,25 +98,29 @@ fn repair(model: Decoder<QuantLinear>, options: &Options, train: &[u32], held_ou
 }
 
 fn save(checkpoint: &Checkpoint, pruning: &BlockPruning, pruned: &Pruned, folder: &Path) -> Result<()> {
-    if let Some(parent) = folder.parent() {
-        std::fs::create_dir_all(parent)?;
-    }
     let record = PruningRecord::new(checkpoint.config().clone(), pruning, &pruned.report)?;
     let saved = save_pruned(&pruned.model, &record, checkpoint, &SaveFormat::AsIs, folder)?;
-    println!("{} written, {} bytes", folder.display(), saved.report.bytes);
+    say!("{} written, {} bytes", folder.display(), saved.report.bytes);
     Ok(())
 }
 
 fn run(options: Options) -> Result<()> {
+    let _claim = options.out.as_ref().map(OutputFolder::claim).transpose()?;
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
     let calibration = Windows::disjoint(&train, options.window_length, options.windows, options.seed)?;
     let dense = perplexity(&model, &held_out, options.seq_len)?.perplexity;
-    println!("dense: perplexity {dense:.2}");
-    println!(
+    say!("dense: perplexity {dense:.2}");
+    say!(
         "{:<14} {:>6} {:>12} {:>12} {:>10} {:>10}",
-        "criterion", "ratio", "parameters", "bytes", "pruned", "repaired"
+        "criterion",
+        "ratio",
+        "parameters",
+        "bytes",
+        "pruned",
+        "repaired"
     );
 
     let mut rows = Vec::new();
@@ -136,7 +140,7 @@ fn run(options: Options) -> Result<()> {
             let after = repair(pruned.model, &options, &train, &held_out)?;
             let (criterion, parameters, bytes) =
                 (name(criterion)?, report.parameters_after, report.bytes_after);
-            println!("{criterion:<14} {ratio:>6} {parameters:>12} {bytes:>12} {before:>10.2} {after:>10.2}");
+            say!("{criterion:<14} {ratio:>6} {parameters:>12} {bytes:>12} {before:>10.2} {after:>10.2}");
             rows.push(serde_json::json!({
                 "criterion": criterion,
                 "ratio": ratio,

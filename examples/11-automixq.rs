@@ -13,7 +13,7 @@ use kiln::{
     models::{LoadOptions, Windows},
     quant::Scheme,
 };
-use kiln_examples::{ModelArgs, Result, perplexity, split_ids, write_json};
+use kiln_examples::{ModelArgs, Result, check_outputs, perplexity, say, split_ids, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -50,6 +50,8 @@ struct Options {
 }
 
 fn run(options: Options) -> Result<()> {
+    std::fs::create_dir_all(&options.out).map_err(|error| format!("{}: {error}", options.out.display()))?;
+    check_outputs([&Some(options.out.join("front.json")), &options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
@@ -59,10 +61,9 @@ fn run(options: Options) -> Result<()> {
     let space = space_of(&model, &choices)?;
     let limit = space_of(&model, &Choices::new([options.within]))?.smallest();
     let plans = space.size().map_or("more than 2^128".into(), |size| size.to_string());
-    println!("{plans} plans of {} to {} bytes; at most {limit} wanted", space.smallest(), space.largest());
+    say!("{plans} plans of {} to {} bytes; at most {limit} wanted", space.smallest(), space.largest());
 
     let mut objective = ModelObjective::new(Variants::new(model), &windows, &KlOptions::default())?;
-    std::fs::create_dir_all(&options.out).map_err(|error| format!("{}: {error}", options.out.display()))?;
     let mut log = TrialLog::open(options.out.join("search.jsonl"), &space, &objective.fingerprint())?;
     if log.skipped() > 0 {
         eprintln!("note: {} lines of search.jsonl are no trials of this space", log.skipped());
@@ -71,7 +72,7 @@ fn run(options: Options) -> Result<()> {
         SearchSettings::new(options.evaluations, Fidelity::kl(objective.tokens())).with_seed(options.seed);
     let found = search(&space, &mut objective, &mut log, &*method(&options.method)?, &settings)?;
     found.front.save(&options.out, &found.trials)?;
-    println!("{}", found.front.to_markdown());
+    say!("{}", found.front.to_markdown());
 
     let best = found.front.select(limit)?;
     let perplexity_of = |load: &LoadOptions<'_>| -> Result<f64> {
@@ -80,11 +81,8 @@ fn run(options: Options) -> Result<()> {
     };
     let uniform = perplexity_of(&LoadOptions::uniform(options.within))?;
     let mixed = perplexity_of(&load_options(&best.plan)?)?;
-    println!(
-        "perplexity within {limit} bytes: {uniform:.2} uniform, {mixed:.2} mixed ({} bytes)",
-        best.bytes
-    );
-    println!("front written to {}", options.out.display());
+    say!("perplexity within {limit} bytes: {uniform:.2} uniform, {mixed:.2} mixed ({} bytes)", best.bytes);
+    say!("front written to {}", options.out.display());
     write_json(
         options.json.as_deref(),
         &serde_json::json!({

@@ -6,9 +6,9 @@ use std::{collections::HashMap, path::PathBuf, process::ExitCode};
 use clap::Parser;
 use kiln::{
     models::{CausalLm, TokenBatch},
-    quant::Compute,
+    quant::{Compute, files::write_atomically},
 };
-use kiln_examples::{ComputeName, ModelArgs, Result};
+use kiln_examples::{ComputeName, ModelArgs, Result, check_outputs, say};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 
 #[derive(Parser)]
@@ -50,6 +50,7 @@ fn integers(file: &SafeTensors, name: &str) -> Result<(Vec<u32>, [usize; 2])> {
 
 fn run(mut options: Options) -> Result<()> {
     options.model.compute.get_or_insert(ComputeName(Some(Compute::F32)));
+    check_outputs([&options.out])?;
     let checkpoint = options.model.checkpoint()?;
     let tokens = match &options.ids {
         Some(path) => {
@@ -73,12 +74,13 @@ fn run(mut options: Options) -> Result<()> {
     let logits = model.forward(&model.context(&tokens, None));
     let shape = logits.dims();
     let values: Vec<f32> = logits.into_data().convert::<f32>().iter::<f32>().collect();
-    println!("logits {shape:?}, the first: {:?}", &values[..values.len().min(4)]);
+    say!("logits {shape:?}, the first: {:?}", &values[..values.len().min(4)]);
     if let Some(path) = &options.out {
         let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
         let view = TensorView::new(Dtype::F32, shape.to_vec(), &bytes)?;
         let metadata = Some(HashMap::from([("format".to_string(), "pt".to_string())]));
-        safetensors::serialize_to_file([("logits", view)], metadata, path)?;
+        let file = safetensors::serialize([("logits", view)], metadata)?;
+        write_atomically(path, |writer| std::io::Write::write_all(writer, &file))?;
     }
     Ok(())
 }

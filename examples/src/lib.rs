@@ -21,12 +21,15 @@ use kiln::{
         CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer,
         chat::{CivilTime, TemplateContext},
     },
-    quant::{Compute, QuantLinear, Scheme},
+    quant::{
+        Compute, QuantLinear, Scheme,
+        files::{check_writable, write_atomically},
+    },
     training::{DataOptions, Dataset, ModelTokenizer},
 };
 
 pub use devices::DeviceName;
-pub use errors::{Result, program};
+pub use errors::{Result, print_line, program};
 pub use progress::Bar;
 
 /// Options of every program that loads a model.
@@ -121,10 +124,18 @@ impl ModelArgs {
 /// The operating system's refusal.
 pub fn write_json(path: Option<&Path>, figures: &serde_json::Value) -> Result<()> {
     if let Some(path) = path {
-        std::fs::write(path, serde_json::to_vec_pretty(figures)?)
-            .map_err(|error| format!("{}: {error}", path.display()))?;
+        let text = serde_json::to_vec_pretty(figures)?;
+        write_atomically(path, |file| std::io::Write::write_all(file, &text))?;
     }
     Ok(())
+}
+
+/// Finds out whether the files of these names can be written: before the work.
+///
+/// # Errors
+/// The first that can't.
+pub fn check_outputs<'a>(paths: impl IntoIterator<Item = &'a Option<PathBuf>>) -> Result<()> {
+    paths.into_iter().flatten().try_for_each(|path| Ok(check_writable(path)?))
 }
 
 /// Reads little-endian token ids, of 32 bits from a .u32le file, else of 16.

@@ -28,7 +28,7 @@ use kiln::{
         memory::{ProcessConstants, Step},
     },
     pruning::{BlockPruning, Criterion, CutOptions, HeadRounding},
-    quant::{QuantLinear, Scheme},
+    quant::{QuantLinear, Scheme, write_atomically},
     training::{BatchOptions, DataOptions, Dataset, ScheduleKind, TrainerConfig},
 };
 use kiln_examples::{ModelArgs, Result, split_ids, write_json};
@@ -442,7 +442,7 @@ fn table(rows: &[Row]) -> String {
 }
 
 fn write(path: &Path, text: &str) -> Result<()> {
-    std::fs::write(path, text).map_err(|error| format!("{}: {error}", path.display()).into())
+    Ok(write_atomically(path, |file| std::io::Write::write_all(file, text.as_bytes()))?)
 }
 
 /// A front as the figures have it.

@@ -14,10 +14,12 @@ use kiln::{
     },
     eval::peak_rss_bytes,
     models::{CausalLm, Decoder, GenerateOptions, Recompute, Tokenizer, generate},
-    quant::{QuantLinear, Scheme, trained_values},
+    quant::{QuantLinear, Scheme, files::OutputFolder, trained_values},
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
-use kiln_examples::{Bar, ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
+use kiln_examples::{
+    Bar, ModelArgs, Result, check_outputs, open_data, perplexity, read_ids, testdata, write_json,
+};
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Method {
@@ -203,6 +205,8 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
     if options.model.model.is_none() {
         options.model.scheme.get_or_insert("affine4:64".parse::<Scheme>()?);
     }
+    let out = Arc::new(OutputFolder::claim(&options.out)?);
+    check_outputs([&options.json])?;
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let (base, report) = options.model.load(&checkpoint)?;
@@ -215,7 +219,8 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
     let window = options.window.unwrap_or(options.seq_len);
 
     let tuned = Tuned::attach(base, &options.adapters())?;
-    let identity = tuned.identity()?;
+    let mut identity = tuned.identity();
+    identity.insert("tokenizer".into(), tokenizer.fingerprint()?);
     let (model, adapters) = tuned.into_parts();
     let before = perplexity(&model, &held_out, window)?;
     println!("perplexity before: {:.3} over {} tokens", before.perplexity, before.tokens);
@@ -227,12 +232,13 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
     }
     let trainable = trained_values(trainer.model());
     println!("training {trainable} parameters");
-    let mut bar = Bar::new(options.steps);
-    let run = RunOptions::new().with_save_every(options.save_every).with_folder(&options.out);
+    let mut bar = Bar::new(options.steps)?;
+    let run = RunOptions::new().with_save_every(options.save_every).with_claimed(out);
     let start = Instant::now();
     let reports = trainer.run_with(&run, &mut bar)?.steps;
     let seconds = start.elapsed().as_secs_f64();
-    bar.finish();
+    let last = options.out.join("last");
+    bar.finish(&format!("the checkpoint is in {}, --resume goes on from it", last.display()))?;
 
     let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
     let after = perplexity(tuned.model(), &held_out, window)?;

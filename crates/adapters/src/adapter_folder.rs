@@ -9,12 +9,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
+    fs::File,
     io::{Read, Write},
     path::{Path, PathBuf},
 };
 
-use kiln_quant_core::{safetensors_file::SafetensorsFile, write_atomically};
+use kiln_quant_core::{files::whole_folder, safetensors_file::SafetensorsFile, write_atomically};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -120,7 +120,8 @@ impl AdapterFolder {
     /// A file that is missing or isn't what its name says, another version, and a configuration with unknown keys or
     /// values out of range.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let config_path = folder.as_ref().join(KILN_CONFIG_FILE);
+        let folder = whole_folder(folder.as_ref());
+        let config_path = folder.join(KILN_CONFIG_FILE);
         let mut text = Vec::new();
         let file = File::open(&config_path).map_err(Error::io(&config_path))?;
         file.take(MAX_BYTES + 1).read_to_end(&mut text).map_err(Error::io(&config_path))?;
@@ -163,7 +164,7 @@ impl AdapterFolder {
         let method = method.with_keys(&lora).map_err(|problem| problem.in_file(&config_path))?;
         let config = AdapterConfig { method, ..lora.adapter() };
         config.validate().map_err(|error| in_file(error, &config_path))?;
-        let weights = SafetensorsFile::open(folder.as_ref().join(KILN_WEIGHTS_FILE))?;
+        let weights = SafetensorsFile::open(folder.join(KILN_WEIGHTS_FILE))?;
         Ok(Self { config, base_fingerprint, config_path, weights })
     }
 
@@ -213,7 +214,8 @@ impl AdapterFolder {
 /// created if missing. `base_fingerprint` is that of the model's packed weights
 /// ([`kiln_quant_core::packed_file::fingerprint`]), `None` without such.
 ///
-/// Each file is written to a temporary sibling and renamed; the configuration last.
+/// The folder is written beside its place and renamed: an earlier adapter in it, of either kind, goes as a whole, other files
+/// stay.
 ///
 /// # Errors
 /// An adapter that `config` doesn't select, or of another kind, rank, scaling, pooling or size, because the folder could
@@ -248,9 +250,10 @@ fn save(
     };
     let text = serde_json::to_vec_pretty(&description)
         .map_err(|error| Error::io(&config_path)(std::io::Error::other(error)))?;
-    fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    store::write(&folder.join(KILN_WEIGHTS_FILE), adapters, Part::kiln_name, &BTreeMap::new())?;
-    Ok(write_atomically(&config_path, |file| file.write_all(&text))?)
+    let new = store::new_folder(folder)?;
+    store::write(&new.path().join(KILN_WEIGHTS_FILE), adapters, Part::kiln_name, &BTreeMap::new())?;
+    write_atomically(&new.path().join(KILN_CONFIG_FILE), |file| file.write_all(&text))?;
+    Ok(new.commit()?)
 }
 
 #[cfg(test)]

@@ -6,18 +6,14 @@
 
 use std::{
     collections::BTreeMap,
-    fs,
     path::{Path, PathBuf},
 };
 
-use kiln_quant_core::safetensors_file::SafetensorsFile;
+use kiln_quant_core::{files::whole_folder, safetensors_file::SafetensorsFile};
 
 use crate::{
-    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, PeftConfig, Pooling,
-    error::{Error, Result},
-    part::Part,
-    peft_config::in_file,
-    store,
+    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, PeftConfig, Pooling, error::Result,
+    part::Part, peft_config::in_file, store,
 };
 
 /// The name of the file of weights in an adapter folder.
@@ -48,9 +44,10 @@ impl PeftFolder {
     /// # Errors
     /// A file that is missing or isn't what its name says, and a configuration that asks for what isn't implemented.
     pub fn open(folder: impl AsRef<Path>) -> Result<Self> {
-        let config_path = folder.as_ref().join(CONFIG_FILE);
+        let folder = whole_folder(folder.as_ref());
+        let config_path = folder.join(CONFIG_FILE);
         let config = PeftConfig::read(&config_path)?;
-        let weights = SafetensorsFile::open(folder.as_ref().join(WEIGHTS_FILE))?;
+        let weights = SafetensorsFile::open(folder.join(WEIGHTS_FILE))?;
         Ok(Self { config, config_path, weights })
     }
 
@@ -81,8 +78,8 @@ impl PeftFolder {
 /// Writes `adapters`, by the paths of their modules, and the `config` that they were made with as a PEFT folder, which
 /// is created if missing.
 ///
-/// Each file is written to a temporary sibling and renamed, so that none is ever half-written. Weights are written as
-/// F32, which the host holds meanwhile.
+/// The folder is written beside its place and renamed: an earlier adapter in it, of either kind, goes as a whole, other files
+/// stay. Weights are written as F32, which the host holds meanwhile.
 ///
 /// ```
 /// # use burn::{nn::LinearConfig, tensor::Device};
@@ -122,9 +119,10 @@ fn save(folder: &Path, config: &AdapterConfig, mut adapters: Vec<(String, AnyAda
         }
     }
     store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters)?;
-    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    let new = store::new_folder(folder)?;
     // As PEFT marks its files.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    store::write(&folder.join(WEIGHTS_FILE), &adapters, Part::peft_name, &metadata)?;
-    peft.write(&config_path)
+    store::write(&new.path().join(WEIGHTS_FILE), &adapters, Part::peft_name, &metadata)?;
+    peft.write(new.path().join(CONFIG_FILE))?;
+    Ok(new.commit()?)
 }

@@ -5,10 +5,13 @@ use std::{
     path::Path,
 };
 
-use kiln_quant_core::safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors};
+use kiln_quant_core::{
+    files::NewFolder,
+    safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
+};
 
 use crate::{
-    AdapterConfig, AnyAdapter, Targets,
+    AdapterConfig, AnyAdapter, CONFIG_FILE, KILN_CONFIG_FILE, KILN_WEIGHTS_FILE, Targets, WEIGHTS_FILE,
     error::{Error, Result},
     json_fields::Problem,
     part::{FileShape, Part, Parts},
@@ -133,6 +136,12 @@ pub(crate) fn check_adapters(config: &AdapterConfig, adapters: &[(String, AnyAda
         }
     }
     Ok(())
+}
+
+/// A folder for an adapter, in which none of another kind stays behind.
+pub(crate) fn new_folder(folder: &Path) -> Result<NewFolder> {
+    let own = [CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", KILN_CONFIG_FILE, KILN_WEIGHTS_FILE];
+    Ok(NewFolder::replacing(folder, &own)?)
 }
 
 /// Writes the adapters' tensors in f32, which the host holds meanwhile.

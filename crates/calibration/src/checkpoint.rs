@@ -11,12 +11,14 @@ use std::{
     fs::File,
     io::{BufRead, BufReader, Read, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use burn::{module::Param, tensor::Tensor};
 use kiln_adapters::Lora;
 use kiln_quant_core::{
-    PackedWeight, QuantLinear, hash::Fnv1a, packed_file::PackedFile, to_host, write_atomically,
+    PackedWeight, QuantLinear, files::OutputFolder, hash::Fnv1a, packed_file::PackedFile, to_host,
+    write_atomically,
 };
 use serde::{Deserialize, Serialize};
 
@@ -83,7 +85,8 @@ pub(crate) struct Norm {
 /// The folder of one run.
 #[derive(Debug, Clone)]
 pub(crate) struct Folder {
-    path: PathBuf,
+    /// This run's alone.
+    claimed: Arc<OutputFolder>,
     run: String,
 }
 
@@ -96,16 +99,15 @@ pub(crate) struct Resumed {
 impl Folder {
     /// `run` tells this run's results from others'.
     pub(crate) fn new(path: &Path, run: String) -> Result<Self> {
-        std::fs::create_dir_all(path).map_err(Error::io(path))?;
-        Ok(Self { path: path.into(), run })
+        Ok(Self { claimed: Arc::new(OutputFolder::claim(path)?), run })
     }
 
     fn block(&self, index: usize) -> PathBuf {
-        self.path.join(format!("block-{index:05}.safetensors"))
+        self.claimed.path().join(format!("block-{index:05}.safetensors"))
     }
 
     fn streams(&self) -> PathBuf {
-        self.path.join("streams.bin")
+        self.claimed.path().join("streams.bin")
     }
 
     /// Saves a finished block, then the streams behind it.

@@ -1,6 +1,6 @@
 //! A language model with all that belongs to it: tokenizer, chat template, checkpoint.
 
-use std::{fmt, ops::ControlFlow, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, ops::ControlFlow, path::Path, sync::Arc};
 
 use burn::tensor::Device;
 use kiln_adapters::AdapterConfig;
@@ -333,6 +333,15 @@ impl fmt::Debug for Base {
 impl Language {
     pub(crate) fn checkpoint(&self) -> &Checkpoint {
         &self.checkpoint
+    }
+
+    /// What a resumed run must have the same: tokenizer and template, by their hashes.
+    pub(crate) fn identity(&self) -> Result<BTreeMap<String, String>> {
+        let template = self.template.as_ref().map_or("none", ChatTemplate::fingerprint);
+        Ok(BTreeMap::from([
+            ("tokenizer".to_owned(), self.tokenizer.fingerprint()?),
+            ("chat template".to_owned(), template.to_owned()),
+        ]))
     }
 
     fn text(&self) -> ModelTokenizer<'_> {

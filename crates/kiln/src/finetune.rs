@@ -15,7 +15,10 @@ use kiln_models::{
     chat::Message,
     export::{ExportReport, LoraFactors, export_gguf_lora},
 };
-use kiln_quant_core::{DeviceLimits, QuantLinear, Slots};
+use kiln_quant_core::{
+    DeviceLimits, QuantLinear, Slots,
+    files::{OutputFolder, whole_folder},
+};
 use kiln_training::{
     BatchOptions, Dataset, DatasetLoss, Event, RunOptions, RunReport, ScheduleKind, Trainer, TrainerConfig,
 };
@@ -182,6 +185,12 @@ impl<'a> FineTune<'a> {
         self
     }
 
+    /// As [`with_checkpoints`](Self::with_checkpoints), in a folder that the caller has claimed and holds beyond the run.
+    pub fn with_claimed(mut self, folder: impl Into<Arc<OutputFolder>>, every: u64) -> Self {
+        self.options = self.options.with_claimed(folder).with_save_every(every);
+        self
+    }
+
     /// Goes on from `last` in the folder of the checkpoints, if it is there.
     pub fn with_resume(mut self) -> Self {
         self.resume = true;
@@ -209,11 +218,13 @@ impl<'a> FineTune<'a> {
             Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
         };
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
-        // Without checkpoints nothing asks for it, and the base is hashed for it.
-        let identity = if last.is_some() { tuned.identity()? } else { Default::default() };
+        let mut identity = tuned.identity();
+        if last.is_some() {
+            identity.extend(language.identity()?);
+        }
         let (model, adapters) = tuned.into_parts();
         let mut trainer = Trainer::new(model, self.data, config)?.with_identity(identity);
-        if let Some(last) = last.filter(|last| self.resume && last.exists()) {
+        if let Some(last) = last.filter(|last| self.resume && whole_folder(last).exists()) {
             trainer = trainer.resumed(last)?;
         }
         let report = trainer.run_with(&self.options, &mut self.on_event)?;

@@ -1,6 +1,10 @@
 //! A model with its adapters and what they are: attached, loaded, saved, merged.
 
-use std::{collections::BTreeMap, convert::Infallible, path::Path};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
+    path::Path,
+};
 
 use burn::tensor::Tensor;
 use kiln_adapters::{
@@ -9,7 +13,8 @@ use kiln_adapters::{
 };
 use kiln_models::Decoder;
 use kiln_quant_core::{
-    HostQuantizer, PackedWeight, Plan, QuantLinear, Scheme, Slots, packed_file::fingerprint,
+    HostQuantizer, PackedWeight, Plan, Projection, QuantLinear, Scheme, Slots, files::whole_folder,
+    packed_file::fingerprint,
 };
 
 use crate::{Error, Result};
@@ -145,16 +150,18 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     }
 
     /// What must be the same when training goes on, for
-    /// [`Trainer::with_identity`](kiln_training::Trainer::with_identity): the adapters' configuration, their seed, and the
-    /// packed base.
-    ///
-    /// # Errors
-    /// A device that can't be read.
-    pub fn identity(&self) -> Result<BTreeMap<String, String>> {
+    /// [`Trainer::with_identity`](kiln_training::Trainer::with_identity): the adapters' configuration and their seed, the
+    /// base's schemes, and what operands of products are rounded to.
+    pub fn identity(&self) -> BTreeMap<String, String> {
         let AdapterConfig { method, rank, alpha, rslora, dropout, seed, .. } = &self.config;
         let patterns = format!("{:?} {:?}", self.config.rank_pattern, self.config.alpha_pattern);
-        let base = self.base_fingerprint()?.unwrap_or_else(|| "not packed".into());
-        Ok(BTreeMap::from([
+        let (mut schemes, mut computes) = (BTreeMap::new(), BTreeSet::new());
+        for (_, slot) in self.model.slots() {
+            *schemes.entry(slot.base.scheme().to_string()).or_insert(0) += 1;
+            computes.insert(slot.base.compute().to_string());
+        }
+        let schemes = schemes.into_iter().map(|(scheme, count)| format!("{count} of {scheme}"));
+        BTreeMap::from([
             ("adapters.method".to_owned(), format!("{method:?}")),
             ("adapters.rank".to_owned(), rank.to_string()),
             ("adapters.alpha".to_owned(), alpha.to_string()),
@@ -162,8 +169,9 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
             ("adapters.patterns".to_owned(), patterns),
             ("adapters.dropout".to_owned(), dropout.to_string()),
             ("adapters.seed".to_owned(), seed.to_string()),
-            ("base".to_owned(), base),
-        ]))
+            ("base.linears".to_owned(), schemes.collect::<Vec<_>>().join(", ")),
+            ("compute".to_owned(), computes.into_iter().collect::<Vec<_>>().join(", ")),
+        ])
     }
 
     /// Writes the adapters, of any kind, as Kiln's own folder, with the fingerprint of their base.
@@ -252,7 +260,7 @@ type Slot = (String, [usize; 2]);
 
 /// The adapters of a folder; of an own one the folder too, which knows its base.
 pub(crate) fn open(folder: &Path, slots: &[Slot]) -> Result<(AnyAttacher, Option<AdapterFolder>)> {
-    if folder.join(KILN_CONFIG_FILE).exists() {
+    if whole_folder(folder).join(KILN_CONFIG_FILE).exists() {
         let own = AdapterFolder::open(folder)?;
         return Ok((own.attacher(slots, 0)?, Some(own)));
     }

@@ -123,6 +123,7 @@ impl Front {
             let path = folder.join(name);
             let mut file = tempfile::NamedTempFile::new_in(folder).map_err(Error::io(&path))?;
             file.write_all(text.as_bytes()).map_err(Error::io(&path))?;
+            file.as_file().sync_all().map_err(Error::io(&path))?;
             file.persist(&path).map_err(|e| Error::io(&path)(e.error))?;
         }
         Ok(())

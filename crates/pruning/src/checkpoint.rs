@@ -11,7 +11,7 @@ use kiln_models::{
     config::ModelConfig,
     export::{ExportOptions, ExportReport, export_hf, save_model},
 };
-use kiln_quant_core::{QuantLinear, write_atomically};
+use kiln_quant_core::{QuantLinear, files::NewFolder, write_atomically};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, PruningReport, Result, kept::Kept, pad::pad, structure::Structure};
@@ -125,14 +125,17 @@ pub fn save_pruned(
     folder: &Path,
 ) -> Result<SavedCheckpoint> {
     check_record(record, model.config())?;
+    // The record belongs to the model: one folder appears with both.
+    let new = NewFolder::at_new_place(folder)?;
     let report = match format {
-        SaveFormat::AsIs => save_model(model, source, folder)?,
-        SaveFormat::HuggingFace(options) => export_hf(model, source, folder, options)?,
+        SaveFormat::AsIs => save_model(model, source, new.path())?,
+        SaveFormat::HuggingFace(options) => export_hf(model, source, new.path(), options)?,
     };
     let record = serde_json::to_vec(record);
     let record = record.map_err(|error| Error::mismatch("record", "values that JSON holds", error))?;
-    write_atomically(&folder.join(RECORD_FILE), |file| file.write_all(&record))?;
-    saved(folder, report)
+    write_atomically(&new.path().join(RECORD_FILE), |file| file.write_all(&record))?;
+    new.commit()?;
+    saved(folder, ExportReport { path: folder.into(), ..report })
 }
 
 /// Writes a model pruned in heads and channels at its original shape, dense, zeros where something was removed: it

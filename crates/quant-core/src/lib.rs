@@ -1,12 +1,12 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod atomic_file;
 mod codebook;
 mod compute;
 mod device;
 mod dynamic_map;
 mod error;
+pub mod files;
 pub mod fused;
 pub mod hash;
 mod host;
@@ -25,11 +25,11 @@ mod storage;
 mod tensor;
 mod weight;
 
-pub use atomic_file::write_atomically;
 pub use codebook::Codebook;
 pub use compute::Compute;
 pub use device::DeviceLimits;
 pub use error::{Error, Result};
+pub use files::write_atomically;
 pub use host::{ints_to_host, to_host};
 pub use linear::{PackedLinear, QuantLinear};
 pub use parameters::{HostValues, Parameter, for_each_parameter, trained_values};

@@ -12,7 +12,9 @@ use burn::{
     tensor::{Tensor, TensorData},
 };
 use kiln_quant_core::{
-    HostValues, Parameter, for_each_parameter,
+    HostValues, Parameter,
+    files::{NewFolder, whole_folder},
+    for_each_parameter,
     safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
     write_atomically,
 };
@@ -99,7 +101,6 @@ pub(crate) fn save<B: Module, M: Module>(
     labels: Option<usize>,
     module: &M,
 ) -> Result<()> {
-    let weights_path = folder.join(WEIGHTS_FILE);
     let mut parts = Vec::new();
     for_each_parameter(module, |parameter| {
         let name = tensor_name(parameter.path);
@@ -129,14 +130,15 @@ pub(crate) fn save<B: Module, M: Module>(
     let path = folder.join(CONFIG_FILE);
     let json = serde_json::to_vec_pretty(&content)
         .map_err(|error| Error::file(&path, "content", "serialisable options", error))?;
-    fs::create_dir_all(folder).map_err(Error::io(folder))?;
-    write_safetensors(&weights_path, &tensors, &BTreeMap::new())?;
-    Ok(write_atomically(&path, |file| file.write_all(&json))?)
+    let new = NewFolder::replacing(folder, &[CONFIG_FILE, WEIGHTS_FILE])?;
+    write_safetensors(&new.path().join(WEIGHTS_FILE), &tensors, &BTreeMap::new())?;
+    write_atomically(&new.path().join(CONFIG_FILE), |file| file.write_all(&json))?;
+    Ok(new.commit()?)
 }
 
 /// Reads the configuration of a folder, and checks that it belongs to `backbone`.
 pub(crate) fn open<B: Module>(folder: &Path, backbone: &B) -> Result<Opened> {
-    let path = folder.join(CONFIG_FILE);
+    let path = whole_folder(folder).join(CONFIG_FILE);
     let text = fs::read(&path).map_err(Error::io(&path))?;
     let json: serde_json::Value =
         serde_json::from_slice(&text).map_err(|error| Error::file(&path, "file", "JSON", error))?;
@@ -156,7 +158,7 @@ pub(crate) fn open<B: Module>(folder: &Path, backbone: &B) -> Result<Opened> {
 
 /// Fills `module`, made by the folder's configuration, with the folder's weights.
 pub(crate) fn restore<M: Module>(folder: &Path, module: M) -> Result<M> {
-    let file = SafetensorsFile::open(folder.join(WEIGHTS_FILE))?;
+    let file = SafetensorsFile::open(whole_folder(folder).join(WEIGHTS_FILE))?;
     let mut expected = BTreeMap::new();
     for_each_parameter(&module, |parameter| {
         expected.insert(tensor_name(parameter.path), stored_shape(&parameter));

@@ -1,24 +1,30 @@
-//! A run on disk: `state.json`, `trainable.safetensors`, `optimizer.bpk`, in a folder that is written beside its place
-//! and then renamed.
+//! A run on disk: `state.json`, `trainable.safetensors`, `optimizer.bpk`, in a folder that changes as a whole. The state
+//! holds SHA-256 hashes of the other two and of itself.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     panic::AssertUnwindSafe,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
-use burn::optim::ModuleOptimizer;
+use burn::{
+    optim::{ModuleOptimizer, OptimizerRecord},
+    tensor::{Bytes, DType},
+};
+use burn_pack::Reader;
+use kiln_quant_core::{
+    files::{NewFolder, whole_folder, write_atomically},
+    hash::hex,
+};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
-use crate::{
-    Cursor, Error, Result, ScheduleKind, TrainerConfig,
-    trainable::{self, Parameter},
-};
+use crate::{Cursor, Error, Result, ScheduleKind, TrainerConfig, trainable::Parameter};
 
 /// Version of the folder's layout.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 const STATE: &str = "state.json";
 const TENSORS: &str = "trainable.safetensors";
@@ -26,23 +32,29 @@ const OPTIMIZER: &str = "optimizer.bpk";
 /// Metadata key of the parameters' ids in [`TENSORS`].
 const IDS: &str = "kiln.parameter_ids";
 
+/// Key of the state's own hash in [`STATE`].
+const DIGEST: &str = "digest";
+
 /// Everything that isn't a tensor.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct State {
     pub version: u32,
     pub step: u64,
+    /// Steps that were passed over.
+    pub skipped: u64,
     pub best: Option<f64>,
-    /// The step of `best`; checkpoints of earlier versions don't say it.
-    #[serde(default)]
+    /// The step of `best`.
     pub best_step: Option<u64>,
     pub cursor: Cursor,
     pub config: TrainerConfig,
     /// Fingerprint of the data set.
     pub data: String,
-    /// What the model is besides its trained parameters; empty in checkpoints of earlier versions.
-    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    /// What the model is besides its trained parameters.
     pub model: BTreeMap<String, String>,
+    /// Hashes of the other files, by name.
+    #[serde(default)]
+    pub files: BTreeMap<String, String>,
 }
 
 /// The run that is to go on.
@@ -55,19 +67,13 @@ pub(crate) struct Run<'a> {
 
 /// Whether there is a checkpoint in `folder`.
 pub(crate) fn exists(folder: &Path) -> bool {
-    find(folder).join(STATE).is_file()
+    whole_folder(folder).join(STATE).is_file()
 }
 
 /// A checkpoint that fits the run.
 pub(crate) struct Saved {
     pub state: State,
     pub parameters: BTreeMap<String, Parameter>,
-}
-
-fn sibling(folder: &Path, suffix: &str) -> PathBuf {
-    let mut name = folder.file_name().unwrap_or_default().to_os_string();
-    name.push(suffix);
-    folder.with_file_name(name)
 }
 
 fn wrong(path: &Path, field: &str, expected: impl ToString, found: impl ToString) -> Error {
@@ -79,38 +85,42 @@ fn wrong(path: &Path, field: &str, expected: impl ToString, found: impl ToString
     }
 }
 
+/// Writes a checkpoint. What can't be loaded again, which is what isn't finite, isn't saved.
 pub(crate) fn save(
     folder: &Path,
-    state: &State,
-    parameters: BTreeMap<String, Parameter>,
+    mut state: State,
+    parameters: &BTreeMap<String, Parameter>,
     optimizer: &ModuleOptimizer,
 ) -> Result<()> {
-    let (fresh, old) = (sibling(folder, ".new"), sibling(folder, ".old"));
-    let remove = |path: &Path| match fs::remove_dir_all(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::io(path)(error)),
-        _ => Ok(()),
-    };
-    remove(&fresh)?;
-    fs::create_dir_all(&fresh).map_err(Error::io(&fresh))?;
-    let write = |name: &str, bytes: &[u8]| {
-        let path = fresh.join(name);
-        let written = fs::File::create(&path).and_then(|mut file| {
-            std::io::Write::write_all(&mut file, bytes)?;
-            file.sync_all()
-        });
-        written.map_err(Error::io(path))
-    };
-    let json = serde_json::to_vec_pretty(state).map_err(|e| wrong(&fresh.join(STATE), "state", "JSON", e))?;
-    write(STATE, &json)?;
-    write(TENSORS, &tensors(&fresh.join(TENSORS), &parameters)?)?;
-    let bytes = optimizer.into_bytes().map_err(|e| wrong(&fresh.join(OPTIMIZER), "record", "a record", e))?;
-    write(OPTIMIZER, &bytes)?;
-    remove(&old)?;
-    if folder.exists() {
-        fs::rename(folder, &old).map_err(Error::io(folder))?;
+    for (name, parameter) in parameters {
+        if let Some(value) = parameter.values.iter().find(|value| !value.is_finite()) {
+            let (step, quantity) = (state.step, format!("the parameter {name}"));
+            return Err(Error::Diverged { step, quantity, value: f64::from(*value), checkpoint: None });
+        }
     }
-    fs::rename(&fresh, folder).map_err(Error::io(folder))?;
-    remove(&old)
+    let new = NewFolder::replacing(folder, &[STATE, TENSORS, OPTIMIZER])?;
+    let write = |name: &str, bytes: &[u8]| {
+        write_atomically(&new.path().join(name), |file| std::io::Write::write_all(file, bytes))
+    };
+    let tensors = tensors(&folder.join(TENSORS), parameters)?;
+    let moments =
+        optimizer.into_bytes().map_err(|e| wrong(&folder.join(OPTIMIZER), "record", "a record", e))?;
+    for (name, bytes) in [(TENSORS, &tensors[..]), (OPTIMIZER, &moments[..])] {
+        write(name, bytes)?;
+        state.files.insert(name.into(), hex(Sha256::digest(bytes)));
+    }
+    let no_json = |error| wrong(&folder.join(STATE), "state", "JSON", error);
+    // As it will read: a number's text is what is hashed.
+    let text = serde_json::to_vec(&state).map_err(no_json)?;
+    let mut json: serde_json::Value = serde_json::from_slice(&text).map_err(no_json)?;
+    json[DIGEST] = digest(&json).into();
+    write(STATE, &serde_json::to_vec_pretty(&json).map_err(no_json)?)?;
+    Ok(new.commit()?)
+}
+
+/// The hash of a state without its own.
+fn digest(json: &serde_json::Value) -> String {
+    hex(Sha256::digest(json.to_string()))
 }
 
 fn tensors(path: &Path, parameters: &BTreeMap<String, Parameter>) -> Result<Vec<u8>> {
@@ -130,24 +140,38 @@ fn tensors(path: &Path, parameters: &BTreeMap<String, Parameter>) -> Result<Vec<
         .map_err(|error| wrong(path, "tensors", "a safetensors file", error))
 }
 
-/// The folder, or what an interrupted save left in its stead.
-fn find(folder: &Path) -> PathBuf {
-    let old = sibling(folder, ".old");
-    if !folder.exists() && old.exists() { old } else { folder.to_path_buf() }
-}
-
-fn read(path: &Path) -> Result<Vec<u8>> {
-    fs::read(path).map_err(Error::io(path))
+/// A file of the checkpoint, which must be the one that the state was written with.
+fn read(folder: &Path, name: &str, state: &State) -> Result<Vec<u8>> {
+    let path = folder.join(name);
+    let bytes = fs::read(&path).map_err(Error::io(&path))?;
+    let found = hex(Sha256::digest(&bytes));
+    match state.files.get(name) {
+        Some(expected) if *expected == found => Ok(bytes),
+        expected => {
+            let expected = expected.map_or("a file that state.json knows", String::as_str);
+            Err(wrong(
+                &path,
+                "SHA-256",
+                expected,
+                format!("{found}: it was changed, or is of another checkpoint"),
+            ))
+        }
+    }
 }
 
 /// Reads a checkpoint and checks it against the run that is to go on.
 pub(crate) fn load(folder: &Path, run: &Run<'_>) -> Result<Saved> {
-    let folder = find(folder);
+    let folder = whole_folder(folder);
     let path = folder.join(STATE);
-    let json: serde_json::Value =
-        serde_json::from_slice(&read(&path)?).map_err(|error| wrong(&path, "file", "JSON", error))?;
+    let text = fs::read(&path).map_err(Error::io(&path))?;
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&text).map_err(|error| wrong(&path, "file", "JSON", error))?;
     if json["version"] != VERSION {
         return Err(wrong(&path, "version", VERSION, &json["version"]));
+    }
+    let recorded = json.as_object_mut().and_then(|json| json.remove(DIGEST)).unwrap_or_default();
+    if recorded != digest(&json) {
+        return Err(wrong(&path, DIGEST, "that of the content", format!("{recorded}: the file was changed")));
     }
     let state: State =
         serde_json::from_value(json).map_err(|error| wrong(&path, "state", "a checkpoint's state", error))?;
@@ -155,12 +179,16 @@ pub(crate) fn load(folder: &Path, run: &Run<'_>) -> Result<Saved> {
     if state.data != run.data {
         return Err(wrong(&path, "data", format!("the data set {}", run.data), &state.data));
     }
-    for (name, expected) in run.identity {
-        if let Some(found) = state.model.get(name).filter(|found| *found != expected) {
+    let names: BTreeSet<&String> = run.identity.keys().chain(state.model.keys()).collect();
+    for name in names {
+        let text = |of: &BTreeMap<String, String>| of.get(name).map_or("nothing", |text| text).to_owned();
+        let (expected, found) = (text(run.identity), text(&state.model));
+        if expected != found {
             return Err(wrong(&path, &format!("model.{name}"), expected, found));
         }
     }
-    let parameters = parameters(&folder.join(TENSORS), run.fresh)?;
+    let bytes = read(&folder, TENSORS, &state)?;
+    let parameters = parameters(&folder.join(TENSORS), &bytes, run.fresh)?;
     Ok(Saved { state, parameters })
 }
 
@@ -191,36 +219,35 @@ fn same_config(path: &Path, expected: &TrainerConfig, state: &State) -> Result<(
     Ok(())
 }
 
-fn parameters(path: &Path, fresh: &BTreeMap<String, Parameter>) -> Result<BTreeMap<String, Parameter>> {
-    let bytes = read(path)?;
+fn parameters(
+    path: &Path,
+    bytes: &[u8],
+    fresh: &BTreeMap<String, Parameter>,
+) -> Result<BTreeMap<String, Parameter>> {
     let not_safetensors = |error| wrong(path, "header", "a safetensors file", error);
-    let (_, metadata) = SafeTensors::read_metadata(&bytes).map_err(not_safetensors)?;
+    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(not_safetensors)?;
     let ids = metadata.metadata().as_ref().and_then(|entries| entries.get(IDS));
     let ids = ids.ok_or_else(|| wrong(path, IDS, "ids of all tensors", "none"))?;
     let ids: BTreeMap<String, u64> =
         serde_json::from_str(ids).map_err(|error| wrong(path, IDS, "a map from names to ids", error))?;
-    let file = SafeTensors::deserialize(&bytes).map_err(not_safetensors)?;
-    // Earlier versions wrote variants of enums into the names.
-    let stored: BTreeMap<String, &str> = file
-        .names()
-        .into_iter()
-        .map(|name| (trainable::stable_name(&name.split('.').collect::<Vec<_>>()), name))
-        .collect();
-    if let Some((_, name)) = stored.iter().find(|(name, _)| !fresh.contains_key(*name)) {
+    let file = SafeTensors::deserialize(bytes).map_err(not_safetensors)?;
+    if let Some(name) = file.names().into_iter().find(|name| !fresh.contains_key(*name)) {
         return Err(wrong(path, name, "only tensors that this model trains", "this one"));
+    }
+    let mut seen = BTreeSet::new();
+    if let Some((name, id)) = ids.iter().find(|(_, id)| !seen.insert(**id)) {
+        return Err(wrong(path, IDS, format!("an id of its own for {name}"), format!("{id}, another's")));
     }
     fresh
         .iter()
         .map(|(name, expected)| {
-            let missing = || wrong(path, name, "a tensor", "none");
-            let in_file = *stored.get(name).ok_or_else(missing)?;
-            let view = file.tensor(in_file).map_err(|_| missing())?;
+            let view = file.tensor(name).map_err(|_| wrong(path, name, "a tensor", "none"))?;
             let found = format!("{:?} {:?}", view.dtype(), view.shape());
             let wanted = format!("{:?} {:?}", Dtype::F32, expected.shape);
             if found != wanted {
                 return Err(wrong(path, name, wanted, found));
             }
-            let id = *ids.get(in_file).ok_or_else(|| wrong(path, IDS, format!("an id of {name}"), "none"))?;
+            let id = *ids.get(name).ok_or_else(|| wrong(path, IDS, format!("an id of {name}"), "none"))?;
             let values: Vec<f32> = view
                 .data()
                 .chunks_exact(4)
@@ -234,14 +261,41 @@ fn parameters(path: &Path, fresh: &BTreeMap<String, Parameter>) -> Result<BTreeM
         .collect()
 }
 
-/// Reads the optimizer's averages into `optimizer`.
-pub(crate) fn load_optimizer(folder: &Path, optimizer: ModuleOptimizer) -> Result<ModuleOptimizer> {
-    let path = find(folder).join(OPTIMIZER);
-    let bytes = burn::tensor::Bytes::from_bytes_vec(read(&path)?);
-    // Burn panics on a record without parameter ids; a damaged file must be an error.
-    let loaded = std::panic::catch_unwind(AssertUnwindSafe(|| optimizer.from_bytes(bytes)));
-    let refused = |found: String| wrong(&path, "record", "an optimizer's record", found);
-    loaded
-        .map_err(|_| refused("one that Burn can't read".into()))?
-        .map_err(|error| refused(error.to_string()))
+/// Reads the optimizer's averages into `optimizer`: those of the saved parameters, in their shapes, and no others.
+pub(crate) fn load_optimizer(
+    folder: &Path,
+    saved: &Saved,
+    optimizer: ModuleOptimizer,
+) -> Result<ModuleOptimizer> {
+    let folder = whole_folder(folder);
+    let path = folder.join(OPTIMIZER);
+    let bytes = read(&folder, OPTIMIZER, &saved.state)?;
+    let bytes = Bytes::from_bytes_vec(bytes).shared();
+    // A file that fits its hash was written by a save; whoever makes both up must get an error all the same.
+    let loaded = std::panic::catch_unwind(AssertUnwindSafe(|| {
+        check_moments(&path, bytes.clone(), &saved.parameters)?;
+        let record = OptimizerRecord::from_bytes(bytes).map_err(|error| unreadable(&path, error))?;
+        Ok(optimizer.load_record(record))
+    }));
+    loaded.unwrap_or_else(|_| Err(unreadable(&path, "one that Burn can't read")))
+}
+
+fn unreadable(path: &Path, found: impl ToString) -> Error {
+    wrong(path, "record", "an optimizer's record", found)
+}
+
+/// A moment has the id of a saved parameter, and its shape.
+fn check_moments(path: &Path, bytes: Bytes, parameters: &BTreeMap<String, Parameter>) -> Result<()> {
+    let shapes: BTreeMap<u64, &[usize]> = parameters.values().map(|p| (p.id, &p.shape[..])).collect();
+    let tensors = Reader::from_bytes(bytes).and_then(Reader::into_tensors);
+    for tensor in tensors.map_err(|error| unreadable(path, error))? {
+        let shape = tensor.param_id.and_then(|id| shapes.get(&id));
+        let expected = shape
+            .map_or("a moment of a saved parameter".into(), |shape| format!("{:?} {shape:?}", DType::F32));
+        let found = format!("{:?} {:?}", tensor.dtype, tensor.shape.as_slice());
+        if expected != found {
+            return Err(wrong(path, &tensor.name, expected, found));
+        }
+    }
+    Ok(())
 }

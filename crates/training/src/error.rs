@@ -59,15 +59,36 @@ pub enum Error {
     #[error(transparent)]
     Observer(Box<dyn std::error::Error + Send + Sync>),
     /// Training that can't go on because a number is no longer finite.
-    #[error("step {step}: {quantity} is {value}; nothing was changed by this step")]
+    #[error("step {step}: {quantity} is {value}{}", last(checkpoint))]
     Diverged {
         /// The step, counted from 0.
         step: u64,
-        /// What is not finite: `loss` or `gradient norm`.
-        quantity: &'static str,
+        /// What is not finite: `the loss`, `the gradient's norm`, or a parameter that was to be saved.
+        quantity: String,
         /// Its value.
         value: f64,
+        /// The last checkpoint of the run, which is good.
+        checkpoint: Option<PathBuf>,
     },
+}
+
+fn last(checkpoint: &Option<PathBuf>) -> String {
+    match checkpoint {
+        Some(path) => format!("; the last checkpoint is {}", path.display()),
+        None => "; there is no checkpoint yet".into(),
+    }
+}
+
+impl From<kiln_quant_core::Error> for Error {
+    fn from(error: kiln_quant_core::Error) -> Self {
+        match error {
+            kiln_quant_core::Error::Io { path, source } => Self::Io { path, source },
+            kiln_quant_core::Error::File { path, field, expected, found } => {
+                Self::File { path, field, expected, found }
+            }
+            other => Self::Model(other.into()),
+        }
+    }
 }
 
 /// `Result` with this crate's [`Error`].

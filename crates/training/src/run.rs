@@ -7,9 +7,10 @@ use std::{
     sync::Arc,
 };
 
+use kiln_quant_core::files::OutputFolder;
 use serde::{Deserialize, Serialize};
 
-use crate::{Dataset, StepReport};
+use crate::{Dataset, Result, StepReport};
 
 /// When [`Trainer::run`](crate::Trainer::run) evaluates, saves and gives up.
 ///
@@ -19,7 +20,8 @@ use crate::{Dataset, StepReport};
 /// | `held_out` | none | data whose loss is the score; without it the observer scores | |
 /// | `patience` | none | evaluations in a row without a better score after which the run ends | at least 1 |
 /// | `save_every` | 0 | steps between checkpoints; 0 saves only at the end | |
-/// | `folder` | none | where checkpoints go: `last` and, with evaluations, `best` below it | |
+/// | `folder` | none | where checkpoints go: `last` and, with evaluations, `best` below it; made and claimed before the first step | |
+/// | `claimed` | none | the folder, if the caller has claimed it already | |
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
 pub struct RunOptions {
@@ -33,6 +35,8 @@ pub struct RunOptions {
     pub save_every: u64,
     /// Where checkpoints go.
     pub folder: Option<PathBuf>,
+    /// The folder, if the caller has claimed it already.
+    pub claimed: Option<Arc<OutputFolder>>,
 }
 
 impl RunOptions {
@@ -74,6 +78,23 @@ impl RunOptions {
     pub fn with_folder(mut self, folder: impl Into<PathBuf>) -> Self {
         self.folder = Some(folder.into());
         self
+    }
+
+    /// Sets `folder` to one that the caller has claimed, and holds beyond the run.
+    #[must_use]
+    pub fn with_claimed(mut self, folder: impl Into<Arc<OutputFolder>>) -> Self {
+        let claimed = folder.into();
+        self.folder = Some(claimed.path().into());
+        self.claimed = Some(claimed);
+        self
+    }
+
+    /// The claim that the run holds itself.
+    pub(crate) fn claim(&self) -> Result<Option<OutputFolder>> {
+        match (&self.folder, &self.claimed) {
+            (Some(folder), None) => Ok(Some(OutputFolder::claim(folder)?)),
+            _ => Ok(None),
+        }
     }
 }
 
@@ -132,7 +153,7 @@ pub trait Observer<M> {
         &mut self,
         _model: &M,
         _steps: u64,
-    ) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+    ) -> std::result::Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
         Ok(None)
     }
 }

@@ -6,7 +6,8 @@ use burn::{
     module::{Module, ModuleMapper, Param, ParamId},
     tensor::{DType, FloatDType, Tensor, TensorData},
 };
-use kiln_quant_core::{HostValues, for_each_parameter};
+use kiln_quant_core::{HostValues, for_each_parameter, hash::hex};
+use sha2::{Digest, Sha256};
 
 use crate::Result;
 
@@ -43,6 +44,34 @@ pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter
         Ok::<_, kiln_models::Error>(())
     })?;
     Ok(found)
+}
+
+/// SHA-256 of all parameters that don't require gradients, by path: which model it is that is trained. Every value is read,
+/// one tensor at a time.
+///
+/// # Errors
+/// A device that can't be read.
+pub(crate) fn frozen_fingerprint<M: Module>(model: &M) -> Result<String> {
+    let mut hash = Sha256::new();
+    for_each_parameter(model, |parameter| {
+        if parameter.trained {
+            return Ok(());
+        }
+        hash.update(format!("{} {:?}\n", stable_name(parameter.path), parameter.shape));
+        match parameter.values()? {
+            HostValues::Floats(values) => update(&mut hash, &values, f32::to_le_bytes),
+            HostValues::Ints(values) => update(&mut hash, &values, i64::to_le_bytes),
+        }
+        Ok::<_, kiln_models::Error>(())
+    })?;
+    Ok(hex(hash.finalize()))
+}
+
+fn update<T: Copy, const N: usize>(hash: &mut Sha256, values: &[T], bytes: fn(T) -> [u8; N]) {
+    const AT_ONCE: usize = 4096;
+    for values in values.chunks(AT_ONCE) {
+        hash.update(values.iter().flat_map(|value| bytes(*value)).collect::<Vec<u8>>());
+    }
 }
 
 /// Widens trained parameters that are kept in 16 bits: a step is smaller than their rounding.

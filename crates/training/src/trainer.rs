@@ -1,6 +1,12 @@
 //! The loop: micro-batches to gradients to a step of AdamW.
 
-use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc, time::Instant};
+use std::{
+    collections::BTreeMap,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    sync::{Arc, OnceLock},
+    time::Instant,
+};
 
 use burn::optim::{GradientsAccumulator, ModuleOptimizer};
 use kiln_models::{CausalLm, DriverOptions, PendingLoss, Place, Recompute, queue_gradients};
@@ -31,6 +37,7 @@ use crate::{
 /// | `eps` | 1e-8 | AdamW's division | above 0 |
 /// | `recompute` | none | what the backward pass computes again | |
 /// | `logit_rows` | 256 | rows of logits held at once | at least 1 |
+/// | `max_skipped` | 0 | steps that are passed over because loss or gradient isn't finite, before that ends the run | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -59,6 +66,8 @@ pub struct TrainerConfig {
     pub recompute: Recompute,
     /// Rows of logits held at once.
     pub logit_rows: usize,
+    /// Steps of a run that may be passed over because loss or gradient isn't finite.
+    pub max_skipped: u64,
 }
 
 impl TrainerConfig {
@@ -77,6 +86,7 @@ impl TrainerConfig {
             eps: 1e-8,
             recompute: Recompute::None,
             logit_rows: 256,
+            max_skipped: 0,
         }
     }
 
@@ -116,6 +126,13 @@ impl TrainerConfig {
     #[must_use]
     pub fn with_warmup(mut self, warmup: u64) -> Self {
         self.warmup = warmup;
+        self
+    }
+
+    /// Sets `max_skipped`.
+    #[must_use]
+    pub fn with_max_skipped(mut self, max_skipped: u64) -> Self {
+        self.max_skipped = max_skipped;
         self
     }
 
@@ -216,6 +233,8 @@ pub struct StepReport {
     pub tokens: usize,
     /// Wall-clock time.
     pub seconds: f64,
+    /// Whether nothing was learned because loss or gradient, of which one is then not a number here, wasn't finite.
+    pub skipped: bool,
 }
 
 /// Trains whatever requires gradients in a model.
@@ -231,9 +250,14 @@ pub struct Trainer<M: CausalLm> {
     batches: Batches,
     dataset: Arc<Dataset>,
     step: u64,
+    skipped: u64,
     best: Option<Best>,
     /// What the model is besides its trained parameters, by name.
     identity: BTreeMap<String, String>,
+    /// Hash of the frozen parameters, once it was asked for.
+    frozen: OnceLock<String>,
+    /// The last checkpoint that was written or read.
+    checkpoint: Option<PathBuf>,
 }
 
 /// The best evaluation so far.
@@ -242,6 +266,19 @@ struct Best {
     score: f64,
     step: u64,
     parameters: BTreeMap<String, Parameter>,
+}
+
+/// Why a step has no gradients.
+enum Failure {
+    /// A number of the report.
+    NotFinite(StepReport),
+    Other(Error),
+}
+
+impl<E: Into<Error>> From<E> for Failure {
+    fn from(error: E) -> Self {
+        Self::Other(error.into())
+    }
 }
 
 /// The trained parts are many; what a run is made of is few.
@@ -284,14 +321,18 @@ impl<M: CausalLm> Trainer<M> {
             schedule,
             dataset,
             step: 0,
+            skipped: 0,
             best: None,
             identity: BTreeMap::new(),
+            frozen: OnceLock::new(),
+            checkpoint: None,
         })
     }
 
-    /// Records in checkpoints what the model is besides its trained parameters: name and value of whatever must be the
-    /// same when a run goes on, such as the adapters' configuration and the base's fingerprint. To be called before
-    /// [`resumed`](Self::resumed), which compares them.
+    /// Records in checkpoints what the model is besides its parameters: name and value of whatever must be the same when a
+    /// run goes on, such as the adapters' configuration. To be called before [`resumed`](Self::resumed), which compares
+    /// them. The frozen parameters are compared in any case, by a hash that is made at the first checkpoint, at a gigabyte a
+    /// second or so.
     #[must_use]
     pub fn with_identity(mut self, identity: BTreeMap<String, String>) -> Self {
         self.identity = identity;
@@ -332,6 +373,11 @@ impl<M: CausalLm> Trainer<M> {
         self.best.as_ref().map(|best| best.score)
     }
 
+    /// Steps that were passed over because loss or gradient wasn't finite.
+    pub fn steps_skipped(&self) -> u64 {
+        self.skipped
+    }
+
     /// Number of values that are trained.
     pub fn trained_values(&self) -> usize {
         trained_values(self.model())
@@ -340,28 +386,49 @@ impl<M: CausalLm> Trainer<M> {
     /// One optimizer step over [`TrainerConfig::accumulate`] micro-batches.
     ///
     /// # Errors
-    /// [`Error::Diverged`] if loss or gradient is not finite, and errors of the data; the model is then as before.
+    /// [`Error::Diverged`] if loss or gradient is not finite, more often than [`TrainerConfig::max_skipped`] allows, and
+    /// errors of the data; the model is then as before.
     pub fn step(&mut self) -> Result<StepReport> {
         let start = Instant::now();
         let before = self.batches.cursor();
-        match self.gradients() {
-            Ok((gradients, mut report)) => {
+        let mut report = match self.gradients() {
+            Ok((gradients, report)) => {
                 let model = self.model.take().expect("a model between calls");
                 self.model = Some(self.optimizer.step(report.learning_rate, model, gradients));
-                self.step += 1;
-                report.seconds = start.elapsed().as_secs_f64();
-                tracing::debug!(step = report.step, loss = report.loss, "step");
-                Ok(report)
+                report
             }
-            Err(error) => {
+            Err(Failure::NotFinite(report)) if self.skipped < self.config.max_skipped => {
+                self.skipped += 1;
+                tracing::warn!(step = report.step, "loss or gradient isn't finite: nothing is learned");
+                report
+            }
+            Err(failure) => {
                 self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), before)?;
-                Err(error)
+                return Err(self.error(failure));
+            }
+        };
+        self.step += 1;
+        report.seconds = start.elapsed().as_secs_f64();
+        tracing::debug!(step = report.step, loss = report.loss, "step");
+        Ok(report)
+    }
+
+    fn error(&self, failure: Failure) -> Error {
+        match failure {
+            Failure::Other(error) => error,
+            Failure::NotFinite(StepReport { step, loss, grad_norm, .. }) => {
+                let (quantity, value) = match loss.is_finite() {
+                    true => ("the gradient's norm", grad_norm),
+                    false => ("the loss", loss),
+                };
+                let checkpoint = self.checkpoint.clone();
+                Error::Diverged { step, quantity: quantity.into(), value, checkpoint }
             }
         }
     }
 
     /// The clipped mean gradient of the next micro-batches.
-    fn gradients(&mut self) -> Result<(burn::optim::GradientsParams, StepReport)> {
+    fn gradients(&mut self) -> std::result::Result<(burn::optim::GradientsParams, StepReport), Failure> {
         let options = DriverOptions { recompute: self.config.recompute, logit_rows: self.config.logit_rows };
         let micro_batches: Vec<Batch> = self.batches.by_ref().take(self.config.accumulate).collect();
         let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
@@ -382,14 +449,7 @@ impl<M: CausalLm> Trainer<M> {
         let (nll, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
         let loss = nll / targets as f64;
         let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / targets as f64;
-        for (quantity, value) in [("loss", loss), ("gradient norm", norm)] {
-            if !value.is_finite() {
-                return Err(Error::Diverged { step: self.step, quantity, value });
-            }
-        }
-        // As torch's `clip_grad_norm_`.
-        let clip = self.config.clip.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
-        let gradients = scale(model, gradients, clip / targets as f64);
+        let is_finite = loss.is_finite() && norm.is_finite();
         let report = StepReport {
             step: self.step,
             loss,
@@ -398,8 +458,14 @@ impl<M: CausalLm> Trainer<M> {
             targets,
             tokens,
             seconds: 0.0,
+            skipped: !is_finite,
         };
-        Ok((gradients, report))
+        if !is_finite {
+            return Err(Failure::NotFinite(report));
+        }
+        // As torch's `clip_grad_norm_`.
+        let clip = self.config.clip.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
+        Ok((scale(model, gradients, clip / targets as f64), report))
     }
 
     /// Steps until the end, evaluating and saving on the way as `options` says.
@@ -415,6 +481,7 @@ impl<M: CausalLm> Trainer<M> {
     /// # Errors
     /// As [`run`](Self::run), and [`Error::Observer`] for what the observer's score meets.
     pub fn run_with(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
+        let _claim = options.claim()?;
         let mut report = RunReport { steps: Vec::new(), evaluations: Vec::new(), end: RunEnd::Completed };
         let every = |steps: u64, every: u64| every != 0 && steps.is_multiple_of(every);
         while self.step < self.config.steps {
@@ -458,7 +525,7 @@ impl<M: CausalLm> Trainer<M> {
             None => observer.score(self.model(), self.step).map_err(Error::Observer)?,
         };
         let Some(score) = score else { return Ok(None) };
-        let is_best = self.best.as_ref().is_none_or(|best| score < best.score);
+        let is_best = score.is_finite() && self.best.as_ref().is_none_or(|best| score < best.score);
         if is_best {
             self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model())? });
         }
@@ -472,33 +539,61 @@ impl<M: CausalLm> Trainer<M> {
     }
 
     fn save_below(
-        &self,
+        &mut self,
         options: &RunOptions,
         name: &str,
         observer: &mut impl Observer<M>,
     ) -> Result<ControlFlow<()>> {
         let Some(folder) = &options.folder else { return Ok(ControlFlow::Continue(())) };
         let folder = folder.join(name);
-        self.save(&folder)?;
+        self.write(&folder)?;
+        self.checkpoint = Some(folder.clone());
         Ok(observer.on_event(&Event::Checkpoint(&folder)))
     }
 
     /// Writes trainable tensors, optimizer, step, data cursor and configuration; `folder` is replaced as a whole.
     ///
     /// # Errors
-    /// [`Error::Io`] and the like; what stood in `folder` before is then still there.
+    /// [`Error::Io`] and the like, another process that writes there, and [`Error::Diverged`] for parameters that aren't
+    /// finite; what stood in `folder` before is then still there.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.write(folder.as_ref())
+    }
+
+    fn write(&self, folder: &Path) -> Result<()> {
         let state = checkpoint::State {
             version: checkpoint::VERSION,
             step: self.step,
+            skipped: self.skipped,
             best: self.best(),
             best_step: self.best.as_ref().map(|best| best.step),
             cursor: self.batches.cursor(),
             config: self.config.clone(),
             data: self.dataset.fingerprint(),
-            model: self.identity.clone(),
+            model: self.whole_identity()?,
+            files: BTreeMap::new(),
         };
-        checkpoint::save(folder.as_ref(), &state, trainable::collect(self.model())?, &self.optimizer)
+        let parameters = trainable::collect(self.model())?;
+        checkpoint::save(folder, state, &parameters, &self.optimizer).map_err(|error| match error {
+            Error::Diverged { step, quantity, value, .. } => {
+                Error::Diverged { step, quantity, value, checkpoint: self.checkpoint.clone() }
+            }
+            other => other,
+        })
+    }
+
+    /// What must be the same when the run goes on.
+    fn whole_identity(&self) -> Result<BTreeMap<String, String>> {
+        let mut identity = self.identity.clone();
+        let frozen = match self.frozen.get() {
+            Some(frozen) => frozen.clone(),
+            None => {
+                let found = trainable::frozen_fingerprint(self.model())?;
+                self.frozen.get_or_init(|| found).clone()
+            }
+        };
+        identity.insert("frozen parameters".into(), frozen);
+        Ok(identity)
     }
 
     /// A run that goes on from a checkpoint: [`new`](Self::new), then [`resumed`](Self::resumed).
@@ -526,10 +621,11 @@ impl<M: CausalLm> Trainer<M> {
     pub fn resumed(mut self, folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
         let fresh = trainable::collect(self.model())?;
+        let identity = self.whole_identity()?;
         let run = checkpoint::Run {
             config: &self.config,
             data: &self.dataset.fingerprint(),
-            identity: &self.identity,
+            identity: &identity,
             fresh: &fresh,
         };
         let saved = checkpoint::load(folder, &run)?;
@@ -545,10 +641,11 @@ impl<M: CausalLm> Trainer<M> {
             }
             _ => None,
         };
-        self.optimizer = checkpoint::load_optimizer(folder, adamw::optimizer(&self.config))?;
+        self.optimizer = checkpoint::load_optimizer(folder, &saved, adamw::optimizer(&self.config))?;
         self.model = self.model.take().map(|model| trainable::restore(model, saved.parameters));
         self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
-        self.step = saved.state.step;
+        (self.step, self.skipped) = (saved.state.step, saved.state.skipped);
+        self.checkpoint = Some(folder.into());
         Ok(self)
     }
 }

@@ -1,4 +1,5 @@
 //! Integration tests, one binary.
 
+mod checkpoints;
 mod peft_golden;
 mod trainer;

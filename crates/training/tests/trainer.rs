@@ -1,6 +1,6 @@
 //! The trainer against torch's loss curves, and its own promises: accumulation, recomputation, exact resume.
 
-use std::{collections::BTreeMap, ops::ControlFlow, path::Path, sync::Arc};
+use std::{ops::ControlFlow, sync::Arc};
 
 use burn::{
     module::{Module, ModuleVisitor, Param},
@@ -15,9 +15,9 @@ use kiln_training::{
     RunOptions, ScheduleKind, StepReport, Trainer, TrainerConfig, evaluate,
 };
 
-type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
+pub(crate) type LoraModel = Decoder<Adapted<QuantLinear, Lora>>;
 
-fn base(folder: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
+pub(crate) fn base(folder: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {
     let checkpoint = Checkpoint::open(testdata(folder)).unwrap();
     let options = match scheme {
         Some(scheme) => LoadOptions::uniform(scheme.parse::<Scheme>().unwrap()).in_f32(),
@@ -87,23 +87,23 @@ fn full_training_with_clipping_follows_torch() {
 }
 
 /// A 4-bit tiny model with LoRA and dropout.
-fn lora_model(dropout: f64) -> LoraModel {
+pub(crate) fn lora_model(dropout: f64) -> LoraModel {
     lora_model_in(Compute::F32, dropout)
 }
 
-fn lora_model_in(compute: Compute, dropout: f64) -> LoraModel {
+pub(crate) fn lora_model_in(compute: Compute, dropout: f64) -> LoraModel {
     let model = base("tiny/llama-tied-f32-sharded", Some("affine4:32")).with_compute(compute).unwrap();
     let config = AdapterConfig::lora(4, 8.0).with_dropout(dropout).with_seed(5);
     let attacher = LoraAttacher::new(&config, &model.slot_shapes()).unwrap();
     model.try_map(|path, base| attacher.attach(path, base)).unwrap()
 }
 
-fn dropout_model() -> LoraModel {
+pub(crate) fn dropout_model() -> LoraModel {
     lora_model(0.2)
 }
 
 /// Documents of different lengths, packed and shuffled.
-fn documents() -> Arc<Dataset> {
+pub(crate) fn documents() -> Arc<Dataset> {
     let examples = (0..23u32).map(|i| {
         let ids: Vec<u32> = (0..5 + i * 7 % 17).map(|k| (i * 31 + k * k * 3) % 256).collect();
         let scored = (0..ids.len()).map(|k| k > 2 || i % 3 == 0).collect();
@@ -112,7 +112,7 @@ fn documents() -> Arc<Dataset> {
     Arc::new(Dataset::from_examples(examples, &DataOptions::new(32, 256)).unwrap())
 }
 
-fn config(batch: usize, accumulate: usize) -> TrainerConfig {
+pub(crate) fn config(batch: usize, accumulate: usize) -> TrainerConfig {
     let mut options = BatchOptions::new(batch);
     (options.packing, options.seed) = (true, 9);
     let mut config = TrainerConfig::new(6, options);
@@ -120,16 +120,16 @@ fn config(batch: usize, accumulate: usize) -> TrainerConfig {
     config
 }
 
-fn trainer(config: TrainerConfig) -> Trainer<LoraModel> {
+pub(crate) fn trainer(config: TrainerConfig) -> Trainer<LoraModel> {
     Trainer::new(dropout_model(), documents(), config).unwrap()
 }
 
-fn losses(reports: &[StepReport]) -> Vec<u64> {
+pub(crate) fn losses(reports: &[StepReport]) -> Vec<u64> {
     reports.iter().map(|report| report.loss.to_bits()).collect()
 }
 
 /// Values of all trainable parameters.
-fn parameters<M: Module>(model: &M) -> Vec<Vec<f32>> {
+pub(crate) fn parameters<M: Module>(model: &M) -> Vec<Vec<f32>> {
     struct Collect(Vec<Vec<f32>>);
     impl ModuleVisitor for Collect {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
@@ -351,24 +351,6 @@ fn a_checkpoint_fits_adapters_of_any_kind() {
     for _ in 1..6 {
         assert_eq!(resumed.step().unwrap().loss.to_bits(), whole.step().unwrap().loss.to_bits());
     }
-
-    // Earlier versions had the variants in the names.
-    let path = last.join("trainable.safetensors");
-    let text = std::fs::read(&path).unwrap();
-    let (_, metadata) = safetensors::SafeTensors::read_metadata(&text).unwrap();
-    let tensors = safetensors::SafeTensors::deserialize(&text).unwrap();
-    let old = |name: &str| format!("Llama.{name}");
-    let ids: BTreeMap<String, u64> =
-        serde_json::from_str(&metadata.metadata().as_ref().unwrap()["kiln.parameter_ids"]).unwrap();
-    let ids: BTreeMap<String, u64> = ids.into_iter().map(|(name, id)| (old(&name), id)).collect();
-    let ids = [("kiln.parameter_ids".to_owned(), serde_json::to_string(&ids).unwrap())];
-    let renamed = tensors.tensors().into_iter().map(|(name, view)| (old(&name), view));
-    let renamed = safetensors::serialize(renamed, Some(ids.into_iter().collect())).unwrap();
-    std::fs::write(&path, renamed).unwrap();
-    let mut resumed = Trainer::resume(dropout_model(), documents(), config(2, 1), &last).unwrap();
-    let mut again = trainer(config(2, 1));
-    again.step().unwrap();
-    assert_eq!(resumed.step().unwrap().loss.to_bits(), again.step().unwrap().loss.to_bits());
 }
 
 #[test]
@@ -430,70 +412,13 @@ fn recomputation_sees_the_same_dropout() {
 }
 
 #[test]
-fn checkpoints_of_other_runs_are_refused_by_name() {
-    let folder = tempfile::tempdir().unwrap();
-    let last = folder.path().join("last");
-    let mut first = trainer(config(2, 1));
-    first.step().unwrap();
-    first.save(&last).unwrap();
-    let resume = |config: TrainerConfig, dataset| {
-        Trainer::resume(dropout_model(), dataset, config, &last).map(|_| ()).unwrap_err().to_string()
-    };
-    let mut other = config(2, 1);
-    other.lr = 1e-4;
-    assert!(resume(other, documents()).contains("config.lr"));
-    let ids = (0..600u32).map(|i| i % 256).collect();
-    let dataset = Dataset::from_ids(ids, &DataOptions::new(32, 256)).unwrap();
-    assert!(resume(config(2, 1), Arc::new(dataset)).contains("state.json: data"));
-
-    let identity = |alpha: &str| BTreeMap::from([("adapters".to_owned(), format!("alpha {alpha}"))]);
-    let named = folder.path().join("named");
-    trainer(config(2, 1)).with_identity(identity("8")).save(&named).unwrap();
-    let resumed = |alpha| trainer(config(2, 1)).with_identity(identity(alpha)).resumed(&named);
-    assert!(resumed("8").is_ok());
-    let error = resumed("64").unwrap_err().to_string();
-    assert!(error.ends_with("state.json: model.adapters: expected alpha 64, found alpha 8"), "{error}");
-    // Checkpoints of earlier versions don't say what they belong to.
-    assert!(trainer(config(2, 1)).with_identity(identity("64")).resumed(&last).is_ok());
-
-    let damage = |file: &str, bytes: &[u8]| {
-        let path = last.join(file);
-        let whole = std::fs::read(&path).unwrap();
-        std::fs::write(&path, bytes).unwrap();
-        let message = resume(config(2, 1), documents());
-        std::fs::write(&path, whole).unwrap();
-        assert!(message.contains(file), "{message}");
-    };
-    damage("state.json", b"{");
-    damage("trainable.safetensors", b"\xff\xff\xff\xff\xff\xff\xff\x7f");
-    damage("optimizer.bpk", b"nothing");
-    assert!(Trainer::resume(dropout_model(), documents(), config(2, 1), &last).is_ok());
-}
-
-#[test]
-fn a_full_disk_leaves_the_old_checkpoint() {
-    // A file where the folder's parent should be stands for any refusal of the operating system.
-    let folder = tempfile::tempdir().unwrap();
-    let (last, blocked) = (folder.path().join("last"), folder.path().join("last.new"));
-    let mut trainer = trainer(config(2, 1));
-    trainer.save(&last).unwrap();
-    trainer.step().unwrap();
-    std::fs::write(&blocked, b"in the way").unwrap();
-    assert!(matches!(trainer.save(&last), Err(Error::Io { .. })));
-    let saved = std::fs::read_to_string(Path::new(&last).join("state.json")).unwrap();
-    let state: BTreeMap<String, serde_json::Value> = serde_json::from_str(&saved).unwrap();
-    assert_eq!(state["step"], 0);
-}
-
-#[test]
 fn divergence_changes_nothing() {
-    let mut config = config(2, 1);
-    config.lr = 1e-3;
+    let config_of = |max_skipped| config(2, 1).with_lr(1e-3).with_max_skipped(max_skipped);
     let mut model = base("tiny/llama-untied-bf16", None).unfreeze();
     // A norm gain of 1e30 overflows the logits.
     let gains = model.final_norm.weight.take().unwrap();
     model.final_norm.weight = Some(gains.map(|w| w.mul_scalar(1e38).mul_scalar(1e38)));
-    let mut trainer = Trainer::new(model, documents(), config).unwrap();
+    let mut trainer = Trainer::new(model, documents(), config_of(0)).unwrap();
     let before = parameters(trainer.model());
     assert!(matches!(trainer.step(), Err(Error::Diverged { step: 0, .. })));
     let same = |a: &[Vec<f32>], b: &[Vec<f32>]| {
@@ -501,6 +426,16 @@ fn divergence_changes_nothing() {
     };
     assert!(same(&parameters(trainer.model()), &before));
     assert_eq!(trainer.steps_done(), 0);
+
+    // Passed over as often as the options say.
+    let mut trainer = Trainer::new(trainer.into_model().train(), documents(), config_of(2)).unwrap();
+    for step in 0..2 {
+        let report = trainer.step().unwrap();
+        assert!(report.skipped && report.step == step && !report.loss.is_finite(), "{report:?}");
+    }
+    assert!(matches!(trainer.step(), Err(Error::Diverged { step: 2, .. })));
+    assert_eq!((trainer.steps_done(), trainer.steps_skipped()), (2, 2));
+    assert!(same(&parameters(trainer.model()), &before));
 }
 
 #[test]

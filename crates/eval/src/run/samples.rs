@@ -2,8 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{File, OpenOptions},
-    io::Write,
+    fs::{File, OpenOptions, TryLockError},
+    io::{ErrorKind, Write},
     path::{Path, PathBuf},
 };
 
@@ -75,12 +75,30 @@ impl SampleLog {
         let mut options = OpenOptions::new();
         let file = options.read(true).write(true).create(true).truncate(false).open(path);
         let mut file = file.map_err(Error::io(path))?;
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::file(path, "lock", "a log that no other process writes", "one in use"));
+            }
+            Err(TryLockError::Error(error)) if error.kind() != ErrorKind::Unsupported => {
+                return Err(Error::io(path)(error));
+            }
+            _ => {}
+        }
         let (lines, whole) = read_lines(path)?;
         match lines.split_first() {
             None => {
-                file.set_len(0).map_err(Error::io(path))?;
                 let mut line = serde_json::to_vec(header).unwrap_or_default();
                 line.push(b'\n');
+                let found = std::fs::read(path).map_err(Error::io(path))?;
+                if !line.starts_with(&found) {
+                    return Err(Error::file(
+                        path,
+                        "line 1",
+                        "the beginning of a log of samples",
+                        "something else",
+                    ));
+                }
+                file.set_len(0).map_err(Error::io(path))?;
                 file.write_all(&line).map_err(Error::io(path))?;
             }
             Some((first, samples)) => {

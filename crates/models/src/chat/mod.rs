@@ -12,8 +12,10 @@ mod time;
 
 use std::ops::Range;
 
+use kiln_quant_core::hash::hex;
 use minijinja::{Environment, ErrorKind, Value, syntax::SyntaxConfig};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 pub use self::time::CivilTime;
 use crate::{Error, Result};
@@ -99,6 +101,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     /// Whether the template says itself what is learned.
     has_marks: bool,
+    fingerprint: String,
 }
 
 impl ChatTemplate {
@@ -115,9 +118,15 @@ impl ChatTemplate {
         jinja::complete(&mut environment);
         environment.add_filter("tojson", json::to_json);
         environment.add_function("raise_exception", raise_exception);
+        let fingerprint = hex(Sha256::digest(source));
         let (source, has_marks) = marks::as_variables(source);
         environment.add_template_owned(NAME, source).map_err(error)?;
-        Ok(Self { environment, has_marks })
+        Ok(Self { environment, has_marks, fingerprint })
+    }
+
+    /// SHA-256 of the source, in hexadecimal.
+    pub fn fingerprint(&self) -> &str {
+        &self.fingerprint
     }
 
     /// The text of `messages`; with `add_generation_prompt`, also what opens the assistant's next turn.

@@ -3,15 +3,15 @@
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     fs,
-    path::{Path, PathBuf},
+    path::Path,
 };
 
 use kiln_quant_core::{
+    files::NewFolder,
     safetensors_file::{Dtype, TensorPlan, Values, stream_safetensors},
     write_atomically,
 };
 use serde_json::{Map, Value, json};
-use tempfile::TempDir;
 
 use super::{
     FloatType, Format,
@@ -20,59 +20,6 @@ use super::{
     tokenizer_files,
 };
 use crate::{Checkpoint, Error, Result};
-
-/// A folder in the making.
-pub(super) struct NewFolder {
-    fresh: TempDir,
-    target: PathBuf,
-}
-
-impl NewFolder {
-    /// `target` must not exist or be empty, its parent must exist.
-    pub(crate) fn create(target: &Path) -> Result<Self> {
-        let parent = target.parent().filter(|path| !path.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let taken = match fs::read_dir(target) {
-            Ok(mut entries) => entries.next().is_some(),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => false,
-            Err(error) => return Err(Error::io(target)(error)),
-        };
-        if taken {
-            return Err(Error::Argument {
-                name: "folder".into(),
-                expected: "a new or empty folder".into(),
-                found: format!("{}, which holds files", target.display()),
-            });
-        }
-        let mut builder = tempfile::Builder::new();
-        builder.prefix(".kiln-export-");
-        // Temporary folders are private; what they become should be as readable as any new folder.
-        #[cfg(unix)]
-        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o777));
-        let fresh = builder.tempdir_in(parent).map_err(Error::io(parent))?;
-        Ok(Self { fresh, target: target.into() })
-    }
-
-    /// Where files go.
-    pub(crate) fn path(&self) -> &Path {
-        self.fresh.path()
-    }
-
-    /// Writes a JSON file.
-    pub(crate) fn write_json(&self, name: &str, value: &Value) -> Result<()> {
-        write_json(&self.path().join(name), value)
-    }
-
-    /// Puts the folder into its place.
-    pub(crate) fn commit(self) -> Result<()> {
-        // Not every system renames onto an empty folder.
-        if self.target.exists() {
-            fs::remove_dir(&self.target).map_err(Error::io(&self.target))?;
-        }
-        fs::rename(self.fresh.path(), &self.target).map_err(Error::io(&self.target))?;
-        let _ = self.fresh.keep();
-        Ok(())
-    }
-}
 
 /// Writes a JSON file.
 pub(super) fn write_json(path: &Path, value: &Value) -> Result<()> {
@@ -169,7 +116,7 @@ pub(super) struct FolderExport<'a> {
 impl FolderExport<'_> {
     /// Writes the folder with the tensors that `convert` makes.
     pub(crate) fn write(self, convert: impl Fn(&Item, &Host) -> Result<Converted>) -> Result<ExportReport> {
-        let folder = NewFolder::create(self.folder)?;
+        let folder = NewFolder::at_new_place(self.folder)?;
         let mut report =
             ExportReport { path: self.folder.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
         let mut plans = Vec::new();
@@ -185,9 +132,9 @@ impl FolderExport<'_> {
             plans.push((bytes, plan));
         }
         self.write_shards(&folder, plans, &mut report, convert)?;
-        folder.write_json("config.json", &Value::Object(self.config))?;
+        write_json(&folder.path().join("config.json"), &Value::Object(self.config))?;
         for (name, value) in &self.json {
-            folder.write_json(name, value)?;
+            write_json(&folder.path().join(name), value)?;
         }
         report.notes.extend(tokenizer_files::write(self.source, folder.path())?);
         folder.commit()?;
@@ -230,7 +177,7 @@ impl FolderExport<'_> {
         }
         if count > 1 {
             let index = json!({"metadata": {"total_size": total}, "weight_map": weight_map});
-            folder.write_json("model.safetensors.index.json", &index)?;
+            write_json(&folder.path().join("model.safetensors.index.json"), &index)?;
         }
         Ok(())
     }

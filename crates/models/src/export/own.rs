@@ -2,13 +2,13 @@
 
 use std::{collections::BTreeMap, fs, path::Path};
 
-use kiln_quant_core::{QuantLinear, Scheme, packed_file::PackedFile};
+use kiln_quant_core::{QuantLinear, Scheme, files::NewFolder, packed_file::PackedFile};
 use serde_json::{Value, json};
 
 use super::{
     ExportReport, ExportRow, FloatType, Format,
     config::config_json,
-    folder::NewFolder,
+    folder::write_json,
     item::{self, Host, Item},
     tokenizer_files,
 };
@@ -46,11 +46,11 @@ pub fn save_model(
 ) -> Result<ExportReport> {
     let mut config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
     config.insert("quantization_config".into(), json!({"quant_method": "kiln", "version": 1}));
-    let fresh = NewFolder::create(folder.as_ref())?;
+    let fresh = NewFolder::at_new_place(folder.as_ref())?;
     let items = item::items(model);
     let path = fresh.path().join(PACKED_WEIGHTS);
     write_weights(&path, &items)?;
-    fresh.write_json("config.json", &Value::Object(config))?;
+    write_json(&fresh.path().join("config.json"), &Value::Object(config))?;
     let notes = tokenizer_files::write(source, fresh.path())?;
     let bytes = fs::metadata(&path).map_err(Error::io(&path))?.len();
     fresh.commit()?;

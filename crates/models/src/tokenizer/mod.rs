@@ -9,6 +9,9 @@ mod vocabulary_files;
 
 use std::{ops::Range, path::Path};
 
+use kiln_quant_core::hash::hex;
+use sha2::{Digest, Sha256};
+
 pub(crate) use self::folder::contradictions;
 pub use self::stream::DecodeStream;
 use crate::{Error, Result, config::SpecialTokens, gguf::Gguf};
@@ -53,6 +56,14 @@ impl Tokenizer {
     /// [`Error::Io`]; [`Error::Tokenizer`] for a special id without a token.
     pub fn save_folder(&self, path: impl AsRef<Path>) -> Result<()> {
         folder::write(self, path.as_ref())
+    }
+
+    /// SHA-256 of all that decides ids, in hexadecimal.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`].
+    pub fn fingerprint(&self) -> Result<String> {
+        Ok(hex(Sha256::digest(self.to_json()?)))
     }
 
     /// The contents of `tokenizer.json`.
