@@ -19,6 +19,8 @@ mod fingerprint;
 mod generate;
 pub mod gguf;
 pub mod hf;
+#[doc(hidden)]
+pub mod jinja;
 mod load;
 pub mod memory;
 mod module_tree;

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use kiln_models::jinja::{self as bounded, Budget};
 use minijinja::{Environment, ErrorKind, UndefinedBehavior, Value, syntax::SyntaxConfig, value::ValueKind};
 use serde_json::Value as Json;
 
@@ -37,6 +38,20 @@ impl Rendered {
     }
 }
 
+/// Steps that a rendering may take.
+const FUEL: u64 = 1_000_000;
+
+/// Jinja2's defaults, but for the newline that ends a template.
+fn syntax() -> SyntaxConfig {
+    SyntaxConfig::builder().keep_trailing_newline(true).build().unwrap_or_default()
+}
+
+/// What a rendering of a document may take.
+fn budget(document: &Document) -> Budget {
+    let bytes = document.iter().map(|(name, value)| name.len() + value.to_string().len()).sum();
+    Budget::for_input(bytes, document.len())
+}
+
 /// A task's templates, compiled.
 #[derive(Debug)]
 pub(crate) struct Templates(Environment<'static>);
@@ -55,10 +70,9 @@ pub(crate) enum Template {
 impl Templates {
     pub(crate) fn new() -> Self {
         let mut environment = Environment::new();
-        // Jinja2's defaults, but for the newline that ends a template.
-        if let Ok(syntax) = SyntaxConfig::builder().keep_trailing_newline(true).build() {
-            environment.set_syntax(syntax);
-        }
+        environment.set_syntax(syntax());
+        environment.set_fuel(Some(FUEL));
+        bounded::protect(&mut environment);
         environment.set_undefined_behavior(UndefinedBehavior::Strict);
         environment.set_debug(false);
         environment.set_recursion_limit(100);
@@ -84,10 +98,11 @@ impl Templates {
             && !inside.contains("}}")
             && !inside.contains("{%")
         {
+            bounded::check_expression(inside, syntax()).map_err(refused)?;
             self.0.compile_expression_owned(inside.to_owned()).map_err(refused)?;
             return Ok(Template::Expression(inside.into()));
         }
-        self.0.add_template_owned(field.to_owned(), source.to_owned()).map_err(refused)?;
+        bounded::compile(&mut self.0, field, source, syntax()).map_err(refused)?;
         Ok(Template::Source(field.into()))
     }
 
@@ -108,14 +123,15 @@ impl Templates {
             Template::Expression(source) => {
                 let expression = self.0.compile_expression(source);
                 let expression = expression.map_err(|error| refusal(field, &error))?;
-                let value = expression.eval(fields(document)).map_err(|error| refusal(field, &error));
+                let value = budget(document).run(|| bounded::stored(expression.eval(fields(document))?));
+                let value = value.map_err(|error| refusal(field, &error));
                 value.and_then(|value| rendered(field, value)).map_err(|problem| {
                     name_missing(problem, document, expression.undeclared_variables(false))
                 })?
             }
             Template::Source(name) => {
                 let compiled = self.0.get_template(name).map_err(|error| refusal(field, &error))?;
-                let text = compiled.render(fields(document)).map_err(|error| {
+                let text = budget(document).run(|| compiled.render(fields(document))).map_err(|error| {
                     let names = compiled.undeclared_variables(false);
                     name_missing(refusal(field, &error), document, names)
                 })?;
@@ -189,8 +205,19 @@ fn reason(error: &minijinja::Error) -> String {
     }
 }
 
-/// Python's methods: those in which minijinja-contrib's differ from Python's or that it lacks, then its own.
+/// Python's methods, as far as their results may be.
 fn methods(
+    state: &mut minijinja::State,
+    value: &Value,
+    method: &str,
+    args: &[Value],
+) -> Result<Value, minijinja::Error> {
+    bounded::measured(method, value, args)?;
+    bounded::within(python_method(state, value, method, args)?)
+}
+
+/// Those in which minijinja-contrib's differ from Python's or that it lacks, then its own.
+fn python_method(
     state: &mut minijinja::State,
     value: &Value,
     method: &str,
@@ -222,8 +249,13 @@ fn not_found(item: &Value) -> minijinja::Error {
 
 /// The harness's filter: all matches of a pattern (of the crate `regex`), `$1` in the replacement is a group.
 fn regex_replace(text: &str, pattern: &str, replacement: &str) -> Result<String, minijinja::Error> {
-    let pattern = regex::Regex::new(pattern)
+    let pattern = regex::RegexBuilder::new(pattern)
+        .size_limit(1 << 20)
+        .build()
         .map_err(|error| minijinja::Error::new(ErrorKind::InvalidOperation, error.to_string()))?;
+    // A group may come again as often as the replacement names it.
+    let (matches, groups) = (pattern.find_iter(text).count(), replacement.matches('$').count());
+    bounded::check_size(text.len() * (1 + groups) + matches * replacement.len())?;
     Ok(pattern.replace_all(text, replacement).into_owned())
 }
 

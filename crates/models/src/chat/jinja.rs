@@ -2,6 +2,8 @@
 
 use minijinja::{Environment, Error, ErrorKind, State, Value, value::ValueKind};
 
+use crate::jinja::{measured, within};
+
 /// Widest text that [`center`] and `zfill` make.
 const MAX_WIDTH: usize = 1 << 16;
 
@@ -22,8 +24,14 @@ pub(super) fn complete(environment: &mut Environment<'static>) {
     environment.add_filter("wordcount", |text: String| text.split_whitespace().count());
 }
 
-/// Python's methods: those that are missing elsewhere, then those of [`minijinja_contrib::pycompat`].
+/// Python's methods, as far as their results may be.
 fn method(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
+    measured(name, value, args)?;
+    within(python(state, value, name, args)?)
+}
+
+/// Those that are missing elsewhere, then those of [`minijinja_contrib::pycompat`].
+fn python(state: &mut State, value: &Value, name: &str, args: &[Value]) -> Result<Value, Error> {
     let text = value.as_str();
     match (text, name, args) {
         (Some(text), "partition" | "rpartition", [separator]) => {

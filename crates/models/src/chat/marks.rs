@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::{Error, Result};
 
 /// The variables for the beginning and the end of a marked part.
-pub(super) const VARIABLES: [&str; 2] = ["__kiln_begin", "__kiln_end"];
+pub(super) const VARIABLES: [&str; 2] = ["_kiln_begin", "_kiln_end"];
 
 /// `source` with the marks as variables, and whether there are any. The blocks around the variables keep what the marks'
 /// own whitespace control does on either side.

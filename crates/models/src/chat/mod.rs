@@ -1,8 +1,9 @@
 //! Chat templates: conversations to text, as Hugging Face's `apply_chat_template` does it.
 //!
 //! Templates are Jinja with Python's methods on strings, lists and dictionaries, blocks trimmed, `raise_exception`, a
-//! `tojson` that writes as Python does, and `strftime_now` where the caller supplies the time. Nothing is read from
-//! the clock or the environment.
+//! `tojson` that writes as Python does, and `strftime_now` where the caller supplies the time. Nothing is read from the
+//! environment, and the clock only says when a rendering has taken too long: a template comes with a model from anywhere, so
+//! its size, what it makes and how long it takes are bounded.
 
 mod answers;
 mod jinja;
@@ -13,12 +14,19 @@ mod time;
 use std::ops::Range;
 
 use kiln_quant_core::hash::hex;
-use minijinja::{Environment, ErrorKind, Value, syntax::SyntaxConfig};
+use minijinja::{
+    Environment, ErrorKind, Value,
+    syntax::SyntaxConfig,
+    value::{Kwargs, Rest},
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 pub use self::time::CivilTime;
-use crate::{Error, Result};
+use crate::{
+    Error, Result,
+    jinja::{self as bounded, Budget},
+};
 
 /// The name under which the template is compiled.
 const NAME: &str = "chat_template";
@@ -108,19 +116,24 @@ impl ChatTemplate {
     /// Compiles the Jinja `source`.
     ///
     /// # Errors
-    /// [`Error::Template`] with the place that doesn't compile.
+    /// [`Error::Template`] with the place that doesn't compile, or with what can't be bounded: more than 256 KiB, 1000 tokens
+    /// in a tag, 64 operators `+` and `~` in a tag, 500 `elif`; `*` without a whole number of at most 64 on one side;
+    /// `include`, `import`, `extends`, `block`, `autoescape`; names that begin with `__kiln`.
     pub fn new(source: &str) -> Result<Self> {
         let mut environment = Environment::new();
         let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build().map_err(error)?;
-        environment.set_syntax(syntax);
+        environment.set_syntax(syntax.clone());
         environment.set_debug(false);
         environment.set_fuel(Some(FUEL));
+        bounded::protect(&mut environment);
         jinja::complete(&mut environment);
-        environment.add_filter("tojson", json::to_json);
+        environment.add_filter("tojson", |value: &Value, positional: Rest<Value>, options: Kwargs| {
+            bounded::within(json::to_json(value, positional, options)?)
+        });
         environment.add_function("raise_exception", raise_exception);
         let fingerprint = hex(Sha256::digest(source));
         let (source, has_marks) = marks::as_variables(source);
-        environment.add_template_owned(NAME, source).map_err(error)?;
+        bounded::compile(&mut environment, NAME, &source, syntax).map_err(error)?;
         Ok(Self { environment, has_marks, fingerprint })
     }
 
@@ -165,7 +178,9 @@ impl ChatTemplate {
         variables.push(("messages".into(), messages.iter().map(Message::to_value).collect()));
         variables.push(("add_generation_prompt".into(), add_generation_prompt.into()));
         let template = self.environment.get_template(NAME).map_err(error)?;
-        template.render(Value::from_pairs(variables)).map_err(error)
+        let (bytes, parts) = input(messages, context);
+        let budget = Budget::for_input(bytes, parts);
+        budget.run(|| template.render(Value::from_pairs(variables))).map_err(error)
     }
 
     /// The text of `messages` and which parts of it are learned, for losses on what the assistant says.
@@ -207,6 +222,16 @@ impl ChatTemplate {
             }
         }
     }
+}
+
+/// Bytes of what a template gets, and its parts.
+fn input(messages: &[Message], context: &TemplateContext) -> (usize, usize) {
+    let fields = |fields: &serde_json::Map<String, serde_json::Value>| -> usize {
+        fields.iter().map(|(name, value)| name.len() + value.to_string().len()).sum()
+    };
+    let of_messages =
+        messages.iter().map(|message| message.content.len() + 64 + fields(&message.extra)).sum::<usize>();
+    (of_messages + fields(&context.extra), messages.len())
 }
 
 fn error(error: minijinja::Error) -> Error {

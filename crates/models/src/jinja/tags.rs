@@ -1,0 +1,330 @@
+//! A template before it is compiled: what is refused, and where the budget is asked.
+
+use minijinja::{
+    Error, ErrorKind,
+    machinery::{Span, Token, tokenize},
+    syntax::SyntaxConfig,
+};
+
+use super::{
+    MAX_ELIF, MAX_GROWTH, MAX_SOURCE, MAX_TOKENS,
+    budget::{BEGIN, KEEP, KEEP_IN_FIELD, PASS},
+    refused,
+};
+
+/// Largest whole number that a text may be multiplied by.
+const MAX_FACTOR: u64 = 64;
+/// Statements that chats and tasks have no use for.
+const UNUSED: [&str; 6] = ["include", "import", "from", "extends", "block", "autoescape"];
+
+type Tokens<'t, 's> = &'t [(Token<'s>, Span)];
+
+/// A part of the source, and what stands there instead.
+struct Edit {
+    start: usize,
+    end: usize,
+    text: String,
+}
+
+/// A block that is open.
+enum Open {
+    /// A loop or a macro, with the edit that counts its text, and the bytes of that.
+    Repeated { edit: usize, names: Vec<String>, bytes: usize },
+    /// A `set` block of these names.
+    Set(Vec<String>),
+}
+
+struct Preparation<'s> {
+    source: &'s str,
+    edits: Vec<Edit>,
+    open: Vec<Open>,
+    elifs: usize,
+}
+
+/// The source with calls that look at the [`Budget`](super::Budget).
+///
+/// # Errors
+/// What can't be bounded, with its line, and what isn't Jinja.
+pub fn prepare(source: &str, syntax: SyntaxConfig) -> Result<String, Error> {
+    if source.len() > MAX_SOURCE {
+        return Err(refused(format!("expected at most {MAX_SOURCE} bytes, found {}", source.len())));
+    }
+    if source.contains("__kiln") {
+        return Err(refused("names can't begin with __kiln"));
+    }
+    let mut preparation = Preparation { source, edits: Vec::new(), open: Vec::new(), elifs: 0 };
+    let mut tag = Vec::new();
+    for token in tokenize(source, false, syntax) {
+        let (token, span) = token?;
+        match token {
+            Token::TemplateData(text) => preparation.text(text),
+            Token::VariableStart | Token::BlockStart => tag.clear(),
+            Token::VariableEnd => check(&tag)?,
+            Token::BlockEnd => {
+                check(&tag)?;
+                preparation.block(&tag, span)?;
+            }
+            other => {
+                tag.push((other, span));
+                if tag.len() > MAX_TOKENS {
+                    let line = span.start_line;
+                    return Err(refused(format!("line {line}: a tag has more than {MAX_TOKENS} tokens")));
+                }
+            }
+        }
+    }
+    Ok(preparation.finished())
+}
+
+/// Refuses an expression that can't be bounded.
+///
+/// # Errors
+/// As [`prepare`].
+pub fn check_expression(source: &str, syntax: SyntaxConfig) -> Result<(), Error> {
+    if source.len() > MAX_SOURCE {
+        return Err(refused(format!("expected at most {MAX_SOURCE} bytes, found {}", source.len())));
+    }
+    let mut tokens = Vec::new();
+    for token in tokenize(source, true, syntax) {
+        tokens.push(token?);
+        if tokens.len() > MAX_TOKENS {
+            return Err(refused(format!("an expression has more than {MAX_TOKENS} tokens")));
+        }
+    }
+    check(&tokens)
+}
+
+/// The operators of a tag.
+fn check(tokens: Tokens) -> Result<(), Error> {
+    let growth = tokens.iter().filter(|(token, _)| matches!(token, Token::Plus | Token::Tilde)).count();
+    let line = tokens.first().map_or(0, |(_, span)| span.start_line);
+    if growth > MAX_GROWTH {
+        return Err(refused(format!("line {line}: a tag has more than {MAX_GROWTH} operators + and ~")));
+    }
+    let mut factors = 1u64;
+    for (index, (token, _)) in tokens.iter().enumerate() {
+        if !matches!(token, Token::Mul) {
+            continue;
+        }
+        let number = |index: usize| match tokens.get(index) {
+            Some((Token::Int(number), _)) => Some(*number),
+            _ => None,
+        };
+        let factor = index.checked_sub(1).and_then(number).or_else(|| number(index + 1));
+        factors = factor.and_then(|factor| factors.checked_mul(factor.max(1))).unwrap_or(u64::MAX);
+        if factors > MAX_FACTOR {
+            return Err(refused(format!(
+                "line {line}: `*` needs a whole number of at most {MAX_FACTOR} on one side, and no more together"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Whether a part of a tag may take long or make something long.
+fn is_costly(tokens: Tokens) -> bool {
+    tokens.iter().any(|(token, _)| {
+        matches!(
+            token,
+            Token::Plus
+                | Token::Tilde
+                | Token::Mul
+                | Token::Pipe
+                | Token::ParenOpen
+                | Token::Colon
+                | Token::Ident("in")
+        )
+    })
+}
+
+/// Whether a part of a tag is more than a constant or a variable.
+fn makes_a_value(tokens: Tokens) -> bool {
+    is_costly(tokens)
+        || tokens.iter().any(|(token, _)| matches!(token, Token::BracketOpen | Token::BraceOpen))
+}
+
+/// The first token outside of brackets, from `start` on, that is one of those.
+fn find(tokens: Tokens, start: usize, is_wanted: impl Fn(&Token) -> bool) -> Option<usize> {
+    let mut depth = 0usize;
+    for (index, (token, _)) in tokens.iter().enumerate().skip(start) {
+        match token {
+            token if depth == 0 && is_wanted(token) => return Some(index),
+            Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => depth += 1,
+            Token::ParenClose | Token::BracketClose | Token::BraceClose => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    None
+}
+
+/// The names that stand before a `,`, a `=` or the end, in at most `deepest` brackets.
+fn names(tokens: Tokens, deepest: usize) -> Vec<String> {
+    let (mut names, mut depth, mut expected) = (Vec::new(), 0usize, true);
+    for (token, _) in tokens {
+        match token {
+            Token::Ident(name) if expected && depth <= deepest => {
+                names.push((*name).to_owned());
+                expected = false;
+            }
+            Token::ParenOpen | Token::BracketOpen | Token::BraceOpen => depth += 1,
+            Token::ParenClose | Token::BracketClose | Token::BraceClose => depth = depth.saturating_sub(1),
+            Token::Comma if depth <= deepest => expected = true,
+            _ => {}
+        }
+    }
+    names
+}
+
+impl<'s> Preparation<'s> {
+    /// Text of the template is counted where it is repeated.
+    fn text(&mut self, text: &str) {
+        let repeated = self.open.iter_mut().rev().find_map(|open| match open {
+            Open::Repeated { bytes, .. } => Some(bytes),
+            Open::Set(_) => None,
+        });
+        if let Some(bytes) = repeated {
+            *bytes += text.len();
+        }
+    }
+
+    fn block(&mut self, tag: Tokens<'_, 's>, end: Span) -> Result<(), Error> {
+        let Some((Token::Ident(statement), span)) = tag.first() else { return Ok(()) };
+        let (statement, tokens) = (*statement, &tag[1..]);
+        match statement {
+            "set" => match find(tokens, 0, |token| matches!(token, Token::Assign)) {
+                Some(assign) => {
+                    let (targets, value) = (&tokens[..assign], &tokens[assign + 1..]);
+                    let is_field = targets.iter().any(|(token, _)| matches!(token, Token::Dot));
+                    let is_name = value.iter().any(|(token, _)| matches!(token, Token::Ident(_)));
+                    if is_field && (is_name || makes_a_value(value)) {
+                        self.wrap(value, KEEP_IN_FIELD);
+                    } else if makes_a_value(value) {
+                        self.wrap(value, KEEP);
+                    }
+                }
+                None => {
+                    let pipe = find(tokens, 0, |token| matches!(token, Token::Pipe)).unwrap_or(tokens.len());
+                    self.open.push(Open::Set(names(&tokens[..pipe], 1)));
+                }
+            },
+            "endset" => {
+                if let Some(Open::Set(names)) = self.open.pop() {
+                    let keep =
+                        names.iter().map(|name| format!("{{% set {name} = {KEEP}({name}) %}}")).collect();
+                    self.append(end, keep);
+                }
+            }
+            "with" => {
+                let mut assigned = Vec::new();
+                let mut start = 0;
+                while let Some(assign) = find(tokens, start, |token| matches!(token, Token::Assign)) {
+                    let from =
+                        (start..assign).rev().find(|&at| matches!(tokens[at].0, Token::Comma) && at > start);
+                    let from = if matches!(tokens[assign - 1].0, Token::ParenClose) {
+                        start
+                    } else {
+                        from.map_or(start, |at| at + 1)
+                    };
+                    assigned.extend(names(&tokens[from..assign], 1));
+                    start = assign + 1;
+                }
+                let keep =
+                    assigned.iter().map(|name| format!("{{% set {name} = {KEEP}({name}) %}}")).collect();
+                self.append(end, keep);
+            }
+            "for" => {
+                let Some(start) = tokens.iter().position(|(token, _)| matches!(token, Token::Ident("in")))
+                else {
+                    return Ok(());
+                };
+                let is_end = |token: &Token| matches!(token, Token::Ident("if" | "recursive"));
+                let stop = find(tokens, start + 2, is_end).unwrap_or(tokens.len());
+                let iterated = &tokens[start + 1..stop];
+                if is_costly(iterated) {
+                    self.wrap(iterated, PASS);
+                }
+                self.repeated(end, Vec::new());
+            }
+            "macro" | "call" => {
+                let arguments = match tokens.iter().position(|(token, _)| matches!(token, Token::ParenOpen)) {
+                    // A call block without arguments of its own begins with the macro's name.
+                    Some(open) if statement == "macro" || open == 0 => {
+                        let close = find(tokens, open + 1, |token| matches!(token, Token::ParenClose));
+                        names(&tokens[open + 1..close.unwrap_or(tokens.len())], 0)
+                    }
+                    _ => Vec::new(),
+                };
+                self.repeated(end, arguments);
+            }
+            "endfor" | "endmacro" | "endcall" => {
+                if let Some(Open::Repeated { edit, names, bytes }) = self.open.pop() {
+                    let mut tags = vec![format!("{{% do {BEGIN}({bytes}) %}}")];
+                    tags.extend(names.iter().map(|name| format!("{{% set {name} = {KEEP}({name}) %}}")));
+                    self.edits[edit].text = with_end(&tags.concat(), &self.edits[edit].text);
+                }
+            }
+            "if" | "elif" => {
+                self.elifs += usize::from(statement == "elif");
+                if self.elifs > MAX_ELIF {
+                    return Err(refused(format!("more than {MAX_ELIF} elif")));
+                }
+                if is_costly(tokens) {
+                    self.wrap(tokens, PASS);
+                }
+            }
+            "do" => self.wrap(tokens, PASS),
+            _ if UNUSED.contains(&statement) => {
+                let line = span.start_line;
+                return Err(Error::new(
+                    ErrorKind::SyntaxError,
+                    format!("line {line}: `{statement}` isn't supported here"),
+                ));
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Hands what the tokens compute to a function.
+    fn wrap(&mut self, tokens: Tokens, function: &str) {
+        if let (Some((_, first)), Some((_, last))) = (tokens.first(), tokens.last()) {
+            let (start, end) = (first.start_offset as usize, last.end_offset as usize);
+            self.edits.push(Edit { start, end: start, text: format!("{function}((") });
+            self.edits.push(Edit { start: end, end, text: "))".into() });
+        }
+    }
+
+    /// Puts tags behind one that ends at `end`; the last of them does what that end does with the whitespace behind.
+    fn append(&mut self, end: Span, tags: String) {
+        let (start, end) = (end.start_offset as usize, end.end_offset as usize);
+        let text = if tags.is_empty() {
+            self.source[start..end].into()
+        } else {
+            with_end(&tags, &self.source[start..end])
+        };
+        self.edits.push(Edit { start, end, text });
+    }
+
+    /// Opens a loop or a macro, behind whose tag its text is counted; how much that is, its end tells.
+    fn repeated(&mut self, end: Span, names: Vec<String>) {
+        self.open.push(Open::Repeated { edit: self.edits.len(), names, bytes: 0 });
+        self.append(end, String::new());
+    }
+
+    fn finished(mut self) -> String {
+        self.edits.sort_by_key(|edit| (edit.start, edit.end));
+        let (mut text, mut done) = (String::with_capacity(self.source.len() * 2), 0);
+        for edit in self.edits {
+            text += &self.source[done..edit.start];
+            text += &edit.text;
+            done = edit.end;
+        }
+        text += &self.source[done..];
+        text
+    }
+}
+
+/// `%}`, then tags of which the last ends as `end` does.
+fn with_end(tags: &str, end: &str) -> String {
+    format!("%}}{}{end}", tags.strip_suffix("%}").unwrap_or(tags))
+}
