@@ -9,9 +9,9 @@ use burn::{
 };
 use kiln::{
     Base, FineTuned, Tuned,
-    adapters::{AdapterConfig, AnyAdapter},
+    adapters::{AdapterConfig, AnyAdapter, InitLoraWeights, Method, Pooling, QaLora},
     models::chat::Message,
-    quant::{Projection, QuantLinear, Slots, slots, trained_values},
+    quant::{Compute, Projection, QuantLinear, Slots, slots, trained_values},
     training::{Dataset, Event, RunEnd},
 };
 use kiln_testkit::{read, testdata};
@@ -73,8 +73,9 @@ fn dropout_changes_training_and_is_repeated_by_a_resumed_run() {
     assert_eq!(values(&second), values(&whole));
 }
 
+/// Each circumstance that decides a run's numbers, changed alone.
 #[test]
-fn a_run_of_another_model_is_refused_by_name() {
+fn a_run_under_other_circumstances_is_refused_by_name() {
     let four = base(4);
     let folder = tempfile::tempdir().unwrap();
     let run = |base: &Base, adapters: AdapterConfig, folder: &Path| {
@@ -83,16 +84,51 @@ fn a_run_of_another_model_is_refused_by_name() {
     };
     run(&four, lora(0.1), folder.path()).unwrap();
     assert!(run(&four, lora(0.1), folder.path()).is_ok());
-    let mut louder = lora(0.1);
-    louder.alpha = 64.0;
-    for (base, adapters, name) in [
-        (&four, louder, "model.adapters.alpha: expected 64, found 8"),
-        (&four, lora(0.1).with_seed(7), "model.adapters.seed: expected 7, found 5"),
-        (&base(2), lora(0.1), "model.base: expected"),
-    ] {
-        let error = run(base, adapters, folder.path()).unwrap_err();
+    let changed = |change: &dyn Fn(&mut AdapterConfig)| {
+        let mut config = lora(0.1);
+        change(&mut config);
+        config
+    };
+    let open = || Base::open(testdata("models/tiny-llama")).unwrap();
+    let dense = open().with_chat_template(TEMPLATE).load().unwrap();
+    let other_template = open().with_bits(4).with_chat_template("{{ messages[0].content }}").load().unwrap();
+    let compute = if four.model().compute() == Compute::F32 { Compute::Bf16 } else { Compute::F32 };
+    let other_compute = open().with_bits(4).with_chat_template(TEMPLATE).with_compute(compute).load();
+    let mut other_weights = four.model().clone();
+    let gains = other_weights.final_norm.weight.take().unwrap();
+    other_weights.final_norm.weight = Some(gains.map(|gains| gains.mul_scalar(1.001)));
+    let same = || four.with_model(four.model().clone());
+    let pissa = Method::Lora { init: InitLoraWeights::Pissa { iterations: None } };
+    let olora = Method::Lora { init: InitLoraWeights::Olora };
+    let mut cases = vec![
+        (same(), changed(&|config| config.alpha = 64.0), "model.adapters.alpha: expected 64, found 8"),
+        (same(), changed(&|config| config.seed = 7), "model.adapters.seed: expected 7, found 5"),
+        (same(), changed(&|config| config.dropout = 0.5), "model.adapters.dropout: expected 0.5, found 0.1"),
+        (
+            same(),
+            changed(&|config| config.rslora = true),
+            "model.adapters.rslora: expected true, found false",
+        ),
+        (same(), changed(&|config| config.method = pissa), "model.adapters.method: expected"),
+        (same(), changed(&|config| config.method = olora), "model.adapters.method: expected"),
+        (base(2), lora(0.1), "model.base.linears: expected 28 of affine2:64, found 28 of affine4:64"),
+        (dense, lora(0.1), "model.base.linears: expected 28 of dense, found 28 of affine4:64"),
+        (four.with_model(other_weights), lora(0.1), "model.frozen parameters: expected"),
+        (other_template, lora(0.1), "model.chat template: expected"),
+    ];
+    if let Ok(base) = other_compute {
+        cases.push((base, lora(0.1), "model.compute: expected"));
+    }
+    for (base, adapters, name) in cases {
+        let error = run(&base, adapters, folder.path()).map(drop).unwrap_err();
         assert!(error.is_file() && error.to_string().contains(name), "{error}");
     }
+
+    let pooled = |pooling| AdapterConfig::new(Method::QaLora(QaLora { pool: 32, pooling }), 4, 8.0);
+    let folder = tempfile::tempdir().unwrap();
+    run(&four, pooled(Pooling::Average), folder.path()).unwrap();
+    let error = run(&four, pooled(Pooling::Sum), folder.path()).map(drop).unwrap_err().to_string();
+    assert!(error.contains("model.adapters.method: expected"), "{error}");
 }
 
 #[test]

@@ -859,13 +859,14 @@ fn scales_beyond_the_range_of_f16_are_refused_by_name() {
 fn places_that_cannot_be_written_are_errors_and_stay_clean() {
     let (source, model) = quantized("llama-untied-bf16", "affine4:64");
     let folder = tempfile::tempdir().unwrap();
-    let missing = folder.path().join("no/where");
     let (options, gguf) = (ExportOptions::default(), GgufOptions::default());
-    assert_error(save_model(&model, &source, &missing), &["no"]);
-    assert_error(export_hf(&model, &source, &missing, &options), &["no"]);
-    assert_error(export_gguf(&model, &source, &missing, &gguf), &["no/where"]);
     let file = folder.path().join("file");
     std::fs::write(&file, "mine").unwrap();
+    let below = file.join("no/where");
+    assert_error(save_model(&model, &source, &below), &["no"]);
+    assert_error(export_hf(&model, &source, &below, &options), &["no"]);
+    assert_error(export_gguf(&model, &source, &below, &gguf), &["no/where"]);
+    assert_error(export_gguf(&model, &source, folder.path().join("no/where"), &gguf), &["no/where"]);
     assert_error(export_mlx(&model, &source, &file, &options), &["file"]);
     let full = folder.path().join("full");
     std::fs::create_dir(&full).unwrap();

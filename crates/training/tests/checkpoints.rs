@@ -129,7 +129,7 @@ fn ids_that_dont_fit_are_refused_behind_fitting_hashes_too() {
     assert!(a.ends_with("lora_a") && b.ends_with("lora_b"), "{a} {b}");
     let cases: [(&str, BTreeMap<String, u64>); 3] = [
         ("an id of its own", [(a.clone(), ids[&b])].into()),
-        ("as its parameter", [(a.clone(), ids[&b]), (b.clone(), ids[&a])].into()),
+        ("expected F32 [", [(a.clone(), ids[&b]), (b.clone(), ids[&a])].into()),
         ("a moment of a saved parameter", [(a.clone(), 1)].into()),
     ];
     for (expected, change) in cases {

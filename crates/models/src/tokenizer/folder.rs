@@ -12,8 +12,15 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
-use super::{Tokenizer, error, sentencepiece, vocabulary_files};
+use super::{
+    Tokenizer,
+    check::{Outline, Problem},
+    error, sentencepiece, vocabulary_files,
+};
 use crate::{Error, Result, config::SpecialTokens};
+
+/// Largest `tokenizer.json`: four times what the largest vocabularies take.
+const MAX_BYTES: u64 = 128 << 20;
 
 /// See [`Tokenizer::from_folder`].
 pub(super) fn read(folder: &Path) -> Result<Tokenizer> {
@@ -55,6 +62,10 @@ fn tokenizer(folder: &Path, config: &FolderConfig) -> Result<tokenizers::Tokeniz
             tokenizer.add_special_tokens(special).map_err(error)?;
             return Ok(tokenizer);
         }
+    }
+    let size = std::fs::metadata(&path).map_err(Error::io(&path))?.len();
+    if size > MAX_BYTES {
+        return Err(file_error(&path, "size", &format!("at most {MAX_BYTES} bytes"), size));
     }
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
     parse(&path, &bytes)
@@ -127,11 +138,14 @@ fn file_error(path: &Path, field: &str, expected: &str, found: impl std::fmt::Di
 }
 
 fn parse(path: &Path, bytes: &[u8]) -> Result<tokenizers::Tokenizer> {
+    let wrong = |(field, expected, found): Problem| file_error(path, &field, &expected, found);
+    let outline = Outline::of(bytes).map_err(wrong)?;
     // The library indexes by lengths from the file in a few places; a bad file must be an error nonetheless.
     let parsed = catch_unwind(AssertUnwindSafe(|| tokenizers::Tokenizer::from_bytes(bytes)));
     let parsed =
         parsed.map_err(|_| file_error(path, "model", "a consistent tokenizer", "one that can't be built"))?;
     let mut tokenizer = parsed.map_err(|error| file_error(path, "JSON", "a tokenizer", error))?;
+    outline.check_built(&tokenizer).map_err(wrong)?;
     // A training script's truncation would silently cut texts.
     tokenizer.with_truncation(None).map_err(error)?;
     tokenizer.with_padding(None);

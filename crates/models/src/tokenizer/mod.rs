@@ -1,6 +1,11 @@
 //! Text to token ids and back.
 
+mod check;
 mod folder;
+#[cfg(test)]
+mod hostile_tests;
+mod pattern;
+mod pieces;
 mod sentencepiece;
 mod stream;
 #[cfg(test)]
@@ -12,6 +17,7 @@ use std::{ops::Range, path::Path};
 use kiln_quant_core::hash::hex;
 use sha2::{Digest, Sha256};
 
+use self::check::guarded;
 pub(crate) use self::folder::contradictions;
 pub use self::stream::DecodeStream;
 use crate::{Error, Result, config::SpecialTokens, gguf::Gguf};
@@ -19,7 +25,9 @@ use crate::{Error, Result, config::SpecialTokens, gguf::Gguf};
 /// A tokenizer with its special tokens and its chat template.
 ///
 /// Token ids and texts are those of the model's own files: nothing is truncated or padded, and decoding doesn't tidy
-/// up spaces before punctuation.
+/// up spaces before punctuation. A long text is worked on in pieces, whose ids are those of the whole. A file that asks for what can't be bounded is refused: patterns with lookaround (but
+/// `\\s+(?!\\S)`) or back references, rules that make a text more than 64 times longer, unigram pieces of more than 256
+/// characters, WordPiece's words of more than 200.
 ///
 /// ```
 /// use kiln_models::Tokenizer;
@@ -91,8 +99,15 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>> {
-        let encoding = self.inner.encode_fast(text, add_special).map_err(error)?;
-        Ok(encoding.get_ids().to_vec())
+        if text.len() <= pieces::PIECE {
+            let encoding = guarded(|| self.inner.encode_fast(text, add_special))?;
+            return Ok(encoding.get_ids().to_vec());
+        }
+        let [before, after] = self.around(add_special)?;
+        let mut ids = before;
+        pieces::encode(self, text, |(id, _)| ids.push(id))?;
+        ids.extend(after);
+        Ok(ids)
     }
 
     /// As [`encode`](Self::encode), with the bytes of `text` that each id stands for (none for what `add_special` adds).
@@ -100,9 +115,35 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn encode_with_offsets(&self, text: &str, add_special: bool) -> Result<Vec<(u32, Range<usize>)>> {
-        let encoding = self.inner.encode(text, add_special).map_err(error)?;
+        let [before, after] = self.around(add_special)?;
+        let mut tokens: Vec<(u32, Range<usize>)> = before.into_iter().map(|id| (id, 0..0)).collect();
+        match text.len() <= pieces::PIECE {
+            true => tokens.extend(self.encode_whole(text)?),
+            false => pieces::encode(self, text, |token| tokens.push(token))?,
+        }
+        tokens.extend(after.into_iter().map(|id| (id, 0..0)));
+        Ok(tokens)
+    }
+
+    /// The ids of a text, at once, with the bytes that each stands for.
+    fn encode_whole(&self, text: &str) -> Result<Vec<(u32, Range<usize>)>> {
+        let encoding = guarded(|| self.inner.encode(text, false))?;
         let ranges = encoding.get_offsets().iter().map(|&(start, end)| start..end);
         Ok(encoding.get_ids().iter().copied().zip(ranges).collect())
+    }
+
+    /// What `add_special` puts before and behind a text.
+    fn around(&self, add_special: bool) -> Result<[Vec<u32>; 2]> {
+        // Any text will do that has tokens.
+        const TEXT: &str = "a";
+        if !add_special {
+            return Ok([Vec::new(), Vec::new()]);
+        }
+        let encoding = guarded(|| self.inner.encode_fast(TEXT, true))?;
+        let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+        let first = special.iter().position(|&mask| mask == 0).unwrap_or(ids.len());
+        let last = special.iter().rposition(|&mask| mask == 0).map_or(ids.len(), |last| last + 1);
+        Ok([ids[..first].to_vec(), ids[last..].to_vec()])
     }
 
     /// The text of `ids`, without special tokens if `skip_special`. Bytes that aren't UTF-8 read as U+FFFD; an id
@@ -111,7 +152,7 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::Tokenizer`].
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special).map_err(error)
+        guarded(|| self.inner.decode(ids, skip_special))
     }
 
     /// A decoder that takes ids one by one.

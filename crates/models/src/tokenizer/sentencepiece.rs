@@ -10,7 +10,7 @@ use tokenizers::{
     normalizers::{Replace, Sequence as NormalizerSequence, replace::ReplacePattern},
 };
 
-use super::error;
+use super::{check::check_model, error};
 use crate::{
     Error, Result,
     gguf::{Array, Metadata, Value, add_tokens, build_tokenizer, token_kind, write_spaces},
@@ -177,6 +177,9 @@ impl Model {
         let unknown = self.ids[0].map(|id| id as usize);
         let model = Unigram::from(vocabulary, unknown, self.byte_fallback).map_err(error)?;
         let mut tokenizer = Tokenizer::new(model);
+        check_model(&tokenizer).map_err(|(field, expected, found)| {
+            error(format!("{field}: expected {expected}, found {found}"))
+        })?;
         write_spaces(&mut tokenizer, self.adds_prefix)?;
         Ok(tokenizer)
     }

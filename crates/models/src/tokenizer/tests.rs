@@ -16,7 +16,7 @@ fn fixture(name: &str) -> Value {
     serde_json::from_slice(&std::fs::read(format!("{TESTDATA}/{name}")).unwrap()).unwrap()
 }
 
-fn tiny_llama() -> Tokenizer {
+pub(super) fn tiny_llama() -> Tokenizer {
     Tokenizer::from_folder(format!("{TESTDATA}/models/tiny-llama")).unwrap()
 }
 
