@@ -70,7 +70,7 @@ fn config(scheme: Scheme, reach: f64, seed: u64) -> Result<AdapterConfig> {
 }
 
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Result<Vec<f32>> {
-    let logits = model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()])?, None));
+    let logits = model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()])?, None)?);
     Ok(logits.try_into_vec_as()?)
 }
 

@@ -71,7 +71,7 @@ fn run(mut options: Options) -> Result<()> {
     if let Some(id) = tokens.ids.iter().find(|id| **id as usize >= model.vocab_size()) {
         return Err(format!("input_ids: expected ids below {}, found {id}", model.vocab_size()).into());
     }
-    let logits = model.forward(&model.context(&tokens, None));
+    let logits = model.forward(&model.context(&tokens, None)?);
     let shape = logits.dims();
     let values: Vec<f32> = logits.into_data().convert::<f32>().iter::<f32>().collect();
     say!("logits {shape:?}, the first: {:?}", &values[..values.len().min(4)]);

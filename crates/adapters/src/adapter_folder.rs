@@ -5,7 +5,7 @@
 //! and `base_fingerprint` (of the packed base that the adapters were trained on, or null). Unknown keys are errors. The
 //! second holds `PATH.A` `[rank, d_input / pool]`, `PATH.B` `[d_output / repeat, rank]`, `PATH.H`
 //! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, where PATH is the module's name in the
-//! checkpoint, in the papers' orientation.
+//! checkpoint, in the papers' orientation. The first holds the SHA-256 of the second (`weights_sha256`).
 
 use std::{
     collections::BTreeMap,
@@ -14,7 +14,9 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use kiln_quant_core::{files::whole_folder, safetensors_file::SafetensorsFile, write_atomically};
+use kiln_quant_core::{
+    files::whole_folder, hash::sha256_of, safetensors_file::SafetensorsFile, write_atomically,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -47,6 +49,9 @@ struct Description {
     #[serde(deserialize_with = "Option::deserialize")]
     base_fingerprint: Option<String>,
     lora: serde_json::Map<String, serde_json::Value>,
+    /// SHA-256 of the file of weights; folders of earlier versions don't have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    weights_sha256: Option<String>,
 }
 
 /// A method as the file names it; what else belongs to LoRA and DoRA is among PEFT's keys.
@@ -144,7 +149,7 @@ impl AdapterFolder {
                 return wrong("configuration", expected, error.to_string());
             }
         };
-        let Description { method, base_fingerprint, lora, .. } = description;
+        let Description { method, base_fingerprint, lora, weights_sha256, .. } = description;
         let digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
         if let Some(found) = &base_fingerprint
             && (found.len() != 64 || !found.as_bytes().iter().all(digit))
@@ -164,7 +169,19 @@ impl AdapterFolder {
         let method = method.with_keys(&lora).map_err(|problem| problem.in_file(&config_path))?;
         let config = AdapterConfig { method, ..lora.adapter() };
         config.validate().map_err(|error| in_file(error, &config_path))?;
-        let weights = SafetensorsFile::open(folder.join(KILN_WEIGHTS_FILE))?;
+        let weights = folder.join(KILN_WEIGHTS_FILE);
+        if let Some(expected) = weights_sha256 {
+            let found = sha256_of(&weights)?;
+            if found != expected {
+                let expected = format!("{found}, that of {KILN_WEIGHTS_FILE}");
+                return wrong(
+                    "weights_sha256",
+                    &expected,
+                    "another: the weights were changed, or are another adapter's".into(),
+                );
+            }
+        }
+        let weights = SafetensorsFile::open(weights)?;
         Ok(Self { config, base_fingerprint, config_path, weights })
     }
 
@@ -239,6 +256,9 @@ fn save(
     let lora = config.peft_keys();
     lora.supported(&config_path)?;
     store::check_adapters(config, adapters)?;
+    let new = store::new_folder(folder)?;
+    let weights = new.path().join(KILN_WEIGHTS_FILE);
+    store::write(&weights, adapters, Part::kiln_name, &BTreeMap::new())?;
     let serde_json::Value::Object(lora) = lora.to_json() else {
         return Err(Problem::new("lora", "an object", "another value").argument());
     };
@@ -247,11 +267,10 @@ fn save(
         method: config.method.into(),
         base_fingerprint: base_fingerprint.map(Into::into),
         lora,
+        weights_sha256: Some(sha256_of(&weights)?),
     };
     let text = serde_json::to_vec_pretty(&description)
         .map_err(|error| Error::io(&config_path)(std::io::Error::other(error)))?;
-    let new = store::new_folder(folder)?;
-    store::write(&new.path().join(KILN_WEIGHTS_FILE), adapters, Part::kiln_name, &BTreeMap::new())?;
     write_atomically(&new.path().join(KILN_CONFIG_FILE), |file| file.write_all(&text))?;
     Ok(new.commit()?)
 }

@@ -27,7 +27,7 @@ impl Calibrator<'_> {
     ) -> Result<CalibrationReport> {
         let (device, total) = (model.device(), model.num_blocks());
         let tokens = self.windows.batches_of(1);
-        let context = model.context(&tokens[0], None);
+        let context = model.context(&tokens[0], None)?;
         let store = self.spill.clone().map_or(Store::Memory, Store::Folder);
         let mut blocks = by_block(slots, total)?;
         let embedded = embed(model, &tokens, &store)?;
@@ -153,7 +153,7 @@ fn by_block(slots: Vec<(String, Station)>, total: usize) -> Result<Vec<Vec<(Stri
 fn embed<W: CausalLm>(model: &W, tokens: &[TokenBatch], store: &Store) -> Result<Stream> {
     let mut stream: Option<Stream> = None;
     for (window, tokens) in tokens.iter().enumerate() {
-        let x = model.embed(&model.context(tokens, None));
+        let x = model.embed(&model.context(tokens, None)?);
         let [_, rows, width] = x.dims();
         let stream = match &mut stream {
             Some(stream) => stream,
@@ -195,7 +195,7 @@ pub fn block_errors<A: CausalLm, B: CausalLm>(
     windows.check(original)?;
     windows.check(found)?;
     for tokens in windows.batches_of(1) {
-        let contexts: [Context; 2] = [original.context(&tokens, None), found.context(&tokens, None)];
+        let contexts: [Context; 2] = [original.context(&tokens, None)?, found.context(&tokens, None)?];
         let (mut x, mut quantized) = (original.embed(&contexts[0]), found.embed(&contexts[1]));
         for (index, sums) in sums.iter_mut().enumerate() {
             x = original.block(index, x, &contexts[0], None);

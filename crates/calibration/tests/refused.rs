@@ -132,6 +132,10 @@ impl<F: Fn(&str, StoredWeight) -> StoredWeight + Send + Sync> TensorSource for C
         self.0.names()
     }
 
+    fn describe(&self, name: &str) -> kiln_models::Result<kiln_models::Described> {
+        self.0.describe(name)
+    }
+
     fn dense(&self, name: &str) -> kiln_models::Result<DenseTensor> {
         self.0.dense(name)
     }

@@ -35,7 +35,8 @@ fn calibrate(
 
 /// The residual stream after each block.
 fn hidden(model: &impl CausalLm, window: &[u32]) -> Vec<Vec<f32>> {
-    let context = model.context(&TokenBatch::new(std::slice::from_ref(&window.to_vec())).unwrap(), None);
+    let context =
+        model.context(&TokenBatch::new(std::slice::from_ref(&window.to_vec())).unwrap(), None).unwrap();
     model.hidden_states(&context).into_iter().map(read).collect()
 }
 

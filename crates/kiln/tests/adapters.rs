@@ -21,7 +21,7 @@ use kiln_testkit::{Golden, assert_close, ids, read, relative_difference, testdat
 const TOLERANCE: f32 = 1e-4;
 
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Tensor<2> {
-    model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None)).squeeze_dim(0)
+    model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None).unwrap()).squeeze_dim(0)
 }
 
 fn load(path: &str, scheme: Option<&str>) -> Decoder<QuantLinear> {

@@ -47,7 +47,7 @@ fn rows(folder: &str) -> Vec<Vec<u32>> {
 }
 
 fn logits<M: CausalLm>(model: &M, folder: &str) -> Vec<f32> {
-    read(model.forward(&model.context(&TokenBatch::new(&rows(folder)).unwrap(), None)))
+    read(model.forward(&model.context(&TokenBatch::new(&rows(folder)).unwrap(), None).unwrap()))
 }
 
 /// The same model with its linears' weights dequantized.
@@ -69,7 +69,7 @@ fn embedding_gradient(model: Decoder<QuantLinear>, folder: &str) -> Vec<f32> {
         weight: Param::initialized(ParamId::new(), weight.clone()),
     });
     let rows = rows(folder);
-    let logits = model.forward(&model.context(&TokenBatch::new(&rows).unwrap(), None));
+    let logits = model.forward(&model.context(&TokenBatch::new(&rows).unwrap(), None).unwrap());
     let [batch, length, vocabulary] = logits.dims();
     let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().map(|&id| i64::from(id))).collect();
     let targets = Tensor::from_data(TensorData::new(targets, [batch * (length - 1), 1]), &model.device());
@@ -245,7 +245,7 @@ fn adapters_made_by_peft_give_its_logits() {
         let ids = Golden::open(&format!("{place}/golden.safetensors")).ints("input_ids");
         let row: Vec<u32> = ids[..24].iter().map(|&id| id as u32).collect();
         let model = tuned.model();
-        let found = model.forward(&model.context(&TokenBatch::new(&[row]).unwrap(), None));
+        let found = model.forward(&model.context(&TokenBatch::new(&[row]).unwrap(), None).unwrap());
         let golden = Golden::open(&format!("peft/arch/{name}/golden.safetensors"));
         assert_close(name, &read(found), &golden.floats("logits"), 1e-5);
         seen += 1;
@@ -263,7 +263,7 @@ fn an_adapter_on_a_multimodal_checkpoint_is_read_for_its_text_part() {
     let logits = |folder: &std::path::Path| {
         let tuned = Tuned::load(base.clone(), folder).unwrap();
         let model = tuned.model();
-        read(model.forward(&model.context(&TokenBatch::new(&ids).unwrap(), None)))
+        read(model.forward(&model.context(&TokenBatch::new(&ids).unwrap(), None).unwrap()))
     };
     let bytes = std::fs::read(place.join("adapter_model.safetensors")).unwrap();
     let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();

@@ -32,7 +32,7 @@ fn tokens() -> TokenBatch {
 }
 
 fn logits<M: CausalLm>(model: &M) -> Vec<f32> {
-    read(model.forward(&model.context(&tokens(), None)))
+    read(model.forward(&model.context(&tokens(), None).unwrap()))
 }
 
 /// A few steps on the fixture's tokens; the losses.

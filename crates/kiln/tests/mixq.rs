@@ -81,10 +81,9 @@ fn predicted_bytes_are_the_loaded_models() {
             // The searched model is the loaded one, not only as large.
             let ids: Vec<u32> = (0..16).map(|i| i * 29 % 256).collect();
             let logits = |model: &Decoder<QuantLinear>| {
-                read(
-                    model
-                        .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None)),
-                )
+                read(model.forward(
+                    &model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None).unwrap(),
+                ))
             };
             assert_eq!(logits(&made), logits(&loaded), "{path} {config:?}");
         }
@@ -157,7 +156,7 @@ fn direct_kl(original: &Decoder<QuantLinear>, quantized: &Decoder<QuantLinear>, 
     let (mut sum, mut count) = (0.0, 0);
     for tokens in windows.batches_of(1) {
         let logits = |model: &Decoder<QuantLinear>| {
-            read(model.forward(&model.context(&tokens, None)).flatten::<2>(0, 1))
+            read(model.forward(&model.context(&tokens, None).unwrap()).flatten::<2>(0, 1))
         };
         let (reference, found) = (logits(original), logits(quantized));
         let vocabulary = original.vocab_size();
@@ -345,7 +344,7 @@ fn output_errors_are_those_of_the_outputs() {
         let quantized = variants.projection(path, scheme(name)).unwrap();
         let (mut error, mut signal) = (0.0, 0.0);
         for tokens in windows.batches_of(1) {
-            let x = model.embed(&model.context(&tokens, None));
+            let x = model.embed(&model.context(&tokens, None).unwrap());
             let x = model.blocks[0].norm(NormPlace::PreAttention).unwrap().forward(x);
             let (y, found) = (read(original.forward(x.clone())), read(quantized.forward(x)));
             error += y.iter().zip(&found).map(|(y, found)| f64::from(y - found).powi(2)).sum::<f64>();

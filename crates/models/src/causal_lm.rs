@@ -6,7 +6,7 @@ use burn::{
 };
 use kiln_quant_core::{Place, Slots};
 
-use crate::{Context, KvCache, ScaleSite, TokenBatch};
+use crate::{Context, Error, KvCache, Result, ScaleSite, TokenBatch};
 
 /// A decoder-only language model, block by block.
 ///
@@ -15,7 +15,30 @@ use crate::{Context, KvCache, ScaleSite, TokenBatch};
 /// [`hidden_states`](Self::hidden_states) are built on them.
 pub trait CausalLm: Module + ModuleDisplay {
     /// Puts a batch on the model's device, with tables and masks for its positions; `cache` says what went before.
-    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context;
+    ///
+    /// # Errors
+    /// As [`check_tokens`](Self::check_tokens).
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Result<Context>;
+
+    /// Whether the model knows all ids and positions of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an id that isn't in the vocabulary, or a position beyond [`max_positions`](Self::max_positions).
+    fn check_tokens(&self, tokens: &TokenBatch) -> Result<()> {
+        let wrong = |what: &str, limit: usize, found: u32| Error::Argument {
+            name: "tokens".into(),
+            expected: format!("{what} below {limit}, as the model has"),
+            found: found.to_string(),
+        };
+        let (vocabulary, positions) = (self.vocab_size(), self.max_positions());
+        if let Some(id) = tokens.ids.iter().max().filter(|id| **id as usize >= vocabulary) {
+            return Err(wrong("ids", vocabulary, *id));
+        }
+        match tokens.positions.iter().max().filter(|position| **position as usize >= positions) {
+            Some(position) => Err(wrong("positions", positions, *position)),
+            None => Ok(()),
+        }
+    }
 
     /// The residual stream before the first block, `[batch, length, width]`.
     fn embed(&self, context: &Context) -> Tensor<3>;

@@ -98,6 +98,14 @@ impl Checkpoint {
         }
     }
 
+    /// Compares the tensors with the hashes that the files hold of them: Kiln's own folders have some. Every tensor is read.
+    pub(crate) fn verify(&self) -> Result<()> {
+        match &self.files {
+            Files::Packed(folder) => Ok(folder.file().verify()?),
+            Files::Folder(_) | Files::Gguf(_) => Ok(()),
+        }
+    }
+
     /// The tokenizer that comes with the checkpoint.
     ///
     /// # Errors

@@ -152,7 +152,8 @@ fn differs(what: &str, expected: String, found: String) -> Error {
 }
 
 impl<P: Projection> CausalLm for Decoder<P> {
-    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> crate::Result<Context> {
+        self.check_tokens(tokens)?;
         let device = self.device();
         let config = &self.config;
         let tables = config.rope.iter().map(|rope| rope.tables(config.head_dim, &tokens.positions, &device));
@@ -165,7 +166,7 @@ impl<P: Projection> CausalLm for Decoder<P> {
                 tokens.positions.iter().map(|position| temperature.at(*position)).collect();
             Tensor::from_data(TensorData::new(factors, [tokens.batch, tokens.length, 1, 1]), &device)
         });
-        context
+        Ok(context)
     }
 
     fn embed(&self, context: &Context) -> Tensor<3> {

@@ -108,7 +108,7 @@ pub fn queue_gradients<M: CausalLm>(
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<PendingLoss> {
     check(model, tokens, targets)?;
-    let context = model.context(tokens, None);
+    let context = model.context(tokens, None)?;
     match options.recompute {
         Recompute::None => {
             let x = model.residual(&context, None);

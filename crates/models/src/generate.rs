@@ -197,7 +197,7 @@ pub fn generate_with<M: CausalLm>(
 /// Logits after the last of `ids`, which follow what is in the cache.
 fn next_logits<M: CausalLm>(model: &M, ids: Vec<u32>, cache: &mut KvCache) -> Result<Vec<f32>> {
     let tokens = TokenBatch::continuing(ids, cache.length() as u32);
-    let context = model.context(&tokens, Some(&*cache));
+    let context = model.context(&tokens, Some(&*cache))?;
     let x = model.residual(&context, Some(cache));
     // No other row's logits are needed.
     let last = x.narrow(1, tokens.length - 1, 1);

@@ -55,6 +55,6 @@ pub use nll::token_nll;
 pub use norm::Norm;
 pub use probe::{Call, Keep, Probe, Tape};
 pub use scaling::{ScaleSite, ScaleSource};
-pub use source::{DenseTensor, StoredWeight, TensorSource};
+pub use source::{DenseTensor, Described, StoredWeight, TensorSource};
 pub use tokenizer::{DecodeStream, Tokenizer};
 pub use windows::Windows;

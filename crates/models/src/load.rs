@@ -29,6 +29,7 @@ use crate::{
 /// | `measure` | no | whether to measure the error of each quantized weight |
 /// | `compute` | best of the device | what operands of products are rounded to |
 /// | `progress` | none | called after each tensor, with its path |
+/// | `verify` | true | whether tensors are compared with the hashes that Kiln's own folders hold: they are read twice, a second more for each gigabyte or so |
 #[non_exhaustive]
 pub struct LoadOptions<'a> {
     /// `None` keeps every linear of the blocks as stored. `Some` gives each its scheme, by path; weights that are stored
@@ -46,6 +47,8 @@ pub struct LoadOptions<'a> {
     pub compute: Option<Compute>,
     /// Called after each tensor, with its path.
     pub progress: Option<&'a dyn Fn(&str)>,
+    /// Whether tensors are compared with the hashes that Kiln's own folders hold.
+    pub verify: bool,
 }
 
 /// Channels below which products take no less time when their operands are rounded.
@@ -71,6 +74,7 @@ impl Default for LoadOptions<'_> {
             measure: false,
             compute: None,
             progress: None,
+            verify: true,
         }
     }
 }
@@ -119,6 +123,13 @@ impl<'a> LoadOptions<'a> {
     #[must_use]
     pub fn in_f32(self) -> Self {
         self.with_compute(Some(Compute::F32))
+    }
+
+    /// Sets `verify`.
+    #[must_use]
+    pub fn with_verify(mut self, verify: bool) -> Self {
+        self.verify = verify;
+        self
     }
 
     /// Sets `progress`.
@@ -176,6 +187,9 @@ impl Checkpoint {
             None if self.config().hidden_size < NARROW => Compute::F32,
             None => Compute::best(device),
         };
+        if options.verify {
+            self.verify()?;
+        }
         let mut loader = Loader {
             checkpoint: self,
             compute,
@@ -357,6 +371,7 @@ impl Loader<'_> {
 
     /// The weight of a module as the file holds it, its shape checked.
     fn stored(&mut self, path: &str, [d_input, d_output]: [usize; 2]) -> Result<StoredWeight> {
+        self.check_header(&format!("{path}.weight"), &[d_output, d_input])?;
         let stored = self.source.weight(path)?;
         let found = match &stored {
             StoredWeight::Dense(tensor) => tensor.shape.clone(),
@@ -369,11 +384,33 @@ impl Loader<'_> {
 
     /// A dense tensor, its shape checked.
     fn dense(&mut self, name: &str, shape: &[usize]) -> Result<DenseTensor> {
+        self.check_header(name, shape)?;
         let tensor = self.source.dense(name)?;
         self.check_shape(name, shape, &tensor.shape)?;
         self.used.push(name.to_string());
         self.record(name, Scheme::Dense, shape, None);
         Ok(tensor)
+    }
+
+    /// Before anything is read: the shape, where the header has it, and that no more is stored than such a tensor can take.
+    fn check_header(&self, name: &str, expected: &[usize]) -> Result<()> {
+        /// Bytes that any format takes for a value, and beside them.
+        const MOST: [u64; 2] = [8, 1 << 16];
+        let described = self.source.describe(name)?;
+        if let Some(shape) = described.shape {
+            self.check_shape(name, expected, &shape)?;
+        }
+        let values = expected.iter().fold(1u64, |count, size| count.saturating_mul(*size as u64));
+        let most = values.saturating_mul(MOST[0]).saturating_add(MOST[1]);
+        match described.bytes <= most {
+            true => Ok(()),
+            false => Err(Error::File {
+                path: self.checkpoint.path().to_path_buf(),
+                field: name.into(),
+                expected: format!("at most {most} bytes, as the configuration's {expected:?} may take"),
+                found: format!("{} bytes", described.bytes),
+            }),
+        }
     }
 
     fn check_shape(&self, name: &str, expected: &[usize], found: &[usize]) -> Result<()> {

@@ -35,7 +35,7 @@ pub fn token_nll<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
         return Ok(Vec::new());
     }
     let model = model.valid();
-    let x = model.residual(&model.context(tokens, None), None);
+    let x = model.residual(&model.context(tokens, None)?, None);
     let [batch, length, width] = x.dims();
     let (rows, device) = (x.reshape([batch * length, width]), model.device());
     let ints = |values: Vec<i64>| {

@@ -50,7 +50,7 @@ struct State {
 /// let (model, _) = Checkpoint::open(folder)?.load(&LoadOptions::default(), &Device::flex())?;
 /// let tape = Tape::default();
 /// let model = model.try_map(|path, linear| Ok::<_, kiln_models::Error>(Probe::new(path, linear, &tape)))?;
-/// let context = model.context(&TokenBatch::new(&[vec![1, 2, 3]])?, None);
+/// let context = model.context(&TokenBatch::new(&[vec![1, 2, 3]])?, None)?;
 /// let (_, calls) = tape.record(Keep::Inputs, || model.block(0, model.embed(&context), &context, None));
 /// assert_eq!(calls[0].path, "model.layers.0.self_attn.q_proj");
 /// assert_eq!(calls[0].input.dims(), [3, 192]);

@@ -22,6 +22,15 @@ pub enum StoredWeight {
     Packed(PackedWeight),
 }
 
+/// What a file's header says of a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Described {
+    /// Its sizes as [`TensorSource::dense`] gives them; `None` where they follow from what is stored of it.
+    pub shape: Option<Vec<usize>>,
+    /// Bytes of all that is stored of it.
+    pub bytes: u64,
+}
+
 /// Tensors by their Hugging Face names, whatever the file calls them. Nothing is kept resident: every call reads.
 pub trait TensorSource: Send + Sync {
     /// Whether the tensor `name` (with `.weight` or `.bias`) can be read by [`dense`](Self::dense), or, for `P.weight`, the
@@ -30,6 +39,12 @@ pub trait TensorSource: Send + Sync {
 
     /// The names that [`contains`](Self::contains) accepts, sorted.
     fn names(&self) -> Vec<String>;
+
+    /// What the header says of the tensor `name`, before anything of it is read.
+    ///
+    /// # Errors
+    /// A missing tensor.
+    fn describe(&self, name: &str) -> Result<Described>;
 
     /// The tensor `name` in f32; packed ones are dequantized.
     ///

@@ -22,7 +22,7 @@ fn gemma3_continues_as_transformers() {
     let checkpoint = Checkpoint::open(path).unwrap();
     let (model, report) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     assert_eq!(report.notes, Vec::<String>::new());
-    let context = model.context(&TokenBatch::new(&[PROMPT.to_vec()]).unwrap(), None);
+    let context = model.context(&TokenBatch::new(&[PROMPT.to_vec()]).unwrap(), None).unwrap();
     let logits = read(model.forward(&context));
     let last = &logits[logits.len() - model.vocab_size()..];
     for (id, expected) in LARGEST {

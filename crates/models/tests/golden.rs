@@ -109,7 +109,7 @@ fn logits_and_hidden_states_equal_transformers() {
         "llama-untied-bnb-nf4-double",
     ]) {
         let (model, golden) = load(folder);
-        let context = model.context(&TokenBatch::new(&rows(&golden, "input_ids")).unwrap(), None);
+        let context = model.context(&TokenBatch::new(&rows(&golden, "input_ids")).unwrap(), None).unwrap();
         let tolerance = tolerance(folder);
         assert_close(folder, &read(model.forward(&context)), &golden.floats("logits"), tolerance);
         if golden.contains("hidden.0") {
@@ -124,7 +124,7 @@ fn logits_and_hidden_states_equal_transformers() {
 /// Mean next-token cross-entropy over all rows.
 fn loss<M: CausalLm>(model: &M, rows: &[Vec<u32>]) -> Tensor<1> {
     let (batch, length) = (rows.len(), rows[0].len());
-    let logits = model.forward(&model.context(&TokenBatch::new(rows).unwrap(), None));
+    let logits = model.forward(&model.context(&TokenBatch::new(rows).unwrap(), None).unwrap());
     let vocabulary = logits.dims()[2];
     let targets: Vec<i64> = rows.iter().flat_map(|row| row[1..].iter().map(|&id| i64::from(id))).collect();
     let targets = Tensor::from_data(TensorData::new(targets, [batch * (length - 1), 1]), &model.device());
@@ -286,7 +286,7 @@ fn left_padding_changes_nothing() {
         let mask = rows(&golden, "padded.attention_mask");
         let (batch, length) = (ids.len(), ids[0].len());
         let tokens = TokenBatch::masked(ids.concat(), mask.concat(), batch, length).unwrap();
-        let logits = model.forward(&model.context(&tokens, None)).narrow(1, length - 1, 1);
+        let logits = model.forward(&model.context(&tokens, None).unwrap()).narrow(1, length - 1, 1);
         assert_close(folder, &read(logits), &golden.floats("padded.logits_last"), TOLERANCE);
     }
 }
@@ -299,18 +299,19 @@ fn a_padded_row_of_a_batch_equals_the_row_alone() {
         let ids = rows(&golden, "input_ids");
         // The first row without its end, padded on the left to the length of the second.
         let (short, long) = (&ids[0][..ids[0].len() - PADDING], &ids[1]);
-        let alone = model.forward(&model.context(&TokenBatch::new(&[short.to_vec()]).unwrap(), None));
+        let alone =
+            model.forward(&model.context(&TokenBatch::new(&[short.to_vec()]).unwrap(), None).unwrap());
         let padded = [&[0; PADDING][..], short, long].concat();
         let mask = [&[0; PADDING][..], &vec![1; 2 * long.len() - PADDING]].concat();
         let tokens = TokenBatch::masked(padded, mask, 2, long.len()).unwrap();
-        let together = model.forward(&model.context(&tokens, None));
+        let together = model.forward(&model.context(&tokens, None).unwrap());
         // LongRoPE's factors are those of the longest row: the others differ where it is beyond the limit.
         if !model.cache_limit().is_some_and(|limit| short.len() <= limit && long.len() > limit) {
             let together = together.clone().narrow(0, 0, 1).narrow(1, PADDING, short.len());
             assert_close(folder, &read(together), &read(alone), 1e-5);
         }
-        let long_alone =
-            model.forward(&model.context(&TokenBatch::new(std::slice::from_ref(long)).unwrap(), None));
+        let long_alone = model
+            .forward(&model.context(&TokenBatch::new(std::slice::from_ref(long)).unwrap(), None).unwrap());
         assert_close(folder, &read(together.narrow(0, 1, 1)), &read(long_alone), 1e-5);
     }
 }
@@ -333,7 +334,7 @@ fn greedy_decoding_with_a_cache_equals_transformers() {
         let mut fresh = ids.clone();
         while ids.len() < expected.len() {
             let tokens = TokenBatch::continuing(fresh, cache.length() as u32);
-            let context = model.context(&tokens, Some(&cache));
+            let context = model.context(&tokens, Some(&cache)).unwrap();
             let x = model.residual(&context, Some(&mut cache));
             let last = x.narrow(1, tokens.length - 1, 1);
             let next: i64 = model.lm_head(model.final_norm(last)).argmax(2).into_scalar();

@@ -29,7 +29,7 @@ fn reference() -> (Vec<u32>, impl Fn(&str) -> Vec<f32>) {
 
 fn logits(model: &Decoder<QuantLinear>, ids: &[u32]) -> Vec<f32> {
     let tokens = TokenBatch::new(&[ids.to_vec()]).unwrap();
-    read(model.forward(&model.context(&tokens, None)))
+    read(model.forward(&model.context(&tokens, None).unwrap()))
 }
 
 #[test]

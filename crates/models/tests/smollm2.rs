@@ -35,8 +35,9 @@ fn smollm2_gives_the_logits_of_transformers() {
     let (golden, prompts) = prompts();
     for (k, ids) in prompts.iter().enumerate() {
         let name = |part: &str| format!("p{k}.{part}");
-        let states =
-            model.hidden_states(&model.context(&TokenBatch::new(std::slice::from_ref(ids)).unwrap(), None));
+        let states = model.hidden_states(
+            &model.context(&TokenBatch::new(std::slice::from_ref(ids)).unwrap(), None).unwrap(),
+        );
         let lengths: Vec<f32> = states.iter().flat_map(|state| norms(state.clone())).collect();
         // Norms grow to thousands: compare relatively.
         assert!(relative_difference(&lengths, &golden.floats(&name("hidden_l2"))) < 1e-5);
@@ -81,8 +82,8 @@ fn smollm2_has_the_gradients_of_torch() {
     let model = model.unfreeze().train();
     let (golden, prompts) = prompts();
     for (k, ids) in prompts.iter().enumerate() {
-        let logits =
-            model.forward(&model.context(&TokenBatch::new(std::slice::from_ref(ids)).unwrap(), None));
+        let logits = model
+            .forward(&model.context(&TokenBatch::new(std::slice::from_ref(ids)).unwrap(), None).unwrap());
         let targets: Vec<i64> = ids[1..].iter().map(|&id| i64::from(id)).collect();
         let targets = Tensor::from_data(targets.as_slice(), &Device::flex());
         let logits = logits.squeeze_dim::<2>(0).narrow(0, 0, ids.len() - 1);

@@ -14,7 +14,7 @@ fn logits(folder: &Path) -> (Vec<f32>, Vec<String>) {
     let checkpoint = Checkpoint::open(folder).unwrap();
     let (model, report) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     let tokens = TokenBatch::new(&[vec![5, 17, 33, 60, 2]]).unwrap();
-    (read(model.forward(&model.context(&tokens, None))), report.notes)
+    (read(model.forward(&model.context(&tokens, None).unwrap())), report.notes)
 }
 
 /// The text model in a wrapper: its configuration as an object, its tensors under `prefix`, a tower beside it.

@@ -75,7 +75,8 @@ impl<'a> Runner<'a> {
         let tape = Tape::default();
         let model = model.valid().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
         let batches = calibration.batches();
-        let contexts = batches.iter().map(|tokens| model.context(tokens, None)).collect();
+        let contexts =
+            batches.iter().map(|tokens| model.context(tokens, None)).collect::<kiln_models::Result<_>>()?;
         let linears = structure.by_path().into_iter();
         let pruned_inputs =
             linears.filter(|(_, linear)| linear.input != Channels::Hidden).map(|(path, _)| path);

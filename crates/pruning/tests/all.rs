@@ -62,7 +62,7 @@ pub(crate) fn tokens(folder: &str) -> TokenBatch {
 }
 
 pub(crate) fn logits(model: &Decoder<QuantLinear>, tokens: &TokenBatch) -> Vec<f32> {
-    read(model.forward(&model.context(tokens, None)))
+    read(model.forward(&model.context(tokens, None).unwrap()))
 }
 
 /// Windows of pseudo-random ids below 96, the smallest vocabulary.

@@ -215,5 +215,5 @@ fn adapters_go_on_a_pruned_model() {
     let adapted = pruned.clone().try_map(|path, base| attacher.attach(path, base)).unwrap();
     let tokens = TokenBatch::new(&[ids[..16].to_vec()]).unwrap();
     // LoRA begins as nothing.
-    assert_eq!(read(adapted.forward(&adapted.context(&tokens, None))), logits(&pruned, &tokens));
+    assert_eq!(read(adapted.forward(&adapted.context(&tokens, None).unwrap())), logits(&pruned, &tokens));
 }

@@ -72,7 +72,7 @@ fn attention(model: &Decoder<QuantLinear>, x: Tensor<2>) -> Tensor<2> {
     let [length, _] = x.dims();
     let project = |role, x| model.blocks[0].linear(role).unwrap().forward(x);
     let heads = model.config().layer(0).num_attention_heads;
-    let context = model.context(&TokenBatch::new(&[vec![0; length]]).unwrap(), None);
+    let context = model.context(&TokenBatch::new(&[vec![0; length]]).unwrap(), None).unwrap();
     let [cos, sin] = context.rotary[0].clone();
     let split = |y: Tensor<2>| y.reshape([1, length, heads, 2]);
     let q = fused::rotate(

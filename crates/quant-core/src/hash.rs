@@ -1,6 +1,10 @@
 //! Hashes by which files and runs are told apart.
 
-use std::fmt::Write;
+use std::{fmt::Write, fs::File, io::Read, path::Path};
+
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result};
 
 /// The bytes of a digest in hexadecimal, two lower-case digits each.
 ///
@@ -13,6 +17,22 @@ pub fn hex(digest: impl AsRef<[u8]>) -> String {
         let _ = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// SHA-256 of a file, in hexadecimal.
+///
+/// # Errors
+/// The operating system's refusal.
+pub fn sha256_of(path: &Path) -> Result<String> {
+    let mut hash = Sha256::new();
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    let mut buffer = vec![0; 1 << 16];
+    loop {
+        match file.read(&mut buffer).map_err(Error::io(path))? {
+            0 => return Ok(hex(hash.finalize())),
+            count => hash.update(&buffer[..count]),
+        }
+    }
 }
 
 /// 64-bit FNV-1a: quick, the same in every build, and no protection against malice.

@@ -37,6 +37,8 @@ const VERSION: &str = "1";
 const VERSION_KEY: &str = "kiln.version";
 const SCHEMES_KEY: &str = "kiln.schemes";
 const FINGERPRINT_KEY: &str = "kiln.fingerprint";
+/// Files of earlier versions don't have it.
+const DENSE_KEY: &str = "kiln.dense_fingerprint";
 const OWN_PREFIX: &str = "kiln.";
 
 /// What the metadata say of one packed weight.
@@ -207,6 +209,15 @@ fn update(hasher: &mut Sha256, path: &str, weight: &PackedWeight) {
     }
 }
 
+/// Adds a dense tensor: the line `name shape`, then its values in little-endian order.
+fn update_dense(hasher: &mut Sha256, name: &str, shape: &[usize], values: &[f32]) {
+    hasher.update(format!("{name} {shape:?}\n"));
+    let Ok(()) = Values::F32(values).encode(|bytes| {
+        hasher.update(bytes);
+        Ok::<(), std::convert::Infallible>(())
+    });
+}
+
 /// An open file of packed and dense tensors: the header is checked at once, tensors are read when asked for.
 ///
 /// ```
@@ -232,6 +243,7 @@ pub struct PackedFile {
     dense: BTreeSet<String>,
     extra: BTreeMap<String, String>,
     fingerprint: String,
+    dense_fingerprint: Option<String>,
 }
 
 impl PackedFile {
@@ -272,7 +284,7 @@ impl PackedFile {
     }
 
     /// As [`save`](Self::save) for a model that isn't in host memory: weights and values are asked for one at a time,
-    /// the weights twice, since the header holds their fingerprint. `packed` are path, scheme, `d_input` and
+    /// each twice, since the header holds their fingerprints. `packed` are path, scheme, `d_input` and
     /// `d_output`; `dense` are name and shape.
     ///
     /// # Errors
@@ -329,16 +341,18 @@ impl PackedFile {
             file.wrong(SCHEMES_KEY, expected, error.to_string())
         })?;
         let fingerprint = take(FINGERPRINT_KEY, "the SHA-256 of the packed weights")?;
+        let dense_fingerprint = metadata.remove(DENSE_KEY);
         let digit = |byte: &u8| byte.is_ascii_digit() || (b'a'..=b'f').contains(byte);
-        if fingerprint.len() != 64 || !fingerprint.as_bytes().iter().all(digit) {
-            let found = format!("\"{fingerprint}\"");
-            return Err(file.wrong(FINGERPRINT_KEY, "64 lower-case hexadecimal digits", found));
+        for (key, hash) in [(FINGERPRINT_KEY, Some(&fingerprint)), (DENSE_KEY, dense_fingerprint.as_ref())] {
+            if let Some(hash) = hash.filter(|hash| hash.len() != 64 || !hash.as_bytes().iter().all(digit)) {
+                return Err(file.wrong(key, "64 lower-case hexadecimal digits", format!("\"{hash}\"")));
+            }
         }
         if let Some(key) = metadata.keys().find(|key| key.starts_with(OWN_PREFIX)) {
             return Err(file.wrong(key, format!("a metadata key of version {VERSION}"), "an unknown one"));
         }
         let dense = check_tensors(&file, &packed)?;
-        Ok(Self { file, packed, dense, extra: metadata, fingerprint })
+        Ok(Self { file, packed, dense, extra: metadata, fingerprint, dense_fingerprint })
     }
 
     /// Paths of packed weights and names of dense tensors, sorted.
@@ -360,6 +374,30 @@ impl PackedFile {
     /// The [`fingerprint`] that the file says its packed weights have; [`Self::verify`] says whether it is true.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
+    }
+
+    /// One for all that the file holds: SHA-256 of its fingerprints, of packed weights and of dense tensors.
+    pub fn whole_fingerprint(&self) -> String {
+        let dense = self.dense_fingerprint.as_deref().unwrap_or_default();
+        hex(Sha256::digest(format!("{} {dense}", self.fingerprint)))
+    }
+
+    /// Sizes of a packed weight (`[d_output, d_input]`) or of a dense tensor, and the bytes of all that is stored of it,
+    /// by the header.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none.
+    pub fn describe(&self, name: &str) -> Result<(Vec<usize>, u64)> {
+        let bytes = |name: &str| -> Result<u64> {
+            let (dtype, shape) = self.file.describe(name)?;
+            Ok((shape.iter().product::<usize>() * dtype.bitsize() / 8) as u64)
+        };
+        let Some(entry) = self.packed.get(name) else {
+            return Ok((self.file.describe(name)?.1.to_vec(), bytes(name)?));
+        };
+        let parts = Part::ALL.into_iter().map(|part| part.name(name)).filter(|part| self.file.contains(part));
+        let stored = parts.map(|part| bytes(&part)).sum::<Result<u64>>()?;
+        Ok((vec![entry.d_output, entry.d_input], stored))
     }
 
     /// Reads the packed weight `name`.
@@ -419,7 +457,7 @@ impl PackedFile {
         Ok((shape, values))
     }
 
-    /// Reads all packed weights, one at a time, and compares their fingerprint with the file's.
+    /// Reads all tensors, one at a time, and compares their fingerprints with the file's: a second for each gigabyte or so.
     ///
     /// # Errors
     /// [`Error::File`] if they differ, or as [`Self::packed`].
@@ -432,7 +470,17 @@ impl PackedFile {
         if found != self.fingerprint {
             return Err(self.file.wrong(FINGERPRINT_KEY, self.fingerprint.as_str(), found));
         }
-        Ok(())
+        let Some(expected) = &self.dense_fingerprint else { return Ok(()) };
+        let mut hasher = Sha256::new();
+        for name in &self.dense {
+            let (shape, values) = self.dense(name)?;
+            update_dense(&mut hasher, name, &shape, &values);
+        }
+        let found = hex(hasher.finalize());
+        match found == *expected {
+            true => Ok(()),
+            false => Err(self.file.wrong(DENSE_KEY, expected, found)),
+        }
     }
 
     /// What stands under a name that was asked for as something else.
@@ -496,7 +544,7 @@ fn check_tensors(file: &SafetensorsFile, packed: &BTreeMap<String, Entry>) -> Re
     Ok(dense)
 }
 
-/// Writes a file; each weight is asked for once for the fingerprint and once for its tensors.
+/// Writes a file; each weight and tensor is asked for once for the fingerprints and once to be written.
 fn write<'a, E: From<Error>>(
     path: &Path,
     entries: BTreeMap<&str, Entry>,
@@ -528,14 +576,17 @@ fn write<'a, E: From<Error>>(
             plan.push(TensorPlan { name, dtype: part.dtype(&entry.scheme), shape: part.shape(entry) });
         }
     }
+    let mut dense_hasher = Sha256::new();
     for (&name, shape) in &dense {
+        update_dense(&mut dense_hasher, name, shape, &read_dense(name)?);
         if let Some(path) = owner(name, |path| entries.contains_key(path)) {
             return Err(clash(name, &format!("the packed weight {path}")).into());
         }
         origin.insert(name.to_owned(), (name, None));
         plan.push(TensorPlan { name: name.into(), dtype: Dtype::F32, shape: shape.clone() });
     }
-    let metadata = metadata(&entries, hex(hasher.finalize()), extra)?;
+    let fingerprints = [hasher, dense_hasher].map(|hasher| hex(hasher.finalize()));
+    let metadata = metadata(&entries, fingerprints, extra)?;
     stream_safetensors(path, plan, &metadata, |tensor, put| match origin[&tensor.name] {
         (path, Some(part)) => {
             let weight = read_packed(path)?;
@@ -565,7 +616,7 @@ fn clash(name: &str, other: &str) -> Error {
 
 fn metadata(
     entries: &BTreeMap<&str, Entry>,
-    fingerprint: String,
+    [fingerprint, dense_fingerprint]: [String; 2],
     extra: &BTreeMap<String, String>,
 ) -> Result<BTreeMap<String, String>> {
     if let Some(key) = extra.keys().find(|key| key.starts_with(OWN_PREFIX)) {
@@ -579,6 +630,7 @@ fn metadata(
     metadata.insert(VERSION_KEY.into(), VERSION.into());
     metadata.insert(SCHEMES_KEY.into(), serde_json::json!(entries).to_string());
     metadata.insert(FINGERPRINT_KEY.into(), fingerprint);
+    metadata.insert(DENSE_KEY.into(), dense_fingerprint);
     Ok(metadata)
 }
 

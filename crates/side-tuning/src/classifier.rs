@@ -60,7 +60,7 @@ impl<M: Backbone> SideClassifier<M> {
     /// Token ids beyond the vocabulary, positions beyond the model's, a row of padding only.
     pub fn forward(&self, tokens: &TokenBatch) -> Result<Tensor<2>> {
         let last = self.last_tokens(tokens)?;
-        let x = self.model.residual(&self.model.context(tokens, None), None);
+        let x = self.model.residual(&self.model.context(tokens, None)?, None);
         let [batch, length, width] = x.dims();
         let index = Tensor::<1, Int>::from_data(TensorData::new(last, [batch]), &self.model.device());
         let rows = x.reshape([batch * length, width]).select(0, index);

@@ -15,6 +15,7 @@ use kiln_quant_core::{
     HostValues, Parameter,
     files::{NewFolder, whole_folder},
     for_each_parameter,
+    hash::sha256_of,
     safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
     write_atomically,
 };
@@ -40,6 +41,9 @@ struct Folder {
     /// Of a classifier.
     labels: Option<usize>,
     side: SideConfig,
+    /// SHA-256 of the file of weights; folders of earlier versions don't have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    weights_sha256: Option<String>,
 }
 
 /// A side network's configuration, read from its folder.
@@ -126,12 +130,19 @@ pub(crate) fn save<B: Module, M: Module>(
             values: Values::F32(values),
         })
         .collect();
-    let content = Folder { version: VERSION, backbone: fingerprint(backbone)?, labels, side: config.clone() };
+    let new = NewFolder::replacing(folder, &[CONFIG_FILE, WEIGHTS_FILE])?;
+    let weights = new.path().join(WEIGHTS_FILE);
+    write_safetensors(&weights, &tensors, &BTreeMap::new())?;
+    let content = Folder {
+        version: VERSION,
+        backbone: fingerprint(backbone)?,
+        labels,
+        side: config.clone(),
+        weights_sha256: Some(sha256_of(&weights)?),
+    };
     let path = folder.join(CONFIG_FILE);
     let json = serde_json::to_vec_pretty(&content)
         .map_err(|error| Error::file(&path, "content", "serialisable options", error))?;
-    let new = NewFolder::replacing(folder, &[CONFIG_FILE, WEIGHTS_FILE])?;
-    write_safetensors(&new.path().join(WEIGHTS_FILE), &tensors, &BTreeMap::new())?;
     write_atomically(&new.path().join(CONFIG_FILE), |file| file.write_all(&json))?;
     Ok(new.commit()?)
 }
@@ -148,6 +159,14 @@ pub(crate) fn open<B: Module>(folder: &Path, backbone: &B) -> Result<Opened> {
     }
     let content: Folder = serde_json::from_value(json)
         .map_err(|error| Error::file(&path, "content", "a side network's configuration", error))?;
+    if let Some(expected) = &content.weights_sha256 {
+        let found = sha256_of(&whole_folder(folder).join(WEIGHTS_FILE))?;
+        if found != *expected {
+            let expected = format!("{found}, that of {WEIGHTS_FILE}");
+            let found = "another: the weights were changed, or are another network's";
+            return Err(Error::file(&path, "weights_sha256", expected, found));
+        }
+    }
     let found = fingerprint(backbone)?;
     if content.backbone != found {
         let expected = format!("the base that the side network was trained on, {}", content.backbone);

@@ -127,8 +127,8 @@ fn join(backbone: Tensor<3>, side: Tensor<3>) -> Tensor<3> {
 }
 
 impl<M: Backbone> CausalLm for SideTuned<M> {
-    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> Context {
-        self.side.context(self.backbone().context(tokens, cache), &tokens.positions)
+    fn context(&self, tokens: &TokenBatch, cache: Option<&KvCache>) -> kiln_models::Result<Context> {
+        Ok(self.side.context(self.backbone().context(tokens, cache)?, &tokens.positions))
     }
 
     fn embed(&self, context: &Context) -> Tensor<3> {

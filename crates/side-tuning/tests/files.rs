@@ -12,7 +12,7 @@ use crate::common::{Base, embedded, load};
 
 fn logits(model: &SideTuned<Base>) -> Vec<f32> {
     let tokens = TokenBatch::new(&[vec![5, 90, 17, 33]]).unwrap();
-    read(model.forward(&model.context(&tokens, None)))
+    read(model.forward(&model.context(&tokens, None).unwrap()))
 }
 
 #[test]

@@ -19,7 +19,7 @@ fn assert_alike(found: Vec<f32>, expected: Vec<f32>) {
 }
 
 fn stream<M: CausalLm>(model: &M, rows: &[Vec<u32>]) -> Vec<f32> {
-    let context = model.context(&TokenBatch::new(rows).unwrap(), None);
+    let context = model.context(&TokenBatch::new(rows).unwrap(), None).unwrap();
     read(model.residual(&context, None))
 }
 

@@ -168,7 +168,7 @@ fn side_tuned(file: &Value, case: &Value, base: Base, blocks: Names) -> SideTune
 }
 
 fn check_states(model: &SideTuned<Base>, expected: &Value, ids: &[u32], tolerance: f32) {
-    let context = model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None);
+    let context = model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None).unwrap();
     let streams: Vec<_> = (0..2).fold(vec![model.embed(&context)], |mut streams, index| {
         streams.push(model.block(index, streams[index].clone(), &context, None));
         streams
@@ -192,7 +192,7 @@ fn check(name: &str, blocks: Names) {
         if expected.get("h_f").is_some() {
             check_states(&model, expected, &ids, tolerance);
         }
-        let context = model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None);
+        let context = model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None).unwrap();
         let x = model.residual(&context, None);
         let mixed = model.final_norm(x);
         if let Some(values) = expected.get("mixed") {
@@ -200,8 +200,9 @@ fn check(name: &str, blocks: Names) {
         }
         let logits = read(model.lm_head(mixed));
         assert_close(&format!("{case_name} logits"), &logits, &floats(&expected["logits"]), tolerance);
-        let plain =
-            read(base.forward(&base.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None)));
+        let plain = read(
+            base.forward(&base.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None).unwrap()),
+        );
         if case_name == "paper" {
             assert_eq!(logits, plain, "the paper's mix starts at the backbone");
         }

@@ -20,7 +20,7 @@ fn tokens(ids: &[u32]) -> TokenBatch {
 }
 
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Vec<f32> {
-    read(model.forward(&model.context(&tokens(ids), None)))
+    read(model.forward(&model.context(&tokens(ids), None).unwrap()))
 }
 
 #[test]
@@ -160,7 +160,7 @@ fn check_generation<M: CausalLm>(model: &M, ids: &[u32]) {
     let mut rows = Vec::new();
     for part in [&ids[..5]].into_iter().chain(ids[5..].chunks(1)) {
         let batch = TokenBatch::continuing(part.to_vec(), cache.length() as u32);
-        let context = model.context(&batch, Some(&cache));
+        let context = model.context(&batch, Some(&cache)).unwrap();
         let x = model.residual(&context, Some(&mut cache));
         rows.extend(read(model.lm_head(model.final_norm(x))));
     }
@@ -186,7 +186,7 @@ fn padding_and_packing_do_not_leak() {
     let ids = [vec![1, 1, 1], IDS.to_vec()].concat();
     let mask = [vec![0; 3], vec![1; 12]].concat();
     let batch = TokenBatch::masked(ids, mask, 1, 15).unwrap();
-    let padded = read(model.forward(&model.context(&batch, None)));
+    let padded = read(model.forward(&model.context(&batch, None).unwrap()));
     assert!(max_difference(&padded[3 * 2048..], &alone) < 2e-4);
 }
 

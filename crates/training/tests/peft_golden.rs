@@ -28,7 +28,7 @@ fn load(base: impl AsRef<std::path::Path>, adapter: &str) -> Model {
 
 /// Logits `[length, vocabulary]` of one sequence.
 fn logits<M: CausalLm>(model: &M, ids: &[u32]) -> Tensor<2> {
-    let logits = model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None));
+    let logits = model.forward(&model.context(&TokenBatch::new(&[ids.to_vec()]).unwrap(), None).unwrap());
     logits.squeeze_dim(0)
 }
 

@@ -173,7 +173,7 @@ fn dropout_takes_part_in_training_and_not_in_evaluation() {
     let tokens = TokenBatch::new(&[(0..16).collect()]).unwrap();
     let logits = |model: &LoraModel| {
         let model = model.valid();
-        kiln_testkit::read(model.forward(&model.context(&tokens, None)))
+        kiln_testkit::read(model.forward(&model.context(&tokens, None).unwrap()))
     };
     let run = |dropout| {
         let mut trainer = Trainer::new(lora_model(dropout), documents(), config(2, 1)).unwrap();
@@ -205,8 +205,9 @@ fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
     let found = evaluate(&model, &held_out, 4).unwrap();
     let mut sum = 0.0;
     for example in held_out.examples() {
-        let logits = model
-            .forward(&model.context(&TokenBatch::new(std::slice::from_ref(&example.ids)).unwrap(), None));
+        let logits = model.forward(
+            &model.context(&TokenBatch::new(std::slice::from_ref(&example.ids)).unwrap(), None).unwrap(),
+        );
         let rows: Vec<f32> = kiln_testkit::read(logits);
         for (place, row) in rows.chunks(256).enumerate().take(example.ids.len() - 1) {
             if example.scored[place + 1] {

@@ -201,7 +201,7 @@ impl<'a, M: CausalLm> ModelScorer<'a, M> {
         }
         let tokens = TokenBatch::masked(ids, mask, units.len(), length)?;
         let mut cache = KvCache::new();
-        let context = self.model.context(&tokens, Some(&cache));
+        let context = self.model.context(&tokens, Some(&cache))?;
         self.model.residual(&context, Some(&mut cache));
         Ok(cache)
     }
@@ -214,7 +214,7 @@ impl<'a, M: CausalLm> ModelScorer<'a, M> {
         rows: &[(usize, &Row)],
         answers: &mut BTreeMap<usize, (f64, bool)>,
     ) -> Result<()> {
-        let context = self.model.context(tokens, cache.as_ref());
+        let context = self.model.context(tokens, cache.as_ref())?;
         let x = self.model.residual(&context, cache.as_mut());
         let [batch, length, width] = x.dims();
         let x = x.reshape([batch * length, width]);

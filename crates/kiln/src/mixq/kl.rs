@@ -79,7 +79,7 @@ impl LogitKl {
         let length = windows.length();
         let mut batches = Vec::new();
         for batch in windows.batches_of(options.batch_tokens / length) {
-            let context = original.context(&batch, None);
+            let context = original.context(&batch, None)?;
             let embedded = original.embed(&context);
             let tokens = batch.ids.len();
             let last = flat(original.residual(&context, None));

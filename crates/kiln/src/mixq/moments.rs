@@ -28,7 +28,7 @@ impl Moments {
         let model = original.clone().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
         let mut sums: HashMap<String, Tensor<2>> = HashMap::new();
         for tokens in windows.batches_of(1) {
-            let context = model.context(&tokens, None);
+            let context = model.context(&tokens, None)?;
             let mut x = model.embed(&context);
             for index in 0..model.num_blocks() {
                 let (y, calls) = tape.record(Keep::Inputs, || model.block(index, x, &context, None));

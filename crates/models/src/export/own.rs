@@ -12,7 +12,10 @@ use super::{
     item::{self, Host, Item},
     tokenizer_files,
 };
-use crate::{Checkpoint, Decoder, Error, Result, hf::PACKED_WEIGHTS};
+use crate::{
+    Checkpoint, Decoder, Error, Result,
+    hf::{FINGERPRINT, PACKED_WEIGHTS},
+};
 
 /// Saves `model` as it is, bit for bit: a folder with `config.json` (Hugging Face's keys, and `quantization_config` with
 /// `quant_method` "kiln" and a version), packed weights and dense tensors in `model.safetensors`
@@ -45,11 +48,13 @@ pub fn save_model(
     folder: impl AsRef<Path>,
 ) -> Result<ExportReport> {
     let mut config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
-    config.insert("quantization_config".into(), json!({"quant_method": "kiln", "version": 1}));
     let fresh = NewFolder::at_new_place(folder.as_ref())?;
     let items = item::items(model);
     let path = fresh.path().join(PACKED_WEIGHTS);
     write_weights(&path, &items)?;
+    let fingerprint = PackedFile::open(&path)?.whole_fingerprint();
+    let quantization = json!({"quant_method": "kiln", "version": 1, (FINGERPRINT): fingerprint});
+    config.insert("quantization_config".into(), quantization);
     write_json(&fresh.path().join("config.json"), &Value::Object(config))?;
     let notes = tokenizer_files::write(source, fresh.path())?;
     let bytes = fs::metadata(&path).map_err(Error::io(&path))?.len();

@@ -48,5 +48,5 @@ pub fn verify_export(
 }
 
 fn logits(model: &impl CausalLm, tokens: &TokenBatch) -> Result<Vec<f32>> {
-    Ok(to_host("logits", model.forward(&model.context(tokens, None)))?)
+    Ok(to_host("logits", model.forward(&model.context(tokens, None)?))?)
 }

@@ -49,7 +49,7 @@ use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
     families::Family,
-    source::{DenseTensor, StoredWeight, TensorSource},
+    source::{DenseTensor, Described, StoredWeight, TensorSource},
     tokenizer::Tokenizer,
 };
 
@@ -248,7 +248,12 @@ impl Gguf {
 
     fn decode(&self, name: &str, tensor: &TensorInfo) -> Result<DenseTensor> {
         let rows = self.rows(name, tensor)?;
-        let mut values = vec![0.0; tensor.len()];
+        let mut values = Vec::new();
+        if values.try_reserve_exact(tensor.len()).is_err() {
+            let found = format!("{:?}", tensor.shape);
+            return Err(self.metadata.error(&tensor.name, "a tensor that fits into memory", found));
+        }
+        values.resize(tensor.len(), 0.0);
         self.for_chunks(tensor, &rows, |first, bytes| {
             let chunk = &mut values[first * rows.width..][..bytes.len() / rows.bytes * rows.width];
             chunk.par_chunks_exact_mut(rows.width).enumerate().for_each(|(row, values)| {
@@ -323,6 +328,12 @@ impl TensorSource for Gguf {
 
     fn names(&self) -> Vec<String> {
         self.tensors.keys().cloned().collect()
+    }
+
+    fn describe(&self, name: &str) -> Result<Described> {
+        let tensor = self.find(name)?;
+        let bytes = tensor.len() / tensor.kind.weights() * tensor.kind.bytes();
+        Ok(Described { shape: Some(tensor.shape.clone()), bytes: bytes as u64 })
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {

@@ -13,7 +13,7 @@ use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
     families::Family,
-    source::{DenseTensor, StoredWeight, TensorSource, transposed},
+    source::{DenseTensor, Described, StoredWeight, TensorSource, transposed},
 };
 
 mod awq;
@@ -42,7 +42,11 @@ pub use self::{
     packed::PackedFolder,
 };
 use self::{config::FolderConfig, shards::SafetensorsSet};
-pub(crate) use self::{config::parse as parse_config, json::Fields, packed::PACKED_WEIGHTS};
+pub(crate) use self::{
+    config::parse as parse_config,
+    json::Fields,
+    packed::{FINGERPRINT, PACKED_WEIGHTS},
+};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -244,6 +248,25 @@ impl TensorSource for HfFolder {
 
     fn names(&self) -> Vec<String> {
         self.names.keys().cloned().collect()
+    }
+
+    fn describe(&self, name: &str) -> Result<Described> {
+        match self.stored(name)? {
+            Stored::Dense | Stored::Fp8 => {
+                let mut shape = self.tensors.describe(name)?.1.to_vec();
+                let family = self.config.model.family;
+                if shape.len() == 2 && family.conv1d && family.is_in_block(name) {
+                    shape.reverse();
+                }
+                Ok(Described { shape: Some(shape), bytes: self.tensors.bytes(name)? })
+            }
+            // A part of a tensor, which is read alone.
+            Stored::Sliced => Ok(Described { shape: None, bytes: 0 }),
+            _ => {
+                let bytes = self.tensors.bytes_of_all(&format!("{}.", module_of(name)))?;
+                Ok(Described { shape: None, bytes })
+            }
+        }
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {

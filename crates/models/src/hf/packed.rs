@@ -13,17 +13,20 @@ use super::{
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
-    source::{DenseTensor, StoredWeight, TensorSource},
+    source::{DenseTensor, Described, StoredWeight, TensorSource},
 };
 
 /// The file with the weights.
 pub(crate) const PACKED_WEIGHTS: &str = "model.safetensors";
+/// Key of `quantization_config`: [`PackedFile::whole_fingerprint`] of the weights.
+pub(crate) const FINGERPRINT: &str = "fingerprint";
 const METHOD: &str = "kiln";
 const VERSION: usize = 1;
 
-/// Reads `quantization_config`: nothing but method and version, or an error that names it.
+/// Reads `quantization_config`: nothing but method, version and what the weights' fingerprints must be, or an error that names
+/// it.
 pub(super) fn config(fields: &Fields<'_>) -> Result<Quantization> {
-    fields.know(&["quant_method"]);
+    fields.know(&["quant_method", FINGERPRINT]);
     fields.refuse_unless("version", VERSION)?;
     if fields.get("version").is_none() {
         return Err(fields.wrong("version", "the version of the folder"));
@@ -33,7 +36,7 @@ pub(super) fn config(fields: &Fields<'_>) -> Result<Quantization> {
             path: fields.path(),
             field: key.clone(),
             found: "this key".into(),
-            supported: "quant_method, version".into(),
+            supported: "quant_method, version, fingerprint".into(),
         }),
         None => Ok(Quantization::Kiln),
     }
@@ -72,6 +75,21 @@ impl PackedFolder {
             });
         }
         let file = PackedFile::open(path.join(PACKED_WEIGHTS))?;
+        let config_path = path.join("config.json");
+        let stated = read_object(&config_path, MAX_CONFIG_BYTES)?;
+        let stated = stated.get("quantization_config").and_then(|config| config.get(FINGERPRINT));
+        let found = file.whole_fingerprint();
+        if stated.is_some_and(|stated| *stated != *found) {
+            return Err(Error::File {
+                path: config_path,
+                field: format!("quantization_config.{FINGERPRINT}"),
+                expected: format!("{found}, that of {PACKED_WEIGHTS}"),
+                found: format!(
+                    "{}: the two are of different models",
+                    stated.unwrap_or(&serde_json::Value::Null)
+                ),
+            });
+        }
         Ok(Self { path, config, file })
     }
 
@@ -114,6 +132,12 @@ impl TensorSource for PackedFolder {
         let mut names: Vec<String> = self.file.names().map(public).collect();
         names.sort();
         names
+    }
+
+    fn describe(&self, name: &str) -> Result<Described> {
+        let packed = name.strip_suffix(".weight").filter(|module| self.file.scheme(module).is_some());
+        let (shape, bytes) = self.file.describe(packed.unwrap_or(name))?;
+        Ok(Described { shape: Some(shape), bytes })
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {

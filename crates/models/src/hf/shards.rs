@@ -211,6 +211,21 @@ impl SafetensorsSet {
         file.describe(there)
     }
 
+    /// Bytes of the tensor.
+    pub(crate) fn bytes(&self, name: &str) -> Result<u64> {
+        let (dtype, shape) = self.describe(name)?;
+        let bits =
+            shape.iter().map(|size| *size as u64).product::<u64>().saturating_mul(dtype.bitsize() as u64);
+        Ok(bits / 8)
+    }
+
+    /// Bytes of all tensors whose names begin so.
+    pub(crate) fn bytes_of_all(&self, prefix: &str) -> Result<u64> {
+        let names = self.index.range(prefix.to_owned()..).map(|(name, _)| name);
+        let mut names = names.take_while(|name| name.starts_with(prefix));
+        names.try_fold(0u64, |bytes, name| Ok(bytes.saturating_add(self.bytes(name)?)))
+    }
+
     /// As [`SafetensorsFile::read`].
     pub(crate) fn read(&self, name: &str) -> Result<RawTensor> {
         let (file, there) = self.place_of(name)?;

@@ -35,7 +35,7 @@ impl Budget {
     /// For an input of so many bytes in so many parts (messages, fields).
     pub fn for_input(bytes: usize, parts: usize) -> Self {
         Self {
-            deadline: Instant::now() + Duration::from_secs(1) + Duration::from_micros(bytes as u64),
+            deadline: Instant::now() + Duration::from_millis(500) + Duration::from_micros(bytes as u64),
             value: (128usize << 10).saturating_add(bytes.saturating_mul(8)),
             printed: (1usize << 20).saturating_add(bytes.saturating_mul(16)),
             text: (32usize << 20).saturating_add(parts.saturating_mul(4096)),

@@ -261,7 +261,7 @@ fn ordinary_constructs_render_as_before() {
         ("{% for m in messages %}\n{{ loop.index * 2 }}\n{% endfor %}", "2\n4\n"),
         ("{% for m in messages[::-1] %}{{ m.role }} {% endfor %}", "assistant user "),
         ("{% if 'h' in messages[0].content and not (1 + 1 == 3) %}y{% elif true %}n{% endif %}", "y"),
-        ("{{ x is defined }}{% set x = y %}{{ x is defined }}", "falsefalse"),
+        ("{{ x is defined }}{% set x = y %}{{ x is defined }}", "FalseFalse"),
         ("{{ {'a': [1, 2]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1,\n    2\n  ]\n}"),
         ("{{ 'a-b'.split('-') | map('upper') | join('+') }}", "A+B"),
         ("{{ '%03d|%s' | format(7, 'x') }}", "007|x"),

@@ -92,7 +92,7 @@ fn refused() -> Vec<(&'static str, String)> {
         all.push(("growth", with("normalizer", many(count, item))));
     }
     all.push(("growth", with("normalizer", replace(json!({"String": "a"}), &"a".repeat(10_000)))));
-    all.push(("growth", with("normalizer", json!({"type": "Prepend", "prepend": "a".repeat(1 << 20)}))));
+    all.push(("growth", with("normalizer", json!({"type": "Prepend", "prepend": "a".repeat(200_000)}))));
     let template = |single: Value, special: Value| json!({"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": special});
     let token =
         json!([{"SpecialToken": {"id": "[X]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]);
@@ -200,12 +200,12 @@ fn hostile_tokenizers_are_refused_at_once() {
 /// Patterns that are let through but take the square of a text: given up, not waited for.
 #[test]
 fn a_text_that_takes_too_long_is_an_error() {
-    let text = "a".repeat(1 << 20);
+    let text = "a".repeat(200_000);
     for pattern in ["a*b|a", "(a|aa)*b|a", "[a-z]*[0-9]|[a-z]"] {
         let start = Instant::now();
         let result = outcome(&with("pre_tokenizer", split(pattern)), &text);
         assert!(result.is_ok() || result.unwrap_err().contains("to take less than"), "{pattern}");
-        assert!(start.elapsed() < Duration::from_secs(30), "{pattern}: {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(10), "{pattern}: {:?}", start.elapsed());
     }
 }
 

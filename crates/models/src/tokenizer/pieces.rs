@@ -26,7 +26,7 @@ type Token = (u32, Range<usize>);
 /// Hands the tokens of `text`, without special ones around it, to `put`.
 pub(super) fn encode(tokenizer: &Tokenizer, text: &str, mut put: impl FnMut(Token)) -> Result<()> {
     let (start, patience) =
-        (Instant::now(), Duration::from_secs(1) + Duration::from_micros(10 * text.len() as u64));
+        (Instant::now(), Duration::from_secs(1) + Duration::from_micros(4 * text.len() as u64));
     let encode = |range: Range<usize>| -> Result<Vec<Token>> {
         if start.elapsed() > patience {
             return Err(error(format!(
