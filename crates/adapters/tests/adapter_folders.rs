@@ -13,7 +13,7 @@ use kiln_adapters::{
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear,
-    packed_file::fingerprint,
+    files::interruption::killed_at, packed_file::fingerprint,
 };
 use kiln_testkit::{read, relative_difference, tensor, values};
 use safetensors::SafeTensors;
@@ -241,9 +241,17 @@ fn configurations_that_are_not_understood_are_refused_by_name() {
 
 #[test]
 fn weights_that_do_not_fit_are_refused_by_name() {
-    let bad = Bad::new();
+    let mut bad = Bad::new();
     let path = bad.0.path().join(KILN_WEIGHTS_FILE);
     let whole = fs::read(&path).unwrap();
+    for place in (0..whole.len()).step_by(13) {
+        let mut changed = whole.clone();
+        changed[place] ^= 1;
+        fs::write(&path, &changed).unwrap();
+        assert!(bad.load().unwrap_err().to_string().contains("weights_sha256"), "{place}");
+    }
+    // Folders of earlier versions have no hash.
+    bad.1.as_object_mut().unwrap().remove("weights_sha256");
     for length in (0..whole.len()).step_by(11) {
         fs::write(&path, &whole[..length]).unwrap();
         assert!(bad.load().unwrap_err().to_string().contains(KILN_WEIGHTS_FILE), "{length}");
@@ -255,6 +263,7 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     let error = bad.load().unwrap_err().to_string();
     assert!(error.contains("up_proj.B: expected finite values, found NaN"), "{error}");
     fs::write(&path, &whole).unwrap();
+    bad.load().unwrap();
     let mut other = Bad::new();
     other.1["lora"]["target_modules"] = json!(["up_proj", "down_proj"]);
     let error = other.load().unwrap_err().to_string();
@@ -272,6 +281,79 @@ fn weights_that_do_not_fit_are_refused_by_name() {
     let error = save(folder.path(), &config, &broken).unwrap_err().to_string();
     assert!(error.contains("up_proj.H: expected finite values"), "{error}");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+/// What a folder holds: the output of its adapter, and which kind of folder it is.
+fn loaded(folder: &Path) -> (bool, Vec<f32>) {
+    let x = tensor::<2>(4, [10, SIZE[0]], &Device::flex());
+    let own = AdapterFolder::open(folder).and_then(|folder| folder.attacher::<AnyAdapter>(&slots(), 0));
+    let attacher = match &own {
+        Ok(attacher) => attacher,
+        Err(_) => &PeftFolder::open(folder).unwrap().attacher::<AnyAdapter>(&slots(), 0).unwrap(),
+    };
+    (own.is_ok(), read(attacher.attach(PATH, base()).unwrap().forward(x)))
+}
+
+/// An adapter takes the place of another one, of any kind of folder, as a whole or not at all, whenever the process is
+/// killed, and again while that is cleaned up.
+#[test]
+fn an_adapter_replaces_another_as_a_whole() {
+    let (bara, lora) = (config(Method::QBara(QBara { lambda: 2 })), config(Method::lora()));
+    let mut louder = lora.clone();
+    louder.alpha = 64.0;
+    let adapter = |config: &AdapterConfig| adapted(config).adapter.unwrap();
+    let adapters = [adapter(&bara), adapter(&lora), adapter(&louder)];
+    let work = tempfile::tempdir().unwrap();
+    let folder = work.path().join("adapter");
+    let write = |kind: usize| match kind {
+        0 => save(&folder, &bara, &adapters[0]).unwrap(),
+        1 => save_peft(&folder, &lora, [(PATH, &adapters[1])]).unwrap(),
+        _ => save_peft(&folder, &louder, [(PATH, &adapters[2])]).unwrap(),
+    };
+    let known: Vec<_> = (0..3)
+        .map(|kind| {
+            write(kind);
+            loaded(&folder)
+        })
+        .collect();
+    assert!(known[0].0 && !known[1].0 && known[1].1 != known[2].1);
+    fs::write(folder.join("README.md"), "mine").unwrap();
+    let mut kills = 0;
+    for [old, new] in [[0, 1], [1, 0], [1, 2]] {
+        for first in 0.. {
+            write(old);
+            let whole = killed_at(first, || write(new)).is_some();
+            assert!(known.contains(&loaded(&folder)), "killed at {first}");
+            if whole {
+                break;
+            }
+            for second in 0.. {
+                write(old);
+                killed_at(first, || write(new));
+                let whole = killed_at(second, || write(old)).is_some();
+                assert!([&known[old], &known[new]].contains(&&loaded(&folder)), "{first}, {second}");
+                kills += 1;
+                if whole {
+                    break;
+                }
+            }
+        }
+        write(new);
+        assert_eq!(loaded(&folder), known[new]);
+        let mut names: Vec<_> =
+            fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        let expected = if new == 0 {
+            ["README.md", KILN_CONFIG_FILE, KILN_WEIGHTS_FILE]
+        } else {
+            ["README.md", CONFIG_FILE, "adapter_model.safetensors"]
+        };
+        assert_eq!(names, expected);
+        assert_eq!(fs::read(folder.join("README.md")).unwrap(), b"mine");
+    }
+    println!("{kills} kills");
+    assert!(kills > 500, "{kills}");
+    assert_eq!(fs::read_dir(work.path()).unwrap().count(), 1);
 }
 
 #[test]

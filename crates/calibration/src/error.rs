@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use kiln_quant_core::shortened;
 use std::path::PathBuf;
 
 /// What can go wrong while a model is calibrated.
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file of an interrupted run that is not what its name says, or that belongs to another run.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,
@@ -28,7 +29,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// An option out of range, or one that doesn't fit the model or the text.
-    #[error("{name}: expected {expected}, found {found}")]
+    #[error("{}: expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Argument {
         /// The option.
         name: String,

@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use kiln_quant_core::shortened;
 use std::path::PathBuf;
 
 /// What can go wrong while a model is evaluated.
@@ -68,7 +69,7 @@ pub enum Error {
         found: String,
     },
     /// A file that isn't what it should be.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,

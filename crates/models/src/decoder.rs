@@ -11,7 +11,7 @@ use kiln_quant_core::{Compute, Place, Projection, QuantLinear, Slots};
 use crate::{
     Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
     TokenBatch,
-    config::{ModelConfig, RopeConfig, TensorRole, TensorShape},
+    config::{ModelConfig, RopeConfig, RopeScaling, TensorRole, TensorShape},
     families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
 };
 
@@ -229,7 +229,12 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn max_positions(&self) -> usize {
-        self.config.max_position_embeddings
+        // Dynamic scaling stretches frequencies for texts beyond what the model was trained on.
+        let factors = self.config.rope.iter().map(|rope| match rope.scaling {
+            RopeScaling::Dynamic { factor, .. } => factor.max(1.0),
+            _ => 1.0,
+        });
+        (self.config.max_position_embeddings as f64 * factors.fold(1.0, f64::max)) as usize
     }
 
     fn cache_limit(&self) -> Option<usize> {

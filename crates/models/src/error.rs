@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use kiln_quant_core::shortened;
 use std::path::PathBuf;
 
 /// What can go wrong while a model, its files, its tokenizer or its templates are read, written or used.
@@ -7,7 +8,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum Error {
     /// A file that is not what its name or header says, or that doesn't fit the rest of the checkpoint.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,
@@ -58,7 +59,7 @@ pub enum Error {
     #[error("chat template: {0}")]
     Template(String),
     /// An argument out of range.
-    #[error("{name}: expected {expected}, found {found}")]
+    #[error("{}: expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Argument {
         /// The argument.
         name: String,

@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use kiln_quant_core::shortened;
 use std::path::PathBuf;
 
 /// What can go wrong when a model is measured, cut, saved or loaded.
@@ -43,7 +44,7 @@ pub enum Error {
         found: String,
     },
     /// Indices or shapes that don't fit the model.
-    #[error("{name}: expected {expected}, found {found}")]
+    #[error("{}: expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Mismatch {
         /// The group, tensor or field.
         name: String,
@@ -53,7 +54,7 @@ pub enum Error {
         found: String,
     },
     /// A file that is not what its name says, or that contradicts the rest of the checkpoint.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,

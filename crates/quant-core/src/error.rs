@@ -35,7 +35,7 @@ pub enum Error {
         reason: String,
     },
     /// A tensor whose shape, type or content doesn't fit what it is used for.
-    #[error("tensor \"{name}\": expected {expected}, found {found}")]
+    #[error("tensor \"{}\": expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Tensor {
         /// The tensor's name, a checkpoint path where there is one.
         name: String,
@@ -57,7 +57,7 @@ pub enum Error {
         value: f32,
     },
     /// A file that is not what its name or header says.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,
@@ -97,6 +97,20 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+}
+
+/// A text for a message: of one that is very long, which may be a whole file's, the beginning.
+///
+/// ```
+/// assert_eq!(kiln_quant_core::shortened("weight"), "weight");
+/// assert!(kiln_quant_core::shortened(&"x".repeat(100_000)).len() < 1100);
+/// ```
+pub fn shortened(text: &str) -> std::borrow::Cow<'_, str> {
+    const MOST: usize = 1000;
+    match text.char_indices().nth(MOST) {
+        None => text.into(),
+        Some((end, _)) => format!("{}… ({} bytes)", &text[..end], text.len()).into(),
     }
 }
 

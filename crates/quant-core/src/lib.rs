@@ -28,7 +28,7 @@ mod weight;
 pub use codebook::Codebook;
 pub use compute::Compute;
 pub use device::DeviceLimits;
-pub use error::{Error, Result};
+pub use error::{Error, Result, shortened};
 pub use files::write_atomically;
 pub use host::{ints_to_host, to_host};
 pub use linear::{PackedLinear, QuantLinear};

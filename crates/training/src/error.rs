@@ -1,5 +1,6 @@
 //! The crate's one error type.
 
+use kiln_quant_core::shortened;
 use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
@@ -8,7 +9,7 @@ use std::path::{Path, PathBuf};
 #[non_exhaustive]
 pub enum Error {
     /// A file that is not what its name or header says, or that doesn't fit the run.
-    #[error("{}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {
         /// The file.
         path: PathBuf,
@@ -20,7 +21,7 @@ pub enum Error {
         found: String,
     },
     /// A row of a data file that can't be used.
-    #[error("{}, line {line}: {field}: expected {expected}, found {found}", path.display())]
+    #[error("{}, line {line}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     Data {
         /// The file.
         path: PathBuf,
@@ -43,7 +44,7 @@ pub enum Error {
         source: std::io::Error,
     },
     /// An option out of range, or one that doesn't fit the others.
-    #[error("{name}: expected {expected}, found {found}")]
+    #[error("{}: expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Argument {
         /// The option.
         name: String,

@@ -140,7 +140,11 @@ proptest! {
                     let mut levels = codebook.levels().to_vec();
                     levels.sort_by(f32::total_cmp);
                     let gap = levels.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f32::max);
-                    (largest, largest * gap / 2.0, 1.0)
+                    let ends = [-levels[0], levels[levels.len() - 1]];
+                    let reach = ends[0].max(ends[1]);
+                    // Half a gap, or what one end lacks of the other.
+                    let off = (gap / 2.0).max((ends[0] - ends[1]).abs());
+                    (largest / reach, largest / reach * off, reach)
                 }
                 Value::Affine { bits, grid: Grid::Symmetric } => {
                     let scale = largest / ((1 << (bits - 1)) - 1) as f32;
