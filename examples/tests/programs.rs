@@ -12,8 +12,10 @@
 )]
 
 use std::{
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Child, Command, Output, Stdio},
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
@@ -123,4 +125,115 @@ fn errors_are_sentences_and_exit_with_1_and_wrong_options_with_2() {
     assert!(!errors.contains("Error {") && !errors.contains("Os {"), "no debug form: {errors}");
     let output = call("02-perplexity", &["--no-such-option"]);
     assert_eq!(output.status.code(), Some(2), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A small fine-tune.
+const SMALL: [&str; 8] = ["--batch", "1", "--seq-len", "32", "--rank", "2", "--window", "32"];
+
+fn start(program: &str, arguments: &[&str]) -> Child {
+    let path = path_of(program);
+    let mut command = Command::new(&path);
+    command.args(arguments).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command.spawn().unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+fn errors(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+#[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn of_two_processes_on_one_folder_one_wins_and_the_other_says_so() {
+    for pair in 0..4 {
+        let folder = folder();
+        let out = folder.path().join("run");
+        let arguments = |seed: &'static str| {
+            [&SMALL[..], &["--steps", "3", "--save-every", "1", "--seed", seed, "--out", text(&out)]].concat()
+        };
+        let both = ["1", "2"].map(|seed| start("03-finetune", &arguments(seed)));
+        let both = both.map(|child| child.wait_with_output().expect("an end"));
+        let won: Vec<usize> = (0..2).filter(|&index| both[index].status.success()).collect();
+        assert_eq!(won.len(), 1, "{pair}: {} {}", errors(&both[0]), errors(&both[1]));
+        let lost = errors(&both[1 - won[0]]);
+        assert!(
+            lost.contains("expected a place that no other process writes to, found one that process"),
+            "{lost}"
+        );
+        // What is there is whole and the winner's: it goes on.
+        let seed = ["1", "2"][won[0]];
+        run("03-finetune", &[&arguments(seed)[..], &["--resume"]].concat());
+    }
+}
+
+#[cfg(unix)]
+#[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn a_signal_ends_a_run_after_its_step_with_a_checkpoint_that_goes_on() {
+    for signal in ["-INT", "-TERM"] {
+        let folder = folder();
+        let out = folder.path().join("run");
+        let arguments = [&SMALL[..], &["--steps", "2000", "--out", text(&out)]].concat();
+        let mut child = start("03-finetune", &arguments);
+        // A line before the first step says that training begins.
+        let mut lines = BufReader::new(child.stdout.take().expect("a pipe")).lines();
+        assert!(lines.any(|line| line.expect("a line").starts_with("training")));
+        std::thread::sleep(Duration::from_millis(300));
+        let sent = Command::new("kill").args([signal, &child.id().to_string()]).status();
+        assert!(sent.expect("kill").success());
+        let output = child.wait_with_output().expect("an end");
+        let message = errors(&output);
+        assert_eq!(output.status.code(), Some(130), "{message}");
+        assert!(message.contains("stopped after") && message.contains("--resume goes on"), "{message}");
+        let state = std::fs::read(out.join("last/state.json")).expect("a checkpoint");
+        let state: Value = serde_json::from_slice(&state).expect("JSON");
+        let done = state["step"].as_u64().expect("a number");
+        assert!((1..2000).contains(&done), "{done}");
+        let mut child = start("03-finetune", &[&arguments[..], &["--resume"]].concat());
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(child.try_wait().expect("a process").is_none(), "it goes on");
+        child.kill().expect("an end");
+        child.wait().expect("an end");
+    }
+}
+
+#[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn what_cannot_be_written_is_said_before_the_work() {
+    let folder = folder();
+    let file = folder.path().join("file");
+    std::fs::write(&file, "mine").expect("a file");
+    let (below, missing) = (file.join("below"), folder.path().join("no/where.json"));
+    for (program, arguments) in [
+        ("03-finetune", ["--out", text(&below)]),
+        ("06-merge-and-export", ["--out", text(&below)]),
+        ("08-side-tuning", ["--out", text(&below)]),
+        ("10-prune-then-tune", ["--out", text(&below)]),
+        ("11-automixq", ["--out", text(&below)]),
+        ("01-quantize", ["--out", text(&below)]),
+        ("02-perplexity", ["--json", text(&missing)]),
+        ("07-apiq", ["--json", text(&missing)]),
+        ("09-evaluate", ["--json", text(&missing)]),
+        ("01-quantize", ["--out", "/dev/null"]),
+    ] {
+        let (begin, output) = (Instant::now(), call(program, &arguments));
+        let message = errors(&output);
+        assert_eq!(output.status.code(), Some(1), "{program}: {message}");
+        assert!(output.stdout.is_empty() && message.starts_with("error: "), "{program}: {message}");
+        assert!(begin.elapsed() < Duration::from_secs(5), "{program}");
+    }
+    assert_eq!(std::fs::read(&file).expect("a file"), b"mine");
+}
+
+#[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn a_closed_pipe_loses_nothing() {
+    let folder = folder();
+    let out = folder.path().join("run");
+    let mut child = start("03-finetune", &[&SMALL[..], &["--steps", "2", "--out", text(&out)]].concat());
+    drop(child.stdout.take());
+    let output = child.wait_with_output().expect("an end");
+    let message = errors(&output);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.contains("not all could be printed") && !message.contains("panicked"), "{message}");
+    assert!(out.join("adapter/adapter_model.safetensors").exists());
 }
