@@ -8,7 +8,7 @@ use kiln_quant_core::trained_values;
 use kiln_side_tuning::{CONFIG_FILE, Downsample, GateShape, HeadMix, SideConfig, SideTuned, WEIGHTS_FILE};
 use kiln_testkit::{read, testdata};
 
-use crate::common::{Base, embedded, load};
+use crate::common::{Base, embedded, load, without_hash};
 
 fn logits(model: &SideTuned<Base>) -> Vec<f32> {
     let tokens = TokenBatch::new(&[vec![5, 90, 17, 33]]).unwrap();
@@ -92,6 +92,13 @@ fn damaged_folders_are_refused_by_name() {
         fs::write(&weights, damage).unwrap();
         assert!(message(folder.path(), &base).contains(WEIGHTS_FILE));
     }
+    for place in (0..bytes.len()).step_by(bytes.len() / 20) {
+        let mut changed = bytes.clone();
+        changed[place] ^= 1;
+        fs::write(&weights, changed).unwrap();
+        assert!(message(folder.path(), &base).contains("weights_sha256"));
+    }
+    without_hash(folder.path());
     let mut not_finite = bytes.clone();
     let end = not_finite.len();
     not_finite[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());

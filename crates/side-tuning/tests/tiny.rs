@@ -164,6 +164,7 @@ fn side_tuned(file: &Value, case: &Value, base: Base, blocks: Names) -> SideTune
     }
     tensors.insert("mix.alpha".into(), &case["alpha"]);
     write(&folder.path().join(WEIGHTS_FILE), &tensors);
+    common::without_hash(folder.path());
     SideTuned::load(base, folder.path()).unwrap()
 }
 

@@ -220,7 +220,7 @@ impl<'s> Preparation<'s> {
                 while let Some(assign) = find(tokens, start, |token| matches!(token, Token::Assign)) {
                     let from =
                         (start..assign).rev().find(|&at| matches!(tokens[at].0, Token::Comma) && at > start);
-                    let from = if matches!(tokens[assign - 1].0, Token::ParenClose) {
+                    let from = if matches!(tokens[..assign].last(), Some((Token::ParenClose, _))) {
                         start
                     } else {
                         from.map_or(start, |at| at + 1)

@@ -201,6 +201,24 @@ fn hostile() -> Vec<(&'static str, String)> {
             all.push(("compiling", format!("{before}{}{after}", many(again, count))));
         }
     }
+    for broken in [
+        "{%}",
+        "{%%}",
+        "{% with = 1 %}{% endwith %}",
+        "{% for in %}",
+        "{% for x in %}",
+        "{% set %}",
+        "{% set = %}",
+        "{% macro %}",
+        "{% call %}",
+        "{% if %}",
+        "{% endfor %}{% endset %}",
+        "{%- -%}",
+        "{{}}",
+        "{% set x",
+    ] {
+        all.push(("broken", broken.into()));
+    }
     all.push(("length", "x".repeat(10 << 20)));
     // Names that would get around this.
     all.push(("names", "{% set __kiln_keep = 1 %}".into()));
