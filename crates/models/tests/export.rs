@@ -16,7 +16,7 @@ use kiln_models::{
 };
 use kiln_quant_core::{
     PackedLinear, PackedTensor, PackedWeight, Plan, Projection, QuantLinear, Scales, Scheme,
-    packed_file::fingerprint, safetensors_file::SafetensorsFile,
+    files::interruption::killed_at, packed_file::fingerprint, safetensors_file::SafetensorsFile,
 };
 use kiln_testkit::{max_difference, read, testdata};
 use serde_json::Value;
@@ -853,6 +853,83 @@ fn scales_beyond_the_range_of_f16_are_refused_by_name() {
     assert_error(save_model(&nan, &source, &path), &[&part, "finite"]);
     assert_error(export_mlx(&nan, &source, &path, &options), &[&part, "finite"]);
     assert_error(export_gguf(&nan, &source, &path, &GgufOptions::default()), &[&part, "finite"]);
+}
+
+/// A process that is killed before any of a save's operations on files leaves no folder or a whole one, of a file the old or
+/// the new one; the next save works and cleans up.
+#[test]
+fn kills_at_every_operation_leave_whole_exports() {
+    let (source, model) = quantized("llama-untied-bf16", "affine4:64");
+    let work = tempfile::tempdir().unwrap();
+    let folder = work.path().join("model");
+    let dense = ExportOptions::new(FloatType::Bf16);
+    let kinds: [(&str, &dyn Fn()); 3] = [
+        ("own", &|| drop(save_model(&model, &source, &folder).unwrap())),
+        ("Hugging Face", &|| drop(export_hf(&model, &source, &folder, &dense).unwrap())),
+        ("MLX", &|| drop(export_mlx(&model, &source, &folder, &dense).unwrap())),
+    ];
+    let mut kills = 0;
+    for (name, save) in kinds {
+        let expected = {
+            save();
+            let files = contents(&folder);
+            std::fs::remove_dir_all(&folder).unwrap();
+            files
+        };
+        for first in 0.. {
+            let done = killed_at(first, save).is_some();
+            let check = |place: &str| {
+                assert!(!folder.exists() || contents(&folder) == expected, "{name}, {place}");
+                folder.exists()
+            };
+            let is_whole = check(&format!("killed at {first}"));
+            assert!(is_whole || !done);
+            // The next one is killed too, at a place that moves, then one is left alone.
+            if !is_whole {
+                killed_at(first * 7 % 11, save);
+                kills += 1;
+                if !check(&format!("killed again at {}", first * 7 % 11)) {
+                    save();
+                }
+            }
+            assert!(check("at last"));
+            std::fs::remove_dir_all(&folder).unwrap();
+            kills += 1;
+            if done {
+                break;
+            }
+        }
+    }
+    let file = work.path().join("model.gguf");
+    let export = |model: &_| drop(export_gguf(model, &source, &file, &GgufOptions::default()).unwrap());
+    let (_, other) = quantized("llama-untied-bf16", "affine8:32");
+    export(&other);
+    let old = std::fs::read(&file).unwrap();
+    export(&model);
+    let new = std::fs::read(&file).unwrap();
+    for operation in 0.. {
+        export(&other);
+        let done = killed_at(operation, || export(&model)).is_some();
+        let found = std::fs::read(&file).unwrap();
+        assert!(found == new || (found == old && !done), "killed at {operation}");
+        kills += 1;
+        if done {
+            break;
+        }
+    }
+    println!("{kills} kills");
+    assert!(kills > 100, "{kills}");
+    export(&model);
+    // Locks are left by the killed; everything else is gone.
+    let left: Vec<_> =
+        std::fs::read_dir(work.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| name == "model.gguf" || name == ".model.kiln-lock"), "{left:?}");
+}
+
+/// Names and bytes of a folder's files.
+fn contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    let entries = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap());
+    entries.map(|e| (e.file_name().into_string().unwrap(), std::fs::read(e.path()).unwrap())).collect()
 }
 
 #[test]

@@ -126,6 +126,8 @@ fn a_model_in_several_files_is_opened_by_any_of_them() {
     let report =
         export_gguf(&load(&checkpoint), &checkpoint, folder.path().join("m.gguf"), &options).unwrap();
     assert_eq!(report.path, folder.path().join("m-00001-of-00005.gguf"));
+    let again = export_gguf(&load(&checkpoint), &checkpoint, folder.path().join("m.gguf"), &options);
+    assert!(again.unwrap_err().to_string().contains("a new name for each part"));
     let size = |part: u32| {
         std::fs::metadata(folder.path().join(format!("m-0000{part}-of-00005.gguf"))).unwrap().len()
     };

@@ -295,6 +295,34 @@ mod tests {
         templates.evaluate("doc_to_text", &template, &document(value), true)
     }
 
+    #[test]
+    fn templates_that_ask_for_too_much_are_errors_in_time() {
+        for source in [
+            "{% for a in range(9999) %}{% for b in range(9999) %}{{ a }}{% endfor %}{% endfor %}",
+            "{% set ns = namespace(x='aaaaaaaa') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+            "{{ ('x' * 64) | indent(10000000000) }}",
+            "{{ 'a\nb' | indent(10000000000) }}",
+            "{{ [1, 2] | batch(10000000000, 0) }}",
+            "{{ q.replace('', q) | replace('a', q) | replace('a', q) | replace('a', q) }}",
+            "{{ q | regex_replace('a', '$0$0$0$0$0$0$0$0') | regex_replace('a', q) }}",
+            "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+            "{{ '%10000000000d' | format(1) }}",
+        ] {
+            let start = std::time::Instant::now();
+            let mut templates = Templates::new();
+            let template = templates.compile("doc_to_text", source).unwrap();
+            let question = document(json!({"q": "a".repeat(2000)}));
+            let result = templates.evaluate("doc_to_text", &template, &question, false);
+            assert!(result.is_err(), "{source}");
+            assert!(start.elapsed() < std::time::Duration::from_secs(4), "{source}: {:?}", start.elapsed());
+        }
+        for source in
+            ["{{ 'x' * 10000000000 }}", &format!("{{{{ {}1 }}}}", "not ".repeat(20_000)), "{% include 'x' %}"]
+        {
+            assert!(Templates::new().compile("doc_to_text", source).is_err(), "{source}");
+        }
+    }
+
     fn text(source: &str, value: serde_json::Value) -> String {
         evaluate(source, value).unwrap().into_text().unwrap()
     }

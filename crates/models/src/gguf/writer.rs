@@ -82,7 +82,8 @@ fn wrong(path: &Path, field: &str, expected: impl Into<String>, found: impl Into
 }
 
 /// Writes the tensors into files of about `most` bytes of data each, or one if they fit, as [`write`] does: the others
-/// before the first, which opens the model. Returns the first file, and the size of all.
+/// before the first, which opens the model. Several files can't be replaced as one: they must be new. Returns the first file,
+/// and the size of all.
 pub(crate) fn write_parts(
     path: &Path,
     most: Option<u64>,
@@ -106,6 +107,10 @@ pub(crate) fn write_parts(
     }
     let text = path.to_string_lossy();
     let stem = text.strip_suffix(".gguf").unwrap_or(&text);
+    if let Some(taken) = (0..count).map(|index| parts::name(stem, index, count)).find(|path| path.exists()) {
+        let expected = "a new name for each part: parts of two models would make one of both";
+        return Err(wrong(&taken, "file", expected, "one that is there"));
+    }
     let mut total = 0;
     for (index, &start) in starts.iter().enumerate().rev() {
         let end = starts.get(index + 1).copied().unwrap_or(tensors.len());
