@@ -8,6 +8,7 @@ mod gemma3;
 mod generate;
 mod golden;
 mod kquants;
+mod lying;
 mod nll;
 mod smollm2;
 mod wrappers;

@@ -296,6 +296,8 @@ impl Dataset {
                 let ids = tokenizer.encode(&text, options.add_special).map_err(|reason| {
                     Problem::new("text", "text that the tokenizer accepts", reason).in_file(path)
                 })?;
+                // Examples are copies: one of the text less meanwhile.
+                drop(text);
                 Self::stream(ids, options, |problem| problem.in_file(path))
             }
             Some("u16le") => {
