@@ -188,7 +188,8 @@ fn run(mut options: Options) -> Result<()> {
     let tuned = Tuned::<Decoder<QuantLinear>>::from_parts(trainer.into_model(), adapters);
     let after = perplexity(tuned.model(), &held_out, window)?;
     let tokens: usize = steps.iter().map(|step| step.tokens).sum();
-    let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>();
+    // A run that was done already has no steps.
+    let rate = tokens as f64 / steps.iter().map(|step| step.seconds).sum::<f64>().max(f64::MIN_POSITIVE);
     say!("perplexity after: {:.3}; {rate:.0} tokens/s", after.perplexity);
     let adapter = options.out.join("adapter");
     tuned.save_peft(&adapter)?;

@@ -902,7 +902,7 @@ fn kills_at_every_operation_leave_whole_exports() {
     }
     let file = work.path().join("model.gguf");
     let export = |model: &_| drop(export_gguf(model, &source, &file, &GgufOptions::default()).unwrap());
-    let (_, other) = quantized("llama-untied-bf16", "affine8:32");
+    let (_, other) = quantized("llama-untied-bf16", "affine8:32:sym");
     export(&other);
     let old = std::fs::read(&file).unwrap();
     export(&model);

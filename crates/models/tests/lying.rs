@@ -72,9 +72,14 @@ fn safetensors_that_are_larger_than_the_configuration_are_refused_before_they_ar
             tensors.iter().max_by_key(|(_, tensor)| end(tensor)).map(|(name, _)| name.clone()).unwrap();
         let tensor = &mut tensors[&last];
         let begin = tensor["data_offsets"][0].as_u64().unwrap();
-        let rows = tensor["shape"][0].as_u64().unwrap().max(1);
+        // A scalar gets rows, too.
+        let rows = tensor["shape"][0].as_u64().unwrap_or(1).max(1);
         let row = (end(tensor) - begin) / rows;
-        tensor["shape"][0] = (1u64 << 34).into();
+        let shape = tensor["shape"].as_array_mut().unwrap();
+        match shape.first_mut() {
+            Some(first) => *first = (1u64 << 34).into(),
+            None => shape.push((1u64 << 34).into()),
+        }
         tensor["data_offsets"][1] = (begin + (row << 34)).into();
         let (size, header) = (begin + (row << 34), header.to_string());
         let mut file = (header.len() as u64).to_le_bytes().to_vec();

@@ -4,6 +4,7 @@ use std::{
     fs::{self, File, OpenOptions, TryLockError},
     io::{self, Read, Seek, SeekFrom, Write},
     path::{Path, PathBuf},
+    time::Duration,
 };
 
 use super::interruption;
@@ -67,15 +68,14 @@ impl Lock {
     /// [`Error::File`] saying which process holds it; [`Error::Io`].
     pub(super) fn take(path: PathBuf, what: &Path) -> Result<Self> {
         let Some(mut file) = hold(&path).map_err(Error::io(&path))? else {
-            let mut holder = String::new();
-            let read = File::open(&path).and_then(|file| file.take(32).read_to_string(&mut holder));
+            let holder = holder(&path);
             return Err(Error::File {
                 path: what.into(),
                 field: "lock".into(),
                 expected: "a place that no other process writes to".into(),
-                found: match read {
-                    Ok(_) if !holder.is_empty() => format!("one that process {holder} is writing to"),
-                    _ => "one that another process is writing to".into(),
+                found: match holder {
+                    Some(holder) => format!("one that process {holder} is writing to"),
+                    None => "one that another process is writing to".into(),
                 },
             });
         };
@@ -87,6 +87,16 @@ impl Lock {
         write(&mut file).map_err(Error::io(&path))?;
         Ok(Self { path, _file: file })
     }
+}
+
+/// The process that says in the file that it holds it: one that has just begun says so in a moment.
+fn holder(path: &Path) -> Option<String> {
+    (0..20).find_map(|attempt| {
+        std::thread::sleep(Duration::from_millis(if attempt > 0 { 10 } else { 0 }));
+        let mut text = String::new();
+        File::open(path).ok()?.take(32).read_to_string(&mut text).ok()?;
+        Some(text).filter(|text| !text.is_empty())
+    })
 }
 
 impl Drop for Lock {
