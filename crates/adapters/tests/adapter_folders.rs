@@ -351,7 +351,6 @@ fn an_adapter_replaces_another_as_a_whole() {
         assert_eq!(names, expected);
         assert_eq!(fs::read(folder.join("README.md")).unwrap(), b"mine");
     }
-    println!("{kills} kills");
     assert!(kills > 500, "{kills}");
     assert_eq!(fs::read_dir(work.path()).unwrap().count(), 1);
 }

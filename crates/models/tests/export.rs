@@ -917,7 +917,6 @@ fn kills_at_every_operation_leave_whole_exports() {
             break;
         }
     }
-    println!("{kills} kills");
     assert!(kills > 100, "{kills}");
     export(&model);
     // Locks are left by the killed; everything else is gone.

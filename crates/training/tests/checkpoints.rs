@@ -200,7 +200,6 @@ fn kills_at_every_operation_of_a_save_once_and_twice_lose_nothing() {
         }
         first += 1;
     }
-    println!("{kills} kills");
     assert!(first > 20 && kills > 500, "{first} operations, {kills} kills");
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
 }
