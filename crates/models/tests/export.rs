@@ -855,6 +855,38 @@ fn scales_beyond_the_range_of_f16_are_refused_by_name() {
     assert_error(export_gguf(&nan, &source, &path, &GgufOptions::default()), &[&part, "finite"]);
 }
 
+/// A changed value of a packed or dense tensor, or a configuration beside another model's weights: refused on loading, unless
+/// it is asked for otherwise.
+#[test]
+fn own_folders_whose_parts_were_changed_are_refused() {
+    let (source, model) = quantized("llama-untied-bf16", "affine4:64");
+    let folder = tempfile::tempdir().unwrap();
+    let saved = |name: &str, model: &Model| {
+        let path = folder.path().join(name);
+        save_model(model, &source, &path).unwrap();
+        path
+    };
+    let path = saved("model", &model);
+    let weights = path.join("model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let load = |options: &LoadOptions| Checkpoint::open(&path)?.load(options, &Device::flex()).map(drop);
+    let data = 8 + u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+    for place in (data..whole.len()).step_by((whole.len() - data) / 40) {
+        let mut changed = whole.clone();
+        changed[place] ^= 1;
+        std::fs::write(&weights, changed).unwrap();
+        let error = load(&LoadOptions::default()).unwrap_err().to_string();
+        assert!(error.contains("model.safetensors") && error.contains("fingerprint"), "{place}: {error}");
+        let _ = load(&LoadOptions::default().with_verify(false));
+    }
+    let (_, other) = quantized("llama-untied-bf16", "affine4:32");
+    std::fs::copy(saved("other", &other).join("model.safetensors"), &weights).unwrap();
+    let error = load(&LoadOptions::default()).unwrap_err().to_string();
+    assert!(error.contains("config.json: quantization_config.fingerprint"), "{error}");
+    std::fs::write(&weights, &whole).unwrap();
+    load(&LoadOptions::default()).unwrap();
+}
+
 /// A process that is killed before any of a save's operations on files leaves no folder or a whole one, of a file the old or
 /// the new one; the next save works and cleans up.
 #[test]

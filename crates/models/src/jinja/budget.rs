@@ -1,7 +1,7 @@
 //! What a rendering may take, and the functions that look at it.
 
 use std::{
-    cell::Cell,
+    cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind},
     time::{Duration, Instant},
 };
@@ -14,11 +14,14 @@ use super::refused;
 const MAX_DEPTH: usize = 100;
 /// What a value takes besides its text, in bytes or so.
 const VALUE: usize = 16;
+/// Looks at the clock are dear: so many cheap steps are taken between two.
+const STEPS: u32 = 32;
 
 /// What one rendering may take: in proportion to its input, and something on top.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug)]
 pub struct Budget {
     deadline: Instant,
+    steps: u32,
     /// Largest value that may be stored, in bytes or so.
     value: usize,
     /// Bytes that may still be printed by expressions.
@@ -28,7 +31,7 @@ pub struct Budget {
 }
 
 thread_local! {
-    static BUDGET: Cell<Option<Budget>> = const { Cell::new(None) };
+    static BUDGET: RefCell<Option<Budget>> = const { RefCell::new(None) };
 }
 
 impl Budget {
@@ -36,6 +39,7 @@ impl Budget {
     pub fn for_input(bytes: usize, parts: usize) -> Self {
         Self {
             deadline: Instant::now() + Duration::from_millis(500) + Duration::from_micros(bytes as u64),
+            steps: 0,
             value: (128usize << 10).saturating_add(bytes.saturating_mul(8)),
             printed: (1usize << 20).saturating_add(bytes.saturating_mul(16)),
             text: (32usize << 20).saturating_add(parts.saturating_mul(4096)),
@@ -49,15 +53,25 @@ impl Budget {
     pub fn run<T>(self, render: impl FnOnce() -> Result<T, Error>) -> Result<T, Error> {
         let before = BUDGET.replace(Some(self));
         let result = catch_unwind(AssertUnwindSafe(render));
-        BUDGET.set(before);
+        BUDGET.replace(before);
         result.unwrap_or_else(|_| Err(refused("rendering failed: a panic")))
     }
 
     fn with<T>(f: impl FnOnce(&mut Self) -> Result<T, Error>) -> Result<T, Error> {
-        let mut budget = BUDGET.get().ok_or_else(|| refused("rendering without a budget"))?;
-        let result = f(&mut budget);
-        BUDGET.set(Some(budget));
-        result
+        BUDGET.with_borrow_mut(|budget| match budget {
+            Some(budget) => f(budget),
+            None => Err(refused("rendering without a budget")),
+        })
+    }
+
+    /// Looks at the clock now and then.
+    fn step(&mut self) -> Result<(), Error> {
+        self.steps += 1;
+        if self.steps < STEPS {
+            return Ok(());
+        }
+        self.steps = 0;
+        self.on_time()
     }
 
     fn on_time(&self) -> Result<(), Error> {
@@ -122,7 +136,7 @@ fn measure(value: &Value, depth: usize, namespaces: bool, left: &mut usize) -> R
 
 /// `value`, if it may be stored.
 fn keep(value: Value, namespaces: bool) -> Result<Value, Error> {
-    let mut left = Budget::with(|budget| budget.on_time().map(|()| budget.value))?;
+    let mut left = Budget::with(|budget| budget.step().map(|()| budget.value))?;
     measure(&value, 0, namespaces, &mut left)?;
     Ok(value)
 }
@@ -148,7 +162,7 @@ fn print(out: &mut Output, state: &mut State, value: &Value) -> Result<(), Error
         }
     };
     Budget::with(|budget| {
-        budget.on_time()?;
+        budget.step()?;
         budget.printed = budget.printed.checked_sub(size).ok_or_else(|| refused("too much is printed"))?;
         Ok(())
     })?;
@@ -166,10 +180,10 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.remove_global("debug");
     environment.add_function(KEEP, stored);
     environment.add_function(KEEP_IN_FIELD, |value: Value| keep(value, false));
-    environment.add_function(PASS, |value: Value| on_time().map(|()| value));
+    environment.add_function(PASS, |value: Value| Budget::with(Budget::step).map(|()| value));
     environment.add_function(BEGIN, |bytes: usize| {
         Budget::with(|budget| {
-            budget.on_time()?;
+            budget.step()?;
             budget.text = budget.text.checked_sub(bytes).ok_or_else(|| refused("too much is printed"))?;
             Ok(Value::UNDEFINED)
         })

@@ -1,6 +1,6 @@
 //! Kills for tests: a thread that stops before a chosen operation on files, as a process does that is killed there.
 //!
-//! Whatever changes files in this crate's [`files`](super) announces every operation by [`step`]. Outside of tests that
+//! Whatever changes files in this crate's [`files`](super) announces every operation by `step`. Outside of tests that
 //! does nothing.
 
 use std::{
