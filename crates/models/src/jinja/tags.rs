@@ -14,6 +14,8 @@ use super::{
 
 /// Largest whole number that a text may be multiplied by.
 const MAX_FACTOR: u64 = 64;
+/// Bytes of a loop's or a macro's text that aren't counted.
+const MAX_UNCOUNTED: usize = 4;
 /// Statements that chats and tasks have no use for.
 const UNUSED: [&str; 6] = ["include", "import", "from", "extends", "block", "autoescape"];
 
@@ -123,17 +125,16 @@ fn check(tokens: Tokens) -> Result<(), Error> {
 
 /// Whether a part of a tag may take long or make something long.
 fn is_costly(tokens: Tokens) -> bool {
-    tokens.iter().any(|(token, _)| {
-        matches!(
-            token,
-            Token::Plus
-                | Token::Tilde
-                | Token::Mul
-                | Token::Pipe
-                | Token::ParenOpen
-                | Token::Colon
-                | Token::Ident("in")
-        )
+    let is_call = |index: usize| match index.checked_sub(1).map(|before| &tokens[before].0) {
+        // Brackets behind a word of Jinja's own are around something.
+        Some(Token::Ident(name)) => !["not", "and", "or", "if", "else", "is"].contains(name),
+        Some(Token::ParenClose | Token::BracketClose | Token::Str(_) | Token::String(_)) => true,
+        _ => false,
+    };
+    tokens.iter().enumerate().any(|(index, (token, _))| match token {
+        Token::Plus | Token::Tilde | Token::Mul | Token::Pipe | Token::Colon | Token::Ident("in") => true,
+        Token::ParenOpen => is_call(index),
+        _ => false,
     })
 }
 
@@ -258,9 +259,13 @@ impl<'s> Preparation<'s> {
             }
             "endfor" | "endmacro" | "endcall" => {
                 if let Some(Open::Repeated { edit, names, bytes }) = self.open.pop() {
-                    let mut tags = vec![format!("{{% do {BEGIN}({bytes}) %}}")];
+                    // Less costs more steps than a rendering has.
+                    let counted = (bytes > MAX_UNCOUNTED).then(|| format!("{{% do {BEGIN}({bytes}) %}}"));
+                    let mut tags = Vec::from_iter(counted);
                     tags.extend(names.iter().map(|name| format!("{{% set {name} = {KEEP}({name}) %}}")));
-                    self.edits[edit].text = with_end(&tags.concat(), &self.edits[edit].text);
+                    if !tags.is_empty() {
+                        self.edits[edit].text = with_end(&tags.concat(), &self.edits[edit].text);
+                    }
                 }
             }
             "if" | "elif" => {
