@@ -546,7 +546,7 @@ impl<M: CausalLm> Trainer<M> {
     ) -> Result<ControlFlow<()>> {
         let Some(folder) = &options.folder else { return Ok(ControlFlow::Continue(())) };
         let folder = folder.join(name);
-        self.write(&folder)?;
+        self.save(&folder)?;
         self.checkpoint = Some(folder.clone());
         Ok(observer.on_event(&Event::Checkpoint(&folder)))
     }
@@ -557,10 +557,6 @@ impl<M: CausalLm> Trainer<M> {
     /// [`Error::Io`] and the like, another process that writes there, and [`Error::Diverged`] for parameters that aren't
     /// finite; what stood in `folder` before is then still there.
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.write(folder.as_ref())
-    }
-
-    fn write(&self, folder: &Path) -> Result<()> {
         let state = checkpoint::State {
             version: checkpoint::VERSION,
             step: self.step,
@@ -574,7 +570,7 @@ impl<M: CausalLm> Trainer<M> {
             files: BTreeMap::new(),
         };
         let parameters = trainable::collect(self.model())?;
-        checkpoint::save(folder, state, &parameters, &self.optimizer).map_err(|error| match error {
+        checkpoint::save(folder.as_ref(), state, &parameters, &self.optimizer).map_err(|error| match error {
             Error::Diverged { step, quantity, value, .. } => {
                 Error::Diverged { step, quantity, value, checkpoint: self.checkpoint.clone() }
             }

@@ -11,8 +11,8 @@ use crate::{
 pub(super) const END: &str = "<|endoftext|>";
 /// Longest of the files.
 const MAX_BYTES: u64 = 64 << 20;
-/// Highest id: unused ones take memory too.
-const MAX_TOKENS: u32 = 1 << 22;
+/// Ids for each token of the file, and beside them: unused ones take memory too.
+const MAX_IDS: [usize; 2] = [4, 1 << 12];
 
 /// The way in which a class splits words, in GGUF's terms; without a class that of GPT-2, whose files these are.
 fn words(class: Option<&str>) -> Option<&'static str> {
@@ -52,12 +52,14 @@ pub(super) fn read(folder: &Path, class: Option<&str>) -> Result<Option<tokenize
     };
     let ids: std::collections::HashMap<String, u32> = serde_json::from_str(&text(&vocabulary)?)
         .map_err(|error| wrong(&vocabulary, "JSON", "ids by token", error.to_string()))?;
-    let count = ids.values().max().map_or(0, |most| most.saturating_add(1));
-    if count > MAX_TOKENS {
-        return Err(wrong(&vocabulary, "ids", "ids below 2^22", (count - 1).to_string()));
+    let count = ids.values().max().map_or(0, |most| *most as usize + 1);
+    let most = MAX_IDS[0] * ids.len() + MAX_IDS[1];
+    if count > most {
+        let expected = format!("ids below {most} for {} tokens", ids.len());
+        return Err(wrong(&vocabulary, "ids", &expected, (count - 1).to_string()));
     }
     // Ids that no token has stay empty: gaps.
-    let mut tokens = vec![String::new(); count as usize];
+    let mut tokens = vec![String::new(); count];
     for (token, id) in ids {
         let slot = &mut tokens[id as usize];
         if !slot.is_empty() {
