@@ -141,10 +141,9 @@ proptest! {
                     levels.sort_by(f32::total_cmp);
                     let gap = levels.windows(2).map(|pair| pair[1] - pair[0]).fold(0.0, f32::max);
                     let ends = [-levels[0], levels[levels.len() - 1]];
-                    let reach = ends[0].max(ends[1]);
-                    // Half a gap, or what one end lacks of the other.
-                    let off = (gap / 2.0).max((ends[0] - ends[1]).abs());
-                    (largest / reach, largest / reach * off, reach)
+                    // The smaller end reaches the largest weight, so that neither sign is cut off.
+                    let scale = largest / ends[0].min(ends[1]);
+                    (scale, scale * gap / 2.0, ends[0].max(ends[1]))
                 }
                 Value::Affine { bits, grid: Grid::Symmetric } => {
                     let scale = largest / ((1 << (bits - 1)) - 1) as f32;
