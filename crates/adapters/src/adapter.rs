@@ -39,8 +39,19 @@ pub trait Adapter: Module + ModuleDisplay {
         assert_eq!(sizes[D - 1], d_input, "an input of {sizes:?} for {d_input} inputs");
         let x = x.reshape([sizes.iter().product::<usize>() / d_input, d_input]);
         sizes[D - 1] = d_output;
+        self.forward_rows(base, x).reshape(sizes)
+    }
+
+    /// [`forward`](Self::forward) of rows, for adapters that have a shorter way than through the output of `base` alone.
+    ///
+    /// # Shapes
+    /// `[rows, d_input]` → `[rows, d_output]`.
+    ///
+    /// # Panics
+    /// As [`forward`](Self::forward).
+    fn forward_rows<P: Projection>(&self, base: &P, x: Tensor<2>) -> Tensor<2> {
         let y = base.forward(x.clone());
-        self.adapt(base, x, y).reshape(sizes)
+        self.adapt(base, x, y)
     }
 
     /// Hears where training stands before every forward pass; adapters with dropout need it.

@@ -153,6 +153,16 @@ impl<A: Adapter> Adapter for AdapterSet<A> {
         }
     }
 
+    fn forward_rows<P: Projection>(&self, base: &P, x: Tensor<2>) -> Tensor<2> {
+        match self.active().as_slice() {
+            [(adapter, weight)] if *weight == 1.0 => adapter.forward_rows(base, x),
+            _ => {
+                let y = base.forward(x.clone());
+                self.adapt(base, x, y)
+            }
+        }
+    }
+
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
         let weight = base.weight();
         self.active().into_iter().fold(weight.clone(), |sum, (adapter, share)| {

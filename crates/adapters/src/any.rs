@@ -95,6 +95,10 @@ impl Adapter for AnyAdapter {
         either!(self, adapter => adapter.adapt(base, x, y))
     }
 
+    fn forward_rows<P: Projection>(&self, base: &P, x: Tensor<2>) -> Tensor<2> {
+        either!(self, adapter => adapter.forward_rows(base, x))
+    }
+
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {
         either!(self, adapter => adapter.merged_weight(base))
     }

@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::Tensor,
+    tensor::{DType, Tensor},
 };
 use kiln_quant_core::{
     Place, Projection,
@@ -81,6 +81,15 @@ impl Lora {
         Self::new(a, b, self.scaling, self.dropout.clone())
     }
 
+    /// A and B in the type of the input, and what is to be done with them now.
+    fn update<P: Projection>(&self, base: &P, dtype: DType) -> ([Tensor<2>; 2], LowRankSpec) {
+        let drops = self.dropout.drops();
+        let compensation = if drops.is_some() { self.dropout.compensation() } else { 1.0 };
+        let factor = (self.scaling * compensation) as f32;
+        let update = LowRankSpec { factor, drops, compute: base.compute() };
+        ([&self.lora_a, &self.lora_b].map(|factor| factor.val().cast(dtype)), update)
+    }
+
     /// `[d_input, r]`, also known while the parameter is not initialised yet.
     fn shape(&self) -> [usize; 2] {
         self.lora_a.lazy_shape().dims()
@@ -89,12 +98,13 @@ impl Lora {
 
 impl Adapter for Lora {
     fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
-        let dtype = x.dtype();
-        let drops = self.dropout.drops();
-        let compensation = if drops.is_some() { self.dropout.compensation() } else { 1.0 };
-        let factor = (self.scaling * compensation) as f32;
-        let spec = LowRankSpec { factor, drops, compute: base.compute() };
-        fused::low_rank(y, x, self.lora_a.val().cast(dtype), self.lora_b.val().cast(dtype), spec)
+        let ([a, b], update) = self.update(base, x.dtype());
+        fused::low_rank(y, x, a, b, update)
+    }
+
+    fn forward_rows<P: Projection>(&self, base: &P, x: Tensor<2>) -> Tensor<2> {
+        let ([a, b], update) = self.update(base, x.dtype());
+        base.forward_low_rank(x, a, b, update)
     }
 
     fn merged_weight<P: Projection>(&self, base: &P) -> Tensor<2> {

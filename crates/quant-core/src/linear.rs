@@ -7,7 +7,8 @@ use burn::{
 };
 
 use crate::{
-    Compute, Error, HostQuantizer, MinMax, PackedTensor, Projection, QuantScheme, Result, Scheme, fused,
+    Compute, Error, HostQuantizer, MinMax, PackedTensor, Projection, QuantScheme, Result, Scheme,
+    fused::{self, LowRankSpec},
 };
 
 /// A packed weight with its bias.
@@ -172,6 +173,13 @@ impl Projection for QuantLinear {
                     }
                 }
             },
+        }
+    }
+
+    fn forward_low_rank(&self, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, update: LowRankSpec) -> Tensor<2> {
+        match self {
+            Self::Packed(PackedLinear { weight, bias: None }) => weight.forward_low_rank(x, a, b, update),
+            _ => fused::low_rank(self.forward(x.clone()), x, a, b, update),
         }
     }
 

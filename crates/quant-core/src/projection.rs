@@ -6,7 +6,10 @@ use burn::{
     tensor::Tensor,
 };
 
-use crate::Compute;
+use crate::{
+    Compute,
+    fused::{self, LowRankSpec},
+};
 
 /// What a model needs of a linear layer, whatever stands behind it: dense, packed, or either with an adapter.
 ///
@@ -21,6 +24,17 @@ pub trait Projection: Module + ModuleDisplay {
     /// # Panics
     /// If the last size of `x` is not `d_input`.
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
+
+    /// [`forward`](Self::forward) with a [`low_rank`](fused::low_rank) update of its result.
+    ///
+    /// # Shapes
+    /// `x` `[rows, d_input]`, `a` `[d_input, rank]`, `b` `[rank, d_output]` → `[rows, d_output]`.
+    ///
+    /// # Panics
+    /// If the sizes don't fit together.
+    fn forward_low_rank(&self, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, update: LowRankSpec) -> Tensor<2> {
+        fused::low_rank(self.forward(x.clone()), x, a, b, update)
+    }
 
     /// The dense weight `[d_input, d_output]`, made on demand; the bias is not in it.
     fn weight(&self) -> Tensor<2>;

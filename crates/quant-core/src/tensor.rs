@@ -7,7 +7,8 @@ use burn::{
 
 use crate::{
     Compute, DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales,
-    SuperBlocks, SuperLayout, SuperScales, fused,
+    SuperBlocks, SuperLayout, SuperScales,
+    fused::{self, LowRankSpec},
     host::unreadable,
     ints_to_host,
     ops::{self, PackedSpec},
@@ -275,6 +276,34 @@ impl PackedTensor {
         };
         let (codes, scales, offsets) = self.parts();
         ops::packed_linear(x, codes, scales, offsets, self.spec())
+    }
+
+    /// [`forward`](Self::forward) with a [`low_rank`](fused::low_rank) update of its result, on a GPU in one operation.
+    ///
+    /// # Shapes
+    /// `x` `[rows, d_input]`, `a` `[d_input, rank]`, `b` `[rank, d_output]` → `[rows, d_output]`.
+    ///
+    /// # Panics
+    /// If the sizes don't fit together.
+    pub fn forward_low_rank(
+        &self,
+        x: Tensor<2>,
+        a: Tensor<2>,
+        b: Tensor<2>,
+        update: LowRankSpec,
+    ) -> Tensor<2> {
+        #[cfg(feature = "cube")]
+        if self.input_order.is_none() && fused::on_cube(&x) {
+            let ([d_input, d_output], rank) = (self.shape(), a.dims()[1]);
+            let found = [x.dims()[1], a.dims()[0], b.dims()[0], b.dims()[1]];
+            assert_eq!(
+                found,
+                [d_input, d_input, rank, d_output],
+                "a low-rank update of {d_input}x{d_output}"
+            );
+            return fused::packed_low_rank(x, self.parts(), [a, b], self.spec(), update);
+        }
+        fused::low_rank(self.forward(x.clone()), x, a, b, update)
     }
 
     /// `dy · Wᵀ` without a graph: the gradient of [`forward`](Self::forward)'s input.

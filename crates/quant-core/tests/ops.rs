@@ -2,9 +2,14 @@
 //! autodiff for gradients), and finite differences. Every check takes the device whose kernels it tries and compares
 //! with what the CPU computes without kernels.
 
-use burn::tensor::{Device, FloatDType, Tensor, TensorData};
+use burn::{
+    module::Param,
+    tensor::{Device, FloatDType, Tensor, TensorData},
+};
 use kiln_quant_core::{
-    Compute, PackedTensor, PackedWeight, QuantScheme, Scales, SuperBlocks, SuperScales, ops,
+    Compute, PackedTensor, PackedWeight, QuantScheme, Scales, SuperBlocks, SuperScales,
+    fused::{Drops, LowRankSpec, plain},
+    ops,
     packing::CodePacker,
 };
 use kiln_testkit::{assert_close, read, relative_difference, tensor, values};
@@ -508,4 +513,59 @@ fn bf16_products_of_packed_weights_are_those_of_rounded_operands() {
             }
         }
     }
+}
+
+/// [`PackedTensor::forward_low_rank`] on `device` beside the dense product and the plain update on the CPU, with the
+/// gradients of input, factors, scales and offsets; one of the ranks has no kernel of its own on GPUs.
+pub(crate) fn check_low_rank(device: &Device, cases: &[Case], tolerance: f64) {
+    let drops = Drops { key: [3, 9], threshold: 1 << 30 };
+    for &(scheme, d_input, d_output) in cases {
+        let host = random_weight(scheme, d_input, d_output, 31);
+        for (rows, rank, drops) in [(3, 4, None), (37, 16, None), (37, 16, Some(drops)), (9, 65, None)] {
+            let update = LowRankSpec { factor: 1.7, drops, compute: Compute::F32 };
+            let run = |device: &Device, fused: bool| {
+                let mut packed = PackedTensor::new(&host, device);
+                let device = device.clone().autodiff();
+                let leaf = |seed, shape| tensor::<2>(seed, shape, &device).require_grad();
+                let [x, a, b] =
+                    [leaf(1, [rows, d_input]), leaf(2, [d_input, rank]), leaf(3, [rank, d_output])];
+                // Scales and offsets that are learned.
+                let learned = |values: Tensor<2>| Tensor::from_inner(values).require_grad();
+                let scales = learned(packed.scales.val());
+                let offsets = packed.offsets.as_ref().map(|offsets| learned(offsets.val()));
+                packed.scales = Param::from_tensor(scales.clone());
+                packed.offsets = offsets.clone().map(Param::from_tensor);
+                let y = if fused {
+                    packed.forward_low_rank(x.clone(), a.clone(), b.clone(), update)
+                } else {
+                    let y = x.clone().matmul(packed.dequantize_reference());
+                    plain::low_rank(y, x.clone(), a.clone(), b.clone(), update)
+                };
+                let gradients = (y.clone() * tensor(4, y.dims(), &device)).sum().backward();
+                let leaves = [Some(x), Some(a), Some(b), Some(scales), offsets];
+                let mut all = vec![read(y)];
+                all.extend(leaves.iter().flatten().map(|leaf| read(leaf.grad(&gradients).unwrap())));
+                all
+            };
+            let (found, expected) = (run(device, true), run(&Device::flex(), false));
+            assert_eq!(found.len(), expected.len());
+            for (i, (found, expected)) in found.iter().zip(expected).enumerate() {
+                let difference = relative_difference(found, &expected);
+                let dropped = drops.is_some();
+                assert!(
+                    difference < tolerance,
+                    "{scheme}, {rows} rows, rank {rank}, drops {dropped}, {i}: {difference:e}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_product_with_a_low_rank_update_equals_the_two_after_each_other() {
+    check_low_rank(
+        &Device::flex(),
+        &[("affine4:64", 128, 64), ("affine3:24", 70, 50), ("nf4:32", 96, 30)],
+        4e-6,
+    );
 }

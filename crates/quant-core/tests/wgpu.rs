@@ -55,14 +55,25 @@ fn fused_operations_equal_the_plain_ones_on_the_cpu() {
 }
 
 #[test]
+fn sums_of_squares_miss_no_element() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    // One part with room left, one that is full, one element more, and more than the parts have units.
+    for (count, parts) in [(777, 1), (4096, 1), (4097, 2), (300_001, 64)] {
+        let x = tensor::<1>(count as u64, [count], device);
+        let expected: f64 = read(x.clone()).into_iter().map(|x| f64::from(x).powi(2)).sum();
+        let sums = read(kiln_quant_core::fused::square_sums(x));
+        assert_eq!(sums.len(), parts, "{count}");
+        let found: f64 = sums.into_iter().map(f64::from).sum();
+        assert!((found - expected).abs() < 1e-5 * expected, "{count}: {found} {expected}");
+    }
+}
+
+#[test]
 fn a_step_of_adamw_is_that_of_the_formula() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let leaf = |seed| tensor::<2>(seed, [37, 21], device);
     let [parameter, gradient, first, second] = [leaf(1), leaf(2), leaf(3), leaf(4).square()];
     let step = AdamWStep { lr: 0.1, betas: [0.9, 0.99], corrections: [0.19, 0.02], eps: 1e-3, decay: 0.95 };
-    let squares: f64 = read(gradient.clone()).into_iter().map(|x| f64::from(x).powi(2)).sum();
-    let sum = f64::from(read(kiln_quant_core::fused::square_sum(gradient.clone()))[0]);
-    assert!((sum - squares).abs() < 1e-5 * squares, "{sum} {squares}");
     let before = [&parameter, &gradient, &first, &second].map(|x| read(x.clone()));
     let found = kiln_quant_core::fused::adamw(parameter, gradient, [first, second], step).map(read);
     for i in 0..37 * 21 {
@@ -98,6 +109,12 @@ fn input_gradient_equals_autodiff_through_the_dense_weight() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     ops::check_input_gradient(device, CASES, &[5], TOLERANCE);
     ops::check_input_gradient(device, FEW_CASES, &[1, 9], TOLERANCE);
+}
+
+#[test]
+fn a_product_with_a_low_rank_update_equals_the_two_after_each_other() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    ops::check_low_rank(device, &[("affine4:64", 128, 64), ("affine3:24", 70, 50)], 4e-6);
 }
 
 #[test]

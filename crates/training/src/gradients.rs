@@ -7,7 +7,7 @@ use burn::{
 };
 use kiln_quant_core::fused;
 
-/// The sums of each gradient's squares; the root of their sum is the norm of all gradients as one vector.
+/// Sums of squares, a few for each gradient; the root of their sum is the norm of all gradients as one vector.
 pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Tensor<1>> {
     struct Squares<'a> {
         gradients: &'a GradientsParams,
@@ -16,7 +16,7 @@ pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<
     impl ModuleVisitor for Squares<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.gradients.get::<D>(param.id) {
-                self.sums.push(fused::square_sum(gradient));
+                self.sums.push(fused::square_sums(gradient));
             }
         }
     }

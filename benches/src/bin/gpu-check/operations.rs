@@ -4,7 +4,7 @@ use crate::{Result, synthetic::Words};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln::quant::{
     Compute, HostQuantizer, MinMax, PackedTensor,
-    fused::{self, AttentionSpec, Drops, RotaryPairs},
+    fused::{self, AttentionSpec, Drops, LowRankSpec, RotaryPairs},
 };
 
 /// Numbers between -1 and 1 made from a seed.
@@ -126,22 +126,55 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
             fused::matmul(x[0].clone().transpose(), x[1].clone().transpose(), compute)
         });
     }
+    // Ranks that go on with the packed product, and some that don't; rows below, at and above a tile.
+    let [d_input, d_output] = [328, 200];
+    let host =
+        MinMax.quantize("w", &numbers(5, d_input * d_output), d_input, d_output, &"affine4:64".parse()?)?;
+    for (rows, rank, drops) in [
+        (3, 16, false),
+        (64, 8, false),
+        (130, 16, false),
+        (130, 16, true),
+        (257, 40, false),
+        (256, 64, false),
+        (130, 12, false),
+    ] {
+        for compute in [Compute::F32, compute] {
+            let name = format!("packed and update, {rows} rows, rank {rank}, drops {drops}, {compute}");
+            compare(device, &name, &[[rows, d_input], [d_input, rank], [rank, d_output]], |x| {
+                let mut weight = PackedTensor::new(&host, &x[0].device());
+                if x[0].device().without_autodiff() == *device {
+                    weight.set_compute(compute);
+                }
+                let drops = drops.then_some(Drops { key: [3, 9], threshold: 1 << 30 });
+                let update = LowRankSpec { factor: 1.7, drops, compute };
+                weight.forward_low_rank(x[0].clone(), x[1].clone(), x[2].clone(), update)
+            });
+        }
+    }
     for compute in [Compute::F32, compute] {
         compare(device, &format!("low-rank update, {compute}"), &[[130, 2048]], |x| {
             let (a, b) = (tensor(8, [2048, 16], &x[0].device()), tensor(9, [16, 2048], &x[0].device()));
             let low = fused::matmul(x[0].clone(), a, compute);
             fused::add_matmul(x[0].clone(), low, b, compute)
         });
-        for (length, past, window, alibi, softcap) in [
-            (300, 0, None, 0.0, None),
-            (300, 0, Some(100), 0.0, None),
-            (300, 0, Some(100), 1.0, Some(5.0)),
-            (1, 77, None, 0.0, None),
+        for (length, past, head_dim, window, alibi, softcap) in [
+            (300, 0, 64, None, 0.0, None),
+            (300, 0, 64, Some(100), 0.0, None),
+            (300, 0, 64, Some(100), 1.0, Some(5.0)),
+            (1, 77, 64, None, 0.0, None),
+            (70, 33, 16, Some(3), 0.0, None),
+            (130, 0, 96, None, 1.0, None),
+            (129, 100, 128, Some(70), 0.0, Some(5.0)),
+            // Without a kernel that keeps scores on the chip.
+            (130, 0, 72, None, 0.0, None),
         ] {
-            let (q, k) = ([2, length, 32, 64], [2, past + length, 8, 64]);
+            let (q, k) = ([2, length, 32, head_dim], [2, past + length, 8, head_dim]);
             compare(
                 device,
-                &format!("attention {length}+{past}, window {window:?}, {alibi}, {softcap:?}, {compute}"),
+                &format!(
+                    "attention {length}+{past} of {head_dim}, {window:?}, {alibi}, {softcap:?}, {compute}"
+                ),
                 &[q, k, k, [1, 1, 1, 32]],
                 |x| {
                     let device = x[0].device().without_autodiff();

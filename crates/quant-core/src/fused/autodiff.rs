@@ -15,7 +15,7 @@ use burn::tensor::{FloatDType, Shape};
 use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, sinks};
 use crate::{Compute, SuperLayout};
 
-fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
+pub(super) fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
     match drops {
         Some(drops) => B::dropout(x, drops),
         None => x,

@@ -11,6 +11,8 @@ mod autodiff;
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
+#[cfg(feature = "cube")]
+mod packed;
 mod philox;
 pub mod plain;
 #[cfg(any(feature = "flex", feature = "cube"))]
@@ -25,6 +27,8 @@ use burn::backend::{
 use burn::tensor::Shape;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 
+#[cfg(feature = "cube")]
+pub(crate) use self::packed::packed_low_rank;
 use crate::{Compute, SuperLayout};
 
 /// Which keys a query sees, those at or before its own place, of its own segment, and inside the window; and how scores
@@ -291,9 +295,9 @@ pub(crate) trait StepKernels: burn::backend::Backend {
         second: FloatTensor<Self>,
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`square_sum`].
-    #[fusion(dtype = x, shape = { let _ = x; Shape::from(vec![1]) })]
-    fn square_sum(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// See [`square_sums`].
+    #[fusion(dtype = x, shape = Shape::from(vec![square_parts(x.num_elements())]))]
+    fn square_sums(x: FloatTensor<Self>) -> FloatTensor<Self>;
 }
 
 /// The differentiable operations.
@@ -669,18 +673,24 @@ pub fn adamw<const D: usize>(
     }
 }
 
-/// The sum of squares, `[1]`, of a tensor without a graph.
-pub fn square_sum<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+/// Sums of squares of parts of a tensor without a graph, `[parts]`; a large tensor has up to 64 on a GPU.
+pub fn square_sums<const D: usize>(x: Tensor<D>) -> Tensor<1> {
     #[cfg(feature = "cube")]
     if on_cube(&x) {
-        return Tensor::from_dispatch(Dispatch::square_sum(x.into_dispatch()));
+        return Tensor::from_dispatch(Dispatch::square_sums(x.into_dispatch()));
     }
     x.square().sum()
 }
 
+/// Into how many parts [`square_sums`] divides so many elements on a GPU.
+#[cfg(feature = "cube")]
+fn square_parts(count: usize) -> usize {
+    count.div_ceil(4096).clamp(1, 64)
+}
+
 /// Whether kernels for f32 on CubeCL take this tensor.
 #[cfg(feature = "cube")]
-fn on_cube<const D: usize>(x: &Tensor<D>) -> bool {
+pub(crate) fn on_cube<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Cube(_))
 }
 

@@ -27,13 +27,13 @@ const QUERIES: Range<usize> = 64..1024;
 
 /// Sizes of one attention.
 #[derive(Debug, Clone, Copy)]
-struct Sizes {
-    batch: usize,
-    length: usize,
-    keys: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
+pub(super) struct Sizes {
+    pub(super) batch: usize,
+    pub(super) length: usize,
+    pub(super) keys: usize,
+    pub(super) heads: usize,
+    pub(super) kv_heads: usize,
+    pub(super) head_dim: usize,
     /// Queries of a block.
     queries: usize,
 }
@@ -196,6 +196,10 @@ pub(super) fn forward(
     let (q, k, v) = (into_contiguous(q), into_contiguous(k), into_contiguous(v));
     let segments = segments.map(into_contiguous);
     let sizes = Sizes::new([&q, &k, &v], &segments);
+    #[cfg(feature = "cuda-cpp")]
+    if super::flash::takes(&q, &sizes, &scores) {
+        return super::flash::forward([&q, &k, &v], &segments, &sizes, &scores);
+    }
     let dtype = operand_type(scores.compute);
     let log_sums = empty(&q, [sizes.batch, sizes.heads, sizes.length], DType::F32);
     let out = empty_like(&q);
@@ -257,6 +261,11 @@ pub(super) fn backward(
     let counts = [&out, &d_out, &log_sums].map(count_of);
     let queries = sizes.batch * sizes.heads * sizes.length;
     assert_eq!(counts, [count_of(&q), count_of(&q), queries], "attention: what its backward pass is given");
+    #[cfg(feature = "cuda-cpp")]
+    if super::flash::takes(&q, &sizes, &scores) {
+        let log_sums = into_contiguous(log_sums);
+        return super::flash::backward([&q, &k, &v, &out, &d_out], &log_sums, &segments, &sizes, &scores);
+    }
     let dtype = operand_type(scores.compute);
     let along = along(&out, &d_out);
     let zeros = |like: &CubeTensor| {

@@ -1,7 +1,10 @@
 //! The fused operations on CubeCL: a launch or a few each, the same sums in the same order on every run.
 
 mod attention;
+#[cfg(feature = "cuda-cpp")]
+mod flash;
 mod narrow;
+mod packed;
 mod rows;
 mod step;
 

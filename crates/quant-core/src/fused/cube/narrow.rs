@@ -20,7 +20,7 @@ const SIDE: usize = 4;
 /// Units of a cube.
 const UNITS: usize = 256;
 /// Cubes that keep a large device busy.
-const BUSY: usize = 512;
+const BUSY: usize = 1024;
 
 /// Rows that a unit of an outer product goes through with one column in registers.
 const OUTER_ROWS: usize = 16;

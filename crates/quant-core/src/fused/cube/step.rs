@@ -6,9 +6,9 @@ use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 use cubecl::prelude::*;
 
 use super::{count_of, empty, rows::over_units, to_write, units};
-use crate::fused::{AdamWStep, StepKernels};
+use crate::fused::{AdamWStep, StepKernels, square_parts};
 
-/// Units that add up a tensor's squares.
+/// Units of a cube that adds up squares.
 const UNITS: usize = 256;
 
 impl StepKernels for CubeBackend {
@@ -42,18 +42,20 @@ impl StepKernels for CubeBackend {
         (parameter, first, second)
     }
 
-    fn square_sum(x: FloatTensor<Self>) -> FloatTensor<Self> {
+    fn square_sums(x: FloatTensor<Self>) -> FloatTensor<Self> {
         let x = into_contiguous(x);
-        let sum = empty(&x, [1], DType::F32);
-        square_sum_kernel::launch(
+        let parts = square_parts(count_of(&x));
+        let sums = empty(&x, [parts], DType::F32);
+        square_sums_kernel::launch(
             &x.client,
-            CubeCount::Static(1, 1, 1),
+            CubeCount::Static(parts as u32, 1, 1),
             CubeDim::new_1d(UNITS as u32),
             x.clone().into_tensor_arg(),
-            sum.clone().into_tensor_arg(),
+            sums.clone().into_tensor_arg(),
             count_of(&x),
+            parts * UNITS,
         );
-        sum
+        sums
     }
 }
 
@@ -84,13 +86,13 @@ fn adamw_kernel(
 }
 
 #[cube(launch)]
-fn square_sum_kernel(x: &Tensor<f32>, sum: &mut Tensor<f32>, count: usize) {
+fn square_sums_kernel(x: &Tensor<f32>, sums: &mut Tensor<f32>, count: usize, units: usize) {
     let mut squares = 0.0f32;
-    for i in range_stepped(UNIT_POS as usize, count, UNITS) {
+    for i in range_stepped(ABSOLUTE_POS, count, units) {
         squares += x[i] * x[i];
     }
     let total = over_units(squares, UNITS, false);
     if UNIT_POS == 0 {
-        sum[0] = total;
+        sums[CUBE_POS] = total;
     }
 }

@@ -1,4 +1,5 @@
-// out[z] = a[z] * b[z] on the matrix units of compute capability 9.0: operands of 16 bits, sums in f32.
+// out[z] = a[z] * b[z] on the matrix units of compute capability 9.0: operands of 16 bits, sums in f32. With UPDATE: out = a * b
+// + left * right, of other operands that are laid out alike.
 //
 // A block makes a tile of TILE_M x TILE_N. Two warp groups multiply, 64 rows each; one warp copies tiles of the operands
 // into shared memory in bulk, STAGES ahead. What lies past an operand's end arrives as zeros. Above these lines stand the
@@ -7,7 +8,7 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 struct __align__(64) TensorMap { u64 words[16]; };
-struct Sizes { u64 m, n, k; };
+struct Sizes { u64 m, n, k, update; };
 
 #define WARPS (TILE_M / 16)
 // A box is what one copy brings: 64 rows or columns of an operand, TILE_K of the inner dimension.
@@ -41,8 +42,11 @@ __device__ __forceinline__ u64 descriptor(u32 address) {
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32 + 32, 2)
-product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map, RESULT* __restrict__ out,
-        const __grid_constant__ Sizes sizes) {
+product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap b_map,
+#if UPDATE
+        const __grid_constant__ TensorMap left_map, const __grid_constant__ TensorMap right_map,
+#endif
+        RESULT* __restrict__ out, const __grid_constant__ Sizes sizes) {
     __shared__ __align__(1024) unsigned char tiles[STAGES * STAGE_BYTES];
     __shared__ __align__(8) u64 barriers[2 * STAGES];
     const u32 m = (u32)sizes.m, n = (u32)sizes.n, k = (u32)sizes.k;
@@ -54,7 +58,12 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
     const u32 band = blockIdx.x / (BAND * wide), height = min(high - band * BAND, BAND);
     const u32 within = blockIdx.x - band * BAND * wide;
     const u32 row = (band * BAND + within % height) * TILE_M, column = within / height * TILE_N;
-    const u32 z = blockIdx.z, steps = (k + TILE_K - 1) / TILE_K;
+    const u32 z = blockIdx.z, steps_of_product = (k + TILE_K - 1) / TILE_K;
+#if UPDATE
+    const u32 steps = steps_of_product + ((u32)sizes.update + TILE_K - 1) / TILE_K;
+#else
+    const u32 steps = steps_of_product;
+#endif
 
     if (threadIdx.x == 0) {
         for (int stage = 0; stage < STAGES; stage++) {
@@ -73,12 +82,17 @@ product(const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorM
             const u32 barrier = full + 8 * stage, tile = first_tile + stage * STAGE_BYTES;
             wait(empty + 8 * stage, (round & 1) ^ 1);
             asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(STAGE_BYTES) : "memory");
+            const TensorMap *a = &a_map, *b = &b_map;
+            u32 inner = step * TILE_K;
+#if UPDATE
+            if (step >= steps_of_product) a = &left_map, b = &right_map, inner -= steps_of_product * TILE_K;
+#endif
 #pragma unroll
             for (int box = 0; box < TILE_M / 64; box++)
-                copy<A_INNER>(tile + box * BOX_BYTES, &a_map, barrier, row + box * 64, step * TILE_K, z);
+                copy<A_INNER>(tile + box * BOX_BYTES, a, barrier, row + box * 64, inner, z);
 #pragma unroll
             for (int box = 0; box < TILE_N / 64; box++)
-                copy<B_INNER>(tile + A_BYTES + box * BOX_BYTES, &b_map, barrier, column + box * 64, step * TILE_K, z);
+                copy<B_INNER>(tile + A_BYTES + box * BOX_BYTES, b, barrier, column + box * 64, inner, z);
         }
         return;
     }

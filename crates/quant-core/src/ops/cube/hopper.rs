@@ -3,9 +3,9 @@
 
 use std::fmt::Write;
 
-use burn::backend::cubecl::dtype_to_storage_type;
+use burn::backend::{cubecl::dtype_to_storage_type, ops::FloatTensorOps};
 use burn::tensor::DType;
-use burn_cubecl::tensor::CubeTensor;
+use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::{
     CubeKernel, PrecompiledSource,
     features::Tma,
@@ -19,6 +19,9 @@ use cubecl::{
     server::{KernelArguments, KernelResource, MetadataBindingInfo, TensorMapBinding, TensorMapMeta},
     zspace::{Shape, Strides, metadata::Metadata},
 };
+
+use super::{empty, units};
+use crate::Compute;
 
 /// Least rows, columns and inner size of a product that fills a good part of a tile.
 const LEAST: usize = 64;
@@ -43,6 +46,8 @@ struct Product {
     columns: usize,
     /// Whether the inner dimension is the contiguous one, of a and of b.
     inner_contiguous: [bool; 2],
+    /// Whether a second product is added.
+    update: bool,
 }
 
 impl Product {
@@ -65,6 +70,7 @@ impl Product {
             ("BAND", BAND),
             ("A_INNER", a_inner.into()),
             ("B_INNER", b_inner.into()),
+            ("UPDATE", self.update.into()),
         ] {
             let _ = writeln!(text, "#define {name} {value}");
         }
@@ -183,10 +189,10 @@ impl<'a> Operand<'a> {
     }
 }
 
-/// Writes `a · b` into the contiguous `out`, if the device and the operands allow it; else does nothing and says so.
-pub(super) fn launch(a: &CubeTensor, b: &CubeTensor, out: &CubeTensor) -> bool {
-    let properties = a.client.properties();
-    if properties.identity.fingerprint != ARCHITECTURE || !properties.features.tma.contains(Tma::Base) {
+/// Writes `a · b`, plus `left · right` where there is such an update, into the contiguous `out`, if the device and the
+/// operands allow it; else does nothing and says so.
+pub(super) fn launch([a, b]: [&CubeTensor; 2], update: Option<[&CubeTensor; 2]>, out: &CubeTensor) -> bool {
+    if !serves(a) {
         return false;
     }
     let types = matches!(a.dtype, DType::BF16 | DType::F16)
@@ -206,22 +212,142 @@ pub(super) fn launch(a: &CubeTensor, b: &CubeTensor, out: &CubeTensor) -> bool {
     if !types || !sizes {
         return false;
     }
+    let update = match update {
+        None => None,
+        Some([left, right]) => {
+            let (Some(left), Some(right)) = (Operand::new(left, 0), Operand::new(right, 1)) else {
+                return false;
+            };
+            let fits = [&left, &right].iter().all(|x| x.tensor.dtype == a.tensor.dtype && x.matrices[0] == 1)
+                && [left.outer[0], right.outer[0], right.inner[0]] == [m, n, left.inner[0]]
+                && [&left, &right].map(Operand::inner_contiguous) == [&a, &b].map(Operand::inner_contiguous);
+            if !fits || count != 1 {
+                return false;
+            }
+            Some([left, right])
+        }
+    };
     let columns = if n <= 64 { 64 } else { 128 };
     let kernel = Product {
         operand: a.tensor.dtype,
         result: out.dtype,
         columns,
         inner_contiguous: [a.inner_contiguous(), b.inner_contiguous()],
+        update: update.is_some(),
     };
     let tiles = m.div_ceil(TILE_ROWS) * n.div_ceil(columns);
     let Ok(tiles) = u32::try_from(tiles) else { return false };
+    let inner_of_update = update.as_ref().map_or(0, |[left, _]| left.inner[0]);
+    let mut resources: Vec<_> =
+        [&a, &b].into_iter().chain(update.iter().flatten()).map(Operand::resource).collect();
+    let mut declared_io = vec![BufferIOAttr::ReadOnly; resources.len()];
+    resources.push(KernelResource::Buffer(out.handle.clone().binding()));
+    declared_io.push(BufferIOAttr::WriteOnly);
     let arguments = KernelArguments {
-        resources: vec![a.resource(), b.resource(), KernelResource::Buffer(out.handle.clone().binding())],
-        declared_io: vec![BufferIOAttr::ReadOnly, BufferIOAttr::ReadOnly, BufferIOAttr::WriteOnly],
-        info: MetadataBindingInfo::new([m, n, k].map(|size| size as u64).to_vec(), 3),
+        resources,
+        declared_io,
+        info: MetadataBindingInfo::new([m, n, k, inner_of_update].map(|size| size as u64).to_vec(), 4),
     };
     // The kernel stays inside: copies end with the maps' sizes, and what lies beyond the rows and columns of `out`, which is
     // as large as the product, isn't stored. `gpu-check --part operations` walks these edges.
     out.client.launch(Box::new(kernel), CubeCount::Static(tiles, 1, count as u32), arguments);
     true
+}
+
+/// Most columns of a low-rank update's left factor.
+const MOST_RANK: usize = 64;
+
+/// Whether [`product_and_update`] is worth a try for rows `x` in f32.
+pub(super) fn updates(x: &CubeTensor, [left, right]: [&CubeTensor; 2], compute: Compute) -> bool {
+    let rank = left.meta.shape()[1];
+    serves(x)
+        && x.meta.shape()[0] >= LEAST
+        && compute != Compute::F32
+        && [left, right].iter().all(|factor| factor.dtype == DType::F32)
+        // Rows of what a factor is split into lie at multiples of what copies can begin at.
+        && rank.is_multiple_of(ALIGNED / 2)
+        && (1..=MOST_RANK).contains(&rank)
+}
+
+/// `a · b + left · right` in f32 of rounded a and b; left and right, in f32, are not rounded to 16 bits but split into two
+/// numbers of 16 bits each, of whose four products the three largest are added.
+pub(super) fn product_and_update(
+    a: &CubeTensor,
+    b: &CubeTensor,
+    [left, right]: [&CubeTensor; 2],
+) -> Option<CubeTensor> {
+    let inner_contiguous = Operand::new(b, 1)?.inner_contiguous();
+    let left = split(left, a.dtype, 1, 2);
+    let right = if inner_contiguous {
+        CubeBackend::float_transpose(split(&CubeBackend::float_transpose(right.clone()), a.dtype, 1, 1))
+    } else {
+        split(right, a.dtype, 0, 1)
+    };
+    let out = empty(a, [a.meta.shape()[0], b.meta.shape()[1]], DType::F32);
+    launch([a, b], Some([&left, &right]), &out).then_some(out)
+}
+
+/// A matrix in f32 three times side by side (`along` 1) or one below the other (0), rounded to `dtype`; in the place
+/// `low_at` what rounding took off.
+fn split(x: &CubeTensor, dtype: DType, along: usize, low_at: usize) -> CubeTensor {
+    let (shape, strides) = (x.meta.shape(), x.meta.strides());
+    let mut sizes = [shape[0], shape[1]];
+    sizes[along] *= 3;
+    let out = empty(x, sizes, dtype);
+    let (count, dim) = units(&x.client, sizes[0] * sizes[1]);
+    split_kernel::launch(
+        &x.client,
+        count,
+        dim,
+        x.clone().into_tensor_arg(),
+        out.clone().into_tensor_arg(),
+        sizes[0] * sizes[1],
+        sizes[1],
+        strides[0],
+        strides[1],
+        shape[along],
+        low_at,
+        along == 1,
+        dtype_to_storage_type(dtype),
+    );
+    out
+}
+
+#[cube(launch)]
+fn split_kernel<E: Float>(
+    x: &Tensor<f32>,
+    out: &mut Tensor<E>,
+    count: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+    size: usize,
+    low_at: usize,
+    #[comptime] along_columns: bool,
+    #[define(E)] _type: ElemType,
+) {
+    if ABSOLUTE_POS < count {
+        let mut row = ABSOLUTE_POS / columns;
+        let mut column = ABSOLUTE_POS % columns;
+        let mut place = row / size;
+        if comptime!(along_columns) {
+            place = column / size;
+            column %= size;
+        } else {
+            row %= size;
+        }
+        let value = x[row * row_stride + column * column_stride];
+        let high = E::cast_from(value);
+        let mut result = high;
+        if place == low_at {
+            result = E::cast_from(value - f32::cast_from(high));
+        }
+        out[ABSOLUTE_POS] = result;
+    }
+}
+
+/// Whether the kernel runs where `x` is.
+fn serves(x: &CubeTensor) -> bool {
+    let properties = x.client.properties();
+    properties.identity.fingerprint == ARCHITECTURE && properties.features.tma.contains(Tma::Base)
 }

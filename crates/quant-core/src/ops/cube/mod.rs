@@ -167,6 +167,32 @@ pub(crate) fn units(client: &Client, count: usize) -> (CubeCount, CubeDim) {
     (calculate_cube_count_elemwise(client, count, dim), dim)
 }
 
+/// `x` rounded as an operand, and beside it the dense weight, transposed where that is asked.
+fn operands(x: CubeTensor, packed: Packed, transposed: bool) -> (CubeTensor, CubeTensor) {
+    let x = product::rounded(x, packed.spec.compute);
+    let dense = packed.dense(x.dtype);
+    (x, if transposed { CubeBackend::float_transpose(dense) } else { dense })
+}
+
+/// `x · W + left · right`, `W` transposed where that is asked, if the device has a kernel for both at once.
+pub(crate) fn packed_product_and_update(
+    x: &CubeTensor,
+    (codes, scales, offsets): (CubeTensor, CubeTensor, CubeTensor),
+    update: [&CubeTensor; 2],
+    spec: PackedSpec,
+    transposed: bool,
+) -> Option<CubeTensor> {
+    #[cfg(feature = "cuda-cpp")]
+    if x.dtype == DType::F32 && hopper::updates(x, update, spec.compute) {
+        let packed = Packed::new(codes, scales, offsets, spec);
+        let (x, dense) = operands(x.clone(), packed, transposed);
+        return hopper::product_and_update(&x, &dense, update);
+    }
+    #[cfg(not(feature = "cuda-cpp"))]
+    let _ = (x, codes, scales, offsets, update, spec, transposed);
+    None
+}
+
 fn in_f32(tensor: CubeTensor) -> CubeTensor {
     if tensor.dtype == DType::F32 { tensor } else { CubeBackend::float_cast(tensor, FloatDType::F32) }
 }
@@ -185,8 +211,7 @@ impl PackedOps for CubeBackend {
             1..=FEW_ROWS => packed.few_rows(x),
             _ => {
                 let dtype = x.dtype;
-                let x = product::rounded(x, spec.compute);
-                let dense = packed.dense(x.dtype);
+                let (x, dense) = operands(x, packed, false);
                 product(x, dense, dtype)
             }
         }
@@ -212,9 +237,8 @@ impl PackedKernels for CubeBackend {
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
         let dtype = dy.dtype;
-        let dy = product::rounded(dy, spec.compute);
-        let dense = Packed::new(codes, scales, offsets, spec).dense(dy.dtype);
-        product(dy, Self::float_transpose(dense), dtype)
+        let (dy, dense) = operands(dy, Packed::new(codes, scales, offsets, spec), true);
+        product(dy, dense, dtype)
     }
 
     /// Holds `dW` of `GRADIENT_OUTPUTS` outputs (or of one block, if wider) at a time, in f32.

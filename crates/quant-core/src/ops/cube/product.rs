@@ -96,7 +96,7 @@ pub(crate) fn product(a: CubeTensor, b: CubeTensor, dtype: DType) -> CubeTensor 
 /// because compiling all candidates for all shapes of a step takes minutes.
 pub(crate) fn product_into(a: CubeTensor, b: CubeTensor, out: CubeTensor) {
     #[cfg(feature = "cuda-cpp")]
-    if super::hopper::launch(&a, &b, &out) {
+    if super::hopper::launch([&a, &b], None, &out) {
         return;
     }
     let dtype = out.dtype;

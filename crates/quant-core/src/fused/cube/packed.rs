@@ -1,0 +1,53 @@
+//! Products with packed weights and their low-rank updates in one.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn_cubecl::CubeBackend;
+
+use crate::{
+    fused::{
+        FusedOps, LowRankSpec,
+        autodiff::low,
+        packed::{PackedLowRank, PackedUpdate},
+    },
+    ops::{PackedKernels, PackedOps, PackedSpec, cube::packed_product_and_update},
+};
+
+impl PackedUpdate for CubeBackend {
+    fn packed_update(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        left: FloatTensor<Self>,
+        right: FloatTensor<Self>,
+        spec: PackedSpec,
+        transposed: bool,
+    ) -> FloatTensor<Self> {
+        let parts = || (codes.clone(), scales.clone(), offsets.clone());
+        if let Some(y) = packed_product_and_update(&x, parts(), [&left, &right], spec, transposed) {
+            return y;
+        }
+        let y = if transposed {
+            Self::packed_linear_dx(x, codes, scales, offsets, spec)
+        } else {
+            Self::packed_linear(x, codes, scales, offsets, spec)
+        };
+        Self::add_matmul(y, left, right, spec.compute)
+    }
+}
+
+impl PackedLowRank for CubeBackend {
+    fn packed_low_rank(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        offsets: FloatTensor<Self>,
+        a: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        spec: PackedSpec,
+        update: LowRankSpec,
+    ) -> FloatTensor<Self> {
+        let low = low::<Self>(x.clone(), a, update);
+        Self::packed_update(x, codes, scales, offsets, low, b, spec, false)
+    }
+}
