@@ -259,6 +259,9 @@ fn check_attention_with(on: On, alibi: f32, softcap: Option<f32>) {
         // So many heads that GPUs, too, take several blocks of queries.
         (2, 150, 0, 128, 64, 4, Some(70), true),
         (1, 130, 3, 256, 32, 4, None, true),
+        // Heads whose width is no power of two.
+        (2, 130, 0, 8, 2, 96, None, false),
+        (1, 130, 0, 4, 2, 72, None, true),
     ] {
         let keys = past + length;
         let segment = |place: usize| match packed {

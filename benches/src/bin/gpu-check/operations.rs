@@ -1,7 +1,7 @@
 //! Every operation and its gradients on the device, beside the same on the CPU in f32.
 
 use crate::{Result, synthetic::Words};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use kiln::quant::{
     Compute, HostQuantizer, MinMax, PackedTensor,
     fused::{self, AttentionSpec, Drops, LowRankSpec, RotaryPairs},
@@ -125,6 +125,30 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
         compare(device, &name(" transposed"), &[[k, m], [n, k]], |x| {
             fused::matmul(x[0].clone().transpose(), x[1].clone().transpose(), compute)
         });
+    }
+    // Stacks of products whose rows begin at multiples of 16, 8 and 4 bytes.
+    for compute in [Compute::F32, compute] {
+        for [m, k, n] in [[128, 520, 72], [130, 520, 72], [129, 516, 64], [130, 64, 130], [72, 130, 96]] {
+            for (turn_a, turn_b) in [(false, false), (false, true), (true, false), (true, true)] {
+                let turned =
+                    |x: &Tensor<3>, turn: bool| if turn { x.clone().swap_dims(1, 2) } else { x.clone() };
+                let sizes = |[a, b]: [usize; 2], turn: bool| if turn { [5, b, a] } else { [5, a, b] };
+                let name = format!("stack of {m}x{k}x{n}, turned {turn_a}, {turn_b}, {compute}");
+                let dtype = match compute {
+                    Compute::F32 => FloatDType::F32,
+                    Compute::Bf16 => FloatDType::BF16,
+                    Compute::F16 => FloatDType::F16,
+                };
+                compare(device, &name, &[sizes([m, k], turn_a), sizes([k, n], turn_b)], |x| {
+                    let rounded = |x: Tensor<3>| match x.device().without_autodiff() == *device {
+                        true => x.cast(dtype),
+                        false => x,
+                    };
+                    let [a, b] = [turned(&x[0], turn_a), turned(&x[1], turn_b)].map(rounded);
+                    a.matmul(b).cast(FloatDType::F32)
+                });
+            }
+        }
     }
     // Ranks that go on with the packed product, and some that don't; rows below, at and above a tile.
     let [d_input, d_output] = [328, 200];

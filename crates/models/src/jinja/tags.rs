@@ -144,6 +144,20 @@ fn makes_a_value(tokens: Tokens) -> bool {
         || tokens.iter().any(|(token, _)| matches!(token, Token::BracketOpen | Token::BraceOpen))
 }
 
+/// `a.b + 1` or `a.b - 1`: a number, or nothing that can be computed.
+fn is_count(tokens: Tokens) -> bool {
+    match tokens {
+        [name @ .., (Token::Plus | Token::Minus, _), (Token::Int(_), _)] => {
+            !name.is_empty()
+                && name.iter().enumerate().all(|(index, (token, _))| match index % 2 {
+                    0 => matches!(token, Token::Ident(_)),
+                    _ => matches!(token, Token::Dot),
+                })
+        }
+        _ => false,
+    }
+}
+
 /// The first token outside of brackets, from `start` on, that is one of those.
 fn find(tokens: Tokens, start: usize, is_wanted: impl Fn(&Token) -> bool) -> Option<usize> {
     let mut depth = 0usize;
@@ -195,6 +209,9 @@ impl<'s> Preparation<'s> {
             "set" => match find(tokens, 0, |token| matches!(token, Token::Assign)) {
                 Some(assign) => {
                     let (targets, value) = (&tokens[..assign], &tokens[assign + 1..]);
+                    if is_count(value) {
+                        return Ok(());
+                    }
                     let is_field = targets.iter().any(|(token, _)| matches!(token, Token::Dot));
                     let is_name = value.iter().any(|(token, _)| matches!(token, Token::Ident(_)));
                     if is_field && (is_name || makes_a_value(value)) {

@@ -9,14 +9,14 @@ use std::ops::Range;
 
 use burn::backend::cubecl::dtype_to_storage_type;
 use burn::tensor::{DType, Shape};
-use burn_cubecl::{kernel::into_contiguous, ops::numeric, tensor::CubeTensor};
+use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{ir::ElemType, prelude::*};
 
 use super::{
     super::Scores,
     count_of, cubes, empty, empty_like,
     rows::{over_units, units_of},
-    units,
+    units, zeros_like,
 };
 use crate::ops::cube::{operand_type, product, product_into};
 
@@ -268,11 +268,7 @@ pub(super) fn backward(
     }
     let dtype = operand_type(scores.compute);
     let along = along(&out, &d_out);
-    let zeros = |like: &CubeTensor| {
-        let (client, device) = (like.client.clone(), like.device.clone());
-        numeric::zeros_client(client, device, like.meta.shape().clone(), DType::F32)
-    };
-    let (dq, dk, dv) = (empty_like(&q), zeros(&k), zeros(&v));
+    let (dq, dk, dv) = (empty_like(&q), zeros_like(&k), zeros_like(&v));
     let by_queries = |x: &CubeTensor| laid_out(x, sizes.queries, dtype);
     let by_heads = |x: &CubeTensor| laid_out(x, sizes.keys, dtype);
     let (q, k, v, d_out) = (by_queries(&q), by_heads(&k), by_heads(&v), by_queries(&d_out));

@@ -1,9 +1,8 @@
 //! Attention whose scores stay on the chip, in CUDA C++: on NVIDIA's devices from compute capability 8.0 on. CubeCL has the
 //! matrix instructions, but not in a form that lets a product's sums be the next one's operands.
 
-use burn::backend::ops::FloatTensorOps;
-use burn::tensor::{DType, FloatDType};
-use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use burn::tensor::DType;
+use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{
     CubeKernel, PrecompiledSource,
     ir::{
@@ -17,7 +16,7 @@ use cubecl::{
 };
 
 use super::{super::Scores, attention::Sizes, empty, empty_like};
-use crate::{Compute, ops::cube::operand_type};
+use crate::{Compute, ops::cube::rounded as round};
 
 const WARPS: usize = 4;
 /// Rows that a warp holds.
@@ -111,13 +110,9 @@ pub(super) fn takes(q: &CubeTensor, sizes: &Sizes, scores: &Scores) -> bool {
         && keys * heads.max(kv_heads) * head_dim < 1 << 32
 }
 
-/// Operands of 16 bits.
+/// Operands of 16 bits, without the gaps between rows that a cast may leave.
 fn rounded<const N: usize>(tensors: [&CubeTensor; N], scores: &Scores) -> [CubeTensor; N] {
-    let dtype = operand_type(scores.compute);
-    tensors.map(|x| match dtype {
-        DType::F16 => CubeBackend::float_cast(x.clone(), FloatDType::F16),
-        _ => CubeBackend::float_cast(x.clone(), FloatDType::BF16),
-    })
+    tensors.map(|x| into_contiguous(round(x.clone(), scores.compute)))
 }
 
 fn launch(pass: Pass, sizes: &Sizes, scores: &Scores, read: &[&CubeTensor], written: &[&CubeTensor]) {

@@ -41,10 +41,16 @@ fn empty_like(like: &CubeTensor) -> CubeTensor {
     empty(like, like.meta.shape().clone(), like.dtype)
 }
 
+/// Zeros of the shape of `like`. Burn's own may have gaps between rows, on CUDA.
+fn zeros_like(like: &CubeTensor) -> CubeTensor {
+    let (client, device, shape) = (like.client.clone(), like.device.clone(), like.meta.shape().clone());
+    into_contiguous(numeric::zeros_client(client, device, shape, DType::F32))
+}
+
 /// `x`, contiguous, to be written in place: a copy where somebody else holds it.
 fn to_write(x: CubeTensor) -> CubeTensor {
     let x = into_contiguous(x);
-    if x.can_mut() { x } else { x.copy() }
+    if x.can_mut() { x } else { into_contiguous(x.copy()) }
 }
 
 /// A launch of one cube of `units` for each row.

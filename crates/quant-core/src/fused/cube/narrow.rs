@@ -261,31 +261,40 @@ fn narrow_kernel(
     let tiles = (end - first).div_ceil(TILE_INNER);
     for tile in 0..tiles {
         let start = first + tile * TILE_INNER;
-        sync_cube();
+        // Everything is on its way before the first value is waited for.
+        let mut of_a = Array::<f32>::new(comptime!(TILE_ROWS * TILE_INNER / UNITS));
+        let mut of_b = Array::<f32>::new(comptime!((TILE_INNER * groups * SIDE).div_ceil(UNITS)));
         #[unroll]
         for i in 0..TILE_ROWS * TILE_INNER / UNITS {
-            let index = unit + i * UNITS;
-            // Neighbouring units read neighbouring values.
-            let mut k = index % TILE_INNER;
-            let mut row = index / TILE_INNER;
-            if comptime!(by_columns) {
-                k = index / TILE_ROWS;
-                row = index % TILE_ROWS;
-            }
+            let (k, row) = place_of(unit + i * UNITS, by_columns);
             let mut value = 0.0f32;
             if first_row + row < rows && start + k < end {
                 value = a[(first_row + row) * a_row + (start + k) * a_inner];
             }
-            a_tile[k * TILE_STRIDE + row] = value;
+            of_a[i] = value;
         }
-        for index in range_stepped(unit, comptime!(TILE_INNER * groups * SIDE), UNITS) {
-            let k = index / width;
-            let column = index % width;
+        #[unroll]
+        for i in 0..comptime!((TILE_INNER * groups * SIDE).div_ceil(UNITS)) {
+            let index = unit + i * UNITS;
+            let (k, column) = (index / width, index % width);
             let mut value = 0.0f32;
             if column < columns && start + k < end {
                 value = b[(start + k) * b_inner + column * b_column];
             }
-            b_tile[index] = value;
+            of_b[i] = value;
+        }
+        sync_cube();
+        #[unroll]
+        for i in 0..TILE_ROWS * TILE_INNER / UNITS {
+            let (k, row) = place_of(unit + i * UNITS, by_columns);
+            a_tile[k * TILE_STRIDE + row] = of_a[i];
+        }
+        #[unroll]
+        for i in 0..comptime!((TILE_INNER * groups * SIDE).div_ceil(UNITS)) {
+            let index = unit + i * UNITS;
+            if index < comptime!(TILE_INNER * groups * SIDE) {
+                b_tile[index] = of_b[i];
+            }
         }
         sync_cube();
         #[unroll]
@@ -340,6 +349,16 @@ fn narrow_kernel(
                 out[split * out_split + row * out_row + column * out_column] = sum * factor;
             }
         }
+    }
+}
+
+/// Inner place and row of the value `index` of a tile, so that neighbouring units read neighbouring values.
+#[cube]
+fn place_of(index: usize, #[comptime] by_columns: bool) -> (usize, usize) {
+    if comptime!(by_columns) {
+        (index / TILE_ROWS, index % TILE_ROWS)
+    } else {
+        (index % TILE_INNER, index / TILE_INNER)
     }
 }
 

@@ -277,73 +277,96 @@ pub(super) fn product_and_update(
     [left, right]: [&CubeTensor; 2],
 ) -> Option<CubeTensor> {
     let inner_contiguous = Operand::new(b, 1)?.inner_contiguous();
-    let left = split(left, a.dtype, 1, 2);
-    let right = if inner_contiguous {
-        CubeBackend::float_transpose(split(&CubeBackend::float_transpose(right.clone()), a.dtype, 1, 1))
-    } else {
-        split(right, a.dtype, 0, 1)
-    };
+    let turned = |x: CubeTensor| if inner_contiguous { CubeBackend::float_transpose(x) } else { x };
+    // Laid out as b is.
+    let right = turned(right.clone());
+    let [left, right] = split([left, &right], a.dtype, inner_contiguous);
+    let right = turned(right);
     let out = empty(a, [a.meta.shape()[0], b.meta.shape()[1]], DType::F32);
     launch([a, b], Some([&left, &right]), &out).then_some(out)
 }
 
-/// A matrix in f32 three times side by side (`along` 1) or one below the other (0), rounded to `dtype`; in the place
-/// `low_at` what rounding took off.
-fn split(x: &CubeTensor, dtype: DType, along: usize, low_at: usize) -> CubeTensor {
-    let (shape, strides) = (x.meta.shape(), x.meta.strides());
-    let mut sizes = [shape[0], shape[1]];
-    sizes[along] *= 3;
-    let out = empty(x, sizes, dtype);
-    let (count, dim) = units(&x.client, sizes[0] * sizes[1]);
+/// Two matrices in f32, each three times: rounded to `dtype`, but once what rounding took off, in the first matrix the last
+/// time, in the second one the second. The first one's lie side by side, the second one's too or one below the other.
+fn split([first, second]: [&CubeTensor; 2], dtype: DType, side_by_side: bool) -> [CubeTensor; 2] {
+    let sizes = |x: &CubeTensor, along: usize| {
+        let shape = x.meta.shape();
+        let mut sizes = [shape[0], shape[1]];
+        sizes[along] *= 3;
+        (sizes, shape[along])
+    };
+    let ((first_sizes, first_size), (second_sizes, second_size)) =
+        (sizes(first, 1), sizes(second, usize::from(side_by_side)));
+    let (first_out, second_out) = (empty(first, first_sizes, dtype), empty(first, second_sizes, dtype));
+    let [first_count, second_count] = [first_sizes, second_sizes].map(|[rows, columns]| rows * columns);
+    let (count, dim) = units(&first.client, first_count + second_count);
+    let (first_strides, second_strides) = (first.meta.strides(), second.meta.strides());
     split_kernel::launch(
-        &x.client,
+        &first.client,
         count,
         dim,
-        x.clone().into_tensor_arg(),
-        out.clone().into_tensor_arg(),
-        sizes[0] * sizes[1],
-        sizes[1],
-        strides[0],
-        strides[1],
-        shape[along],
-        low_at,
-        along == 1,
+        first.clone().into_tensor_arg(),
+        second.clone().into_tensor_arg(),
+        first_out.clone().into_tensor_arg(),
+        second_out.clone().into_tensor_arg(),
+        first_count,
+        first_sizes[1],
+        first_strides[0],
+        first_strides[1],
+        first_size,
+        second_count,
+        second_sizes[1],
+        second_strides[0],
+        second_strides[1],
+        second_size,
+        side_by_side,
         dtype_to_storage_type(dtype),
     );
-    out
+    [first_out, second_out]
 }
 
 #[cube(launch)]
 fn split_kernel<E: Float>(
-    x: &Tensor<f32>,
-    out: &mut Tensor<E>,
-    count: usize,
-    columns: usize,
-    row_stride: usize,
-    column_stride: usize,
-    size: usize,
-    low_at: usize,
-    #[comptime] along_columns: bool,
+    first: &Tensor<f32>,
+    second: &Tensor<f32>,
+    first_out: &mut Tensor<E>,
+    second_out: &mut Tensor<E>,
+    first_count: usize,
+    first_columns: usize,
+    first_row: usize,
+    first_column: usize,
+    first_size: usize,
+    second_count: usize,
+    second_columns: usize,
+    second_row: usize,
+    second_column: usize,
+    second_size: usize,
+    #[comptime] side_by_side: bool,
     #[define(E)] _type: ElemType,
 ) {
-    if ABSOLUTE_POS < count {
-        let mut row = ABSOLUTE_POS / columns;
-        let mut column = ABSOLUTE_POS % columns;
-        let mut place = row / size;
-        if comptime!(along_columns) {
-            place = column / size;
-            column %= size;
+    if ABSOLUTE_POS < first_count {
+        let (row, column) = (ABSOLUTE_POS / first_columns, ABSOLUTE_POS % first_columns);
+        let value = first[row * first_row + column % first_size * first_column];
+        first_out[ABSOLUTE_POS] = part::<E>(value, column / first_size == 2);
+    } else if ABSOLUTE_POS - first_count < second_count {
+        let at = ABSOLUTE_POS - first_count;
+        let (row, column) = (at / second_columns, at % second_columns);
+        if comptime!(side_by_side) {
+            let value = second[row * second_row + column % second_size * second_column];
+            second_out[at] = part::<E>(value, column / second_size == 1);
         } else {
-            row %= size;
+            let value = second[row % second_size * second_row + column * second_column];
+            second_out[at] = part::<E>(value, row / second_size == 1);
         }
-        let value = x[row * row_stride + column * column_stride];
-        let high = E::cast_from(value);
-        let mut result = high;
-        if place == low_at {
-            result = E::cast_from(value - f32::cast_from(high));
-        }
-        out[ABSOLUTE_POS] = result;
     }
+}
+
+/// A number rounded, or what rounding takes off.
+#[cube]
+fn part<E: Float>(value: f32, low: bool) -> E {
+    let high = E::cast_from(value);
+    let rest = E::cast_from(value - f32::cast_from(high));
+    select(low, rest, high)
 }
 
 /// Whether the kernel runs where `x` is.

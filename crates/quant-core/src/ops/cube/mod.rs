@@ -16,6 +16,8 @@ use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, ir::ElemType, prelude::*};
 
 use self::kernels::{COLUMNS, Format, PARTS};
+#[cfg(feature = "cuda-cpp")]
+pub(crate) use self::product::rounded;
 pub(crate) use self::product::{
     empty, multiplies, name_and_page, operand_type, product, product_into, rounded_product,
 };

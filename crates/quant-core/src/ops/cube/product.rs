@@ -53,7 +53,7 @@ pub(crate) fn name_and_page(device: &CubeDevice) -> (String, Option<u64>) {
 }
 
 /// An f32 tensor as an operand; other types are operands as they are.
-pub(super) fn rounded(x: CubeTensor, compute: Compute) -> CubeTensor {
+pub(crate) fn rounded(x: CubeTensor, compute: Compute) -> CubeTensor {
     match (x.dtype, compute) {
         (DType::F32, Compute::Bf16) => CubeBackend::float_cast(x, FloatDType::BF16),
         (DType::F32, Compute::F16) => CubeBackend::float_cast(x, FloatDType::F16),
