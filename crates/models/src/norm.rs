@@ -42,16 +42,15 @@ impl Norm {
                 x * scale
             }
             (NormKind::Layer | NormKind::LayerGain, weight) => {
-                let centred = x.clone() - x.mean_dim(D - 1);
-                let variance = centred.clone().square().mean_dim(D - 1);
-                let mut y = centred / variance.add_scalar(self.eps).sqrt();
-                if let Some(weight) = weight {
-                    y = y * weight.val().unsqueeze();
+                let weight = match weight {
+                    Some(weight) => weight.val(),
+                    None => Tensor::ones([x.dims()[D - 1]], &x.device()),
+                };
+                let y = fused::layer_norm(x, weight, self.eps);
+                match &self.bias {
+                    Some(bias) => y + bias.val().unsqueeze(),
+                    None => y,
                 }
-                if let Some(bias) = &self.bias {
-                    y = y + bias.val().unsqueeze();
-                }
-                y
             }
         }
     }

@@ -61,6 +61,15 @@ pub(crate) fn check_elementwise(on: On) {
             |x| fused::rms_norm(x[0].clone(), x[1].clone().reshape([width]), 1e-5),
             |x| plain::rms_norm(x[0].clone(), x[1].clone().reshape([width]), 1e-5),
         );
+        // Far from 0 beside its spread, which a norm that doubts its mean would lose.
+        let shifted = |x: &Tensor<2>| x.clone().add_scalar(3.0);
+        compare(
+            on,
+            "layer_norm",
+            &[[rows, width], [1, width]],
+            |x| fused::layer_norm(shifted(&x[0]), x[1].clone().reshape([width]), 1e-5),
+            |x| plain::layer_norm(shifted(&x[0]), x[1].clone().reshape([width]), 1e-5),
+        );
         let wide = |x: &[Tensor<2>]| (x[0].clone().mul_scalar(20.0), x[1].clone());
         compare(
             on,

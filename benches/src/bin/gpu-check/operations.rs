@@ -99,6 +99,9 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
     }
     let wide = [[70, 2048], [1, 2048]];
     compare(device, "rms_norm", &wide, |x| fused::rms_norm(x[0].clone(), x[1].clone().reshape([2048]), 1e-5));
+    compare(device, "layer_norm", &wide, |x| {
+        fused::layer_norm(x[0].clone() + 3.0, x[1].clone().reshape([2048]), 1e-5)
+    });
     let pair = [[70, 2048]; 2];
     compare(device, "swiglu", &pair, |x| fused::swiglu(x[0].clone() * 8.0, x[1].clone()));
     compare(device, "geglu", &pair, |x| fused::geglu(x[0].clone() * 8.0, x[1].clone()));

@@ -46,6 +46,8 @@ fn hostile() -> Vec<(&'static str, String)> {
         "{% set ns.x = [ns.x, ns.x] %}",
         "{% set ns.x = {'a': ns.x, 'b': ns.x} %}",
         "{% set ns.x = (ns.x, ns.x) %}",
+        "{% set ns.x = ns.x + ns.x + 1 %}",
+        "{% set y = [ns.x, ns.x][0] + 1 %}{% set ns.x = [ns.x, ns.x] %}",
         "{% set ns.x = dict(a=ns.x, b=ns.x) %}",
         "{% set ns.x = ns.x | map('string') | list + ns.x %}",
         "{% set ns.x = ns.x | chain(ns.x) | list %}",
@@ -257,6 +259,10 @@ fn ordinary_constructs_render_as_before() {
         (
             "{% set ns = namespace(x=[]) %}{% for m in messages %}{% set ns.x = ns.x + [m.role] %}{% endfor %}{{ ns.x | join(',') }}",
             "user,assistant",
+        ),
+        (
+            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}{% set a = ns.n - 3 %}{{ a }}",
+            "2-1",
         ),
         ("{% set a %} x {% endset %}[{{ a }}]", "[ x ]"),
         ("{% set a -%} x {%- endset -%}  [{{ a }}]", "[x]"),

@@ -12,7 +12,7 @@ use burn::backend::{
 };
 use burn::tensor::{FloatDType, Shape};
 
-use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, sinks};
+use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, NormSpec, RotaryPairs, Scores, sinks};
 use crate::{Compute, SuperLayout};
 
 pub(super) fn dropped<B: FusedOps>(x: FloatTensor<B>, drops: Option<Drops>) -> FloatTensor<B> {
@@ -49,29 +49,29 @@ macro_rules! backward {
 }
 
 impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B, C> {
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+    fn norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, spec: NormSpec) -> FloatTensor<Self> {
         backward!(
-            RmsNorm,
+            Norm,
             2,
-            (FloatTensor<B>, FloatTensor<B>, f32),
-            |parents, (x, weight, eps), dy, grads| {
+            (FloatTensor<B>, FloatTensor<B>, NormSpec),
+            |parents, (x, weight, spec), dy, grads| {
                 let [node_x, node_weight] = parents;
                 if let Some(node) = node_weight {
-                    let d_weight = B::rms_norm_dweight(x.clone(), weight.clone(), dy.clone(), eps);
+                    let d_weight = B::norm_dweight(x.clone(), weight.clone(), dy.clone(), spec);
                     grads.register::<B>(node.id, d_weight);
                 }
                 if let Some(node) = node_x {
-                    grads.register::<B>(node.id, B::rms_norm_dx(x, weight, dy, eps));
+                    grads.register::<B>(node.id, B::norm_dx(x, weight, dy, spec));
                 }
             }
         );
-        match RmsNorm.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful() {
+        match Norm.prepare::<C>([x.node(), weight.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (x, weight) = (x.into_primitive(), weight.into_primitive());
-                prep.finish((x.clone(), weight.clone(), eps), B::rms_norm(x, weight, eps))
+                prep.finish((x.clone(), weight.clone(), spec), B::norm(x, weight, spec))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::rms_norm(x.into_primitive(), weight.into_primitive(), eps))
+                prep.finish(B::norm(x.into_primitive(), weight.into_primitive(), spec))
             }
         }
     }

@@ -159,6 +159,16 @@ pub struct AdamWStep {
     pub decay: f32,
 }
 
+/// What a norm does beside its tensors.
+#[cfg(any(feature = "flex", feature = "cube"))]
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct NormSpec {
+    /// Added to the mean square.
+    eps: f32,
+    /// Whether rows lose their mean first.
+    centred: bool,
+}
+
 /// An activation `x * sigmoid(s(x))` that gates another value.
 #[cfg(any(feature = "flex", feature = "cube"))]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -203,21 +213,21 @@ fn log_sums_of(q: &Shape) -> Shape {
     Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait FusedKernels: burn::backend::Backend {
-    /// Gradient of [`rms_norm`]'s input.
+    /// Gradient of the input of [`rms_norm`] and [`layer_norm`].
     #[fusion(dtype = x, shape = x)]
-    fn rms_norm_dx(
+    fn norm_dx(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self>;
-    /// Gradient of [`rms_norm`]'s weight.
+    /// Gradient of the weight of [`rms_norm`] and [`layer_norm`].
     #[fusion(dtype = weight, shape = weight)]
-    fn rms_norm_dweight(
+    fn norm_dweight(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self>;
     /// Gradients of both inputs of [`swiglu`] and [`geglu`].
     #[fusion(meta = |gate, up, _dy, _gating| (gate.clone(), up.clone()))]
@@ -309,9 +319,9 @@ pub(crate) trait StepKernels: burn::backend::Backend {
     Fusion: cfg(feature = "fusion")
 )]
 pub(crate) trait FusedOps: burn::backend::Backend {
-    /// See [`rms_norm`].
+    /// See [`rms_norm`] and [`layer_norm`].
     #[fusion(dtype = x, shape = x)]
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self>;
+    fn norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, spec: NormSpec) -> FloatTensor<Self>;
     /// See [`swiglu`] and [`geglu`].
     #[fusion(dtype = gate, shape = gate)]
     fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self>;
@@ -431,8 +441,28 @@ macro_rules! fused_or_plain {
 pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     fused_or_plain!(
         x,
-        Dispatch::rms_norm(x.into_dispatch(), weight.into_dispatch(), eps as f32),
+        Dispatch::norm(
+            x.into_dispatch(),
+            weight.into_dispatch(),
+            NormSpec { eps: eps as f32, centred: false }
+        ),
         plain::rms_norm(x, weight, eps)
+    )
+}
+
+/// Layer norm over the last axis, without a bias: `(x - mean(x)) / sqrt(variance(x) + eps) * weight`.
+///
+/// # Shapes
+/// `x` `[.., width]`, `weight` `[width]` → `[.., width]`.
+pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    fused_or_plain!(
+        x,
+        Dispatch::norm(
+            x.into_dispatch(),
+            weight.into_dispatch(),
+            NormSpec { eps: eps as f32, centred: true }
+        ),
+        plain::layer_norm(x, weight, eps)
     )
 }
 

@@ -14,6 +14,12 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     x * scale * weight.unsqueeze()
 }
 
+/// See [`layer_norm`](super::layer_norm).
+pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
+    let mean = x.clone().mean_dim(D - 1);
+    rms_norm(x - mean, weight, eps)
+}
+
 /// See [`swiglu`](super::swiglu).
 pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
     silu(gate) * up

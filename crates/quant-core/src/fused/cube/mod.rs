@@ -16,7 +16,9 @@ use burn::tensor::{DType, IntDType, Shape};
 use burn_cubecl::{CubeBackend, kernel::into_contiguous, ops::numeric, tensor::CubeTensor};
 use cubecl::prelude::*;
 
-use super::{Drops, FusedKernels, FusedOps, Gating, LowRankSpec, RotaryPairs, Scores, autodiff::low, sinks};
+use super::{
+    Drops, FusedKernels, FusedOps, Gating, LowRankSpec, NormSpec, RotaryPairs, Scores, autodiff::low, sinks,
+};
 use crate::{
     Compute, SuperLayout,
     ops::cube::{empty, rounded_product, units},
@@ -76,40 +78,38 @@ macro_rules! by_rows {
 }
 
 impl FusedKernels for CubeBackend {
-    fn rms_norm_dx(
+    fn norm_dx(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self> {
         let (x, weight, dy) = (into_contiguous(x), into_contiguous(weight), into_contiguous(dy));
         let [_, width] = rows_of(&x);
-        assert_eq!(
-            [count_of(&dy), count_of(&weight)],
-            [count_of(&x), width],
-            "rms_norm: gradient and weights"
-        );
+        assert_eq!([count_of(&dy), count_of(&weight)], [count_of(&x), width], "norm: gradient and weights");
         let dx = empty_like(&x);
-        by_rows!(rows::rms_norm_dx::launch_unchecked, x, [x, weight, dy, dx], [eps]);
+        by_rows!(rows::norm_dx::launch_unchecked, x, [x, weight, dy, dx], [spec.eps, spec.centred]);
         dx
     }
 
-    fn rms_norm_dweight(
+    fn norm_dweight(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self> {
         let ([rows, width], x, dy) = (rows_of(&x), into_contiguous(x), into_contiguous(dy));
-        let (inverses, d_weight) = (empty(&x, [rows], DType::F32), empty_like(&weight));
-        by_rows!(rows::inverse_rms_of_rows::launch_unchecked, x, [x, inverses], [eps]);
+        let [means, inverses] = [(); 2].map(|()| empty(&x, [rows], DType::F32));
+        let d_weight = empty_like(&weight);
+        by_rows!(rows::moments_of_rows::launch_unchecked, x, [x, means, inverses], [spec.eps, spec.centred]);
         let (count, dim) = units(&x.client, width);
-        rows::rms_norm_dweight::launch(
+        rows::norm_dweight::launch(
             &x.client.clone(),
             count,
             dim,
             x.into_tensor_arg(),
             dy.into_tensor_arg(),
+            means.into_tensor_arg(),
             inverses.into_tensor_arg(),
             d_weight.clone().into_tensor_arg(),
             rows,
@@ -213,11 +213,11 @@ impl FusedKernels for CubeBackend {
 }
 
 impl FusedOps for CubeBackend {
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+    fn norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, spec: NormSpec) -> FloatTensor<Self> {
         let (x, weight) = (into_contiguous(x), into_contiguous(weight));
-        assert_eq!(count_of(&weight), rows_of(&x)[1], "rms_norm: weights for rows of {}", rows_of(&x)[1]);
+        assert_eq!(count_of(&weight), rows_of(&x)[1], "norm: weights for rows of {}", rows_of(&x)[1]);
         let y = empty_like(&x);
-        by_rows!(rows::rms_norm::launch_unchecked, x, [x, weight, y], [eps]);
+        by_rows!(rows::norm::launch_unchecked, x, [x, weight, y], [spec.eps, spec.centred]);
         y
     }
 

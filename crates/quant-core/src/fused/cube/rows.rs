@@ -45,38 +45,54 @@ pub(super) fn over_units(value: f32, #[comptime] units: usize, #[comptime] maxim
     sum
 }
 
-/// `1 / sqrt(mean(x²) + eps)` of a row that starts at `at`.
+/// What a row that starts at `at` loses, and its factor `1 / sqrt(mean(x²) + eps)` after that.
 #[cube]
-fn inverse_rms(x: &Tensor<f32>, at: usize, width: usize, eps: f32, #[comptime] units: usize) -> f32 {
+fn moments(
+    x: &Tensor<f32>,
+    at: usize,
+    width: usize,
+    eps: f32,
+    #[comptime] centred: bool,
+    #[comptime] units: usize,
+) -> (f32, f32) {
+    let mut mean = 0.0f32;
+    if comptime!(centred) {
+        let mut sum = 0.0f32;
+        for i in range_stepped(UNIT_POS as usize, width, units) {
+            sum += x[at + i];
+        }
+        mean = over_units(sum, units, false) / f32::cast_from(width);
+    }
     let mut squares = 0.0f32;
     for i in range_stepped(UNIT_POS as usize, width, units) {
-        let value = x[at + i];
+        let value = x[at + i] - mean;
         squares += value * value;
     }
-    (over_units(squares, units, false) / f32::cast_from(width) + eps).sqrt().recip()
+    (mean, (over_units(squares, units, false) / f32::cast_from(width) + eps).sqrt().recip())
 }
 
 #[cube(launch_unchecked)]
-pub(super) fn rms_norm(
+pub(super) fn norm(
     x: &Tensor<f32>,
     weight: &Tensor<f32>,
     y: &mut Tensor<f32>,
     rows: usize,
     width: usize,
     eps: f32,
+    #[comptime] centred: bool,
     #[comptime] units: usize,
 ) {
     if CUBE_POS < rows {
         let at = CUBE_POS * width;
-        let inverse = inverse_rms(x, at, width, eps, units);
+        let (mean, inverse) = moments(x, at, width, eps, centred, units);
         for i in range_stepped(UNIT_POS as usize, width, units) {
-            y[at + i] = x[at + i] * inverse * weight[i];
+            y[at + i] = (x[at + i] - mean) * inverse * weight[i];
         }
     }
 }
 
 #[cube(launch_unchecked)]
-pub(super) fn rms_norm_dx(
+pub(super) fn norm_dx(
     x: &Tensor<f32>,
     weight: &Tensor<f32>,
     dy: &Tensor<f32>,
@@ -84,35 +100,46 @@ pub(super) fn rms_norm_dx(
     rows: usize,
     width: usize,
     eps: f32,
+    #[comptime] centred: bool,
     #[comptime] units: usize,
 ) {
     if CUBE_POS < rows {
         let at = CUBE_POS * width;
-        let inverse = inverse_rms(x, at, width, eps, units);
+        let (mean, inverse) = moments(x, at, width, eps, centred, units);
         let mut along = 0.0f32;
+        let mut sum = 0.0f32;
         for i in range_stepped(UNIT_POS as usize, width, units) {
-            along += dy[at + i] * weight[i] * x[at + i];
+            let gradient = dy[at + i] * weight[i];
+            along += gradient * (x[at + i] - mean);
+            sum += gradient;
         }
         let along = over_units(along, units, false) * inverse * inverse / f32::cast_from(width);
+        let mut d_mean = 0.0f32;
+        if comptime!(centred) {
+            d_mean = over_units(sum, units, false) / f32::cast_from(width);
+        }
         for i in range_stepped(UNIT_POS as usize, width, units) {
-            dx[at + i] = inverse * (dy[at + i] * weight[i] - x[at + i] * along);
+            dx[at + i] = inverse * (dy[at + i] * weight[i] - d_mean - (x[at + i] - mean) * along);
         }
     }
 }
 
-/// `1 / sqrt(mean(x²) + eps)` of each row.
+/// What [`moments`] says of each row.
 #[cube(launch_unchecked)]
-pub(super) fn inverse_rms_of_rows(
+pub(super) fn moments_of_rows(
     x: &Tensor<f32>,
+    means: &mut Tensor<f32>,
     inverses: &mut Tensor<f32>,
     rows: usize,
     width: usize,
     eps: f32,
+    #[comptime] centred: bool,
     #[comptime] units: usize,
 ) {
     if CUBE_POS < rows {
-        let inverse = inverse_rms(x, CUBE_POS * width, width, eps, units);
+        let (mean, inverse) = moments(x, CUBE_POS * width, width, eps, centred, units);
         if UNIT_POS == 0 {
+            means[CUBE_POS] = mean;
             inverses[CUBE_POS] = inverse;
         }
     }
@@ -120,9 +147,10 @@ pub(super) fn inverse_rms_of_rows(
 
 /// One unit for each column.
 #[cube(launch)]
-pub(super) fn rms_norm_dweight(
+pub(super) fn norm_dweight(
     x: &Tensor<f32>,
     dy: &Tensor<f32>,
+    means: &Tensor<f32>,
     inverses: &Tensor<f32>,
     d_weight: &mut Tensor<f32>,
     rows: usize,
@@ -132,7 +160,7 @@ pub(super) fn rms_norm_dweight(
         let mut sum = 0.0f32;
         for row in 0..rows {
             let at = row * width + ABSOLUTE_POS;
-            sum += dy[at] * x[at] * inverses[row];
+            sum += dy[at] * (x[at] - means[row]) * inverses[row];
         }
         d_weight[ABSOLUTE_POS] = sum;
     }

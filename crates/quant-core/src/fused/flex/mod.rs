@@ -13,7 +13,7 @@ use rayon::prelude::*;
 
 use self::attention::Visible;
 use super::{
-    Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, RotaryPairs, Scores,
+    Drops, FusedKernels, FusedOps, GELU_CUBE, GELU_SCALE, Gating, LowRankSpec, NormSpec, RotaryPairs, Scores,
     autodiff::low, philox, sinks,
 };
 use crate::ops::flex::{
@@ -62,10 +62,13 @@ fn shape_of(x: &FlexTensor) -> Shape {
     x.layout().shape().clone()
 }
 
-/// `1 / sqrt(mean(x²) + eps)`.
+/// What a row loses, and its factor `1 / sqrt(mean(x²) + eps)` after that.
 #[inline(always)]
-fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    (lanes_sum(x, |x| x * x) / x.len() as f32 + eps).sqrt().recip()
+fn moments(x: &[f32], spec: NormSpec) -> (f32, f32) {
+    let width = x.len() as f32;
+    let mean = if spec.centred { lanes_sum(x, |x| x) / width } else { 0.0 };
+    let square = lanes_sum(x, |x| (x - mean) * (x - mean)) / width;
+    (mean, (square + spec.eps).sqrt().recip())
 }
 
 /// A sum in sixteen lanes, which the compiler may put in vectors.
@@ -82,7 +85,7 @@ fn lanes_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     lanes.iter().sum::<f32>() + rest
 }
 
-fn rms_norm_dx(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
+fn norm_dx(x: &[f32], weight: &[f32], dy: &[f32], spec: NormSpec) -> Vec<f32> {
     let width = weight.len();
     let mut dx = vec![0.0; x.len()];
     dx.par_chunks_mut(ROWS * width)
@@ -92,13 +95,20 @@ fn rms_norm_dx(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
                 for ((dx, x), dy) in
                     dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width))
                 {
-                    let inverse = inverse_rms(x, eps);
+                    let (mean, inverse) = moments(x, spec);
+                    let mut d_mean = 0.0;
+                    if spec.centred {
+                        for (dx, (dy, w)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
+                            *dx = dy * w;
+                        }
+                        d_mean = lanes_sum(dx, |d| d) / width as f32;
+                    }
                     for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
-                        *dx = dy * w * x;
+                        *dx = dy * w * (x - mean);
                     }
                     let along = lanes_sum(dx, |d| d) * inverse * inverse / width as f32;
                     for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
-                        *dx = inverse * (dy * w - x * along);
+                        *dx = inverse * (dy * w - d_mean - (x - mean) * along);
                     }
                 }
             });
@@ -106,16 +116,16 @@ fn rms_norm_dx(x: &[f32], weight: &[f32], dy: &[f32], eps: f32) -> Vec<f32> {
     dx
 }
 
-fn rms_norm_dweight(x: &[f32], dy: &[f32], width: usize, eps: f32) -> Vec<f32> {
+fn norm_dweight(x: &[f32], dy: &[f32], width: usize, spec: NormSpec) -> Vec<f32> {
     x.par_chunks(ROWS * width)
         .zip(dy.par_chunks(ROWS * width))
         .map(|(x, dy)| {
             let mut d_weight = vec![0.0; width];
             vectorize(|| {
                 for (x, dy) in x.chunks_exact(width).zip(dy.chunks_exact(width)) {
-                    let inverse = inverse_rms(x, eps);
+                    let (mean, inverse) = moments(x, spec);
                     for (dw, (x, dy)) in d_weight.iter_mut().zip(x.iter().zip(dy)) {
-                        *dw += dy * x * inverse;
+                        *dw += dy * (x - mean) * inverse;
                     }
                 }
             });
@@ -266,25 +276,25 @@ fn with_visible<T>(
 }
 
 impl FusedKernels for Flex {
-    fn rms_norm_dx(
+    fn norm_dx(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self> {
         let shape = shape_of(&x);
         let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
-        tensor(rms_norm_dx(floats(&x), floats(&weight), floats(&dy), eps), shape, DType::F32)
+        tensor(norm_dx(floats(&x), floats(&weight), floats(&dy), spec), shape, DType::F32)
     }
 
-    fn rms_norm_dweight(
+    fn norm_dweight(
         x: FloatTensor<Self>,
         weight: FloatTensor<Self>,
         dy: FloatTensor<Self>,
-        eps: f32,
+        spec: NormSpec,
     ) -> FloatTensor<Self> {
         let ([_, width], x, dy) = (rows_of(&x), contiguous(x), contiguous(dy));
-        tensor(rms_norm_dweight(floats(&x), floats(&dy), width, eps), shape_of(&weight), DType::F32)
+        tensor(norm_dweight(floats(&x), floats(&dy), width, spec), shape_of(&weight), DType::F32)
     }
 
     fn gated_backward(
@@ -387,18 +397,18 @@ fn operands<R>(
 }
 
 impl FusedOps for Flex {
-    fn rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f32) -> FloatTensor<Self> {
+    fn norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, spec: NormSpec) -> FloatTensor<Self> {
         let (shape, [_, width]) = (shape_of(&x), rows_of(&x));
         let (x, weight) = (contiguous(x), contiguous(weight));
         let (x, weight) = (floats(&x), floats(&weight));
-        assert_eq!(weight.len(), width, "rms_norm: weights for rows of {width}");
+        assert_eq!(weight.len(), width, "norm: weights for rows of {width}");
         let mut y = vec![0.0; x.len()];
         y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(y, x)| {
             vectorize(|| {
                 for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
-                    let inverse = inverse_rms(x, eps);
+                    let (mean, inverse) = moments(x, spec);
                     for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
-                        *y = x * inverse * w;
+                        *y = (x - mean) * inverse * w;
                     }
                 }
             });
