@@ -82,6 +82,11 @@ impl Budget {
     }
 }
 
+/// A cheap step; now and then, whether there is time left.
+pub(super) fn step() -> Result<(), Error> {
+    Budget::with(Budget::step)
+}
+
 /// Whether there is time left.
 pub(super) fn on_time() -> Result<(), Error> {
     Budget::with(|budget| budget.on_time())

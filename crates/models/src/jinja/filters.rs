@@ -6,32 +6,41 @@ use minijinja::{
 };
 
 use super::{
-    budget::{check_size, on_time},
+    budget::{check_size, on_time, step},
     refused,
 };
 
 /// Widest field, indentation or group.
 const MAX_WIDTH: usize = 10_000;
 
+/// Bytes of a text that is gone through in less time than a look at the clock takes.
+const SHORT: usize = 1024;
+
 /// A filter's or a method's result, if it isn't too long.
 ///
 /// # Errors
 /// A text that is longer than values may be, or no time left.
 pub fn within(result: Value) -> Result<Value, Error> {
-    on_time()?;
-    if let Some(text) = result.as_str() {
+    if let Some(text) = result.as_str()
+        && text.len() > SHORT
+    {
+        on_time()?;
         check_size(text.len())?;
     }
     Ok(result)
 }
 
-/// Asks how long the result of a filter, or of a method of `value`, will be, where it isn't bounded by its input.
+/// Asks how long the result of a filter, or of a method of `value`, will be, where it isn't bounded by its input. The result
+/// then goes through [`within`].
 ///
 /// # Errors
 /// What would be longer than values may be, or no time left.
 pub fn measured(name: &str, value: &Value, args: &[Value]) -> Result<(), Error> {
-    on_time()?;
     let text = value.as_str();
+    match text {
+        Some(text) if text.len() <= SHORT => step()?,
+        _ => on_time()?,
+    }
     let arg = |index: usize| args.get(index).and_then(Value::as_str);
     match (name, text) {
         ("replace", Some(text)) => match (arg(0), arg(1)) {

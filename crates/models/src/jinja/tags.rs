@@ -134,8 +134,46 @@ fn is_costly(tokens: Tokens) -> bool {
     tokens.iter().enumerate().any(|(index, (token, _))| match token {
         Token::Plus | Token::Tilde | Token::Mul | Token::Pipe | Token::Colon | Token::Ident("in") => true,
         Token::ParenOpen => is_call(index),
+        // Two lists may be compared to their ends; what is compared with a constant ends with that.
+        token if is_comparison(token) => {
+            !ends_early(&tokens[..index], true) && !ends_early(&tokens[index + 1..], false)
+        }
         _ => false,
     })
+}
+
+fn is_comparison(token: &Token) -> bool {
+    matches!(token, Token::Eq | Token::Ne | Token::Lt | Token::Lte | Token::Gt | Token::Gte)
+}
+
+/// Whether a side of a comparison, at the end or the beginning of these tokens, is a constant or a comparison in brackets.
+fn ends_early(tokens: Tokens, at_end: bool) -> bool {
+    let nearest = if at_end { tokens.last() } else { tokens.first() };
+    match nearest.map(|(token, _)| token) {
+        Some(Token::Str(_) | Token::String(_) | Token::Int(_) | Token::Float(_)) => true,
+        Some(Token::Ident(name)) => ["true", "false", "none", "True", "False", "None"].contains(name),
+        Some(Token::ParenOpen | Token::ParenClose) => {
+            let mut depth = 0usize;
+            let in_brackets = |(token, _): &&(Token, Span)| {
+                match token {
+                    Token::ParenOpen if at_end => depth = depth.saturating_sub(1),
+                    Token::ParenClose if !at_end => depth = depth.saturating_sub(1),
+                    Token::ParenOpen | Token::ParenClose => depth += 1,
+                    _ => {}
+                }
+                depth > 0
+            };
+            let inside: Vec<_> = if at_end {
+                tokens.iter().rev().take_while(in_brackets).collect()
+            } else {
+                tokens.iter().take_while(in_brackets).collect()
+            };
+            let chooses = |token: &Token| matches!(token, Token::Ident("and" | "or" | "if" | "else"));
+            inside.iter().any(|(token, _)| is_comparison(token))
+                && !inside.iter().any(|(token, _)| chooses(token))
+        }
+        _ => false,
+    }
 }
 
 /// Whether a part of a tag is more than a constant or a variable.
@@ -260,6 +298,15 @@ impl<'s> Preparation<'s> {
                 let iterated = &tokens[start + 1..stop];
                 if is_costly(iterated) {
                     self.wrap(iterated, PASS);
+                }
+                // A condition on items ends the tag, or stands before `recursive`.
+                let condition = tokens.get(stop + 1..).unwrap_or_default();
+                let condition = match condition {
+                    [condition @ .., (Token::Ident("recursive"), _)] => condition,
+                    condition => condition,
+                };
+                if matches!(tokens.get(stop), Some((Token::Ident("if"), _))) && is_costly(condition) {
+                    self.wrap(condition, PASS);
                 }
                 self.repeated(end, Vec::new());
             }

@@ -139,6 +139,11 @@ fn hostile() -> Vec<(&'static str, String)> {
         "{% if 'zzz' in t %}{% endif %}",
         "{% if -1 in r %}{% endif %}",
         "{% if r == r2 %}{% endif %}",
+        "{% if (r) == (r2) %}{% endif %}",
+        "{% if (r == 1 or r) != r2 %}{% endif %}",
+        "{% set x = r <= r2 %}",
+        "{% for x in r if r == r2 %}{% endfor %}",
+        "{% for x in r if 'zzz' in t recursive %}{% endfor %}",
         "{% if t.upper() == t.lower() %}{% endif %}",
         "{% for j in t %}{% endfor %}",
         "{% set x = t.split('a') %}",
@@ -242,7 +247,7 @@ fn hostile_templates_end_within_two_seconds_and_little_memory() {
         let start = Instant::now();
         let result = outcome(source);
         let (took, name) = (start.elapsed(), source.chars().take(120).collect::<String>());
-        assert!(took < Duration::from_secs(4), "{kind}: {took:?} for {name}");
+        assert!(took < Duration::from_secs(2), "{kind}: {took:?} for {name}");
         let grown = resident().saturating_sub(before);
         assert!(grown < 300 << 20, "{kind}: {grown} bytes for {name}");
         refused += usize::from(result.is_err());
@@ -284,6 +289,8 @@ fn ordinary_constructs_render_as_before() {
         ("{% for m in messages %}\n{{ loop.index * 2 }}\n{% endfor %}", "2\n4\n"),
         ("{% for m in messages[::-1] %}{{ m.role }} {% endfor %}", "assistant user "),
         ("{% if 'h' in messages[0].content and not (1 + 1 == 3) %}y{% elif true %}n{% endif %}", "y"),
+        ("{% for i in range(5) if i % 2 == 0 and i not in [4] %}{{ i }}{% endfor %}", "02"),
+        ("{% if (1 == 1) != (2 == 3) %}{% set a = [1] == [1] %}{{ a }}{% endif %}", "True"),
         ("{{ x is defined }}{% set x = y %}{{ x is defined }}", "FalseFalse"),
         ("{{ {'a': [1, 2]} | tojson(indent=2) }}", "{\n  \"a\": [\n    1,\n    2\n  ]\n}"),
         ("{{ 'a-b'.split('-') | map('upper') | join('+') }}", "A+B"),
