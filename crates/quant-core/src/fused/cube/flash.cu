@@ -194,6 +194,15 @@ struct Score {
     }
 };
 
+// Whether the segments of a tile are all, or any of them is, the warp's common one, added to what its own rows say.
+__device__ __forceinline__ void compare(const int (&segments)[TILE], int common, bool& same, bool& meet) {
+    for (int i = threadIdx.x % 32; i < TILE; i += 32) {
+        const bool equal = segments[i] == common;
+        same &= equal, meet |= equal;
+    }
+    same = __all_sync(~0u, same), meet = __any_sync(~0u, meet);
+}
+
 // What a tile's pairs of queries and keys have to be asked.
 enum Visible { NONE, SOME, ALL };
 
@@ -205,6 +214,20 @@ __device__ __forceinline__ Visible visible(int place, int queries, int key, int 
 
 __device__ __forceinline__ bool sees(int place, int key, int window, int query_segment, int key_segment) {
     return key <= place && place - key < window && query_segment == key_segment;
+}
+
+// Puts `nothing` in the place of what queries, from `place` on, don't see of the keys of a tile.
+__device__ __forceinline__ void hide(float (&weights)[TILE / 8][4], int place, int key, int window, const int (&segment)[2],
+                                     const int (&segments)[TILE], float nothing) {
+#pragma unroll
+    for (int block = 0; block < TILE / 8; block++) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int half = i / 2, at = block * 8 + threadIdx.x % 4 * 2 + i % 2;
+            const bool visible = sees(place + half * 8, key + at, window, segment[half], segments[at]);
+            weights[block][i] = visible ? weights[block][i] : nothing;
+        }
+    }
 }
 
 #define BOUND_ENDS                                                                                    \
@@ -255,11 +278,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
         if (tile < last_tile) load(tile + 1);
         wait_for_loads(tile < last_tile);
         bool same = same_queries, meet = !same_queries;
-        for (int i = lane; i < TILE; i += 32) {
-            const bool equal = segments[stage][i] == common;
-            same &= equal, meet |= equal;
-        }
-        same = __all_sync(~0u, same), meet = __any_sync(~0u, meet);
+        compare(segments[stage], common, same, meet);
         const Visible seen = visible(past + first, 16, key, TILE, window, same, meet);
         if (seen != NONE) {
             float weights[TILE / 8][4];
@@ -273,17 +292,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
                     weights[block][i] = score(weights[block][i], place - key - at);
                 }
             }
-            if (seen != ALL) {
-#pragma unroll
-                for (int block = 0; block < TILE / 8; block++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int half = i / 2, place = past + row + half * 8, at = block * 8 + lane % 4 * 2 + i % 2;
-                        const bool visible = sees(place, key + at, window, segment[half], segments[stage][at]);
-                        weights[block][i] = visible ? weights[block][i] : NOTHING;
-                    }
-                }
-            }
+            if (seen != ALL) hide(weights, past + row, key, window, segment, segments[stage], NOTHING);
 #pragma unroll
             for (int block = 0; block < TILE / 8; block++)
 #pragma unroll
@@ -385,11 +394,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
         if (tile < last_tile) load(tile + 1);
         wait_for_loads(tile < last_tile);
         bool same = same_queries, meet = !same_queries;
-        for (int i = lane; i < TILE; i += 32) {
-            const bool equal = segments[stage][i] == common;
-            same &= equal, meet |= equal;
-        }
-        same = __all_sync(~0u, same), meet = __any_sync(~0u, meet);
+        compare(segments[stage], common, same, meet);
         const Visible seen = visible(past + first, 16, key, TILE, window, same, meet);
         if (seen != NONE) {
             float weights[TILE / 8][4], d_weights[TILE / 8][4];
@@ -405,17 +410,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
                     weights[block][i] = weight * (d_weights[block][i] - along_here[half]) * score.through(z);
                 }
             }
-            if (seen != ALL) {
-#pragma unroll
-                for (int block = 0; block < TILE / 8; block++) {
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int half = i / 2, place = past + row + half * 8, at = block * 8 + lane % 4 * 2 + i % 2;
-                        const bool visible = sees(place, key + at, window, segment[half], segments[stage][at]);
-                        weights[block][i] = visible ? weights[block][i] : 0.0f;
-                    }
-                }
-            }
+            if (seen != ALL) hide(weights, past + row, key, window, segment, segments[stage], 0.0f);
             add_weighted(sums, weights, shared_address(tiles[stage][0]));
         }
         __syncthreads();
@@ -474,11 +469,7 @@ attention(const u16* __restrict__ q, const u16* __restrict__ k, const u16* __res
         if (round + 1 < rounds) load(round + 1);
         wait_for_loads(round + 1 < rounds);
         bool same = same_keys && query + TILE <= length, meet = !same_keys;
-        for (int i = lane; i < TILE; i += 32) {
-            const bool equal = segments[stage][i] == common;
-            same &= equal, meet |= equal;
-        }
-        same = __all_sync(~0u, same), meet = __any_sync(~0u, meet);
+        compare(segments[stage], common, same, meet);
         const Visible seen = visible(past + query, TILE, first, 16, window, same, meet);
         if (seen != NONE) {
             const Score score(sizes, head);

@@ -4,19 +4,19 @@
 use burn::tensor::DType;
 use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{
-    CubeKernel, PrecompiledSource,
-    ir::{
-        ElemType, UIntKind,
-        attributes::BufferIOAttr,
-        metadata::Info,
-        settings::{Dim3, KernelSettings},
-    },
+    ir::attributes::BufferIOAttr,
     prelude::*,
     server::{KernelArguments, KernelResource, MetadataBindingInfo},
 };
 
 use super::{super::Scores, attention::Sizes, empty, empty_like};
-use crate::{Compute, ops::cube::rounded as round};
+use crate::{
+    Compute,
+    ops::cube::{
+        cuda_text::{CudaKernel, CudaText},
+        rounded as round,
+    },
+};
 
 const WARPS: usize = 4;
 /// Rows that a warp holds.
@@ -44,7 +44,10 @@ struct Flash {
     softcap: bool,
 }
 
-impl Flash {
+impl CudaText for Flash {
+    const NAME: &'static str = "attention";
+    const THREADS: u32 = WARPS as u32 * 32;
+
     fn text(&self) -> String {
         // As many rows and blocks as keep sums in registers, and tiles, two of each, below 48 KiB.
         let (tile, blocks) = match (self.head_dim, self.pass) {
@@ -68,28 +71,6 @@ impl Flash {
             self.head_dim,
             include_str!("flash.cu"),
         )
-    }
-}
-
-impl KernelMetadata for Flash {
-    fn id(&self) -> KernelId {
-        KernelId::new::<Self>().info(*self).cube_dim(Dim3::new_1d(WARPS as u32 * 32))
-    }
-
-    fn address_type(&self) -> ElemType {
-        UIntKind::U32.into()
-    }
-}
-
-impl CubeKernel for Flash {
-    fn define(&self) -> KernelDefinition {
-        let dim = Dim3::new_1d(WARPS as u32 * 32);
-        let settings = KernelSettings::new(dim, ExecutionMode::Unchecked, AddressType::U32);
-        KernelDefinition { body: Scope::root(settings.clone()), info: Info::default(), settings }
-    }
-
-    fn source(&self) -> Option<PrecompiledSource> {
-        Some(PrecompiledSource { source: self.text(), entrypoint_name: "attention".to_owned(), lang: "cuda" })
     }
 }
 
@@ -143,7 +124,7 @@ fn launch(pass: Pass, sizes: &Sizes, scores: &Scores, read: &[&CubeTensor], writ
     };
     // The kernel stays inside: rows beyond the last query or key are read as zeros or as the last one, and not stored; shapes
     // are asserted in `Sizes::new`. `gpu-check --part operations` walks these edges.
-    read[0].client.launch(Box::new(kernel), count, arguments);
+    read[0].client.launch(Box::new(CudaKernel(kernel)), count, arguments);
 }
 
 /// As [`attention::forward`](super::attention::forward), of contiguous tensors.

@@ -7,20 +7,17 @@ use burn::backend::{cubecl::dtype_to_storage_type, ops::FloatTensorOps};
 use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, tensor::CubeTensor};
 use cubecl::{
-    CubeKernel, PrecompiledSource,
     features::Tma,
-    ir::{
-        ElemType, UIntKind,
-        attributes::BufferIOAttr,
-        metadata::Info,
-        settings::{Dim3, KernelSettings},
-    },
+    ir::{ElemType, attributes::BufferIOAttr},
     prelude::*,
     server::{KernelArguments, KernelResource, MetadataBindingInfo, TensorMapBinding, TensorMapMeta},
     zspace::{Shape, Strides, metadata::Metadata},
 };
 
-use super::{empty, units};
+use super::{
+    cuda_text::{CudaKernel, CudaText},
+    empty, units,
+};
 use crate::Compute;
 
 /// Least rows, columns and inner size of a product that fills a good part of a tile.
@@ -31,7 +28,6 @@ const TILE_INNER: usize = 32;
 const BOX: usize = 64;
 /// Rows of tiles that are made one after the other.
 const BAND: usize = 8;
-const THREADS: u32 = 288;
 /// Bulk copies begin at multiples of it, in bytes, and rows lie as far apart.
 const ALIGNED: usize = 16;
 /// The code that CubeCL's CUDA runtime compiles for such a device.
@@ -55,6 +51,11 @@ impl Product {
         // A block has 48 KiB, and two blocks share a multiprocessor.
         if self.columns == 64 { 3 } else { 2 }
     }
+}
+
+impl CudaText for Product {
+    const NAME: &'static str = "product";
+    const THREADS: u32 = 288;
 
     fn text(&self) -> String {
         let operand = if self.operand == DType::BF16 { "bf16" } else { "f16" };
@@ -97,27 +98,6 @@ impl Product {
         });
         text.push_str(include_str!("hopper.cu"));
         text
-    }
-}
-
-impl KernelMetadata for Product {
-    fn id(&self) -> KernelId {
-        KernelId::new::<Self>().info(*self).cube_dim(Dim3::new_1d(THREADS))
-    }
-
-    fn address_type(&self) -> ElemType {
-        UIntKind::U32.into()
-    }
-}
-
-impl CubeKernel for Product {
-    fn define(&self) -> KernelDefinition {
-        let settings = KernelSettings::new(Dim3::new_1d(THREADS), ExecutionMode::Unchecked, AddressType::U32);
-        KernelDefinition { body: Scope::root(settings.clone()), info: Info::default(), settings }
-    }
-
-    fn source(&self) -> Option<PrecompiledSource> {
-        Some(PrecompiledSource { source: self.text(), entrypoint_name: "product".to_owned(), lang: "cuda" })
     }
 }
 
@@ -250,7 +230,7 @@ pub(super) fn launch([a, b]: [&CubeTensor; 2], update: Option<[&CubeTensor; 2]>,
     };
     // The kernel stays inside: copies end with the maps' sizes, and what lies beyond the rows and columns of `out`, which is
     // as large as the product, isn't stored. `gpu-check --part operations` walks these edges.
-    out.client.launch(Box::new(kernel), CubeCount::Static(tiles, 1, count as u32), arguments);
+    out.client.launch(Box::new(CudaKernel(kernel)), CubeCount::Static(tiles, 1, count as u32), arguments);
     true
 }
 

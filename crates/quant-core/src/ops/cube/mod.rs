@@ -2,6 +2,8 @@
 //! matrix that dies with the call, then a matrix product whose operands are rounded as [`Compute`](crate::Compute) says.
 
 #[cfg(feature = "cuda-cpp")]
+pub(crate) mod cuda_text;
+#[cfg(feature = "cuda-cpp")]
 mod hopper;
 mod kernels;
 mod product;
