@@ -198,7 +198,9 @@ fn packed_block(scheme: &str) -> usize {
 fn peak_by_block(test: &str, kind: &str, few: usize, many: usize) -> f64 {
     let peak = |blocks: usize| {
         let folder = write_model(blocks, kind.starts_with("experts"));
-        let peak = peak_of(test, &format!("{kind}{}", folder.display()));
+        // Which of two threads frees what first, on a machine with other work, adds up to a twentieth; nothing takes away.
+        let peaks = (0..2).map(|_| peak_of(test, &format!("{kind}{}", folder.display())));
+        let peak = peaks.fold(f64::INFINITY, f64::min);
         std::fs::remove_dir_all(&folder).unwrap();
         peak
     };
