@@ -185,7 +185,7 @@ pub(super) fn install(environment: &mut Environment<'static>) {
     environment.remove_global("debug");
     environment.add_function(KEEP, stored);
     environment.add_function(KEEP_IN_FIELD, |value: Value| keep(value, false));
-    environment.add_function(PASS, |value: Value| Budget::with(Budget::step).map(|()| value));
+    environment.add_function(PASS, |value: Value| step().map(|()| value));
     environment.add_function(BEGIN, |bytes: usize| {
         Budget::with(|budget| {
             budget.step()?;

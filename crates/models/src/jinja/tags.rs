@@ -152,27 +152,33 @@ fn ends_early(tokens: Tokens, at_end: bool) -> bool {
     match nearest.map(|(token, _)| token) {
         Some(Token::Str(_) | Token::String(_) | Token::Int(_) | Token::Float(_)) => true,
         Some(Token::Ident(name)) => ["true", "false", "none", "True", "False", "None"].contains(name),
-        Some(Token::ParenOpen | Token::ParenClose) => {
-            let mut depth = 0usize;
-            let in_brackets = |(token, _): &&(Token, Span)| {
-                match token {
-                    Token::ParenOpen if at_end => depth = depth.saturating_sub(1),
-                    Token::ParenClose if !at_end => depth = depth.saturating_sub(1),
-                    Token::ParenOpen | Token::ParenClose => depth += 1,
-                    _ => {}
-                }
-                depth > 0
-            };
-            let inside: Vec<_> = if at_end {
-                tokens.iter().rev().take_while(in_brackets).collect()
-            } else {
-                tokens.iter().take_while(in_brackets).collect()
-            };
-            let chooses = |token: &Token| matches!(token, Token::Ident("and" | "or" | "if" | "else"));
-            inside.iter().any(|(token, _)| is_comparison(token))
-                && !inside.iter().any(|(token, _)| chooses(token))
-        }
+        Some(Token::ParenOpen | Token::ParenClose) => bracketed(tokens, at_end).is_some_and(|inside| {
+            // Whatever else may stand beside a comparison makes something that needn't be true or false.
+            let other =
+                |token: &Token| matches!(token, Token::Comma | Token::Ident("and" | "or" | "if" | "else"));
+            find(inside, 0, is_comparison).is_some() && find(inside, 0, other).is_none()
+        }),
         _ => false,
+    }
+}
+
+/// What stands in the brackets that end, or begin, these tokens.
+fn bracketed<'t, 's>(tokens: Tokens<'t, 's>, at_end: bool) -> Option<Tokens<'t, 's>> {
+    let mut depth = 0isize;
+    let mut is_outside = |(token, _): &(Token, Span)| {
+        depth += match token {
+            Token::ParenOpen => 1,
+            Token::ParenClose => -1,
+            _ => 0,
+        };
+        depth == 0
+    };
+    if at_end {
+        let open = tokens.iter().rposition(&mut is_outside)?;
+        tokens.get(open + 1..tokens.len() - 1)
+    } else {
+        let close = tokens.iter().position(is_outside)?;
+        tokens.get(1..close)
     }
 }
 

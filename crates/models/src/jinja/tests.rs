@@ -141,6 +141,8 @@ fn hostile() -> Vec<(&'static str, String)> {
         "{% if r == r2 %}{% endif %}",
         "{% if (r) == (r2) %}{% endif %}",
         "{% if (r == 1 or r) != r2 %}{% endif %}",
+        "{% if (1 == 1, r) == (1 == 1, r2) %}{% endif %}",
+        "{% if ([r, r2][1 == 1]) == ([r2, r][1 == 1]) %}{% endif %}",
         "{% set x = r <= r2 %}",
         "{% for x in r if r == r2 %}{% endfor %}",
         "{% for x in r if 'zzz' in t recursive %}{% endfor %}",

@@ -450,10 +450,14 @@ pub fn rms_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Te
     )
 }
 
-/// Layer norm over the last axis, without a bias: `(x - mean(x)) / sqrt(variance(x) + eps) * weight`.
+/// [Layer norm](https://arxiv.org/abs/1607.06450) over the last axis, without a bias: `(x - mean(x)) / sqrt(variance(x) +
+/// eps) * weight`.
 ///
 /// # Shapes
 /// `x` `[.., width]`, `weight` `[width]` → `[.., width]`.
+///
+/// # Panics
+/// If `weight` has another size than the last axis.
 pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> Tensor<D> {
     fused_or_plain!(
         x,

@@ -1,5 +1,4 @@
-//! Attention whose scores stay on the chip, in CUDA C++: on NVIDIA's devices from compute capability 8.0 on. CubeCL has the
-//! matrix instructions, but not in a form that lets a product's sums be the next one's operands.
+//! Attention whose scores stay on the chip, in CUDA C++: on NVIDIA's devices from compute capability 8.0 on.
 
 use burn::tensor::DType;
 use burn_cubecl::{kernel::into_contiguous, tensor::CubeTensor};

@@ -239,13 +239,14 @@ const MOST_RANK: usize = 64;
 
 /// Whether [`product_and_update`] is worth a try for rows `x` in f32.
 pub(super) fn updates(x: &CubeTensor, [left, right]: [&CubeTensor; 2], compute: Compute) -> bool {
-    let rank = left.meta.shape()[1];
+    let (sizes, rank, columns) = (x.meta.shape(), left.meta.shape()[1], right.meta.shape()[1]);
+    // Rows lie at multiples of what copies can begin at, those of what a factor is split into too.
+    let aligned = |size: usize| size.is_multiple_of(ALIGNED / 2);
     serves(x)
-        && x.meta.shape()[0] >= LEAST
+        && [sizes[0], sizes[1], columns].iter().all(|&size| size >= LEAST)
         && compute != Compute::F32
         && [left, right].iter().all(|factor| factor.dtype == DType::F32)
-        // Rows of what a factor is split into lie at multiples of what copies can begin at.
-        && rank.is_multiple_of(ALIGNED / 2)
+        && [sizes[1], columns, rank].into_iter().all(aligned)
         && (1..=MOST_RANK).contains(&rank)
 }
 
