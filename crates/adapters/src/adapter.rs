@@ -9,7 +9,7 @@ use kiln_quant_core::{Place, Projection};
 /// A trained part beside a frozen linear layer.
 ///
 /// It sees its base only as a [`Projection`], so that every adapter works on every weight format.
-pub trait Adapter: Module + ModuleDisplay {
+pub trait Adapter: Module + ModuleDisplay + 'static {
     /// The output of `base` and adapter together, given `y`, the output of `base` alone for `x`; both have the base's
     /// bias in them.
     ///

@@ -80,7 +80,7 @@ fn gradients(device: &Device, recompute: Recompute) -> (f64, Vec<Vec<f32>>) {
     let scored: Vec<bool> = (0..48).map(|place| place % 24 >= 6 && place % 5 != 0).collect();
     let mut sums = GradientsAccumulator::new();
     let targets = Targets { ids: &targets, scored: &scored };
-    let options = DriverOptions { recompute, logit_rows: 10 };
+    let options = DriverOptions { recompute, logit_rows: 10, ..DriverOptions::default() };
     let loss = loss_and_gradients(&model, &tokens, targets, &options, &mut sums).unwrap();
     let found = sums.grads();
     let mut collect = Collect(&found, Vec::new());

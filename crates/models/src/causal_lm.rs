@@ -13,7 +13,7 @@ use crate::{Context, Error, KvCache, Result, ScaleSite, TokenBatch};
 /// The residual stream goes `embed` → `block(0)` → .. → `block(n - 1)` → `final_norm` → `lm_head`. Drivers that hold
 /// one block at a time (recomputation, calibration, side tuning) call the steps; [`forward`](Self::forward) and
 /// [`hidden_states`](Self::hidden_states) are built on them.
-pub trait CausalLm: Module + ModuleDisplay {
+pub trait CausalLm: Module + ModuleDisplay + 'static {
     /// Puts a batch on the model's device, with tables and masks for its positions; `cache` says what went before.
     ///
     /// # Errors
@@ -88,8 +88,17 @@ pub trait CausalLm: Module + ModuleDisplay {
     fn at(&self, place: Place);
 
     /// The residual stream after the last block, before the final norm; what training without recomputation runs.
-    fn residual(&self, context: &Context, mut cache: Option<&mut KvCache>) -> Tensor<3> {
-        let mut x = self.embed(context);
+    fn residual(&self, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
+        self.residual_from(self.embed(context), context, cache)
+    }
+
+    /// As [`residual`](Self::residual), from `x`, what [`embed`](Self::embed) gave or what was made of it.
+    fn residual_from(
+        &self,
+        mut x: Tensor<3>,
+        context: &Context,
+        mut cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
         for index in 0..self.num_blocks() {
             x = self.block(index, x, context, cache.as_deref_mut());
         }

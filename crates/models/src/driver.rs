@@ -7,7 +7,9 @@ use burn::{
 use kiln_quant_core::{fused, to_host};
 use serde::{Deserialize, Serialize};
 
-use crate::{CausalLm, Context, Error, Result, TokenBatch};
+use crate::{
+    CausalLm, Context, EmbeddingNoise, Error, Objective, Result, TokenBatch, TokenLoss, Weights, nll,
+};
 
 /// What the backward pass computes again instead of keeping.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -19,18 +21,22 @@ pub enum Recompute {
     Block,
 }
 
-/// How [`loss_and_gradients`] trades memory for time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How [`loss_and_gradients`] trades memory for time, and what the loss of a place is.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DriverOptions {
     /// What is computed again.
     pub recompute: Recompute,
     /// Rows of logits held at once.
     pub logit_rows: usize,
+    /// The loss of a scored place.
+    pub loss: TokenLoss,
+    /// What is added to the embedding.
+    pub noise: Option<EmbeddingNoise>,
 }
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self { recompute: Recompute::None, logit_rows: 256 }
+        Self { recompute: Recompute::None, logit_rows: 256, loss: TokenLoss::default(), noise: None }
     }
 }
 
@@ -77,53 +83,61 @@ impl PendingLoss {
     }
 }
 
-/// Adds the gradients of the **sum** of the scored targets' negative log-likelihoods to `gradients`, and returns that
-/// sum in nats.
+/// Adds the gradients of the **sum** of the scored places' losses, each times its weight, to `gradients`, and returns that
+/// sum in nats. Without options that is the sum of the targets' negative log-likelihoods.
 ///
 /// Sums, so that micro-batches add up: divide by the number of targets of all of them. `model` is the training model
 /// (after [`train`](burn::module::Module::train)); whatever requires gradients gets them. With [`Recompute::Block`]
 /// the gradients are those of plain autodiff to rounding, provided that blocks are deterministic (dropout included).
 ///
 /// # Errors
-/// [`Error::Argument`] if targets don't fit the batch, none is scored, or an id is not in the vocabulary.
-pub fn loss_and_gradients<M: CausalLm>(
+/// [`Error::Argument`] if targets or weights don't fit the batch, none is scored, or an id is not in the vocabulary.
+pub fn loss_and_gradients<'a, M: CausalLm>(
     model: &M,
     tokens: &TokenBatch,
-    targets: Targets,
+    objective: impl Into<Objective<'a>>,
     options: &DriverOptions,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<f64> {
-    queue_gradients(model, tokens, targets, options, gradients)?.read()
+    queue_gradients(model, tokens, objective, options, gradients)?.read()
 }
 
-/// As [`loss_and_gradients`], without waiting for the device: the loss is to be read later.
+/// As [`loss_and_gradients`], without waiting for the device, but for [`Weights::Computed`]: the loss is to be read later.
 ///
 /// # Errors
-/// As [`loss_and_gradients`].
-pub fn queue_gradients<M: CausalLm>(
+/// As [`loss_and_gradients`], and those of [`Weights::Computed`].
+pub fn queue_gradients<'a, M: CausalLm>(
     model: &M,
     tokens: &TokenBatch,
-    targets: Targets,
+    objective: impl Into<Objective<'a>>,
     options: &DriverOptions,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<PendingLoss> {
-    check(model, tokens, targets)?;
+    let objective = objective.into();
+    check(model, tokens, objective.targets)?;
     let context = model.context(tokens, None)?;
+    let noisy = |x| match options.noise {
+        Some(noise) => noise.add(x, tokens),
+        None => x,
+    };
     match options.recompute {
         Recompute::None => {
-            let x = model.residual(&context, None);
-            let (loss, dx) = head(model, x.clone().inner(), targets, options.logit_rows, gradients)?;
+            let x = match options.noise {
+                Some(_) => model.residual_from(noisy(model.embed(&context)), &context, None),
+                None => model.residual(&context, None),
+            };
+            let (loss, dx) = head(model, x.clone().inner(), objective, options, gradients)?;
             backward(model, x, dx, gradients);
             Ok(loss)
         }
         Recompute::Block => {
             let inference = model.valid();
-            let mut inputs = vec![inference.embed(&context)];
+            let mut inputs = vec![noisy(inference.embed(&context))];
             for index in 0..model.num_blocks() {
                 inputs.push(inference.block(index, inputs[index].clone(), &context, None));
             }
             let top = inputs.pop().expect("the embedding at least");
-            let (loss, mut dx) = head(model, top.clone(), targets, options.logit_rows, gradients)?;
+            let (loss, mut dx) = head(model, top.clone(), objective, options, gradients)?;
             let mut output = top;
             for index in (0..model.num_blocks()).rev() {
                 let input = inputs.pop().expect("an input for every block");
@@ -152,7 +166,8 @@ pub fn residual_gradient<M: CausalLm>(
     logit_rows: usize,
 ) -> Result<(f64, Tensor<3>)> {
     check(model, tokens, targets)?;
-    let (loss, dx) = head(model, x, targets, logit_rows, &mut GradientsAccumulator::new())?;
+    let options = DriverOptions { logit_rows, ..DriverOptions::default() };
+    let (loss, dx) = head(model, x, targets.into(), &options, &mut GradientsAccumulator::new())?;
     Ok((loss.read()?, dx))
 }
 
@@ -179,14 +194,15 @@ fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }
 
-/// Final norm, head and loss, a few rows at a time: the negative log-likelihoods and the gradient of their sum.
+/// Final norm, head and loss, a few rows at a time: the losses and the gradient of their sum.
 fn head<M: CausalLm>(
     model: &M,
     x: Tensor<3>,
-    targets: Targets,
-    logit_rows: usize,
+    objective: Objective,
+    options: &DriverOptions,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<(PendingLoss, Tensor<3>)> {
+    let Objective { targets, weights, teacher } = objective;
     let [batch, length, width] = x.dims();
     let device = x.device();
     let places: Vec<usize> = (0..batch * length).filter(|&place| targets.scored[place]).collect();
@@ -195,15 +211,39 @@ fn head<M: CausalLm>(
         let count = values.len();
         Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
     };
+    let weights = match weights {
+        Weights::Equal => None,
+        Weights::Given(all) => {
+            check_weights(all.len(), batch * length)?;
+            Some(places.iter().map(|&place| all[place]).collect())
+        }
+        Weights::Computed(weigh) => {
+            let found = weigh(&nll::of_places(&model.valid(), &rows, &places, targets.ids)?)?;
+            check_weights(found.len(), places.len())?;
+            Some(found)
+        }
+    };
+    let chunk = options.logit_rows.max(1);
+    let mut weights = weights.as_ref().map(|weights: &Vec<f32>| weights.chunks(chunk));
     let (mut losses, mut found_rows) = (Vec::new(), Vec::new());
-    for places in places.chunks(logit_rows.max(1)) {
+    for places in places.chunks(chunk) {
         let index = ints(places.iter().map(|&place| place as i64).collect());
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
-        let part = Tensor::from_inner(rows.clone().select(0, index)).require_grad();
-        let loss = fused::cross_entropy(model.lm_head(model.final_norm(part.clone())), ids);
-        losses.push(loss.clone().inner());
-        // Begins with ones, which is the gradient of the sum.
-        let mut found = loss.backward();
+        let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();
+        let teacher = teacher.as_ref().map(|teacher| Tensor::from_inner(teacher.logits(index)));
+        let loss = options.loss.of(model.lm_head(model.final_norm(part.clone())), ids, teacher);
+        let mut found = match weights.as_mut().and_then(Iterator::next) {
+            Some(weights) => {
+                let weights = Tensor::<1>::from_data(weights, &device).cast(loss.dtype());
+                losses.push(loss.clone().inner() * weights.clone());
+                fused::seeded(loss, weights).backward()
+            }
+            None => {
+                losses.push(loss.clone().inner());
+                // Begins with ones, which is the gradient of the sum.
+                loss.backward()
+            }
+        };
         found_rows.push(part.grad_remove(&mut found).expect("the head passes gradients to its input"));
         gradients.accumulate(model, GradientsParams::from_grads(found, model));
     }
@@ -213,6 +253,17 @@ fn head<M: CausalLm>(
     places.iter().zip(0..).for_each(|(&place, row)| from[place] = row);
     let dx = Tensor::cat(found_rows, 0).select(0, ints(from));
     Ok((PendingLoss { parts: losses }, dx.reshape([batch, length, width])))
+}
+
+fn check_weights(found: usize, expected: usize) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    Err(Error::Argument {
+        name: "weights".into(),
+        expected: format!("a weight for each of {expected} places"),
+        found: found.to_string(),
+    })
 }
 
 fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Result<()> {

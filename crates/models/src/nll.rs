@@ -37,7 +37,18 @@ pub fn token_nll<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
     let model = model.valid();
     let x = model.residual(&model.context(tokens, None)?, None);
     let [batch, length, width] = x.dims();
-    let (rows, device) = (x.reshape([batch * length, width]), model.device());
+    of_places(&model, &x.reshape([batch * length, width]), &places, targets.ids)
+}
+
+/// Negative log-likelihoods at `places` of `rows` `[batch * length, width]` of the residual stream, by a model outside
+/// autodiff.
+pub(crate) fn of_places<M: CausalLm>(
+    model: &M,
+    rows: &Tensor<2>,
+    places: &[usize],
+    targets: &[u32],
+) -> Result<Vec<f32>> {
+    let device = rows.device();
     let ints = |values: Vec<i64>| {
         let count = values.len();
         Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
@@ -45,7 +56,7 @@ pub fn token_nll<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
     let mut nll = Vec::with_capacity(places.len());
     for places in places.chunks(ROWS) {
         let index = ints(places.iter().map(|&place| place as i64).collect());
-        let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
+        let ids = ints(places.iter().map(|&place| i64::from(targets[place])).collect());
         let logits = model.lm_head(model.final_norm(rows.clone().select(0, index)));
         nll.extend(to_host("likelihoods", fused::cross_entropy(logits.cast(FloatDType::F32), ids))?);
     }

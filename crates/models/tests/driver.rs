@@ -64,7 +64,7 @@ fn recomputation_and_chunked_loss_equal_plain_autodiff() {
         for recompute in [Recompute::None, Recompute::Block] {
             for logit_rows in [5, 1000] {
                 let mut accumulator = GradientsAccumulator::new();
-                let options = DriverOptions { recompute, logit_rows };
+                let options = DriverOptions { recompute, logit_rows, ..DriverOptions::default() };
                 let targets = Targets { ids: &targets, scored: &scored };
                 let loss = loss_and_gradients(&model, &tokens, targets, &options, &mut accumulator).unwrap();
                 assert!((loss - f64::from(expected_loss)).abs() < 1e-3, "{folder}: {loss} {expected_loss}");

@@ -15,7 +15,7 @@ use crate::{
 ///
 /// Models are generic over one projection (`Decoder<P>`), so that quantizing, adapting and merging change the type and
 /// nothing else.
-pub trait Projection: Module + ModuleDisplay {
+pub trait Projection: Module + ModuleDisplay + 'static {
     /// `x · W + b`.
     ///
     /// # Shapes

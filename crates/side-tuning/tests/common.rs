@@ -39,7 +39,7 @@ pub(crate) fn text(seq_len: usize) -> Arc<Dataset> {
 
 /// The first of those rows.
 pub(crate) fn first_row(seq_len: usize) -> Vec<u32> {
-    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next().unwrap().tokens.ids
+    Batches::new(text(seq_len), BatchOptions::new(1)).unwrap().next_batch().unwrap().tokens.ids
 }
 
 pub(crate) fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {
@@ -91,7 +91,7 @@ pub(crate) fn next_token_gradients<M: CausalLm>(
     let count = ids.len() - 1;
     let targets: Vec<u32> = ids[1..].iter().copied().chain([0]).collect();
     let scored: Vec<bool> = (0..ids.len()).map(|place| place < count).collect();
-    let options = DriverOptions { recompute, logit_rows: 3 };
+    let options = DriverOptions { recompute, logit_rows: 3, ..DriverOptions::default() };
     let mut sums = GradientsAccumulator::new();
     let targets = Targets { ids: &targets, scored: &scored };
     let loss = loss_and_gradients(model, &tokens, targets, &options, &mut sums).unwrap();

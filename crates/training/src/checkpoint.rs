@@ -8,10 +8,7 @@ use std::{
     path::Path,
 };
 
-use burn::{
-    optim::{ModuleOptimizer, OptimizerRecord},
-    tensor::{Bytes, DType},
-};
+use burn::{optim::OptimizerRecord, tensor::Bytes};
 use burn_pack::Reader;
 use kiln_quant_core::{
     files::{NewFolder, whole_folder, write_atomically},
@@ -21,7 +18,10 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use crate::{Cursor, Error, Result, ScheduleKind, TrainerConfig, trainable::Parameter};
+use crate::{
+    Cursor, Error, OptimizerKind, Result, ScheduleKind, TrainerConfig, optim::Optimizers,
+    trainable::Parameter,
+};
 
 /// Version of the folder's layout.
 pub(crate) const VERSION: u32 = 2;
@@ -29,6 +29,14 @@ pub(crate) const VERSION: u32 = 2;
 const STATE: &str = "state.json";
 const TENSORS: &str = "trainable.safetensors";
 const OPTIMIZER: &str = "optimizer.bpk";
+
+/// The record of a part of the optimizers: of the parameters in no group, or of a group.
+fn optimizer_file(part: usize) -> String {
+    match part {
+        0 => OPTIMIZER.into(),
+        group => format!("optimizer-{group}.bpk"),
+    }
+}
 /// Metadata key of the parameters' ids in [`TENSORS`].
 const IDS: &str = "kiln.parameter_ids";
 
@@ -90,7 +98,7 @@ pub(crate) fn save(
     folder: &Path,
     mut state: State,
     parameters: &BTreeMap<String, Parameter>,
-    optimizer: &ModuleOptimizer,
+    optimizers: &Optimizers,
 ) -> Result<()> {
     for (name, parameter) in parameters {
         if let Some(value) = parameter.values.iter().find(|value| !value.is_finite()) {
@@ -98,16 +106,21 @@ pub(crate) fn save(
             return Err(Error::Diverged { step, quantity, value: f64::from(*value), checkpoint: None });
         }
     }
-    let new = NewFolder::replacing(folder, &[STATE, TENSORS, OPTIMIZER])?;
+    let records: Vec<String> = (0..optimizers.len()).map(optimizer_file).collect();
+    let own: Vec<&str> = [STATE, TENSORS].into_iter().chain(records.iter().map(String::as_str)).collect();
+    let new = NewFolder::replacing(folder, &own)?;
     let write = |name: &str, bytes: &[u8]| {
         write_atomically(&new.path().join(name), |file| std::io::Write::write_all(file, bytes))
     };
     let tensors = tensors(&folder.join(TENSORS), parameters)?;
-    let moments =
-        optimizer.into_bytes().map_err(|e| wrong(&folder.join(OPTIMIZER), "record", "a record", e))?;
-    for (name, bytes) in [(TENSORS, &tensors[..]), (OPTIMIZER, &moments[..])] {
-        write(name, bytes)?;
+    let mut add = |name: &str, bytes: &[u8]| {
         state.files.insert(name.into(), hex(Sha256::digest(bytes)));
+        write(name, bytes)
+    };
+    add(TENSORS, &tensors)?;
+    for (part, name) in records.iter().enumerate() {
+        let record = optimizers.part(part).into_bytes();
+        add(name, &record.map_err(|e| wrong(&folder.join(name), "record", "a record", e))?)?;
     }
     let no_json = |error| wrong(&folder.join(STATE), "state", "JSON", error);
     // As it will read: a number's text is what is hashed.
@@ -261,38 +274,58 @@ fn parameters(
         .collect()
 }
 
-/// Reads the optimizer's averages into `optimizer`: those of the saved parameters, in their shapes, and no others.
-pub(crate) fn load_optimizer(
+/// Reads the optimizers' states: those of the saved parameters and no others, in the shapes that `kind` has, where it is
+/// known.
+pub(crate) fn load_optimizers(
     folder: &Path,
     saved: &Saved,
-    optimizer: ModuleOptimizer,
-) -> Result<ModuleOptimizer> {
+    kind: Option<OptimizerKind>,
+    optimizers: &mut Optimizers,
+) -> Result<()> {
     let folder = whole_folder(folder);
-    let path = folder.join(OPTIMIZER);
-    let bytes = read(&folder, OPTIMIZER, &saved.state)?;
-    let bytes = Bytes::from_bytes_vec(bytes).shared();
-    // A file that fits its hash was written by a save; whoever makes both up must get an error all the same.
-    let loaded = std::panic::catch_unwind(AssertUnwindSafe(|| {
-        check_moments(&path, bytes.clone(), &saved.parameters)?;
-        let record = OptimizerRecord::from_bytes(bytes).map_err(|error| unreadable(&path, error))?;
-        Ok(optimizer.load_record(record))
-    }));
-    loaded.unwrap_or_else(|_| Err(unreadable(&path, "one that Burn can't read")))
+    for part in 0..optimizers.len() {
+        let name = optimizer_file(part);
+        let path = folder.join(&name);
+        let bytes = Bytes::from_bytes_vec(read(&folder, &name, &saved.state)?).shared();
+        let parameters = saved.parameters.values().filter(|parameter| optimizers.owns(part, parameter.id));
+        let shapes: BTreeMap<u64, &[usize]> = parameters.map(|p| (p.id, &p.shape[..])).collect();
+        optimizers.try_map_part(part, |optimizer| {
+            // A file that fits its hash was written by a save; whoever makes both up must get an error all the same.
+            let loaded = std::panic::catch_unwind(AssertUnwindSafe(|| {
+                check_states(&path, bytes.clone(), kind, &shapes)?;
+                let record = OptimizerRecord::from_bytes(bytes).map_err(|error| unreadable(&path, error))?;
+                Ok(optimizer.load_record(record))
+            }));
+            loaded.unwrap_or_else(|_| Err(unreadable(&path, "one that Burn can't read")))
+        })?;
+    }
+    Ok(())
 }
 
 fn unreadable(path: &Path, found: impl ToString) -> Error {
     wrong(path, "record", "an optimizer's record", found)
 }
 
-/// A moment has the id of a saved parameter, and its shape.
-fn check_moments(path: &Path, bytes: Bytes, parameters: &BTreeMap<String, Parameter>) -> Result<()> {
-    let shapes: BTreeMap<u64, &[usize]> = parameters.values().map(|p| (p.id, &p.shape[..])).collect();
+/// A state has the id of a saved parameter, and the type and shape that go with it.
+fn check_states(
+    path: &Path,
+    bytes: Bytes,
+    kind: Option<OptimizerKind>,
+    shapes: &BTreeMap<u64, &[usize]>,
+) -> Result<()> {
     let tensors = Reader::from_bytes(bytes).and_then(Reader::into_tensors);
     for tensor in tensors.map_err(|error| unreadable(path, error))? {
         let shape = tensor.param_id.and_then(|id| shapes.get(&id));
-        let expected = shape
-            .map_or("a moment of a saved parameter".into(), |shape| format!("{:?} {shape:?}", DType::F32));
+        // After the parameter's id.
+        let name = tensor.name.split_once('.').map_or(tensor.name.as_str(), |(_, name)| name);
         let found = format!("{:?} {:?}", tensor.dtype, tensor.shape.as_slice());
+        let expected = match (shape, kind) {
+            (Some(_), None) => continue,
+            (Some(shape), Some(kind)) => kind.state_tensor(name, shape),
+            (None, _) => None,
+        };
+        let expected = expected
+            .map_or("a state of a saved parameter".into(), |(dtype, shape)| format!("{dtype:?} {shape:?}"));
         if expected != found {
             return Err(wrong(path, &tensor.name, expected, found));
         }

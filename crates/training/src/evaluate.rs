@@ -39,6 +39,7 @@ impl DatasetLoss {
 pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<DatasetLoss> {
     let (mut sum, mut tokens) = (0.0, 0);
     for batch in in_order(dataset, batch, 0)? {
+        let batch = batch?;
         let nll = token_nll(model, &batch.tokens, batch.as_targets())?;
         sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
         tokens += nll.len();

@@ -24,22 +24,3 @@ pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<
     model.visit(&mut squares);
     squares.sums
 }
-
-/// All gradients times `factor`.
-pub(crate) fn scale<M: Module>(model: &M, gradients: GradientsParams, factor: f64) -> GradientsParams {
-    struct Scale {
-        from: GradientsParams,
-        to: GradientsParams,
-        factor: f64,
-    }
-    impl ModuleVisitor for Scale {
-        fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-            if let Some(gradient) = self.from.remove::<D>(param.id) {
-                self.to.register(param.id, gradient.mul_scalar(self.factor));
-            }
-        }
-    }
-    let mut scale = Scale { from: gradients, to: GradientsParams::new(), factor };
-    model.visit(&mut scale);
-    scale.to
-}

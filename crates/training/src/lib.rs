@@ -1,28 +1,34 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
-mod adamw;
 mod batch;
 mod checkpoint;
+mod config;
 mod data;
 mod error;
 mod evaluate;
 mod gradients;
-mod jsonl;
+mod optim;
+mod preference;
+mod reference;
 mod run;
 mod schedule;
 mod tokenize;
 mod trainable;
 mod trainer;
 
-pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, in_order};
+pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, Placed, in_order};
+pub use config::{ParameterGroup, TrainerConfig};
 pub use data::{
-    DataOptions, DataReport, Dataset, DropReason, DroppedRow, Example, LongSequences, TokenizeText,
+    Conversation, DataOptions, DataReport, Dataset, DropReason, DroppedRow, Example, Form, Learned,
+    LongSequences, Preview, TokenizeText,
 };
 pub use error::{Error, Result};
 pub use evaluate::{DatasetLoss, evaluate};
-pub use kiln_models::{Place, chat::Message};
+pub use kiln_models::{Distillation, Place, TokenLoss, chat::Message};
+pub use optim::OptimizerKind;
+pub use preference::{PreferenceLoss, PreferenceReport};
 pub use run::{Evaluation, Event, Observer, RunEnd, RunOptions, RunReport};
-pub use schedule::{Schedule, ScheduleKind};
+pub use schedule::{Decay, Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
-pub use trainer::{StepReport, Trainer, TrainerConfig};
+pub use trainer::{StepReport, Trainer};

@@ -10,7 +10,7 @@ use std::{
 use kiln_quant_core::files::OutputFolder;
 use serde::{Deserialize, Serialize};
 
-use crate::{Dataset, Result, StepReport};
+use crate::{Dataset, PreferenceReport, Result, StepReport};
 
 /// When [`Trainer::run`](crate::Trainer::run) evaluates, saves and gives up.
 ///
@@ -108,6 +108,9 @@ pub struct Evaluation {
     pub score: f64,
     /// Whether it is the lowest so far.
     pub is_best: bool,
+    /// How answers stood, where the score is a loss of preferences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceReport>,
 }
 
 /// Something that happened in a run. Its text is a line for a person.
@@ -126,7 +129,7 @@ impl fmt::Display for Event<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Step(report) => write!(f, "step {}: loss {:.4}", report.step + 1, report.loss),
-            Self::Evaluation(Evaluation { steps, score, is_best }) => {
+            Self::Evaluation(Evaluation { steps, score, is_best, .. }) => {
                 let best = if *is_best { ", the best so far" } else { "" };
                 write!(f, "after {steps} steps: held-out loss {score:.4}{best}")
             }

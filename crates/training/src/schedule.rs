@@ -25,13 +25,60 @@ pub enum ScheduleKind {
         /// The factor `f` at the end, 0 to 1.
         final_ratio: f64,
     },
+    /// `(1 + cos(π (c p mod 1))) / 2`: down to 0 along half a cosine wave, `c` times.
+    CosineWithRestarts {
+        /// How often, `c`, at least 1.
+        cycles: u32,
+    },
+    /// `1 / √(1 + s / t)`, `s` the steps since the warm-up; goes on falling after the end.
+    InverseSqrt {
+        /// After so many steps, `t`, the rate is at 1 / √2; at least 1.
+        timescale: u64,
+    },
+    /// 1, and in the last steps down to `f`. The warm-up begins at `f`, too, as in transformers.
+    WarmupStableDecay {
+        /// Steps of the fall, at least 1; they begin after the warm-up at the earliest.
+        decay_steps: u64,
+        /// How it falls.
+        decay: Decay,
+        /// The factor `f` at both ends, 0 to 1.
+        final_ratio: f64,
+    },
+}
+
+/// How a rate falls from 1 to 0, `p` from 0 to 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+#[non_exhaustive]
+pub enum Decay {
+    /// `1 - p`.
+    Linear,
+    /// `(1 + cos(π p)) / 2`.
+    Cosine,
+    /// `1 - √p`.
+    OneMinusSqrt,
+}
+
+impl Decay {
+    fn at(self, progress: f64) -> f64 {
+        match self {
+            Self::Linear => 1.0 - progress,
+            Self::Cosine => half_cosine(progress),
+            Self::OneMinusSqrt => 1.0 - progress.sqrt(),
+        }
+    }
+}
+
+/// From 1 to 0 along half a cosine wave.
+fn half_cosine(progress: f64) -> f64 {
+    0.5 * (1.0 + (std::f64::consts::PI * progress).cos())
 }
 
 /// A learning rate that rises linearly from 0 over the warm-up, then follows a [`ScheduleKind`].
 ///
 /// Steps count from 0. While `step < warmup_steps` the factor is `step / warmup_steps`, so that step 0 of a run with a
 /// warm-up has rate 0, as in transformers. Then `p = (step - warmup_steps) / (total_steps - warmup_steps)`, held at 1
-/// from `total_steps` on (transformers' cosine would rise again).
+/// from `total_steps` on (transformers' cosine would rise again). What a kind does otherwise, it says.
 ///
 /// ```
 /// use kiln_training::{Schedule, ScheduleKind};
@@ -60,28 +107,54 @@ impl Schedule {
         if !(peak.is_finite() && peak > 0.0) {
             return Err(Problem::new("lr", "a finite number above 0", peak).argument());
         }
-        match kind {
-            ScheduleKind::Linear { final_ratio } | ScheduleKind::Cosine { final_ratio }
-                if !(0.0..=1.0).contains(&final_ratio) =>
-            {
-                Err(Problem::new("final_ratio", "a number from 0 to 1", final_ratio).argument())
-            }
+        let ratio = match kind {
+            ScheduleKind::Linear { final_ratio }
+            | ScheduleKind::Cosine { final_ratio }
+            | ScheduleKind::WarmupStableDecay { final_ratio, .. } => final_ratio,
+            _ => 0.0,
+        };
+        if !(0.0..=1.0).contains(&ratio) {
+            return Err(Problem::new("final_ratio", "a number from 0 to 1", ratio).argument());
+        }
+        let count = match kind {
+            ScheduleKind::CosineWithRestarts { cycles } => ("cycles", u64::from(cycles)),
+            ScheduleKind::InverseSqrt { timescale } => ("timescale", timescale),
+            ScheduleKind::WarmupStableDecay { decay_steps, .. } => ("decay_steps", decay_steps),
+            _ => ("", 1),
+        };
+        match count {
+            (name, 0) => Err(Problem::new(name, "at least 1", 0).argument()),
             _ => Ok(Self { peak, warmup_steps, total_steps, kind }),
         }
     }
 
     /// The learning rate of `step`, counted from 0.
     pub fn lr(&self, step: u64) -> f64 {
-        if step < self.warmup_steps {
-            return self.peak * (step as f64 / self.warmup_steps as f64);
-        }
-        let length = self.total_steps.saturating_sub(self.warmup_steps).max(1);
-        let progress = ((step - self.warmup_steps) as f64 / length as f64).min(1.0);
+        let since = match step.checked_sub(self.warmup_steps) {
+            Some(since) => since as f64,
+            None => {
+                let from = match self.kind {
+                    ScheduleKind::WarmupStableDecay { final_ratio, .. } => final_ratio,
+                    _ => 0.0,
+                };
+                return self.peak * (from + (1.0 - from) * (step as f64 / self.warmup_steps as f64));
+            }
+        };
+        let length = self.total_steps.saturating_sub(self.warmup_steps);
+        let progress = (since / length.max(1) as f64).min(1.0);
         let (final_ratio, shape) = match self.kind {
             ScheduleKind::Constant => return self.peak,
+            ScheduleKind::InverseSqrt { timescale } => (0.0, 1.0 / (1.0 + since / timescale as f64).sqrt()),
             ScheduleKind::Linear { final_ratio } => (final_ratio, 1.0 - progress),
-            ScheduleKind::Cosine { final_ratio } => {
-                (final_ratio, 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()))
+            ScheduleKind::Cosine { final_ratio } => (final_ratio, half_cosine(progress)),
+            ScheduleKind::CosineWithRestarts { .. } if progress >= 1.0 => (0.0, 0.0),
+            ScheduleKind::CosineWithRestarts { cycles } => {
+                (0.0, half_cosine((f64::from(cycles) * progress).fract()))
+            }
+            ScheduleKind::WarmupStableDecay { decay_steps, decay, final_ratio } => {
+                let stable = length.saturating_sub(decay_steps) as f64;
+                let falling = ((since - stable) / decay_steps as f64).clamp(0.0, 1.0);
+                (final_ratio, decay.at(falling))
             }
         };
         self.peak * (final_ratio + (1.0 - final_ratio) * shape)
@@ -101,7 +174,7 @@ mod tests {
     #[test]
     fn factors_equal_transformers() {
         let cases: Vec<Value> = serde_json::from_slice(&std::fs::read(FILE).unwrap()).unwrap();
-        assert_eq!(cases.len(), 20);
+        assert_eq!(cases.len(), 40);
         for case in cases {
             let kind: ScheduleKind = serde_json::from_value(case["kind"].clone()).unwrap();
             let (warmup, total) = (case["warmup"].as_u64().unwrap(), case["total"].as_u64().unwrap());

@@ -1,13 +1,13 @@
 //! A model's own tokenizer and chat template, as the data pipeline takes them.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use kiln_models::{
     Tokenizer,
     chat::{ChatTemplate, TemplateContext},
 };
 
-use crate::{Message, TokenizeText};
+use crate::{Conversation, Message, TokenizeText};
 
 /// A tokenizer with the chat template that belongs to it.
 ///
@@ -83,12 +83,33 @@ impl TokenizeText for ModelTokenizer<'_> {
         self.learned(&text, add_special, std::slice::from_ref(&(prompt.len()..text.len())))
     }
 
-    fn chat(&self, messages: &[Message]) -> Result<(Vec<u32>, Vec<bool>), String> {
+    fn chat(&self, conversation: &Conversation) -> Result<(Vec<u32>, Vec<bool>), String> {
         let template = self.template()?;
-        let rendered = template
-            .render_with_assistant_ranges(messages, &self.context)
-            .map_err(|error| error.to_string())?;
+        let Conversation { messages, variables, learned } = conversation;
+        let mut context = Cow::Borrowed(&self.context);
+        if !variables.is_empty() {
+            context.to_mut().extra.extend(variables.clone());
+        }
+        let rendered =
+            template.render_with_assistant_ranges(messages, &context).map_err(|error| error.to_string())?;
+        let answers = messages.iter().zip(learned).filter(|(message, _)| message.role == "assistant");
+        let flags: Vec<bool> = answers.map(|(_, learned)| *learned).collect();
+        let mut parts = rendered.assistant;
+        if flags.contains(&false) {
+            if flags.len() != parts.len() {
+                let (answers, parts) = (flags.len(), parts.len());
+                return Err(format!(
+                    "which of {answers} answers to learn can't be told: the template marks {parts} parts"
+                ));
+            }
+            parts =
+                parts.into_iter().zip(flags).filter(|(_, learned)| *learned).map(|(part, _)| part).collect();
+        }
         // The template writes the special tokens itself.
-        self.learned(&rendered.text, false, &rendered.assistant)
+        self.learned(&rendered.text, false, &parts)
+    }
+
+    fn has_chat(&self) -> bool {
+        self.template.is_some()
     }
 }

@@ -46,15 +46,17 @@ pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter
     Ok(found)
 }
 
-/// SHA-256 of all parameters that don't require gradients, by path: which model it is that is trained. Every value is read,
-/// one tensor at a time.
+/// SHA-256 of the parameters that `is_wanted`, by path. Every value is read, one tensor at a time.
 ///
 /// # Errors
 /// A device that can't be read.
-pub(crate) fn frozen_fingerprint<M: Module>(model: &M) -> Result<String> {
+pub(crate) fn fingerprint<M: Module>(
+    model: &M,
+    is_wanted: impl Fn(&kiln_quant_core::Parameter<'_>) -> bool,
+) -> Result<String> {
     let mut hash = Sha256::new();
     for_each_parameter(model, |parameter| {
-        if parameter.trained {
+        if !is_wanted(&parameter) {
             return Ok(());
         }
         hash.update(format!("{} {:?}\n", stable_name(parameter.path), parameter.shape));

@@ -1,4 +1,4 @@
-//! The loop: micro-batches to gradients to a step of AdamW.
+//! The loop: micro-batches to gradients to a step.
 
 use std::{
     collections::BTreeMap,
@@ -8,212 +8,25 @@ use std::{
     time::Instant,
 };
 
-use burn::optim::{GradientsAccumulator, ModuleOptimizer};
-use kiln_models::{CausalLm, DriverOptions, PendingLoss, Place, Recompute, queue_gradients};
+use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use kiln_models::{
+    CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, Weights, queue_gradients,
+};
 use kiln_quant_core::trained_values;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    Batch, BatchOptions, Batches, Dataset, Error, Evaluation, Event, Observer, Result, RunEnd, RunOptions,
-    RunReport, Schedule, ScheduleKind, adamw, batch, checkpoint, evaluate,
-    gradients::{scale, squares},
+    Batch, Batches, Dataset, Error, Evaluation, Event, Observer, ParameterGroup, PreferenceLoss,
+    PreferenceReport, Result, RunEnd, RunOptions, RunReport, Schedule, TrainerConfig, checkpoint,
+    error::Problem,
+    evaluate,
+    gradients::squares,
+    in_order,
+    optim::{MakeOptimizer, Optimizers},
+    preference::{self, Answer, Outcome, Rewards, Totals},
+    reference::{self, Reference},
     trainable::{self, Parameter},
 };
-
-/// How to train. Everything that decides the numbers is here or in the data's options; a checkpoint refuses to go on
-/// under another configuration, but for more `steps` where the learning rate doesn't depend on them.
-///
-/// | name | default | purpose | range |
-/// | --- | --- | --- | --- |
-/// | `steps` | required | optimizer steps | at least 1 |
-/// | `batch` | required | rows of a micro-batch, their order and packing | |
-/// | `accumulate` | 1 | micro-batches of a step | at least 1 |
-/// | `lr` | 3e-4 | peak learning rate | above 0 |
-/// | `warmup` | 0 | steps of linear warm-up | |
-/// | `schedule` | constant | what follows the warm-up | |
-/// | `clip` | 1 | largest global norm of the gradient; `None` leaves it | above 0 |
-/// | `weight_decay` | 0 | decoupled decay | at least 0 |
-/// | `betas` | 0.9, 0.999 | AdamW's averages | 0 to 1 |
-/// | `eps` | 1e-8 | AdamW's division | above 0 |
-/// | `recompute` | none | what the backward pass computes again | |
-/// | `logit_rows` | 256 | rows of logits held at once | at least 1 |
-/// | `max_skipped` | 0 | steps that are passed over because loss or gradient isn't finite, before that ends the run | |
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-#[non_exhaustive]
-pub struct TrainerConfig {
-    /// Optimizer steps.
-    pub steps: u64,
-    /// Rows of a micro-batch, their order and packing.
-    pub batch: BatchOptions,
-    /// Micro-batches of a step.
-    pub accumulate: usize,
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Steps of linear warm-up.
-    pub warmup: u64,
-    /// What follows the warm-up.
-    pub schedule: ScheduleKind,
-    /// Largest global norm of the gradient.
-    pub clip: Option<f64>,
-    /// Decoupled weight decay.
-    pub weight_decay: f32,
-    /// AdamW's averages.
-    pub betas: [f32; 2],
-    /// Added to AdamW's divisor.
-    pub eps: f32,
-    /// What the backward pass computes again.
-    pub recompute: Recompute,
-    /// Rows of logits held at once.
-    pub logit_rows: usize,
-    /// Steps of a run that may be passed over because loss or gradient isn't finite.
-    pub max_skipped: u64,
-}
-
-impl TrainerConfig {
-    /// `steps` steps of one micro-batch each, other options at their defaults. `batch` may be the number of rows.
-    pub fn new(steps: u64, batch: impl Into<BatchOptions>) -> Self {
-        Self {
-            steps,
-            batch: batch.into(),
-            accumulate: 1,
-            lr: 3e-4,
-            warmup: 0,
-            schedule: ScheduleKind::Constant,
-            clip: Some(1.0),
-            weight_decay: 0.0,
-            betas: [0.9, 0.999],
-            eps: 1e-8,
-            recompute: Recompute::None,
-            logit_rows: 256,
-            max_skipped: 0,
-        }
-    }
-
-    /// Sets `steps`.
-    #[must_use]
-    pub fn with_steps(mut self, steps: u64) -> Self {
-        self.steps = steps;
-        self
-    }
-
-    /// Sets `steps` to those of `epochs` passes over `dataset`, the last step filled up from the next pass; to be called
-    /// after `batch` and `accumulate` are set.
-    ///
-    /// # Errors
-    /// [`Error::Argument`] for batch options that don't fit the data.
-    pub fn with_epochs(mut self, dataset: &Dataset, epochs: u64) -> Result<Self> {
-        let rows_of_a_step = (self.batch.batch as u64).saturating_mul(self.accumulate as u64).max(1);
-        self.steps = batch::rows_in(dataset, &self.batch, epochs)?.div_ceil(rows_of_a_step);
-        Ok(self)
-    }
-
-    /// Sets `accumulate`.
-    #[must_use]
-    pub fn with_accumulate(mut self, accumulate: usize) -> Self {
-        self.accumulate = accumulate;
-        self
-    }
-
-    /// Sets `lr`.
-    #[must_use]
-    pub fn with_lr(mut self, lr: f64) -> Self {
-        self.lr = lr;
-        self
-    }
-
-    /// Sets `warmup`.
-    #[must_use]
-    pub fn with_warmup(mut self, warmup: u64) -> Self {
-        self.warmup = warmup;
-        self
-    }
-
-    /// Sets `max_skipped`.
-    #[must_use]
-    pub fn with_max_skipped(mut self, max_skipped: u64) -> Self {
-        self.max_skipped = max_skipped;
-        self
-    }
-
-    /// Sets `schedule`.
-    #[must_use]
-    pub fn with_schedule(mut self, schedule: ScheduleKind) -> Self {
-        self.schedule = schedule;
-        self
-    }
-
-    /// Sets `clip`.
-    #[must_use]
-    pub fn with_clip(mut self, clip: Option<f64>) -> Self {
-        self.clip = clip;
-        self
-    }
-
-    /// Sets `weight_decay`.
-    #[must_use]
-    pub fn with_weight_decay(mut self, weight_decay: f32) -> Self {
-        self.weight_decay = weight_decay;
-        self
-    }
-
-    /// Sets `betas`.
-    #[must_use]
-    pub fn with_betas(mut self, betas: [f32; 2]) -> Self {
-        self.betas = betas;
-        self
-    }
-
-    /// Sets `eps`.
-    #[must_use]
-    pub fn with_eps(mut self, eps: f32) -> Self {
-        self.eps = eps;
-        self
-    }
-
-    /// Sets `recompute`.
-    #[must_use]
-    pub fn with_recompute(mut self, recompute: Recompute) -> Self {
-        self.recompute = recompute;
-        self
-    }
-
-    /// Sets `logit_rows`.
-    #[must_use]
-    pub fn with_logit_rows(mut self, logit_rows: usize) -> Self {
-        self.logit_rows = logit_rows;
-        self
-    }
-
-    fn check(&self) -> Result<Schedule> {
-        let fail = |name: &str, expected: &str, found: String| {
-            Err(Error::Argument { name: name.into(), expected: expected.into(), found })
-        };
-        let counts = [
-            ("steps", self.steps),
-            ("accumulate", self.accumulate as u64),
-            ("logit_rows", self.logit_rows as u64),
-        ];
-        if let Some((name, _)) = counts.into_iter().find(|(_, count)| *count == 0) {
-            return fail(name, "at least 1", "0".into());
-        }
-        if let Some(clip) = self.clip
-            && !(clip.is_finite() && clip > 0.0)
-        {
-            return fail("clip", "a finite number above 0", clip.to_string());
-        }
-        if !(self.weight_decay.is_finite() && self.weight_decay >= 0.0) {
-            return fail("weight_decay", "a finite number, at least 0", self.weight_decay.to_string());
-        }
-        if self.betas.iter().any(|beta| !(0.0..1.0).contains(beta)) {
-            return fail("betas", "numbers from 0 to below 1", format!("{:?}", self.betas));
-        }
-        if !(self.eps.is_finite() && self.eps > 0.0) {
-            return fail("eps", "a finite number above 0", self.eps.to_string());
-        }
-        Schedule::new(self.lr, self.warmup, self.steps, self.schedule)
-    }
-}
 
 /// What one step did.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -221,7 +34,7 @@ impl TrainerConfig {
 pub struct StepReport {
     /// The step, counted from 0.
     pub step: u64,
-    /// Mean negative log-likelihood of the scored targets before the step, in nats.
+    /// The loss before the step, in nats: the weighted mean over scored targets, or, of preferences, over pairs or answers.
     pub loss: f64,
     /// Global norm of the gradient of that mean, before clipping.
     pub grad_norm: f64,
@@ -235,6 +48,9 @@ pub struct StepReport {
     pub seconds: f64,
     /// Whether nothing was learned because loss or gradient, of which one is then not a number here, wasn't finite.
     pub skipped: bool,
+    /// How answers stood, where the loss is one of preferences.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub preference: Option<PreferenceReport>,
 }
 
 /// Trains whatever requires gradients in a model.
@@ -244,9 +60,15 @@ pub struct StepReport {
 pub struct Trainer<M: CausalLm> {
     /// Always there between calls; taken while the optimizer makes a new one.
     model: Option<M>,
-    optimizer: ModuleOptimizer,
+    optimizers: Optimizers,
+    /// The caller's own optimizer: its name, and what makes it.
+    own_optimizer: Option<(String, Box<MakeOptimizer>)>,
     config: TrainerConfig,
     schedule: Schedule,
+    /// What answers are compared with, or who is imitated.
+    reference: Option<Box<dyn Reference>>,
+    /// The reference's log-probabilities of all examples, if they are known.
+    known_answers: Option<Vec<f64>>,
     batches: Batches,
     dataset: Arc<Dataset>,
     step: u64,
@@ -256,6 +78,8 @@ pub struct Trainer<M: CausalLm> {
     identity: BTreeMap<String, String>,
     /// Hash of the frozen parameters, once it was asked for.
     frozen: OnceLock<String>,
+    /// Hash of the reference, likewise.
+    reference_hash: OnceLock<String>,
     /// The last checkpoint that was written or read.
     checkpoint: Option<PathBuf>,
 }
@@ -313,20 +137,83 @@ impl<M: CausalLm> Trainer<M> {
                 found: length.to_string(),
             });
         }
+        check_form(&dataset, config.preference.as_ref())?;
+        let has_reference = config.preference.is_some_and(|loss| loss.has_reference());
+        let reference = has_reference.then(|| Box::new(model.valid()) as Box<dyn Reference>);
         Ok(Self {
+            optimizers: Optimizers::new(&model, &config, None)?,
+            own_optimizer: None,
             model: Some(model),
-            optimizer: adamw::optimizer(&config),
             batches: Batches::new(dataset.clone(), config.batch.clone())?,
             config,
             schedule,
+            reference,
+            known_answers: None,
             dataset,
             step: 0,
             skipped: 0,
             best: None,
             identity: BTreeMap::new(),
             frozen: OnceLock::new(),
+            reference_hash: OnceLock::new(),
             checkpoint: None,
         })
+    }
+
+    /// The model that answers are compared with, in place of the one that the run begins with; or the teacher of a
+    /// distillation. It isn't trained; what it shares with the trained model is there once.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for a loss that asks nobody, and for another vocabulary.
+    pub fn with_reference(mut self, reference: impl CausalLm) -> Result<Self> {
+        let asks = self.config.preference.is_some_and(|loss| loss.has_reference())
+            || self.config.loss.distillation.is_some();
+        if !asks {
+            return Err(Problem::new("reference", "none: this loss asks nobody", "a model").argument());
+        }
+        let (expected, found) = (self.model().vocab_size(), reference.vocab_size());
+        if expected != found {
+            return Err(
+                Problem::new("reference", format!("a vocabulary of {expected} ids"), found).argument()
+            );
+        }
+        self.reference = Some(Box::new(reference.valid()));
+        (self.known_answers, self.reference_hash) = (None, OnceLock::new());
+        Ok(self)
+    }
+
+    /// Asks the reference about all of the data now, or reads from the file `path` what was found before; further steps
+    /// don't run it. The file is of one data set and one reference.
+    ///
+    /// # Errors
+    /// A loss without a reference, or one that compares answers to other prompts (KTO); a file of other data, or of another
+    /// reference; files that can't be read or written.
+    pub fn with_known_answers(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        let wanted = self.config.preference.filter(|loss| loss.has_reference() && !loss.is_of_labels());
+        let (Some(reference), Some(_)) = (self.reference.as_deref(), wanted) else {
+            let expected = "a loss of pairs with a reference";
+            let found = format!("{:?}", self.config.preference);
+            return Err(Problem::new("preference", expected, found).argument());
+        };
+        let rows = self.config.batch.batch;
+        self.known_answers = Some(reference::cached(reference, &self.dataset, rows, path.as_ref())?);
+        Ok(self)
+    }
+
+    /// Steps by an optimizer of the caller's in place of [`TrainerConfig::optimizer`]: any of Burn's. `make` gets the group
+    /// whose parameters it is for; `name` says what it is and with which options, and is compared when a run goes on. To be
+    /// called before [`resumed`](Self::resumed).
+    ///
+    /// # Errors
+    /// Those of the configuration's groups.
+    pub fn with_optimizer(
+        mut self,
+        name: impl Into<String>,
+        make: impl Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send + 'static,
+    ) -> Result<Self> {
+        self.optimizers = Optimizers::new(self.model(), &self.config, Some(&make))?;
+        self.own_optimizer = Some((name.into(), Box::new(make)));
+        Ok(self)
     }
 
     /// Records in checkpoints what the model is besides its parameters: name and value of whatever must be the same when a
@@ -392,9 +279,9 @@ impl<M: CausalLm> Trainer<M> {
         let start = Instant::now();
         let before = self.batches.cursor();
         let mut report = match self.gradients() {
-            Ok((gradients, report)) => {
+            Ok((gradients, factor, report)) => {
                 let model = self.model.take().expect("a model between calls");
-                self.model = Some(self.optimizer.step(report.learning_rate, model, gradients));
+                self.model = Some(self.optimizers.step(self.step, model, gradients, factor));
                 report
             }
             Err(Failure::NotFinite(report)) if self.skipped < self.config.max_skipped => {
@@ -427,45 +314,107 @@ impl<M: CausalLm> Trainer<M> {
         }
     }
 
-    /// The clipped mean gradient of the next micro-batches.
-    fn gradients(&mut self) -> std::result::Result<(burn::optim::GradientsParams, StepReport), Failure> {
-        let options = DriverOptions { recompute: self.config.recompute, logit_rows: self.config.logit_rows };
-        let micro_batches: Vec<Batch> = self.batches.by_ref().take(self.config.accumulate).collect();
-        let targets: usize = micro_batches.iter().map(Batch::target_count).sum();
-        let tokens = micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum();
-        let model = self.model.as_ref().expect("a model between calls");
-        let (mut sums, mut losses) = (GradientsAccumulator::new(), Vec::new());
-        for (index, batch) in micro_batches.iter().enumerate() {
-            if batch.target_count() == 0 {
-                continue;
-            }
-            model.at(Place { step: self.step, micro_batch: index as u64, training: true });
-            losses.push(queue_gradients(model, &batch.tokens, batch.as_targets(), &options, &mut sums)?);
-        }
+    /// The gradients of the next micro-batches, what they are to be multiplied by, and what is known of the step.
+    fn gradients(&mut self) -> std::result::Result<(GradientsParams, f64, StepReport), Failure> {
+        let micro_batches =
+            (0..self.config.accumulate).map(|_| self.batches.next_batch()).collect::<Result<Vec<Batch>>>()?;
+        let (mut sums, losses, total) = match self.config.preference {
+            Some(loss) => self.preference_gradients(loss, &micro_batches)?,
+            None => self.token_gradients(&micro_batches)?,
+        };
+        let model = self.model();
         model.at(Place { step: self.step, micro_batch: 0, training: false });
-        // Sums of sums, divided once: k micro-batches are one batch, however their tokens are spread.
         let gradients = sums.grads();
+        let (losses, preference) = match losses {
+            Losses::Pending(losses) => (losses, None),
+            Losses::Known(loss, report) => (Vec::new(), Some((loss, report))),
+        };
         // The one time that the device is waited for.
         let (nll, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
-        let loss = nll / targets as f64;
-        let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / targets as f64;
+        let loss = preference.map_or(nll / total, |(loss, _)| loss);
+        let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / total;
         let is_finite = loss.is_finite() && norm.is_finite();
         let report = StepReport {
             step: self.step,
             loss,
             grad_norm: norm,
             learning_rate: self.schedule.lr(self.step),
-            targets,
-            tokens,
+            targets: micro_batches.iter().map(Batch::target_count).sum(),
+            tokens: micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum(),
             seconds: 0.0,
             skipped: !is_finite,
+            preference: preference.map(|(_, report)| report),
         };
         if !is_finite {
             return Err(Failure::NotFinite(report));
         }
         // As torch's `clip_grad_norm_`.
         let clip = self.config.clip.map_or(1.0, |most| (most / (norm + 1e-6)).min(1.0));
-        Ok((scale(model, gradients, clip / targets as f64), report))
+        Ok((gradients, clip / total, report))
+    }
+
+    fn driver(&self, place: Place) -> DriverOptions {
+        let noise =
+            self.config.neftune.map(|alpha| EmbeddingNoise { alpha, seed: self.config.batch.seed, place });
+        let TrainerConfig { recompute, logit_rows, loss, .. } = self.config;
+        DriverOptions { recompute, logit_rows, loss, noise, ..DriverOptions::default() }
+    }
+
+    /// Sums over tokens, and what they are to be divided by once: k micro-batches are one batch, however their tokens are
+    /// spread.
+    fn token_gradients(&self, micro_batches: &[Batch]) -> Result<Sums<M>> {
+        let model = self.model();
+        let (mut sums, mut losses) = (GradientsAccumulator::new(), Vec::new());
+        for (index, batch) in micro_batches.iter().enumerate() {
+            if batch.target_count() == 0 {
+                continue;
+            }
+            let teacher = match (&self.reference, self.config.loss.distillation) {
+                (Some(reference), Some(_)) => Some(reference.teacher(&batch.tokens)?),
+                (None, Some(_)) => {
+                    let expected = "a teacher for the distillation: `with_reference`";
+                    return Err(Problem::new("reference", expected, "none").argument());
+                }
+                _ => None,
+            };
+            let weights = batch.weights(&self.dataset);
+            let weights = weights.as_deref().map_or(Weights::Equal, Weights::Given);
+            let objective = Objective { targets: batch.as_targets(), weights, teacher };
+            let place = Place { step: self.step, micro_batch: index as u64, training: true };
+            model.at(place);
+            losses.push(queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?);
+        }
+        let total = match self.dataset.has_weights() {
+            true => micro_batches.iter().map(Batch::total_weight).sum(),
+            false => micro_batches.iter().map(Batch::target_count).sum::<usize>() as f64,
+        };
+        Ok((sums, Losses::Pending(losses), total))
+    }
+
+    /// Gradients of the mean over the step's pairs or answers.
+    fn preference_gradients(&self, loss: PreferenceLoss, micro_batches: &[Batch]) -> Result<Sums<M>> {
+        let model = self.model();
+        let totals = totals(micro_batches);
+        let (mut sums, mut total, mut rewards) = (GradientsAccumulator::new(), 0.0, Rewards::default());
+        for (index, batch) in micro_batches.iter().enumerate() {
+            let comparison = Comparison::new(loss, batch, self)?;
+            let mut outcome = Outcome::default();
+            let mut weigh = |nll: &[f32]| {
+                outcome = comparison.outcome(nll, totals)?;
+                let weights = outcome.slopes.iter().zip(&batch.examples);
+                Ok(weights
+                    .flat_map(|(slope, placed)| std::iter::repeat_n(*slope as f32, placed.targets))
+                    .collect())
+            };
+            let weights = Weights::Computed(&mut weigh);
+            let objective = Objective { targets: batch.as_targets(), weights, teacher: None };
+            let place = Place { step: self.step, micro_batch: index as u64, training: true };
+            model.at(place);
+            queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?;
+            total += outcome.loss;
+            rewards.add(outcome.rewards);
+        }
+        Ok((sums, Losses::Known(total, rewards.report(!loss.is_of_labels())), 1.0))
     }
 
     /// Steps until the end, evaluating and saving on the way as `options` says.
@@ -520,16 +469,44 @@ impl<M: CausalLm> Trainer<M> {
         options: &RunOptions,
         observer: &mut impl Observer<M>,
     ) -> Result<Option<Evaluation>> {
-        let score = match &options.held_out {
-            Some(dataset) => Some(evaluate(self.model(), dataset, self.config.batch.batch)?.nll),
-            None => observer.score(self.model(), self.step).map_err(Error::Observer)?,
+        let (mut preference, model) = (None, self.model());
+        let score = match (&options.held_out, self.config.preference) {
+            (Some(dataset), Some(loss)) => {
+                let (score, report) = self.evaluate_preference(dataset, loss)?;
+                preference = Some(report);
+                Some(score)
+            }
+            (Some(dataset), None) => Some(evaluate(model, dataset, self.config.batch.batch)?.nll),
+            (None, _) => observer.score(model, self.step).map_err(Error::Observer)?,
         };
         let Some(score) = score else { return Ok(None) };
         let is_best = score.is_finite() && self.best.as_ref().is_none_or(|best| score < best.score);
         if is_best {
             self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model())? });
         }
-        Ok(Some(Evaluation { steps: self.step, score, is_best }))
+        Ok(Some(Evaluation { steps: self.step, score, is_best, preference }))
+    }
+
+    /// The mean loss over the pairs or answers of `dataset`.
+    fn evaluate_preference(
+        &self,
+        dataset: &Dataset,
+        loss: PreferenceLoss,
+    ) -> Result<(f64, PreferenceReport)> {
+        check_form(dataset, Some(&loss))?;
+        let (mut total, mut rewards, mut units) = (0.0, Rewards::default(), 0);
+        for batch in in_order(dataset, self.config.batch.batch, 0)? {
+            let batch = batch?;
+            let count = if dataset.is_pairs() { batch.examples.len() / 2 } else { batch.examples.len() };
+            let comparison = Comparison::with_data(loss, &batch, dataset, self, None)?;
+            let log_p = reference::log_p(self.model(), &batch)?;
+            // The mean of each batch, so that they can be added up by their pairs.
+            let outcome = comparison.of(log_p, totals(std::slice::from_ref(&batch)));
+            total += outcome.loss * count as f64;
+            units += count;
+            rewards.add(outcome.rewards);
+        }
+        Ok((total / units as f64, rewards.report(dataset.is_pairs())))
     }
 
     /// Whether as many evaluations as patience allows went by without a better score.
@@ -565,12 +542,12 @@ impl<M: CausalLm> Trainer<M> {
             best_step: self.best.as_ref().map(|best| best.step),
             cursor: self.batches.cursor(),
             config: self.config.clone(),
-            data: self.dataset.fingerprint(),
+            data: self.dataset.fingerprint()?,
             model: self.whole_identity()?,
             files: BTreeMap::new(),
         };
         let parameters = trainable::collect(self.model())?;
-        checkpoint::save(folder.as_ref(), state, &parameters, &self.optimizer).map_err(|error| match error {
+        checkpoint::save(folder.as_ref(), state, &parameters, &self.optimizers).map_err(|error| match error {
             Error::Diverged { step, quantity, value, .. } => {
                 Error::Diverged { step, quantity, value, checkpoint: self.checkpoint.clone() }
             }
@@ -584,11 +561,24 @@ impl<M: CausalLm> Trainer<M> {
         let frozen = match self.frozen.get() {
             Some(frozen) => frozen.clone(),
             None => {
-                let found = trainable::frozen_fingerprint(self.model())?;
+                let found = trainable::fingerprint(self.model(), |parameter| !parameter.trained)?;
                 self.frozen.get_or_init(|| found).clone()
             }
         };
         identity.insert("frozen parameters".into(), frozen);
+        if let Some(reference) = &self.reference {
+            let found = match self.reference_hash.get() {
+                Some(found) => found.clone(),
+                None => {
+                    let found = reference.fingerprint()?;
+                    self.reference_hash.get_or_init(|| found).clone()
+                }
+            };
+            identity.insert("reference".into(), found);
+        }
+        if let Some((name, _)) = &self.own_optimizer {
+            identity.insert("optimizer".into(), name.clone());
+        }
         Ok(identity)
     }
 
@@ -620,7 +610,7 @@ impl<M: CausalLm> Trainer<M> {
         let identity = self.whole_identity()?;
         let run = checkpoint::Run {
             config: &self.config,
-            data: &self.dataset.fingerprint(),
+            data: &self.dataset.fingerprint()?,
             identity: &identity,
             fresh: &fresh,
         };
@@ -637,11 +627,124 @@ impl<M: CausalLm> Trainer<M> {
             }
             _ => None,
         };
-        self.optimizer = checkpoint::load_optimizer(folder, &saved, adamw::optimizer(&self.config))?;
-        self.model = self.model.take().map(|model| trainable::restore(model, saved.parameters));
+        let kind = self.own_optimizer.is_none().then_some(self.config.optimizer);
+        let parameters = saved.parameters.clone();
+        self.model = self.model.take().map(|model| trainable::restore(model, parameters));
+        let own = self.own_optimizer.as_ref().map(|(_, make)| &**make);
+        let mut optimizers = Optimizers::new(self.model(), &self.config, own)?;
+        checkpoint::load_optimizers(folder, &saved, kind, &mut optimizers)?;
+        self.optimizers = optimizers;
         self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
         (self.step, self.skipped) = (saved.state.step, saved.state.skipped);
         self.checkpoint = Some(folder.into());
         Ok(self)
+    }
+}
+
+/// Gradients of a step, its losses, and what both are to be divided by.
+type Sums<M> = (GradientsAccumulator<M>, Losses, f64);
+
+/// The losses of a step.
+enum Losses {
+    /// Sums over tokens, still on the device.
+    Pending(Vec<PendingLoss>),
+    /// A mean over answers.
+    Known(f64, PreferenceReport),
+}
+
+/// What a step's pairs or answers are divided by.
+fn totals(micro_batches: &[Batch]) -> Totals {
+    let examples = || micro_batches.iter().flat_map(|batch| &batch.examples);
+    let labelled = examples().next().is_some_and(|placed| placed.label.is_some());
+    Totals {
+        units: if labelled { examples().count() } else { examples().count() / 2 },
+        chosen_tokens: examples().step_by(2).map(|placed| placed.targets).sum(),
+    }
+}
+
+/// A micro-batch's answers beside the reference's.
+struct Comparison<'a> {
+    loss: PreferenceLoss,
+    batch: &'a Batch,
+    /// Log-probabilities under the reference; zeros where there is none.
+    reference: Vec<f64>,
+    /// KTO's `z`.
+    divergence: f64,
+}
+
+impl<'a> Comparison<'a> {
+    fn new<M: CausalLm>(loss: PreferenceLoss, batch: &'a Batch, trainer: &Trainer<M>) -> Result<Self> {
+        Self::with_data(loss, batch, &trainer.dataset, trainer, trainer.known_answers.as_deref())
+    }
+
+    fn with_data<M: CausalLm>(
+        loss: PreferenceLoss,
+        batch: &'a Batch,
+        dataset: &Dataset,
+        trainer: &Trainer<M>,
+        known: Option<&[f64]>,
+    ) -> Result<Self> {
+        let asked = trainer.reference.as_deref().filter(|_| loss.has_reference());
+        let reference = match (known, asked) {
+            (Some(known), _) => batch.examples.iter().map(|placed| known[placed.index]).collect(),
+            (None, Some(reference)) => reference.log_p(batch)?,
+            (None, None) => vec![0.0; batch.examples.len()],
+        };
+        let divergence = match asked {
+            Some(reference) if loss.is_of_labels() => {
+                let mixed = batch.mismatched(dataset)?;
+                let before = reference.log_p(&mixed)?;
+                let now = reference::log_p(trainer.model(), &mixed)?;
+                let sum: f64 = now.iter().zip(&before).map(|(now, before)| now - before).sum();
+                (sum / now.len() as f64).max(0.0)
+            }
+            _ => 0.0,
+        };
+        Ok(Self { loss, batch, reference, divergence })
+    }
+
+    fn outcome(&self, nll: &[f32], totals: Totals) -> kiln_models::Result<Outcome> {
+        let counts: Vec<usize> = self.batch.examples.iter().map(|placed| placed.targets).collect();
+        let log_p = preference::sums(nll, &counts)?.into_iter().map(|nll| -nll).collect();
+        Ok(self.of(log_p, totals))
+    }
+
+    fn of(&self, log_p: Vec<f64>, totals: Totals) -> Outcome {
+        let answers: Vec<Answer> = log_p
+            .into_iter()
+            .zip(&self.reference)
+            .zip(&self.batch.examples)
+            .map(|((log_p, reference), placed)| Answer {
+                log_p,
+                tokens: placed.targets,
+                reference: *reference,
+                weight: f64::from(placed.weight),
+            })
+            .collect();
+        if !self.loss.is_of_labels() {
+            return self.loss.of_pairs(&answers, totals);
+        }
+        let labels: Vec<bool> = self.batch.examples.iter().map(|placed| placed.label == Some(true)).collect();
+        self.loss.of_labels(&answers, &labels, self.divergence, totals)
+    }
+}
+
+/// Whether the data has what the loss is of.
+fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>) -> Result<()> {
+    let found = match (dataset.is_pairs(), dataset.has_labels()) {
+        (true, _) => "pairs of a chosen and a rejected answer",
+        (false, true) => "answers with labels",
+        (false, false) => "examples without labels",
+    };
+    let (expected, fits) = match loss {
+        None => ("examples, or a preference loss", !dataset.is_pairs()),
+        Some(loss) if loss.is_of_labels() => {
+            ("answers with labels", dataset.has_labels() && !dataset.is_pairs())
+        }
+        Some(_) => ("pairs of a chosen and a rejected answer", dataset.is_pairs()),
+    };
+    match fits {
+        true => Ok(()),
+        false => Err(Problem::new("data", format!("{expected}, for this loss"), found).argument()),
     }
 }

@@ -1,5 +1,7 @@
 //! Integration tests, one binary.
 
 mod checkpoints;
+mod losses;
+mod options;
 mod peft_golden;
 mod trainer;

@@ -107,7 +107,7 @@ pub(crate) fn documents() -> Arc<Dataset> {
     let examples = (0..23u32).map(|i| {
         let ids: Vec<u32> = (0..5 + i * 7 % 17).map(|k| (i * 31 + k * k * 3) % 256).collect();
         let scored = (0..ids.len()).map(|k| k > 2 || i % 3 == 0).collect();
-        Example { ids, scored }
+        Example::new(ids, scored)
     });
     Arc::new(Dataset::from_examples(examples, &DataOptions::new(32, 256)).unwrap())
 }
@@ -205,6 +205,7 @@ fn the_loss_on_held_out_rows_is_the_mean_over_their_learned_tokens() {
     let found = evaluate(&model, &held_out, 4).unwrap();
     let mut sum = 0.0;
     for example in held_out.examples() {
+        let example = example.unwrap();
         let logits = model.forward(
             &model.context(&TokenBatch::new(std::slice::from_ref(&example.ids)).unwrap(), None).unwrap(),
         );
@@ -367,7 +368,7 @@ fn epochs_are_counted_in_steps() {
     // The last batch may have touched the fourth epoch, or have ended the third exactly.
     assert!(config.steps == steps || config.steps + 1 == steps, "{} {steps}", config.steps);
     let unpacked = TrainerConfig::new(1, 4).with_epochs(&data, 2).unwrap();
-    assert_eq!(unpacked.steps, (2 * data.examples().len() as u64).div_ceil(4));
+    assert_eq!(unpacked.steps, (2 * data.len() as u64).div_ceil(4));
 }
 
 #[test]

@@ -147,7 +147,8 @@ impl FineTune {
     /// Everything that decides a score but plan, steps and seed.
     pub(super) fn describe(&self) -> String {
         let Self { train, held_out, window, trainer, adapters, start, evaluate_every } = self;
-        let data = train.fingerprint();
+        // Data that can't be read is no data that was described before.
+        let data = train.fingerprint().unwrap_or_else(|error| error.to_string());
         // Under PEFT's names, where it knows the method: what logs of earlier versions hold.
         let adapters = match adapters.to_peft() {
             Ok(peft) => peft.to_json().to_string(),

@@ -35,7 +35,45 @@ pub(super) fn find(
         // The template writes it otherwise once more follows: nothing is known of its end.
         Some(_) => "",
     };
-    Ok(answers.into_iter().map(|range| range.start..range.end + common(&text[range.end..], tail)).collect())
+    let answers = answers.into_iter().map(|range| range.start..range.end + common(&text[range.end..], tail));
+    let indices = messages.iter().enumerate().filter(|(_, message)| message.role == ROLE);
+    answers
+        .zip(indices)
+        .map(|(range, (index, message))| match has_calls(message) {
+            true => turn(template, messages, index, context, text),
+            false => Ok(range),
+        })
+        .collect()
+}
+
+fn has_calls(message: &Message) -> bool {
+    message
+        .extra
+        .get("tool_calls")
+        .and_then(serde_json::Value::as_array)
+        .is_some_and(|calls| !calls.is_empty())
+}
+
+/// All that the template writes of an answer with tool calls: from where the conversation before it would be answered to
+/// where it ends with it.
+fn turn(
+    template: &ChatTemplate,
+    messages: &[Message],
+    index: usize,
+    context: &TemplateContext,
+    text: &str,
+) -> Result<Range<usize>> {
+    let silent = template.render(&messages[..index], false, context)?;
+    let asked = template.render(&messages[..index], true, context)?;
+    let answered = template.render(&messages[..=index], false, context)?;
+    // The prompt may go further than the answer does: an empty thought.
+    let (start, end) = (common(&asked, &answered), common(&answered, text));
+    match start >= silent.len() && start < end && end >= answered.trim_end().len() {
+        true => Ok(start..end),
+        false => Err(Error::Template(format!(
+            "message {index}: the template writes its tool calls in another form once more follows"
+        ))),
+    }
 }
 
 /// The answers without what ends their turns.

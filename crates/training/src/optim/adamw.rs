@@ -13,23 +13,28 @@ use crate::TrainerConfig;
 
 /// Burn's AdamW, its state and its records; on GPUs the dozen operations of a parameter's step are one.
 #[derive(Clone)]
-struct FusedAdamW {
+pub(super) struct FusedAdamW {
     plain: AdamW,
     betas: [f32; 2],
     eps: f32,
     weight_decay: f32,
 }
 
+impl FusedAdamW {
+    pub(super) fn new(config: &TrainerConfig, weight_decay: f32) -> Self {
+        let plain = AdamWConfig::new()
+            .with_beta_1(config.betas[0])
+            .with_beta_2(config.betas[1])
+            .with_epsilon(config.eps)
+            .with_weight_decay(weight_decay)
+            .build();
+        Self { plain, betas: config.betas, eps: config.eps, weight_decay }
+    }
+}
+
 /// The optimizer of a run.
-pub(crate) fn optimizer(config: &TrainerConfig) -> ModuleOptimizer {
-    let plain = AdamWConfig::new()
-        .with_beta_1(config.betas[0])
-        .with_beta_2(config.betas[1])
-        .with_epsilon(config.eps)
-        .with_weight_decay(config.weight_decay)
-        .build();
-    let (betas, eps, weight_decay) = (config.betas, config.eps, config.weight_decay);
-    ModuleOptimizer::from(FusedAdamW { plain, betas, eps, weight_decay })
+pub(super) fn optimizer(config: &TrainerConfig, weight_decay: f32) -> ModuleOptimizer {
+    ModuleOptimizer::from(FusedAdamW::new(config, weight_decay))
 }
 
 /// The averages of a parameter's gradient and of its square.
@@ -38,7 +43,7 @@ pub(crate) fn optimizer(config: &TrainerConfig) -> ModuleOptimizer {
 /// until the first step says where the parameter is. Records are those of Burn's [`AdamWState`].
 #[derive(Clone)]
 #[allow(clippy::large_enum_variant, reason = "nearly all are placed")]
-enum Averages<const D: usize> {
+pub(super) enum Averages<const D: usize> {
     Stored { time: usize, moment_1: TensorData, moment_2: TensorData },
     Placed(AdaptiveMomentumState<D>),
 }
@@ -144,7 +149,7 @@ mod tests {
         let plain =
             || AdamWConfig::new().with_epsilon(config.eps).with_weight_decay(config.weight_decay).init();
         let model = LinearConfig::new(6, 4).init(&Device::flex().autodiff());
-        let (mut burns, mut ours) = (plain(), optimizer(&config));
+        let (mut burns, mut ours) = (plain(), optimizer(&config, 0.1));
         let (mut expected, mut found) = (model.clone(), model);
         for seed in 0..2 {
             expected = step(&mut burns, expected, seed);
@@ -156,7 +161,7 @@ mod tests {
             let bytes = record.into_bytes().unwrap().to_vec();
             optimizer.from_bytes(Bytes::from_bytes_vec(bytes)).unwrap()
         };
-        let from_burn = reread(optimizer(&config), &burns);
+        let from_burn = reread(optimizer(&config, 0.1), &burns);
         let to_burn = reread(plain(), &from_burn);
         let from_ours = reread(plain(), &ours);
         let next = read(step(&mut burns, expected.clone(), 7).weight.val());
