@@ -78,6 +78,23 @@ pub(crate) fn exists(folder: &Path) -> bool {
     whole_folder(folder).join(STATE).is_file()
 }
 
+/// Deletes a checkpoint: its own files, and the folder, if nothing else is in it. The state goes first, without which there
+/// is no checkpoint.
+pub(crate) fn delete(folder: &Path) -> Result<()> {
+    let is_own = |name: &str| name == TENSORS || name.starts_with("optimizer") && name.ends_with(".bpk");
+    let remove = |path: &Path| fs::remove_file(path).map_err(Error::io(path));
+    remove(&folder.join(STATE))?;
+    let mut others = false;
+    for entry in fs::read_dir(folder).map_err(Error::io(folder))? {
+        let path = entry.map_err(Error::io(folder))?.path();
+        match path.file_name().and_then(|name| name.to_str()) {
+            Some(name) if is_own(name) => remove(&path)?,
+            _ => others = true,
+        }
+    }
+    if others { Ok(()) } else { fs::remove_dir(folder).map_err(Error::io(folder)) }
+}
+
 /// A checkpoint that fits the run.
 pub(crate) struct Saved {
     pub state: State,

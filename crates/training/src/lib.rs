@@ -16,6 +16,7 @@ mod schedule;
 mod tokenize;
 mod trainable;
 mod trainer;
+mod watch;
 
 pub use batch::{Batch, BatchOptions, Batches, Cursor, Order, Placed, in_order};
 pub use config::{ParameterGroup, TrainerConfig};

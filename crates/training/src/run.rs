@@ -10,7 +10,7 @@ use std::{
 use kiln_quant_core::files::OutputFolder;
 use serde::{Deserialize, Serialize};
 
-use crate::{Dataset, PreferenceReport, Result, StepReport};
+use crate::{Dataset, PreferenceReport, Result, StepReport, error::Problem};
 
 /// When [`Trainer::run`](crate::Trainer::run) evaluates, saves and gives up.
 ///
@@ -21,6 +21,8 @@ use crate::{Dataset, PreferenceReport, Result, StepReport};
 /// | `patience` | none | evaluations in a row without a better score after which the run ends | at least 1 |
 /// | `save_every` | 0 | steps between checkpoints; 0 saves only at the end | |
 /// | `folder` | none | where checkpoints go: `last` and, with evaluations, `best` below it; made and claimed before the first step | |
+/// | `keep` | 0 | so many of the newest checkpoints stay beside `last`, as `step-<steps>`; older ones are deleted | |
+/// | `metrics` | none | a folder for `metrics.jsonl` (a line for each step and evaluation) and an event file of the same figures for TensorBoard; where it can't be written, the run goes on without it and says so | |
 /// | `claimed` | none | the folder, if the caller has claimed it already | |
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -37,6 +39,10 @@ pub struct RunOptions {
     pub folder: Option<PathBuf>,
     /// The folder, if the caller has claimed it already.
     pub claimed: Option<Arc<OutputFolder>>,
+    /// Checkpoints that stay beside the last one.
+    pub keep: usize,
+    /// Where figures go.
+    pub metrics: Option<PathBuf>,
 }
 
 impl RunOptions {
@@ -73,6 +79,20 @@ impl RunOptions {
         self
     }
 
+    /// Sets `keep`.
+    #[must_use]
+    pub fn with_keep(mut self, keep: usize) -> Self {
+        self.keep = keep;
+        self
+    }
+
+    /// Sets `metrics`.
+    #[must_use]
+    pub fn with_metrics(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.metrics = Some(folder.into());
+        self
+    }
+
     /// Sets `folder`.
     #[must_use]
     pub fn with_folder(mut self, folder: impl Into<PathBuf>) -> Self {
@@ -87,6 +107,21 @@ impl RunOptions {
         self.folder = Some(claimed.path().into());
         self.claimed = Some(claimed);
         self
+    }
+
+    /// Whether the options make sense together.
+    pub(crate) fn check(&self) -> Result<()> {
+        let fail = |name: &str, expected: &str| Err(Problem::new(name, expected, "none").argument());
+        match self {
+            Self { patience: Some(_), evaluate_every: 0, .. } => {
+                fail("evaluate_every", "evaluations, for the patience to count")
+            }
+            Self { held_out: Some(_), evaluate_every: 0, .. } => {
+                fail("evaluate_every", "evaluations, for the held-out data")
+            }
+            Self { folder: None, keep: 1.., .. } => fail("folder", "a folder for the checkpoints to keep"),
+            _ => Ok(()),
+        }
     }
 
     /// The claim that the run holds itself.
@@ -123,6 +158,8 @@ pub enum Event<'a> {
     Evaluation(&'a Evaluation),
     /// A checkpoint was written into this folder.
     Checkpoint(&'a Path),
+    /// Something of the run failed that it can go on without.
+    Warning(&'a str),
 }
 
 impl fmt::Display for Event<'_> {
@@ -134,6 +171,7 @@ impl fmt::Display for Event<'_> {
                 write!(f, "after {steps} steps: held-out loss {score:.4}{best}")
             }
             Self::Checkpoint(folder) => write!(f, "checkpoint written to {}", folder.display()),
+            Self::Warning(text) => f.write_str(text),
         }
     }
 }
@@ -142,7 +180,7 @@ impl fmt::Display for Event<'_> {
 ///
 /// A closure `FnMut(&Event) -> ControlFlow<()>` is an observer too, and `()` one that doesn't listen.
 pub trait Observer<M> {
-    /// After every step, evaluation and checkpoint; [`ControlFlow::Break`] ends the run after the step.
+    /// After every step, evaluation, checkpoint and warning; [`ControlFlow::Break`] ends the run after the step.
     fn on_event(&mut self, _event: &Event<'_>) -> ControlFlow<()> {
         ControlFlow::Continue(())
     }
@@ -159,9 +197,49 @@ pub trait Observer<M> {
     ) -> std::result::Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
         Ok(None)
     }
+
+    /// After every evaluation: a look at the model, to generate from it or to measure more.
+    ///
+    /// # Errors
+    /// Whatever that meets; it ends the run.
+    fn inspect(
+        &mut self,
+        _model: &M,
+        _evaluation: &Evaluation,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        Ok(())
+    }
 }
 
 impl<M> Observer<M> for () {}
+
+/// Both hear of everything; a score is the first one's that has one, and either may end the run.
+impl<M, A: Observer<M>, B: Observer<M>> Observer<M> for (A, B) {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        let (first, second) = (self.0.on_event(event), self.1.on_event(event));
+        if first.is_break() { first } else { second }
+    }
+
+    fn score(
+        &mut self,
+        model: &M,
+        steps: u64,
+    ) -> std::result::Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        match self.0.score(model, steps)? {
+            Some(score) => Ok(Some(score)),
+            None => self.1.score(model, steps),
+        }
+    }
+
+    fn inspect(
+        &mut self,
+        model: &M,
+        evaluation: &Evaluation,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.0.inspect(model, evaluation)?;
+        self.1.inspect(model, evaluation)
+    }
+}
 
 impl<M, F: FnMut(&Event<'_>) -> ControlFlow<()>> Observer<M> for F {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {

@@ -2,7 +2,6 @@
 
 use std::{
     collections::BTreeMap,
-    ops::ControlFlow,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Instant,
@@ -26,6 +25,7 @@ use crate::{
     preference::{self, Answer, Outcome, Rewards, Totals},
     reference::{self, Reference},
     trainable::{self, Parameter},
+    watch::Metrics,
 };
 
 /// What one step did.
@@ -430,27 +430,41 @@ impl<M: CausalLm> Trainer<M> {
     /// # Errors
     /// As [`run`](Self::run), and [`Error::Observer`] for what the observer's score meets.
     pub fn run_with(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
+        options.check()?;
         let _claim = options.claim()?;
+        let mut told = Told { metrics: None, observer, stopped: false };
+        if let Some(folder) = &options.metrics {
+            told.metrics = told.or_without(Metrics::open(folder, self.step));
+        }
         let mut report = RunReport { steps: Vec::new(), evaluations: Vec::new(), end: RunEnd::Completed };
         let every = |steps: u64, every: u64| every != 0 && steps.is_multiple_of(every);
         while self.step < self.config.steps {
+            told.stopped = false;
             let step = self.step()?;
-            let mut stopped = observer.on_event(&Event::Step(&step)).is_break();
+            told.tell(&Event::Step(&step));
             report.steps.push(step);
             let is_last = self.step == self.config.steps;
             let is_due = every(self.step, options.evaluate_every) || (is_last && options.evaluate_every != 0);
             let mut tired = false;
-            if is_due && let Some(evaluation) = self.evaluate(options, observer)? {
-                stopped |= observer.on_event(&Event::Evaluation(&evaluation)).is_break();
+            if is_due && let Some(evaluation) = self.evaluate(options, told.observer)? {
+                told.tell(&Event::Evaluation(&evaluation));
+                told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer)?;
                 report.evaluations.push(evaluation);
                 if evaluation.is_best {
-                    stopped |= self.save_below(options, "best", observer)?.is_break();
+                    self.save_below(options, "best", &mut told)?;
                 }
                 tired = self.is_tired(options);
             }
+            let stopped = told.stopped;
             if stopped || tired || is_last || every(self.step, options.save_every) {
-                stopped |= self.save_below(options, "last", observer)?.is_break() && !is_last;
+                if options.keep > 0 {
+                    self.save_below(options, &format!("{KEPT}{}", self.step), &mut told)?;
+                    self.delete_older(options)?;
+                }
+                self.save_below(options, "last", &mut told)?;
             }
+            // What the last checkpoint's hearer says of a run that is done has no effect.
+            let stopped = if is_last { stopped } else { told.stopped };
             if stopped || tired || is_last {
                 report.end = match (stopped, tired) {
                     (true, _) => RunEnd::Stopped,
@@ -519,13 +533,32 @@ impl<M: CausalLm> Trainer<M> {
         &mut self,
         options: &RunOptions,
         name: &str,
-        observer: &mut impl Observer<M>,
-    ) -> Result<ControlFlow<()>> {
-        let Some(folder) = &options.folder else { return Ok(ControlFlow::Continue(())) };
+        told: &mut Told<'_, impl Observer<M>>,
+    ) -> Result<()> {
+        let Some(folder) = &options.folder else { return Ok(()) };
         let folder = folder.join(name);
         self.save(&folder)?;
         self.checkpoint = Some(folder.clone());
-        Ok(observer.on_event(&Event::Checkpoint(&folder)))
+        told.tell::<M>(&Event::Checkpoint(&folder));
+        Ok(())
+    }
+
+    /// Deletes all but the newest of the checkpoints that are kept by their steps.
+    fn delete_older(&self, options: &RunOptions) -> Result<()> {
+        let Some(folder) = &options.folder else { return Ok(()) };
+        let mut kept = Vec::new();
+        for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+            let path = entry.map_err(Error::io(folder))?.path();
+            let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+            let steps = name.strip_prefix(KEPT).and_then(|steps| steps.parse::<u64>().ok());
+            // Of this run's past: what a longer run left there isn't ours to delete.
+            if let Some(steps) = steps.filter(|steps| *steps <= self.step && checkpoint::exists(&path)) {
+                kept.push((steps, path));
+            }
+        }
+        kept.sort();
+        kept.truncate(kept.len().saturating_sub(options.keep));
+        kept.iter().try_for_each(|(_, path)| checkpoint::delete(path))
     }
 
     /// Writes trainable tensors, optimizer, step, data cursor and configuration; `folder` is replaced as a whole.
@@ -638,6 +671,46 @@ impl<M: CausalLm> Trainer<M> {
         (self.step, self.skipped) = (saved.state.step, saved.state.skipped);
         self.checkpoint = Some(folder.into());
         Ok(self)
+    }
+}
+
+/// Checkpoints that stay are named by this and their steps.
+const KEPT: &str = "step-";
+
+/// Who hears of a run.
+struct Told<'a, O> {
+    metrics: Option<Metrics>,
+    observer: &'a mut O,
+    /// Whether the observer has said that it is enough, since the step began.
+    stopped: bool,
+}
+
+impl<O> Told<'_, O> {
+    fn tell<M>(&mut self, event: &Event<'_>)
+    where
+        O: Observer<M>,
+    {
+        if let Some(mut metrics) = self.metrics.take() {
+            let written = metrics.write(event);
+            self.metrics = self.or_without::<M, _>(written).map(|()| metrics);
+        }
+        self.stopped |= self.observer.on_event(event).is_break();
+    }
+
+    /// What there is, or a warning that the run goes on without figures.
+    fn or_without<M, T>(&mut self, found: Result<T>) -> Option<T>
+    where
+        O: Observer<M>,
+    {
+        match found {
+            Ok(found) => Some(found),
+            Err(error) => {
+                let text = format!("the run goes on without writing figures: {error}");
+                tracing::warn!("{text}");
+                self.stopped |= self.observer.on_event(&Event::Warning(&text)).is_break();
+                None
+            }
+        }
     }
 }
 

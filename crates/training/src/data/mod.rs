@@ -1063,15 +1063,15 @@ pub(crate) mod tests {
         let cases = [
             (r#"{"text": 3}"#, "text"),
             (r#"{"text": null}"#, "text"),
-            (r#"{"id": 3}"#, "text"),
-            ("{}", "text"),
+            (r#"{"id": 3}"#, "keys"),
+            ("{}", "keys"),
             ("[]", "row"),
             ("{\"text\"", "row"),
             ("nonsense", "row"),
-            (r#"{"text": "a", "messages": []}"#, "messages"),
-            (r#"{"text": "a", "prompt": "b", "completion": "c"}"#, "prompt"),
-            (r#"{"prompt": "b"}"#, "completion"),
-            (r#"{"completion": "b"}"#, "prompt"),
+            (r#"{"text": "a", "messages": []}"#, "keys"),
+            (r#"{"text": "a", "prompt": "b", "completion": "c"}"#, "keys"),
+            (r#"{"prompt": "b"}"#, "keys"),
+            (r#"{"completion": "b"}"#, "keys"),
             (r#"{"prompt": "b", "completion": 1}"#, "completion"),
             (r#"{"messages": []}"#, "messages"),
             (r#"{"messages": "hi"}"#, "messages"),
@@ -1082,13 +1082,174 @@ pub(crate) mod tests {
             (r#"{"prompt": "b", "completion": "c"}"#, "form"),
         ];
         for (row, name) in cases {
-            let error = jsonl(&format!("{good}\n\n{row}\n{good}"), &options(9)).unwrap_err();
+            let before = if name == "form" { good } else { "" };
+            let error = jsonl(&format!("{before}\n\n{row}\n{good}"), &options(9)).unwrap_err();
             let named = matches!(&error, Error::Data { line: 3, field, .. } if field.starts_with(name));
             assert!(named, "{row}: {error}");
         }
         let error = jsonl(r#"{"messages": [{"role": "robot", "content": "a"}]}"#, &options(9)).unwrap_err();
         assert!(error.to_string().contains("line 1: messages: "), "{error}");
         assert!(error.to_string().ends_with("found unknown role robot"), "{error}");
+    }
+
+    #[test]
+    fn lists_are_read_as_lines_are() {
+        let rows =
+            [r#"{"prompt": "ab", "completion": "cd"}"#, r#"{"prompt": "x", "completion": "y", "weight": 2}"#];
+        let lines = jsonl(&rows.join("\n"), &options(9)).unwrap();
+        let wrapped = format!(r#"{{"version": [1][0], "note": {{"a": [1]}}, "rows": [{}]}}"#, rows.join(","));
+        let wrapped = wrapped.replace("[1][0]", "\"1\"");
+        for content in [format!("[{}]", rows.join(",")), format!("\u{feff}[{}]", rows.join(",\n")), wrapped] {
+            let (_folder, path) = file("rows.json", &content);
+            let found = Dataset::open(&path, &Bytes, &options(9)).unwrap();
+            assert_eq!(all(&found), all(&lines), "{content}");
+        }
+        for (content, name) in [
+            ("[3]", "after row 0"),
+            (r#"[{"text": "a"}, 3]"#, "after row 1"),
+            (r#"[{"text": "a"}"#, "after row 1"),
+            (r#"{"a": 3}"#, "after row 0"),
+            (r#"{"a": [{"text": "a"}], "b": [{"text": "a"}]}"#, "after row"),
+            ("3", "after row 0"),
+            ("", "after row 0"),
+        ] {
+            let (_folder, path) = file("rows.json", content);
+            let error = Dataset::open(&path, &Bytes, &options(9)).unwrap_err().to_string();
+            assert!(error.contains(name), "{content}: {error}");
+        }
+        let (_folder, path) = file("rows.json", r#"[{"text": "a"}, {"text": 3}]"#);
+        let error = Dataset::open(&path, &Bytes, &options(9)).unwrap_err();
+        assert!(matches!(&error, Error::Data { line: 2, field, .. } if field == "text"), "{error}");
+    }
+
+    #[cfg(feature = "parquet")]
+    #[test]
+    fn rows_of_tables_are_read() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/training/chat.parquet");
+        let found = Dataset::open(path, &Bytes, &DataOptions::new(64, 300)).unwrap();
+        let expected = jsonl(
+            concat!(
+                r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}"#,
+                "\n",
+                r#"{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}"#,
+            ),
+            &DataOptions::new(64, 300),
+        );
+        assert_eq!(all(&found), all(&expected.unwrap()));
+    }
+
+    #[test]
+    fn prompts_and_answers_have_their_own_limits() {
+        let row = r#"{"prompt": "abcdef", "completion": "ghijkl"}"#;
+        let cut = jsonl(row, &options(20).with_max_prompt(3).with_max_answer(2)).unwrap();
+        assert_eq!(cut.example(0).unwrap().ids, ids("defgh"), "the prompt's end, the answer's beginning");
+        assert_eq!((cut.report().truncated, cut.report().dropped_tokens), (1, 8));
+        assert_eq!(cut.report().truncated_lines, [1]);
+        let pair = r#"{"prompt": "abcdef", "chosen": "gh", "rejected": "ijkl"}"#;
+        let cut = jsonl(pair, &options(5).with_max_prompt(2)).unwrap();
+        let sides: Vec<Vec<u32>> = all(&cut).into_iter().map(|example| example.ids).collect();
+        assert_eq!(sides, [ids("efgh"), ids("efijk")]);
+        let error = Dataset::from_ids(vec![1, 2], &options(5).with_max_answer(0)).unwrap_err().to_string();
+        assert!(error.starts_with("max_answer"), "{error}");
+    }
+
+    #[test]
+    fn pairs_that_lose_a_side_are_left_out_whole() {
+        let rows = [
+            r#"{"prompt": "abcdef", "chosen": "g", "rejected": "h"}"#,
+            r#"{"prompt": "a", "chosen": "g", "rejected": "g"}"#,
+            r#"{"prompt": "a", "chosen": "", "rejected": "g"}"#,
+            r#"{"prompt": "a", "chosen": "b", "rejected": "g"}"#,
+        ];
+        let data = jsonl(&rows.join("\n"), &options(4)).unwrap();
+        assert!(data.is_pairs() && data.units() == 1);
+        let lines: Vec<usize> = data.report().dropped.iter().map(|row| row.line).collect();
+        assert_eq!(lines, [1, 2, 3]);
+        let (train, held_out) = {
+            let pairs = (0..10u32).map(|i| [1, 2].map(|side| Example::answer(&[i], &[side, i])));
+            Dataset::from_pairs(pairs, &options(4)).unwrap().split(0.3, 1).unwrap()
+        };
+        assert_eq!((train.units(), held_out.units(), held_out.len()), (7, 3, 6));
+        for unit in 0..train.units() {
+            let [a, b] = [2 * unit, 2 * unit + 1].map(|index| train.example(index).unwrap());
+            assert_eq!((a.ids[0], a.ids[1], b.ids[1]), (b.ids[0], 1, 2), "sides stay together");
+        }
+    }
+
+    #[test]
+    fn the_last_answer_alone_or_those_with_a_weight() {
+        let row = r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0},
+            {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"},
+            {"role": "user", "content": "e"}, {"role": "assistant", "content": "f"}]}"#
+            .replace('\n', "");
+        let learned = |options: &DataOptions| {
+            let example = jsonl(&row, options).unwrap().example(0).unwrap().into_owned();
+            let ids = example.ids.into_iter().zip(example.scored);
+            ids.filter(|(_, scored)| *scored).map(|(id, _)| id).collect::<Vec<u32>>()
+        };
+        assert_eq!(learned(&options(32)), [100, 258, 102, 258]);
+        assert_eq!(learned(&options(32).with_learned(Learned::LastAnswer)), [102, 258]);
+    }
+
+    #[test]
+    fn a_set_on_disk_is_the_set_in_memory() {
+        let rows: Vec<String> = (0..50)
+            .map(|i| {
+                format!(
+                    r#"{{"prompt": "{}", "completion": "{i}", "label": {}, "weight": {}}}"#,
+                    "x".repeat(i),
+                    i % 2,
+                    i + 1
+                )
+            })
+            .collect();
+        let (folder, path) = file("rows.jsonl", rows.join("\n"));
+        let memory = Dataset::open(&path, &Bytes, &options(40)).unwrap();
+        let disk = Dataset::open_on_disk(&path, &Bytes, &options(40), folder.path()).unwrap();
+        assert_eq!(all(&disk), all(&memory));
+        assert_eq!(disk.fingerprint().unwrap(), memory.fingerprint().unwrap());
+        assert_eq!(disk.report(), memory.report());
+        let ((a, b), (c, d)) = (disk.split(0.3, 1).unwrap(), memory.split(0.3, 1).unwrap());
+        assert_eq!((all(&a), all(&b)), (all(&c), all(&d)));
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "the file of tokens has no name");
+        assert!(Dataset::open_on_disk(&path, &Bytes, &options(40), folder.path().join("none")).is_err());
+    }
+
+    #[test]
+    fn a_mixture_gives_each_set_its_share_and_passes_over_nothing() {
+        let set = |first: u32, count: u32| {
+            Dataset::from_examples(
+                (first..first + count).map(|id| Example::all_scored(vec![id, 299])),
+                &options(4),
+            )
+            .unwrap()
+        };
+        let mixed = Dataset::mixture([(set(0, 6), 1.0), (set(100, 20), 2.0)]).unwrap();
+        assert_eq!((mixed.units_in_epoch(), mixed.len()), (18, 26));
+        for seed in [None, Some(7)] {
+            let mut seen = BTreeSet::new();
+            for epoch in 0..5 {
+                let units = mixed.units_of(epoch, seed);
+                assert_eq!(units.iter().filter(|unit| **unit < 6).collect::<BTreeSet<_>>().len(), 6);
+                let many = units.iter().filter(|unit| **unit >= 6);
+                assert_eq!(many.clone().count(), 12);
+                seen.extend(many.copied());
+                assert_eq!(seen.len(), (12 * (epoch as usize + 1)).min(20), "{seed:?} {epoch}");
+            }
+        }
+        assert_ne!(mixed.units_of(0, Some(1)), mixed.units_of(0, Some(2)));
+        assert!(mixed.clone().split(0.5, 0).is_err());
+        let pairs =
+            Dataset::from_pairs([[Example::answer(&[1], &[2]), Example::answer(&[1], &[3])]], &options(4));
+        for (parts, name) in [
+            (vec![], "mixture"),
+            (vec![(set(0, 3), 0.0)], "mixture.weight"),
+            (vec![(set(0, 3), f64::NAN)], "mixture.weight"),
+            (vec![(set(0, 3), 1.0), (set(0, 3), 100.0)], "mixture.weight"),
+            (vec![(set(0, 3), 1.0), (pairs.unwrap(), 1.0)], "mixture"),
+        ] {
+            assert!(Dataset::mixture(parts).unwrap_err().to_string().starts_with(name), "{name}");
+        }
     }
 
     #[test]

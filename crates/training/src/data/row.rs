@@ -512,7 +512,7 @@ fn message(place: &str, item: Value) -> Found<Message> {
             return Err(Problem::new(format!("{place}.role"), "a string", found));
         }
     };
-    let calls = fields.contains_key("tool_calls");
+    let calls = fields.get("tool_calls").and_then(Value::as_array).is_some_and(|calls| !calls.is_empty());
     let content = text(&format!("{place}.content"), fields.remove("content"), calls)?;
     Ok(Message { role, content, extra: fields })
 }

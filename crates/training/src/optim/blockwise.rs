@@ -41,10 +41,13 @@ fn dynamic_map(signed: bool) -> Map {
     map
 }
 
-/// `torch.linspace(0.1, 1, count + 1)[index]`.
+/// `torch.linspace(0.1, 1, count + 1)[index]`, rounded once.
 fn boundary(index: usize, count: usize) -> f32 {
     let step = (1.0 - 0.1f32) / count as f32;
-    if index < (count + 1) / 2 { 0.1 + step * index as f32 } else { 1.0 - step * (count - index) as f32 }
+    match index < (count + 1) / 2 {
+        true => step.mul_add(index as f32, 0.1),
+        false => (-step).mul_add((count - index) as f32, 1.0),
+    }
 }
 
 /// The code of a number from -1 to 1: the nearest, of two as near the even one.
