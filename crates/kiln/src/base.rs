@@ -10,10 +10,15 @@ use kiln_models::{
     export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
 };
-use kiln_quant_core::{Compute, Plan, QuantLinear, QuantScheme, Scheme};
-use kiln_training::{DataOptions, Dataset, DatasetLoss, ModelTokenizer, evaluate};
+use kiln_quant_core::{
+    Compute, Plan, QuantLinear, QuantScheme, Scheme, TrainedParts, with_settled_parts, with_trained_parts,
+};
+use kiln_training::{
+    DataOptions, Dataset, DatasetLoss, ModelTokenizer, Observer, Preview, RunOptions, RunReport, Trainer,
+    TrainerConfig, evaluate,
+};
 
-use crate::{Error, FineTune, FineTuned, Result, Tuned};
+use crate::{Error, FineTune, FineTuned, Result, Tuned, stop_texts::StopTexts};
 
 /// A language model as its checkpoint has it, or quantized on the way, with tokenizer and chat template.
 ///
@@ -235,6 +240,57 @@ impl Base {
         Ok(Dataset::open(path, &self.language.text(), options)?)
     }
 
+    /// As [`data_with`](Self::data_with), for sets larger than memory: the tokens are kept in a nameless file in `folder`
+    /// ([`Dataset::open_on_disk`]).
+    ///
+    /// # Errors
+    /// As [`Dataset::open_on_disk`].
+    pub fn data_on_disk(
+        &self,
+        path: impl AsRef<Path>,
+        options: &DataOptions,
+        folder: impl AsRef<Path>,
+    ) -> Result<Dataset> {
+        Ok(Dataset::open_on_disk(path, &self.language.text(), options, folder)?)
+    }
+
+    /// An example as text, with what is learned of it marked.
+    ///
+    /// # Errors
+    /// An example that can't be read.
+    ///
+    /// # Panics
+    /// If there is no such example.
+    pub fn preview(&self, data: &Dataset, index: usize) -> Result<Preview> {
+        let decode =
+            |ids: &[u32]| self.tokenizer().decode(ids, false).unwrap_or_else(|error| format!("<{error}>"));
+        Ok(data.preview(index, decode)?)
+    }
+
+    /// Trains the scales of the packed weights, or scales and offsets, and nothing else: the result is a packed model of the
+    /// same size in bytes, but for scales in f32, with nothing to merge (PEQA, Kim et al. 2023). `observer` hears of the run.
+    ///
+    /// # Errors
+    /// A model without packed linears, and those of a fine-tune.
+    pub fn tune_scales(
+        &self,
+        parts: TrainedParts,
+        data: impl Into<Arc<Dataset>>,
+        trainer: TrainerConfig,
+        run: &RunOptions,
+        observer: &mut impl Observer<Decoder<QuantLinear>>,
+    ) -> Result<(Self, RunReport)> {
+        let model = with_trained_parts(self.model.clone(), parts, None)?;
+        let mut identity = BTreeMap::from([("trained".to_owned(), format!("{parts:?}"))]);
+        if run.folder.is_some() {
+            identity.extend(self.language.identity()?);
+        }
+        let mut trainer = Trainer::new(model, data.into(), trainer)?.with_identity(identity);
+        let report = trainer.run_with(run, observer)?;
+        let model = with_settled_parts(trainer.into_best_model())?;
+        Ok((Self::of(model, self.language.clone()), report))
+    }
+
     /// A fine-tune of new adapters on `data`, still to be run. The base stays as it is.
     pub fn finetune(&self, adapters: AdapterConfig, data: impl Into<Arc<Dataset>>) -> FineTune<'_> {
         FineTune::new(self, adapters, data.into())
@@ -387,18 +443,30 @@ impl Language {
             options.stop.clone_from(&self.tokenizer.special().eos);
         }
         let (mut stream, mut failed) = (self.tokenizer.decode_stream(true), None);
-        let generation = generate_with(model, prompt, &options, &mut |id| match stream.push(id) {
-            Ok(text) if text.is_empty() => ControlFlow::Continue(()),
-            Ok(text) => on_text(&text),
-            Err(error) => {
-                failed = Some(error);
-                ControlFlow::Break(())
-            }
+        let mut stops = StopTexts::new(std::mem::take(&mut options.stop_texts));
+        let generation = generate_with(model, prompt, &options, &mut |id| {
+            let piece = match stream.push(id) {
+                Ok(piece) => piece,
+                Err(error) => {
+                    failed = Some(error);
+                    return ControlFlow::Break(());
+                }
+            };
+            let text = stops.push(&piece);
+            let flow = if text.is_empty() { ControlFlow::Continue(()) } else { on_text(text) };
+            if stops.is_found() { ControlFlow::Break(()) } else { flow }
         })?;
-        match failed {
-            Some(error) => Err(error.into()),
-            None => Ok(self.tokenizer.decode(&generation.ids, true)?),
+        if let Some(error) = failed {
+            return Err(error.into());
         }
+        if stops.is_found() {
+            return Ok(stops.into_text());
+        }
+        let rest = stops.rest();
+        if !rest.is_empty() {
+            let _ = on_text(rest);
+        }
+        Ok(self.tokenizer.decode(&generation.ids, true)?)
     }
 
     pub(crate) fn export_gguf(&self, model: &Decoder<QuantLinear>, path: &Path) -> Result<ExportReport> {

@@ -20,7 +20,8 @@ use kiln_quant_core::{
     files::{OutputFolder, whole_folder},
 };
 use kiln_training::{
-    BatchOptions, Dataset, DatasetLoss, Event, RunOptions, RunReport, ScheduleKind, Trainer, TrainerConfig,
+    BatchOptions, Dataset, DatasetLoss, Evaluation, Event, Observer, RunOptions, RunReport, ScheduleKind,
+    Trainer, TrainerConfig,
 };
 
 use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
@@ -37,6 +38,11 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// | `trainer` | as these say | every option of the trainer at once |
 /// | `held_out`, `patience` | none | data whose loss is measured on the way, and how long it may fail to fall |
 /// | `checkpoints`, `resume` | none | a folder for `last` and `best`, and whether to go on from `last` if it is there |
+/// | `keep` | 0 | so many of the newest checkpoints stay beside `last` |
+/// | `metrics` | none | a folder for the figures of every step: JSON lines, and TensorBoard's event files |
+/// | `reference` | the model as the run begins | what answers are compared with, or the teacher of a distillation |
+/// | `known_answers` | none | a file that keeps what the reference thinks of the data |
+/// | `samples` | none | prompts that are continued after every measurement |
 /// | `on_event` | silent | hears every step and evaluation; [`ControlFlow::Break`] stops the run |
 ///
 /// ```
@@ -73,6 +79,10 @@ pub struct FineTune<'a> {
     trainer: TrainerConfig,
     options: RunOptions,
     resume: bool,
+    reference: Option<&'a Base>,
+    known_answers: Option<PathBuf>,
+    samples: Vec<String>,
+    sampling: GenerateOptions,
     on_event: OnEvent<'a>,
 }
 
@@ -114,6 +124,10 @@ impl<'a> FineTune<'a> {
             trainer: TrainerConfig::new(1, ROWS).with_recompute(recompute),
             options: RunOptions::new(),
             resume: false,
+            reference: None,
+            known_answers: None,
+            samples: Vec::new(),
+            sampling: GenerateOptions::new(32),
             on_event: Box::new(|_| ControlFlow::Continue(())),
         }
     }
@@ -191,6 +205,41 @@ impl<'a> FineTune<'a> {
         self
     }
 
+    /// Keeps so many of the newest checkpoints beside `last`.
+    pub fn with_keep(mut self, keep: usize) -> Self {
+        self.options = self.options.with_keep(keep);
+        self
+    }
+
+    /// Writes the figures of every step and measurement into `folder`.
+    pub fn with_metrics(mut self, folder: impl Into<PathBuf>) -> Self {
+        self.options = self.options.with_metrics(folder);
+        self
+    }
+
+    /// Compares answers with what `reference` thinks of them, or imitates it: [`Trainer::with_reference`].
+    pub fn with_reference(mut self, reference: &'a Base) -> Self {
+        self.reference = Some(reference);
+        self
+    }
+
+    /// Asks the reference about all of the data before the first step, or reads from `file` what was found before:
+    /// [`Trainer::with_known_answers`].
+    pub fn with_known_answers(mut self, file: impl Into<PathBuf>) -> Self {
+        self.known_answers = Some(file.into());
+        self
+    }
+
+    /// Continues `prompts` after every measurement; [`Event::Sample`] tells how.
+    pub fn with_samples<T: Into<String>>(
+        mut self,
+        prompts: impl IntoIterator<Item = T>,
+        options: impl Into<GenerateOptions>,
+    ) -> Self {
+        (self.samples, self.sampling) = (prompts.into_iter().map(Into::into).collect(), options.into());
+        self
+    }
+
     /// Goes on from `last` in the folder of the checkpoints, if it is there.
     pub fn with_resume(mut self) -> Self {
         self.resume = true;
@@ -208,7 +257,7 @@ impl<'a> FineTune<'a> {
     /// # Errors
     /// Adapters, options or data that don't fit the model or one another; a checkpoint of another run; training that
     /// diverges; files that can't be written.
-    pub fn run(mut self) -> Result<FineTuned> {
+    pub fn run(self) -> Result<FineTuned> {
         let config = match self.length {
             Length::Steps(steps) => self.trainer.with_steps(steps),
             Length::Epochs(epochs) => self.trainer.with_epochs(&self.data, epochs)?,
@@ -224,12 +273,47 @@ impl<'a> FineTune<'a> {
         }
         let (model, adapters) = tuned.into_parts();
         let mut trainer = Trainer::new(model, self.data, config)?.with_identity(identity);
+        if let Some(reference) = self.reference {
+            trainer = trainer.with_reference(reference.model().clone())?;
+        }
+        if let Some(file) = self.known_answers {
+            trainer = trainer.with_known_answers(file)?;
+        }
         if let Some(last) = last.filter(|last| self.resume && whole_folder(last).exists()) {
             trainer = trainer.resumed(last)?;
         }
-        let report = trainer.run_with(&self.options, &mut self.on_event)?;
+        let Self { samples, sampling, on_event, .. } = self;
+        let mut listener = Listener { language: language.clone(), samples, sampling, on_event };
+        let report = trainer.run_with(&self.options, &mut listener)?;
         let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
         Ok(FineTuned::new(tuned, language, Some(report)))
+    }
+}
+
+/// Hears of a run, and continues prompts after measurements.
+struct Listener<'a> {
+    language: Arc<Language>,
+    samples: Vec<String>,
+    sampling: GenerateOptions,
+    on_event: OnEvent<'a>,
+}
+
+impl Observer<AdaptedModel> for Listener<'_> {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        (self.on_event)(event)
+    }
+
+    fn inspect(
+        &mut self,
+        model: &AdaptedModel,
+        _: &Evaluation,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        for prompt in &self.samples {
+            let mut silent = |_: &str| ControlFlow::Continue(());
+            let text = self.language.generate(model, prompt, self.sampling.clone(), &mut silent)?;
+            let _ = (self.on_event)(&Event::Sample { prompt, text: &text });
+        }
+        Ok(())
     }
 }
 

@@ -35,6 +35,7 @@ pub mod mixq;
 pub mod prelude;
 #[cfg(any(feature = "calibration", feature = "pruning"))]
 mod stages;
+mod stop_texts;
 mod tuned;
 
 pub use adapter_set::{AdapterSetLinear, load_adapter_set};

@@ -49,7 +49,7 @@ pub use embedding::{DenseEmbedding, Embedding};
 pub use error::{Error, Result};
 pub use experts::Expert;
 pub use fingerprint::fingerprint;
-pub use generate::{Finish, GenerateOptions, Generation, generate, generate_with};
+pub use generate::{Finish, GenerateOptions, Generation, generate, generate_batch, generate_with};
 pub use kiln_quant_core::{Place, Slots};
 pub use load::{LoadOptions, LoadReport, Tables};
 pub use nll::token_nll;

@@ -1,31 +1,55 @@
 //! The choice of the next token from its logits, in host memory.
 
+use std::collections::BTreeSet;
+
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
 use crate::{Error, Result, generate::GenerateOptions};
 
-/// Chooses tokens as transformers' logits processors do: temperature, then top-k, then top-p, then one draw.
+/// Chooses tokens as transformers' logits processors do: penalty, temperature, top-k, top-p, min-p, then one draw.
 #[derive(Debug)]
 pub(crate) struct Sampler {
     temperature: f64,
     top_k: Option<usize>,
     top_p: Option<f64>,
+    min_p: Option<f64>,
+    penalty: f32,
+    /// Tokens that occurred, where that counts.
+    seen: BTreeSet<u32>,
     random: ChaCha8Rng,
 }
 
 impl Sampler {
-    pub(crate) fn new(options: &GenerateOptions) -> Self {
+    pub(crate) fn new(options: &GenerateOptions, prompt: &[u32]) -> Self {
         Self {
             temperature: options.temperature,
             top_k: options.top_k,
             top_p: options.top_p,
+            min_p: options.min_p,
+            penalty: options.repetition_penalty as f32,
+            seen: prompt.iter().copied().filter(|_| options.repetition_penalty != 1.0).collect(),
             random: ChaCha8Rng::seed_from_u64(options.seed),
         }
     }
 
     /// The next token's id.
     pub(crate) fn choose(&mut self, logits: &[f32]) -> Result<u32> {
+        if self.penalty == 1.0 {
+            return self.draw(logits);
+        }
+        let mut logits = logits.to_vec();
+        for &id in &self.seen {
+            if let Some(logit) = logits.get_mut(id as usize) {
+                *logit = if *logit < 0.0 { *logit * self.penalty } else { *logit / self.penalty };
+            }
+        }
+        let id = self.draw(&logits)?;
+        self.seen.insert(id);
+        Ok(id)
+    }
+
+    fn draw(&mut self, logits: &[f32]) -> Result<u32> {
         let best = largest(logits)?;
         if self.temperature == 0.0 {
             return Ok(best as u32);
@@ -68,6 +92,10 @@ impl Sampler {
             let count = count.count();
             kept.truncate(count);
         }
+        if let Some(p) = self.min_p {
+            let least = p * kept.iter().map(|(_, probability)| *probability).fold(0.0, f64::max);
+            kept.retain(|(_, probability)| *probability >= least);
+        }
         kept
     }
 }
@@ -107,7 +135,7 @@ mod tests {
     }
 
     fn draws(options: &GenerateOptions, logits: &[f32], count: usize) -> Vec<usize> {
-        let mut sampler = Sampler::new(options);
+        let mut sampler = Sampler::new(options, &[]);
         let mut seen = vec![0; logits.len()];
         for _ in 0..count {
             seen[sampler.choose(logits).unwrap() as usize] += 1;
@@ -165,7 +193,7 @@ mod tests {
     fn top_p_keeps_the_smallest_set_that_reaches_p() {
         // Cumulative: 8/15 = 0.533, 12/15 = 0.8, 14/15 = 0.933, 1.
         let kept = |p: f64| {
-            let sampler = Sampler::new(&options().with_top_p(p));
+            let sampler = Sampler::new(&options().with_top_p(p), &[]);
             sampler.candidates(&LOGITS, LOGITS[1]).into_iter().map(|(id, _)| id).collect::<Vec<_>>()
         };
         assert_eq!(kept(1e-9), [1]);
@@ -178,8 +206,36 @@ mod tests {
         let seen = draws(&options().with_top_p(0.7), &LOGITS, 20_000);
         assert_distribution(&seen, &[0.0, 8.0 / 12.0, 0.0, 4.0 / 12.0]);
         // Top-p counts what top-k left: 8/12 = 0.667 reaches 0.6, 8/15 would not.
-        let both = Sampler::new(&options().with_top_k(2).with_top_p(0.6));
+        let both = Sampler::new(&options().with_top_k(2).with_top_p(0.6), &[]);
         assert_eq!(both.candidates(&LOGITS, LOGITS[1]).len(), 1);
+    }
+
+    #[test]
+    fn min_p_keeps_what_is_likely_enough_beside_the_best() {
+        // 8, 4, 2 and 1 of 15.
+        let kept = |p: f64| {
+            let sampler = Sampler::new(&options().with_min_p(p), &[]);
+            let mut ids: Vec<u32> =
+                sampler.candidates(&LOGITS, LOGITS[1]).into_iter().map(|(id, _)| id).collect();
+            ids.sort_unstable();
+            ids
+        };
+        assert_eq!(kept(0.12), [0, 1, 2, 3]);
+        assert_eq!(kept(0.2), [0, 1, 3]);
+        assert_eq!(kept(0.3), [1, 3]);
+        assert_eq!(kept(1.0), [1]);
+    }
+
+    #[test]
+    fn what_occurred_is_less_likely() {
+        let penalized = GenerateOptions::new(1).with_repetition_penalty(2.0);
+        let mut sampler = Sampler::new(&penalized, &[0, 9]);
+        // 3 is halved; then 2, which has occurred now.
+        assert_eq!(sampler.choose(&[3.0, 2.0, 1.2]).unwrap(), 1);
+        assert_eq!(sampler.choose(&[3.0, 2.0, 1.2]).unwrap(), 0);
+        assert_eq!(sampler.choose(&[2.0, 2.0, 1.2]).unwrap(), 2);
+        // A negative logit grows more negative.
+        assert_eq!(Sampler::new(&penalized, &[0]).choose(&[-1.0, -1.5]).unwrap(), 1);
     }
 
     #[test]
@@ -197,7 +253,7 @@ mod tests {
             (vec![f32::NEG_INFINITY; 2], "at least one"),
             (vec![], "at least one"),
         ] {
-            let message = Sampler::new(&options()).choose(&logits).unwrap_err().to_string();
+            let message = Sampler::new(&options(), &[]).choose(&logits).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
     }

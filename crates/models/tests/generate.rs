@@ -4,7 +4,8 @@ use std::ops::ControlFlow;
 
 use burn::{module::Module, tensor::Device};
 use kiln_models::{
-    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, generate, generate_with,
+    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, generate, generate_batch,
+    generate_with,
 };
 use kiln_quant_core::QuantLinear;
 use kiln_testkit::{Golden, testdata};
@@ -54,6 +55,49 @@ fn greedy_generation_equals_transformers() {
         let narrow = greedy.with_temperature(0.9).with_top_p(1e-6);
         assert_eq!(run(&model, &prompt, &narrow), (expected, Finish::Length), "{folder}");
     }
+}
+
+/// By transformers' `generate` with `repetition_penalty`.
+#[test]
+fn greedy_generation_with_a_penalty_equals_transformers() {
+    let (model, (prompt, _)) = (load(FOLDERS[0]), reference(FOLDERS[0]));
+    for (penalty, expected) in [
+        (1.3, [208, 110, 170, 70, 187, 187, 5, 120, 115, 115, 169, 24, 156, 82, 2, 102]),
+        (2.0, [208, 110, 170, 70, 187, 84, 90, 46, 160, 40, 93, 102, 48, 182, 112, 158]),
+    ] {
+        let options = GenerateOptions::new(16).with_repetition_penalty(penalty);
+        assert_eq!(run(&model, &prompt, &options).0, expected, "{penalty}");
+    }
+}
+
+/// Rows of different lengths, of which some end early, are what they are alone.
+#[test]
+fn a_batch_is_its_rows() {
+    for folder in FOLDERS {
+        let (model, (prompt, expected)) = (load(folder), reference(folder));
+        let prompts = [&prompt[..], &prompt[..3], &prompt[2..5], &expected[..7]];
+        let stops = expected[3];
+        for options in [
+            GenerateOptions::new(12),
+            GenerateOptions::new(12).with_stop([stops]),
+            GenerateOptions::new(12).with_repetition_penalty(1.5).with_stop([stops]),
+        ] {
+            let found = generate_batch(&model, &prompts, &options).unwrap();
+            for (found, prompt) in found.iter().zip(prompts) {
+                assert_eq!(*found, generate(&model, prompt, &options).unwrap(), "{folder} {options:?}");
+            }
+        }
+        let drawn = GenerateOptions::new(8).with_temperature(1.0).with_seed(4);
+        let found = generate_batch(&model, &prompts, &drawn).unwrap();
+        for (row, (found, prompt)) in (4..).zip(found.iter().zip(prompts)) {
+            let alone = generate(&model, prompt, &drawn.clone().with_seed(row)).unwrap();
+            assert_eq!(*found, alone, "{folder}");
+        }
+    }
+    let model = load(FOLDERS[0]);
+    assert!(generate_batch(&model, &[[1u32; 2]; 0], &GenerateOptions::new(1)).unwrap().is_empty());
+    let empty: [&[u32]; 2] = [&[1], &[]];
+    assert!(generate_batch(&model, &empty, &GenerateOptions::new(1)).is_err());
 }
 
 #[test]

@@ -23,6 +23,7 @@ mod scheme;
 mod slots;
 mod storage;
 mod tensor;
+mod trained_parts;
 mod weight;
 
 pub use codebook::Codebook;
@@ -42,4 +43,5 @@ pub use scheme::{
 pub use slots::Slots;
 pub use storage::{StorageReport, StorageRow};
 pub use tensor::PackedTensor;
+pub use trained_parts::{TrainedParts, with_settled_parts, with_trained_parts};
 pub use weight::{DoubleScales, PackedWeight, Scales, SuperBlocks, SuperScales};

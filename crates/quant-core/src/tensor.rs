@@ -49,6 +49,8 @@ pub struct PackedTensor {
     pub scale_codes: Option<Param<Tensor<1, Int>>>,
     /// Integer offsets: their words, as those of the scales.
     pub offset_codes: Option<Param<Tensor<1, Int>>>,
+    /// Offsets in units of their scales, while scales are trained and offsets follow; then there are no `offsets`.
+    pub zeros: Option<Param<Tensor<2>>>,
     /// Double-quantized: the offset of all scales, `[1]`.
     pub scale_offset: Option<Param<Tensor<1>>>,
     /// Packed row `k` stands for input `input_order[k]`.
@@ -149,6 +151,7 @@ impl PackedTensor {
             offsets,
             scale_codes,
             offset_codes,
+            zeros: None,
             scale_offset,
             input_order: weight.input_order.as_ref().map(|order| {
                 let order: Vec<i64> = order.iter().map(|&input| i64::from(input)).collect();
@@ -255,11 +258,24 @@ impl PackedTensor {
 
     fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {
         let scales = self.effective_scales();
-        let offsets = self.offsets.as_ref().map_or_else(
-            || scales.clone(),
-            |offsets| self.of_integers(offsets, self.offset_codes.as_ref(), None),
-        );
+        let offsets = self.offsets_beside(&scales, None);
         (self.codes.val(), scales, offsets)
+    }
+
+    /// Offsets as the arithmetic sees them, of the given blocks of outputs or of all; `scales`, where there are none.
+    fn offsets_beside(&self, scales: &Tensor<2>, outputs: Option<&Tensor<1, Int>>) -> Tensor<2> {
+        match (&self.offsets, &self.zeros) {
+            (Some(offsets), _) => self.of_integers(offsets, self.offset_codes.as_ref(), outputs),
+            (None, Some(zeros)) => {
+                let zeros = zeros.val();
+                scales.clone()
+                    * match outputs {
+                        Some(outputs) => zeros.select(1, outputs.clone()),
+                        None => zeros,
+                    }
+            }
+            (None, None) => scales.clone(),
+        }
     }
 
     /// `x · W`: differentiable in `x`; the graph keeps references to the packed parts, no dense weight.
@@ -350,10 +366,7 @@ impl PackedTensor {
             Some(_) => self.effective_scales().select(1, blocks.clone()),
             None => self.of_integers(&self.scales, self.scale_codes.as_ref(), Some(&blocks)),
         };
-        let offsets = self.offsets.as_ref().map_or_else(
-            || scales.clone(),
-            |offsets| self.of_integers(offsets, self.offset_codes.as_ref(), Some(&blocks)),
-        );
+        let offsets = self.offsets_beside(&scales, Some(&blocks));
         let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
         let dense = ops::packed_dequantize(self.codes.val().select(1, outputs), scales, offsets, spec);
         match &self.input_order {
@@ -395,7 +408,9 @@ impl PackedTensor {
             _ => Scales::Plain(to_host("scales", self.scales.val())?),
         };
         let apart = self.offsets.as_ref().filter(|_| self.offset_codes.is_none());
-        let offsets = apart.map(|offsets| to_host("offsets", offsets.val())).transpose()?;
+        let following = self.zeros.as_ref().map(|zeros| self.scales.val() * zeros.val());
+        let offsets = apart.map(Param::val).or(following);
+        let offsets = offsets.map(|offsets| to_host("offsets", offsets)).transpose()?;
         let order =
             self.input_order.as_ref().map(|order| ints_to_host("input_order", order.val())).transpose()?;
         Ok(PackedWeight {

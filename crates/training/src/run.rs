@@ -160,6 +160,13 @@ pub enum Event<'a> {
     Checkpoint(&'a Path),
     /// Something of the run failed that it can go on without.
     Warning(&'a str),
+    /// What the model made of a prompt, after an evaluation; from observers that generate.
+    Sample {
+        /// The prompt.
+        prompt: &'a str,
+        /// How it went on.
+        text: &'a str,
+    },
 }
 
 impl fmt::Display for Event<'_> {
@@ -172,6 +179,7 @@ impl fmt::Display for Event<'_> {
             }
             Self::Checkpoint(folder) => write!(f, "checkpoint written to {}", folder.display()),
             Self::Warning(text) => f.write_str(text),
+            Self::Sample { prompt, text } => write!(f, "{prompt} ⟶ {text}"),
         }
     }
 }

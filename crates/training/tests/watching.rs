@@ -76,10 +76,10 @@ fn the_newest_checkpoints_stay_and_foreign_files_with_them() {
         }
         ControlFlow::<()>::Continue(())
     };
-    fs::create_dir(folder.path().join("step-1")).unwrap();
+    fs::create_dir(folder.path().join("step-by-step")).unwrap();
     let options = RunOptions::new().with_folder(folder.path()).with_save_every(1).with_keep(2);
     run.run_with(&options, &mut leaves_a_note).unwrap();
-    assert_eq!(names(folder.path(), "step-"), ["step-1", "step-2", "step-5", "step-6"]);
+    assert_eq!(names(folder.path(), "step-"), ["step-2", "step-5", "step-6", "step-by-step"]);
     assert_eq!(names(&folder.path().join("step-2"), ""), ["note.txt"]);
     assert!(trainer(config(2, 1)).resumed(folder.path().join("step-5")).is_ok());
 }
