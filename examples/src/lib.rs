@@ -1,6 +1,7 @@
 //! What the example programs share: how they end, devices, checkpoints, texts, progress, figures.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
+mod curve;
 mod devices;
 #[cfg(doctest)]
 mod documents;
@@ -28,9 +29,14 @@ use kiln::{
     training::{DataOptions, Dataset, ModelTokenizer},
 };
 
+pub use curve::write_curve;
 pub use devices::DeviceName;
 pub use errors::{Result, print_line, program};
 pub use progress::Bar;
+
+/// How conversations become text where a model has no template of its own.
+pub const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\
+                            {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
 
 /// Options of every program that loads a model.
 #[derive(Debug, Args)]
@@ -190,8 +196,8 @@ pub fn template_context() -> TemplateContext {
     }
 }
 
-/// Examples of at most `seq_len` tokens of a .txt, .jsonl or .u16le file, by the tokenizer and the chat template of
-/// `checkpoint`; what was cut, left out or ignored is printed.
+/// Examples of at most `seq_len` tokens of a file, by the tokenizer and the chat template of
+/// `checkpoint`; what was read, cut, left out or ignored is printed.
 ///
 /// # Errors
 /// Whatever the file refuses.
@@ -202,10 +208,7 @@ pub fn open_data(path: &Path, checkpoint: &Checkpoint, seq_len: usize, vocab_siz
     let mut options = DataOptions::new(seq_len, vocab_size);
     options.eos = tokenizer.special().eos.first().copied();
     let data = Dataset::open(path, &text, &options)?;
-    let report = data.report();
-    if report.dropped_tokens > 0 || report.truncated > 0 || !report.ignored_fields.is_empty() {
-        eprintln!("note: {}: {report}", path.display());
-    }
+    eprintln!("{}: {}", path.display(), data.report());
     Ok(data)
 }
 

@@ -280,12 +280,48 @@ impl Base {
         run: &RunOptions,
         observer: &mut impl Observer<Decoder<QuantLinear>>,
     ) -> Result<(Self, RunReport)> {
+        self.scales_trainer(parts, data.into(), trainer, run)
+            .and_then(|trainer| self.tuned(trainer, run, observer))
+    }
+
+    /// As [`tune_scales`](Self::tune_scales), going on from the checkpoint in `folder`.
+    ///
+    /// # Errors
+    /// As [`tune_scales`](Self::tune_scales), and a checkpoint of another run.
+    pub fn resume_scales(
+        &self,
+        parts: TrainedParts,
+        data: impl Into<Arc<Dataset>>,
+        trainer: TrainerConfig,
+        run: &RunOptions,
+        observer: &mut impl Observer<Decoder<QuantLinear>>,
+        folder: impl AsRef<Path>,
+    ) -> Result<(Self, RunReport)> {
+        let trainer = self.scales_trainer(parts, data.into(), trainer, run)?;
+        self.tuned(trainer.resumed(folder)?, run, observer)
+    }
+
+    fn scales_trainer(
+        &self,
+        parts: TrainedParts,
+        data: Arc<Dataset>,
+        trainer: TrainerConfig,
+        run: &RunOptions,
+    ) -> Result<Trainer<Decoder<QuantLinear>>> {
         let model = with_trained_parts(self.model.clone(), parts, None)?;
         let mut identity = BTreeMap::from([("trained".to_owned(), format!("{parts:?}"))]);
         if run.folder.is_some() {
             identity.extend(self.language.identity()?);
         }
-        let mut trainer = Trainer::new(model, data.into(), trainer)?.with_identity(identity);
+        Ok(Trainer::new(model, data, trainer)?.with_identity(identity))
+    }
+
+    fn tuned(
+        &self,
+        mut trainer: Trainer<Decoder<QuantLinear>>,
+        run: &RunOptions,
+        observer: &mut impl Observer<Decoder<QuantLinear>>,
+    ) -> Result<(Self, RunReport)> {
         let report = trainer.run_with(run, observer)?;
         let model = with_settled_parts(trainer.into_best_model())?;
         Ok((Self::of(model, self.language.clone()), report))
@@ -443,7 +479,7 @@ impl Language {
             options.stop.clone_from(&self.tokenizer.special().eos);
         }
         let (mut stream, mut failed) = (self.tokenizer.decode_stream(true), None);
-        let mut stops = StopTexts::new(std::mem::take(&mut options.stop_texts));
+        let mut stops = StopTexts::new(options.stop_texts.clone());
         let generation = generate_with(model, prompt, &options, &mut |id| {
             let piece = match stream.push(id) {
                 Ok(piece) => piece,

@@ -13,7 +13,9 @@ use kiln_adapters::{AdapterConfig, AnyAdapter};
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
+    config::ModelConfig,
     export::{ExportReport, LoraFactors, export_gguf_lora},
+    memory::{ProcessConstants, Step, Work, estimate},
 };
 use kiln_quant_core::{
     DeviceLimits, QuantLinear, Slots,
@@ -42,6 +44,7 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// | `metrics` | none | a folder for the figures of every step: JSON lines, and TensorBoard's event files |
 /// | `reference` | the model as the run begins | what answers are compared with, or the teacher of a distillation |
 /// | `known_answers` | none | a file that keeps what the reference thinks of the data |
+/// | `memory_limit` | none | bytes that the process may take; a run that is expected to take more is refused, with what would help |
 /// | `samples` | none | prompts that are continued after every measurement |
 /// | `on_event` | silent | hears every step and evaluation; [`ControlFlow::Break`] stops the run |
 ///
@@ -81,6 +84,7 @@ pub struct FineTune<'a> {
     resume: bool,
     reference: Option<&'a Base>,
     known_answers: Option<PathBuf>,
+    memory_limit: Option<u64>,
     samples: Vec<String>,
     sampling: GenerateOptions,
     on_event: OnEvent<'a>,
@@ -126,6 +130,7 @@ impl<'a> FineTune<'a> {
             resume: false,
             reference: None,
             known_answers: None,
+            memory_limit: None,
             samples: Vec::new(),
             sampling: GenerateOptions::new(32),
             on_event: Box::new(|_| ControlFlow::Continue(())),
@@ -230,6 +235,14 @@ impl<'a> FineTune<'a> {
         self
     }
 
+    /// Refuses a run that is expected to take more than so many bytes, before the first step: by
+    /// [`memory::estimate`](kiln_models::memory::estimate), of a process on the CPU, of LoRA on all linears of the adapters'
+    /// rank, whatever the adapters.
+    pub fn with_memory_limit(mut self, bytes: u64) -> Self {
+        self.memory_limit = Some(bytes);
+        self
+    }
+
     /// Continues `prompts` after every measurement; [`Event::Sample`] tells how.
     pub fn with_samples<T: Into<String>>(
         mut self,
@@ -266,6 +279,15 @@ impl<'a> FineTune<'a> {
             Start::New(base, adapters) => (Tuned::attach(base.model().clone(), &adapters)?, base.language()),
             Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
         };
+        if let Some(limit) = self.memory_limit {
+            check_memory(
+                limit,
+                &tuned,
+                language.checkpoint().config(),
+                &config,
+                self.data.options().seq_len,
+            )?;
+        }
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         let mut identity = tuned.identity();
         if last.is_some() {
@@ -288,6 +310,48 @@ impl<'a> FineTune<'a> {
         let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
         Ok(FineTuned::new(tuned, language, Some(report)))
     }
+}
+
+/// Whether a step is expected to fit into `limit` bytes.
+fn check_memory(
+    limit: u64,
+    tuned: &Tuned<Decoder<QuantLinear>>,
+    model: &ModelConfig,
+    config: &TrainerConfig,
+    seq_len: usize,
+) -> Result<()> {
+    let weights: usize = tuned.model().slots().iter().map(|(_, slot)| slot.base.storage_bytes()).sum();
+    // What stands outside the slots is dense or as wide: embedding and head.
+    let tables = model.vocab_size * model.hidden_size * if model.tie_word_embeddings { 1 } else { 2 };
+    let rank = tuned.config().rank;
+    let sides = if config.preference.is_some() { 2 } else { 1 };
+    let now = Step {
+        batch: config.batch.batch * sides,
+        seq_len,
+        recompute: config.recompute,
+        logit_rows: config.logit_rows,
+    };
+    let needed = |step: Step| {
+        let work = Work::lora(model, rank, &step);
+        estimate(model, weights + 4 * tables, &work, &step).peak_rss(&ProcessConstants::CPU) as u64
+    };
+    if needed(now) <= limit {
+        return Ok(());
+    }
+    let recomputed = Step { recompute: Recompute::Block, ..now };
+    let one = Step { batch: sides, ..recomputed };
+    let ways = [
+        ("recompute: Block", recomputed),
+        ("recompute: Block and a batch of 1 (accumulate more)", one),
+        ("recompute: Block, a batch of 1 and half the length", Step { seq_len: seq_len / 2, ..one }),
+    ];
+    let mega = |bytes: u64| bytes.div_ceil(1_000_000);
+    let help = match ways.into_iter().find(|(_, step)| needed(*step) <= limit) {
+        Some((way, step)) => format!("{way} would take {} MB", mega(needed(step))),
+        None => "fewer bits, a smaller model or more memory would help".into(),
+    };
+    let expected = format!("at least {} MB for this step; {help}", mega(needed(now)));
+    Err(Error::argument("memory_limit", expected, format!("{} MB", mega(limit))))
 }
 
 /// Hears of a run, and continues prompts after measurements.

@@ -13,4 +13,5 @@ mod memory;
 #[cfg(all(feature = "mixq-search", feature = "pruning"))]
 mod mixq;
 mod recipe;
+mod tuning;
 mod wgpu;

@@ -1,0 +1,136 @@
+//! Instruction tuning: chat rows, a validation part, early stop, answers before and after, a loss curve.
+//!
+//! Without arguments: the embedded model at 4 bits on rows that come with the repository.
+#![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
+
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
+
+use clap::Parser;
+use kiln::{
+    Base,
+    adapters::AdapterConfig,
+    quant::{Scheme, files::OutputFolder},
+    training::{Event, Message, Observer, ScheduleKind},
+};
+use kiln_examples::{
+    Bar, Result, TEMPLATE, check_outputs, embedded_model, say, template_context, testdata, write_curve,
+    write_json,
+};
+
+#[derive(Parser)]
+#[command(about)]
+struct Options {
+    /// A checkpoint folder or a .gguf file; the embedded model if left out.
+    #[arg(long)]
+    model: Option<PathBuf>,
+    /// Scheme of the blocks' linears; as stored if left out.
+    #[arg(long)]
+    scheme: Option<Scheme>,
+    /// Rows of chats, instructions, or prompts and completions: .jsonl, .json or .parquet.
+    #[arg(long)]
+    data: Option<PathBuf>,
+    #[arg(long, default_value_t = 16)]
+    rank: usize,
+    #[arg(long, default_value_t = 16.0)]
+    alpha: f64,
+    /// At most so many steps.
+    #[arg(long, default_value_t = 120)]
+    steps: u64,
+    #[arg(long, default_value_t = 8)]
+    batch: usize,
+    #[arg(long, default_value_t = 128)]
+    seq_len: usize,
+    #[arg(long, default_value_t = 3e-3)]
+    lr: f64,
+    /// Steps between validations.
+    #[arg(long, default_value_t = 20)]
+    every: u64,
+    /// Ends the run after so many validations without a lower loss.
+    #[arg(long, default_value_t = 3)]
+    patience: u64,
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Goes on from the last checkpoint below --out.
+    #[arg(long)]
+    resume: bool,
+    /// Gets the adapter folder (adapter/), the loss curve (loss.svg), figures (figures/) and checkpoints.
+    #[arg(long, default_value = "target/kiln-instruct")]
+    out: PathBuf,
+    /// Where the figures of the run go.
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+fn run(options: Options) -> Result<()> {
+    let out = Arc::new(OutputFolder::claim(&options.out)?);
+    check_outputs([&options.json])?;
+    let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?;
+    let base = match (options.scheme, &options.model) {
+        (Some(scheme), _) => base.with_scheme(scheme),
+        (None, None) => base.with_bits(4),
+        (None, Some(_)) => base,
+    };
+    let base = base.with_template_context(template_context());
+    let base = match base.checkpoint().chat_template()? {
+        Some(_) => base,
+        None => base.with_chat_template(TEMPLATE),
+    };
+    let base = base.load()?;
+    let path = options.data.unwrap_or_else(|| testdata("training/instruct.jsonl"));
+    let data = base.data(&path, options.seq_len)?;
+    say!("{}: {}", path.display(), data.report());
+    say!("a row: {}", base.preview(&data, 0)?);
+    let (train, validation) = data.split(0.1, options.seed)?;
+    let before = base.evaluate(&validation)?.nll;
+    say!("validation loss before: {before:.4}");
+    let questions = ["What is the first letter of table?", "Repeat the word window twice."];
+    let messages = questions.map(|question| [Message::new("user", question)]);
+    let untuned = messages.each_ref().map(|messages| base.chat(messages, 16));
+
+    let mut bar = Bar::new(options.steps)?;
+    let adapters = AdapterConfig::lora(options.rank, options.alpha).with_seed(options.seed);
+    let mut tuning = base
+        .finetune(adapters, train)
+        .with_steps(options.steps)
+        .with_batch(options.batch)
+        .with_lr(options.lr)
+        .with_warmup(options.steps / 20)
+        .with_schedule(ScheduleKind::Cosine { final_ratio: 0.1 })
+        .with_held_out(validation.clone(), options.every)
+        .with_patience(options.patience)
+        .with_claimed(out, options.every)
+        .with_metrics(options.out.join("figures"))
+        .on_event(|event: &Event<'_>| Observer::<()>::on_event(&mut bar, event));
+    if options.resume {
+        tuning = tuning.with_resume();
+    }
+    let tuned = tuning.run()?;
+    bar.finish(&format!("--resume goes on from {}", options.out.join("last").display()))?;
+
+    let after = tuned.evaluate(&validation)?.nll;
+    let report = tuned.report().ok_or("a run has a report")?;
+    say!("validation loss after: {after:.4}; {}", report.end);
+    for ((question, messages), before) in questions.iter().zip(&messages).zip(untuned) {
+        say!("{question}\n  before: {}\n  after: {}", before?.trim(), tuned.chat(messages, 16)?.trim());
+    }
+    let adapter = options.out.join("adapter");
+    tuned.save_peft(&adapter)?;
+    let best = report.evaluations.iter().rev().find(|evaluation| evaluation.is_best);
+    if !report.steps.is_empty() {
+        write_curve(&options.out.join("loss.svg"), report)?;
+    }
+    say!("adapter written to {}", adapter.display());
+    write_json(
+        options.json.as_deref(),
+        &serde_json::json!({
+            "validation_before": before,
+            "validation_after": after,
+            "best_step": best.map(|evaluation| evaluation.steps),
+            "steps": report.steps.last().map(|step| step.step + 1),
+        }),
+    )
+}
+
+fn main() -> ExitCode {
+    kiln_examples::program(run)
+}
