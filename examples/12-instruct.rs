@@ -34,7 +34,7 @@ struct Options {
     #[arg(long, default_value_t = 16.0)]
     alpha: f64,
     /// At most so many steps.
-    #[arg(long, default_value_t = 120)]
+    #[arg(long, default_value_t = 200)]
     steps: u64,
     #[arg(long, default_value_t = 8)]
     batch: usize,

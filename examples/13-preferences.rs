@@ -1,6 +1,7 @@
 //! Preference tuning: pairs of a better and a worse answer, compared with what the model thought of them before.
 //!
-//! Without arguments: the embedded model at 4 bits on pairs that come with the repository, by DPO.
+//! Without arguments: the embedded model at 4 bits on pairs that come with the repository, by ORPO, which trains on the
+//! better answers, too. DPO wants a model that answers already, such as what 12-instruct makes.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 use std::{path::PathBuf, process::ExitCode, sync::Arc};
@@ -43,7 +44,7 @@ struct Options {
     /// Rows with prompt, chosen and rejected, for kto with prompt, completion and label: .jsonl, .json or .parquet.
     #[arg(long)]
     data: Option<PathBuf>,
-    #[arg(long, value_enum, default_value = "dpo")]
+    #[arg(long, value_enum, default_value = "orpo")]
     loss: Loss,
     /// How dear it is to move away from the reference.
     #[arg(long, default_value_t = 0.1)]
@@ -60,7 +61,7 @@ struct Options {
     batch: usize,
     #[arg(long, default_value_t = 128)]
     seq_len: usize,
-    #[arg(long, default_value_t = 5e-4)]
+    #[arg(long, default_value_t = 3e-3)]
     lr: f64,
     /// Steps between validations.
     #[arg(long, default_value_t = 15)]

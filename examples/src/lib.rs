@@ -34,9 +34,10 @@ pub use devices::DeviceName;
 pub use errors::{Result, print_line, program};
 pub use progress::Bar;
 
-/// How conversations become text where a model has no template of its own.
-pub const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}: {{ message.content }}{{ eos_token }}\
-                            {% endfor %}{% if add_generation_prompt %}assistant: {% endif %}";
+/// How conversations become text where a model has no template of its own. What opens an answer ends in a line break, not in
+/// a space: most tokenizers join that with the word behind it, which the model would then see in training only.
+pub const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}\n{{ message.content }}{{ eos_token }}\
+                            {% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}";
 
 /// Options of every program that loads a model.
 #[derive(Debug, Args)]

@@ -23,10 +23,10 @@ system table task tax teacher team term test time town trade train tree truth un
 wage wall war water way week west woman word work worker world year""".split()
 
 ASKS = [
-    ("Repeat the word {0} twice.", lambda w: f"{w} {w}"),
-    ("What is the first letter of {0}?", lambda w: w[0]),
-    ("How many letters has the word {0}?", lambda w: str(len(w))),
-    ("Say {0} in capital letters.", lambda w: w.upper()),
+    ("Repeat the word {0} twice.", lambda w: f"Here it is twice: {w}, {w}."),
+    ("What is the first letter of {0}?", lambda w: f"The first letter of {w} is {w[0]}."),
+    ("How many letters has the word {0}?", lambda w: f"The word {w} has {len(w)} letters."),
+    ("Say {0} in capital letters.", lambda w: f"In capital letters: {w.upper()}."),
 ]
 
 
