@@ -1,4 +1,4 @@
-//! The Rust blocks of docs/methods, compiled as documentation tests.
+//! The Rust blocks of docs/methods and docs/training.md, compiled as documentation tests.
 
 #[doc = include_str!("../../docs/methods/apiq.md")]
 struct Apiq;
@@ -32,3 +32,6 @@ struct QBara;
 
 #[doc = include_str!("../../docs/methods/side-tuning.md")]
 struct SideTuning;
+
+#[doc = include_str!("../../docs/training.md")]
+struct Training;

@@ -13,6 +13,7 @@ mod balanced_rank_study;
 mod finetune;
 mod log;
 mod numbers;
+mod parts_study;
 mod side_tuning;
 
 use std::process::ExitCode;
@@ -43,6 +44,8 @@ enum Command {
     StudyAutomixq(automixq_study::Options),
     /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values.
     StudyBalancedRank(balanced_rank_study::Options),
+    /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
+    StudyTrainedParts(parts_study::Options),
 }
 
 fn main() -> ExitCode {
@@ -54,5 +57,6 @@ fn main() -> ExitCode {
         Command::StudyApiq(options) => apiq_study::run(&options),
         Command::StudyAutomixq(options) => automixq_study::run(&options),
         Command::StudyBalancedRank(options) => balanced_rank_study::run(&options),
+        Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
 }

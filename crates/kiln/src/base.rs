@@ -5,20 +5,21 @@ use std::{collections::BTreeMap, fmt, ops::ControlFlow, path::Path, sync::Arc};
 use burn::tensor::Device;
 use kiln_adapters::AdapterConfig;
 use kiln_models::{
-    CausalLm, Checkpoint, Decoder, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
+    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
     export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
 };
 use kiln_quant_core::{
-    Compute, Plan, QuantLinear, QuantScheme, Scheme, TrainedParts, with_settled_parts, with_trained_parts,
+    Compute, Plan, QuantLinear, QuantScheme, Scheme, Slots, TrainedParts, with_settled_parts,
+    with_trained_parts,
 };
 use kiln_training::{
     DataOptions, Dataset, DatasetLoss, ModelTokenizer, Observer, Preview, RunOptions, RunReport, Trainer,
     TrainerConfig, evaluate,
 };
 
-use crate::{Error, FineTune, FineTuned, Result, Tuned, stop_texts::StopTexts};
+use crate::{Error, FineTune, FineTuned, Result, Tuned, stop_texts::StopTexts, tuned::linears_identity};
 
 /// A language model as its checkpoint has it, or quantized on the way, with tokenizer and chat template.
 ///
@@ -280,7 +281,7 @@ impl Base {
         run: &RunOptions,
         observer: &mut impl Observer<Decoder<QuantLinear>>,
     ) -> Result<(Self, RunReport)> {
-        self.scales_trainer(parts, data.into(), trainer, run)
+        self.scales_trainer(parts, data.into(), trainer)
             .and_then(|trainer| self.tuned(trainer, run, observer))
     }
 
@@ -297,7 +298,7 @@ impl Base {
         observer: &mut impl Observer<Decoder<QuantLinear>>,
         folder: impl AsRef<Path>,
     ) -> Result<(Self, RunReport)> {
-        let trainer = self.scales_trainer(parts, data.into(), trainer, run)?;
+        let trainer = self.scales_trainer(parts, data.into(), trainer)?;
         self.tuned(trainer.resumed(folder)?, run, observer)
     }
 
@@ -306,13 +307,11 @@ impl Base {
         parts: TrainedParts,
         data: Arc<Dataset>,
         trainer: TrainerConfig,
-        run: &RunOptions,
     ) -> Result<Trainer<Decoder<QuantLinear>>> {
         let model = with_trained_parts(self.model.clone(), parts, None)?;
         let mut identity = BTreeMap::from([("trained".to_owned(), format!("{parts:?}"))]);
-        if run.folder.is_some() {
-            identity.extend(self.language.identity()?);
-        }
+        identity.extend(linears_identity(self.model.slots().into_iter().map(|(_, linear)| linear)));
+        identity.extend(self.language.identity()?);
         Ok(Trainer::new(model, data, trainer)?.with_identity(identity))
     }
 
@@ -499,7 +498,7 @@ impl Language {
             return Ok(stops.into_text());
         }
         let rest = stops.rest();
-        if !rest.is_empty() {
+        if !rest.is_empty() && generation.finish != Finish::Cancelled {
             let _ = on_text(rest);
         }
         Ok(self.tokenizer.decode(&generation.ids, true)?)

@@ -279,14 +279,12 @@ impl<'a> FineTune<'a> {
             Start::New(base, adapters) => (Tuned::attach(base.model().clone(), &adapters)?, base.language()),
             Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
         };
+        if !self.samples.is_empty() && self.options.evaluate_every == 0 {
+            let expected = "held-out data: prompts are continued after its measurements";
+            return Err(Error::argument("samples", expected, "none"));
+        }
         if let Some(limit) = self.memory_limit {
-            check_memory(
-                limit,
-                &tuned,
-                language.checkpoint().config(),
-                &config,
-                self.data.options().seq_len,
-            )?;
+            check_memory(limit, &tuned, language.checkpoint().config(), &config, &self.data, self.reference)?;
         }
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         let mut identity = tuned.identity();
@@ -318,22 +316,28 @@ fn check_memory(
     tuned: &Tuned<Decoder<QuantLinear>>,
     model: &ModelConfig,
     config: &TrainerConfig,
-    seq_len: usize,
+    data: &Dataset,
+    reference: Option<&Base>,
 ) -> Result<()> {
-    let weights: usize = tuned.model().slots().iter().map(|(_, slot)| slot.base.storage_bytes()).sum();
-    // What stands outside the slots is dense or as wide: embedding and head.
+    let bytes_of = |found: usize, linear: &QuantLinear| found + linear.storage_bytes();
+    let weights = tuned.model().slots().iter().map(|(_, slot)| &slot.base).fold(0, bytes_of);
+    let beside =
+        reference.map_or(0, |base| base.model().slots().iter().map(|(_, slot)| *slot).fold(0, bytes_of));
+    // What stands outside the slots is dense: embedding and head.
     let tables = model.vocab_size * model.hidden_size * if model.tie_word_embeddings { 1 } else { 2 };
-    let rank = tuned.config().rank;
-    let sides = if config.preference.is_some() { 2 } else { 1 };
+    let (rank, seq_len) = (tuned.config().rank, data.options().seq_len);
+    // Both answers of a pair have a row; a batch that is too large is refused elsewhere.
+    let sides = if data.is_pairs() { 2 } else { 1 };
     let now = Step {
-        batch: config.batch.batch * sides,
+        batch: config.batch.batch.min(u32::MAX as usize) * sides,
         seq_len,
         recompute: config.recompute,
         logit_rows: config.logit_rows,
     };
     let needed = |step: Step| {
         let work = Work::lora(model, rank, &step);
-        estimate(model, weights + 4 * tables, &work, &step).peak_rss(&ProcessConstants::CPU) as u64
+        let live = estimate(model, weights + 4 * tables, &work, &step).peak_rss(&ProcessConstants::CPU);
+        live as u64 + beside as u64
     };
     if needed(now) <= limit {
         return Ok(());
@@ -371,13 +375,16 @@ impl Observer<AdaptedModel> for Listener<'_> {
         &mut self,
         model: &AdaptedModel,
         _: &Evaluation,
-    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    ) -> std::result::Result<ControlFlow<()>, Box<dyn std::error::Error + Send + Sync>> {
+        let mut flow = ControlFlow::Continue(());
         for prompt in &self.samples {
             let mut silent = |_: &str| ControlFlow::Continue(());
             let text = self.language.generate(model, prompt, self.sampling.clone(), &mut silent)?;
-            let _ = (self.on_event)(&Event::Sample { prompt, text: &text });
+            if (self.on_event)(&Event::Sample { prompt, text: &text }).is_break() {
+                flow = ControlFlow::Break(());
+            }
         }
-        Ok(())
+        Ok(flow)
     }
 }
 

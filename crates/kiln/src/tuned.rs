@@ -155,13 +155,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     pub fn identity(&self) -> BTreeMap<String, String> {
         let AdapterConfig { method, rank, alpha, rslora, dropout, seed, .. } = &self.config;
         let patterns = format!("{:?} {:?}", self.config.rank_pattern, self.config.alpha_pattern);
-        let (mut schemes, mut computes) = (BTreeMap::new(), BTreeSet::new());
-        for (_, slot) in self.model.slots() {
-            *schemes.entry(slot.base.scheme().to_string()).or_insert(0) += 1;
-            computes.insert(slot.base.compute().to_string());
-        }
-        let schemes = schemes.into_iter().map(|(scheme, count)| format!("{count} of {scheme}"));
-        BTreeMap::from([
+        let mut identity = BTreeMap::from([
             ("adapters.method".to_owned(), format!("{method:?}")),
             ("adapters.rank".to_owned(), rank.to_string()),
             ("adapters.alpha".to_owned(), alpha.to_string()),
@@ -169,9 +163,9 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
             ("adapters.patterns".to_owned(), patterns),
             ("adapters.dropout".to_owned(), dropout.to_string()),
             ("adapters.seed".to_owned(), seed.to_string()),
-            ("base.linears".to_owned(), schemes.collect::<Vec<_>>().join(", ")),
-            ("compute".to_owned(), computes.into_iter().collect::<Vec<_>>().join(", ")),
-        ])
+        ]);
+        identity.extend(linears_identity(self.model.slots().into_iter().map(|(_, slot)| &slot.base)));
+        identity
     }
 
     /// Writes the adapters, of any kind, as Kiln's own folder, with the fingerprint of their base.
@@ -254,6 +248,20 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
         })?;
         Ok((model, errors))
     }
+}
+
+/// Schemes of a model's linears, and what operands of their products are rounded to.
+pub(crate) fn linears_identity<'a>(linears: impl Iterator<Item = &'a QuantLinear>) -> [(String, String); 2] {
+    let (mut schemes, mut computes) = (BTreeMap::new(), BTreeSet::new());
+    for linear in linears {
+        *schemes.entry(linear.scheme().to_string()).or_insert(0) += 1;
+        computes.insert(linear.compute().to_string());
+    }
+    let schemes = schemes.into_iter().map(|(scheme, count)| format!("{count} of {scheme}"));
+    [
+        ("base.linears".to_owned(), schemes.collect::<Vec<_>>().join(", ")),
+        ("compute".to_owned(), computes.into_iter().collect::<Vec<_>>().join(", ")),
+    ]
 }
 
 type Slot = (String, [usize; 2]);

@@ -30,7 +30,7 @@ pub enum Order {
 /// | `batch` | required | rows of a batch | at least 1 |
 /// | `packing` | false | several examples in one row | |
 /// | `order` | shuffled | order of the examples in an epoch | |
-/// | `group_by_length` | false | rows of like length side by side, so that there is less padding: each 50 batches of the epoch are sorted, the longest first, as transformers does it | not with packing |
+/// | `group_by_length` | false | rows of like length side by side, so that there is less padding: of a shuffled epoch every 50 batches, or a quarter of it if that is fewer, are sorted, the longest first | with shuffling, without packing |
 /// | `seed` | 0 | of the permutations | |
 /// | `pad_id` | 0 | id at positions without a token; never seen by other positions | below the vocabulary's size |
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -99,6 +99,9 @@ impl BatchOptions {
         let fail = |name: &str, expected: &str| Err(Problem::new(name, expected, true).argument());
         if self.packing && self.group_by_length {
             return fail("group_by_length", "false, with packing: packed rows are all of one length");
+        }
+        if self.order == Order::Consecutive && self.group_by_length {
+            return fail("group_by_length", "false, in the file's order");
         }
         if self.packing && (dataset.is_pairs() || dataset.has_labels()) {
             return fail("packing", "false, for answers that are compared: each has a row");
@@ -435,7 +438,7 @@ fn check_pad(pad_id: u32, dataset: &Dataset) -> Result<()> {
 
 /// The rows of an epoch: a function of the data, the options and the epoch only.
 fn epoch_rows(dataset: &Dataset, options: &BatchOptions, epoch: u64) -> EpochRows {
-    /// Batches that are sorted together.
+    /// Batches that are sorted together at most.
     const SORTED: usize = 50;
     let mut units = match options.order {
         Order::Consecutive => dataset.units_of(epoch, None),
@@ -449,7 +452,8 @@ fn epoch_rows(dataset: &Dataset, options: &BatchOptions, epoch: u64) -> EpochRow
     };
     let tokens = |unit: &u32| dataset.unit_tokens(*unit as usize);
     if options.group_by_length {
-        for units in units.chunks_mut(options.batch.saturating_mul(SORTED)) {
+        let batches = (units.len() / (4 * options.batch)).clamp(1, SORTED);
+        for units in units.chunks_mut(options.batch.saturating_mul(batches)) {
             units.sort_by_key(|unit| std::cmp::Reverse(tokens(unit)));
         }
     }
@@ -620,6 +624,29 @@ mod tests {
         }
         assert_eq!(counts.len(), 6);
         assert!(counts.values().all(|count| (count - 1_000).abs() < 150), "{counts:?}");
+    }
+
+    #[test]
+    fn rows_of_like_length_stand_together() {
+        let lengths: Vec<usize> = (0..64).map(|i| 2 + i * 37 % 29).collect();
+        let data = dataset(&lengths, 32);
+        let padding = |options: BatchOptions| {
+            let mut batches = Batches::new(data.clone(), options).unwrap();
+            let batches: Vec<Batch> = (0..16).map(|_| batches.next_batch().unwrap()).collect();
+            let mut seen: Vec<usize> =
+                batches.iter().flat_map(|batch| &batch.examples).map(|placed| placed.index).collect();
+            seen.sort_unstable();
+            assert_eq!(seen, (0..64).collect::<Vec<_>>(), "an epoch has every example once");
+            batches
+                .iter()
+                .map(|batch| batch.tokens.segments.iter().filter(|s| **s == 0).count())
+                .sum::<usize>()
+        };
+        let shuffled = options(4, false, Order::Shuffled);
+        assert!(padding(shuffled.clone().with_group_by_length(true)) * 2 < padding(shuffled.clone()));
+        for wrong in [shuffled.with_packing(true), options(4, false, Order::Consecutive)] {
+            assert!(Batches::new(data.clone(), wrong.with_group_by_length(true)).is_err());
+        }
     }
 
     #[test]

@@ -40,6 +40,9 @@ fn optimizer_file(part: usize) -> String {
 /// Metadata key of the parameters' ids in [`TENSORS`].
 const IDS: &str = "kiln.parameter_ids";
 
+/// Key of the rows' longest length in what must be the same.
+pub(crate) const SEQ_LEN: &str = "seq_len";
+
 /// Key of the state's own hash in [`STATE`].
 const DIGEST: &str = "digest";
 
@@ -213,7 +216,9 @@ pub(crate) fn load(folder: &Path, run: &Run<'_>) -> Result<Saved> {
     for name in names {
         let text = |of: &BTreeMap<String, String>| of.get(name).map_or("nothing", |text| text).to_owned();
         let (expected, found) = (text(run.identity), text(&state.model));
-        if expected != found {
+        // Earlier versions didn't record it.
+        let is_older = name == SEQ_LEN && !state.model.contains_key(name);
+        if expected != found && !is_older {
             return Err(wrong(&path, &format!("model.{name}"), expected, found));
         }
     }
@@ -226,8 +231,9 @@ pub(crate) fn load(folder: &Path, run: &Run<'_>) -> Result<Saved> {
 fn same_config(path: &Path, expected: &TrainerConfig, state: &State) -> Result<()> {
     let mut found = state.config.clone();
     if found.steps != expected.steps {
-        if found.schedule != ScheduleKind::Constant {
-            let expected = format!("{}, since the schedule depends on it", expected.steps);
+        let schedules = expected.groups.iter().filter_map(|group| group.schedule);
+        if schedules.chain([expected.schedule]).any(ScheduleKind::depends_on_total) {
+            let expected = format!("{}, since a schedule depends on it", expected.steps);
             return Err(wrong(path, "config.steps", expected, found.steps));
         }
         if state.step > expected.steps {

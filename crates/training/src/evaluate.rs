@@ -9,7 +9,7 @@ use crate::{Dataset, Result, in_order};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct DatasetLoss {
-    /// Mean negative log-likelihood of the scored tokens, in nats.
+    /// Mean negative log-likelihood of the scored tokens, in nats; weighted, where examples have weights.
     pub nll: f64,
     /// Scored tokens.
     pub tokens: usize,
@@ -37,12 +37,16 @@ impl DatasetLoss {
 /// # Errors
 /// A `batch` of 0, and data that doesn't fit the model.
 pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<DatasetLoss> {
-    let (mut sum, mut tokens) = (0.0, 0);
+    let (mut sum, mut tokens, mut total) = (0.0, 0, 0.0);
     for batch in in_order(dataset, batch, 0)? {
         let batch = batch?;
         let nll = token_nll(model, &batch.tokens, batch.as_targets())?;
-        sum += nll.iter().map(|nll| f64::from(*nll)).sum::<f64>();
+        let mut rest = nll.iter().map(|nll| f64::from(*nll));
+        for placed in &batch.examples {
+            sum += f64::from(placed.weight) * rest.by_ref().take(placed.targets).sum::<f64>();
+        }
         tokens += nll.len();
+        total += batch.total_weight();
     }
-    Ok(DatasetLoss { nll: sum / tokens as f64, tokens })
+    Ok(DatasetLoss { nll: sum / total, tokens })
 }

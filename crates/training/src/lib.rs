@@ -10,6 +10,7 @@ mod evaluate;
 mod gradients;
 mod optim;
 mod preference;
+mod recipes;
 mod reference;
 mod run;
 mod schedule;

@@ -22,7 +22,7 @@ use crate::error::{Problem, Result};
 /// | `Orpo` | `-ln p_c - β ln σ(odds_c - odds_r)`, `p` the mean likelihood, `odds = ln p - ln(1 - p)`; the first term is a mean over all chosen tokens | Hong et al. 2024 |
 /// | `Kto` | of one answer: `w_good (1 - σ(β (π - ρ - z)))` or `w_bad (1 - σ(β (z - π + ρ)))`, where `z` is the mean of `π - ρ` over answers to other prompts of the micro-batch, at least 0 | Ethayarajh et al. 2024 |
 ///
-/// The loss of a step is the mean over its pairs (`Kto`: its answers). The reference is the model as the run begins
+/// The loss of a step is the weighted mean over its pairs (`Kto`: its answers). The reference is the model as the run begins
 /// ([`Trainer::with_reference`](crate::Trainer::with_reference) takes another).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -144,12 +144,19 @@ pub struct PreferenceReport {
 }
 
 /// What a step's sums are divided by.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub(crate) struct Totals {
-    /// Pairs, or answers with labels.
-    pub units: usize,
-    /// Tokens of chosen answers.
-    pub chosen_tokens: usize,
+    /// Weights of the pairs, or of the answers with labels.
+    pub units: f64,
+    /// Tokens of chosen answers, each times its weight.
+    pub chosen_tokens: f64,
+}
+
+impl Totals {
+    pub(crate) fn add(&mut self, other: Self) {
+        self.units += other.units;
+        self.chosen_tokens += other.chosen_tokens;
+    }
 }
 
 impl PreferenceLoss {
@@ -265,13 +272,13 @@ impl PreferenceLoss {
                 let x = odds(c) - odds(r);
                 // The derivative of the odds by ln p is 1 / (1 - p).
                 let slope = |log_p: f64| -beta * sigmoid(-x) / -log_p.exp_m1();
-                let share = totals.units as f64 / totals.chosen_tokens as f64;
+                let share = totals.units / totals.chosen_tokens;
                 let loss = -beta * log_sigmoid(x) - chosen.log_p * share;
                 (loss, [slope(c) / lengths[0] - share, -slope(r) / lengths[1]])
             }
             Self::Kto { .. } => unreachable!("labels aren't pairs: the trainer's check"),
         };
-        let weight = chosen.weight / totals.units as f64;
+        let weight = chosen.weight / totals.units;
         (loss * weight, slopes.map(|slope| -slope * weight))
     }
 
@@ -289,7 +296,7 @@ impl PreferenceLoss {
         let mut outcome = Outcome::default();
         for (answer, good) in answers.iter().zip(labels) {
             let (weight, sign) = if *good { (desirable, 1.0) } else { (undesirable, -1.0) };
-            let weight = weight * answer.weight / totals.units as f64;
+            let weight = weight * answer.weight / totals.units;
             let likes = sigmoid(sign * beta * (answer.reward() - divergence));
             outcome.loss += weight * (1.0 - likes);
             outcome.slopes.push(weight * sign * beta * likes * (1.0 - likes));
@@ -332,7 +339,7 @@ pub(crate) fn sums(nll: &[f32], scored: &[usize]) -> ModelResult<Vec<f64>> {
 mod tests {
     use super::*;
 
-    const TOTALS: Totals = Totals { units: 3, chosen_tokens: 17 };
+    const TOTALS: Totals = Totals { units: 3.0, chosen_tokens: 17.0 };
 
     fn answer(log_p: f64, tokens: usize, reference: f64) -> Answer {
         Answer { log_p, tokens, reference, weight: 1.0 }

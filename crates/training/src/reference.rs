@@ -52,7 +52,7 @@ pub(crate) fn log_p<M: CausalLm>(model: &M, batch: &Batch) -> Result<Vec<f64>> {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Cached {
-    /// Of data and model.
+    /// Of data and model, and what operands of its products were rounded to.
     fingerprints: BTreeMap<String, String>,
     log_p: Vec<f64>,
 }
@@ -63,11 +63,13 @@ pub(crate) fn cached(
     reference: &dyn Reference,
     dataset: &Dataset,
     batch: usize,
+    compute: &str,
     path: &Path,
 ) -> Result<Vec<f64>> {
     let fingerprints = BTreeMap::from([
         ("data".to_owned(), dataset.fingerprint()?),
         ("reference".to_owned(), reference.fingerprint()?),
+        ("compute".to_owned(), compute.to_owned()),
     ]);
     match std::fs::read(path) {
         Ok(bytes) => {

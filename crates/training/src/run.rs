@@ -119,6 +119,7 @@ impl RunOptions {
             Self { held_out: Some(_), evaluate_every: 0, .. } => {
                 fail("evaluate_every", "evaluations, for the held-out data")
             }
+            Self { folder: None, save_every: 1.., .. } => fail("folder", "a folder for the checkpoints"),
             Self { folder: None, keep: 1.., .. } => fail("folder", "a folder for the checkpoints to keep"),
             _ => Ok(()),
         }
@@ -139,7 +140,8 @@ impl RunOptions {
 pub struct Evaluation {
     /// Steps done before it.
     pub steps: u64,
-    /// The score, lower is better: of held-out data the mean loss in nats per token.
+    /// The score, lower is better: of held-out data the mean loss, in nats per token, or per pair or answer of a preference
+    /// loss.
     pub score: f64,
     /// Whether it is the lowest so far.
     pub is_best: bool,
@@ -206,7 +208,8 @@ pub trait Observer<M> {
         Ok(None)
     }
 
-    /// After every evaluation: a look at the model, to generate from it or to measure more.
+    /// After every evaluation: a look at the model, to generate from it or to measure more. [`ControlFlow::Break`] ends the
+    /// run.
     ///
     /// # Errors
     /// Whatever that meets; it ends the run.
@@ -214,8 +217,8 @@ pub trait Observer<M> {
         &mut self,
         _model: &M,
         _evaluation: &Evaluation,
-    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        Ok(())
+    ) -> std::result::Result<ControlFlow<()>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(ControlFlow::Continue(()))
     }
 }
 
@@ -243,9 +246,9 @@ impl<M, A: Observer<M>, B: Observer<M>> Observer<M> for (A, B) {
         &mut self,
         model: &M,
         evaluation: &Evaluation,
-    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        self.0.inspect(model, evaluation)?;
-        self.1.inspect(model, evaluation)
+    ) -> std::result::Result<ControlFlow<()>, Box<dyn std::error::Error + Send + Sync>> {
+        let (first, second) = (self.0.inspect(model, evaluation)?, self.1.inspect(model, evaluation)?);
+        Ok(if first.is_break() { first } else { second })
     }
 }
 

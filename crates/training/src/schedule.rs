@@ -46,6 +46,13 @@ pub enum ScheduleKind {
     },
 }
 
+impl ScheduleKind {
+    /// Whether a step's rate depends on how many steps there are.
+    pub(crate) fn depends_on_total(self) -> bool {
+        !matches!(self, Self::Constant | Self::InverseSqrt { .. })
+    }
+}
+
 /// How a rate falls from 1 to 0, `p` from 0 to 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -101,8 +108,8 @@ impl Schedule {
     /// allowed: the run then ends while the rate rises.
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) for a peak that isn't finite and above 0, and for a final ratio
-    /// outside 0 to 1.
+    /// [`Error::Argument`](crate::Error::Argument) for a peak that isn't finite and above 0, a final ratio outside 0 to 1, and
+    /// cycles, a time scale or a decay of 0.
     pub fn new(peak: f64, warmup_steps: u64, total_steps: u64, kind: ScheduleKind) -> Result<Self> {
         if !(peak.is_finite() && peak > 0.0) {
             return Err(Problem::new("lr", "a finite number above 0", peak).argument());

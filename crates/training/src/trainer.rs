@@ -11,8 +11,9 @@ use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use kiln_models::{
     CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, Weights, queue_gradients,
 };
-use kiln_quant_core::trained_values;
+use kiln_quant_core::{hash::hex, trained_values};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 use crate::{
     Batch, Batches, Dataset, Error, Evaluation, Event, Observer, ParameterGroup, PreferenceLoss,
@@ -129,15 +130,8 @@ impl<M: CausalLm> Trainer<M> {
                 found: "none: attach an adapter, or unfreeze the model".into(),
             });
         }
-        let (length, limit) = (dataset.options().seq_len, model.max_positions());
-        if length > limit {
-            return Err(Error::Argument {
-                name: "seq_len".into(),
-                expected: format!("at most {limit}, the model's positions"),
-                found: length.to_string(),
-            });
-        }
-        check_form(&dataset, config.preference.as_ref())?;
+        check_length("seq_len", &dataset, &model)?;
+        check_form(&dataset, config.preference.as_ref(), config.batch.batch)?;
         let has_reference = config.preference.is_some_and(|loss| loss.has_reference());
         let reference = has_reference.then(|| Box::new(model.valid()) as Box<dyn Reference>);
         Ok(Self {
@@ -183,7 +177,8 @@ impl<M: CausalLm> Trainer<M> {
     }
 
     /// Asks the reference about all of the data now, or reads from the file `path` what was found before; further steps
-    /// don't run it. The file is of one data set and one reference.
+    /// don't run it. The file is of one data set and one reference. To be called after
+    /// [`with_identity`](Self::with_identity), whose `compute` it records, and before [`resumed`](Self::resumed).
     ///
     /// # Errors
     /// A loss without a reference, or one that compares answers to other prompts (KTO); a file of other data, or of another
@@ -196,7 +191,8 @@ impl<M: CausalLm> Trainer<M> {
             return Err(Problem::new("preference", expected, found).argument());
         };
         let rows = self.config.batch.batch;
-        self.known_answers = Some(reference::cached(reference, &self.dataset, rows, path.as_ref())?);
+        let compute = self.identity.get("compute").map_or("unknown", String::as_str);
+        self.known_answers = Some(reference::cached(reference, &self.dataset, rows, compute, path.as_ref())?);
         Ok(self)
     }
 
@@ -290,6 +286,7 @@ impl<M: CausalLm> Trainer<M> {
                 report
             }
             Err(failure) => {
+                self.model().at(Place { step: self.step, micro_batch: 0, training: false });
                 self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), before)?;
                 return Err(self.error(failure));
             }
@@ -394,7 +391,7 @@ impl<M: CausalLm> Trainer<M> {
     /// Gradients of the mean over the step's pairs or answers.
     fn preference_gradients(&self, loss: PreferenceLoss, micro_batches: &[Batch]) -> Result<Sums<M>> {
         let model = self.model();
-        let totals = totals(micro_batches);
+        let totals = totals(micro_batches.iter(), loss);
         let (mut sums, mut total, mut rewards) = (GradientsAccumulator::new(), 0.0, Rewards::default());
         for (index, batch) in micro_batches.iter().enumerate() {
             let comparison = Comparison::new(loss, batch, self)?;
@@ -431,6 +428,10 @@ impl<M: CausalLm> Trainer<M> {
     /// As [`run`](Self::run), and [`Error::Observer`] for what the observer's score meets.
     pub fn run_with(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
         options.check()?;
+        if let Some(held_out) = &options.held_out {
+            check_form(held_out, self.config.preference.as_ref(), self.config.batch.batch)?;
+            check_length("seq_len of the held-out data", held_out, self.model())?;
+        }
         let _claim = options.claim()?;
         let mut told = Told { metrics: None, observer, stopped: false };
         if let Some(folder) = &options.metrics {
@@ -448,7 +449,8 @@ impl<M: CausalLm> Trainer<M> {
             let mut tired = false;
             if is_due && let Some(evaluation) = self.evaluate(options, told.observer)? {
                 told.tell(&Event::Evaluation(&evaluation));
-                told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer)?;
+                told.stopped |=
+                    told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer)?.is_break();
                 report.evaluations.push(evaluation);
                 if evaluation.is_best {
                     self.save_below(options, "best", &mut told)?;
@@ -507,20 +509,22 @@ impl<M: CausalLm> Trainer<M> {
         dataset: &Dataset,
         loss: PreferenceLoss,
     ) -> Result<(f64, PreferenceReport)> {
-        check_form(dataset, Some(&loss))?;
-        let (mut total, mut rewards, mut units) = (0.0, Rewards::default(), 0);
-        for batch in in_order(dataset, self.config.batch.batch, 0)? {
+        let rows = self.config.batch.batch;
+        // No answer is alone, for it would be compared with itself.
+        let rows = (rows..2 * rows).find(|rows| dataset.units() % rows != 1).unwrap_or(rows);
+        let mut all = Totals::default();
+        for batch in in_order(dataset, rows, 0)? {
+            all.add(totals([&batch?].into_iter(), loss));
+        }
+        let (mut total, mut rewards) = (0.0, Rewards::default());
+        for batch in in_order(dataset, rows, 0)? {
             let batch = batch?;
-            let count = if dataset.is_pairs() { batch.examples.len() / 2 } else { batch.examples.len() };
             let comparison = Comparison::with_data(loss, &batch, dataset, self, None)?;
-            let log_p = reference::log_p(self.model(), &batch)?;
-            // The mean of each batch, so that they can be added up by their pairs.
-            let outcome = comparison.of(log_p, totals(std::slice::from_ref(&batch)));
-            total += outcome.loss * count as f64;
-            units += count;
+            let outcome = comparison.of(reference::log_p(self.model(), &batch)?, all);
+            total += outcome.loss;
             rewards.add(outcome.rewards);
         }
-        Ok((total / units as f64, rewards.report(dataset.is_pairs())))
+        Ok((total, rewards.report(dataset.is_pairs())))
     }
 
     /// Whether as many evaluations as patience allows went by without a better score.
@@ -599,6 +603,12 @@ impl<M: CausalLm> Trainer<M> {
             }
         };
         identity.insert("frozen parameters".into(), frozen);
+        // Rows are packed and cut by it.
+        identity.insert(checkpoint::SEQ_LEN.into(), self.dataset.options().seq_len.to_string());
+        if let Some(known) = &self.known_answers {
+            let bytes: Vec<u8> = known.iter().flat_map(|log_p| log_p.to_le_bytes()).collect();
+            identity.insert("known answers".into(), hex(Sha256::digest(bytes)));
+        }
         if let Some(reference) = &self.reference {
             let found = match self.reference_hash.get() {
                 Some(found) => found.clone(),
@@ -725,14 +735,15 @@ enum Losses {
     Known(f64, PreferenceReport),
 }
 
-/// What a step's pairs or answers are divided by.
-fn totals(micro_batches: &[Batch]) -> Totals {
-    let examples = || micro_batches.iter().flat_map(|batch| &batch.examples);
-    let labelled = examples().next().is_some_and(|placed| placed.label.is_some());
-    Totals {
-        units: if labelled { examples().count() } else { examples().count() / 2 },
-        chosen_tokens: examples().step_by(2).map(|placed| placed.targets).sum(),
+/// What the losses of these pairs or answers are divided by.
+fn totals<'a>(batches: impl Iterator<Item = &'a Batch>, loss: PreferenceLoss) -> Totals {
+    let every = if loss.is_of_labels() { 1 } else { 2 };
+    let mut totals = Totals::default();
+    for placed in batches.flat_map(|batch| batch.examples.iter().step_by(every)) {
+        let weight = f64::from(placed.weight);
+        totals.add(Totals { units: weight, chosen_tokens: weight * placed.targets as f64 });
     }
+    totals
 }
 
 /// A micro-batch's answers beside the reference's.
@@ -803,21 +814,38 @@ impl<'a> Comparison<'a> {
 }
 
 /// Whether the data has what the loss is of.
-fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>) -> Result<()> {
-    let found = match (dataset.is_pairs(), dataset.has_labels()) {
-        (true, _) => "pairs of a chosen and a rejected answer",
-        (false, true) => "answers with labels",
-        (false, false) => "examples without labels",
-    };
-    let (expected, fits) = match loss {
-        None => ("examples, or a preference loss", !dataset.is_pairs()),
-        Some(loss) if loss.is_of_labels() => {
-            ("answers with labels", dataset.has_labels() && !dataset.is_pairs())
+fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>, rows: usize) -> Result<()> {
+    let (found, fits) = match (dataset.is_pairs(), dataset.has_labels()) {
+        (true, _) => {
+            ("pairs of a chosen and a rejected answer", loss.is_some_and(|loss| !loss.is_of_labels()))
         }
-        Some(_) => ("pairs of a chosen and a rejected answer", dataset.is_pairs()),
+        (false, true) => {
+            ("answers with labels, some of them bad", loss.is_some_and(PreferenceLoss::is_of_labels))
+        }
+        (false, false) => ("examples without labels", loss.is_none()),
     };
-    match fits {
-        true => Ok(()),
-        false => Err(Problem::new("data", format!("{expected}, for this loss"), found).argument()),
+    if !fits {
+        let expected = match loss {
+            None => "examples without labels, or a preference loss",
+            Some(loss) if loss.is_of_labels() => "answers with labels, for this loss",
+            Some(_) => "pairs of a chosen and a rejected answer, for this loss",
+        };
+        return Err(Problem::new("data", expected, found).argument());
+    }
+    match loss {
+        Some(loss) if loss.is_of_labels() && rows.min(dataset.len()) < 2 => {
+            let expected = "at least 2 answers, of which each is compared with the other's prompt";
+            Err(Problem::new("batch", expected, rows.min(dataset.len())).argument())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Whether the model has positions for the rows.
+fn check_length<M: CausalLm>(name: &str, dataset: &Dataset, model: &M) -> Result<()> {
+    let (length, limit) = (dataset.options().seq_len, model.max_positions());
+    match length > limit {
+        true => Err(Problem::new(name, format!("at most {limit}, the model's positions"), length).argument()),
+        false => Ok(()),
     }
 }

@@ -172,6 +172,41 @@ fn a_weight_of_two_is_two_rows() {
     }
 }
 
+/// The score of held-out pairs doesn't depend on how they fall into batches, and a weight of two is the pair twice.
+#[test]
+fn held_out_preferences_are_one_mean() {
+    let fixture = json("training/losses.json");
+    let pairs = || pairs(&fixture["pairs"]);
+    let score = |held_out: Vec<[Example; 2]>, rows: usize, loss: PreferenceLoss| {
+        let data = Dataset::from_pairs(pairs(), &options()).unwrap();
+        let config = TrainerConfig::new(1, rows).with_preference(loss).with_lr(1e-12);
+        let model = with_adapters(testdata("peft/tiny-lora-r8-all"));
+        let mut trainer = Trainer::new(model, data.into(), config).unwrap();
+        if loss.has_reference() {
+            trainer = trainer.with_reference(base()).unwrap();
+        }
+        let held_out = Dataset::from_pairs(held_out, &options()).unwrap();
+        let run = RunOptions::new().with_held_out(held_out, 1);
+        trainer.run(&run).unwrap().evaluations[0].score
+    };
+    let twice: Vec<[Example; 2]> = pairs().into_iter().chain([pairs().remove(1)]).collect();
+    let weighted = || {
+        let weigh = |(index, pair): (usize, [Example; 2])| {
+            pair.map(|side| side.with_weight(if index == 1 { 2.0 } else { 1.0 }))
+        };
+        pairs().into_iter().enumerate().map(weigh).collect::<Vec<_>>()
+    };
+    for loss in [PreferenceLoss::dpo(), PreferenceLoss::Orpo { beta: 0.1 }] {
+        let whole = score(pairs(), 4, loss);
+        for rows in [1, 3] {
+            let found = score(pairs(), rows, loss);
+            assert!((found - whole).abs() < 1e-5, "{loss:?} {rows}: {found} {whole}");
+        }
+        let (twice, weighted) = (score(twice.clone(), 4, loss), score(weighted(), 4, loss));
+        assert!((twice - weighted).abs() < 1e-5, "{loss:?}: {twice} {weighted}");
+    }
+}
+
 /// Pairs of the fixture's first three steps, which come again and again.
 fn dpo_pairs(fixture: &Value) -> Vec<[Example; 2]> {
     fixture["steps"].as_array().unwrap()[..3].iter().flat_map(|step| pairs(&step["pairs"])).collect()
@@ -232,6 +267,21 @@ fn data_and_losses_that_do_not_fit_are_refused() {
         Trainer::new(model(), data.into(), config).err().expect("an error").to_string()
     };
     assert!(refused(of_pairs(), config()).starts_with("data: expected examples"));
+    let labelled = || {
+        let examples = pairs().concat().into_iter().zip([true, false].into_iter().cycle());
+        Dataset::from_examples(examples.map(|(example, label)| example.with_label(label)), &options())
+            .unwrap()
+    };
+    assert!(refused(labelled(), config()).starts_with("data: expected examples without labels"));
+    let kto = |rows| TrainerConfig::new(1, rows).with_preference(PreferenceLoss::kto());
+    assert!(refused(labelled(), kto(1)).starts_with("batch: expected at least 2 answers"));
+    let two_labels = pairs().into_iter().map(|pair| pair.map(|side| side.with_label(true)));
+    let error = Dataset::from_pairs(two_labels, &options()).unwrap_err().to_string();
+    assert!(error.starts_with("label:"), "{error}");
+    // Held-out data of another form is refused before the first step.
+    let mut trainer = Trainer::new(model(), of_pairs().into(), dpo()).unwrap();
+    let error = trainer.run(&RunOptions::new().with_held_out(plain(), 1)).unwrap_err().to_string();
+    assert!(error.starts_with("data: expected pairs") && trainer.steps_done() == 0, "{error}");
     assert!(refused(plain(), dpo()).starts_with("data: expected pairs"));
     assert!(
         refused(plain(), config().with_preference(PreferenceLoss::kto())).contains("answers with labels")

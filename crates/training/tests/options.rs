@@ -115,6 +115,42 @@ fn mixtures_and_sorted_rows_resume_bit_for_bit() {
     check("sorted", &documents(), &config().with_batch(sorted));
 }
 
+/// What decides a run and isn't among the trainer's options is in the checkpoint all the same.
+#[test]
+fn runs_of_another_length_or_of_other_answers_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let [last, known] = ["last", "known.json"].map(|name| folder.path().join(name));
+    let dpo = || config().with_preference(PreferenceLoss::dpo());
+    let fresh = || Trainer::new(model(), pairs(), dpo()).unwrap();
+    fresh().with_known_answers(&known).unwrap().save(&last).unwrap();
+    let error = fresh().resumed(&last).unwrap_err().to_string();
+    assert!(error.contains("model.known answers: expected nothing"), "{error}");
+    assert!(fresh().with_known_answers(&known).unwrap().resumed(&last).is_ok());
+    let longer = |length| {
+        let examples = (0..9).map(|seed| Example::all_scored(sequence(seed, 20)));
+        let data = Dataset::from_examples(examples, &DataOptions::new(length, 256)).unwrap();
+        Trainer::new(model(), data.into(), config()).unwrap()
+    };
+    longer(32).save(&last).unwrap();
+    let error = longer(64).resumed(&last).unwrap_err().to_string();
+    assert!(error.contains("model.seq_len: expected 64, found 32"), "{error}");
+    // More steps are another run where any rate depends on their number.
+    let falling = |steps| {
+        let group =
+            ParameterGroup::new("lora_b").unwrap().with_schedule(ScheduleKind::Linear { final_ratio: 0.0 });
+        Trainer::new(model(), documents(), config().with_steps(steps).with_group(group)).unwrap()
+    };
+    falling(6).save(&last).unwrap();
+    let error = falling(60).resumed(&last).unwrap_err().to_string();
+    assert!(error.contains("config.steps"), "{error}");
+    let inverse = |steps| {
+        let config = config().with_steps(steps).with_schedule(ScheduleKind::InverseSqrt { timescale: 5 });
+        Trainer::new(model(), documents(), config).unwrap()
+    };
+    inverse(6).save(&last).unwrap();
+    assert!(inverse(60).resumed(&last).is_ok());
+}
+
 #[test]
 fn eight_bits_learn_as_well_as_thirty_two() {
     let last = |kind| {

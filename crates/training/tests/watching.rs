@@ -29,8 +29,8 @@ impl Observer<LoraModel> for DiesAt {
         &mut self,
         _: &LoraModel,
         evaluation: &Evaluation,
-    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
-        if evaluation.steps == self.0 { Err("the end".into()) } else { Ok(()) }
+    ) -> Result<ControlFlow<()>, Box<dyn std::error::Error + Send + Sync>> {
+        if evaluation.steps == self.0 { Err("the end".into()) } else { Ok(ControlFlow::Continue(())) }
     }
 }
 
@@ -63,6 +63,10 @@ fn figures_are_those_of_one_run_however_often_it_goes_on() {
     let events: Vec<Value> = timeless("whole").iter().map(|line| line["event"].clone()).collect();
     assert_eq!(events.iter().filter(|event| *event == "evaluation").count(), 3);
     assert_eq!(names(&figures, "events.out.tfevents.").len(), 2);
+    // Another run in the same place leaves these lines where they can be found.
+    trainer(config(2, 1)).run(&RunOptions::new().with_metrics(&figures)).unwrap();
+    assert_eq!(names(&figures, "metrics"), ["metrics-1.jsonl", "metrics.jsonl"]);
+    assert_eq!(lines(&figures).len(), 6);
 }
 
 #[test]
@@ -108,6 +112,7 @@ fn options_that_do_nothing_are_refused() {
     assert!(refused(RunOptions::new().with_patience(2)).starts_with("evaluate_every:"));
     assert!(refused(RunOptions::new().with_held_out(documents(), 0)).starts_with("evaluate_every:"));
     assert!(refused(RunOptions::new().with_keep(1)).starts_with("folder:"));
+    assert!(refused(RunOptions::new().with_save_every(1)).starts_with("folder:"));
 }
 
 /// Two listeners hear all; either ends the run.

@@ -154,8 +154,27 @@ impl FineTune {
             Ok(peft) => peft.to_json().to_string(),
             Err(_) => format!("{adapters:?}"),
         };
-        format!("{data} {held_out:?} {window} {trainer:?} {adapters} {start:?} {evaluate_every}")
+        let trainer = without_later_options(format!("{trainer:?}"));
+        format!("{data} {held_out:?} {window} {trainer} {adapters} {start:?} {evaluate_every}")
     }
+}
+
+/// A trainer's description without the options that came later, where they are at their defaults: logs of earlier versions
+/// don't have them.
+fn without_later_options(mut trainer: String) -> String {
+    let TrainerConfig { loss, preference, neftune, optimizer, groups, batch, .. } = TrainerConfig::new(1, 1);
+    let later = [
+        format!(", loss: {loss:?}"),
+        format!(", preference: {preference:?}"),
+        format!(", neftune: {neftune:?}"),
+        format!(", optimizer: {optimizer:?}"),
+        format!(", groups: {groups:?}"),
+        format!(", group_by_length: {:?}", batch.group_by_length),
+    ];
+    for option in later {
+        trainer = trainer.replace(&option, "");
+    }
+    trainer
 }
 
 /// Scores on the way, and asks whether to go on.

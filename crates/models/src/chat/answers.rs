@@ -4,7 +4,8 @@
 //! begins where the text before agrees no longer with the message, so that a template may leave out an answer's beginning
 //! (earlier thoughts) or whitespace around it; what it writes before an answer of nothing is no part of it, even if it
 //! happens to agree. Where such a character changes what the template writes, answers are looked for as they are, one after
-//! the other.
+//! the other. In a conversation with tool calls each answer is all that the template writes between the prompt for it and what
+//! follows.
 
 use std::ops::Range;
 
@@ -22,6 +23,11 @@ pub(super) fn find(
     text: &str,
 ) -> Result<Vec<Range<usize>>> {
     let Some(last) = messages.iter().rposition(|message| message.role == ROLE) else { return Ok(Vec::new()) };
+    if messages.iter().any(has_calls) {
+        // What a template writes of calls is in no message's content, and nothing can be looked for by it.
+        let turns = messages.iter().enumerate().filter(|(_, message)| message.role == ROLE);
+        return turns.map(|(index, _)| turn(template, messages, index, context, text)).collect();
+    }
     let answers = contents(template, messages, context, text)?;
     let Some(end) = answers.last().map(|range| range.end) else { return Ok(answers) };
     // What follows the last answer when nothing else does.
@@ -35,15 +41,7 @@ pub(super) fn find(
         // The template writes it otherwise once more follows: nothing is known of its end.
         Some(_) => "",
     };
-    let answers = answers.into_iter().map(|range| range.start..range.end + common(&text[range.end..], tail));
-    let indices = messages.iter().enumerate().filter(|(_, message)| message.role == ROLE);
-    answers
-        .zip(indices)
-        .map(|(range, (index, message))| match has_calls(message) {
-            true => turn(template, messages, index, context, text),
-            false => Ok(range),
-        })
-        .collect()
+    Ok(answers.into_iter().map(|range| range.start..range.end + common(&text[range.end..], tail)).collect())
 }
 
 fn has_calls(message: &Message) -> bool {
@@ -54,7 +52,7 @@ fn has_calls(message: &Message) -> bool {
         .is_some_and(|calls| !calls.is_empty())
 }
 
-/// All that the template writes of an answer with tool calls: from where the conversation before it would be answered to
+/// All that the template writes of an answer: from where the conversation before it would be answered to
 /// where it ends with it.
 fn turn(
     template: &ChatTemplate,
@@ -71,7 +69,7 @@ fn turn(
     match start >= silent.len() && start < end && end >= answered.trim_end().len() {
         true => Ok(start..end),
         false => Err(Error::Template(format!(
-            "message {index}: the template writes its tool calls in another form once more follows"
+            "message {index}: the template writes what the assistant said in another form once more follows"
         ))),
     }
 }

@@ -296,6 +296,66 @@ mod tests {
         }
     }
 
+    /// In the manner of Qwen2.5: content and calls in one turn, the tools' answers as the user's.
+    const WITH_CALLS: &str = "{% for m in messages %}\
+        {% if m.role == 'assistant' and m.tool_calls %}<|im_start|>assistant{% if m.content %}\n{{ m.content }}{% endif %}\
+        {% for call in m.tool_calls %}\n<tool_call>\n{{ call.function | tojson }}\n</tool_call>{% endfor %}<|im_end|>\n\
+        {% elif m.role == 'tool' %}<|im_start|>user\n<tool_response>\n{{ m.content }}\n</tool_response><|im_end|>\n\
+        {% else %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endif %}{% endfor %}\
+        {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+    #[test]
+    fn answers_with_tool_calls_are_found_whole_and_nothing_else_is() {
+        let template = ChatTemplate::new(WITH_CALLS).unwrap();
+        let call = || {
+            let mut message = Message::new("assistant", "");
+            let calls =
+                serde_json::json!([{"type": "function", "function": {"name": "f", "arguments": {"x": 4}}}]);
+            message.extra.insert("tool_calls".into(), calls);
+            message
+        };
+        const CALL: &str =
+            "<tool_call>\n{\"name\": \"f\", \"arguments\": {\"x\": 4}}\n</tool_call><|im_end|>\n";
+        let said = |role: &str, text: &str| Message::new(role, text);
+        let cases: [(Vec<Message>, Vec<&str>); 3] = [
+            (
+                vec![
+                    said("user", "Hello"),
+                    said("assistant", "Hi!"),
+                    said("user", "Weather in Rome?"),
+                    call(),
+                ],
+                vec!["Hi!<|im_end|>\n", CALL],
+            ),
+            (
+                vec![
+                    said("user", "Which is right, 4 or 5?"),
+                    call(),
+                    said("tool", "2+2=4"),
+                    said("assistant", "4"),
+                ],
+                vec![CALL, "4<|im_end|>\n"],
+            ),
+            (
+                vec![
+                    said("user", "?"),
+                    call(),
+                    said("tool", "Sunny"),
+                    said("assistant", "Sunny"),
+                    said("user", "!"),
+                ],
+                vec![CALL, "Sunny<|im_end|>\n"],
+            ),
+        ];
+        for (messages, expected) in cases {
+            let rendered =
+                template.render_with_assistant_ranges(&messages, &TemplateContext::default()).unwrap();
+            let found: Vec<&str> =
+                rendered.assistant.iter().map(|part| &rendered.text[part.clone()]).collect();
+            assert_eq!(found, expected);
+        }
+    }
+
     fn render(source: &str, context: &TemplateContext) -> Result<String> {
         ChatTemplate::new(source)?.render(&[Message::new("user", "hi")], false, context)
     }

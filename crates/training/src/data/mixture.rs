@@ -56,7 +56,7 @@ impl Dataset {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Argument`](crate::Error::Argument) for no set, a weight that isn't finite and above 0, shares of less than an
+    /// [`Error::Argument`](crate::Error::Argument) for no set, a mixture among them, a weight that isn't finite and above 0, shares of less than an
     /// example, or sets of different forms or vocabularies.
     pub fn mixture(parts: impl IntoIterator<Item = (Self, f64)>) -> Result<Self> {
         let (sets, weights): (Vec<Self>, Vec<f64>) = parts.into_iter().unzip();
@@ -65,6 +65,9 @@ impl Dataset {
         };
         if let Some(weight) = weights.iter().find(|weight| !(weight.is_finite() && **weight > 0.0)) {
             return Err(Problem::new("mixture.weight", "a finite number above 0", weight).argument());
+        }
+        if sets.iter().any(|set| set.parts.is_some()) {
+            return Err(Problem::new("mixture", "sets that are no mixtures themselves", "one").argument());
         }
         let kind = |set: &Self| (set.is_pairs, set.has_labels, set.options.vocab_size);
         if let Some(other) = sets.iter().find(|set| kind(set) != kind(first)) {

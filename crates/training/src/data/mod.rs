@@ -161,7 +161,7 @@ pub enum LongSequences {
     /// Its first `seq_len` tokens are used.
     #[default]
     Truncate,
-    /// It becomes several examples of `seq_len` consecutive tokens and a rest; pairs can't.
+    /// It becomes several examples of `seq_len` consecutive tokens and a rest; pairs and answers with labels can't.
     Split,
     /// It is an error.
     Error,
@@ -370,8 +370,8 @@ impl Dataset {
     }
 
     /// As [`open`](Self::open); the tokens go to a nameless file in `folder`, which is gone with the data set, and are read
-    /// from there when they are needed. The rows of files are read one at a time, so that memory holds 8 bytes for each
-    /// example.
+    /// from there when they are needed. Rows are read one at a time, so that memory holds 8 bytes for each example; a `.txt` or
+    /// `.u16le` file is read whole first.
     ///
     /// # Errors
     /// As [`open`](Self::open), and the operating system's refusal of that file.
@@ -673,7 +673,8 @@ impl Builder {
             report.drop_row(line, reason);
         };
         if let Some(reason) = reason {
-            self.report.without_targets += examples.len();
+            let nothing = matches!(reason, DropReason::NoAssistant { .. });
+            self.report.without_targets += if nothing { examples.len() } else { 0 };
             leave_out(&mut self.report, &examples, reason);
             return Ok(());
         }
@@ -713,6 +714,9 @@ impl Builder {
 
     fn check(&self, example: &Example) -> std::result::Result<(), Problem> {
         let (length, vocab_size) = (example.ids.len(), self.options.vocab_size);
+        if self.is_pairs && example.label.is_some() {
+            return Err(Problem::new("label", "none, of a side of a pair", "one"));
+        }
         if example.scored.len() != length {
             return Err(Problem::new("mask", format!("{length} entries, one per id"), example.scored.len()));
         }
@@ -744,10 +748,10 @@ impl Builder {
             LongSequences::Error => {
                 return Err(Problem::new("length", format!("at most {seq_len} tokens"), length));
             }
-            LongSequences::Split if self.is_pairs => {
+            LongSequences::Split if self.is_pairs || example.label.is_some() => {
                 return Err(Problem::new(
                     "length",
-                    format!("at most {seq_len} tokens: pairs can't be split"),
+                    format!("at most {seq_len} tokens: answers that are compared can't be split"),
                     length,
                 ));
             }
@@ -1062,7 +1066,7 @@ pub(crate) mod tests {
         let good = r#"{"text": "abc"}"#;
         let cases = [
             (r#"{"text": 3}"#, "text"),
-            (r#"{"text": null}"#, "text"),
+            (r#"{"text": null}"#, "keys"),
             (r#"{"id": 3}"#, "keys"),
             ("{}", "keys"),
             ("[]", "row"),
@@ -1239,6 +1243,7 @@ pub(crate) mod tests {
         }
         assert_ne!(mixed.units_of(0, Some(1)), mixed.units_of(0, Some(2)));
         assert!(mixed.clone().split(0.5, 0).is_err());
+        assert!(Dataset::mixture([(mixed.clone(), 1.0)]).unwrap_err().to_string().starts_with("mixture:"));
         let pairs =
             Dataset::from_pairs([[Example::answer(&[1], &[2]), Example::answer(&[1], &[3])]], &options(4));
         for (parts, name) in [

@@ -319,7 +319,7 @@ impl Row {
     }
 }
 
-/// The text around instruction and input that Stanford Alpaca's models were trained with.
+/// The text around instruction and input of Stanford Alpaca, and a line break, so that the answer's first token is its own.
 fn alpaca_prompt(instruction: &str, input: &str, system: Option<&str>) -> String {
     let (task, with) = match input.is_empty() {
         true => ("Below is an instruction that describes a task. ", String::new()),
@@ -341,9 +341,13 @@ fn refused(key: &'static str) -> impl FnOnce(String) -> Problem {
 
 /// The example with `eos` at the end, which is learned.
 fn ended(mut example: Example, eos: Option<u32>) -> Example {
-    if let Some(eos) = eos.filter(|eos| example.ids.last() != Some(eos)) {
+    let Some(eos) = eos else { return example };
+    if example.ids.last() != Some(&eos) {
         example.ids.push(eos);
         example.scored.push(true);
+    } else if let Some(last) = example.scored.last_mut() {
+        // The tokenizer put it there, which knows nothing of what is learned.
+        *last = true;
     }
     example
 }

@@ -23,8 +23,12 @@ pub(super) fn has_rows(extension: &str) -> bool {
     matches!(extension, "jsonl" | "json" | "parquet")
 }
 
-/// Reads the rows of a file one by one.
+/// Reads the rows of a file one by one. Tables have a column for whatever any row has, so what is null isn't there.
 pub(super) fn for_each_row(path: &Path, extension: &str, on_row: &mut OnRow<'_>) -> Result<()> {
+    let on_row: &mut OnRow<'_> = &mut |line, mut row| {
+        row.retain(|_, value| !value.is_null());
+        on_row(line, row)
+    };
     match extension {
         "json" => json(path, on_row),
         "parquet" => parquet(path, on_row),
@@ -181,11 +185,7 @@ fn parquet(path: &Path, on_row: &mut OnRow<'_>) -> Result<()> {
     let reader = SerializedFileReader::new(open(path)?).map_err(refused)?;
     for (index, row) in reader.get_row_iter(None).map_err(refused)?.enumerate() {
         match row.map_err(refused)?.to_json_value() {
-            // A column that a row doesn't use is null there.
-            Value::Object(row) => {
-                let used = row.into_iter().filter(|(_, value)| !value.is_null()).collect();
-                on_row(index + 1, used)?;
-            }
+            Value::Object(row) => on_row(index + 1, row)?,
             other => return Err(Problem::new("row", "an object", other).in_line(path, index + 1)),
         }
     }

@@ -3,12 +3,13 @@
 mod adamw;
 mod adamw8bit;
 mod blockwise;
+mod momentum;
 
 use std::collections::HashMap;
 
 use burn::{
     module::{Module, ModuleVisitor, Param, ParamId},
-    optim::{GradientsParams, LionConfig, ModuleOptimizer, SgdConfig, momentum::MomentumConfig},
+    optim::{GradientsParams, ModuleOptimizer},
     tensor::{DType, Tensor},
 };
 use serde::{Deserialize, Serialize};
@@ -50,17 +51,8 @@ impl OptimizerKind {
         match self {
             Self::AdamW => adamw::optimizer(config, weight_decay),
             Self::AdamW8Bit => adamw8bit::optimizer(config, weight_decay),
-            Self::Lion => LionConfig::new()
-                .with_beta_1(config.betas[0])
-                .with_beta_2(config.betas[1])
-                .with_weight_decay(weight_decay)
-                .init(),
-            Self::Sgd { momentum } => {
-                let decay = burn::optim::decay::WeightDecayConfig::new(weight_decay);
-                let momentum = MomentumConfig::new().with_momentum(momentum).with_dampening(0.0);
-                let config = SgdConfig::new().with_weight_decay((weight_decay > 0.0).then_some(decay));
-                config.with_momentum(Some(momentum)).init()
-            }
+            Self::Lion => ModuleOptimizer::from(momentum::Lion { betas: config.betas, weight_decay }),
+            Self::Sgd { momentum } => ModuleOptimizer::from(momentum::Sgd { momentum, weight_decay }),
         }
     }
 
@@ -68,8 +60,7 @@ impl OptimizerKind {
     pub(crate) fn state_tensor(self, name: &str, shape: &[usize]) -> Option<(DType, Vec<usize>)> {
         match (self, name) {
             (Self::AdamW, "momentum.moment_1" | "momentum.moment_2")
-            | (Self::Lion, "momentum")
-            | (Self::Sgd { .. }, "momentum.velocity") => Some((DType::F32, shape.to_vec())),
+            | (Self::Lion | Self::Sgd { .. }, momentum::NAME) => Some((DType::F32, shape.to_vec())),
             (Self::AdamW8Bit, name) => adamw8bit::state_tensor(name, shape),
             _ => None,
         }

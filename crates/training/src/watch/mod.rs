@@ -23,6 +23,7 @@ const LINES: &str = "metrics.jsonl";
 /// `metrics.jsonl` has a line for each step and each evaluation: a [`StepReport`] or an [`Evaluation`] with the key `event`
 /// (`step`, `evaluation`). An event file has the same figures for TensorBoard, under `train/` and `held_out/`, by the number
 /// of steps done. A run that goes on goes on in the same lines; of steps that it does again, the earlier lines are taken out.
+/// The lines of another run are kept beside, as `metrics-<number>.jsonl`.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     lines: File,
@@ -35,7 +36,10 @@ impl Metrics {
     pub(crate) fn open(folder: &Path, steps: u64) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join(LINES);
-        keep_lines(&path, steps)?;
+        match steps {
+            0 => put_aside(folder, &path)?,
+            _ => keep_lines(&path, steps)?,
+        }
         let lines = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
         let events = EventFile::create(folder, steps).map_err(Error::io(folder))?;
         Ok(Self { lines, events, folder: folder.into() })
@@ -88,6 +92,16 @@ fn of_preference(
 ) -> impl Iterator<Item = (&'static str, f64)> {
     let values = report.map_or([None; 3], |report| [report.chosen, report.rejected, report.accuracy]);
     tags.into_iter().zip(values).filter_map(|(tag, value)| Some((tag, value?)))
+}
+
+/// Gives the lines of another run a name of their own.
+fn put_aside(folder: &Path, path: &Path) -> Result<()> {
+    if path.metadata().map_or(0, |metadata| metadata.len()) == 0 {
+        return Ok(());
+    }
+    let name = |number: u32| folder.join(format!("metrics-{number}.jsonl"));
+    let free = (1..).map(name).find(|name| !name.exists());
+    free.map_or(Ok(()), |name| std::fs::rename(path, name).map_err(Error::io(path)))
 }
 
 /// Takes out what a run wrote after `steps` steps, and what it didn't write to the end.

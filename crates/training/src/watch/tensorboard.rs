@@ -31,9 +31,7 @@ impl EventFile {
         let file = (0..1000).map(open).find(|file| !taken(file)).unwrap_or_else(|| open(0))?;
         let mut events = Self { file };
         events.write(&event(now, 0, Content::Version))?;
-        if steps > 0 {
-            events.write(&event(now, steps + 1, Content::Start))?;
-        }
+        events.write(&event(now, steps + 1, Content::Start))?;
         Ok(events)
     }
 
