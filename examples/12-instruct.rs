@@ -85,7 +85,10 @@ fn run(options: Options) -> Result<()> {
     say!("validation loss before: {before:.4}");
     let questions = ["What is the first letter of table?", "Repeat the word window twice."];
     let messages = questions.map(|question| [Message::new("user", question)]);
-    let untuned = messages.each_ref().map(|messages| base.chat(messages, 16));
+    let mut untuned = Vec::new();
+    for messages in &messages {
+        untuned.push(base.chat(messages, 16)?);
+    }
 
     let mut bar = Bar::new(options.steps)?;
     let adapters = AdapterConfig::lora(options.rank, options.alpha).with_seed(options.seed);
@@ -110,11 +113,11 @@ fn run(options: Options) -> Result<()> {
     let after = tuned.evaluate(&validation)?.nll;
     let report = tuned.report().ok_or("a run has a report")?;
     say!("validation loss after: {after:.4}; {}", report.end);
-    for ((question, messages), before) in questions.iter().zip(&messages).zip(untuned) {
-        say!("{question}\n  before: {}\n  after: {}", before?.trim(), tuned.chat(messages, 16)?.trim());
-    }
     let adapter = options.out.join("adapter");
     tuned.save_peft(&adapter)?;
+    for ((question, messages), before) in questions.iter().zip(&messages).zip(untuned) {
+        say!("{question}\n  before: {}\n  after: {}", before.trim(), tuned.chat(messages, 16)?.trim());
+    }
     let best = report.evaluations.iter().rev().find(|evaluation| evaluation.is_best);
     if !report.steps.is_empty() {
         write_curve(&options.out.join("loss.svg"), report)?;

@@ -42,7 +42,7 @@ struct Options {
     #[arg(long)]
     scheme: Option<Scheme>,
     /// Rows with prompt, chosen and rejected, for kto with prompt, completion and label: .jsonl, .json or .parquet.
-    #[arg(long)]
+    #[arg(long, required_if_eq("loss", "kto"))]
     data: Option<PathBuf>,
     #[arg(long, value_enum, default_value = "orpo")]
     loss: Loss,
@@ -110,9 +110,17 @@ fn run(options: Options) -> Result<()> {
     let path = options.data.clone().unwrap_or_else(|| testdata("training/preferences.jsonl"));
     let data = base.data(&path, options.seq_len)?;
     say!("{}: {}", path.display(), data.report());
-    say!("the better answer: {}", base.preview(&data, 0)?);
-    say!("the worse answer: {}", base.preview(&data, 1)?);
+    for index in 0..2.min(data.len()) {
+        let what = match (data.is_pairs(), index) {
+            (true, 0) => "a better answer",
+            (true, _) => "a worse one",
+            (false, _) => "an answer",
+        };
+        say!("{what}: {}", base.preview(&data, index)?);
+    }
     let (train, validation) = data.split(0.1, options.seed)?;
+    let question = [Message::new("user", "What comes to your mind when you hear the word window?")];
+    let before = base.chat(&question, 24)?;
 
     let mut bar = Bar::new(options.steps)?;
     let adapters = AdapterConfig::lora(options.rank, options.alpha).with_seed(options.seed);
@@ -138,10 +146,9 @@ fn run(options: Options) -> Result<()> {
         let accuracy = accuracy.map_or(String::new(), |share| format!(", {:.0} % right", 100.0 * share));
         say!("after {} steps: validation loss {:.4}{accuracy}", evaluation.steps, evaluation.score);
     }
-    let question = [Message::new("user", "What comes to your mind when you hear the word window?")];
-    say!("before: {}\nafter: {}", base.chat(&question, 24)?.trim(), tuned.chat(&question, 24)?.trim());
     let adapter = options.out.join("adapter");
     tuned.save_peft(&adapter)?;
+    say!("before: {}\nafter: {}", before.trim(), tuned.chat(&question, 24)?.trim());
     write_curve(&options.out.join("loss.svg"), report)?;
     say!("adapter written to {}", adapter.display());
     let best = report.evaluations.iter().rev().find(|evaluation| evaluation.is_best);

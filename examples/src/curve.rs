@@ -16,7 +16,9 @@ pub fn write_curve(path: &Path, report: &RunReport) -> Result<()> {
         report.steps.iter().map(|step| ((step.step + 1) as f64, step.loss)).collect();
     let held_out: Vec<(f64, f64)> =
         report.evaluations.iter().map(|evaluation| (evaluation.steps as f64, evaluation.score)).collect();
-    let finite = || steps.iter().chain(&held_out).filter(|(_, loss)| loss.is_finite());
+    let [steps, held_out] = [steps, held_out]
+        .map(|points| points.into_iter().filter(|(_, loss)| loss.is_finite()).collect::<Vec<_>>());
+    let finite = || steps.iter().chain(&held_out);
     let range = |of: fn(&(f64, f64)) -> f64| -> Range<f64> {
         let (least, most) = finite().map(of).fold((f64::MAX, f64::MIN), |(a, b), x| (a.min(x), b.max(x)));
         let room = (most - least).max(1e-6) * 0.05;
@@ -34,9 +36,14 @@ pub fn write_curve(path: &Path, report: &RunReport) -> Result<()> {
             .y_label_area_size(56)
             .build_cartesian_2d(range(|point| point.0), range(|point| point.1))?;
         chart.configure_mesh().x_desc("steps").y_desc("loss in nats").draw()?;
-        chart.draw_series(LineSeries::new(steps, BLUE))?.label("training");
-        let line = LineSeries::new(held_out, RED.stroke_width(2)).point_size(3);
-        chart.draw_series(line)?.label("held out");
+        let legend = |color: RGBColor| move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color);
+        chart
+            .draw_series(LineSeries::new(steps.iter().copied(), BLUE))?
+            .label("training")
+            .legend(legend(BLUE));
+        let line = LineSeries::new(held_out.iter().copied(), RED.stroke_width(2)).point_size(3);
+        chart.draw_series(line)?.label("held out").legend(legend(RED));
+        chart.configure_series_labels().background_style(WHITE).border_style(BLACK).draw()?;
         root.present()?;
     }
     write_atomically(path, |file| std::io::Write::write_all(file, text.as_bytes()))?;

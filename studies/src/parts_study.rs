@@ -297,8 +297,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         batch: 8,
         steps: 60,
         seeds: SEEDS,
-        rates_of_adapters: [1e-3, 3e-3, 1e-2],
-        rates_of_scales: [1e-4, 3e-4, 1e-3],
+        rates_of_adapters: [3e-3, 1e-2, 3e-2],
+        rates_of_scales: [3e-4, 1e-3, 3e-3],
         windows: 32,
         epochs: 6,
     }];

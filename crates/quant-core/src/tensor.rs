@@ -15,7 +15,8 @@ use crate::{
     quantizers, to_host,
 };
 
-/// A packed weight as a Burn module: recorded, moved between devices, never trained.
+/// A packed weight as a Burn module: recorded, moved between devices; trained are at most its scales and offsets
+/// ([`with_trained`](Self::with_trained)).
 ///
 /// It stands for a dense `[d_input, d_output]`. Layouts as in [`packing`](crate::packing); codes are U32 words. The
 /// tensors are made outside autodiff, so that they mix with any autodiff context.
