@@ -116,6 +116,29 @@ fn the_other_programs_run_without_arguments() {
 }
 
 #[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn instructions_and_preferences_are_learned_and_curves_drawn() {
+    let folder = folder();
+    let out = folder.path().join("instruct");
+    let found = figures(&folder, "12-instruct", &["--out", text(&out)]);
+    assert!(number(&found, "validation_after") < 0.5 * number(&found, "validation_before"), "{found}");
+    assert!(number(&found, "best_step") <= number(&found, "steps"), "{found}");
+    let perplexity = ["--adapter", text(&out.join("adapter"))];
+    assert!(number(&figures(&folder, "02-perplexity", &perplexity), "perplexity") > 1.0);
+    let metrics = std::fs::read_to_string(out.join("figures/metrics.jsonl")).expect("figures");
+    let steps = metrics.lines().filter(|line| line.starts_with(r#"{"event":"step""#)).count();
+    assert_eq!(steps as f64, number(&found, "steps"));
+    let preferences = folder.path().join("preferences");
+    let found = figures(&folder, "13-preferences", &["--out", text(&preferences)]);
+    assert!(number(&found, "accuracy_after") >= 0.9, "{found}");
+    assert!(number(&found, "validation_after") < 0.5 * number(&found, "loss_first"), "{found}");
+    for out in [out, preferences] {
+        let curve = std::fs::read_to_string(out.join("loss.svg")).expect("a curve");
+        assert!(curve.starts_with("<svg") && curve.contains("held out"));
+    }
+}
+
+#[test]
 #[ignore = "needs the programs built"]
 fn errors_are_sentences_and_exit_with_1_and_wrong_options_with_2() {
     let output = call("02-perplexity", &["--model", "no/such/model"]);
@@ -209,6 +232,8 @@ fn what_cannot_be_written_is_said_before_the_work() {
         ("08-side-tuning", ["--out", text(&below)]),
         ("10-prune-then-tune", ["--out", text(&below)]),
         ("11-automixq", ["--out", text(&below)]),
+        ("12-instruct", ["--out", text(&below)]),
+        ("13-preferences", ["--out", text(&below)]),
         ("01-quantize", ["--out", text(&below)]),
         ("02-perplexity", ["--json", text(&missing)]),
         ("07-apiq", ["--json", text(&missing)]),

@@ -343,10 +343,28 @@ fn data() -> Vec<Seed> {
             "c.jsonl",
             "{\"messages\": [{\"role\": \"user\", \"content\": \"ab\"}, {\"role\": \"assistant\", \"content\": \"ba\"}]}\n",
         ),
+        (
+            "f.jsonl",
+            "{\"prompt\": \"ab\", \"chosen\": \"ba\", \"rejected\": \"b\", \"weight\": 0.5}\n{\"chosen\": \"a b\", \"rejected\": \"a a\"}\n",
+        ),
+        (
+            "g.json",
+            "[{\"prompt\": \"a\", \"completion\": \"b\", \"label\": true}, {\"prompt\": \"a\", \"completion\": \"b\", \"label\": 0}]",
+        ),
+        (
+            "h.json",
+            "{\"data\": [{\"instruction\": \"a\", \"input\": \"\", \"output\": \"b\", \"system\": \"s\"}]}",
+        ),
+        (
+            "i.jsonl",
+            "{\"tools\": \"[]\", \"conversations\": [{\"from\": \"human\", \"value\": \"ab\"}, {\"from\": \"function_call\", \"value\": \"{\\\"name\\\": 1}\"}, {\"from\": \"gpt\", \"value\": \"b\"}]}\n",
+        ),
         ("d.txt", "ab ab abab \u{e9} ab\n"),
         ("e.u16le", "\u{1}\u{0}\u{2}\u{0}\u{3}\u{0}"),
     ];
-    rows.map(|(name, text)| Seed(vec![(name.into(), text.into())])).into()
+    let table = include_bytes!("../../testdata/training/chat.parquet");
+    let table = Seed(vec![("j.parquet".into(), table.to_vec())]);
+    rows.map(|(name, text)| Seed(vec![(name.into(), text.into())])).into_iter().chain([table]).collect()
 }
 
 fn dataset(folder: &Path) {

@@ -33,4 +33,5 @@ pub use preference::{PreferenceLoss, PreferenceReport};
 pub use run::{Evaluation, Event, Observer, RunEnd, RunOptions, RunReport};
 pub use schedule::{Decay, Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
+pub use trainable::with_trained;
 pub use trainer::{StepReport, Trainer};

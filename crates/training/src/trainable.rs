@@ -6,10 +6,10 @@ use burn::{
     module::{Module, ModuleMapper, Param, ParamId},
     tensor::{DType, FloatDType, Tensor, TensorData},
 };
-use kiln_quant_core::{HostValues, for_each_parameter, hash::hex};
+use kiln_quant_core::{HostValues, PathPattern, for_each_parameter, hash::hex};
 use sha2::{Digest, Sha256};
 
-use crate::Result;
+use crate::{Result, error::Problem};
 
 /// A parameter in host memory, with the id under which the optimizer knows it.
 #[derive(Debug, Clone)]
@@ -25,6 +25,55 @@ pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
     let fields = path.iter().map(AsRef::as_ref);
     let fields = fields.filter(|part| !part.starts_with(|first: char| first.is_ascii_uppercase()));
     fields.collect::<Vec<_>>().join(".")
+}
+
+/// The model with the parameters that require gradients whose paths match a pattern, and all others as they are: biases
+/// (`bias`) and norms for BitFit, a head, an embedding. Paths are those of the module's fields, such as
+/// `blocks.0.input_norm.weight`; a checkpoint of the run has them.
+///
+/// ```
+/// # use burn::{nn::{Linear, LinearConfig}, module::Module, tensor::Device};
+/// let model = LinearConfig::new(4, 3).init(&Device::flex()).freeze();
+/// let model = kiln_training::with_trained(model, &["bias".parse()?])?;
+/// assert!(model.bias.unwrap().is_require_grad() && !model.weight.is_require_grad());
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Argument`](crate::Error::Argument) for a pattern that no parameter of floating-point numbers matches.
+pub fn with_trained<M: Module>(model: M, patterns: &[PathPattern]) -> Result<M> {
+    struct Train<'a> {
+        path: Vec<String>,
+        patterns: &'a [PathPattern],
+        matched: Vec<bool>,
+    }
+    impl ModuleMapper for Train<'_> {
+        fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+            let path = stable_name(&self.path);
+            let mut found = false;
+            for (pattern, matched) in self.patterns.iter().zip(&mut self.matched) {
+                let matches = pattern.matches(&path);
+                *matched |= matches;
+                found |= matches;
+            }
+            if found { param.set_require_grad(true) } else { param }
+        }
+        fn enter_module(&mut self, name: &str, _: &str) {
+            self.path.push(name.to_string());
+        }
+        fn exit_module(&mut self, _: &str, _: &str) {
+            self.path.pop();
+        }
+    }
+    let mut train = Train { path: Vec::new(), patterns, matched: vec![false; patterns.len()] };
+    let model = model.map(&mut train);
+    match train.matched.iter().position(|matched| !matched) {
+        Some(index) => {
+            let expected = "a parameter of floating-point numbers that matches";
+            Err(Problem::new(format!("pattern {}", patterns[index]), expected, "none").argument())
+        }
+        None => Ok(model),
+    }
 }
 
 /// Copies all parameters that require gradients.

@@ -1,12 +1,14 @@
 //! Every option of data, losses and optimizers goes on from a checkpoint bit for bit.
 
-use std::sync::Arc;
+use std::{collections::BTreeMap, sync::Arc};
 
+use burn::module::Module;
 use kiln_adapters::{AdapterConfig, LoraAttacher};
-use kiln_models::Slots;
+use kiln_models::{Decoder, Slots};
+use kiln_quant_core::{QuantLinear, for_each_parameter};
 use kiln_training::{
     BatchOptions, DataOptions, Dataset, Distillation, Example, OptimizerKind, ParameterGroup, PreferenceLoss,
-    RunOptions, ScheduleKind, TokenLoss, Trainer, TrainerConfig,
+    RunOptions, ScheduleKind, TokenLoss, Trainer, TrainerConfig, with_trained,
 };
 
 use crate::trainer::{LoraModel, base, documents, losses, parameters};
@@ -163,6 +165,35 @@ fn eight_bits_learn_as_well_as_thirty_two() {
     let ((first, full), (_, small)) = (last(OptimizerKind::AdamW), last(OptimizerKind::AdamW8Bit));
     assert!(full < 0.8 * first, "{first} {full}");
     assert!((small - full).abs() < 0.05 * (first - full), "{first} {full} {small}");
+}
+
+/// BitFit: biases and norms move, nothing else does, and a 4-bit base learns from that.
+#[test]
+fn parameters_are_trained_by_their_paths() {
+    let patterns = ["bias", ".*norm.*"].map(|pattern| pattern.parse().unwrap());
+    let base = base("tiny/opt-f32", Some("affine4:32"));
+    let before = with_trained(base.clone(), &patterns).unwrap().train();
+    let mut trainer = Trainer::new(before.clone(), documents(), config().with_lr(2e-2)).unwrap();
+    let steps = trainer.run(&RunOptions::new()).unwrap().steps;
+    assert!(steps[5].loss < steps[0].loss - 0.05, "{} {}", steps[0].loss, steps[5].loss);
+    let values = |model: &Decoder<QuantLinear>| {
+        let mut found = BTreeMap::new();
+        for_each_parameter(model, |parameter| {
+            found.insert(parameter.name(), parameter.values()?);
+            Ok::<_, kiln_quant_core::Error>(())
+        })
+        .unwrap();
+        found
+    };
+    let (before, after) = (values(&base), values(&trainer.into_model()));
+    let moved: Vec<&String> =
+        before.iter().filter(|(path, values)| after[*path] != **values).map(|(path, _)| path).collect();
+    assert!(
+        moved.len() > 10 && moved.iter().all(|path| path.contains("norm") || path.ends_with("bias")),
+        "{moved:?}"
+    );
+    let error = with_trained(base, &["lora_a".parse().unwrap()]).unwrap_err().to_string();
+    assert!(error.starts_with("pattern lora_a: expected a parameter"), "{error}");
 }
 
 #[test]
