@@ -354,7 +354,7 @@ impl<M: CausalLm> Trainer<M> {
         let noise =
             self.config.neftune.map(|alpha| EmbeddingNoise { alpha, seed: self.config.batch.seed, place });
         let TrainerConfig { recompute, logit_rows, loss, .. } = self.config;
-        DriverOptions { recompute, logit_rows, loss, noise, ..DriverOptions::default() }
+        DriverOptions { recompute, logit_rows, loss, noise }
     }
 
     /// Sums over tokens, and what they are to be divided by once: k micro-batches are one batch, however their tokens are

@@ -264,7 +264,7 @@ fn data_and_losses_that_do_not_fit_are_refused() {
     let config = || TrainerConfig::new(1, 2);
     let dpo = || config().with_preference(PreferenceLoss::dpo());
     let refused = |data: Dataset, config: TrainerConfig| {
-        Trainer::new(model(), data.into(), config).err().expect("an error").to_string()
+        Trainer::new(model(), data.into(), config).expect_err("an error").to_string()
     };
     assert!(refused(of_pairs(), config()).starts_with("data: expected examples"));
     let labelled = || {

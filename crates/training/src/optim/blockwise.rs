@@ -44,7 +44,7 @@ fn dynamic_map(signed: bool) -> Map {
 /// `torch.linspace(0.1, 1, count + 1)[index]`, rounded once.
 fn boundary(index: usize, count: usize) -> f32 {
     let step = (1.0 - 0.1f32) / count as f32;
-    match index < (count + 1) / 2 {
+    match index < count.div_ceil(2) {
         true => step.mul_add(index as f32, 0.1),
         false => (-step).mul_add((count - index) as f32, 1.0),
     }

@@ -8,6 +8,7 @@ use burn::{
 /// An average of gradients. What a checkpoint holds stays in host memory until the first step says where the parameter is, as
 /// for AdamW.
 #[derive(Clone)]
+#[allow(clippy::large_enum_variant, reason = "nearly all are placed")]
 pub(super) enum Average<const D: usize> {
     Stored(TensorData),
     Placed(Tensor<D>),
