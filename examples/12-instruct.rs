@@ -7,25 +7,17 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
-    Base,
     adapters::AdapterConfig,
-    quant::{Scheme, files::OutputFolder},
+    quant::files::OutputFolder,
     training::{Event, Message, Observer, ScheduleKind},
 };
-use kiln_examples::{
-    Bar, Result, TEMPLATE, check_outputs, embedded_model, say, template_context, testdata, write_curve,
-    write_json,
-};
+use kiln_examples::{Bar, BaseArgs, Result, check_outputs, say, testdata, write_curve, write_json};
 
 #[derive(Parser)]
 #[command(about)]
 struct Options {
-    /// A checkpoint folder or a .gguf file; the embedded model if left out.
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// Scheme of the blocks' linears; as stored if left out.
-    #[arg(long)]
-    scheme: Option<Scheme>,
+    #[command(flatten)]
+    base: BaseArgs,
     /// Rows of chats, instructions, or prompts and completions: .jsonl, .json or .parquet.
     #[arg(long)]
     data: Option<PathBuf>,
@@ -64,18 +56,7 @@ struct Options {
 fn run(options: Options) -> Result<()> {
     let out = Arc::new(OutputFolder::claim(&options.out)?);
     check_outputs([&options.json])?;
-    let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?;
-    let base = match (options.scheme, &options.model) {
-        (Some(scheme), _) => base.with_scheme(scheme),
-        (None, None) => base.with_bits(4),
-        (None, Some(_)) => base,
-    };
-    let base = base.with_template_context(template_context());
-    let base = match base.checkpoint().chat_template()? {
-        Some(_) => base,
-        None => base.with_chat_template(TEMPLATE),
-    };
-    let base = base.load()?;
+    let base = options.base.load()?;
     let path = options.data.unwrap_or_else(|| testdata("training/instruct.jsonl"));
     let data = base.data(&path, options.seq_len)?;
     say!("{}: {}", path.display(), data.report());

@@ -8,15 +8,11 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::{Parser, ValueEnum};
 use kiln::{
-    Base,
     adapters::AdapterConfig,
-    quant::{Scheme, files::OutputFolder},
+    quant::files::OutputFolder,
     training::{Event, Message, Observer, PreferenceLoss, ScheduleKind, TrainerConfig},
 };
-use kiln_examples::{
-    Bar, Result, TEMPLATE, check_outputs, embedded_model, say, template_context, testdata, write_curve,
-    write_json,
-};
+use kiln_examples::{Bar, BaseArgs, Result, check_outputs, say, testdata, write_curve, write_json};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Loss {
@@ -35,12 +31,8 @@ enum Loss {
 #[derive(Parser)]
 #[command(about)]
 struct Options {
-    /// A checkpoint folder or a .gguf file; the embedded model if left out.
-    #[arg(long)]
-    model: Option<PathBuf>,
-    /// Scheme of the blocks' linears; as stored if left out.
-    #[arg(long)]
-    scheme: Option<Scheme>,
+    #[command(flatten)]
+    base: BaseArgs,
     /// Rows with prompt, chosen and rejected, for kto with prompt, completion and label: .jsonl, .json or .parquet.
     #[arg(long, required_if_eq("loss", "kto"))]
     data: Option<PathBuf>,
@@ -95,18 +87,7 @@ impl Options {
 fn run(options: Options) -> Result<()> {
     let out = Arc::new(OutputFolder::claim(&options.out)?);
     check_outputs([&options.json])?;
-    let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?;
-    let base = match (options.scheme, &options.model) {
-        (Some(scheme), _) => base.with_scheme(scheme),
-        (None, None) => base.with_bits(4),
-        (None, Some(_)) => base,
-    };
-    let base = base.with_template_context(template_context());
-    let base = match base.checkpoint().chat_template()? {
-        Some(_) => base,
-        None => base.with_chat_template(TEMPLATE),
-    };
-    let base = base.load()?;
+    let base = options.base.load()?;
     let path = options.data.clone().unwrap_or_else(|| testdata("training/preferences.jsonl"));
     let data = base.data(&path, options.seq_len)?;
     say!("{}: {}", path.display(), data.report());

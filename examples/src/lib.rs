@@ -16,7 +16,7 @@ use std::{
 
 use clap::Args;
 use kiln::{
-    AdaptedModel,
+    AdaptedModel, Base,
     eval::{Perplexity, WindowedPerplexity},
     models::{
         CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer,
@@ -57,6 +57,38 @@ pub struct ModelArgs {
     /// What operands of products are rounded to: f32, bf16, f16, or auto, what suits the device best; auto if left out.
     #[arg(long)]
     pub compute: Option<ComputeName>,
+}
+
+/// Options of the programs that talk to a model.
+#[derive(Debug, Args)]
+pub struct BaseArgs {
+    /// A checkpoint folder or a .gguf file; the embedded model at 4 bits if left out.
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Scheme of the blocks' linears; as stored if left out.
+    #[arg(long)]
+    pub scheme: Option<Scheme>,
+}
+
+impl BaseArgs {
+    /// Loads the model with tokenizer and template: its own, or [`TEMPLATE`].
+    ///
+    /// # Errors
+    /// Whatever the files refuse.
+    pub fn load(&self) -> Result<Base> {
+        let open = Base::open(self.model.clone().unwrap_or_else(embedded_model))?;
+        let open = match (self.scheme, &self.model) {
+            (Some(scheme), _) => open.with_scheme(scheme),
+            (None, None) => open.with_bits(4),
+            (None, Some(_)) => open,
+        };
+        let open = open.with_template_context(template_context());
+        let open = match open.checkpoint().chat_template()? {
+            Some(_) => open,
+            None => open.with_chat_template(TEMPLATE),
+        };
+        Ok(open.load()?)
+    }
 }
 
 /// `auto`, or a [`Compute`].
