@@ -337,7 +337,7 @@ fn a_run_with_a_constant_rate_can_be_made_longer() {
     let linear = |count| steps(count).with_schedule(ScheduleKind::Linear { final_ratio: 0.1 });
     trainer(linear(4)).run(&RunOptions::new().with_folder(folder.path())).unwrap();
     let error = Trainer::resume(dropout_model(), documents(), linear(6), &last).unwrap_err().to_string();
-    assert!(error.contains("config.steps: expected 6, since the schedule depends on it, found 4"), "{error}");
+    assert!(error.contains("config.steps: expected 6, since a schedule depends on it, found 4"), "{error}");
 }
 
 /// A model whose adapters' kind is a run-time choice goes on from a checkpoint of one whose kind isn't.
