@@ -17,8 +17,11 @@ use kiln::{
         CausalLm, Checkpoint, DriverOptions, LoadOptions, Place, Recompute, Targets, TokenBatch,
         loss_and_gradients,
     },
-    quant::Scheme,
-    training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
+    quant::{Scheme, TrainedParts, with_trained_parts},
+    training::{
+        BatchOptions, DataOptions, Dataset, Distillation, Example, OptimizerKind, PreferenceLoss, TokenLoss,
+        Trainer, TrainerConfig,
+    },
 };
 use kiln_testkit::{launches, read, relative_difference, vulkan};
 
@@ -51,6 +54,52 @@ fn training_on_a_gpu_gives_the_losses_of_the_cpu() {
             // AdamW's first steps magnify rounding.
             assert!((found / expected - 1.0).abs() < 1e-4, "{recompute:?}: {found} {expected}");
         }
+    }
+}
+
+/// Losses of three steps each: of preferences with averages in 8 bits, beside a teacher, of scales and offsets.
+fn other_losses(device: &Device) -> Vec<f64> {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/tiny/llama-tied-f32-sharded");
+    let load =
+        |options: LoadOptions| Checkpoint::open(folder).unwrap().load(&options.in_f32(), device).unwrap().0;
+    let base = || load(LoadOptions::uniform("affine4:32".parse::<Scheme>().unwrap()));
+    let ids =
+        |seed: u32, count: u32| (0..count).map(|i| (i * i * 7 + i + seed * 13) % 256).collect::<Vec<u32>>();
+    let options = DataOptions::new(24, 256);
+    let pairs =
+        (0..4).map(|seed| [6, 9].map(|count| Example::answer(&ids(seed, 5), &ids(seed + count, count))));
+    let pairs = Arc::new(Dataset::from_pairs(pairs, &options).unwrap());
+    let text = Arc::new(Dataset::from_ids(ids(1, 120), &options).unwrap());
+    let config = || TrainerConfig::new(3, 2).with_lr(1e-2);
+    let adapted = || {
+        // Factors of 4096 values and more.
+        Tuned::attach(base(), &AdapterConfig::lora(64, 64.0).with_seed(3)).unwrap().into_model()
+    };
+    let mut found = Vec::new();
+    let dpo = config().with_preference(PreferenceLoss::dpo()).with_optimizer(OptimizerKind::AdamW8Bit);
+    let mut trainer = Trainer::new(adapted(), pairs, dpo.with_lr(1e-3)).unwrap();
+    found.extend((0..3).map(|_| trainer.step().unwrap().loss));
+    let loss = TokenLoss::new().with_label_smoothing(0.1).with_z_loss(1e-3);
+    let loss = loss.with_distillation(Distillation::default());
+    let trainer = Trainer::new(adapted(), text.clone(), config().with_loss(loss).with_lr(1e-3)).unwrap();
+    let mut trainer = trainer.with_reference(load(LoadOptions::default())).unwrap();
+    found.extend((0..3).map(|_| trainer.step().unwrap().loss));
+    let model = with_trained_parts(base(), TrainedParts::ScalesAndOffsets, None).unwrap();
+    let mut trainer = Trainer::new(model, text, config().with_lr(1e-4)).unwrap();
+    found.extend((0..3).map(|_| trainer.step().unwrap().loss));
+    found
+}
+
+#[test]
+fn other_losses_and_trained_scales_on_a_gpu_are_those_of_the_cpu() {
+    let Some(vulkan) = vulkan() else { return };
+    let expected = other_losses(&Device::flex());
+    let found = other_losses(&vulkan.device);
+    for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
+        assert!((found / expected - 1.0).abs() < 1e-4, "{step}: {found} {expected}");
+    }
+    for steps in expected.chunks(3) {
+        assert!(steps[2] < steps[0], "the loss falls: {steps:?}");
     }
 }
 
