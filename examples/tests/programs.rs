@@ -122,10 +122,8 @@ fn instructions_and_preferences_are_learned_and_curves_drawn() {
     let out = folder.path().join("instruct");
     let found = figures(&folder, "12-instruct", &["--out", text(&out)]);
     assert!(number(&found, "validation_after") < 0.5 * number(&found, "validation_before"), "{found}");
-    assert!(number(&found, "best_step") <= number(&found, "steps"), "{found}");
     let adapter = out.join("adapter");
-    let perplexity = figures(&folder, "02-perplexity", &["--adapter", text(&adapter), "--max-windows", "4"]);
-    assert!(number(&perplexity, "perplexity") > 1.0);
+    run("02-perplexity", &["--adapter", text(&adapter), "--max-windows", "4"]);
     let metrics = std::fs::read_to_string(out.join("figures/metrics.jsonl")).expect("figures");
     let steps = metrics.lines().filter(|line| line.starts_with(r#"{"event":"step""#)).count();
     assert_eq!(steps as f64, number(&found, "steps"));

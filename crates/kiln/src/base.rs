@@ -224,8 +224,8 @@ impl Base {
         }
     }
 
-    /// Reads training data: a text (`.txt`), ids (`.u16le`), or rows of texts, completions or conversations (`.jsonl`), as
-    /// [`Dataset::open`] says, in examples of at most `seq_len` tokens. [`Dataset::report`] tells what became of the rows.
+    /// Reads training data: a text (`.txt`), ids (`.u16le`), or rows of any [`Form`](kiln_training::Form) (`.jsonl`,
+    /// `.json`, `.parquet`), as [`Dataset::open`] says, in examples of at most `seq_len` tokens. [`Dataset::report`] tells what became of the rows.
     ///
     /// # Errors
     /// As [`Dataset::open`].

@@ -237,7 +237,7 @@ impl<'a> FineTune<'a> {
 
     /// Refuses a run that is expected to take more than so many bytes, before the first step: by
     /// [`memory::estimate`](kiln_models::memory::estimate), of a process on the CPU, of LoRA on all linears of the adapters'
-    /// rank, whatever the adapters.
+    /// rank, whatever the adapters. A reference counts in full, also where it shares its weights with the model.
     pub fn with_memory_limit(mut self, bytes: u64) -> Self {
         self.memory_limit = Some(bytes);
         self
@@ -321,10 +321,11 @@ fn check_memory(
 ) -> Result<()> {
     let bytes_of = |found: usize, linear: &QuantLinear| found + linear.storage_bytes();
     let weights = tuned.model().slots().iter().map(|(_, slot)| &slot.base).fold(0, bytes_of);
-    let beside =
-        reference.map_or(0, |base| base.model().slots().iter().map(|(_, slot)| *slot).fold(0, bytes_of));
     // What stands outside the slots is dense: embedding and head.
     let tables = model.vocab_size * model.hidden_size * if model.tie_word_embeddings { 1 } else { 2 };
+    let of_reference =
+        |base: &Base| base.model().slots().iter().map(|(_, slot)| *slot).fold(4 * tables, bytes_of);
+    let beside = reference.map_or(0, of_reference);
     let (rank, seq_len) = (tuned.config().rank, data.options().seq_len);
     // Both answers of a pair have a row; a batch that is too large is refused elsewhere.
     let sides = if data.is_pairs() { 2 } else { 1 };

@@ -27,6 +27,7 @@ mod module_tree;
 mod nll;
 mod norm;
 mod objective;
+mod patience;
 mod probe;
 mod rope;
 mod sampling;

@@ -47,3 +47,27 @@ impl TrainerConfig {
             .with_schedule(ScheduleKind::Linear { final_ratio: 0.0 })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn recipes_are_accepted_at_any_length() {
+        for steps in [1, 10, 10_000] {
+            let recipes = [
+                TrainerConfig::qlora(steps),
+                TrainerConfig::balanced_rank(steps),
+                TrainerConfig::apiq(steps),
+                TrainerConfig::side_tuning(steps),
+                TrainerConfig::pruned(steps),
+            ];
+            for recipe in recipes {
+                assert!(recipe.check().is_ok(), "{recipe:?}");
+                let rows = recipe.batch.batch * recipe.accumulate;
+                assert!([8, 16, 64].contains(&rows), "{recipe:?}");
+            }
+        }
+        assert_eq!(TrainerConfig::apiq(1000).warmup, 30);
+    }
+}

@@ -28,8 +28,8 @@ pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
 }
 
 /// The model with the parameters that require gradients whose paths match a pattern, and all others as they are: biases
-/// (`bias`) and norms for BitFit, a head, an embedding. Paths are those of the module's fields, such as
-/// `blocks.0.input_norm.weight`; a checkpoint of the run has them.
+/// (`bias`) and norms for BitFit, a head, an embedding. Paths are those of the module: of Kiln's models the
+/// checkpoint's, such as `model.layers.0.input_layernorm.weight`.
 ///
 /// ```
 /// # use burn::{nn::{Linear, LinearConfig}, module::Module, tensor::Device};

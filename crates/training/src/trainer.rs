@@ -511,7 +511,8 @@ impl<M: CausalLm> Trainer<M> {
     ) -> Result<(f64, PreferenceReport)> {
         let rows = self.config.batch.batch;
         // No answer is alone, for it would be compared with itself.
-        let rows = (rows..2 * rows).find(|rows| dataset.units() % rows != 1).unwrap_or(rows);
+        let lonely = |rows: &usize| loss.is_of_labels() && dataset.units() % rows == 1;
+        let rows = (rows..=dataset.units().max(rows)).find(|rows| !lonely(rows)).unwrap_or(rows);
         let mut all = Totals::default();
         for batch in in_order(dataset, rows, 0)? {
             all.add(totals([&batch?].into_iter(), loss));
@@ -639,7 +640,8 @@ impl<M: CausalLm> Trainer<M> {
     }
 
     /// Goes on from a checkpoint: the following steps are, on the CPU, those that the saved run would have made, bit for
-    /// bit. With a constant learning rate after the warm-up, the run may have more steps than the saved one.
+    /// bit. Where no learning rate
+    /// depends on the number of steps, the run may have more than the saved one.
     ///
     /// The trainer is made as it was for the saved run: same base, same adapters. The best parameters so far come from
     /// `best` beside `folder`, if it is there.
@@ -819,9 +821,7 @@ fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>, rows: usize) -> 
         (true, _) => {
             ("pairs of a chosen and a rejected answer", loss.is_some_and(|loss| !loss.is_of_labels()))
         }
-        (false, true) => {
-            ("answers with labels, some of them bad", loss.is_some_and(PreferenceLoss::is_of_labels))
-        }
+        (false, true) => ("answers with labels", loss.is_some_and(PreferenceLoss::is_of_labels)),
         (false, false) => ("examples without labels", loss.is_none()),
     };
     if !fits {

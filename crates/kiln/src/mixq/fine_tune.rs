@@ -164,12 +164,12 @@ impl FineTune {
 fn without_later_options(mut trainer: String) -> String {
     let TrainerConfig { loss, preference, neftune, optimizer, groups, batch, .. } = TrainerConfig::new(1, 1);
     let later = [
-        format!(", loss: {loss:?}"),
-        format!(", preference: {preference:?}"),
-        format!(", neftune: {neftune:?}"),
-        format!(", optimizer: {optimizer:?}"),
-        format!(", groups: {groups:?}"),
-        format!(", group_by_length: {:?}", batch.group_by_length),
+        format!("loss: {loss:?}, "),
+        format!("preference: {preference:?}, "),
+        format!("neftune: {neftune:?}, "),
+        format!("optimizer: {optimizer:?}, "),
+        format!("groups: {groups:?}, "),
+        format!("group_by_length: {:?}, ", batch.group_by_length),
     ];
     for option in later {
         trainer = trainer.replace(&option, "");
@@ -205,5 +205,21 @@ impl<M: CausalLm> Observer<M> for Listener<'_> {
 
     fn score(&mut self, model: &M, _: u64) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
         Ok(Some(self.fine_tune.score(model)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// As `TrainerConfig`'s `Debug` was before it had losses, optimizers and groups.
+    #[test]
+    fn descriptions_are_those_of_earlier_logs() {
+        let found = without_later_options(format!("{:?}", TrainerConfig::new(7, 2)));
+        let expected = "TrainerConfig { steps: 7, batch: BatchOptions { batch: 2, packing: false, order: Shuffled, seed: 0, \
+                        pad_id: 0 }, accumulate: 1, lr: 0.0003, warmup: 0, schedule: Constant, clip: Some(1.0), \
+                        weight_decay: 0.0, betas: [0.9, 0.999], eps: 1e-8, recompute: None, logit_rows: 256, \
+                        max_skipped: 0 }";
+        assert_eq!(found, expected);
     }
 }

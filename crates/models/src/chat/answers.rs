@@ -4,8 +4,8 @@
 //! begins where the text before agrees no longer with the message, so that a template may leave out an answer's beginning
 //! (earlier thoughts) or whitespace around it; what it writes before an answer of nothing is no part of it, even if it
 //! happens to agree. Where such a character changes what the template writes, answers are looked for as they are, one after
-//! the other. In a conversation with tool calls each answer is all that the template writes between the prompt for it and what
-//! follows.
+//! the other. In a conversation with tool calls each answer is all that the template writes between what stands before and
+//! behind it when such a character stands in its place.
 
 use std::ops::Range;
 
@@ -23,17 +23,17 @@ pub(super) fn find(
     text: &str,
 ) -> Result<Vec<Range<usize>>> {
     let Some(last) = messages.iter().rposition(|message| message.role == ROLE) else { return Ok(Vec::new()) };
-    if messages.iter().any(has_calls) {
+    let answers = match messages.iter().any(has_calls) {
         // What a template writes of calls is in no message's content, and nothing can be looked for by it.
-        let turns = messages.iter().enumerate().filter(|(_, message)| message.role == ROLE);
-        return turns.map(|(index, _)| turn(template, messages, index, context, text)).collect();
-    }
-    let answers = contents(template, messages, context, text)?;
+        true => whole(template, messages, context, text)?,
+        false => contents(template, messages, context, text)?,
+    };
     let Some(end) = answers.last().map(|range| range.end) else { return Ok(answers) };
     // What follows the last answer when nothing else does.
     let alone = match last + 1 == messages.len() {
         true => None,
-        false => Some(template.render(&messages[..=last], false, context)?),
+        // A template may refuse a conversation that ends in a call: then nothing is known of its end.
+        false => Some(template.render(&messages[..=last], false, context).unwrap_or_default()),
     };
     let tail = match &alone {
         None => &text[end..],
@@ -52,26 +52,60 @@ fn has_calls(message: &Message) -> bool {
         .is_some_and(|calls| !calls.is_empty())
 }
 
-/// All that the template writes of an answer: from where the conversation before it would be answered to
-/// where it ends with it.
-fn turn(
+/// All that the template writes of each answer, calls included, without what ends its turn: what stands in the text where an
+/// answer of one unused character would.
+fn whole(
     template: &ChatTemplate,
     messages: &[Message],
-    index: usize,
     context: &TemplateContext,
     text: &str,
-) -> Result<Range<usize>> {
-    let silent = template.render(&messages[..index], false, context)?;
-    let asked = template.render(&messages[..index], true, context)?;
-    let answered = template.render(&messages[..=index], false, context)?;
-    // The prompt may go further than the answer does: an empty thought.
-    let (start, end) = (common(&asked, &answered), common(&answered, text));
-    match start >= silent.len() && start < end && end >= answered.trim_end().len() {
-        true => Ok(start..end),
-        false => Err(Error::Template(format!(
-            "message {index}: the template writes what the assistant said in another form once more follows"
-        ))),
+) -> Result<Vec<Range<usize>>> {
+    /// More answers than this are looked for in one rendering only: each of its own takes the time of all.
+    const ALONE: usize = 200;
+    let used =
+        |mark: char| text.contains(mark) || messages.iter().any(|message| message.content.contains(mark));
+    let [_, mark] = marks::unused(used)?;
+    let indices: Vec<usize> = (0..messages.len()).filter(|index| messages[*index].role == ROLE).collect();
+    // What the template writes around the answers of these messages.
+    let around = |replaced: &[usize]| -> Result<Vec<String>> {
+        let mut changed = messages.to_vec();
+        replaced.iter().for_each(|index| changed[*index] = Message::new(ROLE, mark));
+        let found: Vec<String> =
+            template.render(&changed, false, context)?.split(mark).map(str::to_owned).collect();
+        match found.len() == replaced.len() + 1 {
+            true => Ok(found),
+            false => Err(unfound(replaced[0])),
+        }
+    };
+    if let Some(ranges) = around(&indices).ok().and_then(|pieces| between(text, &pieces)) {
+        return Ok(ranges);
     }
+    if indices.len() > ALONE {
+        return Err(unfound(indices[0]));
+    }
+    let alone = |index: &usize| {
+        let pieces = around(&[*index])?;
+        let (start, behind) = (common(text, &pieces[0]), common_suffix(text, &pieces[1]));
+        let end = text.len() - behind;
+        if start < end { Ok(start..end) } else { Err(unfound(*index)) }
+    };
+    indices.iter().map(alone).collect()
+}
+
+/// What stands in `text` between the pieces, where it has all of them one after another.
+fn between(text: &str, pieces: &[String]) -> Option<Vec<Range<usize>>> {
+    let (first, rest) = pieces.split_first()?;
+    let (last, inner) = rest.split_last()?;
+    let mut start = text.strip_prefix(first.as_str()).map(|_| first.len())?;
+    let mut ranges = Vec::with_capacity(rest.len());
+    for piece in inner {
+        let end = start + text[start..].find(piece.as_str()).filter(|_| !piece.is_empty())?;
+        ranges.push(start..end);
+        start = end + piece.len();
+    }
+    let end = text.strip_suffix(last.as_str())?.len();
+    ranges.push(start..end);
+    (start <= end && ranges.iter().all(|range| !range.is_empty())).then_some(ranges)
 }
 
 /// The answers without what ends their turns.

@@ -306,7 +306,6 @@ mod tests {
 
     #[test]
     fn answers_with_tool_calls_are_found_whole_and_nothing_else_is() {
-        let template = ChatTemplate::new(WITH_CALLS).unwrap();
         let call = || {
             let mut message = Message::new("assistant", "");
             let calls =
@@ -347,12 +346,36 @@ mod tests {
                 vec![CALL, "Sunny<|im_end|>\n"],
             ),
         ];
-        for (messages, expected) in cases {
-            let rendered =
-                template.render_with_assistant_ranges(&messages, &TemplateContext::default()).unwrap();
-            let found: Vec<&str> =
-                rendered.assistant.iter().map(|part| &rendered.text[part.clone()]).collect();
-            assert_eq!(found, expected);
+        // With an empty thought in the last answer and in what asks for it; refusing what doesn't begin with the user or ends
+        // in a call.
+        let thought = "<think>\n</think>\n";
+        let thinking = WITH_CALLS
+            .replace(
+                "<|im_start|>{{ m.role }}\n{{ m.content }}",
+                "<|im_start|>{{ m.role }}\n\
+                 {% if loop.last and m.role == 'assistant' %}<think>\n</think>\n{% endif %}{{ m.content }}",
+            )
+            .replace(
+                "<|im_start|>assistant\n{% endif %}",
+                "<|im_start|>assistant\n<think>\n</think>\n{% endif %}",
+            );
+        let strict = format!(
+            "{{% if messages[0].role != 'user' or messages[-1].tool_calls %}}{{{{ raise_exception('no') }}}}{{% endif %}}\
+             {WITH_CALLS}"
+        );
+        for (source, refuses) in [(WITH_CALLS.to_owned(), false), (thinking, false), (strict, true)] {
+            let template = ChatTemplate::new(&source).unwrap();
+            for (messages, expected) in &cases {
+                let rendered = template.render_with_assistant_ranges(messages, &TemplateContext::default());
+                if refuses && messages.last().is_some_and(|message| message.content.is_empty()) {
+                    assert!(rendered.is_err());
+                    continue;
+                }
+                let rendered = rendered.unwrap();
+                let found =
+                    rendered.assistant.iter().map(|part| rendered.text[part.clone()].replace(thought, ""));
+                assert_eq!(found.collect::<Vec<_>>(), *expected, "{source}");
+            }
         }
     }
 

@@ -3,12 +3,13 @@
 use std::{
     cell::RefCell,
     panic::{AssertUnwindSafe, catch_unwind},
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use minijinja::{Environment, Error, Output, State, Value, value::ValueKind};
 
 use super::refused;
+use crate::patience::Patience;
 
 /// How deep values may be nested.
 const MAX_DEPTH: usize = 100;
@@ -20,7 +21,7 @@ const STEPS: u32 = 32;
 /// What one rendering may take: in proportion to its input, and something on top.
 #[derive(Debug)]
 pub struct Budget {
-    deadline: Instant,
+    patience: Patience,
     steps: u32,
     /// Largest value that may be stored, in bytes or so.
     value: usize,
@@ -38,7 +39,7 @@ impl Budget {
     /// For an input of so many bytes in so many parts (messages, fields).
     pub fn for_input(bytes: usize, parts: usize) -> Self {
         Self {
-            deadline: Instant::now() + Duration::from_millis(500) + Duration::from_micros(bytes as u64),
+            patience: Patience::new(Duration::from_millis(500) + Duration::from_micros(bytes as u64)),
             steps: 0,
             value: (128usize << 10).saturating_add(bytes.saturating_mul(8)),
             printed: (1usize << 20).saturating_add(bytes.saturating_mul(16)),
@@ -74,10 +75,10 @@ impl Budget {
         self.on_time()
     }
 
-    fn on_time(&self) -> Result<(), Error> {
-        match Instant::now() <= self.deadline {
-            true => Ok(()),
-            false => Err(refused("rendering takes longer than its input could ask for")),
+    fn on_time(&mut self) -> Result<(), Error> {
+        match self.patience.is_over() {
+            false => Ok(()),
+            true => Err(refused("rendering takes longer than its input could ask for")),
         }
     }
 }

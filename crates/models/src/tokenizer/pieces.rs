@@ -5,13 +5,10 @@
 //! than they would be in the whole; where two pieces agree on a stretch of their overlap, what lies before and behind no
 //! longer matters, and in its middle they are joined. Where they don't agree, the piece is made longer, at last to the end.
 
-use std::{
-    ops::Range,
-    time::{Duration, Instant},
-};
+use std::{ops::Range, time::Duration};
 
 use super::{Tokenizer, error};
-use crate::Result;
+use crate::{Result, patience::Patience};
 
 /// Bytes of a piece. Shorter texts are tokenised at once.
 pub(super) const PIECE: usize = 32 << 10;
@@ -25,14 +22,12 @@ type Token = (u32, Range<usize>);
 
 /// Hands the tokens of `text`, without special ones around it, to `put`.
 pub(super) fn encode(tokenizer: &Tokenizer, text: &str, mut put: impl FnMut(Token)) -> Result<()> {
-    let (start, patience) =
-        (Instant::now(), Duration::from_secs(1) + Duration::from_micros(4 * text.len() as u64));
-    let encode = |range: Range<usize>| -> Result<Vec<Token>> {
-        if start.elapsed() > patience {
-            return Err(error(format!(
-                "expected a text of {} bytes to take less than {patience:?}",
-                text.len()
-            )));
+    let limit = Duration::from_secs(1) + Duration::from_micros(4 * text.len() as u64);
+    let mut patience = Patience::new(limit);
+    let mut encode = |range: Range<usize>| -> Result<Vec<Token>> {
+        if patience.is_over() {
+            let size = text.len();
+            return Err(error(format!("expected a text of {size} bytes to take less than {limit:?}")));
         }
         let tokens = tokenizer.encode_whole(&text[range.clone()])?;
         Ok(tokens.into_iter().map(|(id, at)| (id, at.start + range.start..at.end + range.start)).collect())

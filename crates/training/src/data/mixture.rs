@@ -43,8 +43,9 @@ impl Part {
 }
 
 impl Dataset {
-    /// Several sets, of which an epoch has shares in proportion to their weights: as many examples as can be had so that
-    /// none occurs twice in an epoch. Of a set that isn't used up, the following epochs have the rest first.
+    /// Several sets, of which an epoch has shares in proportion to their weights: as many examples as no set
+    /// has to be gone through twice for. Of a set that isn't used up, the following epochs have the rest first; where that ends
+    /// within an epoch, an example may come twice in it.
     ///
     /// ```
     /// use kiln_training::{DataOptions, Dataset};

@@ -263,7 +263,9 @@ impl Row {
                 // way, and a token may reach across.
                 let both = tokenizer.completion(prompt, completion, options.add_special);
                 let (ids, scored) = both.map_err(refused(keys))?;
-                Ok(ended(Example::new(ids, scored), options.eos))
+                // An end that the prompt has already isn't the answer's.
+                let eos = options.eos.filter(|eos| !completion.is_empty() || ids.last() != Some(eos));
+                Ok(ended(Example::new(ids, scored), eos))
             }
             _ => Err(Problem::new(keys, "texts, or lists of messages", "one of each")),
         }
