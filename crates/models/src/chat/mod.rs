@@ -336,13 +336,7 @@ mod tests {
                 vec![CALL, "4<|im_end|>\n"],
             ),
             (
-                vec![
-                    said("user", "?"),
-                    call(),
-                    said("tool", "Sunny"),
-                    said("assistant", "Sunny"),
-                    said("user", "!"),
-                ],
+                vec![said("user", "?"), call(), said("tool", "Sunny"), said("assistant", "Sunny")],
                 vec![CALL, "Sunny<|im_end|>\n"],
             ),
         ];
