@@ -1,6 +1,9 @@
 //! Rows of Parquet files.
 
-use std::path::Path;
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::Path,
+};
 
 use parquet::file::{reader::FileReader, serialized_reader::SerializedFileReader};
 
@@ -11,15 +14,19 @@ use crate::{Error, Result};
 pub(super) fn read(path: &Path) -> Result<Vec<Document>> {
     let refused = |error: parquet::errors::ParquetError| Error::file(path, "rows", "a Parquet file", error);
     let file = std::fs::File::open(path).map_err(Error::io(path))?;
-    let reader = SerializedFileReader::new(file).map_err(refused)?;
-    let mut rows = Vec::new();
-    for row in reader.get_row_iter(None).map_err(refused)? {
-        match row.map_err(refused)?.to_json_value() {
-            serde_json::Value::Object(row) => rows.push(row),
-            other => return Err(Error::file(path, format!("row {}", rows.len()), "an object", other)),
+    // The library panics on some files that aren't what they say.
+    let read = catch_unwind(AssertUnwindSafe(|| {
+        let reader = SerializedFileReader::new(file).map_err(refused)?;
+        let mut rows = Vec::new();
+        for row in reader.get_row_iter(None).map_err(refused)? {
+            match row.map_err(refused)?.to_json_value() {
+                serde_json::Value::Object(row) => rows.push(row),
+                other => return Err(Error::file(path, format!("row {}", rows.len()), "an object", other)),
+            }
         }
-    }
-    Ok(rows)
+        Ok(rows)
+    }));
+    read.unwrap_or_else(|_| Err(Error::file(path, "rows", "a Parquet file", "one that can't be read")))
 }
 
 #[cfg(test)]

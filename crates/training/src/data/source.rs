@@ -179,17 +179,26 @@ impl<'de> Visitor<'de> for Field<'_, '_> {
 
 #[cfg(feature = "parquet")]
 fn parquet(path: &Path, on_row: &mut OnRow<'_>) -> Result<()> {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use parquet::file::{reader::FileReader, serialized_reader::SerializedFileReader};
+    let file = open(path)?;
     let refused =
         |error: parquet::errors::ParquetError| Problem::new("rows", "a Parquet file", error).in_file(path);
-    let reader = SerializedFileReader::new(open(path)?).map_err(refused)?;
-    for (index, row) in reader.get_row_iter(None).map_err(refused)?.enumerate() {
-        match row.map_err(refused)?.to_json_value() {
-            Value::Object(row) => on_row(index + 1, row)?,
-            other => return Err(Problem::new("row", "an object", other).in_line(path, index + 1)),
+    // The library panics on some files that aren't what they say.
+    let read = catch_unwind(AssertUnwindSafe(|| {
+        let reader = SerializedFileReader::new(file).map_err(refused)?;
+        for (index, row) in reader.get_row_iter(None).map_err(refused)?.enumerate() {
+            match row.map_err(refused)?.to_json_value() {
+                Value::Object(row) => on_row(index + 1, row)?,
+                other => return Err(Problem::new("row", "an object", other).in_line(path, index + 1)),
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    }));
+    read.unwrap_or_else(|_| {
+        Err(Problem::new("rows", "a Parquet file", "one that can't be read").in_file(path))
+    })
 }
 
 #[cfg(not(feature = "parquet"))]
