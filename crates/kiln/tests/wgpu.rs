@@ -98,9 +98,6 @@ fn other_losses_and_trained_scales_on_a_gpu_are_those_of_the_cpu() {
     for (step, (found, expected)) in found.iter().zip(&expected).enumerate() {
         assert!((found / expected - 1.0).abs() < 1e-4, "{step}: {found} {expected}");
     }
-    for steps in expected.chunks(3) {
-        assert!(steps[2] < steps[0], "the loss falls: {steps:?}");
-    }
 }
 
 /// Loss and all gradients of one pass over two rows of packed documents behind padding, with dropout.
