@@ -34,7 +34,7 @@ pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
 /// ```
 /// # use burn::{nn::{Linear, LinearConfig}, module::Module, tensor::Device};
 /// let model = LinearConfig::new(4, 3).init(&Device::flex()).freeze();
-/// let model = kiln_training::with_trained(model, &["bias".parse()?])?;
+/// let model = kiln_training::with_trained(model, &["bias".parse()?])?.train();
 /// assert!(model.bias.unwrap().is_require_grad() && !model.weight.is_require_grad());
 /// # Ok::<(), Box<dyn std::error::Error>>(())
 /// ```
