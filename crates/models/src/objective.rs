@@ -113,10 +113,11 @@ impl TokenLoss {
             return fused::cross_entropy(logits, targets);
         }
         let mut loss = fused::cross_entropy(logits.clone(), targets);
-        let log_sum = log_sum_exp(logits.clone());
-        if self.label_smoothing != 0.0 {
+        let has_log_sum = self.label_smoothing != 0.0 || self.z_loss != 0.0;
+        let log_sum = has_log_sum.then(|| log_sum_exp(logits.clone()));
+        if let Some(log_sum) = log_sum.clone().filter(|_| self.label_smoothing != 0.0) {
             let mean = logits.clone().mean_dim(1).squeeze_dim::<1>(1);
-            let spread = (log_sum.clone() - mean).mul_scalar(self.label_smoothing);
+            let spread = (log_sum - mean).mul_scalar(self.label_smoothing);
             loss = loss.mul_scalar(1.0 - self.label_smoothing) + spread;
         }
         if let (Some(Distillation { weight, temperature }), Some(teacher)) = (self.distillation, teacher) {
@@ -126,7 +127,7 @@ impl TokenLoss {
             let divergence = ((teacher - student) * share).sum_dim(1).squeeze_dim::<1>(1);
             loss = loss.mul_scalar(1.0 - weight) + divergence.mul_scalar(weight * temperature * temperature);
         }
-        if self.z_loss != 0.0 {
+        if let Some(log_sum) = log_sum.filter(|_| self.z_loss != 0.0) {
             loss = loss + log_sum.square().mul_scalar(self.z_loss);
         }
         loss

@@ -640,8 +640,7 @@ impl<M: CausalLm> Trainer<M> {
     }
 
     /// Goes on from a checkpoint: the following steps are, on the CPU, those that the saved run would have made, bit for
-    /// bit. Where no learning rate
-    /// depends on the number of steps, the run may have more than the saved one.
+    /// bit. Where no learning rate depends on the number of steps, the run may have more than the saved one.
     ///
     /// The trainer is made as it was for the saved run: same base, same adapters. The best parameters so far come from
     /// `best` beside `folder`, if it is there.
