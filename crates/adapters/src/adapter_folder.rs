@@ -4,7 +4,8 @@
 //! alpha, selection, `use_dora`, initialisation)
 //! and `base_fingerprint` (of the packed base that the adapters were trained on, or null). Unknown keys are errors. The
 //! second holds `PATH.A` `[rank, d_input / pool]`, `PATH.B` `[d_output / repeat, rank]`, `PATH.H`
-//! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, where PATH is the module's name in the
+//! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, of what is trained outside the slots `PATH.A` and
+//! `PATH.B` of embedding and head, `PATH.rows` of some tokens and whole parameters by their names in checkpoints, where PATH is the module's name in the
 //! checkpoint, in the papers' orientation. The first holds the SHA-256 of the second (`weights_sha256`).
 
 use std::{
@@ -15,18 +16,18 @@ use std::{
 };
 
 use kiln_quant_core::{
-    files::whole_folder, hash::sha256_of, safetensors_file::SafetensorsFile, write_atomically,
+    Slots, files::whole_folder, hash::sha256_of, safetensors_file::SafetensorsFile, write_atomically,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    AdapterConfig, AdapterKind, AnyAdapter, Attacher, InitLoraWeights, Method, PeftConfig, QBara, QaBlora,
-    QaHira, QaLora,
+    AdapterConfig, AdapterKind, AnyAdapter, Attacher, InitLoraWeights, Method, OutsideTensors, PeftConfig,
+    QBara, QaBlora, QaHira, QaLora,
     error::{Error, Result},
     json_fields::Problem,
-    part::Part,
+    outside::Outline,
     peft_config::in_file,
-    store,
+    store::{self, Layout},
 };
 
 /// The name of the configuration in an own adapter folder.
@@ -210,6 +211,15 @@ impl AdapterFolder {
         }
     }
 
+    /// Reads the adapters for `model`, with what they train outside its slots: as
+    /// [`PeftFolder::attacher_for`](crate::PeftFolder::attacher_for).
+    ///
+    /// # Errors
+    /// As [`attacher`](Self::attacher), and modules that are trained whole and aren't there.
+    pub fn attacher_for<A: AdapterKind, M: Slots>(&self, model: &M, seed: u64) -> Result<Attacher<A>> {
+        self.attacher_of(&Outline::of(model), seed)
+    }
+
     /// Reads the adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. `seed` decides
     /// the dropout of further training.
     ///
@@ -218,12 +228,18 @@ impl AdapterFolder {
     /// doesn't divide a selected layer's; a selected module that lacks a tensor, or has one of another shape or type;
     /// values that aren't finite; a tensor that no selected module uses.
     pub fn attacher<A: AdapterKind>(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<Attacher<A>> {
+        self.attacher_of(&slots.into(), seed)
+    }
+
+    fn attacher_of<A: AdapterKind>(&self, outline: &Outline, seed: u64) -> Result<Attacher<A>> {
         let at = |error| in_file(error, &self.config_path);
         A::accept(&self.config).map_err(at)?;
         let config = self.config.clone().with_seed(seed);
-        let targets = config.select(slots).and_then(crate::Targets::require_all).map_err(at)?;
-        let parts = store::read(&self.weights, &config, &targets, slots, Part::kiln_name, KILN_CONFIG_FILE)?;
-        Ok(Attacher::stored(config, targets, parts))
+        let targets = config.select(outline).and_then(crate::Targets::require_all).map_err(at)?;
+        let (parts, outside) =
+            store::read(&self.weights, &config, &targets, outline, Layout::Kiln, KILN_CONFIG_FILE)
+                .map_err(at)?;
+        Ok(Attacher::stored(config, targets, parts, outside))
     }
 }
 
@@ -243,7 +259,21 @@ pub fn save_adapters<'a, S: AsRef<str>, A: AdapterKind + 'a>(
     base_fingerprint: Option<&str>,
     adapters: impl IntoIterator<Item = (S, &'a A)>,
 ) -> Result<()> {
-    save(folder.as_ref(), config, base_fingerprint, &store::collect(adapters))
+    save(folder.as_ref(), config, base_fingerprint, &store::collect(adapters), &OutsideTensors::default())
+}
+
+/// As [`save_adapters`], with what the adapters train outside a model's slots.
+///
+/// # Errors
+/// As [`save_adapters`].
+pub fn save_adapters_with<'a, S: AsRef<str>, A: AdapterKind + 'a>(
+    folder: impl AsRef<Path>,
+    config: &AdapterConfig,
+    base_fingerprint: Option<&str>,
+    adapters: impl IntoIterator<Item = (S, &'a A)>,
+    outside: &OutsideTensors,
+) -> Result<()> {
+    save(folder.as_ref(), config, base_fingerprint, &store::collect(adapters), outside)
 }
 
 fn save(
@@ -251,14 +281,15 @@ fn save(
     config: &AdapterConfig,
     base_fingerprint: Option<&str>,
     adapters: &[(String, AnyAdapter)],
+    outside: &OutsideTensors,
 ) -> Result<()> {
     let config_path = folder.join(KILN_CONFIG_FILE);
     let lora = config.peft_keys();
     lora.supported(&config_path)?;
-    store::check_adapters(config, adapters)?;
+    store::check_adapters(config, adapters, outside)?;
     let new = store::new_folder(folder)?;
     let weights = new.path().join(KILN_WEIGHTS_FILE);
-    store::write(&weights, adapters, Part::kiln_name, &BTreeMap::new())?;
+    store::write(&weights, adapters, outside, Layout::Kiln, &BTreeMap::new())?;
     let serde_json::Value::Object(lora) = lora.to_json() else {
         return Err(Problem::new("lora", "an object", "another value").argument());
     };

@@ -209,8 +209,12 @@ impl<A: AdapterKind> AdapterSetAttacher<A> {
     /// Joins the attachers of single adapters, by name.
     ///
     /// # Errors
-    /// As [`AdapterMix::new`].
+    /// As [`AdapterMix::new`], and adapters that train something outside the slots: embedding, head or norms.
     pub fn new(attachers: Vec<(String, Attacher<A>)>) -> Result<Self> {
+        if let Some((name, _)) = attachers.iter().find(|(_, attacher)| attacher.acts_outside()) {
+            let expected = "adapters of linears in blocks only, in a set";
+            return Err(Problem::new(name, expected, "one that trains embedding, head or norms").argument());
+        }
         let mix = AdapterMix::new(attachers.iter().map(|(name, _)| name.clone()))?;
         Ok(Self { attachers, mix })
     }

@@ -2,7 +2,10 @@
 
 use std::{collections::BTreeMap, marker::PhantomData};
 
-use kiln_quant_core::{Projection, QuantLinear};
+use kiln_quant_core::{
+    Projection, QuantLinear, Slots,
+    random::{Purpose, generator, path_hash},
+};
 
 use crate::{
     Adapted, AdapterConfig, AdapterKind, AnyAdapter, Core, Dora, Dropout, InitLoraWeights, Lora, Method,
@@ -10,8 +13,8 @@ use crate::{
     any::tensor,
     json_fields::Problem,
     lora,
+    outside::{Outline, Outside},
     part::{Description, Part, Parts},
-    random::{Purpose, generator, path_hash},
     residual::split,
 };
 
@@ -37,6 +40,7 @@ pub struct Attacher<A> {
     config: AdapterConfig,
     targets: Targets,
     source: Source,
+    outside: Outside,
     kind: PhantomData<fn() -> A>,
 }
 
@@ -59,18 +63,56 @@ impl<A: AdapterKind> Attacher<A> {
     /// A configuration that is out of range, asks for another kind or for what isn't implemented, selects nothing, has
     /// an entry without effect, or a size that doesn't divide a selected layer's.
     pub fn new(config: &AdapterConfig, slots: &[(String, [usize; 2])]) -> Result<Self> {
+        Self::of(config, &slots.into())
+    }
+
+    /// New adapters for `model`, with what they train outside its slots: [`attach_outside`](Self::attach_outside) puts
+    /// that into the model after [`attach`](Self::attach) filled the slots.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and modules that are to be trained whole and aren't there, or are slots; tokens that the model
+    /// doesn't have.
+    pub fn for_model<M: Slots>(config: &AdapterConfig, model: &M) -> Result<Self> {
+        Self::of(config, &Outline::of(model))
+    }
+
+    fn of(config: &AdapterConfig, outline: &Outline) -> Result<Self> {
         A::accept(config)?;
         if config.method.init() == InitLoraWeights::Orthogonal {
             let expected = "Kaiming, Random, Gaussian, Pissa or Olora for new adapters";
             return Err(Problem::new("init", expected, "Orthogonal").argument());
         }
-        let targets = config.select(slots)?.require_all()?;
-        Ok(Self { config: config.clone(), targets, source: Source::Initial, kind: PhantomData })
+        let targets = config.select(outline)?.require_all()?;
+        let outside = Outside::new(config, outline, &targets)?;
+        Ok(Self { config: config.clone(), targets, source: Source::Initial, outside, kind: PhantomData })
     }
 
     /// Adapters with weights from a file, which were checked against the model.
-    pub(crate) fn stored(config: AdapterConfig, targets: Targets, parts: BTreeMap<String, Parts>) -> Self {
-        Self { config, targets, source: Source::Stored(parts), kind: PhantomData }
+    pub(crate) fn stored(
+        config: AdapterConfig,
+        targets: Targets,
+        parts: BTreeMap<String, Parts>,
+        outside: Outside,
+    ) -> Self {
+        let config = AdapterConfig { save_tables: outside.has_frozen_tables(), ..config };
+        Self { config, targets, source: Source::Stored(parts), outside, kind: PhantomData }
+    }
+
+    /// Whether something outside the slots is trained or replaced.
+    pub fn acts_outside(&self) -> bool {
+        !self.outside.is_empty()
+    }
+
+    /// Puts what is trained outside the slots into `model`, a clone of the one that the attacher was made for or that one with
+    /// other slots, whose parameters are frozen.
+    ///
+    /// # Errors
+    /// An initialisation that isn't made for embedding and head.
+    ///
+    /// # Panics
+    /// If the model has other tables.
+    pub fn attach_outside<M: Slots>(&self, model: M) -> Result<M> {
+        self.outside.attach(model, &self.config)
     }
 
     /// The configuration, to be saved with the adapters.

@@ -1,8 +1,10 @@
 //! What is trained, and where.
 
+use kiln_quant_core::TokenTables;
+
 use crate::{
     InitLoraWeights, MAX_RANK, Method, PeftConfig, Pooling, QaHira, QaLora, Result, Target, TargetModules,
-    Targets, json_fields::Problem, part::Description,
+    Targets, json_fields::Problem, outside::Outline, part::Description,
 };
 
 /// Which adapters a model gets: the method, the modules, and the options that all methods share.
@@ -19,6 +21,10 @@ use crate::{
 /// | `layers_pattern` | any name | regular expressions for the name before the layer's number; needs `layers` | |
 /// | `rank_pattern`, `alpha_pattern` | none | rank and alpha of modules whose name ends in a match of the regular expression; the first pattern wins | as `rank`, `alpha` |
 /// | `dropout` | 0 | share of an adapter's inputs that is dropped in training | 0 to below 1 |
+/// | `modules_to_save` | none | embedding, head and norms that are trained whole, by the ends of their names, such as `embed_tokens` | |
+/// | `trainable_tokens` | none | tokens whose rows of the embedding are trained | distinct |
+/// | `keep_tied` | false | whether a head that is the embedding stays it where the embedding is trained whole; otherwise the head keeps the old one, as with PEFT | |
+/// | `save_tables` | false | whether folders get embedding and head even if they are frozen, as for tokens that were added | |
 /// | `seed` | 0 | of initial values and dropout; not stored in adapter folders | any |
 ///
 /// ```
@@ -56,6 +62,14 @@ pub struct AdapterConfig {
     pub alpha_pattern: Vec<(String, f64)>,
     /// Share of an adapter's inputs that is dropped in training.
     pub dropout: f64,
+    /// Modules that are trained whole, by the ends of their names.
+    pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embedding are trained.
+    pub trainable_tokens: Vec<u32>,
+    /// Whether a head that is the embedding stays it where the embedding is trained whole.
+    pub keep_tied: bool,
+    /// Whether folders get embedding and head even if they are frozen.
+    pub save_tables: bool,
     /// Seed of initial values and dropout.
     pub seed: u64,
     /// What adapter folders say about themselves.
@@ -105,6 +119,10 @@ impl AdapterConfig {
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
             dropout: 0.0,
+            modules_to_save: Vec::new(),
+            trainable_tokens: Vec::new(),
+            keep_tied: false,
+            save_tables: false,
             seed: 0,
             metadata: AdapterMetadata::default(),
         }
@@ -181,6 +199,34 @@ impl AdapterConfig {
         self
     }
 
+    /// Sets `modules_to_save`: embedding, head and norms that are trained whole, such as `["embed_tokens", "lm_head"]`.
+    #[must_use]
+    pub fn with_modules_to_save<S: Into<String>>(mut self, modules: impl IntoIterator<Item = S>) -> Self {
+        self.modules_to_save = modules.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets `trainable_tokens`: only their rows of the embedding are trained, of a head that is the embedding too.
+    #[must_use]
+    pub fn with_trainable_tokens(mut self, ids: impl IntoIterator<Item = u32>) -> Self {
+        self.trainable_tokens = ids.into_iter().collect();
+        self
+    }
+
+    /// Sets `keep_tied`: a head that is the embedding stays it where the embedding is trained whole.
+    #[must_use]
+    pub fn with_keep_tied(mut self) -> Self {
+        self.keep_tied = true;
+        self
+    }
+
+    /// Sets `save_tables`: folders get embedding and head even if they are frozen.
+    #[must_use]
+    pub fn with_save_tables(mut self) -> Self {
+        self.save_tables = true;
+        self
+    }
+
     /// Sets `seed`.
     #[must_use]
     pub fn with_seed(mut self, seed: u64) -> Self {
@@ -242,6 +288,9 @@ impl AdapterConfig {
         config.layers_pattern = self.layers_pattern.clone();
         config.rank_pattern = self.rank_pattern.clone();
         config.alpha_pattern = self.alpha_pattern.clone();
+        config.modules_to_save = self.modules_to_save.clone();
+        config.trainable_token_indices = self.trainable_tokens.clone();
+        config.ensure_weight_tying = self.keep_tied;
         config
     }
 
@@ -288,18 +337,32 @@ impl AdapterConfig {
         if !layers && !self.layers_pattern.is_empty() {
             return Some(Problem::new("layers", "a value, because layers_pattern has one", "nothing"));
         }
+        let mut ids = self.trainable_tokens.clone();
+        ids.sort_unstable();
+        if let Some(twice) = ids.windows(2).find(|ids| ids[0] == ids[1]) {
+            return Some(Problem::new("trainable_tokens", "distinct ids", format!("{} twice", twice[0])));
+        }
         None
     }
 
-    /// The modules among `slots` that get adapters, whose sizes the method's divide.
+    /// The modules among a model's that get adapters, whose sizes the method's divide.
     ///
     /// # Errors
-    /// [`Targets::resolve`]'s, and a size that doesn't divide.
-    pub(crate) fn select(&self, slots: &[(String, [usize; 2])]) -> Result<Targets> {
-        let paths: Vec<&str> = slots.iter().map(|(path, _)| path.as_str()).collect();
+    /// [`Targets::resolve`]'s, a size that doesn't divide, and adapters on embedding or head that aren't plain LoRA.
+    pub(crate) fn select(&self, outline: &Outline) -> Result<Targets> {
+        let tables = outline.tables.as_ref().map(TokenTables::shapes).into_iter().flatten();
+        let tables: Vec<_> = tables.filter(|_| self.targets != TargetModules::AllLinear).collect();
+        let all = || outline.slots.iter().chain(&tables);
+        let paths: Vec<&str> = all().map(|(path, _)| path.as_str()).collect();
         let targets = Targets::resolve(self, &paths, None)?;
         for target in &targets.adapted {
-            if let Some((path, shape)) = slots.iter().find(|(path, _)| *path == target.path) {
+            let plain = matches!(self.method, Method::Lora { init } if !init.changes_base());
+            if !plain && tables.iter().any(|(path, _)| *path == target.path) {
+                let expected =
+                    "LoRA with an initialisation that leaves the base as it is, on embedding and head";
+                return Err(Problem::new("method", expected, self.method.name()).argument());
+            }
+            if let Some((path, shape)) = all().find(|(path, _)| *path == target.path) {
                 let problem = self.method.problem(path, *shape, target.r);
                 problem.map_or(Ok(()), |problem| Err(problem.argument()))?;
             }
@@ -340,6 +403,10 @@ impl PeftConfig {
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
             dropout: self.lora_dropout,
+            modules_to_save: self.modules_to_save.clone(),
+            trainable_tokens: self.trainable_token_indices.clone(),
+            keep_tied: self.ensure_weight_tying,
+            save_tables: false,
             seed: 0,
             metadata: AdapterMetadata {
                 base_model_name_or_path: self.base_model_name_or_path.clone(),

@@ -7,12 +7,13 @@ use burn::{
 use kiln_quant_core::{
     Place, Projection,
     fused::{self, LowRankSpec},
+    random::{Purpose, generator, path_hash},
 };
 use rand_chacha::ChaCha8Rng;
 
 use crate::{
     Adapter, Dropout, InitLoraWeights,
-    random::{Purpose, generator, normal, path_hash, uniform},
+    random::{normal, uniform},
 };
 
 /// [LoRA](https://arxiv.org/abs/2106.09685): `y = base(x) + scaling · dropout(x) · A · B`, A and B trained in f32.

@@ -2,18 +2,23 @@
 //!
 //! Factors are stored as `base_model.model.PATH.lora_A.weight` `[r, d_input]` and `.lora_B.weight` `[d_output, r]`,
 //! DoRA's magnitudes as `.lora_magnitude_vector` `[d_output]`, where PATH is the module's name in the checkpoint.
-//! QA-LoRA's A is `[r, d_input / group]`. Source: PEFT 0.21's files and code.
+//! QA-LoRA's A is `[r, d_input / group]`. Of an embedding they are `.lora_embedding_A` `[r, vocabulary]` and
+//! `.lora_embedding_B` `[width, r]`; what is trained whole is `base_model.model.PATH.weight`, rows of some tokens are
+//! `.token_adapter.trainable_tokens_delta`, and a frozen table that goes along is `.base_layer.weight`. Source: PEFT 0.21's files and code.
 
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
 };
 
-use kiln_quant_core::{files::whole_folder, safetensors_file::SafetensorsFile};
+use kiln_quant_core::{Slots, files::whole_folder, safetensors_file::SafetensorsFile};
 
 use crate::{
-    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, PeftConfig, Pooling, error::Result,
-    part::Part, peft_config::in_file, store,
+    AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, OutsideTensors, PeftConfig, Pooling,
+    error::Result,
+    outside::Outline,
+    peft_config::in_file,
+    store::{self, Layout},
 };
 
 /// The name of the file of weights in an adapter folder.
@@ -56,6 +61,16 @@ impl PeftFolder {
         &self.config
     }
 
+    /// Reads the adapters for `model`, with what they train outside its slots: [`Attacher::attach_outside`] puts that into
+    /// the model after [`Attacher::attach`] filled the slots. They are of the kind `A`: [`AnyAdapter`] takes what the folder
+    /// holds. `seed` decides the dropout of further training.
+    ///
+    /// # Errors
+    /// As [`attacher`](Self::attacher), and modules that are trained whole and aren't there.
+    pub fn attacher_for<A: AdapterKind, M: Slots>(&self, model: &M, seed: u64) -> Result<Attacher<A>> {
+        self.attacher_of(&Outline::of(model), seed)
+    }
+
     /// Reads the adapters for a model with the linears `slots`: their paths and `[d_input, d_output]`. They are of the
     /// kind `A`: [`AnyAdapter`] takes what the folder holds. `seed` decides the dropout of further training.
     ///
@@ -66,12 +81,17 @@ impl PeftFolder {
     /// divide a layer's; a module that it selects and that lacks one of its tensors, or has one of another shape or
     /// type; values that aren't finite; a tensor that no selected module uses.
     pub fn attacher<A: AdapterKind>(&self, slots: &[(String, [usize; 2])], seed: u64) -> Result<Attacher<A>> {
+        self.attacher_of(&slots.into(), seed)
+    }
+
+    fn attacher_of<A: AdapterKind>(&self, outline: &Outline, seed: u64) -> Result<Attacher<A>> {
         let at = |error| in_file(error, &self.config_path);
         let config = AdapterConfig::from_peft(&self.config).map_err(at)?.with_seed(seed);
         A::accept(&config).map_err(at)?;
-        let targets = config.select(slots).map_err(at)?;
-        let parts = store::read(&self.weights, &config, &targets, slots, Part::peft_name, CONFIG_FILE)?;
-        Ok(Attacher::stored(config, targets, parts))
+        let targets = config.select(outline).map_err(at)?;
+        let (parts, outside) =
+            store::read(&self.weights, &config, &targets, outline, Layout::Peft, CONFIG_FILE).map_err(at)?;
+        Ok(Attacher::stored(config, targets, parts, outside))
     }
 }
 
@@ -106,10 +126,28 @@ pub fn save_peft<'a, S: AsRef<str>, A: AdapterKind + 'a>(
     config: &AdapterConfig,
     adapters: impl IntoIterator<Item = (S, &'a A)>,
 ) -> Result<()> {
-    save(folder.as_ref(), config, store::collect(adapters))
+    save(folder.as_ref(), config, store::collect(adapters), &OutsideTensors::default())
 }
 
-fn save(folder: &Path, config: &AdapterConfig, mut adapters: Vec<(String, AnyAdapter)>) -> Result<()> {
+/// As [`save_peft`], with what the adapters train outside a model's slots.
+///
+/// # Errors
+/// As [`save_peft`].
+pub fn save_peft_with<'a, S: AsRef<str>, A: AdapterKind + 'a>(
+    folder: impl AsRef<Path>,
+    config: &AdapterConfig,
+    adapters: impl IntoIterator<Item = (S, &'a A)>,
+    outside: &OutsideTensors,
+) -> Result<()> {
+    save(folder.as_ref(), config, store::collect(adapters), outside)
+}
+
+fn save(
+    folder: &Path,
+    config: &AdapterConfig,
+    mut adapters: Vec<(String, AnyAdapter)>,
+    outside: &OutsideTensors,
+) -> Result<()> {
     let config_path = folder.join(CONFIG_FILE);
     let peft = config.to_peft()?;
     peft.supported(&config_path)?;
@@ -118,11 +156,11 @@ fn save(folder: &Path, config: &AdapterConfig, mut adapters: Vec<(String, AnyAda
             *pooled = pooled.clone().with_pooling(Pooling::AverageTimesGroups);
         }
     }
-    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters)?;
+    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters, outside)?;
     let new = store::new_folder(folder)?;
     // As PEFT marks its files.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    store::write(&new.path().join(WEIGHTS_FILE), &adapters, Part::peft_name, &metadata)?;
+    store::write(&new.path().join(WEIGHTS_FILE), &adapters, outside, Layout::Peft, &metadata)?;
     peft.write(new.path().join(CONFIG_FILE))?;
     Ok(new.commit()?)
 }

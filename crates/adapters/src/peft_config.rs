@@ -207,6 +207,12 @@ pub struct PeftConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Alphas by regular expression, in the file's order.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Modules that are trained whole, by the ends of their names; empty: none.
+    pub modules_to_save: Vec<String>,
+    /// Tokens whose rows of the embedding are trained; empty: none.
+    pub trainable_token_indices: Vec<u32>,
+    /// Whether a head that is the embedding stays it where the embedding is trained whole.
+    pub ensure_weight_tying: bool,
     /// The version that wrote the file.
     pub peft_version: Option<String>,
     /// Keys of the file that PEFT doesn't know, in its order; not written.
@@ -214,7 +220,7 @@ pub struct PeftConfig {
 }
 
 /// Keys of PEFT 0.21 whose value must be its default (the second entry), null, or, where the default is empty, empty.
-const UNSUPPORTED: [(&str, &str); 17] = [
+const UNSUPPORTED: [(&str, &str); 15] = [
     ("alora_invocation_tokens", "null"),
     ("arrow_config", "null"),
     ("bias", "\"none\""),
@@ -226,23 +232,16 @@ const UNSUPPORTED: [(&str, &str); 17] = [
     ("lora_bias", "false"),
     ("lora_ga_config", "null"),
     ("megatron_config", "null"),
-    ("modules_to_save", "null"),
     ("monteclora_config", "null"),
     ("target_parameters", "null"),
-    ("trainable_token_indices", "null"),
     ("use_bdlora", "null"),
     ("velora_config", "null"),
 ];
 
 /// Keys of PEFT 0.21 without effect while the keys of [`UNSUPPORTED`] have their defaults, and what is written. How the base's
 /// files lay out a weight (`fan_in_fan_out`, GPT-2) changes nothing of the adapter's.
-/// With no trained copy of embedding or head there is nothing for `ensure_weight_tying` to tie.
-const INFORMATIVE: [(&str, &str); 4] = [
-    ("auto_mapping", "null"),
-    ("ensure_weight_tying", "false"),
-    ("fan_in_fan_out", "false"),
-    ("megatron_core", "\"megatron.core\""),
-];
+const INFORMATIVE: [(&str, &str); 3] =
+    [("auto_mapping", "null"), ("fan_in_fan_out", "false"), ("megatron_core", "\"megatron.core\"")];
 
 /// PEFT's default of `qalora_group_size`.
 const QALORA_GROUP_SIZE: usize = 16;
@@ -272,6 +271,9 @@ impl PeftConfig {
             layers_pattern: Vec::new(),
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
+            modules_to_save: Vec::new(),
+            trainable_token_indices: Vec::new(),
+            ensure_weight_tying: false,
             peft_version: Some(PEFT_VERSION.into()),
             unknown_keys: Vec::new(),
         }
@@ -349,6 +351,9 @@ impl PeftConfig {
             layers_pattern: fields.strings("layers_pattern")?,
             rank_pattern: fields.pattern_sizes("rank_pattern")?,
             alpha_pattern: fields.pattern_numbers("alpha_pattern")?,
+            modules_to_save: fields.strings("modules_to_save")?,
+            trainable_token_indices: token_ids(map)?,
+            ensure_weight_tying: fields.bool("ensure_weight_tying")?,
             peft_version: fields.string("peft_version")?,
             unknown_keys: map.keys().filter(|key| !is_known(key)).cloned().collect(),
         };
@@ -437,6 +442,9 @@ impl PeftConfig {
             ("layers_pattern", json!(layers_pattern)),
             ("rank_pattern", Value::Object(ranks.collect())),
             ("alpha_pattern", Value::Object(alphas.collect())),
+            ("modules_to_save", unless_empty(&self.modules_to_save)),
+            ("trainable_token_indices", unless_empty(&self.trainable_token_indices)),
+            ("ensure_weight_tying", json!(self.ensure_weight_tying)),
             ("peft_version", json!(self.peft_version)),
         ];
         let constants = UNSUPPORTED.into_iter().chain(INFORMATIVE).map(|(key, text)| (key, constant(text)));
@@ -445,6 +453,31 @@ impl PeftConfig {
         map.sort_keys();
         Value::Object(map)
     }
+}
+
+/// The list, or null in place of an empty one.
+fn unless_empty<T: serde::Serialize>(list: &[T]) -> Value {
+    if list.is_empty() { Value::Null } else { json!(list) }
+}
+
+/// `trainable_token_indices`: a list, or an object that says of which module, which must be the embedding.
+fn token_ids(map: &Map<String, Value>) -> std::result::Result<Vec<u32>, Problem> {
+    const KEY: &str = "trainable_token_indices";
+    let ids = match map.get(KEY) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::Object(modules)) => match modules.iter().next() {
+            Some((module, ids)) if modules.len() == 1 && module == "embed_tokens" => ids,
+            _ => {
+                let found = modules.keys().cloned().collect::<Vec<_>>().join(", ");
+                return Err(Problem::new(KEY, "ids, those of \"embed_tokens\" alone", found));
+            }
+        },
+        Some(list) => list,
+    };
+    let expected = "a list of token ids";
+    let Value::Array(ids) = ids else { return Err(Problem::new(KEY, expected, shorten(ids))) };
+    let id = |id: &Value| id.as_u64().and_then(|id| u32::try_from(id).ok());
+    ids.iter().map(|value| id(value).ok_or_else(|| Problem::new(KEY, expected, shorten(value)))).collect()
 }
 
 /// PEFT's name of an option of [`AdapterConfig`](crate::AdapterConfig).
@@ -457,6 +490,8 @@ fn peft_key(option: &str) -> &str {
         "exclude" => "exclude_modules",
         "layers" => "layers_to_transform",
         "init" => "init_lora_weights",
+        "trainable_tokens" => "trainable_token_indices",
+        "keep_tied" => "ensure_weight_tying",
         other => other,
     }
 }
@@ -602,9 +637,7 @@ mod tests {
             ("bias", json!("lora_only")),
             ("lora_bias", json!(true)),
             ("layer_replication", json!([[0, 4], [2, 5]])),
-            ("modules_to_save", json!(["lm_head"])),
             ("target_parameters", json!(["experts.weight"])),
-            ("trainable_token_indices", json!([0, 1])),
             ("loftq_config", json!({"loftq_bits": 4})),
             ("alora_invocation_tokens", json!([1])),
             ("megatron_config", json!({"x": 1})),
@@ -624,7 +657,7 @@ mod tests {
             assert!(with(key, json!("surprise")).is_err(), "{key}");
             assert!(with(key, Value::Null).is_ok(), "{key}");
         }
-        assert!(with("modules_to_save", json!([])).is_ok());
+        assert!(with("modules_to_save", json!([])).unwrap().modules_to_save.is_empty());
     }
 
     #[test]
@@ -655,6 +688,12 @@ mod tests {
             ("rank_pattern", json!({"q_proj": 0})),
             ("rank_pattern", json!({"q_proj": "4"})),
             ("alpha_pattern", json!({"q_proj": null})),
+            ("modules_to_save", json!([1])),
+            ("trainable_token_indices", json!([-1])),
+            ("trainable_token_indices", json!([1, 1])),
+            ("trainable_token_indices", json!({"lm_head": [1]})),
+            ("trainable_token_indices", json!({"embed_tokens": [1], "lm_head": [1]})),
+            ("ensure_weight_tying", json!(1)),
             ("base_model_name_or_path", json!(1)),
             ("peft_type", json!(null)),
         ];
@@ -714,6 +753,9 @@ mod tests {
         config.rank_pattern = vec![("z".into(), 5), ("a".into(), 6)];
         config.alpha_pattern = vec![("q".into(), 0.125)];
         config.lora_dropout = 0.05;
+        config.modules_to_save = vec!["norm".into()];
+        config.trainable_token_indices = vec![9, 2];
+        config.ensure_weight_tying = true;
         config.use_rslora = true;
         config.init_lora_weights = InitLoraWeights::Gaussian;
         config.write(&path).unwrap();

@@ -16,7 +16,7 @@ pub type AdapterSetLinear = Adapted<QuantLinear, AdapterSet<AnyAdapter>>;
 /// Attaches the adapters of several folders to one model, by name. None works until the [`AdapterMix`] says so.
 ///
 /// # Errors
-/// As [`Tuned::load`](crate::Tuned::load); a name twice; adapters that changed their base.
+/// As [`Tuned::load`](crate::Tuned::load); a name twice; adapters that changed their base, or that train embedding, head or norms.
 ///
 /// # Example
 /// ```no_run
@@ -30,9 +30,9 @@ pub fn load_adapter_set<M: Slots<Slot = QuantLinear>, S: AsRef<str>, F: AsRef<Pa
     model: M,
     folders: &[(S, F)],
 ) -> Result<(M::With<AdapterSetLinear>, AdapterMix)> {
-    let (slots, mut attachers, mut own) = (model.slot_shapes(), Vec::new(), Vec::new());
+    let (mut attachers, mut own) = (Vec::new(), Vec::new());
     for (name, folder) in folders {
-        let (attacher, folder) = open(folder.as_ref(), &slots)?;
+        let (attacher, folder) = open(folder.as_ref(), &model)?;
         attachers.push((name.as_ref().to_owned(), attacher));
         own.extend(folder);
     }

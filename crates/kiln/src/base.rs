@@ -11,8 +11,8 @@ use kiln_models::{
     generate_with,
 };
 use kiln_quant_core::{
-    Compute, Plan, QuantLinear, QuantScheme, Scheme, Slots, TrainedParts, with_settled_parts,
-    with_trained_parts,
+    Compute, OwnTables, Plan, QuantLinear, QuantScheme, Scheme, Slots, TrainedParts, files::whole_folder,
+    with_settled_parts, with_trained_parts,
 };
 use kiln_training::{
     DataOptions, Dataset, DatasetLoss, ModelTokenizer, Observer, Preview, RunOptions, RunReport, Trainer,
@@ -71,7 +71,7 @@ enum Format {
 pub(crate) struct Language {
     checkpoint: Checkpoint,
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    template: Option<Arc<ChatTemplate>>,
     context: TemplateContext,
 }
 
@@ -146,6 +146,7 @@ impl OpenBase {
             None => self.checkpoint.chat_template()?,
         };
         let (checkpoint, context) = (self.checkpoint, self.context);
+        let template = template.map(Arc::new);
         let language = Arc::new(Language { checkpoint, tokenizer, template, context });
         Ok(Base { model, language, report })
     }
@@ -212,6 +213,38 @@ impl Base {
     /// another.
     pub fn report(&self) -> &LoadReport {
         &self.report
+    }
+
+    /// The model with further tokens: their rows of embedding and head, which become dense where they must grow, are the mean
+    /// of the others. A fine-tune trains them by
+    /// [`with_trainable_tokens`](kiln_adapters::AdapterConfig::with_trainable_tokens) of the ids that come back, or whole
+    /// tables by [`with_modules_to_save`](kiln_adapters::AdapterConfig::with_modules_to_save); what it saves has the tokenizer
+    /// beside it, and the tables, so that [`load_adapters`](Self::load_adapters) and PEFT find them.
+    ///
+    /// `special`: tokens that aren't text, such as marks of roles.
+    ///
+    /// ```
+    /// use kiln::prelude::*;
+    /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+    /// let base = Base::open(folder)?.with_bits(4).load()?;
+    /// let (base, ids) = base.with_added_tokens(&["<|call|>", "<|result|>"], true)?;
+    /// let adapters = AdapterConfig::lora(4, 8.0).with_trainable_tokens(ids);
+    /// # let _ = adapters;
+    /// # Ok::<(), kiln::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// A token that is empty, there already or named twice.
+    pub fn with_added_tokens<S: AsRef<str>>(&self, tokens: &[S], special: bool) -> Result<(Self, Vec<u32>)> {
+        let (tokenizer, ids) = self.language.tokenizer.with_added_tokens(tokens, special)?;
+        let needed = ids.iter().max().map_or(0, |id| *id as usize + 1);
+        let mut model = self.model.clone();
+        // Tables are often padded beyond the tokenizer.
+        if let Some(tables) = model.token_tables().filter(|tables| needed > tables.vocab_size) {
+            let own = OwnTables { embedding: true, head: !tables.tied, tied: tables.tied };
+            model = model.with_own_tables(own, needed);
+        }
+        Ok((Self::of(model, self.language.with_tokenizer(tokenizer)), ids))
     }
 
     /// Options for data of this model: at most `seq_len` tokens an example, the model's end of text after texts and
@@ -331,12 +364,23 @@ impl Base {
         FineTune::new(self, adapters, data.into())
     }
 
-    /// The model with the adapters of a folder, PEFT's or Kiln's own.
+    /// The model with the adapters of a folder, PEFT's or Kiln's own, and the tokenizer in it, if that has more tokens than
+    /// this one.
     ///
     /// # Errors
     /// As [`Tuned::load`].
     pub fn load_adapters(&self, folder: impl AsRef<Path>) -> Result<FineTuned> {
-        Ok(FineTuned::new(Tuned::load(self.model.clone(), folder)?, self.language.clone(), None))
+        let tuned = Tuned::load(self.model.clone(), &folder)?;
+        let folder = whole_folder(folder.as_ref());
+        if !folder.join("tokenizer.json").exists() {
+            return Ok(FineTuned::new(tuned, self.language.clone(), None));
+        }
+        let tokenizer = Tokenizer::from_folder(folder)?;
+        let language = match tokenizer.vocab_size() > self.tokenizer().vocab_size() {
+            true => self.language.with_tokenizer(tokenizer),
+            false => self.language.clone(),
+        };
+        Ok(FineTuned::new(tuned, language, None))
     }
 
     /// The mean loss on the rows of a data set.
@@ -426,9 +470,28 @@ impl Language {
         &self.checkpoint
     }
 
+    /// The same with another tokenizer, one with further tokens.
+    fn with_tokenizer(&self, tokenizer: Tokenizer) -> Arc<Self> {
+        let checkpoint = self.checkpoint.with_tokenizer(tokenizer.clone());
+        Arc::new(Self {
+            checkpoint,
+            tokenizer,
+            template: self.template.clone(),
+            context: self.context.clone(),
+        })
+    }
+
+    /// Writes the tokenizer into `folder`, if tokens were added to it.
+    pub(crate) fn save_added_tokens(&self, folder: &Path) -> Result<()> {
+        match self.checkpoint.own_tokenizer() {
+            Some(tokenizer) => Ok(tokenizer.save_folder(folder)?),
+            None => Ok(()),
+        }
+    }
+
     /// What a resumed run must have the same: tokenizer and template, by their hashes.
     pub(crate) fn identity(&self) -> Result<BTreeMap<String, String>> {
-        let template = self.template.as_ref().map_or("none", ChatTemplate::fingerprint);
+        let template = self.template.as_deref().map_or("none", ChatTemplate::fingerprint);
         Ok(BTreeMap::from([
             ("tokenizer".to_owned(), self.tokenizer.fingerprint()?),
             ("chat template".to_owned(), template.to_owned()),
@@ -436,7 +499,7 @@ impl Language {
     }
 
     fn text(&self) -> ModelTokenizer<'_> {
-        ModelTokenizer::new(&self.tokenizer, self.template.as_ref(), self.context.clone())
+        ModelTokenizer::new(&self.tokenizer, self.template.as_deref(), self.context.clone())
     }
 
     pub(crate) fn evaluate<M: CausalLm>(&self, model: &M, data: &Dataset) -> Result<DatasetLoss> {

@@ -18,7 +18,7 @@ use kiln_models::{
     memory::{ProcessConstants, Step, Work, estimate},
 };
 use kiln_quant_core::{
-    DeviceLimits, QuantLinear, Slots,
+    DeviceLimits, QuantLinear, Slots, TableUpdates,
     files::{OutputFolder, whole_folder},
 };
 use kiln_training::{
@@ -276,7 +276,10 @@ impl<'a> FineTune<'a> {
             Length::Epochs(epochs) => self.trainer.with_epochs(&self.data, epochs)?,
         };
         let (tuned, language) = match self.start {
-            Start::New(base, adapters) => (Tuned::attach(base.model().clone(), &adapters)?, base.language()),
+            Start::New(base, mut adapters) => {
+                adapters.save_tables |= base.checkpoint().own_tokenizer().is_some();
+                (Tuned::attach(base.model().clone(), &adapters)?, base.language())
+            }
             Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
         };
         if !self.samples.is_empty() && self.options.evaluate_every == 0 {
@@ -441,29 +444,33 @@ impl FineTuned {
         FineTune::of(Start::GoingOn(self), data.into())
     }
 
-    /// The model without its adapters: the base that they belong to, calibrated or split as they started.
+    /// The model without its adapters: the base that they belong to, calibrated or split as they started. What was trained
+    /// whole stays as it is now.
     pub fn without_adapters(&self) -> Base {
         let bare = self.model().clone().try_map(|_, slot| Ok::<_, Infallible>(slot.into_base()));
         match bare {
-            Ok(model) => Base::of(model, self.language.clone()),
+            Ok(model) => Base::of(model.with_table_updates(TableUpdates::default()), self.language.clone()),
             Err(never) => match never {},
         }
     }
 
-    /// Writes the adapters as Kiln's own folder, tied to its base: [`Tuned::save`].
+    /// Writes the adapters as Kiln's own folder, tied to its base: [`Tuned::save`]; with the tokenizer, if tokens were
+    /// added to it.
     ///
     /// # Errors
     /// As [`Tuned::save`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.tuned.save(folder)
+        self.tuned.save(&folder)?;
+        self.language.save_added_tokens(folder.as_ref())
     }
 
-    /// Writes the adapters as a PEFT folder: [`Tuned::save_peft`].
+    /// Writes the adapters as a PEFT folder: [`Tuned::save_peft`]; with the tokenizer, if tokens were added to it.
     ///
     /// # Errors
     /// As [`Tuned::save_peft`].
     pub fn save_peft(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.tuned.save_peft(folder)
+        self.tuned.save_peft(&folder)?;
+        self.language.save_added_tokens(folder.as_ref())
     }
 
     /// The mean loss on the rows of a data set.
@@ -550,6 +557,12 @@ impl FineTuned {
                 .try_into_vec_as()
                 .map_err(|error| Error::argument(path, "adapters on a device that can be read", error))
         };
+        let config = self.tuned.config();
+        let updates = self.model().table_updates().is_some_and(|updates| !updates.is_empty());
+        if updates || config.save_tables || !config.modules_to_save.is_empty() {
+            let expected = "adapters of linears in blocks only, which are what such a file holds";
+            return Err(Error::argument("modules_to_save", expected, "trained embedding, head or norms"));
+        }
         let mut found = Vec::new();
         for (path, adapter) in self.tuned.adapters() {
             let AnyAdapter::Lora(lora) = adapter else {

@@ -8,8 +8,8 @@ use std::{
 
 use burn::tensor::Tensor;
 use kiln_adapters::{
-    Adapted, Adapter, AdapterConfig, AdapterFolder, AnyAdapter, AnyAttacher, KILN_CONFIG_FILE, PeftFolder,
-    RequantizeError,
+    Adapted, Adapter, AdapterConfig, AdapterFolder, AnyAdapter, AnyAttacher, KILN_CONFIG_FILE,
+    OutsideTensors, PeftFolder, RequantizeError, save_adapters_with, save_peft_with,
 };
 use kiln_models::Decoder;
 use kiln_quant_core::{
@@ -34,8 +34,10 @@ pub type Requantized<M> = (Merged<M>, Vec<(String, RequantizeError)>);
 /// A model with adapters in its slots, and the configuration that they were made with.
 ///
 /// `M` is the model before that: one of [`kiln::models`](kiln_models), or any Burn module with [`Slots`] (see
-/// [`slots!`](kiln_quant_core::slots)). What stands outside the adapters is frozen, because adapter folders hold adapters
-/// only; what is unfrozen afterwards is trained, too, but has to be saved elsewhere.
+/// [`slots!`](kiln_quant_core::slots)). What stands outside the adapters is frozen, but for what the configuration wants
+/// trained of embedding, head and norms (`modules_to_save`, `trainable_tokens`, and targets that name embedding or head);
+/// what is unfrozen afterwards is trained, too, but has to be saved elsewhere. Merging puts low-rank updates of embedding
+/// and head into dense tables.
 ///
 /// ```
 /// use kiln::{adapters::AdapterConfig, burn::tensor::Device, Tuned};
@@ -67,13 +69,13 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     /// # Errors
     /// A configuration that asks for what isn't implemented, selects no module, or has sizes that don't divide a layer's.
     pub fn attach(model: M, config: &AdapterConfig) -> Result<Self> {
-        let attacher = AnyAttacher::new(config, &model.slot_shapes())?;
+        let attacher = AnyAttacher::for_model(config, &model)?;
         Self::attached(model, &attacher)
     }
 
     fn attached(model: M, attacher: &AnyAttacher) -> Result<Self> {
         let model = model.freeze().try_map(|path, base| attacher.attach_to_residual(path, base))?;
-        Ok(Self { model, config: attacher.config().clone() })
+        Ok(Self { model: attacher.attach_outside(model)?, config: attacher.config().clone() })
     }
 
     /// Attaches the adapters of a folder: Kiln's own if there is a [`KILN_CONFIG_FILE`], PEFT's otherwise.
@@ -84,7 +86,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     /// Files that are missing or malformed, or that don't fit the model; adapters of an own folder that were trained on
     /// another packed base.
     pub fn load(model: M, folder: impl AsRef<Path>) -> Result<Self> {
-        let (attacher, own) = open(folder.as_ref(), &model.slot_shapes())?;
+        let (attacher, own) = open(folder.as_ref(), &model)?;
         let tuned = Self::attached(model, &attacher)?;
         if let Some(own) = own {
             check_base(&own, &tuned.model)?;
@@ -162,6 +164,9 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
             ("adapters.rslora".to_owned(), rslora.to_string()),
             ("adapters.patterns".to_owned(), patterns),
             ("adapters.dropout".to_owned(), dropout.to_string()),
+            ("adapters.modules_to_save".to_owned(), self.config.modules_to_save.join(", ")),
+            ("adapters.trainable_tokens".to_owned(), format!("{:?}", self.config.trainable_tokens)),
+            ("adapters.keep_tied".to_owned(), self.config.keep_tied.to_string()),
             ("adapters.seed".to_owned(), seed.to_string()),
         ]);
         identity.extend(linears_identity(self.model.slots().into_iter().map(|(_, slot)| &slot.base)));
@@ -175,7 +180,8 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
         let (adapters, base) = (self.adapters(), self.base_fingerprint()?);
         let adapters = adapters.iter().map(|(path, adapter)| (path, adapter));
-        Ok(kiln_adapters::save_adapters(folder, &self.config, base.as_deref(), adapters)?)
+        let outside = OutsideTensors::of(&self.model, &self.config)?;
+        Ok(save_adapters_with(folder, &self.config, base.as_deref(), adapters, &outside)?)
     }
 
     /// Writes adapters that PEFT can express (LoRA in all its kinds, DoRA, QA-LoRA) as a folder that it opens.
@@ -185,7 +191,8 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     pub fn save_peft(&self, folder: impl AsRef<Path>) -> Result<()> {
         let adapters = self.adapters();
         let adapters = adapters.iter().map(|(path, adapter)| (path, adapter));
-        Ok(kiln_adapters::save_peft(folder, &self.config, adapters)?)
+        let outside = OutsideTensors::of(&self.model, &self.config)?;
+        Ok(save_peft_with(folder, &self.config, adapters, &outside)?)
     }
 
     /// The model without adapters, which are in the packed weights' offsets: codes and scales as they were, outputs the
@@ -198,7 +205,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     /// # Errors
     /// The first linear that can't take its adapter exactly, by path, with the sizes that would fit.
     pub fn merge_packed(self) -> Result<Merged<M>> {
-        Ok(self.model.try_map(|path, slot| slot.merge_packed(path))?)
+        Ok(self.model.try_map(|path, slot| slot.merge_packed(path))?.with_merged_tables())
     }
 
     /// The model without adapters; every linear that had one is dense. Rounds once, in the type of the base's dense
@@ -211,7 +218,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
             })
         });
         match merged {
-            Ok(model) => model,
+            Ok(model) => model.with_merged_tables(),
             Err(never) => match never {},
         }
     }
@@ -246,7 +253,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
                 Ok::<_, Error>(layer)
             }
         })?;
-        Ok((model, errors))
+        Ok((model.with_merged_tables(), errors))
     }
 }
 
@@ -264,15 +271,13 @@ pub(crate) fn linears_identity<'a>(linears: impl Iterator<Item = &'a QuantLinear
     ]
 }
 
-type Slot = (String, [usize; 2]);
-
 /// The adapters of a folder; of an own one the folder too, which knows its base.
-pub(crate) fn open(folder: &Path, slots: &[Slot]) -> Result<(AnyAttacher, Option<AdapterFolder>)> {
+pub(crate) fn open<M: Slots>(folder: &Path, model: &M) -> Result<(AnyAttacher, Option<AdapterFolder>)> {
     if whole_folder(folder).join(KILN_CONFIG_FILE).exists() {
         let own = AdapterFolder::open(folder)?;
-        return Ok((own.attacher(slots, 0)?, Some(own)));
+        return Ok((own.attacher_for(model, 0)?, Some(own)));
     }
-    Ok((PeftFolder::open(folder)?.attacher(slots, 0)?, None))
+    Ok((PeftFolder::open(folder)?.attacher_for(model, 0)?, None))
 }
 
 /// Refuses a model that isn't the one that the folder's adapters were trained on.

@@ -13,5 +13,6 @@ mod memory;
 #[cfg(all(feature = "mixq-search", feature = "pruning"))]
 mod mixq;
 mod recipe;
+mod tables;
 mod tuning;
 mod wgpu;

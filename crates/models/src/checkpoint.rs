@@ -1,8 +1,10 @@
 //! A checkpoint of any kind, opened by its path.
 
-use std::fmt;
-
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
 
 use crate::{
     Error, Result,
@@ -15,11 +17,14 @@ use crate::{
 };
 
 /// An open checkpoint: a folder of Hugging Face's, MLX's or Kiln's own, or a `.gguf` file. Tensors are read when a model is loaded.
+#[derive(Clone)]
 pub struct Checkpoint {
     path: PathBuf,
     files: Files,
     config: ModelConfig,
     special: SpecialTokens,
+    /// In place of that of the files.
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 impl fmt::Debug for Checkpoint {
@@ -32,10 +37,11 @@ impl fmt::Debug for Checkpoint {
     }
 }
 
+#[derive(Clone)]
 enum Files {
-    Folder(Box<HfFolder>),
-    Packed(Box<PackedFolder>),
-    Gguf(Box<Gguf>),
+    Folder(Arc<HfFolder>),
+    Packed(Arc<PackedFolder>),
+    Gguf(Arc<Gguf>),
 }
 
 impl Checkpoint {
@@ -50,20 +56,31 @@ impl Checkpoint {
             let hint = "expected a folder or a .gguf file on this machine; nothing is downloaded";
             Error::io(&path)(std::io::Error::new(error.kind(), format!("{error}: {hint}")))
         })?;
-        if metadata.is_dir() {
-            if PackedFolder::is_one(&path) {
-                let folder = PackedFolder::open(&path)?;
-                let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
-                return Ok(Self { path, files: Files::Packed(Box::new(folder)), config, special });
-            }
-            let folder = HfFolder::open(&path)?;
-            let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
-            Ok(Self { path, files: Files::Folder(Box::new(folder)), config, special })
-        } else {
+        let (files, config, special) = if !metadata.is_dir() {
             let gguf = Gguf::open(&path)?;
             let (config, special) = (gguf.config()?, gguf.special_tokens()?);
-            Ok(Self { path, files: Files::Gguf(Box::new(gguf)), config, special })
-        }
+            (Files::Gguf(Arc::new(gguf)), config, special)
+        } else if PackedFolder::is_one(&path) {
+            let folder = PackedFolder::open(&path)?;
+            let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
+            (Files::Packed(Arc::new(folder)), config, special)
+        } else {
+            let folder = HfFolder::open(&path)?;
+            let (config, special) = (folder.config().clone(), folder.special_tokens().clone());
+            (Files::Folder(Arc::new(folder)), config, special)
+        };
+        Ok(Self { path, files, config, special, tokenizer: None })
+    }
+
+    /// The same files with another tokenizer, one with further tokens: exports write it in place of the files' own.
+    #[must_use]
+    pub fn with_tokenizer(&self, tokenizer: Tokenizer) -> Self {
+        Self { tokenizer: Some(Arc::new(tokenizer)), ..self.clone() }
+    }
+
+    /// The tokenizer in place of the files' own, if there is one.
+    pub fn own_tokenizer(&self) -> Option<&Tokenizer> {
+        self.tokenizer.as_deref()
     }
 
     /// The folder or file.
@@ -111,6 +128,9 @@ impl Checkpoint {
     /// # Errors
     /// If there is none, or it can't be read.
     pub fn tokenizer(&self) -> Result<Tokenizer> {
+        if let Some(tokenizer) = self.own_tokenizer() {
+            return Ok(tokenizer.clone());
+        }
         match &self.files {
             Files::Folder(_) | Files::Packed(_) => Tokenizer::from_folder(&self.path),
             Files::Gguf(gguf) => gguf.tokenizer(),

@@ -4,9 +4,12 @@ use std::collections::BTreeMap;
 
 use burn::{
     module::Param,
-    tensor::{Device, Tensor, TensorData},
+    nn::Linear,
+    tensor::{Device, FloatDType, Tensor, TensorData},
 };
-use kiln_quant_core::{Compute, Place, Projection, QuantLinear, Slots};
+use kiln_quant_core::{
+    Compute, OwnTables, PackedLinear, Place, Projection, QuantLinear, Slots, TableUpdates, TokenTables,
+};
 
 use crate::{
     Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
@@ -32,6 +35,8 @@ pub struct Decoder<P: Projection> {
     pub final_norm: Norm,
     /// The head; `None` when it is the embedding.
     pub lm_head: Option<QuantLinear>,
+    /// What is trained beside embedding and head.
+    pub(crate) updates: TableUpdates,
     pub(crate) config: ModelConfig,
     pub(crate) compute: Compute,
 }
@@ -61,8 +66,18 @@ impl<P: Projection> Decoder<P> {
         lm_head: Option<QuantLinear>,
     ) -> crate::Result<Self> {
         let compute = Compute::F32;
-        let decoder =
-            Self { embed_tokens, embed_positions, embed_norm, blocks, final_norm, lm_head, config, compute };
+        let updates = TableUpdates::default();
+        let decoder = Self {
+            embed_tokens,
+            embed_positions,
+            embed_norm,
+            blocks,
+            final_norm,
+            lm_head,
+            updates,
+            config,
+            compute,
+        };
         decoder.check()?;
         Ok(decoder)
     }
@@ -101,9 +116,37 @@ impl<P: Projection> Decoder<P> {
                 }
             }
         }
-        match found.into_iter().next() {
-            Some((name, shape)) => Err(differs(&name, "no such tensor".into(), format!("{shape:?}"))),
+        if let Some((name, shape)) = found.into_iter().next() {
+            return Err(differs(&name, "no such tensor".into(), format!("{shape:?}")));
+        }
+        match self.misfit(&self.updates) {
+            Some((path, shape)) => Err(differs(&path, "updates of its shape".into(), format!("{shape:?}"))),
             None => Ok(()),
+        }
+    }
+
+    /// The table that one of `updates` doesn't fit.
+    fn misfit(&self, updates: &TableUpdates) -> Option<(String, [usize; 2])> {
+        let tables = self.tables();
+        let of_tables = tables.shapes().into_iter().zip([&updates.embedding, &updates.head]);
+        let mut of_tables = of_tables.filter_map(|((path, shape), update)| {
+            let found = update.as_ref()?.shape();
+            (found != shape).then_some((path, found))
+        });
+        let rows = updates.rows.as_ref().map(|rows| rows.token_rows.lazy_shape().dims::<2>());
+        let rows = rows.filter(|[_, width]| *width != tables.width);
+        of_tables.next().or_else(|| rows.map(|shape| (tables.embedding.clone(), shape)))
+    }
+
+    fn tables(&self) -> TokenTables {
+        let names = self.config.family.names;
+        let [vocab_size, width] = self.embed_tokens.shape();
+        TokenTables {
+            embedding: names.embedding.into(),
+            head: names.head.into(),
+            vocab_size,
+            width,
+            tied: self.lm_head.is_none(),
         }
     }
 
@@ -171,6 +214,12 @@ impl<P: Projection> CausalLm for Decoder<P> {
 
     fn embed(&self, context: &Context) -> Tensor<3> {
         let mut x = self.embed_tokens.forward(context.ids.clone());
+        if !self.updates.is_empty() {
+            let [batch, length, width] = x.dims();
+            let ids = context.ids.clone().reshape([batch * length]);
+            let rows = self.updates.looked_up(x.reshape([batch * length, width]), ids);
+            x = rows.reshape([batch, length, width]);
+        }
         if self.config.embedding_multiplier != 1.0 {
             x = x.mul_scalar(self.config.embedding_multiplier);
         }
@@ -193,6 +242,7 @@ impl<P: Projection> CausalLm for Decoder<P> {
         let positions = self.embed_positions.as_ref();
         let mut norm = self.embed_norm.iter().flat_map(Norm::parameters);
         self.embed_tokens.is_trained()
+            || self.updates.train_lookups()
             || positions.is_some_and(|table| table.val().is_require_grad())
             || norm.any(|(_, parameter)| parameter.val().is_require_grad())
     }
@@ -211,8 +261,18 @@ impl<P: Projection> CausalLm for Decoder<P> {
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let logits = match &self.lm_head {
-            Some(head) => head.forward(x),
-            None => self.embed_tokens.project(x, self.compute),
+            Some(head) => head.forward(x.clone()),
+            None => self.embed_tokens.project(x.clone(), self.compute),
+        };
+        let logits = match self.updates.is_empty() {
+            true => logits,
+            false => {
+                let [of_x, of_logits] = [x.dims(), logits.dims()];
+                let rows: usize = of_x[..D - 1].iter().product();
+                let x = x.reshape([rows, of_x[D - 1]]);
+                let y = logits.reshape([rows, of_logits[D - 1]]);
+                self.updates.scored(y, x, self.lm_head.is_none(), self.compute).reshape(of_logits)
+            }
         };
         let logits = match self.config.logit_multiplier {
             1.0 => logits,
@@ -249,6 +309,7 @@ impl<P: Projection> CausalLm for Decoder<P> {
         for (_, slot) in self.slots() {
             slot.at(place);
         }
+        self.updates.at(place);
     }
 }
 
@@ -275,6 +336,7 @@ impl<P: Projection> Slots for Decoder<P> {
             blocks,
             final_norm: self.final_norm,
             lm_head: self.lm_head,
+            updates: self.updates,
             config: self.config,
             compute: self.compute,
         })
@@ -288,6 +350,95 @@ impl<P: Projection> Slots for Decoder<P> {
         });
         slots.collect()
     }
+
+    fn token_tables(&self) -> Option<TokenTables> {
+        Some(self.tables())
+    }
+
+    fn table_updates(&self) -> Option<&TableUpdates> {
+        Some(&self.updates)
+    }
+
+    fn with_table_updates(mut self, updates: TableUpdates) -> Self {
+        if let Some((path, shape)) = self.misfit(&updates) {
+            panic!("an update of {path} of shape {shape:?}");
+        }
+        self.updates = updates;
+        self
+    }
+
+    fn with_own_tables(mut self, own: OwnTables, vocab_size: usize) -> Self {
+        let known = self.config.vocab_size;
+        assert!(vocab_size >= known, "{vocab_size} tokens of a model that has {known}");
+        let grows = vocab_size > known;
+        if self.lm_head.is_none() && own.any() && !own.tied {
+            self.lm_head = Some(match &self.embed_tokens {
+                Embedding::Packed(table) => {
+                    QuantLinear::Packed(PackedLinear { weight: table.clone(), bias: None })
+                }
+                Embedding::Dense(table) => dense_head(table.weight.val().transpose(), None),
+            });
+        }
+        if own.embedding || grows {
+            self.embed_tokens = Embedding::dense(grown(self.embed_tokens.table(), 0, vocab_size));
+        }
+        if let Some(head) = self.lm_head.take_if(|_| own.head || grows) {
+            let bias = head.bias().map(|bias| grown(bias.unsqueeze::<2>(), 1, vocab_size).squeeze_dim(0));
+            self.lm_head = Some(dense_head(grown(head.weight(), 1, vocab_size), bias));
+        }
+        self.config.vocab_size = vocab_size;
+        self.config.tie_word_embeddings = self.lm_head.is_none();
+        self
+    }
+
+    fn table_rows(&self, ids: &[u32]) -> Tensor<2> {
+        let ids: Vec<i64> = ids.iter().map(|id| i64::from(*id)).collect();
+        let count = ids.len();
+        let ids = Tensor::from_data(TensorData::new(ids, [1, count]), &self.device());
+        self.embed_tokens.forward(ids).squeeze_dim(0)
+    }
+
+    fn checkpoint_name(&self, path: &str) -> String {
+        format!("{}{path}", self.config.family.module.left_out)
+    }
+
+    fn with_merged_tables(mut self) -> Self {
+        let updates = std::mem::take(&mut self.updates);
+        if updates.is_empty() {
+            return self;
+        }
+        let bias = self.lm_head.as_ref().and_then(Projection::bias);
+        let head = self.lm_head.as_ref().map(Projection::weight);
+        let (table, head) = updates.merged(self.embed_tokens.table(), head);
+        if updates.embedding.is_some() || updates.rows.is_some() {
+            self.embed_tokens = Embedding::dense(table);
+        }
+        if let Some(head) = head.filter(|_| updates.head.is_some() || self.lm_head.is_none()) {
+            self.lm_head = Some(dense_head(head, bias));
+        }
+        self.config.tie_word_embeddings = self.lm_head.is_none();
+        self
+    }
+}
+
+/// A frozen head of `weight` `[width, vocabulary]`.
+fn dense_head(weight: Tensor<2>, bias: Option<Tensor<1>>) -> QuantLinear {
+    QuantLinear::Dense(Linear {
+        weight: Param::from_tensor(weight).set_require_grad(false),
+        bias: bias.map(|bias| Param::from_tensor(bias).set_require_grad(false)),
+    })
+}
+
+/// `table` with `count` rows or columns, those of `dim`; new ones are the mean of the others.
+fn grown(table: Tensor<2>, dim: usize, count: usize) -> Tensor<2> {
+    let mut shape = table.dims();
+    let new = count - shape[dim];
+    if new == 0 {
+        return table;
+    }
+    shape[dim] = new;
+    let mean = table.clone().cast(FloatDType::F32).mean_dim(dim).cast(table.dtype());
+    Tensor::cat(vec![table, mean.expand(shape)], dim)
 }
 
 impl<P: Projection> ScaleSites for Decoder<P> {

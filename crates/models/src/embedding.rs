@@ -24,6 +24,19 @@ pub struct DenseEmbedding {
 }
 
 impl Embedding {
+    /// A frozen dense one.
+    pub(crate) fn dense(table: Tensor<2>) -> Self {
+        Self::Dense(DenseEmbedding { weight: Param::from_tensor(table).set_require_grad(false) })
+    }
+
+    /// The table, `[vocabulary, width]`, dense.
+    pub(crate) fn table(&self) -> Tensor<2> {
+        match self {
+            Self::Dense(table) => table.weight.val(),
+            Self::Packed(table) => table.dequantize().transpose(),
+        }
+    }
+
     /// Rows of the table.
     ///
     /// # Shapes

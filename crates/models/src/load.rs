@@ -8,7 +8,7 @@ use burn::{
 use half::{bf16, f16};
 use kiln_quant_core::{
     Compute, DeviceLimits, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError,
-    QuantLinear, Scheme, StorageReport, StorageRow, quantizers,
+    QuantLinear, Scheme, StorageReport, StorageRow, TableUpdates, quantizers,
 };
 
 use crate::{
@@ -257,6 +257,7 @@ impl Loader<'_> {
             blocks,
             final_norm,
             lm_head,
+            updates: TableUpdates::default(),
             config: config.clone(),
             compute: Compute::F32,
         };

@@ -7,7 +7,7 @@ use burn::{
     module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
     tensor::Device,
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Projection, TableUpdates};
 
 use crate::{Block, BlockPart, Decoder, families::Part};
 
@@ -195,6 +195,20 @@ macro_rules! decoder {
                 let $path = &head;
                 $call
             }),
+            updates: TableUpdates {
+                embedding: decoder.updates.embedding.map(|$part| {
+                    let $path = &embedding;
+                    $call
+                }),
+                head: decoder.updates.head.map(|$part| {
+                    let $path = &head;
+                    $call
+                }),
+                rows: decoder.updates.rows.map(|$part| {
+                    let $path = &embedding;
+                    $call
+                }),
+            },
             config: decoder.config,
             compute: decoder.compute,
         }
@@ -208,7 +222,8 @@ impl<P: Projection> Module for Decoder<P> {
         let devices = self.embed_norm.collect_devices(devices);
         let devices = self.blocks.collect_devices(devices);
         let devices = self.final_norm.collect_devices(devices);
-        self.lm_head.collect_devices(devices)
+        let devices = self.lm_head.collect_devices(devices);
+        self.updates.collect_devices(devices)
     }
 
     fn fork(self, device: &Device) -> Self {
@@ -248,6 +263,9 @@ impl<P: Projection> Module for Decoder<P> {
         }
         visit_at(visitor, &self.segments(names.final_norm), &self.final_norm);
         visit_at(visitor, &self.segments(names.head), &self.lm_head);
+        visit_at(visitor, &self.segments(names.embedding), &self.updates.embedding);
+        visit_at(visitor, &self.segments(names.head), &self.updates.head);
+        visit_at(visitor, &self.segments(names.embedding), &self.updates.rows);
     }
 
     #[allow(clippy::needless_borrow, reason = "some paths are slices, others vectors")]

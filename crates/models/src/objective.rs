@@ -1,9 +1,11 @@
 //! What a pass of training makes small: a loss of each scored place, and how much each counts.
 
 use burn::tensor::{Int, Tensor, activation};
-use kiln_quant_core::fused;
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
+use kiln_quant_core::{
+    fused,
+    random::{Purpose, generator},
+};
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::{CausalLm, Error, Place, Result, Targets, TokenBatch};
@@ -234,12 +236,8 @@ impl EmbeddingNoise {
     /// `x` `[batch, length, width]` with noise on the tokens of `tokens`, padding excepted.
     pub(crate) fn add(&self, x: Tensor<3>, tokens: &TokenBatch) -> Tensor<3> {
         let [batch, length, width] = x.dims();
-        let mut key = [0; 32];
-        let parts = [self.seed, self.place.step, self.place.micro_batch];
-        for (bytes, part) in key.chunks_exact_mut(8).zip(parts) {
-            bytes.copy_from_slice(&part.to_le_bytes());
-        }
-        let mut random = ChaCha8Rng::from_seed(key);
+        let Place { step, micro_batch, .. } = self.place;
+        let mut random = generator(Purpose::Noise, self.seed, 0, step, micro_batch);
         let mut noise = Vec::with_capacity(batch * length * width);
         for row in tokens.segments.chunks_exact(length) {
             for part in row.chunk_by(|a, b| a == b) {

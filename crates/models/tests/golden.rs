@@ -99,7 +99,8 @@ fn dense_folders() -> impl Iterator<Item = &'static str> {
     DENSE.into_iter().chain(ARCHITECTURES)
 }
 
-const ROPE_SCALINGS: [&str; 3] = ["llama-rope-linear", "llama-rope-dynamic", "llama-rope-yarn"];
+const ROPE_SCALINGS: [&str; 4] =
+    ["llama-rope-linear", "llama-rope-dynamic", "llama-rope-yarn", "llama-rope3-headdim24-f32"];
 
 #[test]
 fn logits_and_hidden_states_equal_transformers() {

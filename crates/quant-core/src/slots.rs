@@ -1,8 +1,11 @@
 //! A module and the slots in it.
 
-use burn::module::{Module, ModuleDisplay};
+use burn::{
+    module::{Module, ModuleDisplay},
+    tensor::Tensor,
+};
 
-use crate::Projection;
+use crate::{Projection, TableUpdates, TokenTables};
 
 /// A module whose linears can be visited and replaced by name: a language model, or any Burn module.
 ///
@@ -35,6 +38,74 @@ pub trait Slots: Module + ModuleDisplay {
     /// Paths and shapes `[d_input, d_output]` of all slots.
     fn slot_shapes(&self) -> Vec<(String, [usize; 2])> {
         self.slots().into_iter().map(|(path, slot)| (path, slot.shape())).collect()
+    }
+
+    /// The token embedding and the head, of a model that has them.
+    fn token_tables(&self) -> Option<TokenTables> {
+        None
+    }
+
+    /// What is trained beside embedding and head.
+    fn table_updates(&self) -> Option<&TableUpdates> {
+        None
+    }
+
+    /// With `updates` beside embedding and head, in place of those that are there.
+    ///
+    /// # Panics
+    /// If there is an update, and no table for it or one of another shape.
+    #[must_use]
+    fn with_table_updates(self, updates: TableUpdates) -> Self {
+        assert!(updates.is_empty(), "updates of tables of a module that has none");
+        self
+    }
+
+    /// With embedding or head as dense frozen parameters of their own, for `vocab_size` tokens: a packed one is dequantized,
+    /// and two that are the same part, unless they are to stay tied. New rows are the mean of the others.
+    ///
+    /// # Panics
+    /// If there are no tables, or more rows than `vocab_size`.
+    #[must_use]
+    fn with_own_tables(self, own: OwnTables, _vocab_size: usize) -> Self {
+        assert!(!own.any(), "tables of a module that has none");
+        self
+    }
+
+    /// Rows of the embedding, `[ids, width]`, in f32.
+    ///
+    /// # Panics
+    /// If there is no embedding, or an id is not in it.
+    fn table_rows(&self, _ids: &[u32]) -> Tensor<2> {
+        panic!("rows of the embedding of a module that has none")
+    }
+
+    /// The name in checkpoints of the parameter whose path in the module tree is `path`.
+    fn checkpoint_name(&self, path: &str) -> String {
+        path.to_owned()
+    }
+
+    /// With embedding and head as their updates make them, and no updates; where there is one, that table is dense.
+    #[must_use]
+    fn with_merged_tables(self) -> Self {
+        self
+    }
+}
+
+/// Which tables become parameters of their own.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct OwnTables {
+    /// The embedding.
+    pub embedding: bool,
+    /// The head, apart from the embedding.
+    pub head: bool,
+    /// The embedding alone, which stays the head where it is.
+    pub tied: bool,
+}
+
+impl OwnTables {
+    /// Whether there is one.
+    pub fn any(self) -> bool {
+        self.embedding || self.head
     }
 }
 

@@ -34,7 +34,7 @@ pub fn export_bitsandbytes(
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
-    let items = item::items(model);
+    let items = item::items(model)?;
     let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     let (mut schemes, mut dense) = (Vec::new(), vec!["lm_head".to_owned()]);
     for item in items.iter().filter(|item| item.role == TensorRole::Linear) {

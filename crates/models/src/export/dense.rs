@@ -45,7 +45,7 @@ pub fn export_hf(
     let export = FolderExport {
         folder: folder.as_ref(),
         source,
-        items: &item::stacked(item::items(model), model.config()),
+        items: &item::stacked(item::items(model)?, model.config()),
         config,
         metadata: "pt",
         max_shard_bytes: options.max_shard_bytes,

@@ -104,7 +104,7 @@ pub fn export_gguf(
     check_options(options)?;
     let config = model.config();
     let family = family(config)?;
-    let items = item::items(model);
+    let items = item::items(model)?;
     let writer = Exporter { config, family, options };
     let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
     let (mut tensors, mut kinds) = (Vec::new(), BTreeMap::new());

@@ -27,6 +27,9 @@ pub(super) fn keys(
     vocab_size: usize,
     notes: &mut Vec<String>,
 ) -> Result<Vec<(String, Value)>> {
+    if let Some(tokenizer) = source.own_tokenizer() {
+        return describe(tokenizer, tokenizer.special(), vocab_size, notes);
+    }
     if let Some(gguf) = source.gguf() {
         let metadata = gguf.metadata();
         let own = metadata.keys().filter(|key| key.starts_with("tokenizer."));

@@ -33,7 +33,7 @@ pub fn export_gptq(
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
-    let items = item::items(model);
+    let items = item::items(model)?;
     let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     let quantization = quantization(&items, options.fallback)?;
     let json = quantization.iter().map(|config| ("quantize_config.json", json!(config))).collect();

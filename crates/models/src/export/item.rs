@@ -110,7 +110,17 @@ impl Host {
 }
 
 /// All tensors of `model`: tables, norms, linears in the order in which data flows, head.
-pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
+///
+/// # Errors
+/// Updates of embedding or head, for which no format has a place.
+pub(super) fn items(model: &Decoder<QuantLinear>) -> Result<Vec<Item>> {
+    if !model.updates.is_empty() {
+        return Err(Error::Argument {
+            name: "model".into(),
+            expected: "embedding and head with their updates merged".into(),
+            found: "updates beside them".into(),
+        });
+    }
     let names = &model.config().family.names;
     let mut list = List(Vec::new());
     list.embedding(names.embedding, &model.embed_tokens);
@@ -137,7 +147,7 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Vec<Item> {
     if let Some(head) = &model.lm_head {
         list.linear(names.head, TensorRole::Head, head, true);
     }
-    list.0
+    Ok(list.0)
 }
 
 /// Tensors of experts that a family's files hold in one tensor.

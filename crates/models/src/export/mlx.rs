@@ -36,7 +36,7 @@ pub fn export_mlx(
     folder: impl AsRef<Path>,
     options: &ExportOptions,
 ) -> Result<ExportReport> {
-    let items = item::items(model);
+    let items = item::items(model)?;
     let mut config = config_json(model.config(), source.special_tokens(), options.float)?;
     quantization(&items, options.fallback, &mut config)?;
     let export = FolderExport {

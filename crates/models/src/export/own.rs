@@ -49,7 +49,7 @@ pub fn save_model(
 ) -> Result<ExportReport> {
     let mut config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
     let fresh = NewFolder::at_new_place(folder.as_ref())?;
-    let items = item::items(model);
+    let items = item::items(model)?;
     let path = fresh.path().join(PACKED_WEIGHTS);
     write_weights(&path, &items)?;
     let fingerprint = PackedFile::open(&path)?.whole_fingerprint();

@@ -19,6 +19,10 @@ const COPIED: [&str; 9] = [
 
 /// Writes tokenizer, chat template and generation defaults of `source` into `folder`; returns notes.
 pub(super) fn write(source: &Checkpoint, folder: &Path) -> Result<Vec<String>> {
+    if let Some(tokenizer) = source.own_tokenizer() {
+        tokenizer.save_folder(folder)?;
+        return Ok(Vec::new());
+    }
     if let Some(gguf) = source.gguf() {
         if !gguf.has_tokenizer() {
             let note = format!("{} has no tokenizer, so neither has the export", source.path().display());

@@ -160,6 +160,37 @@ impl Tokenizer {
         DecodeStream::new(self, skip_special)
     }
 
+    /// The same with further tokens, whose ids follow the others, and the ids. Written out in a text they become their ids;
+    /// special ones are left out by `skip_special`.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for an empty token, one that is there already and one that is named twice; [`Error::Tokenizer`].
+    pub fn with_added_tokens<S: AsRef<str>>(&self, tokens: &[S], special: bool) -> Result<(Self, Vec<u32>)> {
+        let mut added = self.clone();
+        let mut ids = Vec::new();
+        for token in tokens.iter().map(AsRef::as_ref) {
+            let wrong = |found: &str| Error::Argument {
+                name: "tokens".into(),
+                expected: "tokens that the tokenizer doesn't have, each once".into(),
+                found: found.into(),
+            };
+            if token.trim().is_empty() {
+                return Err(wrong("an empty one"));
+            }
+            if added.token_to_id(token).is_some() {
+                return Err(wrong(token));
+            }
+            // As transformers adds them.
+            let token = tokenizers::AddedToken::from(token, special).normalized(!special);
+            guarded(|| match special {
+                true => added.inner.add_special_tokens([token.clone()]),
+                false => added.inner.add_tokens([token.clone()]),
+            })?;
+            ids.push(added.token_to_id(&token.content).ok_or_else(|| wrong(&token.content))?);
+        }
+        Ok((added, ids))
+    }
+
     /// Number of tokens, added ones included.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)

@@ -3,26 +3,25 @@
 use std::sync::{Arc, Mutex, PoisonError};
 
 use burn::tensor::Tensor;
-use kiln_quant_core::{
-    Place,
-    fused::{self, Drops},
-};
 use rand::Rng;
 
-use crate::random::{Purpose, generator, path_hash};
+use crate::{
+    Place,
+    fused::{self, Drops},
+    random::{Purpose, generator, path_hash},
+};
 
 /// Dropout of one module's input.
 ///
 /// The mask is a function of the seed, the [`Place`] in the training run, the module's path and the element's index
 /// ([`Drops`]): whoever computes a block again, later or on another device, drops the same elements, and no mask is kept.
 /// Until [`at`](Self::at) tells that this is training, nothing is dropped; trainers call it through
-/// [`Projection::at`](kiln_quant_core::Projection::at).
+/// [`Projection::at`](crate::Projection::at).
 ///
 /// Clones share their place, those inside clones of a model too (`model.valid()` for recomputation).
 ///
 /// ```
-/// use kiln_adapters::Dropout;
-/// use kiln_quant_core::Place;
+/// use kiln_quant_core::{Dropout, Place};
 /// let dropout = Dropout::new(0.5, "up_proj", 42);
 /// assert!(dropout.drops().is_none());
 /// dropout.at(Place { step: 7, micro_batch: 0, training: true });
@@ -79,7 +78,7 @@ impl Dropout {
     }
 
     /// `x` with what is dropped now set to zero, and the factor that what remains is to be multiplied by.
-    pub(crate) fn apply(&self, x: Tensor<2>) -> (Tensor<2>, f64) {
+    pub fn apply(&self, x: Tensor<2>) -> (Tensor<2>, f64) {
         match self.drops() {
             Some(drops) => (fused::dropout(x, drops), self.compensation()),
             None => (x, 1.0),
