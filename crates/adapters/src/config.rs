@@ -206,6 +206,15 @@ impl AdapterConfig {
         self
     }
 
+    /// For a model with a score head, `kiln_models::Classifier`: that head is trained whole, and folders say `SEQ_CLS`, so that
+    /// PEFT opens them as such.
+    #[must_use]
+    pub fn with_score_head(mut self) -> Self {
+        self.modules_to_save.push("score".into());
+        self.metadata.task_type = Some("SEQ_CLS".into());
+        self
+    }
+
     /// Sets `trainable_tokens`: only their rows of the embedding are trained, of a head that is the embedding too.
     #[must_use]
     pub fn with_trainable_tokens(mut self, ids: impl IntoIterator<Item = u32>) -> Self {

@@ -20,7 +20,6 @@ mod part;
 mod peft;
 mod peft_config;
 mod pooled;
-mod random;
 mod requantize;
 mod residual;
 mod store;

@@ -7,14 +7,11 @@ use burn::{
 use kiln_quant_core::{
     Place, Projection,
     fused::{self, LowRankSpec},
-    random::{Purpose, generator, path_hash},
+    random::{Purpose, generator, normal, path_hash, uniform},
 };
 use rand_chacha::ChaCha8Rng;
 
-use crate::{
-    Adapter, Dropout, InitLoraWeights,
-    random::{normal, uniform},
-};
+use crate::{Adapter, Dropout, InitLoraWeights};
 
 /// [LoRA](https://arxiv.org/abs/2106.09685): `y = base(x) + scaling · dropout(x) · A · B`, A and B trained in f32.
 ///

@@ -2,12 +2,12 @@
 //! decomposition (OLoRA).
 
 use faer::{Mat, MatRef};
-use kiln_quant_core::hash::Fnv1a;
+use kiln_quant_core::{hash::Fnv1a, random::box_muller};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::{Result, json_fields::Problem, random::box_muller};
+use crate::{Result, json_fields::Problem};
 
 /// How singular vectors are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

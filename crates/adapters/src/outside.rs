@@ -10,7 +10,7 @@ use burn::{
 use kiln_quant_core::{
     Dropout, HostValues, LowRankUpdate, OwnTables, Slots, TableUpdates, TokenRows, TokenTables,
     for_each_parameter,
-    random::{Purpose, generator, path_hash},
+    random::{Purpose, generator, normal, path_hash},
     safetensors_file::SafetensorsFile,
     to_host,
 };
@@ -20,7 +20,6 @@ use crate::{
     any::tensor,
     json_fields::Problem,
     lora,
-    random::normal,
     store::{self, Layout},
 };
 
@@ -55,7 +54,11 @@ impl Outline {
                     name.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('.'))
                 };
                 if !elsewhere.iter().any(inside) {
-                    parameters.push((name, parameter.shape));
+                    let mut shape = parameter.shape;
+                    if model.is_stored_transposed(&name) {
+                        shape.reverse();
+                    }
+                    parameters.push((name, shape));
                 }
                 Ok(())
             });
@@ -258,6 +261,10 @@ impl Outside {
                 *(if is_head { &mut outside.own.head } else { &mut outside.own.embedding }) = true;
                 outside.stored.insert(weight, Stored { shape, values });
             }
+            let [embedding, head] = [&tables.embedding, &tables.head].map(|path| format!("{path}.weight"));
+            if tables.tied && !outside.trained.contains(&embedding) && !outside.stored.contains_key(&head) {
+                outside.own.tied = outside.own.embedding;
+            }
             let mut factors = BTreeMap::new();
             let shapes = [[outside.vocab_size, width], [width, outside.vocab_size]];
             let updates = [(&tables.embedding, &outside.embedding), (&tables.head, &outside.head)];
@@ -298,19 +305,19 @@ impl Outside {
             _ => model,
         };
         let tables = model.token_tables();
-        let head = tables.as_ref().map(|tables| format!("{}.weight", tables.head));
         let names = |path: &[String]| name_of(&model, path);
         let mut found = BTreeMap::new();
         let listed: std::result::Result<(), std::convert::Infallible> =
             for_each_parameter(&model, |parameter| {
                 let name = names(parameter.path);
                 if self.trained.contains(&name) || self.stored.contains_key(&name) {
-                    found.insert(parameter.path.to_vec(), name);
+                    let transposed = model.is_stored_transposed(&name);
+                    found.insert(parameter.path.to_vec(), (name, transposed));
                 }
                 Ok(())
             });
         let Ok(()) = listed;
-        let mut put = Put { path: Vec::new(), found, outside: self, head: head.as_deref() };
+        let mut put = Put { path: Vec::new(), found, outside: self };
         let model = model.map(&mut put);
         let Some(tables) = tables else { return Ok(model) };
         let updates = self.updates(&model, &tables, config)?;
@@ -382,21 +389,20 @@ fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
 /// Gives parameters their stored values, and gradients.
 struct Put<'a> {
     path: Vec<String>,
-    found: BTreeMap<Vec<String>, String>,
+    /// Names by paths, and whether files hold the parameter transposed.
+    found: BTreeMap<Vec<String>, (String, bool)>,
     outside: &'a Outside,
-    /// The head's name: files hold it transposed.
-    head: Option<&'a str>,
 }
 
 impl ModuleMapper for Put<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some(name) = self.found.get(&self.path) else { return param };
+        let Some((name, transposed)) = self.found.get(&self.path) else { return param };
         let param = match self.outside.stored.get(name) {
             Some(Stored { shape, values }) => {
                 let (id, tensor, mapper) = param.consume();
                 let device = tensor.device();
                 let values = Tensor::<D>::from_data(TensorData::new(values.clone(), shape.clone()), &device);
-                let values = if self.head == Some(name) { values.swap_dims(0, 1) } else { values };
+                let values = if *transposed { values.swap_dims(0, 1) } else { values };
                 Param::from_mapped_value(id, values, mapper)
             }
             None => param,
@@ -437,7 +443,6 @@ impl OutsideTensors {
         if let Some(tables) = outline.tables.as_ref().filter(|_| config.save_tables) {
             wanted.extend([&tables.embedding, &tables.head].map(|path| format!("{path}.weight")));
         }
-        let head = outline.tables.as_ref().map(|tables| format!("{}.weight", tables.head));
         let mut whole = BTreeMap::new();
         for_each_parameter(model, |parameter| {
             let name = name_of(model, parameter.path);
@@ -446,7 +451,7 @@ impl OutsideTensors {
             }
             if let HostValues::Floats(values) = parameter.values()? {
                 let mut stored = Stored { shape: parameter.shape.clone(), values };
-                if head.as_ref() == Some(&name) {
+                if model.is_stored_transposed(&name) {
                     stored = Stored {
                         values: transposed(&stored.values, stored.shape[0]),
                         shape: stored.shape.into_iter().rev().collect(),

@@ -6,7 +6,7 @@
 use burn::tensor::{DType, Tensor, TensorData};
 use kiln_quant_core::{
     Projection, QuantLinear,
-    random::{Purpose, generator, path_hash},
+    random::{Purpose, generator, normal, path_hash},
     to_host,
 };
 
@@ -14,7 +14,6 @@ use crate::{
     Factors, InitLoraWeights, Result, Svd, Target,
     json_fields::Problem,
     low_rank::{leading_qr, low_rank_from, low_rank_scaled},
-    random::normal,
 };
 
 /// `base` without its part, and the part. `seed` is for PiSSA's approximation; without one it is exact, as adapters in

@@ -7,7 +7,9 @@
 
 mod adapters;
 mod architectures;
+mod classifiers;
 mod families;
+mod gradients;
 #[cfg(target_os = "linux")]
 mod memory;
 #[cfg(all(feature = "mixq-search", feature = "pruning"))]

@@ -71,6 +71,11 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
     /// Number of token ids.
     fn vocab_size(&self) -> usize;
 
+    /// What [`lm_head`](Self::lm_head) gives in place of logits of the vocabulary: so many classes, or one number.
+    fn labels(&self) -> Option<usize> {
+        None
+    }
+
     /// Positions the model was made for.
     fn max_positions(&self) -> usize;
 

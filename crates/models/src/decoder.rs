@@ -402,6 +402,10 @@ impl<P: Projection> Slots for Decoder<P> {
         format!("{}{path}", self.config.family.module.left_out)
     }
 
+    fn is_stored_transposed(&self, name: &str) -> bool {
+        name.strip_suffix(".weight") == Some(self.config.family.names.head)
+    }
+
     fn with_merged_tables(mut self) -> Self {
         let updates = std::mem::take(&mut self.updates);
         if updates.is_empty() {

@@ -115,6 +115,7 @@ pub fn queue_gradients<'a, M: CausalLm>(
 ) -> Result<PendingLoss> {
     let objective = objective.into();
     check(model, tokens, objective.targets)?;
+    check_numbers(model, tokens, objective.numbers)?;
     let context = model.context(tokens, None)?;
     let noisy = |x| match options.noise {
         Some(noise) => noise.add(x, tokens),
@@ -202,7 +203,7 @@ fn head<M: CausalLm>(
     options: &DriverOptions,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Result<(PendingLoss, Tensor<3>)> {
-    let Objective { targets, weights, teacher } = objective;
+    let Objective { targets, weights, teacher, numbers } = objective;
     let [batch, length, width] = x.dims();
     let device = x.device();
     let places: Vec<usize> = (0..batch * length).filter(|&place| targets.scored[place]).collect();
@@ -231,7 +232,15 @@ fn head<M: CausalLm>(
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
         let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();
         let teacher = teacher.as_ref().map(|teacher| Tensor::from_inner(teacher.logits(index)));
-        let loss = options.loss.of(model.lm_head(model.final_norm(part.clone())), ids, teacher);
+        let outputs = model.lm_head(model.final_norm(part.clone()));
+        let loss = match numbers {
+            Some(numbers) => {
+                let numbers: Vec<f32> = places.iter().map(|&place| numbers[place]).collect();
+                let numbers = Tensor::<1>::from_data(numbers.as_slice(), &device);
+                (outputs.squeeze_dim::<1>(1) - numbers).square()
+            }
+            None => options.loss.of(outputs, ids, teacher),
+        };
         let mut found = match weights.as_mut().and_then(Iterator::next) {
             Some(weights) => {
                 let weights = Tensor::<1>::from_data(weights, &device).cast(loss.dtype());
@@ -271,6 +280,7 @@ fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Resul
         Err(Error::Argument { name: name.into(), expected, found })
     };
     let (count, vocabulary) = (tokens.ids.len(), model.vocab_size());
+    let outputs = model.labels().unwrap_or(vocabulary);
     if targets.ids.len() != count || targets.scored.len() != count {
         let found = format!("{} ids and {} flags", targets.ids.len(), targets.scored.len());
         return fail("targets", format!("one for each of {count} tokens"), found);
@@ -278,9 +288,25 @@ fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Resul
     if !targets.scored.contains(&true) {
         return fail("targets", "at least one scored place".into(), "none".into());
     }
-    let scored = targets.ids.iter().zip(targets.scored).filter(|(_, scored)| **scored).map(|(id, _)| id);
-    if let Some(id) = tokens.ids.iter().chain(scored).find(|id| **id as usize >= vocabulary) {
+    let mut scored = targets.ids.iter().zip(targets.scored).filter(|(_, scored)| **scored).map(|(id, _)| id);
+    if let Some(id) = tokens.ids.iter().find(|id| **id as usize >= vocabulary) {
         return fail("token ids", format!("ids below {vocabulary}"), id.to_string());
     }
+    if let Some(id) = scored.find(|id| **id as usize >= outputs) {
+        return fail("target ids", format!("ids below {outputs}"), id.to_string());
+    }
     Ok(())
+}
+
+/// A number for each place where the model gives one, and none elsewhere.
+fn check_numbers<M: CausalLm>(model: &M, tokens: &TokenBatch, numbers: Option<&[f32]>) -> Result<()> {
+    let (count, wanted) = (tokens.ids.len(), model.labels() == Some(1));
+    let expected = match (wanted, numbers) {
+        (true, Some(numbers)) if numbers.len() == count => return Ok(()),
+        (false, None) => return Ok(()),
+        (true, _) => format!("one for each of {count} places: the model has one output"),
+        (false, Some(_)) => "none: the model has more than one output".to_owned(),
+    };
+    let found = numbers.map_or("none".into(), |numbers| numbers.len().to_string());
+    Err(Error::Argument { name: "numbers".into(), expected, found })
 }

@@ -40,6 +40,35 @@ pub fn token_nll<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
     of_places(&model, &x.reshape([batch * length, width]), &places, targets.ids)
 }
 
+/// What the head gives at the scored places, in their order: of a [`Classifier`](crate::Classifier) the scores of labels. No
+/// gradient is recorded.
+///
+/// # Errors
+/// As [`token_nll`], and flags that don't fit the batch.
+pub fn scores_at<M: CausalLm>(model: &M, tokens: &TokenBatch, scored: &[bool]) -> Result<Vec<Vec<f32>>> {
+    check_tokens(model, tokens)?;
+    let count = tokens.ids.len();
+    if scored.len() != count {
+        let (name, expected) = ("targets".into(), format!("a flag for each of {count} tokens"));
+        return Err(Error::Argument { name, expected, found: scored.len().to_string() });
+    }
+    let places: Vec<usize> = (0..count).filter(|&place| scored[place]).collect();
+    let model = model.valid();
+    let x = model.residual(&model.context(tokens, None)?, None);
+    let [batch, length, width] = x.dims();
+    let rows = x.reshape([batch * length, width]);
+    let mut found = Vec::with_capacity(places.len());
+    for places in places.chunks(ROWS) {
+        let index: Vec<i64> = places.iter().map(|&place| place as i64).collect();
+        let index = Tensor::<1, Int>::from_data(TensorData::new(index, [places.len()]), &rows.device());
+        let scores = model.lm_head(model.final_norm(rows.clone().select(0, index)));
+        let outputs = scores.dims()[1];
+        let values = to_host("scores", scores.cast(FloatDType::F32))?;
+        found.extend(values.chunks_exact(outputs).map(<[f32]>::to_vec));
+    }
+    Ok(found)
+}
+
 /// Negative log-likelihoods at `places` of `rows` `[batch * length, width]` of the residual stream, by a model outside
 /// autodiff.
 pub(crate) fn of_places<M: CausalLm>(
@@ -74,13 +103,14 @@ fn scored_places<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) 
         });
     }
     let places: Vec<usize> = (0..count).filter(|&place| targets.scored[place]).collect();
-    check_ids("target ids", model, places.iter().map(|&place| targets.ids[place]))?;
+    let outputs = model.labels().unwrap_or(model.vocab_size());
+    check_ids("target ids", outputs, places.iter().map(|&place| targets.ids[place]))?;
     Ok(places)
 }
 
 /// Fails where a model would look beyond its tables.
 pub(crate) fn check_tokens<M: CausalLm>(model: &M, tokens: &TokenBatch) -> Result<()> {
-    check_ids("token ids", model, tokens.ids.iter().copied())?;
+    check_ids("token ids", model.vocab_size(), tokens.ids.iter().copied())?;
     let limit = model.max_positions();
     match tokens.positions.iter().find(|&&position| position as usize >= limit) {
         Some(position) => Err(Error::Argument {
@@ -92,12 +122,11 @@ pub(crate) fn check_tokens<M: CausalLm>(model: &M, tokens: &TokenBatch) -> Resul
     }
 }
 
-fn check_ids<M: CausalLm>(name: &str, model: &M, mut ids: impl Iterator<Item = u32>) -> Result<()> {
-    let vocabulary = model.vocab_size();
-    match ids.find(|&id| id as usize >= vocabulary) {
+fn check_ids(name: &str, limit: usize, mut ids: impl Iterator<Item = u32>) -> Result<()> {
+    match ids.find(|&id| id as usize >= limit) {
         Some(id) => Err(Error::Argument {
             name: name.into(),
-            expected: format!("ids below {vocabulary}, the vocabulary"),
+            expected: format!("ids below {limit}"),
             found: id.to_string(),
         }),
         None => Ok(()),

@@ -209,12 +209,15 @@ pub struct Objective<'a> {
     pub weights: Weights<'a>,
     /// Who is imitated, where [`TokenLoss::distillation`] says so.
     pub teacher: Option<Teacher<'a>>,
+    /// Of a model of one output the numbers that it should give, for each place of the batch, `[batch * length]`; ignored where
+    /// not scored. The loss of a place is then the squared difference, and nothing else.
+    pub numbers: Option<&'a [f32]>,
 }
 
 /// All places alike.
 impl<'a> From<Targets<'a>> for Objective<'a> {
     fn from(targets: Targets<'a>) -> Self {
-        Self { targets, weights: Weights::Equal, teacher: None }
+        Self { targets, weights: Weights::Equal, teacher: None, numbers: None }
     }
 }
 

@@ -84,6 +84,12 @@ pub trait Slots: Module + ModuleDisplay {
         path.to_owned()
     }
 
+    /// Whether checkpoints have the parameter `name` as `[d_output, d_input]` and the module as `[d_input, d_output]`: dense
+    /// linears outside the slots.
+    fn is_stored_transposed(&self, _name: &str) -> bool {
+        false
+    }
+
     /// With embedding and head as their updates make them, and no updates; where there is one, that table is dense.
     #[must_use]
     fn with_merged_tables(self) -> Self {

@@ -17,7 +17,7 @@ mod side_tuned;
 mod vectors;
 
 pub use backbone::Backbone;
-pub use classifier::SideClassifier;
+pub use classifier::{SideClassifier, load_classifier, save_classifier, side_classifier};
 pub use config::{Downsample, GateConfig, GateShape, HeadMix, Share, SideConfig};
 pub use downsample::Downsampler;
 pub use error::{Error, Result};

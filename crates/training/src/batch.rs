@@ -138,7 +138,8 @@ pub struct Cursor {
 pub struct Batch {
     /// Ids, positions and segments.
     pub tokens: TokenBatch,
-    /// The id that follows each position in its segment; 0 at a segment's last position and for padding.
+    /// The id that follows each position in its segment; 0 at a segment's last position and for padding. Of texts with
+    /// classes the class at the last position.
     pub targets: Vec<u32>,
     /// Whether predicting the target is learned; false wherever there is no target.
     pub scored: Vec<bool>,
@@ -158,6 +159,8 @@ pub struct Placed {
     pub weight: f32,
     /// Its label.
     pub label: Option<bool>,
+    /// Its class or number.
+    pub value: Option<f32>,
 }
 
 impl Batch {
@@ -189,7 +192,8 @@ impl Batch {
             for (segment, (index, example)) in (1..).zip(row) {
                 batch.place(start, segment, example);
                 let (index, targets) = (*index, example.targets());
-                batch.examples.push(Placed { index, targets, weight: example.weight, label: example.label });
+                let Example { weight, label, value, .. } = **example;
+                batch.examples.push(Placed { index, targets, weight, label, value });
                 start += example.ids.len();
             }
         }
@@ -209,6 +213,12 @@ impl Batch {
                 .map(|scored| if *scored { of_examples.next().unwrap_or(0.0) } else { 0.0 })
                 .collect(),
         )
+    }
+
+    /// The number of each place that is scored, of data for a regression.
+    pub(crate) fn numbers(&self) -> Vec<f32> {
+        let mut values = self.examples.iter().filter_map(|placed| placed.value);
+        self.scored.iter().map(|scored| if *scored { values.next().unwrap_or(0.0) } else { 0.0 }).collect()
     }
 
     /// The sum of the learned targets' weights.
@@ -246,6 +256,12 @@ impl Batch {
         self.tokens.segments[all.clone()].fill(segment);
         for (position, index) in self.tokens.positions[all].iter_mut().zip(0..) {
             *position = index;
+        }
+        if let Some(value) = example.value {
+            // Of a number that is no class nobody asks.
+            self.targets[start + length - 1] = value as u32;
+            self.scored[start + length - 1] = true;
+            return;
         }
         let predicting = start..start + length - 1;
         self.targets[predicting.clone()].copy_from_slice(&example.ids[1..]);

@@ -1,15 +1,16 @@
 //! The loss on a data set.
 
-use kiln_models::{CausalLm, token_nll};
+use kiln_models::{CausalLm, scores_at, token_nll};
 use serde::{Deserialize, Serialize};
 
-use crate::{Dataset, Result, in_order};
+use crate::{Batch, Dataset, Result, in_order};
 
 /// The loss of a model on a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct DatasetLoss {
-    /// Mean negative log-likelihood of the scored tokens, in nats; weighted, where examples have weights.
+    /// Mean negative log-likelihood of the scored tokens, or of classes, in nats; of a regression the mean squared error;
+    /// weighted, where examples have weights.
     pub nll: f64,
     /// Scored tokens.
     pub tokens: usize,
@@ -40,13 +41,22 @@ pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Resu
     let (mut sum, mut tokens, mut total) = (0.0, 0, 0.0);
     for batch in in_order(dataset, batch, 0)? {
         let batch = batch?;
-        let nll = token_nll(model, &batch.tokens, batch.as_targets())?;
-        let mut rest = nll.iter().map(|nll| f64::from(*nll));
+        let losses = match model.labels() {
+            Some(1) => squared_errors(model, &batch)?,
+            _ => token_nll(model, &batch.tokens, batch.as_targets())?,
+        };
+        let mut rest = losses.iter().map(|loss| f64::from(*loss));
         for placed in &batch.examples {
             sum += f64::from(placed.weight) * rest.by_ref().take(placed.targets).sum::<f64>();
         }
-        tokens += nll.len();
+        tokens += losses.len();
         total += batch.total_weight();
     }
     Ok(DatasetLoss { nll: sum / total, tokens })
+}
+
+fn squared_errors<M: CausalLm>(model: &M, batch: &Batch) -> Result<Vec<f32>> {
+    let found = scores_at(model, &batch.tokens, &batch.scored)?;
+    let wanted = batch.examples.iter().filter_map(|placed| placed.value);
+    Ok(found.iter().zip(wanted).map(|(scores, value)| (scores[0] - value).powi(2)).collect())
 }

@@ -9,7 +9,8 @@ use std::{
 
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use kiln_models::{
-    CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, Weights, queue_gradients,
+    CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, TokenLoss, Weights,
+    queue_gradients,
 };
 use kiln_quant_core::{hash::hex, trained_values};
 use serde::{Deserialize, Serialize};
@@ -132,6 +133,7 @@ impl<M: CausalLm> Trainer<M> {
         }
         check_length("seq_len", &dataset, &model)?;
         check_form(&dataset, config.preference.as_ref(), config.batch.batch)?;
+        check_values(&dataset, &model, &config.loss)?;
         let has_reference = config.preference.is_some_and(|loss| loss.has_reference());
         let reference = has_reference.then(|| Box::new(model.valid()) as Box<dyn Reference>);
         Ok(Self {
@@ -376,7 +378,9 @@ impl<M: CausalLm> Trainer<M> {
             };
             let weights = batch.weights(&self.dataset);
             let weights = weights.as_deref().map_or(Weights::Equal, Weights::Given);
-            let objective = Objective { targets: batch.as_targets(), weights, teacher };
+            let numbers = (model.labels() == Some(1)).then(|| batch.numbers());
+            let numbers = numbers.as_deref();
+            let objective = Objective { targets: batch.as_targets(), weights, teacher, numbers };
             let place = Place { step: self.step, micro_batch: index as u64, training: true };
             model.at(place);
             losses.push(queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?);
@@ -404,7 +408,7 @@ impl<M: CausalLm> Trainer<M> {
                     .collect())
             };
             let weights = Weights::Computed(&mut weigh);
-            let objective = Objective { targets: batch.as_targets(), weights, teacher: None };
+            let objective = Objective { weights, ..batch.as_targets().into() };
             let place = Place { step: self.step, micro_batch: index as u64, training: true };
             model.at(place);
             queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?;
@@ -430,6 +434,7 @@ impl<M: CausalLm> Trainer<M> {
         options.check()?;
         if let Some(held_out) = &options.held_out {
             check_form(held_out, self.config.preference.as_ref(), self.config.batch.batch)?;
+            check_values(held_out, self.model(), &self.config.loss)?;
             check_length("seq_len of the held-out data", held_out, self.model())?;
         }
         let _claim = options.claim()?;
@@ -837,6 +842,30 @@ fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>, rows: usize) -> 
             Err(Problem::new("batch", expected, rows.min(dataset.len())).argument())
         }
         _ => Ok(()),
+    }
+}
+
+/// Whether a model that says classes or numbers gets such data, and no other does.
+fn check_values<M: CausalLm>(dataset: &Dataset, model: &M, loss: &TokenLoss) -> Result<()> {
+    match (dataset.values(), model.labels()) {
+        (None, None) => Ok(()),
+        (Some(_), None) => {
+            let expected = "text to learn: classes and numbers are for a `Classifier`, or name the form, such as \
+                            `Form::Text`, to read the text alone";
+            Err(Problem::new("data", expected, "texts with classes or numbers").argument())
+        }
+        (None, Some(_)) => {
+            let expected = "texts with classes or numbers, for this model";
+            Err(Problem::new("data", expected, "text to learn").argument())
+        }
+        (Some(_), Some(1)) if *loss != TokenLoss::default() => {
+            let expected = "no options, of a regression: its loss is the squared error";
+            Err(Problem::new("loss", expected, format!("{loss:?}")).argument())
+        }
+        (Some(values), Some(outputs)) => match values.misfit(outputs) {
+            Some(problem) => Err(problem.argument()),
+            None => Ok(()),
+        },
     }
 }
 

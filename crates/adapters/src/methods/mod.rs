@@ -131,7 +131,7 @@ impl Method {
 
 /// torch's `kaiming_uniform_` with a = √5: within one over the root of the number of inputs.
 fn kaiming(inputs: usize, count: usize, rng: &mut ChaCha8Rng) -> Vec<f32> {
-    crate::random::uniform(rng, (inputs as f64).sqrt().recip(), count)
+    kiln_quant_core::random::uniform(rng, (inputs as f64).sqrt().recip(), count)
 }
 
 /// The divisors of `size`, ascending.

@@ -1,9 +1,10 @@
 //! QA-LoRA.
 
+use kiln_quant_core::random::uniform;
 use rand_chacha::ChaCha8Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::{Geometry, Pooling, random::uniform};
+use crate::{Geometry, Pooling};
 
 /// [QA-LoRA](https://arxiv.org/abs/2309.14717): `y = base(x) + alpha / r · dropout(pool_g(x)) · A · B`, with A
 /// `[d_input / g, r]` and B `[r, d_output]`.

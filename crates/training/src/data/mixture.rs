@@ -2,7 +2,7 @@
 
 use std::{ops::Range, sync::OnceLock};
 
-use super::{DataReport, Dataset, store::Store};
+use super::{DataReport, Dataset, store::Store, values::Values};
 use crate::{
     batch::permutation,
     error::{Problem, Result},
@@ -70,11 +70,11 @@ impl Dataset {
         if sets.iter().any(|set| set.parts.is_some()) {
             return Err(Problem::new("mixture", "sets that are no mixtures themselves", "one").argument());
         }
-        let kind = |set: &Self| (set.is_pairs, set.has_labels, set.options.vocab_size);
+        let kind = |set: &Self| (set.is_pairs, set.has_labels, set.has_values(), set.options.vocab_size);
         if let Some(other) = sets.iter().find(|set| kind(set) != kind(first)) {
             let name = |set: &Self| {
-                let (pairs, labels, vocabulary) = kind(set);
-                format!("pairs: {pairs}, labels: {labels}, {vocabulary} ids")
+                let (pairs, labels, values, vocabulary) = kind(set);
+                format!("pairs: {pairs}, labels: {labels}, classes or numbers: {values}, {vocabulary} ids")
             };
             return Err(
                 Problem::new("mixture", format!("sets of one form, {}", name(first)), name(other)).argument()
@@ -101,9 +101,10 @@ impl Dataset {
         options.seq_len = sets.iter().map(|set| set.options.seq_len).max().unwrap_or(options.seq_len);
         let (is_pairs, has_labels) = (first.is_pairs, first.has_labels);
         let has_weights = sets.iter().any(|set| set.has_weights);
+        let values = sets.iter().filter_map(|set| set.values).reduce(Values::joined);
         let store = Store::joined(sets.into_iter().map(|set| set.store).collect());
         let (parts, fingerprint) = (Some(found), OnceLock::new());
-        Ok(Self { store, is_pairs, has_weights, has_labels, options, report, parts, fingerprint })
+        Ok(Self { store, is_pairs, has_weights, has_labels, values, options, report, parts, fingerprint })
     }
 
     /// Pairs or examples that an epoch has: all, or, of a mixture, the parts' shares.

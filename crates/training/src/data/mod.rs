@@ -6,6 +6,7 @@ mod report;
 mod row;
 mod source;
 mod store;
+mod values;
 
 use std::{borrow::Cow, io::Read, path::Path, sync::OnceLock};
 
@@ -24,6 +25,7 @@ use self::{
     row::Row,
     source::{for_each_row, has_rows, open},
     store::{NewStore, Store},
+    values::Values,
 };
 use crate::{
     Message,
@@ -104,12 +106,15 @@ pub struct Example {
     pub weight: f32,
     /// Whether it is a good answer, for losses on answers with labels.
     pub label: Option<bool>,
+    /// The class of the text, from 0, or a number, which a [`Classifier`](kiln_models::Classifier) says at its last token. No
+    /// token is then learned, and `scored` has no effect.
+    pub value: Option<f32>,
 }
 
 impl Example {
     /// A sequence of weight 1 of which the tokens with a flag are learned.
     pub fn new(ids: Vec<u32>, scored: Vec<bool>) -> Self {
-        Self { ids, scored, weight: 1.0, label: None }
+        Self { ids, scored, weight: 1.0, label: None, value: None }
     }
 
     /// A sequence of which every token is learned.
@@ -122,6 +127,12 @@ impl Example {
     pub fn answer(prompt: &[u32], answer: &[u32]) -> Self {
         let scored = [vec![false; prompt.len()], vec![true; answer.len()]].concat();
         Self::new([prompt, answer].concat(), scored)
+    }
+
+    /// A text of a class, from 0, or of a number.
+    pub fn valued(ids: Vec<u32>, value: f32) -> Self {
+        let scored = vec![false; ids.len()];
+        Self { value: Some(value), ..Self::new(ids, scored) }
     }
 
     /// Sets `label`.
@@ -139,11 +150,17 @@ impl Example {
     }
 
     pub(crate) fn targets(&self) -> usize {
+        if self.value.is_some() {
+            return usize::from(!self.ids.is_empty());
+        }
         self.scored.iter().skip(1).filter(|scored| **scored).count()
     }
 
     /// Index of the first token that is learned.
     pub(crate) fn first_target(&self) -> Option<usize> {
+        if self.value.is_some() {
+            return None;
+        }
         self.scored.iter().skip(1).position(|scored| *scored).map(|index| index + 1)
     }
 
@@ -192,6 +209,7 @@ pub enum Learned {
 /// | `learned` | all answers | which answers of a conversation are learned | |
 /// | `max_prompt` | none | most tokens before the first learned one; of more, the last are kept | at least 1 |
 /// | `max_answer` | none | most tokens from the first learned one on; of more, the first are kept | at least 1 |
+/// | `classes` | none | names of classes, for labels that are texts: the first is class 0 | distinct |
 ///
 /// A row is cut to `max_prompt` first, then to `max_answer`, then treated as `long` says.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -220,6 +238,9 @@ pub struct DataOptions {
     /// Most tokens from the first learned one on.
     #[serde(default)]
     pub max_answer: Option<usize>,
+    /// Names of classes, for labels that are texts.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub classes: Vec<String>,
 }
 
 impl DataOptions {
@@ -235,6 +256,7 @@ impl DataOptions {
             learned: Learned::default(),
             max_prompt: None,
             max_answer: None,
+            classes: Vec::new(),
         }
     }
 
@@ -287,7 +309,18 @@ impl DataOptions {
         self
     }
 
+    /// Sets `classes`: a label that is one of these texts is the class of its place.
+    #[must_use]
+    pub fn with_classes<S: Into<String>>(mut self, classes: impl IntoIterator<Item = S>) -> Self {
+        self.classes = classes.into_iter().map(Into::into).collect();
+        self
+    }
+
     fn validate(&self) -> Result<()> {
+        let twice = |(index, class): &(usize, &String)| self.classes[..*index].contains(class);
+        if let Some((_, class)) = self.classes.iter().enumerate().find(twice) {
+            return Err(Problem::new("classes", "distinct names", format!("\"{class}\" twice")).argument());
+        }
         if self.seq_len < 2 {
             let expected = "at least 2 tokens, one to see and one to predict";
             return Err(Problem::new("seq_len", expected, self.seq_len).argument());
@@ -316,6 +349,8 @@ pub struct Dataset {
     is_pairs: bool,
     has_weights: bool,
     has_labels: bool,
+    /// Of texts with classes or numbers.
+    values: Option<Values>,
     options: DataOptions,
     report: DataReport,
     /// What each epoch has of a mixture's parts.
@@ -330,6 +365,7 @@ struct Builder {
     has_weights: bool,
     /// Examples with labels.
     labels: usize,
+    values: Values,
     options: DataOptions,
     report: DataReport,
 }
@@ -496,10 +532,10 @@ impl Dataset {
             report.tokens += example.ids.len();
             report.targets += example.targets();
         }
-        let Self { is_pairs, has_weights, has_labels, .. } = *self;
+        let Self { is_pairs, has_weights, has_labels, values, .. } = *self;
         let options = self.options.clone();
         let (parts, fingerprint) = (None, OnceLock::new());
-        Ok(Self { store, is_pairs, has_weights, has_labels, options, report, parts, fingerprint })
+        Ok(Self { store, is_pairs, has_weights, has_labels, values, options, report, parts, fingerprint })
     }
 
     /// Number of examples; never 0.
@@ -531,6 +567,16 @@ impl Dataset {
     /// Whether the examples are labelled good or bad.
     pub fn has_labels(&self) -> bool {
         self.has_labels
+    }
+
+    /// Whether the examples are texts with classes or numbers.
+    pub fn has_values(&self) -> bool {
+        self.values.is_some()
+    }
+
+    /// The classes or numbers.
+    pub(crate) fn values(&self) -> Option<Values> {
+        self.values
     }
 
     /// Whether losses are to be multiplied by weights.
@@ -607,6 +653,9 @@ impl Dataset {
                 bytes.extend(example.weight.to_le_bytes());
                 bytes.push(example.label.map_or(2, u8::from));
             }
+            if let Some(value) = example.value {
+                bytes.extend(value.to_le_bytes());
+            }
             hash.update(&bytes);
         }
         if self.is_pairs {
@@ -624,7 +673,8 @@ impl Builder {
     fn new(store: NewStore, options: &DataOptions) -> Result<Self> {
         options.validate()?;
         let (options, report) = (options.clone(), DataReport::default());
-        Ok(Self { store, is_pairs: false, has_weights: false, labels: 0, options, report })
+        let values = Values::default();
+        Ok(Self { store, is_pairs: false, has_weights: false, labels: 0, values, options, report })
     }
 
     fn stream(mut self, ids: Vec<u32>, place: impl Fn(Problem) -> Error) -> Result<Dataset> {
@@ -649,7 +699,7 @@ impl Builder {
                 return Err(place(Problem::new("form of the row", expected, form.keys())));
             }
             self.is_pairs = form == Form::Pair;
-            let (row, ignored) = Row::parse(row, form).map_err(place)?;
+            let (row, ignored) = Row::parse(row, form, &self.options.classes).map_err(place)?;
             self.report.ignored_fields.extend(ignored);
             let examples = row.encode(tokenizer, &self.options).map_err(place)?;
             self.push(examples, line, row.drop_reason()).map_err(|refused| refused.at(place))
@@ -723,6 +773,12 @@ impl Builder {
         if !(example.weight.is_finite() && example.weight >= 0.0) {
             return Err(Problem::new("weight", "a finite number, at least 0", example.weight));
         }
+        if self.is_pairs && example.value.is_some() {
+            return Err(Problem::new("value", "none, of a side of a pair", "one"));
+        }
+        if let Some(value) = example.value.filter(|value| !value.is_finite()) {
+            return Err(Problem::new("value", "a finite number", value));
+        }
         match example.ids.iter().enumerate().find(|(_, id)| **id as usize >= vocab_size) {
             Some((index, id)) => {
                 Err(Problem::new(format!("token {index}"), format!("an id below {vocab_size}"), id))
@@ -748,10 +804,12 @@ impl Builder {
             LongSequences::Error => {
                 return Err(Problem::new("length", format!("at most {seq_len} tokens"), length));
             }
-            LongSequences::Split if self.is_pairs || example.label.is_some() => {
+            LongSequences::Split if self.is_pairs || example.label.is_some() || example.value.is_some() => {
                 return Err(Problem::new(
                     "length",
-                    format!("at most {seq_len} tokens: answers that are compared can't be split"),
+                    format!(
+                        "at most {seq_len} tokens: answers that are compared, and texts of a class, can't be split"
+                    ),
                     length,
                 ));
             }
@@ -760,8 +818,8 @@ impl Builder {
                 self.report.split += 1;
                 let parts = example.ids.chunks(seq_len).zip(example.scored.chunks(seq_len));
                 let part = |(ids, scored): (&[u32], &[bool])| {
-                    let Example { weight, label, .. } = example;
-                    Example { ids: ids.into(), scored: scored.into(), weight, label }
+                    let Example { weight, label, value, .. } = example;
+                    Example { ids: ids.into(), scored: scored.into(), weight, label, value }
                 };
                 return Ok((parts.map(part).collect(), whole - length));
             }
@@ -782,6 +840,9 @@ impl Builder {
                 self.report.targets += targets;
                 self.has_weights |= example.weight != 1.0;
                 self.labels += usize::from(example.label.is_some());
+                if let Some(value) = example.value {
+                    self.values.add(value);
+                }
                 self.store.push(example)?;
             }
         }
@@ -789,7 +850,7 @@ impl Builder {
     }
 
     fn finished(self, place: impl Fn(Problem) -> Error) -> Result<Dataset> {
-        let Self { store, is_pairs, has_weights, labels, options, report } = self;
+        let Self { store, is_pairs, has_weights, labels, values, options, report } = self;
         if store.len() == 0 {
             let expected = "at least one example with a token to learn";
             let mut found = format!("none in {} rows", report.rows);
@@ -802,9 +863,15 @@ impl Builder {
             let expected = format!("labels of all {} examples, or of none", store.len());
             return Err(place(Problem::new("label", expected, labels)));
         }
+        let count = values.count();
+        if count != 0 && (count != store.len() || labels != 0) {
+            let expected = format!("a class or number for all {} examples, or for none", store.len());
+            return Err(place(Problem::new("value", expected, count)));
+        }
         let (store, has_labels) = (store.finished()?, labels != 0);
+        let values = (count != 0).then_some(values);
         let (parts, fingerprint) = (None, OnceLock::new());
-        Ok(Dataset { store, is_pairs, has_weights, has_labels, options, report, parts, fingerprint })
+        Ok(Dataset { store, is_pairs, has_weights, has_labels, values, options, report, parts, fingerprint })
     }
 }
 

@@ -17,6 +17,10 @@ use crate::error::Problem;
 /// | `Instruction` | `instruction`, `output`; `input`, `system` (Alpaca) | the output |
 /// | `Pair` | `chosen`, `rejected`; `prompt` | for [`PreferenceLoss`](crate::PreferenceLoss) |
 /// | `Label` | `prompt`, `completion`, `label` (true or false) | for [`PreferenceLoss::Kto`](crate::PreferenceLoss::Kto) |
+/// | `Class` | a text or two, and `label`: a class from 0, a name of [`DataOptions::classes`](crate::DataOptions), or a number | the label, by a [`Classifier`](kiln_models::Classifier) |
+///
+/// The texts of `Class` are GLUE's: `text` and `text_pair`, `sentence1` and `sentence2`, `question1` and `question2`, `premise` and
+/// `hypothesis`, `question` and `sentence`, or `sentence`. Two are joined by a line break; of what is too long the end is cut.
 ///
 /// Prompts, completions and sides are texts or lists of messages. Every form may have `weight`, a number from 0 that the
 /// row's losses are multiplied by.
@@ -36,11 +40,22 @@ pub enum Form {
     Pair,
     /// An answer that is good or bad.
     Label,
+    /// A text and its class, or a number.
+    Class,
 }
 
 /// All forms that are read.
-const FORMS: [Form; 6] =
-    [Form::Label, Form::Pair, Form::Instruction, Form::Chat, Form::Completion, Form::Text];
+const FORMS: [Form; 7] =
+    [Form::Class, Form::Label, Form::Pair, Form::Instruction, Form::Chat, Form::Completion, Form::Text];
+/// Keys of a text that has a class, and of a second one.
+const TEXTS: [(&str, &str); 6] = [
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+    ("sentence", ""),
+];
 /// What else every form may have.
 const WEIGHT: &str = "weight";
 
@@ -54,6 +69,7 @@ impl Form {
             Self::Instruction => "instruction and output",
             Self::Pair => "chosen and rejected",
             Self::Label => "prompt, completion and label",
+            Self::Class => "text and label",
         }
     }
 
@@ -66,6 +82,9 @@ impl Form {
             Self::Instruction => &[&["instruction"], &["output"]],
             Self::Pair => &[&["chosen"], &["rejected"]],
             Self::Label => &[&["prompt"], &["completion"], &["label"]],
+            Self::Class => {
+                &[&["text", "sentence1", "question1", "premise", "question", "sentence"], &["label"]]
+            }
         }
     }
 
@@ -77,6 +96,7 @@ impl Form {
             Self::Chat => &["system", "tools", "chat_template_kwargs"],
             Self::Instruction => &["input", "system"],
             Self::Pair => &["prompt", "tools", "chat_template_kwargs"],
+            Self::Class => &["text_pair", "sentence2", "question2", "hypothesis", "sentence"],
         }
     }
 
@@ -144,6 +164,7 @@ enum Content {
     Instruction { system: Option<String>, instruction: String, input: String, output: String },
     Completion { prompt: Said, completion: Said },
     Pair { prompt: Said, chosen: Said, rejected: Said },
+    Class { text: String, value: f32 },
 }
 
 /// A row's content.
@@ -160,11 +181,16 @@ type Found<T> = Result<T, Problem>;
 
 impl Row {
     /// The row and its keys that its form doesn't have.
-    pub(super) fn parse(mut row: Map<String, Value>, form: Form) -> Found<(Self, Vec<String>)> {
+    /// `classes` are the names of classes.
+    pub(super) fn parse(
+        mut row: Map<String, Value>,
+        form: Form,
+        classes: &[String],
+    ) -> Found<(Self, Vec<String>)> {
         let ignored = row.keys().filter(|key| !form.has(key) && *key != WEIGHT).cloned().collect();
         let weight = weight(row.get(WEIGHT))?;
         let variables = match form {
-            Form::Text | Form::Instruction => Map::new(),
+            Form::Text | Form::Instruction | Form::Class => Map::new(),
             _ => variables(&mut row)?,
         };
         let row = &mut row;
@@ -175,6 +201,10 @@ impl Row {
         let content = match form {
             Form::Text => Content::Text(string(row, "text")?),
             Form::Chat => Content::Chat(conversation(row)?),
+            Form::Class => {
+                let value = value_of(row.get("label"), classes)?;
+                Content::Class { text: text_of_class(row)?, value }
+            }
             Form::Instruction => {
                 let input = optional_string(row, "input")?.unwrap_or_default();
                 let (instruction, output) = (string(row, "instruction")?, string(row, "output")?);
@@ -227,6 +257,10 @@ impl Row {
             Content::Text(text) => {
                 let ids = tokenizer.encode(text, options.add_special).map_err(refused("text"))?;
                 vec![ended(Example::all_scored(ids), options.eos)]
+            }
+            Content::Class { text, value } => {
+                let ids = tokenizer.encode(text, options.add_special).map_err(refused("text"))?;
+                vec![Example::valued(ids, *value)]
             }
             Content::Chat(messages) => vec![self.chat(messages.clone(), 0, tokenizer, options)?],
             Content::Instruction { system, instruction, input, output } => {
@@ -433,6 +467,39 @@ fn weight(value: Option<&Value>) -> Found<f32> {
     }
 }
 
+/// One text, or two joined.
+fn text_of_class(row: &mut Map<String, Value>) -> Found<String> {
+    let known = TEXTS.into_iter().find(|(first, _)| row.contains_key(*first));
+    let (first, second) = known.unwrap_or(TEXTS[0]);
+    let text = string(row, first)?;
+    Ok(match optional_string(row, second)? {
+        Some(other) => format!("{text}\n{other}"),
+        None => text,
+    })
+}
+
+/// A class, or a number.
+fn value_of(value: Option<&Value>, classes: &[String]) -> Found<f32> {
+    let expected = || match classes {
+        [] => "a number, or a name of `classes`, which has none".to_owned(),
+        _ => format!("a number, or one of {}", classes.join(", ")),
+    };
+    let wrong = |found: &Value| Problem::new("label", expected(), found);
+    match value {
+        Some(Value::Bool(label)) => Ok(f32::from(u8::from(*label))),
+        Some(Value::Number(number)) => {
+            let number = number.as_f64().map(|number| number as f32).filter(|number| number.is_finite());
+            number.ok_or_else(|| Problem::new("label", expected(), "a number beyond f32's"))
+        }
+        Some(Value::String(name)) => {
+            let place = classes.iter().position(|class| class == name);
+            place.map(|place| place as f32).ok_or_else(|| wrong(&Value::String(name.clone())))
+        }
+        Some(other) => Err(wrong(other)),
+        None => Err(Problem::new("label", expected(), "nothing")),
+    }
+}
+
 fn truth(value: Option<&Value>) -> Found<bool> {
     match value {
         Some(Value::Bool(label)) => Ok(*label),
@@ -594,7 +661,7 @@ mod tests {
     fn parse(text: &str) -> Found<(Row, Vec<String>)> {
         let row: Map<String, Value> = serde_json::from_str(text).unwrap();
         let form = Form::of(&row)?;
-        Row::parse(row, form)
+        Row::parse(row, form, &[])
     }
 
     fn messages_of(text: &str) -> Vec<Message> {
@@ -704,6 +771,44 @@ mod tests {
         assert_eq!(empty, Some(DropReason::EmptySide { side: "rejected" }));
         assert_eq!(reason(r#"{"text": "p", "weight": 0}"#), Some(DropReason::NoWeight));
         assert_eq!(reason(r#"{"prompt": "p", "chosen": "a", "rejected": "b"}"#), None);
+    }
+
+    #[test]
+    fn texts_with_classes_have_the_keys_of_glue() {
+        let read = |text: &str, classes: &[&str]| -> Found<(String, f32, Vec<String>)> {
+            let row: Map<String, Value> = serde_json::from_str(text).unwrap();
+            let form = Form::of(&row)?;
+            let classes: Vec<String> = classes.iter().map(|class| (*class).into()).collect();
+            let (row, ignored) = Row::parse(row, form, &classes)?;
+            match row.content {
+                Content::Class { text, value } => Ok((text, value, ignored)),
+                other => panic!("{other:?}"),
+            }
+        };
+        for (row, text, value) in [
+            (r#"{"sentence": "a", "label": 1, "idx": 5}"#, "a", 1.0),
+            (r#"{"sentence1": "a", "sentence2": "b", "label": 3.25}"#, "a\nb", 3.25),
+            (r#"{"question1": "a", "question2": "b", "label": 0}"#, "a\nb", 0.0),
+            (r#"{"premise": "a", "hypothesis": "b", "label": 2}"#, "a\nb", 2.0),
+            (r#"{"question": "a", "sentence": "b", "label": 0}"#, "a\nb", 0.0),
+            (r#"{"text": "a", "text_pair": "b", "label": true}"#, "a\nb", 1.0),
+            (r#"{"text": "a", "label": "good"}"#, "a", 1.0),
+        ] {
+            let (found, number, ignored) = read(row, &["bad", "good"]).unwrap();
+            assert_eq!((found.as_str(), number), (text, value), "{row}");
+            assert_eq!(ignored.is_empty(), !row.contains("idx"));
+        }
+        for (row, what) in [
+            (r#"{"text": "a", "label": "fine"}"#, "one of bad, good"),
+            (r#"{"text": "a", "label": null}"#, "label"),
+            (r#"{"text": "a", "label": [1]}"#, "label"),
+            (r#"{"text": "a", "label": 1e300}"#, "beyond"),
+            (r#"{"text": 3, "label": 1}"#, "text"),
+        ] {
+            let error = read(row, &["bad", "good"]).unwrap_err().in_line("f".as_ref(), 1).to_string();
+            assert!(error.contains(what), "{error}");
+        }
+        assert!(read(r#"{"text": "a", "label": "good"}"#, &[]).is_err());
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub(super) struct Span {
     tokens: u32,
 }
 
-/// A nameless file of examples: for each its weight, its label, its ids and a bit for each id that is learned, in words of
+/// A nameless file of examples: for each its weight, its label, its class or number, its ids and a bit for each id that is learned, in words of
 /// 4 bytes. It is gone with the last data set that reads it.
 #[derive(Debug)]
 pub(super) struct TokenFile {
@@ -160,17 +160,24 @@ fn holder(stores: &[(usize, Store)], index: usize) -> (usize, &Store) {
 }
 
 /// Words besides ids and bits.
-const HEAD: usize = 2;
+const HEAD: usize = 3;
 /// The label of an example without one.
 const UNLABELLED: u32 = 2;
+/// The label of an example with a class or number.
+const VALUED: u32 = 3;
 
 fn to_words(example: &Example) -> Vec<u32> {
-    let label = example.label.map_or(UNLABELLED, u32::from);
+    let label = match example.value {
+        Some(_) => VALUED,
+        None => example.label.map_or(UNLABELLED, u32::from),
+    };
+    let value = example.value.unwrap_or(0.0).to_bits();
     let bits = example
         .scored
         .chunks(32)
         .map(|flags| flags.iter().enumerate().fold(0, |word, (bit, flag)| word | u32::from(*flag) << bit));
-    [example.weight.to_bits(), label].into_iter().chain(example.ids.iter().copied()).chain(bits).collect()
+    let head = [example.weight.to_bits(), label, value];
+    head.into_iter().chain(example.ids.iter().copied()).chain(bits).collect()
 }
 
 impl TokenFile {
@@ -188,7 +195,8 @@ impl TokenFile {
         let (head, rest) = words.split_at(HEAD);
         let (ids, bits) = rest.split_at(tokens);
         let scored = (0..tokens).map(|index| bits[index / 32] >> (index % 32) & 1 == 1).collect();
-        let label = (head[1] != UNLABELLED).then_some(head[1] == 1);
-        Ok(Example { ids: ids.to_vec(), scored, weight: f32::from_bits(head[0]), label })
+        let label = (head[1] < UNLABELLED).then_some(head[1] == 1);
+        let value = (head[1] == VALUED).then(|| f32::from_bits(head[2]));
+        Ok(Example { ids: ids.to_vec(), scored, weight: f32::from_bits(head[0]), label, value })
     }
 }
