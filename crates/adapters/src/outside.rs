@@ -74,6 +74,9 @@ fn name_of<M: Slots, S: AsRef<str>>(model: &M, path: &[S]) -> String {
     model.checkpoint_name(&fields.collect::<Vec<_>>().join("."))
 }
 
+/// A tensor of a file: name, sizes, values.
+type Named = (String, Vec<usize>, Vec<f32>);
+
 /// The values of a parameter as files have them.
 #[derive(Debug, Clone)]
 struct Stored {
@@ -396,14 +399,17 @@ struct Put<'a> {
 
 impl ModuleMapper for Put<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let Some((name, transposed)) = self.found.get(&self.path) else { return param };
+        let Some((name, is_transposed)) = self.found.get(&self.path) else { return param };
         let param = match self.outside.stored.get(name) {
             Some(Stored { shape, values }) => {
                 let (id, tensor, mapper) = param.consume();
                 let device = tensor.device();
-                let values = Tensor::<D>::from_data(TensorData::new(values.clone(), shape.clone()), &device);
-                let values = if *transposed { values.swap_dims(0, 1) } else { values };
-                Param::from_mapped_value(id, values, mapper)
+                let mut data = TensorData::new(values.clone(), shape.clone());
+                if *is_transposed {
+                    let reversed: Vec<usize> = shape.iter().rev().copied().collect();
+                    data = TensorData::new(transposed(values, shape[0]), reversed);
+                }
+                Param::from_mapped_value(id, Tensor::<D>::from_data(data, &device), mapper)
             }
             None => param,
         };
@@ -504,7 +510,7 @@ impl OutsideTensors {
     }
 
     /// The tensors by their names in `layout`.
-    pub(crate) fn tensors(&self, layout: Layout) -> Result<Vec<(String, Vec<usize>, Vec<f32>)>> {
+    pub(crate) fn tensors(&self, layout: Layout) -> Result<Vec<Named>> {
         let mut tensors = Vec::new();
         let tables = self.tables.as_ref();
         let host = |name: String, tensor: Tensor<2>| {

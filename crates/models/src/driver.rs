@@ -280,7 +280,12 @@ fn check<M: CausalLm>(model: &M, tokens: &TokenBatch, targets: Targets) -> Resul
         Err(Error::Argument { name: name.into(), expected, found })
     };
     let (count, vocabulary) = (tokens.ids.len(), model.vocab_size());
-    let outputs = model.labels().unwrap_or(vocabulary);
+    let outputs = match model.labels() {
+        // A number, whatever the id.
+        Some(1) => usize::MAX,
+        Some(labels) => labels,
+        None => vocabulary,
+    };
     if targets.ids.len() != count || targets.scored.len() != count {
         let found = format!("{} ids and {} flags", targets.ids.len(), targets.scored.len());
         return fail("targets", format!("one for each of {count} tokens"), found);

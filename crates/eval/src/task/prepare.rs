@@ -218,8 +218,37 @@ impl Task {
         items.into_iter().map(|item| item.into_text().map_err(|item| refused(item.describe()))).collect()
     }
 
+    /// Prompt and answer of each document, as an example of the task shows them, to tune a model on: those of a training
+    /// split, which the task doesn't score. Documents without an answer have none here.
+    ///
+    /// # Errors
+    /// [`Error::Document`] for a document that the templates don't accept.
+    pub fn rows(&self, documents: &[Document]) -> Result<Vec<(String, String)>> {
+        let row = |document: &Document| {
+            let (question, answer) = self.shown_parts(document)?;
+            let delimiter = &self.description.target_delimiter;
+            let prompt = self.preamble(document)? + &question;
+            Ok((!answer.is_empty()).then(|| (prompt, format!("{delimiter}{answer}"))))
+        };
+        let at = |(index, problem): (usize, Problem)| problem.of_document(self.name(), "training", index);
+        let rows = documents.iter().enumerate();
+        let rows = rows.map(|(index, document)| row(document).map_err(|problem| at((index, problem))));
+        rows.filter_map(Result::transpose).collect()
+    }
+
     /// An example with its answer.
     fn shown(&self, document: &Document) -> Result<String, Problem> {
+        let (question, answer) = self.shown_parts(document)?;
+        if answer.is_empty() {
+            return Ok(question);
+        }
+        let description = &self.description;
+        let (target, fewshot) = (&description.target_delimiter, &description.fewshot_delimiter);
+        Ok(format!("{question}{target}{answer}{fewshot}"))
+    }
+
+    /// Question and answer of an example; the answer may be empty.
+    fn shown_parts(&self, document: &Document) -> Result<(String, String), Problem> {
         let choices = self.choices(document)?;
         let question = match self.question(document, &choices)? {
             Question::Text(text) => text,
@@ -235,12 +264,7 @@ impl Task {
             }
             rendered => rendered.into_text().unwrap_or_default(),
         };
-        if answer.is_empty() {
-            return Ok(question);
-        }
-        let description = &self.description;
-        let (target, fewshot) = (&description.target_delimiter, &description.fewshot_delimiter);
-        Ok(format!("{question}{target}{answer}{fewshot}"))
+        Ok((question, answer))
     }
 
     fn document(
