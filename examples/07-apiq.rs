@@ -3,19 +3,30 @@
 //! Without arguments: the embedded model, 16 windows and 6 epochs, in about a minute.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
-use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, sync::Arc};
+use std::{
+    convert::Infallible,
+    ops::ControlFlow,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    sync::Arc,
+};
 
 use clap::Parser;
 use kiln::{
-    adapters::{AdapterConfig, LoraAttacher},
+    Tuned,
+    adapters::{Adapted, AdapterConfig, Lora, LoraAttacher},
     calibration::{ApiqConfig, CalibrationConfig, Calibrator, Method, Progress, Rounding},
-    models::{CausalLm, Slots, Windows},
-    quant::{Plan, Scheme},
+    models::{CausalLm, Checkpoint, Decoder, Slots, Windows, export::save_model},
+    quant::{Plan, QuantLinear, Scheme, files::OutputFolder},
     training::{RunOptions, Trainer, TrainerConfig},
 };
 use kiln_examples::{
-    Bar, ModelArgs, Result, check_outputs, open_data, perplexity, read_ids, say, testdata, write_json,
+    Bar, ModelArgs, Result, check_outputs, model_folder, open_data, perplexity, read_ids, save_replacing,
+    say, testdata, write_json,
 };
+
+/// What is compared.
+const METHODS: [&str; 2] = ["rounding", "apiq"];
 
 #[derive(Parser)]
 #[command(about)]
@@ -47,13 +58,37 @@ struct Options {
     steps: u64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Gets a folder for each method, with the base (model/) and the tuned adapter (adapter/).
+    #[arg(long)]
+    out: Option<PathBuf>,
     /// Where the figures go.
     #[arg(long)]
     json: Option<PathBuf>,
 }
 
+/// Writes base and adapter.
+fn save(
+    model: Decoder<Adapted<QuantLinear, Lora>>,
+    adapters: &AdapterConfig,
+    checkpoint: &Checkpoint,
+    folder: &Path,
+) -> Result<()> {
+    let base = model.clone().try_map(|_, slot| Ok::<_, Infallible>(slot.into_base()))?;
+    save_replacing(&folder.join("model"), |folder| save_model(&base, checkpoint, folder))?;
+    let model = model.try_map(|_, slot| Ok::<_, Infallible>(slot.into_any()))?;
+    Tuned::<Decoder<QuantLinear>>::from_parts(model, adapters.clone()).save(folder.join("adapter"))?;
+    say!("written to {}", folder.display());
+    Ok(())
+}
+
 fn run(options: Options) -> Result<()> {
+    let out = options.out.as_ref().map(OutputFolder::claim).transpose()?;
     check_outputs([&options.json])?;
+    if let Some(out) = &out {
+        METHODS.iter().try_for_each(|method| {
+            model_folder(&out.path().join(method), options.model.model.as_deref()).map(drop)
+        })?;
+    }
     let checkpoint = options.model.checkpoint()?;
     let tokenizer = checkpoint.tokenizer()?;
     let text = |path: &Option<PathBuf>, name: &str| path.clone().unwrap_or_else(|| testdata(name));
@@ -76,7 +111,7 @@ fn run(options: Options) -> Result<()> {
 
     say!("{:<10} {:>8} {:>8}", "method", "before", "after");
     let mut rows = Vec::new();
-    for (name, method) in [("rounding", Method::Rtn(Rounding::MinMax)), ("apiq", Method::ApiqBlock(apiq))] {
+    for (name, method) in METHODS.into_iter().zip([Method::Rtn(Rounding::MinMax), Method::ApiqBlock(apiq)]) {
         let (base, _) = options.model.load(&checkpoint)?;
         let data = open_data(&train, &checkpoint, options.length, base.vocab_size())?;
         let attacher = LoraAttacher::new(&adapters, &base.slot_shapes())?;
@@ -96,8 +131,12 @@ fn run(options: Options) -> Result<()> {
         let mut trainer = Trainer::new(model, Arc::new(data), recipe)?;
         let mut bar = Bar::new(options.steps)?;
         trainer.run_with(&RunOptions::new(), &mut bar)?;
-        bar.finish("nothing was written")?;
-        let after = perplexity(&trainer.into_model(), &held_out, options.length)?.perplexity;
+        bar.finish("what was tuned so far is lost")?;
+        let model = trainer.into_model();
+        let after = perplexity(&model, &held_out, options.length)?.perplexity;
+        if let Some(out) = &out {
+            save(model, &adapters, &checkpoint, &out.path().join(name))?;
+        }
         say!("{name:<10} {before:>8.2} {after:>8.2}");
         rows.push(serde_json::json!({
             "method": name,

@@ -4,16 +4,18 @@
 //! limit, in about a minute.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{error::Error, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
 use kiln::{
     mixq::{Choices, KlOptions, ModelObjective, Variants, load_options, space_of},
     mixq_search::{Fidelity, Granularity, Objective, SearchSettings, TrialLog, method, search},
-    models::{LoadOptions, Windows},
-    quant::Scheme,
+    models::{Decoder, LoadOptions, Windows, export::save_model},
+    quant::{QuantLinear, Scheme, files::OutputFolder},
 };
-use kiln_examples::{ModelArgs, Result, check_outputs, perplexity, say, split_ids, write_json};
+use kiln_examples::{
+    ModelArgs, Result, check_outputs, model_folder, perplexity, save_replacing, say, split_ids, write_json,
+};
 
 #[derive(Parser)]
 #[command(about)]
@@ -40,8 +42,8 @@ struct Options {
     /// Text to search and evaluate on, .txt or .u16le; held-out text of the embedded model if left out.
     #[arg(long)]
     data: Option<PathBuf>,
-    /// Gets the front (front.json, front.md, front.svg) and every measured plan (search.jsonl), behind which a search that
-    /// was killed goes on.
+    /// Gets the front (front.json, front.md, front.svg), the model of the plan that was chosen (model/) and every measured plan
+    /// (search.jsonl), behind which a search that was killed goes on.
     #[arg(long, default_value = "target/kiln-automixq")]
     out: PathBuf,
     /// Where the figures go.
@@ -50,8 +52,9 @@ struct Options {
 }
 
 fn run(options: Options) -> Result<()> {
-    std::fs::create_dir_all(&options.out).map_err(|error| format!("{}: {error}", options.out.display()))?;
+    let out = OutputFolder::claim(&options.out)?;
     check_outputs([&Some(options.out.join("front.json")), &options.json])?;
+    let folder = model_folder(out.path(), options.model.model.as_deref())?;
     let checkpoint = options.model.checkpoint()?;
     let (model, _) = options.model.load(&checkpoint)?;
     let (train, held_out) = split_ids(options.data.as_deref(), &checkpoint.tokenizer()?)?;
@@ -75,14 +78,18 @@ fn run(options: Options) -> Result<()> {
     say!("{}", found.front.to_markdown());
 
     let best = found.front.select(limit)?;
-    let perplexity_of = |load: &LoadOptions<'_>| -> Result<f64> {
-        let (model, _) = checkpoint.load(load, &options.model.device.open()?)?;
-        Ok(perplexity(&model, &held_out, options.length)?.perplexity)
+    let loaded = |load: &LoadOptions<'_>| -> Result<Decoder<QuantLinear>> {
+        Ok(checkpoint.load(load, &options.model.device.open()?)?.0)
     };
-    let uniform = perplexity_of(&LoadOptions::uniform(options.within))?;
-    let mixed = perplexity_of(&load_options(&best.plan)?)?;
+    let perplexity_of = |model: &Decoder<QuantLinear>| {
+        Ok::<_, Box<dyn Error>>(perplexity(model, &held_out, options.length)?.perplexity)
+    };
+    let uniform = perplexity_of(&loaded(&LoadOptions::uniform(options.within))?)?;
+    let chosen = loaded(&load_options(&best.plan)?)?;
+    let mixed = perplexity_of(&chosen)?;
+    save_replacing(&folder, |folder| save_model(&chosen, &checkpoint, folder))?;
     say!("perplexity within {limit} bytes: {uniform:.2} uniform, {mixed:.2} mixed ({} bytes)", best.bytes);
-    say!("front written to {}", options.out.display());
+    say!("front and model written to {}", options.out.display());
     write_json(
         options.json.as_deref(),
         &serde_json::json!({

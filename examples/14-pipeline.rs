@@ -20,10 +20,11 @@ use kiln::{
     models::{CausalLm, Tokenizer, Windows},
     pruning::{BlockPruning, Criterion, HeadRounding},
     quant::{Scheme, files::OutputFolder},
-    training::{Dataset, Event, Example, Observer, ScheduleKind},
+    training::{Dataset, Event, Observer, ScheduleKind},
 };
 use kiln_examples::{
-    Bar, Result, check_outputs, embedded_model, read_ids, say, testdata, write_curve, write_json,
+    Bar, Result, check_outputs, embedded_model, model_folder, read_ids, save_replacing, say, testdata,
+    write_curve, write_json,
 };
 
 #[derive(Parser)]
@@ -61,6 +62,9 @@ struct Options {
     windows: usize,
     #[arg(long, default_value_t = 64)]
     length: usize,
+    /// Tokens of a training row.
+    #[arg(long, default_value_t = 128)]
+    seq_len: usize,
     /// Passes of ApiQ over the windows.
     #[arg(long, default_value_t = 3)]
     epochs: usize,
@@ -97,9 +101,13 @@ impl Questions {
             Some(file) if file.ends_with(".json") => Task::from_file(file)?,
             Some(name) => Task::builtin(name)?,
         };
-        let description = task.description();
-        if description.training_split.is_none() || description.training_split == description.test_split {
-            return Err(format!("task {}: expected a training split, found none", task.name()).into());
+        let training = task.description().training_split.as_deref();
+        if training.is_none()
+            || training != Some(task.fewshot_split())
+            || training == Some(task.evaluated_split())
+        {
+            let name = task.name();
+            return Err(format!("task {name}: expected a training split of its own, found none").into());
         }
         let TaskData { evaluated, fewshot } = DataFolder::new(&options.data).load(&task, 1)?;
         let mut rows = task.rows(&fewshot)?;
@@ -119,14 +127,15 @@ impl Questions {
         Ok(metric.ok_or("expected a task with a metric, found none")?.value)
     }
 
-    /// The training split, of which the answers are learned.
-    fn dataset(&self, base: &Base, seq_len: usize) -> Result<Dataset> {
-        let mut examples = Vec::new();
-        for (prompt, answer) in &self.rows {
-            let prompt = base.tokenizer().encode(prompt, true)?;
-            examples.push(Example::answer(&prompt, &base.tokenizer().encode(answer, false)?));
-        }
-        Ok(Dataset::from_examples(examples, &base.data_options(seq_len))?)
+    /// The training split, of which the answers are learned: as rows of prompt and completion, which are tokenised together,
+    /// as the task's requests are.
+    fn dataset(&self, base: &Base, seq_len: usize, folder: &Path) -> Result<Dataset> {
+        let rows = self.rows.iter().map(|(prompt, answer)| {
+            serde_json::json!({"prompt": prompt, "completion": answer}).to_string() + "\n"
+        });
+        let file = folder.join("rows.jsonl");
+        std::fs::write(&file, rows.collect::<String>())?;
+        Ok(base.data(file, seq_len)?)
     }
 }
 
@@ -164,7 +173,8 @@ fn compressed(base: &Base, windows: &Windows, options: &Options) -> Result<FineT
 
 fn run(options: Options) -> Result<()> {
     let out = Arc::new(OutputFolder::claim(&options.out)?);
-    check_outputs([&options.json])?;
+    check_outputs([&Some(out.path().join("loss.svg")), &options.json])?;
+    let (model, adapter) = (model_folder(out.path(), options.model.as_deref())?, out.path().join("adapter"));
     let questions = Questions::open(&options)?;
     let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?.load()?;
     let text = options
@@ -176,14 +186,16 @@ fn run(options: Options) -> Result<()> {
     let logs = tempfile::tempdir()?;
     let [of_base, of_start, of_tuned, of_reloaded] =
         ["base", "start", "tuned", "reloaded"].map(|name| logs.path().join(name).with_extension("jsonl"));
+    let data = questions.dataset(&base, options.seq_len, logs.path())?;
+    say!("training split: {}", data.report());
     let of_original = questions.accuracy(base.model(), base.tokenizer(), &of_base)?;
     say!("{}: accuracy {of_original:.3}", questions.asked[0].0.name());
 
     let start = compressed(&base, &windows, &options)?;
     let before = questions.accuracy(start.model(), base.tokenizer(), &of_start)?;
     say!("compressed: accuracy {before:.3}");
-    let data = questions.dataset(&base, options.length)?;
-    say!("training split: {}", data.report());
+    // Before the steps, which can be told to end.
+    save_replacing(&model, |folder| start.without_adapters().save(folder))?;
     let mut bar = Bar::new(options.steps)?;
     let tuned = start
         .finetune(data)
@@ -195,12 +207,10 @@ fn run(options: Options) -> Result<()> {
         .with_claimed(out.clone(), 0)
         .on_event(|event: &Event<'_>| Observer::<()>::on_event(&mut bar, event))
         .run()?;
-    bar.finish("what was tuned so far is lost")?;
+    bar.finish(&format!("{} has the model, and last/ what was tuned", out.path().display()))?;
     let after = questions.accuracy(tuned.model(), base.tokenizer(), &of_tuned)?;
     say!("tuned: accuracy {after:.3}");
 
-    let [model, adapter] = ["model", "adapter"].map(|name| out.path().join(name));
-    tuned.without_adapters().save(&model)?;
     tuned.save(&adapter)?;
     if let Some(report) = tuned.report() {
         write_curve(&out.path().join("loss.svg"), report)?;

@@ -21,10 +21,11 @@ use kiln::{
     models::{
         CausalLm, Checkpoint, Decoder, LoadOptions, LoadReport, Tokenizer,
         chat::{CivilTime, TemplateContext},
+        export::ExportReport,
     },
     quant::{
         Compute, QuantLinear, Scheme,
-        files::{check_writable, write_atomically},
+        files::{NewFolder, check_writable, write_atomically},
     },
     training::{DataOptions, Dataset, ModelTokenizer},
 };
@@ -175,6 +176,54 @@ pub fn write_json(path: Option<&Path>, figures: &serde_json::Value) -> Result<()
 /// The first that can't.
 pub fn check_outputs<'a>(paths: impl IntoIterator<Item = &'a Option<PathBuf>>) -> Result<()> {
     paths.into_iter().flatten().try_for_each(|path| Ok(check_writable(path)?))
+}
+
+/// What [`save_model`](kiln::models::export::save_model) writes.
+const MODEL_FILES: [&str; 6] = [
+    "config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+];
+
+/// The place of a model's folder below an output folder: nothing is there, or an earlier model of Kiln's own, which isn't the
+/// program's input.
+///
+/// # Errors
+/// Another folder that is there.
+pub fn model_folder(below: &Path, input: Option<&Path>) -> Result<PathBuf> {
+    let folder = below.join("model");
+    let wrong = |found: &str| {
+        let expected = "expected nothing, or an earlier model of this program";
+        Err(format!("{}: {expected}, found {found}", folder.display()).into())
+    };
+    if !folder.exists() {
+        return Ok(folder);
+    }
+    let input = input.and_then(|input| input.canonicalize().ok());
+    if input.is_some() && input == folder.canonicalize().ok() {
+        return wrong("the model to begin with");
+    }
+    let config = std::fs::read_to_string(folder.join("config.json")).unwrap_or_default();
+    match config.contains("\"quant_method\": \"kiln\"") {
+        true => Ok(folder),
+        false => wrong("another folder"),
+    }
+}
+
+/// Has a model written for `folder`, a [`model_folder`], where it takes the place of an earlier one as a whole.
+///
+/// # Errors
+/// Those of `save`, and the operating system's.
+pub fn save_replacing<E: Into<Box<dyn std::error::Error>>>(
+    folder: &Path,
+    save: impl FnOnce(&Path) -> std::result::Result<ExportReport, E>,
+) -> Result<()> {
+    let new = NewFolder::replacing(folder, &MODEL_FILES)?;
+    save(new.path()).map_err(Into::into)?;
+    Ok(new.commit()?)
 }
 
 /// Reads little-endian token ids, of 32 bits from a .u32le file, else of 16.

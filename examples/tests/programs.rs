@@ -138,6 +138,25 @@ fn instructions_and_preferences_are_learned_and_curves_drawn() {
 }
 
 #[test]
+#[ignore = "takes minutes, and needs the programs built"]
+fn a_model_is_pruned_quantized_and_tuned_on_a_task_and_answers_the_same_when_it_is_loaded() {
+    let folder = folder();
+    let out = folder.path().join("pipeline");
+    let found = figures(&folder, "14-pipeline", &["--out", text(&out)]);
+    assert!(number(&found, "accuracy_after") > number(&found, "accuracy_before") + 0.1, "{found}");
+    assert_eq!(found["answers_equal_after_reload"], true, "{found}");
+    assert!(number(&found, "stored_bytes") < 0.75 * number(&found, "original_bytes"), "{found}");
+    let [model, adapter] = ["model", "adapter"].map(|name| out.join(name));
+    let both = ["--model", text(&model), "--adapter", text(&adapter)];
+    run("02-perplexity", &[&both[..], &["--max-windows", "4"]].concat());
+    run("04-generate", &[&both[..], &["--prompt", "The whale"]].concat());
+    let task = Path::new(env!("CARGO_MANIFEST_DIR")).join("../testdata/eval/letters.json");
+    let again = figures(&folder, "09-evaluate", &[&both[..], &["--tasks", text(&task)]].concat());
+    let accuracy = again["results"]["letters"]["acc"]["value"].as_f64().expect("an accuracy");
+    assert!((accuracy - number(&found, "accuracy_after")).abs() < 1e-9, "{again}");
+}
+
+#[test]
 #[ignore = "needs the programs built"]
 fn errors_are_sentences_and_exit_with_1_and_wrong_options_with_2() {
     let output = call("02-perplexity", &["--model", "no/such/model"]);
@@ -233,6 +252,7 @@ fn what_cannot_be_written_is_said_before_the_work() {
         ("11-automixq", ["--out", text(&below)]),
         ("12-instruct", ["--out", text(&below)]),
         ("13-preferences", ["--out", text(&below)]),
+        ("14-pipeline", ["--out", text(&below)]),
         ("01-quantize", ["--out", text(&below)]),
         ("02-perplexity", ["--json", text(&missing)]),
         ("07-apiq", ["--json", text(&missing)]),

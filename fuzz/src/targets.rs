@@ -50,11 +50,7 @@ pub(crate) const TARGETS: [Target; 16] = [
     Target { name: "pytorch", seeds: || folders(&["forms/pytorch"]), read: folder },
     Target { name: "own-model", seeds: own_model, read: folder },
     Target { name: "packed", seeds: own_model, read: packed },
-    Target {
-        name: "peft",
-        seeds: || folders(&["peft/tiny-lora-r8-all", "peft/tiny-dora-r4"]),
-        read: adapter,
-    },
+    Target { name: "peft", seeds: peft, read: adapter },
     Target { name: "own-adapter", seeds: own_adapter, read: adapter },
     Target { name: "side-network", seeds: side_network, read: side },
     Target { name: "checkpoint", seeds: checkpoints, read: checkpoint },
@@ -196,10 +192,27 @@ fn lora() -> Tuned<Decoder<QuantLinear>> {
     Tuned::attach(base(), &AdapterConfig::lora(2, 4.0)).expect("adapters")
 }
 
+/// Adapters that train embedding, head and norms.
+fn outside() -> [Tuned<Decoder<QuantLinear>>; 2] {
+    let lora = || AdapterConfig::lora(2, 4.0);
+    let configs = [
+        lora().with_targets(["q_proj", "embed_tokens", "lm_head"]).with_modules_to_save(["model.norm"]),
+        lora().with_targets(["q_proj"]).with_modules_to_save(["lm_head"]).with_trainable_tokens([1, 5]),
+    ];
+    configs.map(|config| Tuned::attach(base(), &config).expect("adapters"))
+}
+
+fn peft() -> Vec<Seed> {
+    let of_others =
+        outside().into_iter().flat_map(|tuned| written(|path| tuned.save_peft(path).expect("a folder")));
+    folders(&["peft/tiny-lora-r8-all", "peft/tiny-dora-r4"]).into_iter().chain(of_others).collect()
+}
+
 fn own_adapter() -> Vec<Seed> {
     let bara = AdapterConfig::new(kiln::adapters::Method::QBara(kiln::adapters::QBara { lambda: 2 }), 2, 4.0);
     let bara = Tuned::attach(base(), &bara).expect("adapters");
-    [lora(), bara].into_iter().flat_map(|tuned| written(|path| tuned.save(path).expect("a folder"))).collect()
+    let all = [lora(), bara].into_iter().chain(outside());
+    all.flat_map(|tuned| written(|path| tuned.save(path).expect("a folder"))).collect()
 }
 
 fn adapter(folder: &Path) {
@@ -334,6 +347,10 @@ fn template(folder: &Path) {
 
 fn data() -> Vec<Seed> {
     let rows = [
+        (
+            "g.jsonl",
+            "{\"sentence1\": \"ab\", \"sentence2\": \"b\", \"label\": 1.5}\n{\"sentence1\": \"\", \"sentence2\": \"\", \"label\": 0}\n",
+        ),
         ("a.jsonl", "{\"text\": \"ab ab\"}\n\n{\"text\": \"b\", \"id\": 3}\n"),
         (
             "b.jsonl",
@@ -379,7 +396,8 @@ fn dataset(folder: &Path) {
         (Tokenizer::from_folder(made.path()).expect("a tokenizer"), template)
     });
     let text = ModelTokenizer::new(tokenizer, Some(template), TemplateContext::default());
-    let _ = Dataset::open(only(folder), &text, &DataOptions::new(16, 300).with_eos(1));
+    let _ =
+        Dataset::open(only(folder), &text, &DataOptions::new(16, 300).with_eos(1).with_classes(["a", "b"]));
 }
 
 fn tasks() -> Vec<Seed> {

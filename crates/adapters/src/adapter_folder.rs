@@ -25,7 +25,7 @@ use crate::{
     QBara, QaBlora, QaHira, QaLora,
     error::{Error, Result},
     json_fields::Problem,
-    outside::Outline,
+    outline::Outline,
     peft_config::in_file,
     store::{self, Layout},
 };
@@ -286,8 +286,8 @@ fn save(
     let config_path = folder.join(KILN_CONFIG_FILE);
     let lora = config.peft_keys();
     lora.supported(&config_path)?;
-    store::check_adapters(config, adapters, outside)?;
-    let new = store::new_folder(folder)?;
+    store::check_adapters(config, adapters, outside, Layout::Kiln)?;
+    let new = store::new_folder(folder, outside)?;
     let weights = new.path().join(KILN_WEIGHTS_FILE);
     store::write(&weights, adapters, outside, Layout::Kiln, &BTreeMap::new())?;
     let serde_json::Value::Object(lora) = lora.to_json() else {

@@ -13,7 +13,8 @@ use crate::{
     any::tensor,
     json_fields::Problem,
     lora,
-    outside::{Outline, Outside},
+    outline::Outline,
+    outside::Outside,
     part::{Description, Part, Parts},
     residual::split,
 };

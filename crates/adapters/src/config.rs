@@ -4,7 +4,7 @@ use kiln_quant_core::TokenTables;
 
 use crate::{
     InitLoraWeights, MAX_RANK, Method, PeftConfig, Pooling, QaHira, QaLora, Result, Target, TargetModules,
-    Targets, json_fields::Problem, outside::Outline, part::Description,
+    Targets, json_fields::Problem, outline::Outline, part::Description,
 };
 
 /// Which adapters a model gets: the method, the modules, and the options that all methods share.

@@ -8,11 +8,9 @@ use burn::{
     tensor::{Tensor, TensorData},
 };
 use kiln_quant_core::{
-    Dropout, HostValues, LowRankUpdate, OwnTables, Slots, TableUpdates, TokenRows, TokenTables,
-    for_each_parameter,
+    Dropout, LowRankUpdate, OwnTables, Slots, TableUpdates, TokenRows, TokenTables, for_each_parameter,
     random::{Purpose, generator, normal, path_hash},
     safetensors_file::SafetensorsFile,
-    to_host,
 };
 
 use crate::{
@@ -20,75 +18,25 @@ use crate::{
     any::tensor,
     json_fields::Problem,
     lora,
+    outline::{Outline, name_of},
     store::{self, Layout},
 };
 
-/// What of a model a configuration can speak of.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct Outline {
-    /// Paths and `[d_input, d_output]` of the slots.
-    pub slots: Vec<(String, [usize; 2])>,
-    /// Embedding and head.
-    pub tables: Option<TokenTables>,
-    /// All other parameters of floating-point numbers, by name, with their sizes.
-    parameters: Vec<(String, Vec<usize>)>,
-}
-
-/// Slots alone.
-impl From<&[(String, [usize; 2])]> for Outline {
-    fn from(slots: &[(String, [usize; 2])]) -> Self {
-        Self { slots: slots.to_vec(), ..Self::default() }
-    }
-}
-
-impl Outline {
-    pub(crate) fn of<M: Slots>(model: &M) -> Self {
-        let (slots, tables) = (model.slot_shapes(), model.token_tables());
-        let mut elsewhere: BTreeSet<String> = slots.iter().map(|(path, _)| path.clone()).collect();
-        elsewhere.extend(tables.iter().flat_map(|tables| [tables.embedding.clone(), tables.head.clone()]));
-        let mut parameters = Vec::new();
-        let listed: std::result::Result<(), std::convert::Infallible> =
-            for_each_parameter(model, |parameter| {
-                let name = name_of(model, parameter.path);
-                let inside = |path: &String| {
-                    name.strip_prefix(path.as_str()).is_some_and(|rest| rest.starts_with('.'))
-                };
-                if !elsewhere.iter().any(inside) {
-                    let mut shape = parameter.shape;
-                    if model.is_stored_transposed(&name) {
-                        shape.reverse();
-                    }
-                    parameters.push((name, shape));
-                }
-                Ok(())
-            });
-        let Ok(()) = listed;
-        Self { slots, tables, parameters }
-    }
-}
-
-/// A parameter's name in checkpoints. Variants of enums, which begin with a capital letter, have no part in it.
-fn name_of<M: Slots, S: AsRef<str>>(model: &M, path: &[S]) -> String {
-    let fields = path.iter().map(AsRef::as_ref);
-    let fields = fields.filter(|part| !part.starts_with(|first: char| first.is_ascii_uppercase()));
-    model.checkpoint_name(&fields.collect::<Vec<_>>().join("."))
-}
-
-/// A tensor of a file: name, sizes, values.
-type Named = (String, Vec<usize>, Vec<f32>);
-
 /// The values of a parameter as files have them.
 #[derive(Debug, Clone)]
-struct Stored {
-    shape: Vec<usize>,
-    values: Vec<f32>,
+pub(crate) struct Stored {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
 }
+
+/// The module of a classifier's head.
+const SCORE: &str = "score";
 
 /// What is to be done to a model outside its slots.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outside {
     /// Names of parameters that are trained whole.
-    trained: BTreeSet<String>,
+    pub trained: BTreeSet<String>,
     own: OwnTables,
     vocab_size: usize,
     /// Updates of embedding and head.
@@ -120,11 +68,21 @@ impl Outside {
             outside.own.head = !outside.own.tied;
         }
         outside.check_tokens(outline)?;
+        let score = weight_of(SCORE);
+        if outline.parameters.iter().any(|(name, _)| *name == score) && !outside.trained.contains(&score) {
+            let expected = "\"score\" among them, which is new: `with_score_head`";
+            let found = format!("{:?}", config.modules_to_save);
+            return Err(Problem::new("modules_to_save", expected, found).argument());
+        }
         Ok(outside)
     }
 
     /// What a configuration asks for, and its modules that are none.
-    fn planned(config: &AdapterConfig, outline: &Outline, targets: &Targets) -> Result<(Self, Vec<String>)> {
+    pub(crate) fn planned(
+        config: &AdapterConfig,
+        outline: &Outline,
+        targets: &Targets,
+    ) -> Result<(Self, Vec<String>)> {
         let mut outside = Self { tokens: config.trainable_tokens.clone(), ..Self::default() };
         let mut unmatched = Vec::new();
         // As PEFT: the end of the whole name, wherever it begins.
@@ -136,12 +94,11 @@ impl Outside {
             }
             let mut found = false;
             if let Some(tables) = &outline.tables {
-                for (path, own) in
-                    [(&tables.embedding, &mut outside.own.embedding), (&tables.head, &mut outside.own.head)]
-                {
+                let owned = [&mut outside.own.embedding, &mut outside.own.head];
+                for (path, own) in tables.paths().zip(owned) {
                     if path.ends_with(wanted.as_str()) {
                         (*own, found) = (true, true);
-                        outside.trained.insert(format!("{path}.weight"));
+                        outside.trained.insert(weight_of(path));
                     }
                 }
             }
@@ -164,20 +121,26 @@ impl Outside {
             }
             return Ok((outside, unmatched));
         };
+        let head = tables.head.as_deref();
         outside.vocab_size = tables.vocab_size;
         outside.embedding = targets.get(&tables.embedding).cloned();
-        outside.head = targets.get(&tables.head).cloned();
-        if tables.tied && config.keep_tied && outside.own.embedding {
-            outside.own.head = false;
-            outside.own.tied = true;
-            outside.trained.remove(&format!("{}.weight", tables.head));
+        outside.head = head.and_then(|head| targets.get(head)).cloned();
+        if tables.tied && config.keep_tied {
+            if outside.embedding.is_some() {
+                // PEFT would tie the head's update to it.
+                let expected = "false for an embedding with LoRA";
+                return Err(Problem::new("keep_tied", expected, true).argument());
+            }
+            if outside.own.embedding {
+                (outside.own.head, outside.own.tied) = (false, true);
+                head.map(|head| outside.trained.remove(&weight_of(head)));
+            }
         }
-        let trained = |path: &String| outside.trained.contains(&format!("{path}.weight"));
-        let twice = [
-            (&tables.embedding, outside.embedding.is_some() || !outside.tokens.is_empty()),
-            (&tables.head, outside.head.is_some()),
-        ];
-        if let Some((path, _)) = twice.into_iter().find(|(path, updated)| *updated && trained(path)) {
+        let updated = [outside.embedding.is_some() || !outside.tokens.is_empty(), outside.head.is_some()];
+        let mut twice = tables.paths().zip(updated);
+        if let Some((path, _)) =
+            twice.find(|(path, updated)| *updated && outside.trained.contains(&weight_of(path)))
+        {
             let expected = "a table that is trained whole or updated, not both";
             return Err(Problem::new("modules_to_save", expected, path).argument());
         }
@@ -225,15 +188,15 @@ impl Outside {
         };
         if let Some(tables) = &outline.tables {
             let width = tables.width;
+            let (embedding, head) = (weight_of(&tables.embedding), tables.head.as_deref().map(weight_of));
             // The tables first: they say how many tokens there are.
             let mut whole = Vec::new();
-            for path in [&tables.embedding, &tables.head] {
-                let weight = format!("{path}.weight");
+            for path in tables.paths() {
                 let names = layout.tables(path).map(|name| store::in_file(file, name));
                 let Some(name) = names.into_iter().find(|name| file.contains(name)) else {
                     // A head that stays the embedding may have no tensor.
-                    if outside.trained.contains(&weight) {
-                        return Err(store::missing(file, &layout.parameter(&weight)));
+                    if outside.trained.contains(&weight_of(path)) {
+                        return Err(store::missing(file, &layout.parameter(&weight_of(path))));
                     }
                     continue;
                 };
@@ -243,54 +206,67 @@ impl Outside {
                     let expected = format!("[{}, {width}] or more rows", tables.vocab_size);
                     return Err(file.wrong(&name, expected, format!("{shape:?}")).into());
                 }
-                whole.push((path, weight, name, rows));
+                whole.push((weight_of(path), name, rows));
             }
             if let Some((.., rows)) = whole.first() {
                 outside.vocab_size = *rows;
             }
-            for (path, weight, name, _) in whole {
+            let parts = |outside: &Self| outside.trained.contains(&embedding) && !config.keep_tied;
+            for (weight, name, _) in whole {
                 let shape = vec![outside.vocab_size, width];
                 let values = read(&name, &shape)?;
-                let is_head = *path == tables.head;
-                // Of a tied model PEFT may store the same table twice.
-                let same = || {
-                    let embedding = outside.stored.get(&format!("{}.weight", tables.embedding));
-                    embedding.is_some_and(|embedding| embedding.values == values)
-                };
-                if is_head && tables.tied && !outside.trained.contains(&weight) && same() {
-                    outside.own.tied = true;
-                    continue;
+                let is_head = head.as_ref() == Some(&weight);
+                if is_head && tables.tied && !outside.trained.contains(&weight) && !parts(&outside) {
+                    // Of a tied model PEFT stores the same table twice.
+                    let first = outside.stored.get(&embedding);
+                    if first.is_some_and(|embedding| embedding.values == values) {
+                        outside.own.tied = true;
+                        continue;
+                    }
+                    if outside.own.tied {
+                        let expected = "the values of the embedding, which stays the head";
+                        return Err(file.wrong(&name, expected, "others").into());
+                    }
                 }
                 *(if is_head { &mut outside.own.head } else { &mut outside.own.embedding }) = true;
                 outside.stored.insert(weight, Stored { shape, values });
             }
-            let [embedding, head] = [&tables.embedding, &tables.head].map(|path| format!("{path}.weight"));
-            if tables.tied && !outside.trained.contains(&embedding) && !outside.stored.contains_key(&head) {
+            let has_head = head.as_ref().is_some_and(|head| outside.stored.contains_key(head));
+            if tables.tied && !outside.trained.contains(&embedding) && !has_head {
                 outside.own.tied = outside.own.embedding;
             }
             let mut factors = BTreeMap::new();
             let shapes = [[outside.vocab_size, width], [width, outside.vocab_size]];
-            let updates = [(&tables.embedding, &outside.embedding), (&tables.head, &outside.head)];
-            for ((path, target), [d_input, d_output]) in updates.into_iter().zip(shapes) {
+            let updates = [&mut outside.embedding, &mut outside.head];
+            for ((path, target), [d_input, d_output]) in tables.paths().zip(updates).zip(shapes) {
                 let Some(Target { r, .. }) = target else { continue };
-                let [a, b] = layout.factors(path, *path == tables.embedding);
-                let a = read(&store::in_file(file, a), &[*r, d_input])?;
-                let b = read(&store::in_file(file, b), &[d_output, *r])?;
-                factors.insert(path.clone(), [transposed(&a, *r), transposed(&b, d_output)]);
+                let r = *r;
+                let names = layout.factors(path, path == tables.embedding);
+                let [a, b] = names.map(|name| store::in_file(file, name));
+                if layout == Layout::Kiln && !file.contains(&a) && !file.contains(&b) {
+                    // A pattern may select more than adapters were made for.
+                    *target = None;
+                    continue;
+                }
+                let (a, b) = (read(&a, &[r, d_input])?, read(&b, &[d_output, r])?);
+                factors.insert(path.to_owned(), [transposed(&a, r), transposed(&b, d_output)]);
             }
             outside.factors = Some(factors);
             outside.check_tokens(outline)?;
             if !outside.tokens.is_empty() {
                 let shape = [outside.tokens.len(), width];
                 outside.rows = Some(read(&store::in_file(file, layout.rows(&tables.embedding)), &shape)?);
-                let of_head = store::in_file(file, layout.rows(&tables.head));
-                if tables.tied && file.contains(&of_head) {
+                let of_head = tables.head.as_deref().map(|head| store::in_file(file, layout.rows(head)));
+                if let Some(of_head) = of_head.filter(|name| tables.tied && file.contains(name)) {
                     read(&of_head, &shape)?;
                 }
             }
         }
         for (name, shape) in &outline.parameters {
             if outside.trained.contains(name) {
+                let head = outline.tables.as_ref().and_then(|tables| tables.head.as_ref());
+                let is_bias = head.is_some_and(|head| name.strip_prefix(head.as_str()) == Some(".bias"));
+                let shape = if is_bias { &vec![outside.vocab_size] } else { shape };
                 let values = read(&store::in_file(file, layout.parameter(name)), shape)?;
                 outside.stored.insert(name.clone(), Stored { shape: shape.clone(), values });
             }
@@ -300,6 +276,10 @@ impl Outside {
 
     /// `model`, which is frozen, with what is trained outside its slots.
     pub(crate) fn attach<M: Slots>(&self, model: M, config: &AdapterConfig) -> Result<M> {
+        if !self.is_empty() && model.table_updates().is_some_and(|updates| !updates.is_empty()) {
+            let expected = "a model whose embedding and head have no updates yet, or merged ones";
+            return Err(Problem::new("model", expected, "updates beside them").argument());
+        }
         let grows = |tables: &TokenTables| self.vocab_size > tables.vocab_size;
         let model = match model.token_tables() {
             Some(tables) if self.own.any() || grows(&tables) => {
@@ -334,9 +314,13 @@ impl Outside {
         config: &AdapterConfig,
     ) -> Result<TableUpdates> {
         let device = model.devices().into_iter().next().unwrap_or_default();
-        let [of_embedding, of_head] = tables.shapes();
-        let update = |target: &Option<Target>, (path, [d_input, d_output]): &(String, [usize; 2])| {
-            let Some(Target { r, scaling, .. }) = target else { return Ok(None) };
+        let shapes = tables.shapes();
+        let update = |target: &Option<Target>, place: usize| {
+            let (Some(Target { r, scaling, .. }), Some((path, [d_input, d_output]))) =
+                (target, shapes.get(place))
+            else {
+                return Ok(None);
+            };
             let stored = self.factors.as_ref().and_then(|factors| factors.get(path)).cloned();
             let init = || self.initial(config, path, [*d_input, *d_output], *r, *path == tables.embedding);
             let Some([a, b]) = stored.or_else(init) else {
@@ -354,8 +338,8 @@ impl Outside {
             (None, tokens) => Some(model.table_rows(tokens)),
         };
         Ok(TableUpdates {
-            embedding: update(&self.embedding, &of_embedding)?,
-            head: update(&self.head, &of_head)?,
+            embedding: update(&self.embedding, 0)?,
+            head: update(&self.head, 1)?,
             rows: rows.map(|rows| TokenRows::new(self.tokens.clone(), rows)),
         })
     }
@@ -383,8 +367,13 @@ impl Outside {
     }
 }
 
+/// The weight of the module at `path`.
+pub(crate) fn weight_of(path: &str) -> String {
+    format!("{path}.weight")
+}
+
 /// `[columns, rows]` of `[rows, columns]`.
-fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
+pub(crate) fn transposed(values: &[f32], rows: usize) -> Vec<f32> {
     let columns = values.len() / rows.max(1);
     (0..columns).flat_map(|column| (0..rows).map(move |row| values[row * columns + column])).collect()
 }
@@ -422,131 +411,5 @@ impl ModuleMapper for Put<'_> {
 
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.pop();
-    }
-}
-
-/// What an adapter folder holds beside the adapters in slots: of embedding, head and norms what was trained.
-#[derive(Debug, Default)]
-pub struct OutsideTensors {
-    tables: Option<TokenTables>,
-    updates: TableUpdates,
-    whole: BTreeMap<String, Stored>,
-}
-
-impl OutsideTensors {
-    /// Those of a model to which adapters of `config` were attached as a whole. The host holds copies of what is trained
-    /// whole.
-    ///
-    /// # Errors
-    /// A device that can't be read.
-    pub fn of<M: Slots>(model: &M, config: &AdapterConfig) -> Result<Self> {
-        let outline = Outline::of(model);
-        let updates = model.table_updates().cloned().unwrap_or_default();
-        // Targets don't matter to what is whole.
-        let none = Targets { adapted: Vec::new(), unmatched: Vec::new() };
-        let (outside, _) = Outside::planned(config, &outline, &none)?;
-        let mut wanted = outside.trained;
-        if let Some(tables) = outline.tables.as_ref().filter(|_| config.save_tables) {
-            wanted.extend([&tables.embedding, &tables.head].map(|path| format!("{path}.weight")));
-        }
-        let mut whole = BTreeMap::new();
-        for_each_parameter(model, |parameter| {
-            let name = name_of(model, parameter.path);
-            if !wanted.contains(&name) {
-                return Ok(());
-            }
-            if let HostValues::Floats(values) = parameter.values()? {
-                let mut stored = Stored { shape: parameter.shape.clone(), values };
-                if model.is_stored_transposed(&name) {
-                    stored = Stored {
-                        values: transposed(&stored.values, stored.shape[0]),
-                        shape: stored.shape.into_iter().rev().collect(),
-                    };
-                }
-                whole.insert(name, stored);
-            }
-            Ok::<_, kiln_quant_core::Error>(())
-        })?;
-        Ok(Self { tables: outline.tables, updates, whole })
-    }
-
-    fn is_empty(&self) -> bool {
-        self.updates.is_empty() && self.whole.is_empty()
-    }
-
-    /// Paths and shapes of the tables that have low-rank updates, and those as the configuration must describe them.
-    pub(crate) fn updated(&self) -> Vec<(String, [usize; 2], usize, f64)> {
-        let Some(tables) = &self.tables else { return Vec::new() };
-        let updates = [&self.updates.embedding, &self.updates.head];
-        let updates = tables.shapes().into_iter().zip(updates);
-        updates
-            .filter_map(|((path, shape), update)| {
-                update.as_ref().map(|update| (path, shape, update.rank(), update.scaling()))
-            })
-            .collect()
-    }
-
-    /// An outline that has the tables, for a configuration to be checked against.
-    pub(crate) fn outline(&self, slots: Vec<(String, [usize; 2])>) -> Outline {
-        Outline { slots, tables: self.tables.clone(), parameters: Vec::new() }
-    }
-
-    /// Refuses a configuration that wants more than there is here, or less.
-    pub(crate) fn check(&self, config: &AdapterConfig) -> Result<()> {
-        let wants = !config.modules_to_save.is_empty() || !config.trainable_tokens.is_empty();
-        let rows: &[u32] = self.updates.rows.as_ref().map_or(&[], TokenRows::ids);
-        if wants && self.is_empty() {
-            let expected = "none, or the tensors of the whole model with the adapters";
-            return Err(
-                Problem::new("modules_to_save", expected, "some, and no tensors of theirs").argument()
-            );
-        }
-        if rows != config.trainable_tokens {
-            let (expected, found) =
-                (format!("{rows:?}, as trained"), format!("{:?}", config.trainable_tokens));
-            return Err(Problem::new("trainable_tokens", expected, found).argument());
-        }
-        Ok(())
-    }
-
-    /// The tensors by their names in `layout`.
-    pub(crate) fn tensors(&self, layout: Layout) -> Result<Vec<Named>> {
-        let mut tensors = Vec::new();
-        let tables = self.tables.as_ref();
-        let host = |name: String, tensor: Tensor<2>| {
-            let shape = tensor.dims().to_vec();
-            let values = to_host(&name, tensor)?;
-            Ok::<_, crate::Error>((name, shape, values))
-        };
-        for (name, stored) in &self.whole {
-            let path = tables.and_then(|tables| {
-                let paths = [&tables.embedding, &tables.head];
-                paths.into_iter().find(|path| name.strip_prefix(path.as_str()) == Some(".weight"))
-            });
-            let name = match (path, tables) {
-                (Some(path), Some(tables)) => {
-                    let is_embedding = *path == tables.embedding;
-                    let update = if is_embedding { &self.updates.embedding } else { &self.updates.head };
-                    layout.table(path, update.is_some(), is_embedding && self.updates.rows.is_some())
-                }
-                _ => layout.parameter(name),
-            };
-            tensors.push((name, stored.shape.clone(), stored.values.clone()));
-        }
-        let Some(tables) = tables else { return Ok(tensors) };
-        let updates = [(&tables.embedding, &self.updates.embedding), (&tables.head, &self.updates.head)];
-        for (path, update) in updates {
-            let Some(update) = update else { continue };
-            let [a, b] = layout.factors(path, *path == tables.embedding);
-            tensors.push(host(a, update.lora_a.val().transpose())?);
-            tensors.push(host(b, update.lora_b.val().transpose())?);
-        }
-        if let Some(rows) = &self.updates.rows {
-            tensors.push(host(layout.rows(&tables.embedding), rows.token_rows.val())?);
-            if tables.tied {
-                tensors.push(host(layout.rows(&tables.head), rows.token_rows.val())?);
-            }
-        }
-        Ok(tensors)
     }
 }

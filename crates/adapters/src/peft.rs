@@ -16,7 +16,7 @@ use kiln_quant_core::{Slots, files::whole_folder, safetensors_file::SafetensorsF
 use crate::{
     AdapterConfig, AdapterKind, AnyAdapter, Attacher, CONFIG_FILE, OutsideTensors, PeftConfig, Pooling,
     error::Result,
-    outside::Outline,
+    outline::Outline,
     peft_config::in_file,
     store::{self, Layout},
 };
@@ -156,8 +156,8 @@ fn save(
             *pooled = pooled.clone().with_pooling(Pooling::AverageTimesGroups);
         }
     }
-    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters, outside)?;
-    let new = store::new_folder(folder)?;
+    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters, outside, Layout::Peft)?;
+    let new = store::new_folder(folder, outside)?;
     // As PEFT marks its files.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
     store::write(&new.path().join(WEIGHTS_FILE), &adapters, outside, Layout::Peft, &metadata)?;

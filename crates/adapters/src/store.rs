@@ -8,6 +8,7 @@ use std::{
 use kiln_quant_core::{
     files::NewFolder,
     safetensors_file::{Dtype, NewTensor, SafetensorsFile, Values, write_safetensors},
+    write_atomically,
 };
 
 use crate::{
@@ -15,7 +16,9 @@ use crate::{
     WEIGHTS_FILE,
     error::{Error, Result},
     json_fields::Problem,
-    outside::{Outline, Outside, OutsideTensors},
+    outline::Outline,
+    outside::Outside,
+    outside_tensors::OutsideTensors,
     part::{Description, FileShape, Part, Parts},
 };
 
@@ -202,11 +205,16 @@ pub(crate) fn check_adapters(
     config: &AdapterConfig,
     adapters: &[(String, AnyAdapter)],
     outside: &OutsideTensors,
+    layout: Layout,
 ) -> Result<()> {
     outside.check(config)?;
     let slots: Vec<(String, [usize; 2])> =
         adapters.iter().map(|(path, adapter)| (path.clone(), adapter.base_shape())).collect();
     let targets = config.select(&outside.outline(slots))?;
+    if let Some(path) = outside.without_update(&targets).filter(|_| layout == Layout::Peft) {
+        let expected = "a selection of modules that have adapters";
+        return Err(Problem::new("targets", expected, format!("{path}, which has none")).argument());
+    }
     for (path, shape, rank, scaling) in outside.updated() {
         let geometry = Method::lora().geometry(shape, rank);
         let found = Description { geometry, scaling, magnitudes: false };
@@ -228,9 +236,17 @@ pub(crate) fn check_adapters(
 }
 
 /// A folder for an adapter, in which none of another kind stays behind.
-pub(crate) fn new_folder(folder: &Path) -> Result<NewFolder> {
+///
+/// # Errors
+/// The operating system's.
+pub(crate) fn new_folder(folder: &Path, outside: &OutsideTensors) -> Result<NewFolder> {
     let own = [CONFIG_FILE, WEIGHTS_FILE, "adapter_model.bin", KILN_CONFIG_FILE, KILN_WEIGHTS_FILE];
-    Ok(NewFolder::replacing(folder, &own)?)
+    let further = outside.files().iter().map(|(name, _)| name.as_str());
+    let new = NewFolder::replacing(folder, &own.into_iter().chain(further).collect::<Vec<_>>())?;
+    for (name, bytes) in outside.files() {
+        write_atomically(&new.path().join(name), |file| std::io::Write::write_all(file, bytes))?;
+    }
+    Ok(new)
 }
 
 /// Writes the adapters' tensors in f32, which the host holds meanwhile.

@@ -19,7 +19,11 @@ use kiln_training::{
     TrainerConfig, evaluate,
 };
 
-use crate::{Error, FineTune, FineTuned, Result, Tuned, stop_texts::StopTexts, tuned::linears_identity};
+use crate::{
+    Error, FineTune, FineTuned, Result, Tuned,
+    stop_texts::StopTexts,
+    tuned::{Files, linears_identity},
+};
 
 /// A language model as its checkpoint has it, or quantized on the way, with tokenizer and chat template.
 ///
@@ -193,6 +197,11 @@ impl Base {
 
     pub(crate) fn of(model: Decoder<QuantLinear>, language: Arc<Language>) -> Self {
         Self { model, language, report: LoadReport::default() }
+    }
+
+    /// Whether tokens were added that the checkpoint has no rows for.
+    pub(crate) fn has_grown(&self) -> bool {
+        self.language.is_grown(self.model.vocab_size())
     }
 
     pub(crate) fn language(&self) -> Arc<Language> {
@@ -376,7 +385,12 @@ impl Base {
             return Ok(FineTuned::new(tuned, self.language.clone(), None));
         }
         let tokenizer = Tokenizer::from_folder(folder)?;
-        let language = match tokenizer.vocab_size() > self.tokenizer().vocab_size() {
+        let (most, known) = (tokenizer.vocab_size(), tuned.model().vocab_size());
+        if most > known && most > self.tokenizer().vocab_size() {
+            let expected = format!("at most {known} tokens in the folder's tokenizer.json, as the model has");
+            return Err(Error::argument("tokenizer", &expected, most));
+        }
+        let language = match most > self.tokenizer().vocab_size() {
             true => self.language.with_tokenizer(tokenizer),
             false => self.language.clone(),
         };
@@ -481,12 +495,17 @@ impl Language {
         })
     }
 
-    /// Writes the tokenizer into `folder`, if tokens were added to it.
-    pub(crate) fn save_added_tokens(&self, folder: &Path) -> Result<()> {
+    /// The tokenizer's files, if tokens were added to it.
+    pub(crate) fn added_tokens(&self) -> Result<Files> {
         match self.checkpoint.own_tokenizer() {
-            Some(tokenizer) => Ok(tokenizer.save_folder(folder)?),
-            None => Ok(()),
+            Some(tokenizer) => Ok(tokenizer.files()?),
+            None => Ok(Vec::new()),
         }
+    }
+
+    /// Whether a model of so many tokens has more than the checkpoint's.
+    pub(crate) fn is_grown(&self, vocab_size: usize) -> bool {
+        vocab_size > self.checkpoint.config().vocab_size
     }
 
     /// What a resumed run must have the same: tokenizer and template, by their hashes.

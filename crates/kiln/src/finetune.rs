@@ -20,6 +20,7 @@ use kiln_models::{
 use kiln_quant_core::{
     DeviceLimits, QuantLinear, Slots, TableUpdates,
     files::{OutputFolder, whole_folder},
+    trained_values,
 };
 use kiln_training::{
     BatchOptions, Dataset, DatasetLoss, Evaluation, Event, Observer, RunOptions, RunReport, ScheduleKind,
@@ -237,7 +238,7 @@ impl<'a> FineTune<'a> {
 
     /// Refuses a run that is expected to take more than so many bytes, before the first step: by
     /// [`memory::estimate`](kiln_models::memory::estimate), of a process on the CPU, of LoRA on all linears of the adapters'
-    /// rank, whatever the adapters. A reference counts in full, also where it shares its weights with the model.
+    /// rank, whatever the adapters, and of gradients and averages of what is trained besides. A reference counts in full, also where it shares its weights with the model.
     pub fn with_memory_limit(mut self, bytes: u64) -> Self {
         self.memory_limit = Some(bytes);
         self
@@ -277,7 +278,7 @@ impl<'a> FineTune<'a> {
         };
         let (tuned, language) = match self.start {
             Start::New(base, mut adapters) => {
-                adapters.save_tables |= base.checkpoint().own_tokenizer().is_some();
+                adapters.save_tables |= base.has_grown();
                 (Tuned::attach(base.model().clone(), &adapters)?, base.language())
             }
             Start::GoingOn(tuned) => (tuned.tuned.clone(), tuned.language.clone()),
@@ -287,7 +288,7 @@ impl<'a> FineTune<'a> {
             return Err(Error::argument("samples", expected, "none"));
         }
         if let Some(limit) = self.memory_limit {
-            check_memory(limit, &tuned, language.checkpoint().config(), &config, &self.data, self.reference)?;
+            check_memory(limit, &tuned, tuned.model().config(), &config, &self.data, self.reference)?;
         }
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         let mut identity = tuned.identity();
@@ -324,6 +325,9 @@ fn check_memory(
 ) -> Result<()> {
     let bytes_of = |found: usize, linear: &QuantLinear| found + linear.storage_bytes();
     let weights = tuned.model().slots().iter().map(|(_, slot)| &slot.base).fold(0, bytes_of);
+    // Of what is trained outside the slots a gradient and two averages.
+    let in_slots: usize = tuned.adapters().iter().map(|(_, adapter)| trained_values(adapter)).sum();
+    let outside = 12 * trained_values(tuned.model()).saturating_sub(in_slots) as u64;
     // What stands outside the slots is dense: embedding and head.
     let tables = model.vocab_size * model.hidden_size * if model.tie_word_embeddings { 1 } else { 2 };
     let of_reference =
@@ -341,7 +345,7 @@ fn check_memory(
     let needed = |step: Step| {
         let work = Work::lora(model, rank, &step);
         let live = estimate(model, weights + 4 * tables, &work, &step).peak_rss(&ProcessConstants::CPU);
-        live as u64 + beside as u64
+        live as u64 + beside as u64 + outside
     };
     if needed(now) <= limit {
         return Ok(());
@@ -416,7 +420,11 @@ impl FineTuned {
         language: Arc<Language>,
         report: Option<RunReport>,
     ) -> Self {
-        Self { tuned, language, report }
+        let grown = language.is_grown(tuned.model().vocab_size());
+        let (model, mut adapters) = tuned.into_parts();
+        // A folder without the tables of more tokens could not be used.
+        adapters.save_tables |= grown;
+        Self { tuned: Tuned::from_parts(model, adapters), language, report }
     }
 
     /// Losses, evaluations and the end of the run that trained it; `None` of loaded adapters.
@@ -460,8 +468,7 @@ impl FineTuned {
     /// # Errors
     /// As [`Tuned::save`].
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.tuned.save(&folder)?;
-        self.language.save_added_tokens(folder.as_ref())
+        self.tuned.save_with(folder.as_ref(), self.language.added_tokens()?)
     }
 
     /// Writes the adapters as a PEFT folder: [`Tuned::save_peft`]; with the tokenizer, if tokens were added to it.
@@ -469,8 +476,7 @@ impl FineTuned {
     /// # Errors
     /// As [`Tuned::save_peft`].
     pub fn save_peft(&self, folder: impl AsRef<Path>) -> Result<()> {
-        self.tuned.save_peft(&folder)?;
-        self.language.save_added_tokens(folder.as_ref())
+        self.tuned.save_peft_with(folder.as_ref(), self.language.added_tokens()?)
     }
 
     /// The mean loss on the rows of a data set.

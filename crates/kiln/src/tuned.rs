@@ -19,6 +19,9 @@ use kiln_quant_core::{
 
 use crate::{Error, Result};
 
+/// Names and contents of files.
+pub(crate) type Files = Vec<(String, Vec<u8>)>;
+
 /// What stands in the slots of a model with adapters.
 pub type AdaptedLinear = Adapted<QuantLinear, AnyAdapter>;
 
@@ -178,9 +181,14 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     /// # Errors
     /// As [`save_adapters`](kiln_adapters::save_adapters).
     pub fn save(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.save_with(folder.as_ref(), Vec::new())
+    }
+
+    /// As [`save`](Self::save), with further files.
+    pub(crate) fn save_with(&self, folder: &Path, files: Files) -> Result<()> {
         let (adapters, base) = (self.adapters(), self.base_fingerprint()?);
         let adapters = adapters.iter().map(|(path, adapter)| (path, adapter));
-        let outside = OutsideTensors::of(&self.model, &self.config)?;
+        let outside = OutsideTensors::of(&self.model, &self.config)?.with_files(files);
         Ok(save_adapters_with(folder, &self.config, base.as_deref(), adapters, &outside)?)
     }
 
@@ -189,9 +197,14 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
     /// # Errors
     /// Another method, and as [`save_peft`](kiln_adapters::save_peft).
     pub fn save_peft(&self, folder: impl AsRef<Path>) -> Result<()> {
+        self.save_peft_with(folder.as_ref(), Vec::new())
+    }
+
+    /// As [`save_peft`](Self::save_peft), with further files.
+    pub(crate) fn save_peft_with(&self, folder: &Path, files: Files) -> Result<()> {
         let adapters = self.adapters();
         let adapters = adapters.iter().map(|(path, adapter)| (path, adapter));
-        let outside = OutsideTensors::of(&self.model, &self.config)?;
+        let outside = OutsideTensors::of(&self.model, &self.config)?.with_files(files);
         Ok(save_peft_with(folder, &self.config, adapters, &outside)?)
     }
 

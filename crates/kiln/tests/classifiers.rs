@@ -10,7 +10,7 @@ use kiln::{
         Checkpoint, Classifier, Decoder, DriverOptions, LoadOptions, Objective, Recompute, Targets,
         TokenBatch, loss_and_gradients,
     },
-    quant::{QuantLinear, safetensors_file::SafetensorsFile},
+    quant::{Compute, QuantLinear, safetensors_file::SafetensorsFile},
     training::{BatchOptions, Dataset, Form, RunOptions, TokenLoss, Trainer, TrainerConfig, predict},
 };
 use kiln_testkit::{Golden, assert_close, read, testdata};
@@ -86,7 +86,7 @@ fn scores_losses_and_gradients_are_those_of_transformers_and_peft() {
 }
 
 fn base() -> Base {
-    Base::open(testdata("models/tiny-llama")).unwrap().with_bits(4).load().unwrap()
+    Base::open(testdata("models/tiny-llama")).unwrap().with_bits(4).with_compute(Compute::F32).load().unwrap()
 }
 
 /// Sentences of two kinds, `count` of each, as rows of `form`.

@@ -79,7 +79,7 @@ fn folders_of_peft_give_its_logits_losses_and_gradients() {
         let ids = ids(&golden);
         assert_close(name, &logits(tuned.model(), &ids), &golden.floats("logits"), 1e-5);
         let model = tuned.into_model().train();
-        let tokens = TokenBatch::new(&[ids.clone()]).unwrap();
+        let tokens = TokenBatch::new(std::slice::from_ref(&ids)).unwrap();
         let targets: Vec<u32> = ids[1..].iter().copied().chain([0]).collect();
         let scored: Vec<bool> = (0..ids.len()).map(|place| place + 1 < ids.len()).collect();
         let count = ids.len() as f64 - 1.0;
@@ -183,11 +183,37 @@ fn trainer(tuned: &TunedModel) -> Trainer<<Decoder<QuantLinear> as Slots>::With<
     Trainer::new(model, data, config).unwrap().with_identity(tuned.identity())
 }
 
+/// How many rows of logits are held at once decides memory and nothing else, dropout on the head included.
+#[test]
+fn dropout_on_the_head_does_not_depend_on_the_rows_held_at_once() {
+    let config = AdapterConfig::lora(3, 6.0).with_targets(["lm_head"]).with_seed(5).with_dropout(0.4);
+    let tuned = TunedModel::attach(base("granite"), &config).unwrap();
+    let losses = |rows: usize, dropout_at: u64| {
+        let model = tuned.model().clone().train();
+        let place = kiln::training::Place { step: dropout_at, micro_batch: 0, training: true };
+        model.at(place);
+        let ids: Vec<u32> = (0..24).map(|i| i * 5 % 96).collect();
+        let tokens = TokenBatch::new(std::slice::from_ref(&ids)).unwrap();
+        let targets = Targets { ids: &ids, scored: &[true; 24] };
+        let options = DriverOptions { logit_rows: rows, ..DriverOptions::default() };
+        let mut sums = GradientsAccumulator::new();
+        loss_and_gradients(&model, &tokens, targets, &options, &mut sums).unwrap();
+        let found = gradients::of(&model, &sums.grads());
+        found["lm_head.lora_b"].1.clone()
+    };
+    let whole = losses(24, 1);
+    assert!(max_difference(&whole, &losses(24, 2)) > 1e-3, "another step, another mask");
+    for rows in [1, 5, 7, 23] {
+        assert_close("gradients", &losses(rows, 1), &whole, 1e-5);
+    }
+}
+
 fn options() -> Vec<AdapterConfig> {
     let lora = || AdapterConfig::lora(3, 6.0).with_seed(5).with_dropout(0.1);
     vec![
         lora().with_targets(["q_proj", "embed_tokens", "lm_head"]),
         lora().with_targets(["embed_tokens"]),
+        lora().with_targets(["lm_head"]),
         lora().with_targets(["q_proj"]).with_modules_to_save(["embed_tokens"]),
         lora().with_targets(["q_proj"]).with_modules_to_save(["embed_tokens"]).with_keep_tied(),
         lora().with_targets(["q_proj"]).with_modules_to_save(["lm_head", "model.norm"]),
@@ -349,6 +375,9 @@ fn what_can_not_be_trained_is_refused_by_name() {
     assert!(attach(lora().with_targets(["lm_head"])).to_string().contains("targets"));
 }
 
+/// Changes sizes and values of a tensor; whether it stays.
+type Change<'a> = dyn Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool + 'a;
+
 /// Every tensor of a folder in turn is missing, too small, or a stranger.
 #[test]
 fn folders_that_do_not_fit_are_refused_by_tensor() {
@@ -356,7 +385,7 @@ fn folders_that_do_not_fit_are_refused_by_tensor() {
     for name in FOLDERS {
         let file = SafetensorsFile::open(peft(name).join("adapter_model.safetensors")).unwrap();
         let names: Vec<String> = file.names().map(str::to_owned).collect();
-        let load = |change: &dyn Fn(&str, &mut Vec<usize>, &mut Vec<f32>) -> bool| {
+        let load = |change: &Change<'_>| {
             let folder = tempfile::tempdir().unwrap();
             std::fs::copy(peft(name).join("adapter_config.json"), folder.path().join("adapter_config.json"))
                 .unwrap();

@@ -92,6 +92,9 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
     /// forward pass.
     fn at(&self, place: Place);
 
+    /// Tells a head whose results depend on it that the next rows are those from `first` on of a batch's scored places.
+    fn at_row(&self, _first: usize) {}
+
     /// The residual stream after the last block, before the final norm; what training without recomputation runs.
     fn residual(&self, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
         self.residual_from(self.embed(context), context, cache)

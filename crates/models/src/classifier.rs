@@ -180,7 +180,8 @@ impl<M: Slots> Slots for Classifier<M> {
     }
 
     fn token_tables(&self) -> Option<TokenTables> {
-        self.model.token_tables()
+        // The language model's head is not used.
+        self.model.token_tables().map(|tables| TokenTables { head: None, tied: true, ..tables })
     }
 
     fn table_updates(&self) -> Option<&TableUpdates> {
@@ -192,6 +193,7 @@ impl<M: Slots> Slots for Classifier<M> {
     }
 
     fn with_own_tables(self, own: OwnTables, vocab_size: usize) -> Self {
+        let own = OwnTables { head: false, tied: true, ..own };
         Self { model: self.model.with_own_tables(own, vocab_size), ..self }
     }
 

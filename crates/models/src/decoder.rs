@@ -143,7 +143,7 @@ impl<P: Projection> Decoder<P> {
         let [vocab_size, width] = self.embed_tokens.shape();
         TokenTables {
             embedding: names.embedding.into(),
-            head: names.head.into(),
+            head: Some(names.head.into()),
             vocab_size,
             width,
             tied: self.lm_head.is_none(),
@@ -310,6 +310,10 @@ impl<P: Projection> CausalLm for Decoder<P> {
             slot.at(place);
         }
         self.updates.at(place);
+    }
+
+    fn at_row(&self, first: usize) {
+        self.updates.at_row(first as u64);
     }
 }
 

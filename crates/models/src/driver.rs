@@ -167,6 +167,7 @@ pub fn residual_gradient<M: CausalLm>(
     logit_rows: usize,
 ) -> Result<(f64, Tensor<3>)> {
     check(model, tokens, targets)?;
+    check_numbers(model, tokens, None)?;
     let options = DriverOptions { logit_rows, ..DriverOptions::default() };
     let (loss, dx) = head(model, x, targets.into(), &options, &mut GradientsAccumulator::new())?;
     Ok((loss.read()?, dx))
@@ -227,7 +228,8 @@ fn head<M: CausalLm>(
     let chunk = options.logit_rows.max(1);
     let mut weights = weights.as_ref().map(|weights: &Vec<f32>| weights.chunks(chunk));
     let (mut losses, mut found_rows) = (Vec::new(), Vec::new());
-    for places in places.chunks(chunk) {
+    for (number, places) in places.chunks(chunk).enumerate() {
+        model.at_row(number * chunk);
         let index = ints(places.iter().map(|&place| place as i64).collect());
         let ids = ints(places.iter().map(|&place| i64::from(targets.ids[place])).collect());
         let part = Tensor::from_inner(rows.clone().select(0, index.clone())).require_grad();

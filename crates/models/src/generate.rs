@@ -351,6 +351,10 @@ fn next_logits<M: CausalLm>(model: &M, ids: Vec<u32>, cache: &mut KvCache) -> Re
 fn check_prompt<M: CausalLm>(model: &M, prompt_ids: &[u32], options: &GenerateOptions) -> Result<()> {
     let fail =
         |expected: String, found: String| Err(Error::Argument { name: "prompt_ids".into(), expected, found });
+    if model.labels().is_some() {
+        let expected = "a language model: a classifier says nothing".into();
+        return Err(Error::Argument { name: "model".into(), expected, found: "a classifier".into() });
+    }
     if prompt_ids.is_empty() {
         return fail("at least one token".into(), "none".into());
     }

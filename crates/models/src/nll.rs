@@ -83,7 +83,8 @@ pub(crate) fn of_places<M: CausalLm>(
         Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
     };
     let mut nll = Vec::with_capacity(places.len());
-    for places in places.chunks(ROWS) {
+    for (number, places) in places.chunks(ROWS).enumerate() {
+        model.at_row(number * ROWS);
         let index = ints(places.iter().map(|&place| place as i64).collect());
         let ids = ints(places.iter().map(|&place| i64::from(targets[place])).collect());
         let logits = model.lm_head(model.final_norm(rows.clone().select(0, index)));

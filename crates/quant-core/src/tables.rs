@@ -1,5 +1,10 @@
 //! A language model's token embedding and head, and what can be trained beside them.
 
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
 use burn::{
     module::{Module, Param},
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
@@ -7,7 +12,7 @@ use burn::{
 
 use crate::{
     Compute, Dropout, Place,
-    fused::{self, LowRankSpec},
+    fused::{self, Drops, LowRankSpec},
 };
 
 /// Where a model's token embedding and head are, by their names in checkpoints.
@@ -15,24 +20,29 @@ use crate::{
 pub struct TokenTables {
     /// Name of the embedding, such as `model.embed_tokens`.
     pub embedding: String,
-    /// Name of the head, such as `lm_head`, which it has also where it is the embedding.
-    pub head: String,
+    /// Name of the head, such as `lm_head`, which it has also where it is the embedding; `None` of a model that doesn't use
+    /// it.
+    pub head: Option<String>,
     /// Rows of the embedding, outputs of the head.
     pub vocab_size: usize,
     /// The residual stream's width.
     pub width: usize,
-    /// Whether the head is the embedding.
+    /// Whether the head is the embedding, or there is none.
     pub tied: bool,
 }
 
 impl TokenTables {
-    /// Both by name, with the shapes `[d_input, d_output]` that they have as linears: an embedding multiplies the one-hot
-    /// vector of a token.
-    pub fn shapes(&self) -> [(String, [usize; 2]); 2] {
-        [
-            (self.embedding.clone(), [self.vocab_size, self.width]),
-            (self.head.clone(), [self.width, self.vocab_size]),
-        ]
+    /// The names, the embedding first.
+    pub fn paths(&self) -> impl Iterator<Item = &str> {
+        [&self.embedding].into_iter().chain(&self.head).map(String::as_str)
+    }
+
+    /// Both by name, the embedding first, with the shapes `[d_input, d_output]` that they have as linears: an embedding
+    /// multiplies the one-hot vector of a token.
+    pub fn shapes(&self) -> Vec<(String, [usize; 2])> {
+        let embedding = (self.embedding.clone(), [self.vocab_size, self.width]);
+        let head = self.head.clone().map(|path| (path, [self.width, self.vocab_size]));
+        [embedding].into_iter().chain(head).collect()
     }
 }
 
@@ -47,6 +57,9 @@ pub struct LowRankUpdate {
     scaling: f64,
     #[module(skip)]
     dropout: Dropout,
+    /// Where the next rows of a head stand among all of a batch.
+    #[module(skip)]
+    first_row: Arc<AtomicU64>,
 }
 
 impl LowRankUpdate {
@@ -58,7 +71,8 @@ impl LowRankUpdate {
     pub fn new(lora_a: Tensor<2>, lora_b: Tensor<2>, scaling: f64, dropout: Dropout) -> Self {
         let (a, b) = (lora_a.dims(), lora_b.dims());
         assert_eq!(a[1], b[0], "A {a:?} and B {b:?} differ in rank");
-        Self { lora_a: Param::from_tensor(lora_a), lora_b: Param::from_tensor(lora_b), scaling, dropout }
+        let [lora_a, lora_b] = [lora_a, lora_b].map(Param::from_tensor);
+        Self { lora_a, lora_b, scaling, dropout, first_row: Arc::default() }
     }
 
     /// The factor of A · B.
@@ -91,11 +105,25 @@ impl LowRankUpdate {
 
     /// `y` with the update's product with `x`.
     fn added(&self, y: Tensor<2>, x: Tensor<2>, compute: Compute) -> Tensor<2> {
-        let drops = self.dropout.drops();
-        let compensation = if drops.is_some() { self.dropout.compensation() } else { 1.0 };
-        let factor = (self.scaling * compensation) as f32;
         let [a, b] = [&self.lora_a, &self.lora_b].map(|factor| factor.val().cast(x.dtype()));
-        fused::low_rank(y, x, a, b, LowRankSpec { factor, drops, compute })
+        let (x, compensation) = match self.dropout.drops() {
+            Some(drops) => (self.kept(x, drops), self.dropout.compensation()),
+            None => (x, 1.0),
+        };
+        let factor = (self.scaling * compensation) as f32;
+        fused::low_rank(y, x, a, b, LowRankSpec { factor, drops: None, compute })
+    }
+
+    /// `x` with what is dropped set to zero. A head sees a batch some rows at a time, however many: the mask depends on where
+    /// they stand in the batch.
+    fn kept(&self, x: Tensor<2>, drops: Drops) -> Tensor<2> {
+        let [rows, width] = x.dims();
+        let first = self.first_row.load(Ordering::Relaxed) * width as u64;
+        let kept =
+            drops.mask_from(first, rows * width).into_iter().map(|dropped| f32::from(u8::from(!dropped)));
+        let kept = TensorData::new(kept.collect::<Vec<f32>>(), [rows, width]);
+        let kept = Tensor::<2>::from_data(kept, &x.device()).cast(x.dtype());
+        x * kept
     }
 
     fn is_trained(&self) -> bool {
@@ -185,6 +213,13 @@ impl TableUpdates {
     pub fn at(&self, place: Place) {
         if let Some(head) = &self.head {
             head.dropout.at(place);
+        }
+    }
+
+    /// Tells dropout that the next rows for the head are those from `first` on of a batch.
+    pub fn at_row(&self, first: u64) {
+        if let Some(head) = &self.head {
+            head.first_row.store(first, Ordering::Relaxed);
         }
     }
 

@@ -3,7 +3,7 @@
 use kiln_models::{CausalLm, scores_at, token_nll};
 use serde::{Deserialize, Serialize};
 
-use crate::{Batch, Dataset, Result, in_order};
+use crate::{Batch, Dataset, Result, error::Problem, in_order};
 
 /// The loss of a model on a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -39,6 +39,7 @@ impl DatasetLoss {
 /// A `batch` of 0, and data that doesn't fit the model.
 pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<DatasetLoss> {
     let (mut sum, mut tokens, mut total) = (0.0, 0, 0.0);
+    check_values(dataset, model)?;
     for batch in in_order(dataset, batch, 0)? {
         let batch = batch?;
         let losses = match model.labels() {
@@ -53,6 +54,25 @@ pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Resu
         total += batch.total_weight();
     }
     Ok(DatasetLoss { nll: sum / total, tokens })
+}
+
+/// Whether a model that says classes or numbers gets such data, and no other does.
+pub(crate) fn check_values<M: CausalLm>(dataset: &Dataset, model: &M) -> Result<()> {
+    match (dataset.values(), model.labels()) {
+        (None, None) => Ok(()),
+        (Some(_), None) => {
+            let expected = "text to learn: classes and numbers are for a `Classifier`; to read the text alone, name the \
+                            form: `Form::Text`";
+            Err(Problem::new("data", expected, "texts with classes or numbers").argument())
+        }
+        (None, Some(_)) => {
+            let expected = "texts with classes or numbers, for a classifier";
+            Err(Problem::new("data", expected, "text to learn").argument())
+        }
+        (Some(values), Some(outputs)) => {
+            values.misfit(outputs).map_or(Ok(()), |problem| Err(problem.argument()))
+        }
+    }
 }
 
 fn squared_errors<M: CausalLm>(model: &M, batch: &Batch) -> Result<Vec<f32>> {

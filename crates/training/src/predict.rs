@@ -2,9 +2,10 @@
 
 use kiln_models::{CausalLm, scores_at};
 
-use crate::{Dataset, Result, error::Problem, in_order};
+use crate::{Dataset, Result, error::Problem, evaluate::check_values, in_order};
 
-/// Scores of labels for the examples of a data set, beside what they should have been.
+/// Scores of labels for the examples of a data set, beside what they should have been. Where a score is not a number, no figure
+/// is.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Predictions {
@@ -20,9 +21,9 @@ pub struct Predictions {
 /// # Errors
 /// Another kind of model or data, and data that doesn't fit the model.
 pub fn predict<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<Predictions> {
-    if model.labels().is_none() || !dataset.has_values() {
-        let expected = "a classifier, and texts with classes or numbers";
-        return Err(Problem::new("data", expected, "a language model, or other data").argument());
+    check_values(dataset, model)?;
+    if model.labels().is_none() {
+        return Err(Problem::new("model", "a classifier", "a language model").argument());
     }
     let (mut scores, mut values) = (Vec::new(), Vec::new());
     for batch in in_order(dataset, batch, 0)? {
@@ -43,12 +44,30 @@ impl Predictions {
         self.scores.iter().map(best).collect()
     }
 
+    fn outputs(&self) -> usize {
+        self.scores.first().map_or(0, Vec::len)
+    }
+
+    /// Whether all scores are numbers.
+    fn are_numbers(&self) -> bool {
+        !self.scores.iter().flatten().any(|score| score.is_nan())
+    }
+
+    /// Whether these are scores of classes: all figures of classes are no numbers otherwise.
+    fn are_classes(&self) -> bool {
+        let is_class = |value: &f32| value.fract() == 0.0 && (0.0..self.outputs() as f32).contains(value);
+        self.are_numbers() && self.values.iter().all(is_class)
+    }
+
     fn pairs(&self) -> impl Iterator<Item = (usize, usize)> {
         self.classes().into_iter().zip(self.values.iter().map(|value| *value as usize))
     }
 
     /// The share of examples whose class was found.
     pub fn accuracy(&self) -> f64 {
+        if !self.are_classes() {
+            return f64::NAN;
+        }
         let right = self.pairs().filter(|(found, wanted)| found == wanted).count();
         right as f64 / self.values.len() as f64
     }
@@ -56,6 +75,9 @@ impl Predictions {
     /// The harmonic mean of precision and recall of class 1, as GLUE has it for two classes; 0 where neither the data nor
     /// the model has that class.
     pub fn f1(&self) -> f64 {
+        if !self.are_classes() {
+            return f64::NAN;
+        }
         let count =
             |which: fn((usize, usize)) -> bool| self.pairs().filter(|pair| which(*pair)).count() as f64;
         let both = count(|(found, wanted)| found == 1 && wanted == 1);
@@ -66,8 +88,11 @@ impl Predictions {
     /// Matthews's correlation of classes, any number of them (Gorodkin 2004); 0 where all are of one class or all are said
     /// to be.
     pub fn matthews(&self) -> f64 {
+        if !self.are_classes() {
+            return f64::NAN;
+        }
         let pairs: Vec<(usize, usize)> = self.pairs().collect();
-        let classes = pairs.iter().map(|(a, b)| a.max(b) + 1).max().unwrap_or(0);
+        let classes = self.outputs();
         let (mut found, mut wanted, mut right) = (vec![0.0; classes], vec![0.0; classes], 0.0);
         for (a, b) in &pairs {
             found[*a] += 1.0;
@@ -88,6 +113,9 @@ impl Predictions {
 
     /// Spearman's: Pearson's of the ranks; equal numbers share the mean of theirs.
     pub fn spearman(&self) -> f64 {
+        if !self.are_numbers() {
+            return f64::NAN;
+        }
         correlation(&ranks(&self.numbers()), &ranks(&self.wanted()))
     }
 
@@ -172,5 +200,17 @@ mod tests {
         close(regression.squared_error(), 0.546_875);
         let flat = Predictions { scores: vec![vec![1.0]; 3], values: vec![1.0, 2.0, 3.0] };
         assert!(flat.pearson().is_nan());
+    }
+
+    #[test]
+    fn what_is_no_figure_is_no_number() {
+        let broken =
+            Predictions { scores: vec![vec![f32::NAN, 1.0], vec![0.0, 1.0]], values: vec![0.0, 1.0] };
+        let foreign = Predictions { scores: vec![vec![1.0, 0.0]; 2], values: vec![-1.0, 1e30] };
+        for found in [broken, foreign] {
+            assert!(found.accuracy().is_nan() && found.f1().is_nan() && found.matthews().is_nan());
+        }
+        let broken = Predictions { scores: vec![vec![f32::NAN], vec![1.0]], values: vec![0.0, 1.0] };
+        assert!(broken.spearman().is_nan() && broken.pearson().is_nan() && broken.squared_error().is_nan());
     }
 }

@@ -20,7 +20,7 @@ use crate::{
     Batch, Batches, Dataset, Error, Evaluation, Event, Observer, ParameterGroup, PreferenceLoss,
     PreferenceReport, Result, RunEnd, RunOptions, RunReport, Schedule, TrainerConfig, checkpoint,
     error::Problem,
-    evaluate,
+    evaluate::{check_values, evaluate},
     gradients::squares,
     in_order,
     optim::{MakeOptimizer, Optimizers},
@@ -133,7 +133,11 @@ impl<M: CausalLm> Trainer<M> {
         }
         check_length("seq_len", &dataset, &model)?;
         check_form(&dataset, config.preference.as_ref(), config.batch.batch)?;
-        check_values(&dataset, &model, &config.loss)?;
+        check_values(&dataset, &model)?;
+        if model.labels() == Some(1) && config.loss != TokenLoss::default() {
+            let expected = "no options, of a regression: its loss is the squared error";
+            return Err(Problem::new("loss", expected, format!("{:?}", config.loss)).argument());
+        }
         let has_reference = config.preference.is_some_and(|loss| loss.has_reference());
         let reference = has_reference.then(|| Box::new(model.valid()) as Box<dyn Reference>);
         Ok(Self {
@@ -172,6 +176,13 @@ impl<M: CausalLm> Trainer<M> {
             return Err(
                 Problem::new("reference", format!("a vocabulary of {expected} ids"), found).argument()
             );
+        }
+        if self.model().labels() != reference.labels() {
+            let expected = match self.model().labels() {
+                Some(labels) => format!("a classifier of {labels} labels"),
+                None => "a language model".to_owned(),
+            };
+            return Err(Problem::new("reference", expected, "another kind of model").argument());
         }
         self.reference = Some(Box::new(reference.valid()));
         (self.known_answers, self.reference_hash) = (None, OnceLock::new());
@@ -434,7 +445,7 @@ impl<M: CausalLm> Trainer<M> {
         options.check()?;
         if let Some(held_out) = &options.held_out {
             check_form(held_out, self.config.preference.as_ref(), self.config.batch.batch)?;
-            check_values(held_out, self.model(), &self.config.loss)?;
+            check_values(held_out, self.model())?;
             check_length("seq_len of the held-out data", held_out, self.model())?;
         }
         let _claim = options.claim()?;
@@ -842,30 +853,6 @@ fn check_form(dataset: &Dataset, loss: Option<&PreferenceLoss>, rows: usize) -> 
             Err(Problem::new("batch", expected, rows.min(dataset.len())).argument())
         }
         _ => Ok(()),
-    }
-}
-
-/// Whether a model that says classes or numbers gets such data, and no other does.
-fn check_values<M: CausalLm>(dataset: &Dataset, model: &M, loss: &TokenLoss) -> Result<()> {
-    match (dataset.values(), model.labels()) {
-        (None, None) => Ok(()),
-        (Some(_), None) => {
-            let expected = "text to learn: classes and numbers are for a `Classifier`, or name the form, such as \
-                            `Form::Text`, to read the text alone";
-            Err(Problem::new("data", expected, "texts with classes or numbers").argument())
-        }
-        (None, Some(_)) => {
-            let expected = "texts with classes or numbers, for this model";
-            Err(Problem::new("data", expected, "text to learn").argument())
-        }
-        (Some(_), Some(1)) if *loss != TokenLoss::default() => {
-            let expected = "no options, of a regression: its loss is the squared error";
-            Err(Problem::new("loss", expected, format!("{loss:?}")).argument())
-        }
-        (Some(values), Some(outputs)) => match values.misfit(outputs) {
-            Some(problem) => Err(problem.argument()),
-            None => Ok(()),
-        },
     }
 }
 

@@ -51,8 +51,11 @@ impl<'a, M: CausalLm> ModelScorer<'a, M> {
     /// A scorer with the default options. The model may be in training; no gradients are recorded.
     ///
     /// # Errors
-    /// [`Error::Option`] for a tokenizer without BOS and EOS, [`Error::Model`] for one that can't decode them.
+    /// [`Error::Option`] for a classifier and a tokenizer without BOS and EOS, [`Error::Model`] for one that can't decode them.
     pub fn new(model: &M, tokenizer: &'a Tokenizer) -> Result<Self> {
+        if model.labels().is_some() {
+            return Err(Error::option("ModelScorer.model", "a language model", "a classifier"));
+        }
         let special = tokenizer.special();
         let prefix = special.bos.or(special.eos.first().copied());
         let prefix =

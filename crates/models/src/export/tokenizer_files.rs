@@ -4,11 +4,13 @@ use std::{fs, path::Path};
 
 use crate::{Checkpoint, Error, Result};
 
+const GENERATION: &str = "generation_config.json";
+
 /// Files that are copied from folder to folder, where they are.
 const COPIED: [&str; 9] = [
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
+    GENERATION,
     "merges.txt",
     "special_tokens_map.json",
     "tokenizer.json",
@@ -21,6 +23,11 @@ const COPIED: [&str; 9] = [
 pub(super) fn write(source: &Checkpoint, folder: &Path) -> Result<Vec<String>> {
     if let Some(tokenizer) = source.own_tokenizer() {
         tokenizer.save_folder(folder)?;
+        // Sampling defaults are not the tokenizer's.
+        let (from, to) = (source.path().join(GENERATION), folder.join(GENERATION));
+        if from.is_file() {
+            fs::copy(&from, &to).map_err(Error::io(&to))?;
+        }
         return Ok(Vec::new());
     }
     if let Some(gguf) = source.gguf() {

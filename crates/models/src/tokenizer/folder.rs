@@ -73,10 +73,17 @@ fn tokenizer(folder: &Path, config: &FolderConfig) -> Result<tokenizers::Tokeniz
 
 /// See [`Tokenizer::save_folder`].
 pub(super) fn write(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
-    let save = |name: &str, text: &str| -> Result<()> {
-        Ok(write_atomically(&folder.join(name), |file| file.write_all(text.as_bytes()))?)
-    };
-    save("tokenizer.json", &tokenizer.to_json()?)?;
+    for (name, bytes) in files(tokenizer)? {
+        write_atomically(&folder.join(name), |file| file.write_all(&bytes))?;
+    }
+    Ok(())
+}
+
+/// Names and contents of what [`write`] writes.
+pub(super) fn files(tokenizer: &Tokenizer) -> Result<Vec<(String, Vec<u8>)>> {
+    let mut files = Vec::new();
+    let mut save = |name: &str, text: String| files.push((name.to_owned(), text.into_bytes()));
+    save("tokenizer.json", tokenizer.to_json()?);
     let special = &tokenizer.special;
     let token = |id: Option<u32>| match id {
         None => Ok(None),
@@ -92,14 +99,17 @@ pub(super) fn write(tokenizer: &Tokenizer, folder: &Path) -> Result<()> {
         "pad_token": token(special.pad)?,
         "clean_up_tokenization_spaces": false,
     });
-    save("tokenizer_config.json", &config.to_string())?;
+    save("tokenizer_config.json", config.to_string());
     let generation = json!({
         "bos_token_id": special.bos,
         "eos_token_id": special.eos,
         "pad_token_id": special.pad,
     });
-    save("generation_config.json", &generation.to_string())?;
-    tokenizer.chat_template.as_ref().map_or(Ok(()), |template| save("chat_template.jinja", template))
+    save("generation_config.json", generation.to_string());
+    if let Some(template) = &tokenizer.chat_template {
+        save("chat_template.jinja", template.clone());
+    }
+    Ok(files)
 }
 
 /// What a folder's tokenizer and its configuration say otherwise of the same token; the tokenizer's is used.

@@ -66,6 +66,14 @@ impl Tokenizer {
         folder::write(self, path.as_ref())
     }
 
+    /// Names and contents of the files that [`save_folder`](Self::save_folder) writes.
+    ///
+    /// # Errors
+    /// [`Error::Tokenizer`] for a special id without a token.
+    pub fn files(&self) -> Result<Vec<(String, Vec<u8>)>> {
+        folder::files(self)
+    }
+
     /// SHA-256 of all that decides ids, in hexadecimal.
     ///
     /// # Errors

@@ -128,8 +128,14 @@ pub struct Drops {
 impl Drops {
     /// True for each of `count` elements that is dropped.
     pub fn mask(&self, count: usize) -> Vec<bool> {
-        let words = (0..count.div_ceil(4) as u64).flat_map(|index| philox::words(index, self.key));
-        words.take(count).map(|word| word < self.threshold).collect()
+        self.mask_from(0, count)
+    }
+
+    /// As [`mask`](Self::mask), for the elements from `first` on.
+    pub fn mask_from(&self, first: u64, count: usize) -> Vec<bool> {
+        let words = (first / 4..).flat_map(|index| philox::words(index, self.key));
+        let words = words.skip((first % 4) as usize).take(count);
+        words.map(|word| word < self.threshold).collect()
     }
 }
 

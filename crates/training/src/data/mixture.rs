@@ -64,6 +64,10 @@ impl Dataset {
         let Some(first) = sets.first() else {
             return Err(Problem::new("mixture", "at least one data set", "none").argument());
         };
+        if let Some(other) = sets.iter().find(|set| set.options.classes != first.options.classes) {
+            let expected = format!("sets with the same classes, {:?}", first.options.classes);
+            return Err(Problem::new("mixture", expected, format!("{:?}", other.options.classes)).argument());
+        }
         if let Some(weight) = weights.iter().find(|weight| !(weight.is_finite() && **weight > 0.0)) {
             return Err(Problem::new("mixture.weight", "a finite number above 0", weight).argument());
         }

@@ -211,7 +211,8 @@ pub enum Learned {
 /// | `max_answer` | none | most tokens from the first learned one on; of more, the first are kept | at least 1 |
 /// | `classes` | none | names of classes, for labels that are texts: the first is class 0 | distinct |
 ///
-/// A row is cut to `max_prompt` first, then to `max_answer`, then treated as `long` says.
+/// A row is cut to `max_prompt` first, then to `max_answer`, then treated as `long` says. The two limits don't touch texts with
+/// classes or numbers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 #[non_exhaustive]
@@ -531,6 +532,7 @@ impl Dataset {
             report.examples += 1;
             report.tokens += example.ids.len();
             report.targets += example.targets();
+            report.values += usize::from(example.value.is_some());
         }
         let Self { is_pairs, has_weights, has_labels, values, .. } = *self;
         let options = self.options.clone();
@@ -589,7 +591,7 @@ impl Dataset {
         self.unit(unit).map(|index| self.store.tokens(index)).max().unwrap_or(0)
     }
 
-    /// An example, in the file's order, of 2 to `seq_len` tokens.
+    /// An example, in the file's order, of 2 to `seq_len` tokens, or, with a class or a number, of 1 or more.
     ///
     /// # Errors
     /// A file of tokens that can't be read.
@@ -842,6 +844,7 @@ impl Builder {
                 self.labels += usize::from(example.label.is_some());
                 if let Some(value) = example.value {
                     self.values.add(value);
+                    self.report.values += 1;
                 }
                 self.store.push(example)?;
             }

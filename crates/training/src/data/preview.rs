@@ -6,8 +6,8 @@ use crate::{Dataset, Result};
 
 /// An example as text, with what is learned of it marked: what a person looks at before a long run.
 ///
-/// Its text puts `⟦` and `⟧` around learned tokens.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// Its text puts `⟦` and `⟧` around learned tokens, and behind a text that has one its class or number.
+#[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
 pub struct Preview {
     /// Runs of the text, and whether they are learned.
@@ -16,6 +16,8 @@ pub struct Preview {
     pub tokens: usize,
     /// Tokens that are learned.
     pub targets: usize,
+    /// The class or number of the text.
+    pub value: Option<f32>,
 }
 
 impl Dataset {
@@ -39,13 +41,14 @@ impl Dataset {
         let example = self.example(index)?;
         let (mut parts, mut start) = (Vec::new(), 0);
         // Of the first token nothing is learned, whatever its flag.
-        let flags: Vec<bool> =
-            example.scored.iter().enumerate().map(|(index, scored)| index > 0 && *scored).collect();
+        let is_learned = |(index, scored): (usize, &bool)| index > 0 && *scored && example.value.is_none();
+        let flags: Vec<bool> = example.scored.iter().enumerate().map(is_learned).collect();
         for run in flags.chunk_by(|a, b| a == b) {
             parts.push((decode(&example.ids[start..start + run.len()]), run[0]));
             start += run.len();
         }
-        Ok(Preview { parts, tokens: example.ids.len(), targets: example.targets() })
+        let (tokens, targets, value) = (example.ids.len(), example.targets(), example.value);
+        Ok(Preview { parts, tokens, targets, value })
     }
 }
 
@@ -54,6 +57,7 @@ impl fmt::Display for Preview {
         self.parts.iter().try_for_each(|(text, learned)| match learned {
             true => write!(f, "⟦{text}⟧"),
             false => f.write_str(text),
-        })
+        })?;
+        self.value.map_or(Ok(()), |value| write!(f, " ⟦{value}⟧"))
     }
 }

@@ -22,8 +22,10 @@ pub struct DataReport {
     pub examples: usize,
     /// Tokens in the examples.
     pub tokens: usize,
-    /// Tokens that are learned.
+    /// Tokens that are learned; of texts with classes or numbers one each.
     pub targets: usize,
+    /// Texts with a class or a number.
+    pub values: usize,
     /// Rows that were cut: to `seq_len`, or to the limits of prompts and answers.
     pub truncated: usize,
     /// Lines of the first thousand of them.
@@ -70,6 +72,7 @@ impl DataReport {
         self.examples += other.examples;
         self.tokens += other.tokens;
         self.targets += other.targets;
+        self.values += other.values;
         self.truncated += other.truncated;
         self.split += other.split;
         self.dropped_tokens += other.dropped_tokens;
@@ -156,7 +159,11 @@ impl fmt::Display for DropReason {
 impl fmt::Display for DataReport {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { rows, examples, tokens, targets, truncated, split, dropped_tokens, .. } = self;
-        write!(f, "{rows} rows became {examples} examples of {tokens} tokens, {targets} of them learned")?;
+        write!(f, "{rows} rows became {examples} examples of {tokens} tokens, ")?;
+        match self.values {
+            0 => write!(f, "{targets} of them learned")?,
+            _ => f.write_str("each with a class or a number")?,
+        }
         if *truncated > 0 {
             write!(f, "\n{truncated} rows were cut: {}", lines(&self.truncated_lines, *truncated))?;
         }

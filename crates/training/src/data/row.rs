@@ -82,9 +82,7 @@ impl Form {
             Self::Instruction => &[&["instruction"], &["output"]],
             Self::Pair => &[&["chosen"], &["rejected"]],
             Self::Label => &[&["prompt"], &["completion"], &["label"]],
-            Self::Class => {
-                &[&["text", "sentence1", "question1", "premise", "question", "sentence"], &["label"]]
-            }
+            Self::Class => &[&["text"], &["label"]],
         }
     }
 
@@ -96,23 +94,35 @@ impl Form {
             Self::Chat => &["system", "tools", "chat_template_kwargs"],
             Self::Instruction => &["input", "system"],
             Self::Pair => &["prompt", "tools", "chat_template_kwargs"],
-            Self::Class => &["text_pair", "sentence2", "question2", "hypothesis", "sentence"],
+            Self::Class => &["text_pair"],
         }
     }
 
-    fn has(self, key: &str) -> bool {
+    /// Whether a row of this form has the key. The texts of a class are told by the row.
+    fn has(self, key: &str, row: &Map<String, Value>) -> bool {
+        if self == Self::Class {
+            let (first, second) = texts_of_class(row).unwrap_or(TEXTS[0]);
+            return [first, second, "label"].contains(&key);
+        }
         self.required().iter().any(|keys| keys.contains(&key)) || self.optional().contains(&key)
     }
 
     fn fits(self, row: &Map<String, Value>) -> bool {
+        if self == Self::Class {
+            return row.contains_key("label") && texts_of_class(row).is_some();
+        }
         self.required().iter().all(|keys| keys.iter().any(|key| row.contains_key(*key)))
     }
 
     /// The form of a row.
     pub(super) fn of(row: &Map<String, Value>) -> Found<Self> {
-        let fitting: Vec<Self> = FORMS.into_iter().filter(|form| form.fits(row)).collect();
+        let mut fitting: Vec<Self> = FORMS.into_iter().filter(|form| form.fits(row)).collect();
+        // What other forms pass over may well be a label beside a question.
+        if fitting.iter().any(|form| ![Self::Class, Self::Text].contains(form)) {
+            fitting.retain(|form| *form != Self::Class);
+        }
         // `Label` has what `Completion` needs, and so on: of those the one that leaves no key of another over.
-        let uses = |form: &Self| row.keys().filter(|key| form.has(key)).count();
+        let uses = |form: &Self| row.keys().filter(|key| form.has(key, row)).count();
         let Some(form) = fitting.iter().copied().max_by_key(uses) else {
             let found = match row.len() {
                 0 => "no keys".to_owned(),
@@ -126,7 +136,7 @@ impl Form {
                 .required()
                 .iter()
                 .flat_map(|keys| keys.iter())
-                .any(|key| row.contains_key(*key) && !form.has(key))
+                .any(|key| row.contains_key(*key) && !form.has(key, row))
         });
         match rival {
             Some(rival) => {
@@ -187,7 +197,7 @@ impl Row {
         form: Form,
         classes: &[String],
     ) -> Found<(Self, Vec<String>)> {
-        let ignored = row.keys().filter(|key| !form.has(key) && *key != WEIGHT).cloned().collect();
+        let ignored = row.keys().filter(|key| !form.has(key, &row) && *key != WEIGHT).cloned().collect();
         let weight = weight(row.get(WEIGHT))?;
         let variables = match form {
             Form::Text | Form::Instruction | Form::Class => Map::new(),
@@ -467,10 +477,16 @@ fn weight(value: Option<&Value>) -> Found<f32> {
     }
 }
 
+/// The keys of the text, or the two, that a row has; the second one of `text` may be missing.
+fn texts_of_class(row: &Map<String, Value>) -> Option<(&'static str, &'static str)> {
+    let has_second =
+        |first: &str, second: &str| first == "text" || second.is_empty() || row.contains_key(second);
+    TEXTS.into_iter().find(|(first, second)| row.contains_key(*first) && has_second(first, second))
+}
+
 /// One text, or two joined.
 fn text_of_class(row: &mut Map<String, Value>) -> Found<String> {
-    let known = TEXTS.into_iter().find(|(first, _)| row.contains_key(*first));
-    let (first, second) = known.unwrap_or(TEXTS[0]);
+    let (first, second) = texts_of_class(row).unwrap_or(TEXTS[0]);
     let text = string(row, first)?;
     Ok(match optional_string(row, second)? {
         Some(other) => format!("{text}\n{other}"),
@@ -481,7 +497,10 @@ fn text_of_class(row: &mut Map<String, Value>) -> Found<String> {
 /// A class, or a number.
 fn value_of(value: Option<&Value>, classes: &[String]) -> Found<f32> {
     let expected = || match classes {
-        [] => "a number, or a name of `classes`, which has none".to_owned(),
+        [] => {
+            "a number, or a name of `classes`, of which there are none; to read the text alone, name the form"
+                .to_owned()
+        }
         _ => format!("a number, or one of {}", classes.join(", ")),
     };
     let wrong = |found: &Value| Problem::new("label", expected(), found);
@@ -785,6 +804,7 @@ mod tests {
                 other => panic!("{other:?}"),
             }
         };
+        // `idx` stands for what is passed over.
         for (row, text, value) in [
             (r#"{"sentence": "a", "label": 1, "idx": 5}"#, "a", 1.0),
             (r#"{"sentence1": "a", "sentence2": "b", "label": 3.25}"#, "a\nb", 3.25),
@@ -793,6 +813,8 @@ mod tests {
             (r#"{"question": "a", "sentence": "b", "label": 0}"#, "a\nb", 0.0),
             (r#"{"text": "a", "text_pair": "b", "label": true}"#, "a\nb", 1.0),
             (r#"{"text": "a", "label": "good"}"#, "a", 1.0),
+            (r#"{"text": "a", "sentence2": "idx", "label": "good"}"#, "a", 1.0),
+            (r#"{"question": "idx", "sentence": "a", "sentence2": "b", "label": 0}"#, "idx\na", 0.0),
         ] {
             let (found, number, ignored) = read(row, &["bad", "good"]).unwrap();
             assert_eq!((found.as_str(), number), (text, value), "{row}");
@@ -809,6 +831,14 @@ mod tests {
             assert!(error.contains(what), "{error}");
         }
         assert!(read(r#"{"text": "a", "label": "good"}"#, &[]).is_err());
+        // Half of a pair is none; a label beside another form is passed over.
+        let form = |row: &str| Form::of(&serde_json::from_str(row).unwrap());
+        assert!(form(r#"{"premise": "a", "label": 1}"#).is_err());
+        assert!(form(r#"{"question": "a", "passage": "b", "label": 1}"#).is_err());
+        let kto = r#"{"prompt": "a", "completion": "b", "label": true, "sentence": "c"}"#;
+        assert_eq!(form(kto).unwrap(), Form::Label);
+        let chat = r#"{"messages": [], "label": 1, "sentence": "c"}"#;
+        assert_eq!(form(chat).unwrap(), Form::Chat);
     }
 
     #[test]
