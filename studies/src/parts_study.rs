@@ -310,8 +310,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         batch: 2,
         steps: 30,
         seeds: 1,
-        rates_of_adapters: [3e-4, 1e-3, 3e-3],
-        rates_of_scales: [1e-4, 3e-4, 1e-3],
+        rates_of_adapters: [1e-3, 3e-3, 1e-2],
+        rates_of_scales: [3e-4, 1e-3, 3e-3],
         windows: 8,
         epochs: 3,
     }));

@@ -190,8 +190,11 @@ fn block_backward<M: CausalLm>(
     dx
 }
 
-/// Sends `dx` down the graph that ends in `x`.
+/// Sends `dx` down the graph that ends in `x`, if there is one: where the head alone is trained, there is none.
 fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut GradientsAccumulator<M>) {
+    if !x.is_tracked() {
+        return;
+    }
     let found = fused::seeded(x, dx).backward();
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }
