@@ -98,16 +98,7 @@ fn run(options: Options) -> Result<()> {
     let ids = read_ids(&train, &tokenizer)?;
     let windows = Windows::random(&ids, options.length, options.windows, options.seed)?;
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
-    // Rates for a small budget; at 2 bits clipping starts from a narrower range, and each block also repairs its output for
-    // the original input.
-    let apiq = ApiqConfig {
-        epochs: options.epochs,
-        lr_clipping: 1e-2,
-        lr_lora: 2e-3,
-        initial_logit: 1.0,
-        augmented: true,
-        ..ApiqConfig::default()
-    };
+    let apiq = ApiqConfig::for_few_passes(options.epochs);
 
     say!("{:<10} {:>8} {:>8}", "method", "before", "after");
     let mut rows = Vec::new();

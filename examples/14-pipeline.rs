@@ -157,15 +157,7 @@ fn compressed(base: &Base, windows: &Windows, options: &Options) -> Result<FineT
     let found = pruned.search(&choices, windows, options.evaluations)?;
     let best = found.front.select(limit)?;
     say!("searched: {} plans measured; {} bytes, where {limit} are allowed", found.evaluations, best.bytes);
-    // Rates for a small budget: a narrower range to begin with, and outputs that are repaired for the original input.
-    let apiq = ApiqConfig {
-        epochs: options.epochs,
-        lr_clipping: 1e-2,
-        lr_lora: 2e-3,
-        initial_logit: 1.0,
-        augmented: true,
-        ..ApiqConfig::default()
-    };
+    let apiq = ApiqConfig::for_few_passes(options.epochs);
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
     let config = CalibrationConfig::new(Method::ApiqBlock(apiq), schemes(&best.plan)?);
     Ok(pruned.calibrate(adapters, &config, windows)?)

@@ -100,6 +100,19 @@ impl ApiqConfig {
         Self { lr_clipping: 1e-2, weight_decay: 0.0, ..Self::default() }
     }
 
+    /// Values for few bits and few passes over few windows: higher rates, a range that is narrower to begin with, and outputs
+    /// that are repaired for the original input too. This project's own, from its study of 2 bits.
+    pub fn for_few_passes(epochs: usize) -> Self {
+        Self {
+            epochs,
+            lr_clipping: 1e-2,
+            lr_lora: 2e-3,
+            initial_logit: 1.0,
+            augmented: true,
+            ..Self::default()
+        }
+    }
+
     pub(crate) fn check(&self) -> Result<()> {
         let fail = |option: &str, expected: &str, found: &dyn std::fmt::Display| {
             Err(Error::argument(format!("ApiqConfig.{option}"), expected, found))

@@ -8,9 +8,9 @@ use kiln_quant_core::safetensors_file::SafetensorsFile;
 
 use crate::{Backbone, Error, Result, SideConfig, SideTuned, files, init::Init};
 
-/// A side-tuned model that says classes or a number: a linear without bias on the mixed state of each row's last token. It is
-/// trained as any [`CausalLm`](kiln_models::CausalLm), and made, saved and loaded by [`side_classifier`], [`save_classifier`] and
-/// [`load_classifier`].
+/// A side-tuned model that says classes or a number: a linear without bias on the mixed state of each row's last token. It
+/// is trained as any [`CausalLm`](kiln_models::CausalLm), and made, saved and loaded by [`side_classifier`],
+/// [`save_classifier`] and [`load_classifier`].
 pub type SideClassifier<M> = Classifier<SideTuned<M>>;
 
 /// What a folder holds of a classifier.
