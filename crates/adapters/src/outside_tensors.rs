@@ -22,6 +22,8 @@ pub struct OutsideTensors {
     tables: Option<TokenTables>,
     updates: TableUpdates,
     whole: BTreeMap<String, Stored>,
+    /// Whether a trained embedding stays the head, which PEFT's folders then hold once more.
+    keeps_tied: bool,
     files: Vec<(String, Vec<u8>)>,
 }
 
@@ -64,7 +66,9 @@ impl OutsideTensors {
             let expected = "a dense table, which a folder can hold: attach with `save_tables`";
             return Err(Problem::new(name, expected, "a packed one").argument());
         }
-        Ok(Self { tables: outline.tables, updates, whole, files: Vec::new() })
+        let tables = outline.tables;
+        let keeps_tied = config.keep_tied && tables.as_ref().is_some_and(|tables| tables.tied);
+        Ok(Self { tables, updates, whole, keeps_tied, files: Vec::new() })
     }
 
     /// With further files of these names, such as a tokenizer's, which are written together with the folder.
@@ -139,6 +143,14 @@ impl OutsideTensors {
             let name = match (path, tables) {
                 (Some(path), Some(tables)) => {
                     let is_embedding = path == tables.embedding;
+                    if let Some(head) = tables
+                        .head
+                        .as_deref()
+                        .filter(|_| is_embedding && self.keeps_tied && layout == Layout::Peft)
+                    {
+                        let name = layout.parameter(&weight_of(head));
+                        tensors.push((name, stored.shape.clone(), stored.values.clone()));
+                    }
                     let update = if is_embedding { &self.updates.embedding } else { &self.updates.head };
                     layout.table(path, update.is_some(), is_embedding && self.updates.rows.is_some())
                 }
