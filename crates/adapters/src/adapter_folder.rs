@@ -4,8 +4,9 @@
 //! alpha, selection, `use_dora`, initialisation)
 //! and `base_fingerprint` (of the packed base that the adapters were trained on, or null). Unknown keys are errors. The
 //! second holds `PATH.A` `[rank, d_input / pool]`, `PATH.B` `[d_output / repeat, rank]`, `PATH.H`
-//! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, of what is trained outside the slots `PATH.A` and
-//! `PATH.B` of embedding and head, `PATH.rows` of some tokens and whole parameters by their names in checkpoints, where PATH is the module's name in the
+//! `[d_output / repeat, d_input / pool]` and `PATH.magnitude` `[d_output]`, of what is trained outside the slots `PATH.A`
+//! and `PATH.B` of embedding and head, `PATH.rows` of some tokens `[tokens, width]` and whole parameters by their names in
+//! checkpoints, where PATH is the module's name in the
 //! checkpoint, in the papers' orientation. The first holds the SHA-256 of the second (`weights_sha256`).
 
 use std::{

@@ -4,7 +4,8 @@
 //! DoRA's magnitudes as `.lora_magnitude_vector` `[d_output]`, where PATH is the module's name in the checkpoint.
 //! QA-LoRA's A is `[r, d_input / group]`. Of an embedding they are `.lora_embedding_A` `[r, vocabulary]` and
 //! `.lora_embedding_B` `[width, r]`; what is trained whole is `base_model.model.PATH.weight`, rows of some tokens are
-//! `.token_adapter.trainable_tokens_delta`, and a frozen table that goes along is `.base_layer.weight`. Source: PEFT 0.21's files and code.
+//! `.token_adapter.trainable_tokens_delta`, and a frozen table that goes along is `.base_layer.weight`.
+//! Source: PEFT 0.21's files and code.
 
 use std::{
     collections::BTreeMap,

@@ -260,13 +260,14 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let beside = (!self.updates.is_empty()).then(|| x.clone());
         let logits = match &self.lm_head {
-            Some(head) => head.forward(x.clone()),
-            None => self.embed_tokens.project(x.clone(), self.compute),
+            Some(head) => head.forward(x),
+            None => self.embed_tokens.project(x, self.compute),
         };
-        let logits = match self.updates.is_empty() {
-            true => logits,
-            false => {
+        let logits = match beside {
+            None => logits,
+            Some(x) => {
                 let [of_x, of_logits] = [x.dims(), logits.dims()];
                 let rows: usize = of_x[..D - 1].iter().product();
                 let x = x.reshape([rows, of_x[D - 1]]);
@@ -415,14 +416,18 @@ impl<P: Projection> Slots for Decoder<P> {
         if updates.is_empty() {
             return self;
         }
-        let bias = self.lm_head.as_ref().and_then(Projection::bias);
-        let head = self.lm_head.as_ref().map(Projection::weight);
-        let (table, head) = updates.merged(self.embed_tokens.table(), head);
-        if updates.embedding.is_some() || updates.rows.is_some() {
-            self.embed_tokens = Embedding::dense(table);
+        let changes_embedding = updates.embedding.is_some() || updates.rows.is_some();
+        // A packed table that stays as it is is not unpacked.
+        match self.lm_head.take_if(|_| updates.head.is_some()) {
+            Some(head) => self.lm_head = Some(dense_head(updates.merged_head(head.weight()), head.bias())),
+            None if self.lm_head.is_none() && updates.parts() => {
+                let table = updates.with_rows(self.embed_tokens.table());
+                self.lm_head = Some(dense_head(updates.merged_head(table.transpose()), None));
+            }
+            None => {}
         }
-        if let Some(head) = head.filter(|_| updates.head.is_some() || self.lm_head.is_none()) {
-            self.lm_head = Some(dense_head(head, bias));
+        if changes_embedding {
+            self.embed_tokens = Embedding::dense(updates.merged_embedding(self.embed_tokens.table()));
         }
         self.config.tie_word_embeddings = self.lm_head.is_none();
         self

@@ -1,4 +1,6 @@
 //! A language model's token embedding and head, and what can be trained beside them.
+//!
+//! Source: PEFT 0.21's LoRA on embeddings and its trainable tokens.
 
 use std::sync::{
     Arc,
@@ -253,22 +255,37 @@ impl TableUpdates {
         }
     }
 
-    /// Embedding `[vocabulary, width]` and head `[width, vocabulary]` as one would have to write them without updates, of
-    /// `table`, the embedding, and `head`, `None` where that is the embedding; so is the answer's.
-    pub fn merged(&self, table: Tensor<2>, head: Option<Tensor<2>>) -> (Tensor<2>, Option<Tensor<2>>) {
-        let table = match &self.rows {
+    /// Whether a head that is the embedding can't stay it when these are merged.
+    pub fn parts(&self) -> bool {
+        self.embedding.is_some() || self.head.is_some()
+    }
+
+    /// `table` `[vocabulary, width]`, the embedding's, with the rows of tokens.
+    pub fn with_rows(&self, table: Tensor<2>) -> Tensor<2> {
+        match &self.rows {
             Some(rows) => rows.put_into(table),
             None => table,
-        };
-        let add = |weight: Tensor<2>, update: &Option<LowRankUpdate>| match update {
-            Some(update) => {
-                let product = update.product().cast(weight.dtype());
-                weight + product
-            }
-            None => weight,
-        };
-        let split = self.embedding.is_some() || self.head.is_some();
-        let head = head.or_else(|| split.then(|| table.clone().transpose()));
-        (add(table, &self.embedding), head.map(|head| add(head, &self.head)))
+        }
+    }
+
+    /// `table` `[vocabulary, width]`, the embedding's, with rows and update, in its type.
+    pub fn merged_embedding(&self, table: Tensor<2>) -> Tensor<2> {
+        added(self.with_rows(table), &self.embedding)
+    }
+
+    /// `weight` `[width, vocabulary]`, the head's, with its update, in its type. Of a head that is the embedding it is that,
+    /// [`with_rows`](Self::with_rows).
+    pub fn merged_head(&self, weight: Tensor<2>) -> Tensor<2> {
+        added(weight, &self.head)
+    }
+}
+
+fn added(weight: Tensor<2>, update: &Option<LowRankUpdate>) -> Tensor<2> {
+    match update {
+        Some(update) => {
+            let product = update.product().cast(weight.dtype());
+            weight + product
+        }
+        None => weight,
     }
 }
