@@ -1,0 +1,119 @@
+//! What ranks can say to one another.
+
+use std::{collections::BTreeMap, fmt};
+
+use crate::{Error, Result};
+
+/// Bytes of a broadcast that are sent at once.
+const AT_ONCE: usize = 1 << 28;
+
+/// One rank's side of a group of ranks that run the same program: threads of a process ([`threads`](crate::threads)), or
+/// processes of MPI (`Mpi`, feature `mpi`).
+///
+/// Every operation is collective: all ranks call the same ones in the same order, and each returns when it has what it
+/// asked for. Ranks count from 0. After an error the group is of no more use: every further call fails at once.
+pub trait Communicator: Send + Sync + fmt::Debug {
+    /// Which rank this is.
+    fn rank(&self) -> usize;
+
+    /// How many ranks there are.
+    fn size(&self) -> usize;
+
+    /// Sends `parts[r]` to rank r; returns what each rank sent here, by its number.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] if a rank has ended or doesn't answer in time; [`Error::Argument`] for another number of parts than
+    /// ranks, or for more bytes at once than the engine takes.
+    fn all_to_all(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>>;
+
+    /// Sends `bytes` to all; returns what each rank sent, by its number.
+    ///
+    /// # Errors
+    /// As [`all_to_all`](Self::all_to_all).
+    fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        self.all_to_all(vec![bytes; self.size()])
+    }
+
+    /// What rank 0 gives; the bytes of others are ignored.
+    ///
+    /// # Errors
+    /// As [`all_to_all`](Self::all_to_all).
+    fn broadcast(&self, bytes: Vec<u8>) -> Result<Vec<u8>> {
+        let is_root = self.rank() == 0;
+        let length = if is_root { bytes.len() as u64 } else { 0 };
+        let lengths = self.all_gather(length.to_le_bytes().to_vec())?;
+        let length = <[u8; 8]>::try_from(&lengths[0][..]).map_or(0, u64::from_le_bytes);
+        if length <= AT_ONCE as u64 {
+            let found = self.all_gather(if is_root { bytes } else { Vec::new() })?;
+            return Ok(found.into_iter().next().unwrap_or_default());
+        }
+        let mut whole = Vec::new();
+        for index in 0..length.div_ceil(AT_ONCE as u64) as usize {
+            let part = bytes.chunks(AT_ONCE).nth(index).filter(|_| is_root).unwrap_or_default();
+            whole.extend(self.all_gather(part.to_vec())?.swap_remove(0));
+        }
+        Ok(whole)
+    }
+
+    /// Says how a part of the work went here, and hears of the others: fails on all ranks if it failed on any.
+    ///
+    /// # Errors
+    /// [`Error::Failed`] of the first rank that failed, itself included; as [`all_to_all`](Self::all_to_all).
+    fn agree(&self, own: std::result::Result<(), String>) -> Result<()> {
+        // The first byte says whether there is an error, which may have no text.
+        let text = own.map_or_else(|error| format!("!{error}"), |()| String::new());
+        let all = self.all_gather(text.into_bytes())?;
+        match all.iter().position(|text| !text.is_empty()) {
+            Some(rank) => {
+                let message = String::from_utf8_lossy(&all[rank][1..]).into_owned();
+                Err(Error::Failed { rank, message })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Fails on all ranks unless all have the same facts.
+    ///
+    /// # Errors
+    /// [`Error::Different`] naming the first rank and fact that differ; as [`all_to_all`](Self::all_to_all).
+    fn same(&self, facts: &BTreeMap<String, String>) -> Result<()> {
+        let text = facts.iter().flat_map(|(name, value)| [name, value]);
+        let text = text.map(|text| text.replace(SEPARATOR, " ")).collect::<Vec<_>>().join(SEPARATOR);
+        let all = self.all_gather(text.into_bytes())?;
+        let all: Vec<BTreeMap<String, String>> = all.iter().map(|bytes| parsed(bytes)).collect();
+        for (rank, found) in all.iter().enumerate() {
+            for name in all[0].keys().chain(found.keys()) {
+                let text =
+                    |of: &BTreeMap<String, String>| of.get(name).map_or("nothing", |text| text).to_owned();
+                let (expected, found) = (text(&all[0]), text(found));
+                if expected != found {
+                    return Err(Error::Different { rank, name: name.clone(), expected, found });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Between names and values of facts.
+const SEPARATOR: &str = "\u{1f}";
+
+fn parsed(bytes: &[u8]) -> BTreeMap<String, String> {
+    let text = String::from_utf8_lossy(bytes);
+    let parts: Vec<&str> = text.split(SEPARATOR).collect();
+    parts.chunks_exact(2).map(|pair| (pair[0].to_owned(), pair[1].to_owned())).collect()
+}
+
+/// The numbers of things that are dealt to a rank: consecutive ones, as evenly as they go.
+///
+/// ```
+/// assert_eq!(kiln_distributed::share(7, 1, 3), 2..4);
+/// ```
+///
+/// # Panics
+/// If there are no ranks, or `rank` isn't one of them.
+pub fn share(count: usize, rank: usize, size: usize) -> std::ops::Range<usize> {
+    assert!(rank < size, "rank {rank} of {size}");
+    let start = |rank: usize| (rank as u128 * count as u128 / size as u128) as usize;
+    start(rank)..start(rank + 1)
+}
