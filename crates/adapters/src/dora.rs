@@ -33,7 +33,6 @@ pub struct Dora {
     base_squares: Param<Tensor<1>>,
     #[module(skip)]
     scaling: f64,
-    #[module(skip)]
     dropout: Dropout,
 }
 

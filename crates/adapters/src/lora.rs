@@ -31,7 +31,6 @@ pub struct Lora {
     pub lora_b: Param<Tensor<2>>,
     #[module(skip)]
     scaling: f64,
-    #[module(skip)]
     dropout: Dropout,
 }
 

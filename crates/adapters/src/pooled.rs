@@ -164,7 +164,6 @@ pub struct PooledAdapter {
     pooling: Pooling,
     #[module(skip)]
     scaling: f64,
-    #[module(skip)]
     dropout: Dropout,
 }
 

@@ -55,21 +55,29 @@ pub trait Communicator: Send + Sync + fmt::Debug {
         Ok(whole)
     }
 
-    /// Says how a part of the work went here, and hears of the others: fails on all ranks if it failed on any.
+    /// Sends to all what a part of the work came to here, or why it failed; fails on all ranks if it failed on any.
     ///
     /// # Errors
     /// [`Error::Failed`] of the first rank that failed, itself included; as [`all_to_all`](Self::all_to_all).
-    fn agree(&self, own: std::result::Result<(), String>) -> Result<()> {
-        // The first byte says whether there is an error, which may have no text.
-        let text = own.map_or_else(|error| format!("!{error}"), |()| String::new());
-        let all = self.all_gather(text.into_bytes())?;
-        match all.iter().position(|text| !text.is_empty()) {
-            Some(rank) => {
-                let message = String::from_utf8_lossy(&all[rank][1..]).into_owned();
-                Err(Error::Failed { rank, message })
+    fn gather_results(&self, own: std::result::Result<Vec<u8>, String>) -> Result<Vec<Vec<u8>>> {
+        const FAILED: u8 = 1;
+        let (mut message, status) = own.map_or_else(|error| (error.into_bytes(), FAILED), |bytes| (bytes, 0));
+        message.push(status);
+        let mut all = self.all_gather(message)?;
+        for (rank, message) in all.iter_mut().enumerate() {
+            if message.pop() == Some(FAILED) {
+                return Err(Error::Failed { rank, message: String::from_utf8_lossy(message).into_owned() });
             }
-            None => Ok(()),
         }
+        Ok(all)
+    }
+
+    /// Says how a part of the work went here, and hears of the others: fails on all ranks if it failed on any.
+    ///
+    /// # Errors
+    /// As [`gather_results`](Self::gather_results).
+    fn agree(&self, own: std::result::Result<(), String>) -> Result<()> {
+        self.gather_results(own.map(|()| Vec::new())).map(|_| ())
     }
 
     /// Fails on all ranks unless all have the same facts.
@@ -93,6 +101,37 @@ pub trait Communicator: Send + Sync + fmt::Debug {
         }
         Ok(())
     }
+}
+
+/// The only rank there is.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Alone;
+
+impl Communicator for Alone {
+    fn rank(&self) -> usize {
+        0
+    }
+
+    fn size(&self) -> usize {
+        1
+    }
+
+    fn all_to_all(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
+        check_parts(parts.len(), 1)?;
+        Ok(parts)
+    }
+}
+
+/// Whether there is a part for each rank.
+pub(crate) fn check_parts(found: usize, size: usize) -> Result<()> {
+    if found == size {
+        return Ok(());
+    }
+    Err(Error::Argument {
+        name: "parts".into(),
+        expected: format!("one for each of {size} ranks"),
+        found: found.to_string(),
+    })
 }
 
 /// Between names and values of facts.

@@ -19,7 +19,7 @@ use mpi::{
     traits::{Communicator as _, CommunicatorCollectives as _},
 };
 
-use crate::{Communicator, Error, Result, threads::check_parts};
+use crate::{Communicator, Error, Result, communicator::check_parts};
 
 /// A rank that is a process, started by `mpirun`, `srun` or the like; a process that was started alone is the only rank.
 ///

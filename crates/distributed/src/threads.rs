@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{Communicator, Error, Result};
+use crate::{Communicator, Error, Result, communicator::check_parts};
 
 /// A rank that is a thread; made by [`threads`].
 ///
@@ -139,16 +139,4 @@ impl Drop for Thread {
     fn drop(&mut self) {
         self.group.leave(self.rank);
     }
-}
-
-/// Whether there is a part for each rank.
-pub(crate) fn check_parts(found: usize, size: usize) -> Result<()> {
-    if found == size {
-        return Ok(());
-    }
-    Err(Error::Argument {
-        name: "parts".into(),
-        expected: format!("one for each of {size} ranks"),
-        found: found.to_string(),
-    })
 }

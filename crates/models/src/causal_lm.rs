@@ -85,8 +85,13 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
         None
     }
 
-    /// Where the parameters are.
+    /// Where the parameters are; of a model on several devices where the embedding is.
     fn device(&self) -> Device;
+
+    /// Where the residual stream is after the last block, and so the logits.
+    fn head_device(&self) -> Device {
+        self.device()
+    }
 
     /// Tells every part whose results depend on it where training stands (seeded dropout); trainers call it before each
     /// forward pass.

@@ -55,7 +55,7 @@ impl<M: CausalLm + Slots> Classifier<M> {
         }
         let mut rng = generator(Purpose::Initialization, seed, path_hash(SCORE), 0, 0);
         let values = TensorData::new(normal(&mut rng, DEVIATION, width * labels), [width, labels]);
-        let weight = Param::from_tensor(Tensor::from_data(values, &model.device()));
+        let weight = Param::from_tensor(Tensor::from_data(values, &model.head_device()));
         Ok(Self { model, score: Linear { weight, bias: None } })
     }
 }
@@ -75,7 +75,7 @@ impl<M: CausalLm> Classifier<M> {
         let last = last_tokens(tokens)?;
         let x = self.model.residual(&self.model.context(tokens, None)?, None);
         let [batch, length, width] = x.dims();
-        let index = Tensor::<1, Int>::from_data(TensorData::new(last, [batch]), &self.model.device());
+        let index = Tensor::<1, Int>::from_data(TensorData::new(last, [batch]), &x.device());
         let rows = x.reshape([batch * length, width]).select(0, index);
         Ok(self.score.forward(self.model.final_norm(rows)))
     }
@@ -149,6 +149,10 @@ impl<M: CausalLm> CausalLm for Classifier<M> {
 
     fn device(&self) -> Device {
         self.model.device()
+    }
+
+    fn head_device(&self) -> Device {
+        self.model.head_device()
     }
 
     fn at(&self, place: Place) {

@@ -1,6 +1,9 @@
 //! What every block of one forward pass shares: rotary tables, segments and, when decoding, earlier keys and values.
 
-use std::sync::Arc;
+use std::{
+    borrow::Cow,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use kiln_quant_core::{
@@ -28,7 +31,9 @@ pub struct Context {
     query_segments: Tensor<2, Int>,
     key_segments: Tensor<2, Int>,
     /// `key_segments` in host memory.
-    seen: Vec<u32>,
+    seen: Arc<[u32]>,
+    /// The same on further devices, as blocks there asked for it.
+    elsewhere: Arc<Mutex<Vec<Context>>>,
 }
 
 impl Context {
@@ -60,13 +65,40 @@ impl Context {
             compute,
             query_segments: fused::segments(&tokens.segments, [batch, length], device),
             key_segments: fused::segments(&key_segments, [batch, past_length + length], device),
-            seen: key_segments,
+            seen: key_segments.into(),
+            elsewhere: Arc::default(),
         }
     }
 
     /// Tokens in a row, earlier ones not counted.
     pub fn length(&self) -> usize {
         self.ids.dims()[1]
+    }
+
+    /// The same on `device`.
+    pub(crate) fn on(&self, device: &Device) -> Cow<'_, Self> {
+        if self.ids.device() == *device {
+            return Cow::Borrowed(self);
+        }
+        let mut elsewhere = self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(found) = elsewhere.iter().find(|context| context.ids.device() == *device) {
+            return Cow::Owned(found.clone());
+        }
+        let rotary = self.rotary.iter();
+        let moved = Self {
+            ids: self.ids.clone().to_device(device),
+            positions: self.positions.clone().to_device(device),
+            rotary: rotary.map(|tables| tables.clone().map(|table| table.to_device(device))).collect(),
+            query_factors: self.query_factors.clone().map(|factors| factors.to_device(device)),
+            beside: self.beside.clone(),
+            compute: self.compute,
+            query_segments: self.query_segments.clone().to_device(device),
+            key_segments: self.key_segments.clone().to_device(device),
+            seen: self.seen.clone(),
+            elsewhere: Arc::default(),
+        };
+        elsewhere.push(moved.clone());
+        Cow::Owned(moved)
     }
 
     /// Segments of the keys `[batch, past + length]`, to be kept with a cache.

@@ -12,10 +12,11 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, ScaleSite, ScaleSites, ScaleSource,
-    TokenBatch,
+    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, Placement, ScaleSite, ScaleSites,
+    ScaleSource, TokenBatch,
     config::{ModelConfig, RopeConfig, RopeScaling, TensorRole, TensorShape},
     families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
+    placement::moved,
 };
 
 /// A decoder-only language model; every linear of every block is a `P`.
@@ -39,9 +40,20 @@ pub struct Decoder<P: Projection> {
     pub(crate) updates: TableUpdates,
     pub(crate) config: ModelConfig,
     pub(crate) compute: Compute,
+    /// Where the parts are, if not all are on one device.
+    pub(crate) placement: Option<Placement>,
 }
 
 impl<P: Projection> Decoder<P> {
+    /// Where the parts are; `None` if all are on one device.
+    pub fn placement(&self) -> Option<&Placement> {
+        self.placement.as_ref()
+    }
+
+    fn devices_in_order(&self) -> Vec<Device> {
+        self.placement.as_ref().map_or_else(|| vec![self.device()], Placement::devices)
+    }
+
     /// What operands of products are rounded to.
     pub fn compute(&self) -> Compute {
         self.compute
@@ -67,6 +79,7 @@ impl<P: Projection> Decoder<P> {
     ) -> crate::Result<Self> {
         let compute = Compute::F32;
         let updates = TableUpdates::default();
+        let placement = Placement::of(&embed_tokens, &blocks, &final_norm);
         let decoder = Self {
             embed_tokens,
             embed_positions,
@@ -77,6 +90,7 @@ impl<P: Projection> Decoder<P> {
             updates,
             config,
             compute,
+            placement,
         };
         decoder.check()?;
         Ok(decoder)
@@ -252,7 +266,15 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
-        self.blocks[index].forward(index, x, context, cache, &self.config)
+        let block = &self.blocks[index];
+        match &self.placement {
+            None => block.forward(index, x, context, cache, &self.config),
+            Some(placement) => {
+                let device = placement.block(index);
+                let x = block.forward(index, moved(x, device), &context.on(device), cache, &self.config);
+                moved(x, placement.after(index))
+            }
+        }
     }
 
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
@@ -306,6 +328,10 @@ impl<P: Projection> CausalLm for Decoder<P> {
         self.embed_tokens.device().without_autodiff()
     }
 
+    fn head_device(&self) -> Device {
+        self.placement.as_ref().map_or_else(|| self.device(), |placement| placement.head().clone())
+    }
+
     fn at(&self, place: Place) {
         for (_, slot) in self.slots() {
             slot.at(place);
@@ -344,6 +370,7 @@ impl<P: Projection> Slots for Decoder<P> {
             updates: self.updates,
             config: self.config,
             compute: self.compute,
+            placement: self.placement,
         })
     }
 
@@ -565,7 +592,10 @@ impl<P: Projection> Decoder<P> {
     /// # Errors
     /// A device that doesn't multiply such operands.
     pub fn with_compute(mut self, compute: Compute) -> crate::Result<Self> {
-        self.compute = compute.check(&self.device())?;
+        for device in self.devices_in_order() {
+            compute.check(&device)?;
+        }
+        self.compute = compute;
         for block in &mut self.blocks {
             block.linears_mut().for_each(|linear| linear.set_compute(compute));
         }

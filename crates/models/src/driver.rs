@@ -4,7 +4,7 @@ use burn::{
     optim::{GradientsAccumulator, GradientsParams},
     tensor::{Int, Tensor, TensorData},
 };
-use kiln_quant_core::{fused, to_host};
+use kiln_quant_core::{fused, to_host_together};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -49,8 +49,8 @@ pub struct Targets<'a> {
     pub scored: &'a [bool],
 }
 
-/// Losses that are still on the device; reading them waits for it.
-#[derive(Debug, Clone)]
+/// Losses that are still on the device; reading them waits for it. By default there are none.
+#[derive(Debug, Clone, Default)]
 pub struct PendingLoss {
     /// Losses of some targets each.
     parts: Vec<Tensor<1>>,
@@ -62,24 +62,21 @@ impl PendingLoss {
     /// # Errors
     /// A device that can't be read.
     pub fn read(self) -> Result<f64> {
-        Ok(Self::read_all(vec![self], Vec::new())?.0)
+        Ok(Self::read_all(vec![self], Vec::new())?.0.into_iter().sum())
     }
 
-    /// The sum of all of `losses` in nats and the values of `others`, with one wait for the device.
+    /// The sums of each of `losses` in nats and the values of `others`, with one wait for the device.
     ///
     /// # Errors
     /// A device that can't be read.
-    pub fn read_all(losses: Vec<Self>, others: Vec<Tensor<1>>) -> Result<(f64, Vec<f32>)> {
+    pub fn read_all(losses: Vec<Self>, others: Vec<Tensor<1>>) -> Result<(Vec<f64>, Vec<f32>)> {
         let counts: Vec<Vec<usize>> =
             losses.iter().map(|loss| loss.parts.iter().map(|part| part.dims()[0]).collect()).collect();
-        let parts: Vec<_> = losses.into_iter().flat_map(|loss| loss.parts).chain(others).collect();
-        if parts.is_empty() {
-            return Ok((0.0, Vec::new()));
-        }
-        let mut values = to_host("losses", Tensor::cat(parts, 0))?.into_iter();
+        let parts = losses.into_iter().flat_map(|loss| loss.parts).chain(others).collect();
+        let mut values = to_host_together("losses", parts)?.into_iter();
         let mut sum = |count: usize| values.by_ref().take(count).map(f64::from).sum::<f64>();
-        let total = counts.into_iter().map(|parts| parts.into_iter().map(&mut sum).sum::<f64>()).sum();
-        Ok((total, values.collect()))
+        let sums = counts.into_iter().map(|parts| parts.into_iter().map(&mut sum).sum::<f64>()).collect();
+        Ok((sums, values.collect()))
     }
 }
 

@@ -12,7 +12,7 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, Result,
+    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, Placement, Result,
     config::ModelConfig,
     embedding::DenseEmbedding,
     families::NormKind,
@@ -182,11 +182,31 @@ impl Checkpoint {
     /// # Ok::<(), kiln_models::Error>(())
     /// ```
     pub fn load(&self, options: &LoadOptions, device: &Device) -> Result<(Decoder<QuantLinear>, LoadReport)> {
+        self.load_placed(options, &Placement::on_one(device, self.config().num_hidden_layers))
+    }
+
+    /// As [`load`](Self::load), each part onto its device.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), a placement that has another number of blocks or parts the two uses of one matrix, and a
+    /// `compute` that one of the devices doesn't multiply.
+    pub fn load_placed(
+        &self,
+        options: &LoadOptions,
+        placement: &Placement,
+    ) -> Result<(Decoder<QuantLinear>, LoadReport)> {
+        placement.check(self.config())?;
+        let devices = placement.devices();
+        let best = || devices.iter().map(Compute::best);
         let compute = match options.compute {
-            Some(compute) => compute.check(device)?,
+            Some(compute) => compute,
             None if self.config().hidden_size < NARROW => Compute::F32,
-            None => Compute::best(device),
+            // One for the whole model, which all of its devices like best.
+            None => best().reduce(|a, b| if a == b { a } else { Compute::F32 }).unwrap_or(Compute::F32),
         };
+        for device in &devices {
+            compute.check(device)?;
+        }
         if options.verify {
             self.verify()?;
         }
@@ -195,12 +215,12 @@ impl Checkpoint {
             compute,
             source: self.source(),
             options,
-            limits: DeviceLimits::of(device),
-            device: device.clone().without_autodiff(),
+            limits: DeviceLimits::of(placement.embedding()),
+            device: placement.embedding().clone(),
             report: LoadReport { notes: self.notes(), ..LoadReport::default() },
             used: Vec::new(),
         };
-        let model = loader.decoder(self.config())?;
+        let model = loader.decoder(self.config(), placement)?;
         loader.note_unused();
         Ok((model, loader.report))
     }
@@ -218,7 +238,14 @@ struct Loader<'a> {
 }
 
 impl Loader<'_> {
-    fn decoder(&mut self, config: &ModelConfig) -> Result<Decoder<QuantLinear>> {
+    /// What is read from now on goes there.
+    fn move_to(&mut self, device: &Device) {
+        if self.device != *device {
+            (self.device, self.limits) = (device.clone(), DeviceLimits::of(device));
+        }
+    }
+
+    fn decoder(&mut self, config: &ModelConfig, placement: &Placement) -> Result<Decoder<QuantLinear>> {
         let (names, width) = (&config.family.names, config.hidden_size);
         let embed_tokens = self.embedding(names.embedding, config.vocab_size, width)?;
         let embed_positions = names.positions.map(|learned| {
@@ -230,6 +257,7 @@ impl Loader<'_> {
         let embed_positions = embed_positions.transpose()?;
         let embed_norm = names.embedding_norm.map(|path| self.norm(path, width, config)).transpose()?;
         let blocks = (0..config.num_hidden_layers).map(|index| {
+            self.move_to(placement.block(index));
             Block::build(config, index, |name, shape| {
                 let path = config.family.path(index, name);
                 match shape {
@@ -247,9 +275,11 @@ impl Loader<'_> {
                 }
             })
         });
-        let blocks = blocks.collect::<Result<_>>()?;
+        let blocks = blocks.collect::<Result<Vec<_>>>()?;
+        self.move_to(placement.head());
         let final_norm = self.norm(names.final_norm, width, config)?;
         let lm_head = self.head(names.head, config)?;
+        let placement = Placement::of(&embed_tokens, &blocks, &final_norm);
         let decoder = Decoder {
             embed_tokens,
             embed_positions,
@@ -260,6 +290,7 @@ impl Loader<'_> {
             updates: TableUpdates::default(),
             config: config.clone(),
             compute: Compute::F32,
+            placement,
         };
         decoder.with_compute(self.compute)
     }

@@ -211,6 +211,7 @@ macro_rules! decoder {
             },
             config: decoder.config,
             compute: decoder.compute,
+            placement: decoder.placement,
         }
     }};
 }
@@ -227,11 +228,11 @@ impl<P: Projection> Module for Decoder<P> {
     }
 
     fn fork(self, device: &Device) -> Self {
-        decoder!(self, |_path, part| part.fork(device))
+        Self { placement: None, ..decoder!(self, |_path, part| part.fork(device)) }
     }
 
     fn to_device(self, device: &Device) -> Self {
-        decoder!(self, |_path, part| part.to_device(device))
+        Self { placement: None, ..decoder!(self, |_path, part| part.to_device(device)) }
     }
 
     fn train(self) -> Self {

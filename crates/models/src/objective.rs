@@ -8,7 +8,7 @@ use kiln_quant_core::{
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use crate::{CausalLm, Error, Place, Result, Targets, TokenBatch};
+use crate::{CausalLm, Error, Place, Result, Targets, TokenBatch, placement::moved};
 
 /// The loss of one scored place: cross-entropy, and what may be added to it.
 ///
@@ -157,7 +157,11 @@ impl<'a> Teacher<'a> {
         let x = model.residual(&model.context(tokens, None)?, None);
         let [batch, length, width] = x.dims();
         let rows = x.reshape([batch * length, width]);
-        let logits = move |places| model.lm_head(model.final_norm(rows.clone().select(0, places)));
+        // The teacher may be on another device than whoever asks.
+        let logits = move |places: Tensor<1, Int>| {
+            let (device, places) = (places.device(), places.to_device(&rows.device()));
+            moved(model.lm_head(model.final_norm(rows.clone().select(0, places))), &device)
+        };
         Ok(Self { logits: Box::new(logits) })
     }
 

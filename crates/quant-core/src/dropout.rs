@@ -1,8 +1,11 @@
 //! Dropout whose mask can be made again.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use burn::tensor::Tensor;
+use burn::{
+    module::{Content, Devices, Module, ModuleDisplay, ModuleDisplayDefault, ModuleMapper, ModuleVisitor},
+    tensor::{Device, Tensor},
+};
 use rand::Rng;
 
 use crate::{
@@ -18,7 +21,8 @@ use crate::{
 /// Until [`at`](Self::at) tells that this is training, nothing is dropped; trainers call it through
 /// [`Projection::at`](crate::Projection::at).
 ///
-/// Clones share their place, those inside clones of a model too (`model.valid()` for recomputation).
+/// Clones share their place, those inside clones of a model too (`model.valid()` for recomputation); what
+/// [`fork`](Module::fork) makes has its own, so that replicas of a model can train side by side.
 ///
 /// ```
 /// use kiln_quant_core::{Dropout, Place};
@@ -32,7 +36,14 @@ pub struct Dropout {
     probability: f64,
     path: u64,
     seed: u64,
-    place: Arc<Mutex<Place>>,
+    now: Arc<Mutex<Now>>,
+}
+
+/// Where training stands, and which row of a batch's scored places comes next.
+#[derive(Debug, Clone, Copy)]
+struct Now {
+    place: Place,
+    first_row: u64,
 }
 
 impl Dropout {
@@ -46,16 +57,27 @@ impl Dropout {
             "dropout of probability {probability}, not from 0 to below 1"
         );
         let place = Place { step: 0, micro_batch: 0, training: false };
-        Self { probability, path: path_hash(path), seed, place: Arc::new(Mutex::new(place)) }
+        let now = Now { place, first_row: 0 };
+        Self { probability, path: path_hash(path), seed, now: Arc::new(Mutex::new(now)) }
     }
 
     /// Hears where training stands.
     pub fn at(&self, place: Place) {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        self.now().place = place;
     }
 
-    fn place(&self) -> Place {
-        *self.place.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Hears which of a batch's rows comes next, where they come a few at a time.
+    pub(crate) fn at_row(&self, first: u64) {
+        self.now().first_row = first;
+    }
+
+    /// The row that comes next.
+    pub(crate) fn first_row(&self) -> u64 {
+        self.now().first_row
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The share that is dropped in training.
@@ -67,7 +89,7 @@ impl Dropout {
     ///
     /// What remains is to be multiplied by [`compensation`](Self::compensation), wherever that is cheapest.
     pub fn drops(&self) -> Option<Drops> {
-        let Place { step, micro_batch, training } = self.place();
+        let Place { step, micro_batch, training } = self.now().place;
         if self.probability == 0.0 || !training {
             return None;
         }
@@ -90,6 +112,48 @@ impl Dropout {
         1.0 / (1.0 - self.probability)
     }
 }
+
+/// No parameters; a module for the sake of [`fork`](Module::fork).
+impl Module for Dropout {
+    fn collect_devices(&self, devices: Devices) -> Devices {
+        devices
+    }
+
+    fn fork(self, _: &Device) -> Self {
+        let now = *self.now();
+        Self { now: Arc::new(Mutex::new(now)), ..self }
+    }
+
+    fn to_device(self, _: &Device) -> Self {
+        self
+    }
+
+    fn train(self) -> Self {
+        self
+    }
+
+    fn valid(&self) -> Self {
+        self.clone()
+    }
+
+    fn materialize(self) -> Self {
+        self
+    }
+
+    fn visit<V: ModuleVisitor>(&self, _: &mut V) {}
+
+    fn map<M: ModuleMapper>(self, _: &mut M) -> Self {
+        self
+    }
+}
+
+impl ModuleDisplayDefault for Dropout {
+    fn content(&self, content: Content) -> Option<Content> {
+        content.add("probability", &self.probability).optional()
+    }
+}
+
+impl ModuleDisplay for Dropout {}
 
 #[cfg(test)]
 mod tests {
@@ -138,6 +202,17 @@ mod tests {
         assert_ne!(read(&dropout), first);
         dropout.at(at(3, 1));
         assert_eq!(read(&clone), first);
+    }
+
+    #[test]
+    fn a_fork_stands_where_it_is_told() {
+        let dropout = Dropout::new(0.25, "q_proj", 1);
+        dropout.at(at(3, 1));
+        let fork = dropout.clone().fork(&Device::flex());
+        assert_eq!(fork.drops(), dropout.drops());
+        fork.at(at(4, 1));
+        assert_eq!(dropout.drops().unwrap().mask(COUNT), mask(1, "q_proj", at(3, 1)));
+        assert_eq!(fork.drops().unwrap().mask(COUNT), mask(1, "q_proj", at(4, 1)));
     }
 
     #[test]

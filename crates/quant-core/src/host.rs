@@ -21,6 +21,20 @@ pub fn to_host<const D: usize>(name: &str, tensor: Tensor<D>) -> Result<Vec<f32>
     tensor.try_into_vec_as().map_err(|error| unreadable::<f32>(name, error))
 }
 
+/// Values of vectors one after the other, with one wait for each device where those of a device stand together.
+///
+/// `name` is for errors.
+///
+/// # Errors
+/// As [`to_host`].
+pub fn to_host_together(name: &str, vectors: Vec<Tensor<1>>) -> Result<Vec<f32>> {
+    let mut values = Vec::new();
+    for of_device in vectors.chunk_by(|a, b| a.device() == b.device()) {
+        values.extend(to_host(name, Tensor::cat(of_device.to_vec(), 0))?);
+    }
+    Ok(values)
+}
+
 /// As [`to_host`], of whole numbers.
 ///
 /// # Errors

@@ -35,7 +35,7 @@ pub use device::DeviceLimits;
 pub use dropout::Dropout;
 pub use error::{Error, Result, shortened};
 pub use files::write_atomically;
-pub use host::{ints_to_host, to_host};
+pub use host::{ints_to_host, to_host, to_host_together};
 pub use linear::{PackedLinear, QuantLinear};
 pub use parameters::{HostValues, Parameter, for_each_parameter, trained_values};
 pub use plan::{PathPattern, Plan};

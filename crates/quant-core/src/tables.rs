@@ -2,11 +2,6 @@
 //!
 //! Source: PEFT 0.21's LoRA on embeddings and its trainable tokens.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU64, Ordering},
-};
-
 use burn::{
     module::{Module, Param},
     tensor::{IndexingUpdateOp, Int, Tensor, TensorData},
@@ -57,11 +52,7 @@ pub struct LowRankUpdate {
     pub lora_b: Param<Tensor<2>>,
     #[module(skip)]
     scaling: f64,
-    #[module(skip)]
     dropout: Dropout,
-    /// Where the next rows of a head stand among all of a batch.
-    #[module(skip)]
-    first_row: Arc<AtomicU64>,
 }
 
 impl LowRankUpdate {
@@ -74,7 +65,7 @@ impl LowRankUpdate {
         let (a, b) = (lora_a.dims(), lora_b.dims());
         assert_eq!(a[1], b[0], "A {a:?} and B {b:?} differ in rank");
         let [lora_a, lora_b] = [lora_a, lora_b].map(Param::from_tensor);
-        Self { lora_a, lora_b, scaling, dropout, first_row: Arc::default() }
+        Self { lora_a, lora_b, scaling, dropout }
     }
 
     /// The factor of A · B.
@@ -120,7 +111,7 @@ impl LowRankUpdate {
     /// they stand in the batch.
     fn kept(&self, x: Tensor<2>, drops: Drops) -> Tensor<2> {
         let [rows, width] = x.dims();
-        let first = self.first_row.load(Ordering::Relaxed) * width as u64;
+        let first = self.dropout.first_row() * width as u64;
         let kept =
             drops.mask_from(first, rows * width).into_iter().map(|dropped| f32::from(u8::from(!dropped)));
         let kept = TensorData::new(kept.collect::<Vec<f32>>(), [rows, width]);
@@ -221,7 +212,7 @@ impl TableUpdates {
     /// Tells dropout that the next rows for the head are those from `first` on of a batch.
     pub fn at_row(&self, first: u64) {
         if let Some(head) = &self.head {
-            head.first_row.store(first, Ordering::Relaxed);
+            head.dropout.at_row(first);
         }
     }
 

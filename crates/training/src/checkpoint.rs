@@ -5,11 +5,12 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fs,
     panic::AssertUnwindSafe,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use burn::{optim::OptimizerRecord, tensor::Bytes};
 use burn_pack::Reader;
+use kiln_distributed::Communicator;
 use kiln_quant_core::{
     files::{NewFolder, whole_folder, write_atomically},
     hash::hex,
@@ -17,9 +18,12 @@ use kiln_quant_core::{
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use tempfile::TempDir;
 
 use crate::{
-    Cursor, Error, OptimizerKind, Result, ScheduleKind, TrainerConfig, optim::Optimizers,
+    Cursor, Error, OptimizerKind, Result, ScheduleKind, TrainerConfig,
+    optim::Optimizers,
+    ranks::{agreed, by_first},
     trainable::Parameter,
 };
 
@@ -81,10 +85,76 @@ pub(crate) fn exists(folder: &Path) -> bool {
     whole_folder(folder).join(STATE).is_file()
 }
 
+/// The checkpoint in `folder` and that in `best` beside it, as rank 0 has them, in a folder of their own, under the names
+/// `last` and `best`; none at rank 0 itself.
+pub(crate) fn from_first(ranks: &dyn Communicator, folder: &Path) -> Result<Option<TempDir>> {
+    if ranks.size() == 1 {
+        return Ok(None);
+    }
+    let files = by_first(ranks, || {
+        let mut files = Vec::new();
+        for (name, folder) in [("last", folder), ("best", &folder.with_file_name("best"))] {
+            files.extend(own_files(folder)?.into_iter().map(|path| (name, path)));
+        }
+        Ok(files)
+    })?;
+    let is_first = files.is_some();
+    let files = files.unwrap_or_default();
+    let base = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let names: Vec<String> = files.iter().map(|(name, path)| format!("{name}/{}", base(path))).collect();
+    let names = ranks.broadcast(names.join("\n").into_bytes())?;
+    let copy = match is_first {
+        true => None,
+        false => Some(tempfile::tempdir().map_err(Error::io("a temporary folder"))?),
+    };
+    for (index, name) in String::from_utf8_lossy(&names).lines().enumerate() {
+        let read = by_first(ranks, || fs::read(&files[index].1).map_err(Error::io(&files[index].1)))?;
+        let bytes = ranks.broadcast(read.unwrap_or_default())?;
+        let write = |copy: &TempDir| {
+            let Some((place, file)) =
+                name.split_once('/').filter(|(place, file)| is_place(place) && is_own(file))
+            else {
+                return Err(wrong(folder, name, "a file of a checkpoint", "another"));
+            };
+            let folder = copy.path().join(place);
+            fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+            let path = folder.join(file);
+            fs::write(&path, &bytes).map_err(Error::io(&path))
+        };
+        agreed(ranks, copy.as_ref().map_or(Ok(()), write))?;
+    }
+    Ok(copy)
+}
+
+fn is_place(name: &str) -> bool {
+    ["last", "best"].contains(&name)
+}
+
+/// Whether a file in a checkpoint's folder is the checkpoint's.
+fn is_own(name: &str) -> bool {
+    name == STATE || name == TENSORS || name.starts_with("optimizer") && name.ends_with(".bpk")
+}
+
+/// The files of the checkpoint in `folder`, none if there is none.
+fn own_files(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !exists(folder) {
+        return Ok(Vec::new());
+    }
+    let folder = whole_folder(folder);
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(Error::io(&folder))? {
+        let path = entry.map_err(Error::io(&folder))?.path();
+        if path.file_name().and_then(|name| name.to_str()).is_some_and(is_own) {
+            files.push(path);
+        }
+    }
+    files.sort();
+    Ok(files)
+}
+
 /// Deletes a checkpoint: its own files, and the folder, if nothing else is in it. The state goes first, without which there
 /// is no checkpoint.
 pub(crate) fn delete(folder: &Path) -> Result<()> {
-    let is_own = |name: &str| name == TENSORS || name.starts_with("optimizer") && name.ends_with(".bpk");
     let remove = |path: &Path| fs::remove_file(path).map_err(Error::io(path));
     remove(&folder.join(STATE))?;
     let mut others = false;

@@ -56,6 +56,9 @@ pub enum Error {
     /// An error of the model.
     #[error(transparent)]
     Model(#[from] kiln_models::Error),
+    /// An error between ranks.
+    #[error(transparent)]
+    Ranks(#[from] kiln_distributed::Error),
     /// An error of the observer's own: of its score.
     #[error(transparent)]
     Observer(Box<dyn std::error::Error + Send + Sync>),

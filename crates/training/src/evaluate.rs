@@ -1,9 +1,15 @@
 //! The loss on a data set.
 
+use kiln_distributed::{Alone, Communicator};
 use kiln_models::{CausalLm, scores_at, token_nll};
 use serde::{Deserialize, Serialize};
 
-use crate::{Batch, Dataset, Result, error::Problem, in_order};
+use crate::{
+    Batch, Dataset, Placed, Result,
+    error::Problem,
+    in_order,
+    ranks::{gathered, in_turn},
+};
 
 /// The loss of a model on a data set.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -38,22 +44,49 @@ impl DatasetLoss {
 /// # Errors
 /// A `batch` of 0, and data that doesn't fit the model.
 pub fn evaluate<M: CausalLm>(model: &M, dataset: &Dataset, batch: usize) -> Result<DatasetLoss> {
+    evaluate_on(&Alone, model, dataset, batch)
+}
+
+/// As [`evaluate`], the batches dealt to `ranks`, which all have the same model and data: the same figures on all of them,
+/// to the last bit those of one.
+///
+/// # Errors
+/// As [`evaluate`], of any of the ranks.
+pub fn evaluate_on<M: CausalLm>(
+    ranks: &dyn Communicator,
+    model: &M,
+    dataset: &Dataset,
+    batch: usize,
+) -> Result<DatasetLoss> {
+    let own = || {
+        check_values(dataset, model)?;
+        let mine = in_order(dataset, batch, 0)?.skip(ranks.rank()).step_by(ranks.size());
+        let figures = mine.map(|batch| figures(model, &batch?)).collect::<Result<Vec<_>>>()?;
+        Ok(figures.concat())
+    };
+    let (_, all) = gathered(ranks, own(), Vec::clone)?;
     let (mut sum, mut tokens, mut total) = (0.0, 0, 0.0);
-    check_values(dataset, model)?;
-    for batch in in_order(dataset, batch, 0)? {
-        let batch = batch?;
-        let losses = match model.labels() {
-            Some(1) => squared_errors(model, &batch)?,
-            _ => token_nll(model, &batch.tokens, batch.as_targets())?,
-        };
-        let mut rest = losses.iter().map(|loss| f64::from(*loss));
-        for placed in &batch.examples {
-            sum += f64::from(placed.weight) * rest.by_ref().take(placed.targets).sum::<f64>();
-        }
-        tokens += losses.len();
-        total += batch.total_weight();
+    for figures in in_turn(&all, FIGURES) {
+        sum += figures[0];
+        tokens += figures[1] as usize;
+        total += figures[2];
     }
     Ok(DatasetLoss { nll: sum / total, tokens })
+}
+
+const FIGURES: usize = 3;
+
+/// Of a batch the weighted sum of losses, the number of targets, and the sum of weights.
+fn figures<M: CausalLm>(model: &M, batch: &Batch) -> Result<[f64; FIGURES]> {
+    let losses = match model.labels() {
+        Some(1) => squared_errors(model, batch)?,
+        _ => token_nll(model, &batch.tokens, batch.as_targets())?,
+    };
+    let mut rest = losses.iter().map(|loss| f64::from(*loss));
+    let of_example =
+        |placed: &Placed| f64::from(placed.weight) * rest.by_ref().take(placed.targets).sum::<f64>();
+    let sum = batch.examples.iter().map(of_example).sum();
+    Ok([sum, losses.len() as f64, batch.total_weight()])
 }
 
 /// Whether a model that says classes or numbers gets such data, and no other does.

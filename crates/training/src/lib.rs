@@ -11,6 +11,7 @@ mod gradients;
 mod optim;
 mod predict;
 mod preference;
+mod ranks;
 mod recipes;
 mod reference;
 mod run;
@@ -27,7 +28,8 @@ pub use data::{
     LongSequences, Preview, TokenizeText,
 };
 pub use error::{Error, Result};
-pub use evaluate::{DatasetLoss, evaluate};
+pub use evaluate::{DatasetLoss, evaluate, evaluate_on};
+pub use kiln_distributed::{self as distributed, Communicator};
 pub use kiln_models::{Distillation, Place, TokenLoss, chat::Message};
 pub use optim::OptimizerKind;
 pub use predict::{Predictions, predict};

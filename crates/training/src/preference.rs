@@ -120,6 +120,21 @@ impl Rewards {
         self.right += other.right;
     }
 
+    /// As numbers that go from one rank to another.
+    pub(crate) fn to_numbers(self) -> [f64; Self::NUMBERS] {
+        let counts = [self.count_chosen, self.count_rejected, self.right].map(|count| count as f64);
+        [self.chosen, self.rejected, counts[0], counts[1], counts[2]]
+    }
+
+    /// Of what [`to_numbers`](Self::to_numbers) gives.
+    pub(crate) fn from_numbers(numbers: &[f64]) -> Self {
+        let count = |index: usize| numbers[index] as usize;
+        let [count_chosen, count_rejected, right] = [count(2), count(3), count(4)];
+        Self { chosen: numbers[0], rejected: numbers[1], count_chosen, count_rejected, right }
+    }
+
+    pub(crate) const NUMBERS: usize = 5;
+
     pub(crate) fn report(&self, of_pairs: bool) -> PreferenceReport {
         let mean = |sum: f64, count: usize| (count > 0).then(|| sum / count as f64);
         PreferenceReport {

@@ -2,6 +2,7 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use burn::tensor::Device;
 use kiln_models::{CausalLm, Place, Teacher, TokenBatch, token_nll};
 use kiln_quant_core::files::write_atomically;
 use serde::{Deserialize, Serialize};
@@ -18,6 +19,9 @@ pub(crate) trait Reference: Send {
 
     /// SHA-256 of all parameters.
     fn fingerprint(&self) -> Result<String>;
+
+    /// The same on a device, with its own place in the run.
+    fn fork_to(&self, device: &Device) -> Box<dyn Reference>;
 }
 
 impl<M: CausalLm> Reference for M {
@@ -32,6 +36,10 @@ impl<M: CausalLm> Reference for M {
 
     fn fingerprint(&self) -> Result<String> {
         fingerprint(self, |_| true)
+    }
+
+    fn fork_to(&self, device: &Device) -> Box<dyn Reference> {
+        Box::new(self.clone().fork(device))
     }
 }
 

@@ -1,6 +1,7 @@
 //! A run from its first step to its last: what it does on the way, what it tells, and what it ends with.
 
 use std::{
+    collections::BTreeMap,
     fmt,
     ops::ControlFlow,
     path::{Path, PathBuf},
@@ -123,6 +124,21 @@ impl RunOptions {
             Self { folder: None, keep: 1.., .. } => fail("folder", "a folder for the checkpoints to keep"),
             _ => Ok(()),
         }
+    }
+
+    /// What must be the same on all ranks.
+    pub(crate) fn facts(&self) -> Result<BTreeMap<String, String>> {
+        let held_out = self.held_out.as_ref().map(|data| data.fingerprint()).transpose()?;
+        let facts = [
+            ("evaluate_every", self.evaluate_every.to_string()),
+            ("patience", format!("{:?}", self.patience)),
+            ("save_every", self.save_every.to_string()),
+            ("keep", self.keep.to_string()),
+            ("held_out", held_out.unwrap_or_default()),
+            // Each machine may have its own.
+            ("folder", self.folder.is_some().to_string()),
+        ];
+        Ok(facts.into_iter().map(|(name, value)| (name.to_owned(), value)).collect())
     }
 
     /// The claim that the run holds itself.

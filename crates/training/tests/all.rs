@@ -4,5 +4,6 @@ mod checkpoints;
 mod losses;
 mod options;
 mod peft_golden;
+mod ranks;
 mod trainer;
 mod watching;

@@ -68,7 +68,7 @@ impl OptimizerKind {
 }
 
 /// What makes a run's own optimizer, given the group whose parameters it is for.
-pub(crate) type MakeOptimizer = dyn Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send;
+pub(crate) type MakeOptimizer = dyn Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send + Sync;
 
 /// The optimizers of a run: of the parameters in no group, then of each group.
 #[derive(Clone)]

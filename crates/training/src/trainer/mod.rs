@@ -1,13 +1,17 @@
 //! The loop: micro-batches to gradients to a step.
 
+mod replicas;
+
 use std::{
     collections::BTreeMap,
+    ops::Range,
     path::{Path, PathBuf},
     sync::{Arc, OnceLock},
     time::Instant,
 };
 
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
+use kiln_distributed::{Alone, Communicator, PairwiseSum, share, sum};
 use kiln_models::{
     CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, TokenLoss, Weights,
     queue_gradients,
@@ -20,11 +24,12 @@ use crate::{
     Batch, Batches, Dataset, Error, Evaluation, Event, Observer, ParameterGroup, PreferenceLoss,
     PreferenceReport, Result, RunEnd, RunOptions, RunReport, Schedule, TrainerConfig, checkpoint,
     error::Problem,
-    evaluate::{check_values, evaluate},
-    gradients::squares,
+    evaluate::{check_values, evaluate_on},
+    gradients::{added, flat_length, flattened, squares, unflattened},
     in_order,
     optim::{MakeOptimizer, Optimizers},
     preference::{self, Answer, Outcome, Rewards, Totals},
+    ranks::{Ranks, agreed, by_first, check_accumulate, gathered, in_turn, same},
     reference::{self, Reference},
     trainable::{self, Parameter},
     watch::Metrics,
@@ -64,7 +69,7 @@ pub struct Trainer<M: CausalLm> {
     model: Option<M>,
     optimizers: Optimizers,
     /// The caller's own optimizer: its name, and what makes it.
-    own_optimizer: Option<(String, Box<MakeOptimizer>)>,
+    own_optimizer: Option<(String, Arc<MakeOptimizer>)>,
     config: TrainerConfig,
     schedule: Schedule,
     /// What answers are compared with, or who is imitated.
@@ -84,6 +89,10 @@ pub struct Trainer<M: CausalLm> {
     reference_hash: OnceLock<String>,
     /// The last checkpoint that was written or read.
     checkpoint: Option<PathBuf>,
+    /// Who shares the work.
+    ranks: Ranks,
+    /// Further ranks, which run in threads of this process.
+    replicas: Vec<Trainer<M>>,
 }
 
 /// The best evaluation so far.
@@ -157,6 +166,8 @@ impl<M: CausalLm> Trainer<M> {
             frozen: OnceLock::new(),
             reference_hash: OnceLock::new(),
             checkpoint: None,
+            ranks: Arc::new(Alone),
+            replicas: Vec::new(),
         })
     }
 
@@ -218,10 +229,10 @@ impl<M: CausalLm> Trainer<M> {
     pub fn with_optimizer(
         mut self,
         name: impl Into<String>,
-        make: impl Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send + 'static,
+        make: impl Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send + Sync + 'static,
     ) -> Result<Self> {
         self.optimizers = Optimizers::new(self.model(), &self.config, Some(&make))?;
-        self.own_optimizer = Some((name.into(), Box::new(make)));
+        self.own_optimizer = Some((name.into(), Arc::new(make)));
         Ok(self)
     }
 
@@ -233,6 +244,39 @@ impl<M: CausalLm> Trainer<M> {
     pub fn with_identity(mut self, identity: BTreeMap<String, String>) -> Self {
         self.identity = identity;
         self
+    }
+
+    /// Shares the micro-batches of each step, evaluations on held-out data and what is compared with references among
+    /// `ranks`, each of which runs this program with the same model, data and options. Rank 0 writes checkpoints and figures,
+    /// and its observer's answers count. Losses and parameters are, on devices of one kind, those of one rank, bit for bit,
+    /// and a run may go on with another number of ranks: [`TrainerConfig::accumulate`] counts the micro-batches of all.
+    ///
+    /// To be called after the other `with_` methods, and before [`resumed`](Self::resumed).
+    ///
+    /// # Errors
+    /// Micro-batches that can't be dealt out evenly; a rank with another version, model, data set or other options, named with
+    /// what differs; ranks that have ended.
+    pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>) -> Result<Self> {
+        agreed(&*ranks, check_accumulate(self.config.accumulate, ranks.size()))?;
+        same(&*ranks, self.facts())?;
+        self.ranks = ranks;
+        Ok(self)
+    }
+
+    /// What must be the same on all ranks.
+    fn facts(&self) -> Result<BTreeMap<String, String>> {
+        let mut facts = self.whole_identity()?;
+        facts.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        facts.insert("step".into(), self.step.to_string());
+        facts.insert("data".into(), self.dataset.fingerprint()?);
+        let trained = trainable::fingerprint(self.model(), |parameter| parameter.trained)?;
+        facts.insert("trained parameters".into(), trained);
+        let config = serde_json::to_value(&self.config)
+            .map_err(|error| Problem::new("config", "serialisable options", error).argument())?;
+        for (name, value) in config.as_object().into_iter().flatten() {
+            facts.insert(format!("config.{name}"), value.to_string());
+        }
+        Ok(facts)
     }
 
     /// The training model.
@@ -285,6 +329,11 @@ impl<M: CausalLm> Trainer<M> {
     /// [`Error::Diverged`] if loss or gradient is not finite, more often than [`TrainerConfig::max_skipped`] allows, and
     /// errors of the data; the model is then as before.
     pub fn step(&mut self) -> Result<StepReport> {
+        self.together(Self::own_step, Self::own_step)
+    }
+
+    /// A step of this rank, which the others make too.
+    fn own_step(&mut self) -> Result<StepReport> {
         let start = Instant::now();
         let before = self.batches.cursor();
         let mut report = match self.gradients() {
@@ -328,20 +377,25 @@ impl<M: CausalLm> Trainer<M> {
     fn gradients(&mut self) -> std::result::Result<(GradientsParams, f64, StepReport), Failure> {
         let micro_batches =
             (0..self.config.accumulate).map(|_| self.batches.next_batch()).collect::<Result<Vec<Batch>>>()?;
-        let (mut sums, losses, total) = match self.config.preference {
-            Some(loss) => self.preference_gradients(loss, &micro_batches)?,
-            None => self.token_gradients(&micro_batches)?,
+        let mine = share(micro_batches.len(), self.ranks.rank(), self.ranks.size());
+        let own = match self.config.preference {
+            Some(loss) => self.preference_gradients(loss, &micro_batches, mine),
+            None => self.token_gradients(&micro_batches, mine),
         };
         let model = self.model();
         model.at(Place { step: self.step, micro_batch: 0, training: false });
-        let gradients = sums.grads();
-        let (losses, preference) = match losses {
-            Losses::Pending(losses) => (losses, None),
-            Losses::Known(loss, report) => (Vec::new(), Some((loss, report))),
+        let (figures, gradients, squares) = self.shared(own)?;
+        let (mut loss, mut rewards) = (0.0, Rewards::default());
+        for numbers in &figures {
+            loss += numbers[0];
+            rewards.add(Rewards::from_numbers(&numbers[1..]));
+        }
+        let (total, preference) = match self.config.preference {
+            Some(loss) => (1.0, Some(rewards.report(!loss.is_of_labels()))),
+            None if self.dataset.has_weights() => (micro_batches.iter().map(Batch::total_weight).sum(), None),
+            None => (micro_batches.iter().map(Batch::target_count).sum::<usize>() as f64, None),
         };
-        // The one time that the device is waited for.
-        let (nll, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
-        let loss = preference.map_or(nll / total, |(loss, _)| loss);
+        loss /= total;
         let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / total;
         let is_finite = loss.is_finite() && norm.is_finite();
         let report = StepReport {
@@ -353,7 +407,7 @@ impl<M: CausalLm> Trainer<M> {
             tokens: micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum(),
             seconds: 0.0,
             skipped: !is_finite,
-            preference: preference.map(|(_, report)| report),
+            preference,
         };
         if !is_finite {
             return Err(Failure::NotFinite(report));
@@ -370,13 +424,47 @@ impl<M: CausalLm> Trainer<M> {
         DriverOptions { recompute, logit_rows, loss, noise }
     }
 
-    /// Sums over tokens, and what they are to be divided by once: k micro-batches are one batch, however their tokens are
-    /// spread.
-    fn token_gradients(&self, micro_batches: &[Batch]) -> Result<Sums<M>> {
+    /// The figures of all micro-batches in their order, the sums of all their gradients, and these sums' squares, of what this
+    /// rank has found and what the others say.
+    fn shared(&self, own: Result<Found>) -> Result<(Vec<[f64; FIGURES]>, GradientsParams, Vec<f32>)> {
         let model = self.model();
-        let (mut sums, mut losses) = (GradientsAccumulator::new(), Vec::new());
-        for (index, batch) in micro_batches.iter().enumerate() {
+        let add = |a, b| added(model, a, b);
+        if self.ranks.size() == 1 {
+            let Found { sums, figures, losses } = own?;
+            let gradients = sums.finish(add).unwrap_or_default();
+            // The one time that the device is waited for.
+            let (losses, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
+            return Ok((with_losses(figures, losses), gradients, squares));
+        }
+        let own = own.and_then(|Found { sums, figures, losses }| {
+            let mut failed = None;
+            let flat = sums.map(|gradients| {
+                flattened(model, gradients).unwrap_or_else(|error| {
+                    failed = Some(error);
+                    Vec::new()
+                })
+            });
+            let (losses, _) = PendingLoss::read_all(losses, Vec::new())?;
+            failed.map_or(Ok((flat, with_losses(figures, losses))), Err)
+        });
+        let ((flat, _), all) = gathered(&*self.ranks, own, |(_, figures)| figures.concat())?;
+        let figures = all.iter().flat_map(|numbers| numbers.chunks_exact(FIGURES));
+        let figures = figures.map(|numbers| std::array::from_fn(|index| numbers[index])).collect();
+        let flat = sum(&*self.ranks, flat, self.config.accumulate, flat_length(model))?;
+        let gradients = unflattened(model, &flat);
+        let (_, squares) = PendingLoss::read_all(Vec::new(), squares(model, &gradients))?;
+        Ok((figures, gradients, squares))
+    }
+
+    /// Sums over tokens, to be divided by their number once: k micro-batches are one batch, however their tokens are spread.
+    fn token_gradients(&self, micro_batches: &[Batch], mine: Range<usize>) -> Result<Found> {
+        let model = self.model();
+        let mut found = Found::new(mine.start);
+        for index in mine {
+            let batch = &micro_batches[index];
+            let mut gradients = GradientsAccumulator::new();
             if batch.target_count() == 0 {
+                found.push(model, GradientsParams::new(), PendingLoss::default(), [0.0; FIGURES]);
                 continue;
             }
             let teacher = match (&self.reference, self.config.loss.distillation) {
@@ -394,21 +482,25 @@ impl<M: CausalLm> Trainer<M> {
             let objective = Objective { targets: batch.as_targets(), weights, teacher, numbers };
             let place = Place { step: self.step, micro_batch: index as u64, training: true };
             model.at(place);
-            losses.push(queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?);
+            let loss = queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut gradients)?;
+            found.push(model, gradients.grads(), loss, [0.0; FIGURES]);
         }
-        let total = match self.dataset.has_weights() {
-            true => micro_batches.iter().map(Batch::total_weight).sum(),
-            false => micro_batches.iter().map(Batch::target_count).sum::<usize>() as f64,
-        };
-        Ok((sums, Losses::Pending(losses), total))
+        Ok(found)
     }
 
     /// Gradients of the mean over the step's pairs or answers.
-    fn preference_gradients(&self, loss: PreferenceLoss, micro_batches: &[Batch]) -> Result<Sums<M>> {
+    fn preference_gradients(
+        &self,
+        loss: PreferenceLoss,
+        micro_batches: &[Batch],
+        mine: Range<usize>,
+    ) -> Result<Found> {
         let model = self.model();
         let totals = totals(micro_batches.iter(), loss);
-        let (mut sums, mut total, mut rewards) = (GradientsAccumulator::new(), 0.0, Rewards::default());
-        for (index, batch) in micro_batches.iter().enumerate() {
+        let mut found = Found::new(mine.start);
+        for index in mine {
+            let batch = &micro_batches[index];
+            let mut gradients = GradientsAccumulator::new();
             let comparison = Comparison::new(loss, batch, self)?;
             let mut outcome = Outcome::default();
             let mut weigh = |nll: &[f32]| {
@@ -422,11 +514,10 @@ impl<M: CausalLm> Trainer<M> {
             let objective = Objective { weights, ..batch.as_targets().into() };
             let place = Place { step: self.step, micro_batch: index as u64, training: true };
             model.at(place);
-            queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut sums)?;
-            total += outcome.loss;
-            rewards.add(outcome.rewards);
+            queue_gradients(model, &batch.tokens, objective, &self.driver(place), &mut gradients)?;
+            found.push(model, gradients.grads(), PendingLoss::default(), outcome.figures());
         }
-        Ok((sums, Losses::Known(total, rewards.report(!loss.is_of_labels())), 1.0))
+        Ok(found)
     }
 
     /// Steps until the end, evaluating and saving on the way as `options` says.
@@ -442,22 +533,26 @@ impl<M: CausalLm> Trainer<M> {
     /// # Errors
     /// As [`run`](Self::run), and [`Error::Observer`] for what the observer's score meets.
     pub fn run_with(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
-        options.check()?;
-        if let Some(held_out) = &options.held_out {
-            check_form(held_out, self.config.preference.as_ref(), self.config.batch.batch)?;
-            check_values(held_out, self.model())?;
-            check_length("seq_len of the held-out data", held_out, self.model())?;
-        }
-        let _claim = options.claim()?;
+        self.together(
+            |trainer| trainer.own_run(options, observer),
+            |replica| replica.own_run(options, &mut ()),
+        )
+    }
+
+    /// The run of this rank, which the others make too.
+    fn own_run(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
+        agreed(&*self.ranks, self.check_run(options))?;
+        same(&*self.ranks, options.facts())?;
+        let _claim = by_first(&*self.ranks, || options.claim())?;
         let mut told = Told { metrics: None, observer, stopped: false };
-        if let Some(folder) = &options.metrics {
+        if let Some(folder) = options.metrics.as_ref().filter(|_| self.ranks.rank() == 0) {
             told.metrics = told.or_without(Metrics::open(folder, self.step));
         }
         let mut report = RunReport { steps: Vec::new(), evaluations: Vec::new(), end: RunEnd::Completed };
         let every = |steps: u64, every: u64| every != 0 && steps.is_multiple_of(every);
         while self.step < self.config.steps {
             told.stopped = false;
-            let step = self.step()?;
+            let step = self.own_step()?;
             told.tell(&Event::Step(&step));
             report.steps.push(step);
             let is_last = self.step == self.config.steps;
@@ -465,24 +560,24 @@ impl<M: CausalLm> Trainer<M> {
             let mut tired = false;
             if is_due && let Some(evaluation) = self.evaluate(options, told.observer)? {
                 told.tell(&Event::Evaluation(&evaluation));
-                told.stopped |=
-                    told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer)?.is_break();
+                let inspected = told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer);
+                told.stopped |= agreed(&*self.ranks, inspected)?.is_break();
                 report.evaluations.push(evaluation);
                 if evaluation.is_best {
                     self.save_below(options, "best", &mut told)?;
                 }
                 tired = self.is_tired(options);
             }
-            let stopped = told.stopped;
+            let stopped = self.first_says(told.stopped)?;
             if stopped || tired || is_last || every(self.step, options.save_every) {
                 if options.keep > 0 {
                     self.save_below(options, &format!("{KEPT}{}", self.step), &mut told)?;
-                    self.delete_older(options)?;
+                    by_first(&*self.ranks, || self.delete_older(options))?;
                 }
                 self.save_below(options, "last", &mut told)?;
             }
             // What the last checkpoint's hearer says of a run that is done has no effect.
-            let stopped = if is_last { stopped } else { told.stopped };
+            let stopped = if is_last { stopped } else { self.first_says(told.stopped)? };
             if stopped || tired || is_last {
                 report.end = match (stopped, tired) {
                     (true, _) => RunEnd::Stopped,
@@ -493,6 +588,25 @@ impl<M: CausalLm> Trainer<M> {
             }
         }
         Ok(report)
+    }
+
+    /// Whether options and data of a run fit one another and the model.
+    fn check_run(&self, options: &RunOptions) -> Result<()> {
+        options.check()?;
+        if let Some(held_out) = &options.held_out {
+            check_form(held_out, self.config.preference.as_ref(), self.config.batch.batch)?;
+            check_values(held_out, self.model())?;
+            check_length("seq_len of the held-out data", held_out, self.model())?;
+        }
+        Ok(())
+    }
+
+    /// What rank 0 says.
+    fn first_says(&self, own: bool) -> Result<bool> {
+        if self.ranks.size() == 1 {
+            return Ok(own);
+        }
+        Ok(self.ranks.all_gather(vec![u8::from(own)])?[0] == [1])
     }
 
     /// The score of the model as it is; the best one's parameters are kept.
@@ -508,8 +622,14 @@ impl<M: CausalLm> Trainer<M> {
                 preference = Some(report);
                 Some(score)
             }
-            (Some(dataset), None) => Some(evaluate(model, dataset, self.config.batch.batch)?.nll),
-            (None, _) => observer.score(model, self.step).map_err(Error::Observer)?,
+            (Some(dataset), None) => {
+                Some(evaluate_on(&*self.ranks, model, dataset, self.config.batch.batch)?.nll)
+            }
+            (None, _) => {
+                let own = observer.score(model, self.step).map_err(Error::Observer);
+                let (_, scores) = gathered(&*self.ranks, own, |score| score.iter().copied().collect())?;
+                scores[0].first().copied()
+            }
         };
         let Some(score) = score else { return Ok(None) };
         let is_best = score.is_finite() && self.best.as_ref().is_none_or(|best| score < best.score);
@@ -533,13 +653,20 @@ impl<M: CausalLm> Trainer<M> {
         for batch in in_order(dataset, rows, 0)? {
             all.add(totals([&batch?].into_iter(), loss));
         }
+        let own = || {
+            let mine = in_order(dataset, rows, 0)?.skip(self.ranks.rank()).step_by(self.ranks.size());
+            let figures = mine.map(|batch| {
+                let batch = batch?;
+                let comparison = Comparison::with_data(loss, &batch, dataset, self, None)?;
+                Ok(comparison.of(reference::log_p(self.model(), &batch)?, all).figures())
+            });
+            Ok(figures.collect::<Result<Vec<_>>>()?.concat())
+        };
+        let (_, found) = gathered(&*self.ranks, own(), Vec::clone)?;
         let (mut total, mut rewards) = (0.0, Rewards::default());
-        for batch in in_order(dataset, rows, 0)? {
-            let batch = batch?;
-            let comparison = Comparison::with_data(loss, &batch, dataset, self, None)?;
-            let outcome = comparison.of(reference::log_p(self.model(), &batch)?, all);
-            total += outcome.loss;
-            rewards.add(outcome.rewards);
+        for numbers in in_turn(&found, FIGURES) {
+            total += numbers[0];
+            rewards.add(Rewards::from_numbers(&numbers[1..]));
         }
         Ok((total, rewards.report(dataset.is_pairs())))
     }
@@ -558,7 +685,7 @@ impl<M: CausalLm> Trainer<M> {
     ) -> Result<()> {
         let Some(folder) = &options.folder else { return Ok(()) };
         let folder = folder.join(name);
-        self.save(&folder)?;
+        by_first(&*self.ranks, || self.save(&folder))?;
         self.checkpoint = Some(folder.clone());
         told.tell::<M>(&Event::Checkpoint(&folder));
         Ok(())
@@ -659,13 +786,28 @@ impl<M: CausalLm> Trainer<M> {
     /// bit. Where no learning rate depends on the number of steps, the run may have more than the saved one.
     ///
     /// The trainer is made as it was for the saved run: same base, same adapters. The best parameters so far come from
-    /// `best` beside `folder`, if it is there.
+    /// `best` beside `folder`, if it is there. Of several ranks the first one reads, and tells the others.
     ///
     /// # Errors
     /// A checkpoint that is incomplete, or of another configuration, data set, model or
     /// [identity](Self::with_identity): the first difference is named.
     pub fn resumed(mut self, folder: impl AsRef<Path>) -> Result<Self> {
         let folder = folder.as_ref();
+        self.together(|trainer| trainer.go_on(folder), |replica| replica.go_on(folder))?;
+        Ok(self)
+    }
+
+    /// Goes on from what rank 0 finds in `folder`.
+    fn go_on(&mut self, folder: &Path) -> Result<()> {
+        let given = checkpoint::from_first(&*self.ranks, folder)?;
+        let copy = given.as_ref().map(|given| given.path().join("last"));
+        let own = self.go_on_from(copy.as_deref().unwrap_or(folder));
+        agreed(&*self.ranks, own)?;
+        self.checkpoint = Some(folder.into());
+        Ok(())
+    }
+
+    fn go_on_from(&mut self, folder: &Path) -> Result<()> {
         let fresh = trainable::collect(self.model())?;
         let identity = self.whole_identity()?;
         let run = checkpoint::Run {
@@ -696,8 +838,7 @@ impl<M: CausalLm> Trainer<M> {
         self.optimizers = optimizers;
         self.batches = Batches::resume(self.dataset.clone(), self.config.batch.clone(), saved.state.cursor)?;
         (self.step, self.skipped) = (saved.state.step, saved.state.skipped);
-        self.checkpoint = Some(folder.into());
-        Ok(self)
+        Ok(())
     }
 }
 
@@ -741,15 +882,49 @@ impl<O> Told<'_, O> {
     }
 }
 
-/// Gradients of a step, its losses, and what both are to be divided by.
-type Sums<M> = (GradientsAccumulator<M>, Losses, f64);
+/// Of a micro-batch its loss, and the numbers of its rewards.
+const FIGURES: usize = 1 + Rewards::NUMBERS;
 
-/// The losses of a step.
-enum Losses {
-    /// Sums over tokens, still on the device.
-    Pending(Vec<PendingLoss>),
-    /// A mean over answers.
-    Known(f64, PreferenceReport),
+impl Outcome {
+    fn figures(&self) -> [f64; FIGURES] {
+        let rewards = self.rewards.to_numbers();
+        std::array::from_fn(|index| if index == 0 { self.loss } else { rewards[index - 1] })
+    }
+}
+
+/// What a rank's micro-batches come to.
+struct Found {
+    /// Sums of their gradients.
+    sums: PairwiseSum<GradientsParams>,
+    /// Numbers of each.
+    figures: Vec<[f64; FIGURES]>,
+    /// Losses of each that are still on the device, to be added to its figures.
+    losses: Vec<PendingLoss>,
+}
+
+impl Found {
+    /// Nothing yet, of the micro-batches from `first` on.
+    fn new(first: usize) -> Self {
+        Self { sums: PairwiseSum::new(first), figures: Vec::new(), losses: Vec::new() }
+    }
+
+    fn push<M: CausalLm>(
+        &mut self,
+        model: &M,
+        gradients: GradientsParams,
+        loss: PendingLoss,
+        figures: [f64; FIGURES],
+    ) {
+        self.sums.push(gradients, |a, b| added(model, a, b));
+        self.losses.push(loss);
+        self.figures.push(figures);
+    }
+}
+
+/// Figures whose losses were still on the device.
+fn with_losses(mut figures: Vec<[f64; FIGURES]>, losses: Vec<f64>) -> Vec<[f64; FIGURES]> {
+    figures.iter_mut().zip(losses).for_each(|(figures, loss)| figures[0] += loss);
+    figures
 }
 
 /// What the losses of these pairs or answers are divided by.

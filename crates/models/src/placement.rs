@@ -1,0 +1,278 @@
+//! Which device holds which part of a model that is larger than one.
+
+use std::ops::Range;
+
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor},
+};
+use kiln_quant_core::Projection;
+
+use crate::{Block, Embedding, Error, Result, config::ModelConfig};
+
+/// Which device holds which part of a model: embedding, blocks, and final norm with the head. Activations cross where
+/// neighbours are on different ones, forwards, backwards and in generation.
+///
+/// Each part computes where it is; the devices take turns. It is a way to hold models that are larger than one device, not
+/// to make them faster.
+///
+/// ```
+/// use burn::tensor::Device;
+/// use kiln_models::Placement;
+///
+/// let (first, second) = (Device::flex(), Device::flex());
+/// let placement = Placement::new(&first, [(0..20, &first), (20..32, &second)], &second)?;
+/// assert_eq!(placement.num_blocks(), 32);
+/// # Ok::<(), kiln_models::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct Placement {
+    embedding: Device,
+    blocks: Vec<Device>,
+    head: Device,
+}
+
+impl Placement {
+    /// The embedding's device, blocks with theirs, and the device of final norm and head. Of a model whose head is its
+    /// embedding both must be one.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for blocks that are left out or named twice.
+    pub fn new<'a>(
+        embedding: &Device,
+        blocks: impl IntoIterator<Item = (Range<usize>, &'a Device)>,
+        head: &Device,
+    ) -> Result<Self> {
+        let mut parts: Vec<(Range<usize>, &Device)> = blocks.into_iter().collect();
+        parts.sort_by_key(|(blocks, _)| blocks.start);
+        let mut all = Vec::new();
+        for (blocks, device) in parts {
+            if blocks.start != all.len() || blocks.is_empty() {
+                return Err(Error::Argument {
+                    name: "placement".into(),
+                    expected: format!("blocks from {} on, each once", all.len()),
+                    found: format!("{blocks:?}"),
+                });
+            }
+            // A range is the caller's; a model of so many blocks isn't.
+            if blocks.end > MOST_BLOCKS {
+                return Err(Error::Argument {
+                    name: "placement".into(),
+                    expected: format!("at most {MOST_BLOCKS} blocks"),
+                    found: format!("{blocks:?}"),
+                });
+            }
+            all.resize(blocks.end, plain(device));
+        }
+        Ok(Self { embedding: plain(embedding), blocks: all, head: plain(head) })
+    }
+
+    /// Consecutive parts of a model on `devices`, so that the fullest holds as little as it can. `embedding`,
+    /// `blocks` and `head` (with the final norm) are bytes, `tied` is whether the head is the embedding, which stands on the first device then.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for no devices.
+    pub fn balanced(
+        devices: &[Device],
+        embedding: u64,
+        blocks: &[u64],
+        head: u64,
+        tied: bool,
+    ) -> Result<Self> {
+        let Some(first) = devices.first() else {
+            return Err(Error::Argument {
+                name: "devices".into(),
+                expected: "at least one".into(),
+                found: "none".into(),
+            });
+        };
+        let mut parts = blocks.to_vec();
+        let on_first = if tied { embedding.saturating_add(head) } else { embedding };
+        if !tied {
+            parts.push(head);
+        }
+        let places = spread(devices.len(), on_first, &parts);
+        let device = |part: usize| plain(&devices[places[part]]);
+        let head = if tied { plain(first) } else { device(blocks.len()) };
+        Ok(Self { embedding: plain(first), blocks: (0..blocks.len()).map(device).collect(), head })
+    }
+
+    /// Everything on one device.
+    pub(crate) fn on_one(device: &Device, blocks: usize) -> Self {
+        let device = plain(device);
+        Self { embedding: device.clone(), blocks: vec![device.clone(); blocks], head: device }
+    }
+
+    /// Where these parts are; `None` if that is one place.
+    pub(crate) fn of<P: Projection>(
+        embedding: &Embedding,
+        blocks: &[Block<P>],
+        head: &impl Module,
+    ) -> Option<Self> {
+        let embedding = plain(&embedding.device());
+        let place = |devices: Vec<Device>| devices.first().map_or(embedding.clone(), plain);
+        let blocks: Vec<Device> = blocks.iter().map(|block| place(block.devices())).collect();
+        let head = place(head.devices());
+        let is_one = blocks.iter().chain([&head]).all(|device| *device == embedding);
+        (!is_one).then_some(Self { embedding, blocks, head })
+    }
+
+    /// Whether it has every part of such a model, in a place where it can be.
+    pub(crate) fn check(&self, config: &ModelConfig) -> Result<()> {
+        let fail = |expected: String, found: String| {
+            Err(Error::Argument { name: "placement".into(), expected, found })
+        };
+        let (expected, found) = (config.num_hidden_layers, self.blocks.len());
+        if expected != found {
+            return fail(format!("the model's {expected} blocks"), format!("{found}"));
+        }
+        if config.tie_word_embeddings && self.embedding != self.head {
+            let expected = "embedding and head on one device, being one matrix";
+            return fail(expected.into(), format!("{:?} and {:?}", self.embedding, self.head));
+        }
+        Ok(())
+    }
+
+    /// Number of blocks.
+    pub fn num_blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Where the embedding is.
+    pub fn embedding(&self) -> &Device {
+        &self.embedding
+    }
+
+    /// Where block `index` is.
+    ///
+    /// # Panics
+    /// If there is no such block.
+    pub fn block(&self, index: usize) -> &Device {
+        &self.blocks[index]
+    }
+
+    /// Where final norm and head are.
+    pub fn head(&self) -> &Device {
+        &self.head
+    }
+
+    /// The devices, each once, in the order in which data passes them.
+    pub fn devices(&self) -> Vec<Device> {
+        let mut found: Vec<Device> = Vec::new();
+        for device in [&self.embedding].into_iter().chain(&self.blocks).chain([&self.head]) {
+            if !found.contains(device) {
+                found.push(device.clone());
+            }
+        }
+        found
+    }
+
+    /// What the block's output is moved to: its device, or, of the last one, that of the head.
+    pub(crate) fn after(&self, index: usize) -> &Device {
+        self.blocks.get(index + 1).unwrap_or(&self.head)
+    }
+}
+
+const MOST_BLOCKS: usize = 1 << 16;
+
+fn plain(device: &Device) -> Device {
+    device.clone().without_autodiff()
+}
+
+/// `x` on `device`; gradients go back to where it was.
+pub(crate) fn moved<const D: usize>(x: Tensor<D>, device: &Device) -> Tensor<D> {
+    if x.device().without_autodiff() == *device { x } else { x.to_device(device) }
+}
+
+/// On which of `devices` each of consecutive `parts` is, so that the fullest device holds as little as it can, where the
+/// first one holds `on_first` already: under the smallest limit under which all fit if each device takes what it can.
+fn spread(devices: usize, on_first: u64, parts: &[u64]) -> Vec<usize> {
+    let fill = |limit: u64| {
+        let (mut index, mut held) = (0, on_first);
+        let place = |bytes: &u64| {
+            while held.saturating_add(*bytes) > limit {
+                (index, held) = (index + 1, 0);
+                if index == devices || *bytes > limit {
+                    return None;
+                }
+            }
+            held += bytes;
+            Some(index)
+        };
+        if on_first > limit { None } else { parts.iter().map(place).collect::<Option<Vec<usize>>>() }
+    };
+    let (mut low, mut high) = (0, parts.iter().fold(on_first, |sum, bytes| sum.saturating_add(*bytes)));
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if fill(middle).is_some() { high = middle } else { low = middle + 1 }
+    }
+    fill(high).unwrap_or_else(|| vec![0; parts.len()])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The smallest load of the fullest device, by trying every way.
+    fn smallest(devices: usize, on_first: u64, parts: &[u64]) -> u64 {
+        if devices == 1 {
+            return on_first + parts.iter().sum::<u64>();
+        }
+        let cuts = 0..=parts.len();
+        cuts.map(|cut| {
+            let here = on_first + parts[..cut].iter().sum::<u64>();
+            here.max(smallest(devices - 1, 0, &parts[cut..]))
+        })
+        .min()
+        .unwrap_or(0)
+    }
+
+    #[test]
+    fn the_fullest_device_holds_as_little_as_it_can() {
+        let sizes = |seed: u64, count: u64| {
+            (0..count).map(move |i| (seed * 7 + i * i * 5 + i) % 11 + 1).collect::<Vec<u64>>()
+        };
+        for seed in 0..12 {
+            for count in 0..7 {
+                for devices in 1..4 {
+                    let (parts, on_first) = (sizes(seed, count), seed % 9);
+                    let places = spread(devices, on_first, &parts);
+                    assert!(places.is_sorted() && places.iter().all(|place| *place < devices));
+                    let held = |device: usize| {
+                        let own: u64 = places
+                            .iter()
+                            .zip(&parts)
+                            .filter(|(place, _)| **place == device)
+                            .map(|(_, bytes)| bytes)
+                            .sum();
+                        own + if device == 0 { on_first } else { 0 }
+                    };
+                    let fullest = (0..devices).map(held).max().unwrap();
+                    assert_eq!(
+                        fullest,
+                        smallest(devices, on_first, &parts),
+                        "{devices} {on_first} {parts:?}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn blocks_are_named_once_and_none_is_left_out() {
+        let device = Device::flex();
+        let error = |blocks: Vec<Range<usize>>| {
+            let blocks = blocks.into_iter().map(|blocks| (blocks, &device));
+            Placement::new(&device, blocks, &device).unwrap_err().to_string()
+        };
+        assert_eq!(error(vec![0..2, 3..4]), "placement: expected blocks from 2 on, each once, found 3..4");
+        assert_eq!(error(vec![0..2, 1..4]), "placement: expected blocks from 2 on, each once, found 1..4");
+        assert_eq!(error(vec![1..2, 2..3]), "placement: expected blocks from 0 on, each once, found 1..2");
+        assert_eq!(
+            error(vec![0..1, 1..usize::MAX]),
+            format!("placement: expected at most 65536 blocks, found 1..{}", usize::MAX)
+        );
+        let error = Placement::balanced(&[], 1, &[1], 1, false).unwrap_err();
+        assert_eq!(error.to_string(), "devices: expected at least one, found none");
+    }
+}

@@ -1,0 +1,315 @@
+//! k ranks are one rank with k times the micro-batches: the same bits, however the run is cut, and no rank waits for one that
+//! is gone.
+
+use std::{
+    ops::ControlFlow,
+    path::Path,
+    sync::Arc,
+    thread,
+    time::{Duration, Instant},
+};
+
+use burn::{module::Module, tensor::Device};
+use kiln_models::{CausalLm, Recompute};
+use kiln_training::{
+    Communicator, Dataset, Error, Evaluation, Event, Observer, RunOptions, RunReport, Trainer, TrainerConfig,
+    distributed::{Alone, threads},
+    evaluate, evaluate_on,
+};
+
+use crate::trainer::{LoraModel, base, config, documents, dropout_model, losses, parameters};
+
+fn parts() -> (Arc<Dataset>, Arc<Dataset>) {
+    let (train, held_out) = Arc::unwrap_or_clone(documents()).split(0.25, 1).unwrap();
+    (train.into(), held_out.into())
+}
+
+fn trainer(config: TrainerConfig) -> Trainer<LoraModel> {
+    Trainer::new(dropout_model(), parts().0, config).unwrap()
+}
+
+/// `count` ranks in all, of which one is the trainer's own.
+fn devices(count: usize) -> Vec<Device> {
+    vec![Device::flex(); count - 1]
+}
+
+/// What each of `count` ranks finds that makes everything by itself, as processes do.
+fn on_ranks<T: Send>(count: usize, work: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+    let work = &work;
+    thread::scope(|scope| {
+        let ranks = threads(count, Duration::from_secs(120)).into_iter();
+        let handles: Vec<_> = ranks.map(|rank| scope.spawn(move || work(Arc::new(rank)))).collect();
+        handles.into_iter().map(|handle| handle.join().expect("a rank that ends well")).collect()
+    })
+}
+
+type Figures = (Vec<u64>, Vec<u64>, Vec<u64>);
+
+fn figures(report: &RunReport) -> Figures {
+    let norms = report.steps.iter().map(|step| step.grad_norm.to_bits()).collect();
+    let scores = report.evaluations.iter().map(|evaluation| evaluation.score.to_bits()).collect();
+    (losses(&report.steps), norms, scores)
+}
+
+fn held_out() -> RunOptions {
+    RunOptions::new().with_held_out(parts().1, 2)
+}
+
+#[test]
+fn ranks_have_the_bits_of_one() {
+    for recompute in [Recompute::None, Recompute::Block] {
+        let config = || config(1, 4).with_recompute(recompute);
+        let mut alone = trainer(config());
+        let expected = figures(&alone.run(&held_out()).unwrap());
+        for count in [2, 4] {
+            let mut shared = trainer(config()).with_devices(&devices(count)).unwrap();
+            assert_eq!(figures(&shared.run(&held_out()).unwrap()), expected, "{count} ranks");
+            assert_eq!(parameters(shared.model()), parameters(alone.model()));
+        }
+        let found = on_ranks(2, |ranks| {
+            let mut own = trainer(config()).with_ranks(ranks).unwrap();
+            let found = figures(&own.run(&held_out()).unwrap());
+            (found, parameters(own.model()), parameters(&own.into_best_model().train()))
+        });
+        let best = parameters(&alone.into_best_model().train());
+        let last = found[0].1.clone();
+        assert_eq!(found, vec![(expected.clone(), last, best); 2]);
+    }
+}
+
+/// Numbers of micro-batches that aren't powers of two, and all parameters of a model, some without a gradient of their own.
+#[test]
+fn full_training_on_three_ranks_has_the_bits_of_one() {
+    let run = |count: usize| {
+        let model = base("tiny/llama-untied-bf16", None).unfreeze();
+        let config = config(1, 6).with_steps(3).with_clip(Some(0.5));
+        let trainer = Trainer::new(model, documents(), config).unwrap();
+        let mut trainer = trainer.with_devices(&devices(count)).unwrap();
+        let report = trainer.run(&RunOptions::new()).unwrap();
+        (figures(&report), parameters(trainer.model()))
+    };
+    let expected = run(1);
+    assert_eq!(run(2), expected);
+    assert_eq!(run(3), expected);
+}
+
+#[test]
+fn a_run_goes_on_with_another_number_of_ranks() {
+    let mut whole = trainer(config(1, 4));
+    let expected = whole.run(&held_out()).unwrap();
+    let stopped = |count: usize, folder: &Path| {
+        let mut steps = 0;
+        let mut stop = |event: &Event<'_>| {
+            steps += u64::from(matches!(event, Event::Step(_)));
+            if steps == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let mut first = trainer(config(1, 4)).with_devices(&devices(count)).unwrap();
+        first.run_with(&held_out().with_folder(folder), &mut stop).unwrap().steps.len()
+    };
+    for (before, after) in [(4, 1), (1, 2), (2, 4)] {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(stopped(before, folder.path()), 3);
+        let last = folder.path().join("last");
+        let second = trainer(config(1, 4)).with_devices(&devices(after)).unwrap();
+        let mut second = second.resumed(&last).unwrap();
+        let report = second.run(&held_out()).unwrap();
+        assert_eq!(losses(&report.steps), losses(&expected.steps[3..]), "{before} ranks, then {after}");
+        assert_eq!(parameters(second.model()), parameters(whole.model()));
+        // Where the other ranks can't see the folder, too.
+        let nowhere = folder.path().join("nowhere");
+        let found = on_ranks(2, |ranks| {
+            let folder = if ranks.rank() == 0 { &last } else { &nowhere };
+            let mut second = trainer(config(1, 4)).with_ranks(ranks).unwrap().resumed(folder).unwrap();
+            let best = second.best();
+            second.run(&held_out()).unwrap();
+            (best.map(f64::to_bits), parameters(&second.into_best_model().train()))
+        });
+        assert_eq!(found[0], found[1]);
+        assert_eq!(found[0].0, Some(expected.evaluations[0].score.to_bits()));
+    }
+}
+
+#[test]
+fn the_first_rank_writes_and_the_others_do_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let places = ["first", "second"].map(|name| folder.path().join(name));
+    on_ranks(2, |ranks| {
+        let place = &places[ranks.rank()];
+        let options =
+            held_out().with_folder(place).with_save_every(1).with_keep(1).with_metrics(place.join("metrics"));
+        trainer(config(1, 2)).with_ranks(ranks).unwrap().run(&options).unwrap();
+    });
+    let written = ["last", "best", "step-6", "metrics/metrics.jsonl"];
+    assert!(written.iter().all(|name| places[0].join(name).exists()));
+    assert!(!places[0].join("step-5").exists() && !places[1].exists());
+}
+
+#[test]
+fn ranks_that_differ_are_refused_by_name() {
+    let other_config = config(1, 2).with_lr(1e-4);
+    let other_data = || Trainer::new(dropout_model(), documents(), config(1, 2)).unwrap();
+    type Make<'a> = Box<dyn Fn() -> Trainer<LoraModel> + Sync + 'a>;
+    let named = || trainer(config(1, 2)).with_identity([("adapters".into(), "r=8".into())].into());
+    let mut moved = trainer(config(1, 2));
+    // The rate of the first step is 0.
+    for _ in 0..2 {
+        moved.step().unwrap();
+    }
+    let moved = moved.into_model();
+    let cases: [(&str, Make<'_>); 4] = [
+        (
+            "rank 1: config.lr: expected 0.005, as rank 0 has, found 0.0001",
+            Box::new(|| trainer(other_config.clone())),
+        ),
+        ("rank 1: data: expected", Box::new(other_data)),
+        ("rank 1: adapters: expected nothing, as rank 0 has, found r=8", Box::new(named)),
+        (
+            "rank 1: trained parameters: expected",
+            Box::new(|| Trainer::new(moved.clone(), parts().0, config(1, 2)).unwrap()),
+        ),
+    ];
+    for (expected, make) in &cases {
+        let found = on_ranks(2, |ranks| {
+            let own = if ranks.rank() == 0 { trainer(config(1, 2)) } else { make() };
+            own.with_ranks(ranks).map(|_| ()).unwrap_err().to_string()
+        });
+        assert!(found.iter().all(|found| found.starts_with(expected)), "{expected}: {found:?}");
+    }
+    let found = on_ranks(2, |ranks| {
+        let every = if ranks.rank() == 0 { 2 } else { 3 };
+        let options = RunOptions::new().with_held_out(parts().1, every);
+        trainer(config(1, 2)).with_ranks(ranks).unwrap().run(&options).unwrap_err().to_string()
+    });
+    assert_eq!(found, ["rank 1: evaluate_every: expected 2, as rank 0 has, found 3"; 2]);
+}
+
+#[test]
+fn micro_batches_that_can_not_be_dealt_out_are_refused() {
+    let expected = "accumulate: expected a multiple of 3, the number of ranks, found 4";
+    let error = trainer(config(1, 4)).with_devices(&devices(3)).unwrap_err();
+    assert_eq!(error.to_string(), expected);
+    let errors =
+        on_ranks(3, |ranks| trainer(config(1, 4)).with_ranks(ranks).map(|_| ()).unwrap_err().to_string());
+    assert_eq!(errors, [expected; 3]);
+    let shared = trainer(config(1, 4)).with_devices(&devices(2)).unwrap();
+    assert!(shared.with_devices(&devices(2)).unwrap_err().to_string().starts_with("devices: expected a run"));
+    // Alone one may always be.
+    assert!(trainer(config(1, 3)).with_ranks(Arc::new(Alone)).is_ok());
+}
+
+/// Fails at rank 1, by an error or by a panic.
+struct Ill {
+    panics: bool,
+    is_ill: bool,
+}
+
+impl Observer<LoraModel> for Ill {
+    fn score(
+        &mut self,
+        _: &LoraModel,
+        _: u64,
+    ) -> Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        match (self.is_ill, self.panics) {
+            (false, _) => Ok(Some(1.0)),
+            (true, false) => Err("the judge is ill".into()),
+            (true, true) => std::panic::resume_unwind(Box::new("the judge is gone")),
+        }
+    }
+}
+
+#[test]
+fn a_rank_that_fails_ends_all() {
+    let started = Instant::now();
+    for panics in [false, true] {
+        let run = |ranks: Arc<dyn Communicator>| {
+            let mut ill = Ill { panics, is_ill: ranks.rank() == 1 };
+            let work = std::panic::AssertUnwindSafe(|| {
+                let mut trainer = trainer(config(1, 2)).with_ranks(ranks).unwrap();
+                trainer.run_with(&RunOptions::new().with_evaluations(2), &mut ill).unwrap_err()
+            });
+            std::panic::catch_unwind(work)
+        };
+        let found = on_ranks(2, run);
+        match panics {
+            false => {
+                let own = found[1].as_ref().unwrap();
+                assert!(matches!(own, Error::Observer(_)), "{own}");
+                let heard = found[0].as_ref().unwrap().to_string();
+                assert_eq!(heard, "rank 1 failed: the judge is ill");
+            }
+            true => {
+                assert!(found[1].is_err());
+                let heard = found[0].as_ref().unwrap().to_string();
+                assert!(heard.contains("rank 1 has ended"), "{heard}");
+            }
+        }
+    }
+    assert!(started.elapsed() < Duration::from_secs(100));
+}
+
+#[test]
+fn a_replica_whose_observer_panics_ends_the_run() {
+    let mut shared = trainer(config(1, 2)).with_devices(&devices(2)).unwrap();
+    let mut panics = |event: &Event<'_>| match event {
+        Event::Step(report) if report.step == 1 => std::panic::resume_unwind(Box::new("enough")),
+        _ => ControlFlow::Continue(()),
+    };
+    let work = std::panic::AssertUnwindSafe(|| shared.run_with(&RunOptions::new(), &mut panics));
+    assert!(std::panic::catch_unwind(work).is_err());
+}
+
+#[test]
+fn an_error_leaves_the_ranks_at_the_same_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let busy = folder.path().join("busy");
+    let _claim = kiln_quant_core::files::OutputFolder::claim(&busy).unwrap();
+    let mut shared = trainer(config(1, 2)).with_devices(&devices(2)).unwrap();
+    shared.run(&RunOptions::new().with_folder(&busy)).unwrap_err();
+    let mut alone = trainer(config(1, 2));
+    assert_eq!(figures(&shared.run(&held_out()).unwrap()), figures(&alone.run(&held_out()).unwrap()));
+}
+
+/// The first rank decides where a run ends.
+#[test]
+fn the_first_ranks_observer_counts() {
+    struct Stops(bool, Vec<u64>);
+    impl Observer<LoraModel> for Stops {
+        fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+            if let Event::Step(report) = event {
+                self.1.push(report.step);
+            }
+            if self.0 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        }
+        fn inspect(
+            &mut self,
+            _: &LoraModel,
+            _: &Evaluation,
+        ) -> Result<ControlFlow<()>, Box<dyn std::error::Error + Send + Sync>> {
+            Ok(ControlFlow::Continue(()))
+        }
+    }
+    for first_stops in [true, false] {
+        let steps = on_ranks(2, |ranks| {
+            let mut observer = Stops(first_stops == (ranks.rank() == 0), Vec::new());
+            let mut own = trainer(config(1, 2)).with_ranks(ranks).unwrap();
+            own.run_with(&RunOptions::new(), &mut observer).unwrap();
+            observer.1.len()
+        });
+        assert_eq!(steps, [if first_stops { 1 } else { 6 }; 2]);
+    }
+}
+
+#[test]
+fn evaluation_is_shared_out_to_the_bit() {
+    let (_, held_out) = parts();
+    let model = dropout_model();
+    for batch in [1, 2, 4] {
+        let expected = evaluate(&model, &held_out, batch).unwrap();
+        for count in [2, 3, 9] {
+            let found = on_ranks(count, |ranks| {
+                evaluate_on(&*ranks, &model.clone().fork(&model.device()), &held_out, batch).unwrap()
+            });
+            assert!(found.iter().all(|found| *found == expected), "{count} ranks, {batch} rows");
+        }
+    }
+}
