@@ -128,6 +128,7 @@ impl<'a> Calibrator<'a> {
         M::With<Probe<Station>>: ScaleSites<Slot = Probe<Station>> + Slots<With<Slot> = M::With<Slot>>,
     {
         self.config.check()?;
+        model.check_one_device("calibration")?;
         if self.attacher.is_none()
             && (self.config.method.needs_adapters() || self.config.correction.is_some())
         {

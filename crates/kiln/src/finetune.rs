@@ -8,7 +8,7 @@ use std::{
     sync::Arc,
 };
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use kiln_adapters::{AdapterConfig, AnyAdapter};
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
@@ -23,8 +23,8 @@ use kiln_quant_core::{
     trained_values,
 };
 use kiln_training::{
-    BatchOptions, Dataset, DatasetLoss, Evaluation, Event, Observer, RunOptions, RunReport, ScheduleKind,
-    Trainer, TrainerConfig,
+    BatchOptions, Communicator, Dataset, DatasetLoss, Evaluation, Event, Observer, RunOptions, RunReport,
+    ScheduleKind, Trainer, TrainerConfig,
 };
 
 use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
@@ -46,6 +46,8 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// | `reference` | the model as the run begins | what answers are compared with, or the teacher of a distillation |
 /// | `known_answers` | none | a file that keeps what the reference thinks of the data |
 /// | `memory_limit` | none | bytes that the process may take; a run that is expected to take more is refused, with what would help |
+/// | `ranks` | none | processes or threads that share each step's micro-batches |
+/// | `devices` | none | further devices on which replicas in this process do |
 /// | `samples` | none | prompts that are continued after every measurement |
 /// | `on_event` | silent | hears every step and evaluation; [`ControlFlow::Break`] stops the run |
 ///
@@ -86,6 +88,8 @@ pub struct FineTune<'a> {
     reference: Option<&'a Base>,
     known_answers: Option<PathBuf>,
     memory_limit: Option<u64>,
+    ranks: Option<Arc<dyn Communicator>>,
+    devices: Vec<Device>,
     samples: Vec<String>,
     sampling: GenerateOptions,
     on_event: OnEvent<'a>,
@@ -132,6 +136,8 @@ impl<'a> FineTune<'a> {
             reference: None,
             known_answers: None,
             memory_limit: None,
+            ranks: None,
+            devices: Vec::new(),
             samples: Vec::new(),
             sampling: GenerateOptions::new(32),
             on_event: Box::new(|_| ControlFlow::Continue(())),
@@ -244,6 +250,19 @@ impl<'a> FineTune<'a> {
         self
     }
 
+    /// Shares the work with other ranks, which run the same program: [`Trainer::with_ranks`]. Rank 0 writes, hears and says
+    /// whether to go on; all come back with the same parameters.
+    pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>) -> Self {
+        self.ranks = Some(ranks);
+        self
+    }
+
+    /// Shares the work with replicas of the model on further devices: [`Trainer::with_devices`].
+    pub fn with_devices(mut self, devices: impl Into<Vec<Device>>) -> Self {
+        self.devices = devices.into();
+        self
+    }
+
     /// Continues `prompts` after every measurement; [`Event::Sample`] tells how.
     pub fn with_samples<T: Into<String>>(
         mut self,
@@ -303,7 +322,17 @@ impl<'a> FineTune<'a> {
         if let Some(file) = self.known_answers {
             trainer = trainer.with_known_answers(file)?;
         }
-        if let Some(last) = last.filter(|last| self.resume && whole_folder(last).exists()) {
+        let mut goes_on = last.as_ref().is_some_and(|last| self.resume && whole_folder(last).exists());
+        if let Some(ranks) = self.ranks {
+            trainer = trainer.with_ranks(ranks.clone())?;
+            // Others may not see the folder.
+            let first = ranks.broadcast(vec![u8::from(goes_on)]).map_err(kiln_training::Error::from)?;
+            goes_on = first == [1];
+        }
+        if !self.devices.is_empty() {
+            trainer = trainer.with_devices(&self.devices)?;
+        }
+        if let Some(last) = last.filter(|_| goes_on) {
             trainer = trainer.resumed(last)?;
         }
         let Self { samples, sampling, on_event, .. } = self;

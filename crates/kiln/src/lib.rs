@@ -9,6 +9,8 @@ pub use kiln_adapters as adapters;
 #[doc(inline)]
 pub use kiln_calibration as calibration;
 #[doc(inline)]
+pub use kiln_distributed as distributed;
+#[doc(inline)]
 pub use kiln_eval as eval;
 #[cfg(feature = "mixq-search")]
 #[doc(inline)]

@@ -14,6 +14,7 @@ mod gradients;
 mod memory;
 #[cfg(all(feature = "mixq-search", feature = "pruning"))]
 mod mixq;
+mod placement;
 mod recipe;
 mod tables;
 mod tuning;

@@ -93,6 +93,21 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
         self.device()
     }
 
+    /// Fails for a model whose parts stand on several devices, which `what` can't work on.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] naming the devices.
+    fn check_one_device(&self, what: &str) -> Result<()> {
+        match self.devices() {
+            devices if devices.len() < 2 => Ok(()),
+            devices => Err(Error::Argument {
+                name: "model".into(),
+                expected: format!("all of it on one device, for {what}"),
+                found: format!("parts on {devices:?}"),
+            }),
+        }
+    }
+
     /// Tells every part whose results depend on it where training stands (seeded dropout); trainers call it before each
     /// forward pass.
     fn at(&self, place: Place);

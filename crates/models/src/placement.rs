@@ -1,14 +1,20 @@
 //! Which device holds which part of a model that is larger than one.
 
-use std::ops::Range;
+use std::{
+    ops::Range,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
 use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::Projection;
+use kiln_quant_core::{Compute, Projection, Scheme, StorageReport, StorageRow};
 
-use crate::{Block, Embedding, Error, Result, config::ModelConfig};
+use crate::{
+    Block, Checkpoint, Embedding, Error, LoadOptions, Result, Tables,
+    config::{ModelConfig, TensorRole, TensorShape},
+};
 
 /// Which device holds which part of a model: embedding, blocks, and final norm with the head. Activations cross where
 /// neighbours are on different ones, forwards, backwards and in generation.
@@ -117,6 +123,23 @@ impl Placement {
         (!is_one).then_some(Self { embedding, blocks, head })
     }
 
+    /// Bytes of each device's tensors, in the order of [`devices`](Self::devices): of a model as a [report](crate::LoadReport)
+    /// or a [prediction](crate::Checkpoint::predicted_storage) lists them.
+    pub fn bytes(&self, config: &ModelConfig, storage: &StorageReport) -> Vec<(Device, usize)> {
+        let mut found: Vec<(Device, usize)> = self.devices().into_iter().map(|device| (device, 0)).collect();
+        for row in &storage.rows {
+            let device = match part(config, &row.path) {
+                Part::Embedding => &self.embedding,
+                Part::Block(index) => self.blocks.get(index).unwrap_or(&self.head),
+                Part::Head => &self.head,
+            };
+            if let Some((_, bytes)) = found.iter_mut().find(|(found, _)| found == device) {
+                *bytes += row.bytes;
+            }
+        }
+        found
+    }
+
     /// Whether it has every part of such a model, in a place where it can be.
     pub(crate) fn check(&self, config: &ModelConfig) -> Result<()> {
         let fail = |expected: String, found: String| {
@@ -130,7 +153,16 @@ impl Placement {
             let expected = "embedding and head on one device, being one matrix";
             return fail(expected.into(), format!("{:?} and {:?}", self.embedding, self.head));
         }
-        Ok(())
+        let devices = self.devices();
+        // What a device that isn't there does is to panic.
+        let is_there = |device: &&Device| {
+            let made = || Tensor::<1>::zeros([1], *device).into_data();
+            catch_unwind(AssertUnwindSafe(made)).is_ok()
+        };
+        match devices.iter().find(|device| devices.len() > 1 && !is_there(device)) {
+            Some(absent) => fail("devices that are there".into(), format!("{absent:?}")),
+            None => Ok(()),
+        }
     }
 
     /// Number of blocks.
@@ -170,6 +202,85 @@ impl Placement {
     /// What the block's output is moved to: its device, or, of the last one, that of the head.
     pub(crate) fn after(&self, index: usize) -> &Device {
         self.blocks.get(index + 1).unwrap_or(&self.head)
+    }
+}
+
+/// A part that is placed as a whole.
+enum Part {
+    Embedding,
+    Block(usize),
+    Head,
+}
+
+/// To which part a tensor or module belongs, by its path in checkpoints.
+fn part(config: &ModelConfig, path: &str) -> Part {
+    let names = &config.family.names;
+    let is_in =
+        |module: &str| path.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
+    let index = path.strip_prefix(names.blocks).and_then(|rest| rest.strip_prefix('.'));
+    let index = index.and_then(|rest| rest.split('.').next()?.parse().ok());
+    let before = [Some(names.embedding), names.positions.map(|learned| learned.path), names.embedding_norm];
+    match index {
+        Some(index) => Part::Block(index),
+        None if before.into_iter().flatten().any(is_in) => Part::Embedding,
+        None => Part::Head,
+    }
+}
+
+impl Checkpoint {
+    /// What [`load`](Self::load) will report of the model's storage, from headers alone: exact where schemes are given for all
+    /// linears and products are in f32; weights that stay as stored are taken to be as large as in the file.
+    ///
+    /// # Errors
+    /// A tensor that isn't there.
+    pub fn predicted_storage(&self, options: &LoadOptions) -> Result<StorageReport> {
+        let mut report = StorageReport::default();
+        for TensorShape { name, shape, role } in self.config().tensors() {
+            if role == TensorRole::Head && self.config().tie_word_embeddings && name.ends_with(".weight") {
+                continue;
+            }
+            let path = name.strip_suffix(".weight").filter(|_| role != TensorRole::Plain);
+            let scheme = match (&options.schemes, path, role) {
+                (Some(plan), Some(path), TensorRole::Linear) => Some(*plan.get(path)),
+                _ => None,
+            };
+            let values: usize = shape.iter().product();
+            let (scheme, bytes) = match (scheme, &shape[..]) {
+                (Some(Scheme::Packed(scheme)), [d_output, d_input]) => {
+                    (Scheme::Packed(scheme), scheme.storage_bytes(*d_input, *d_output))
+                }
+                (None, _) if path.is_some() => {
+                    let stored = usize::try_from(self.source().describe(&name)?.bytes).unwrap_or(usize::MAX);
+                    let dense = stored >= 2 * values;
+                    let in_16_bits = options.compute.is_some_and(|compute| compute != Compute::F32);
+                    let width = if in_16_bits && options.tables == Tables::AsStored { 2 } else { 4 };
+                    (Scheme::Dense, if dense { width * values } else { stored })
+                }
+                _ => (Scheme::Dense, 4 * values),
+            };
+            let path = path.unwrap_or(&name).to_owned();
+            report.rows.push(StorageRow { path, scheme, shape, bytes });
+        }
+        Ok(report)
+    }
+
+    /// A [placement](Placement::balanced) of the model on `devices` that fills them as evenly as whole blocks allow, by
+    /// [`predicted_storage`](Self::predicted_storage).
+    ///
+    /// # Errors
+    /// As those two.
+    pub fn balanced(&self, options: &LoadOptions, devices: &[Device]) -> Result<Placement> {
+        let config = self.config();
+        let (mut embedding, mut blocks, mut head) = (0, vec![0; config.num_hidden_layers], 0);
+        for row in &self.predicted_storage(options)?.rows {
+            let bytes = row.bytes as u64;
+            match part(config, &row.path) {
+                Part::Embedding => embedding += bytes,
+                Part::Block(index) => blocks[index] += bytes,
+                Part::Head => head += bytes,
+            }
+        }
+        Placement::balanced(devices, embedding, &blocks, head, config.tie_word_embeddings)
     }
 }
 

@@ -46,6 +46,7 @@ impl<M: Backbone> SideTuned<M> {
     /// # Errors
     /// Options that don't fit the backbone; for the reduction, with those that do.
     pub fn new(backbone: M, config: &SideConfig, seed: u64) -> Result<Self> {
+        backbone.check_one_device("side tuning")?;
         let model = backbone.model_config().clone();
         let init = Init { seed, device: backbone.device() };
         let side = SideNetwork::new(config, &model, &init)?;

@@ -313,3 +313,82 @@ fn evaluation_is_shared_out_to_the_bit() {
         }
     }
 }
+
+/// The same between processes: a test that starts this binary again under `mpirun`.
+#[cfg(feature = "mpi")]
+mod processes {
+    use std::{path::PathBuf, process::Command};
+
+    use kiln_training::distributed::Mpi;
+
+    use super::*;
+
+    const FOLDER: &str = "KILN_TEST_FOLDER";
+
+    /// Runs the test `name` as `count` ranks, which find `folder` in their environment.
+    fn mpirun(count: usize, name: &str, folder: &Path) -> String {
+        let mut command = Command::new("mpirun");
+        command.args(["--allow-run-as-root", "--oversubscribe", "-n", &count.to_string()]);
+        command.arg(std::env::current_exe().unwrap()).args([name, "--exact", "--ignored", "--nocapture"]);
+        let output = command.env(FOLDER, folder).output().expect("mpirun, of Open MPI");
+        let text = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+        assert!(output.status.success(), "{text}");
+        text
+    }
+
+    #[test]
+    fn processes_have_the_bits_of_one_rank() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut alone = trainer(config(1, 4));
+        let expected = figures(&alone.run(&held_out()).unwrap());
+        alone.save(folder.path().join("alone")).unwrap();
+        // Two processes make a half, four the other.
+        mpirun(2, "ranks::processes::rank_of_a_run", folder.path());
+        mpirun(4, "ranks::processes::rank_of_a_run", folder.path());
+        let found = std::fs::read_to_string(folder.path().join("figures")).unwrap();
+        let (losses, norms, scores) = &expected;
+        let line = |values: &[u64]| format!("{values:?}");
+        let halves = [0..3, 3..6].map(|half| line(&losses[half.clone()]) + &line(&norms[half]));
+        let expected = format!("{}{}\n{}{}\n", halves[0], line(&scores[..1]), halves[1], line(&scores[1..]));
+        assert_eq!(found, expected);
+        let parameters =
+            |name: &str| std::fs::read(folder.path().join(name).join("trainable.safetensors")).unwrap();
+        assert_eq!(safe_values(&parameters("last")), safe_values(&parameters("alone")));
+    }
+
+    /// Values without the parameters' ids, which are drawn.
+    fn safe_values(bytes: &[u8]) -> Vec<(String, Vec<u8>)> {
+        let file = safetensors::SafeTensors::deserialize(bytes).unwrap();
+        let mut tensors: Vec<_> =
+            file.tensors().into_iter().map(|(name, tensor)| (name, tensor.data().to_vec())).collect();
+        tensors.sort();
+        tensors
+    }
+
+    /// Makes three steps, going on from where others stopped.
+    #[test]
+    #[ignore = "a rank of another test"]
+    fn rank_of_a_run() {
+        use std::io::Write;
+
+        let folder = PathBuf::from(std::env::var_os(FOLDER).unwrap());
+        let ranks: Arc<dyn Communicator> = Arc::new(Mpi::start(Duration::from_secs(120)).unwrap());
+        let last = folder.join("last");
+        let mut own = trainer(config(1, 4)).with_ranks(ranks.clone()).unwrap();
+        if last.exists() {
+            own = own.resumed(&last).unwrap();
+        }
+        let mut steps = 0;
+        let mut stop = |event: &Event<'_>| {
+            steps += u64::from(matches!(event, Event::Step(_)));
+            if steps == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        };
+        let report = own.run_with(&held_out().with_folder(&folder), &mut stop).unwrap();
+        if ranks.rank() == 0 {
+            let (losses, norms, scores) = figures(&report);
+            let mut file =
+                std::fs::File::options().create(true).append(true).open(folder.join("figures")).unwrap();
+            writeln!(file, "{losses:?}{norms:?}{scores:?}").unwrap();
+        }
+    }
+}

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use kiln_models::{Decoder, Windows, families::Channels};
+use kiln_models::{CausalLm, Decoder, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -132,6 +132,7 @@ impl BlockPruning {
         calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
+        model.check_one_device("pruning")?;
         self.check(calibration)?;
         let initial = Structure::of(model.config());
         if let Some(layer) = initial.layers.iter().find(|layer| layer.has_experts) {

@@ -1,6 +1,6 @@
 //! The width of the residual stream.
 
-use kiln_models::{Decoder, Windows};
+use kiln_models::{CausalLm, Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -53,6 +53,7 @@ impl HiddenPruning {
         calibration: Option<&Windows>,
         options: &CutOptions,
     ) -> Result<Pruned> {
+        model.check_one_device("pruning")?;
         if !(0.0..=1.0).contains(&self.ratio) {
             return Err(Error::option("HiddenPruning.ratio", "a share in 0..1", self.ratio));
         }

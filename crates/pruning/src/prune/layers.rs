@@ -1,6 +1,6 @@
 //! Whole blocks.
 
-use kiln_models::{Decoder, Windows};
+use kiln_models::{CausalLm, Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use serde::{Deserialize, Serialize};
 
@@ -39,6 +39,7 @@ impl LayerPruning {
         calibration: &Windows,
         options: &CutOptions,
     ) -> Result<Pruned> {
+        model.check_one_device("pruning")?;
         let structure = Structure::of(model.config());
         let count = structure.layers.len();
         if self.remove >= count {

@@ -53,6 +53,9 @@ pub struct StepReport {
     pub tokens: usize,
     /// Wall-clock time.
     pub seconds: f64,
+    /// Of it, of several ranks, what was spent on exchanging gradients and losses, waiting for slower ranks included.
+    #[serde(default)]
+    pub exchange_seconds: f64,
     /// Whether nothing was learned because loss or gradient, of which one is then not a number here, wasn't finite.
     pub skipped: bool,
     /// How answers stood, where the loss is one of preferences.
@@ -384,7 +387,9 @@ impl<M: CausalLm> Trainer<M> {
         };
         let model = self.model();
         model.at(Place { step: self.step, micro_batch: 0, training: false });
+        let begin = Instant::now();
         let (figures, gradients, squares) = self.shared(own)?;
+        let exchange_seconds = if self.ranks.size() == 1 { 0.0 } else { begin.elapsed().as_secs_f64() };
         let (mut loss, mut rewards) = (0.0, Rewards::default());
         for numbers in &figures {
             loss += numbers[0];
@@ -406,6 +411,7 @@ impl<M: CausalLm> Trainer<M> {
             targets: micro_batches.iter().map(Batch::target_count).sum(),
             tokens: micro_batches.iter().map(|batch| batch.tokens.ids.len()).sum(),
             seconds: 0.0,
+            exchange_seconds,
             skipped: !is_finite,
             preference,
         };
