@@ -1,12 +1,13 @@
 //! A log of one JSON line a run, which lets a study go on where it stopped.
 
 use std::{
-    fs::OpenOptions,
+    fs::File,
     io::{ErrorKind, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
 
+use kiln::quant::hash::Fnv1a;
 use kiln_examples::Result;
 use serde::Deserialize;
 use serde_json::{Map, Value};
@@ -39,7 +40,8 @@ impl Log {
         runs.map_err(|error| format!("{}: {error}", self.0.display()).into())
     }
 
-    /// The line that has all values of `wanted`; without one, `run` is called and its figures are added.
+    /// The line that has all values of `wanted`; without one, `run` is called and its figures are added. Of several processes
+    /// one calls it, and the others wait for its line; if it is killed, the next one calls it.
     pub(crate) fn once(&self, wanted: Value, run: impl FnOnce() -> Result<Line>) -> Result<Line> {
         let Value::Object(wanted) = wanted else { return Err("a run is named by an object".into()) };
         let same = |line: &Line| {
@@ -48,16 +50,38 @@ impl Log {
         if let Some(line) = self.lines()?.into_iter().find(same) {
             return Ok(line);
         }
-        let mut line = wanted;
+        let _claim = self.claim(&wanted)?;
+        // Somebody else's by now.
+        if let Some(line) = self.lines()?.into_iter().find(same) {
+            return Ok(line);
+        }
+        let mut line = wanted.clone();
         line.extend(run()?);
         let text = serde_json::to_string(&line)?;
-        let name = |error: std::io::Error| format!("{}: {error}", self.0.display());
-        // A line that was being written when its run was stopped ends here.
-        let torn = std::fs::read(&self.0).is_ok_and(|found| found.last().is_some_and(|byte| *byte != b'\n'));
-        let mut file = OpenOptions::new().create(true).append(true).open(&self.0).map_err(name)?;
-        writeln!(file, "{}{text}", if torn { "\n" } else { "" }).map_err(name)?;
+        self.append(&text)?;
         println!("{text}");
         Ok(line)
+    }
+}
+
+impl Log {
+    /// The right to make a run, until the file is closed.
+    fn claim(&self, wanted: &Line) -> Result<File> {
+        let folder = self.0.with_extension("claims");
+        std::fs::create_dir_all(&folder)?;
+        let path = folder.join(Fnv1a::of(serde_json::to_string(wanted)?.bytes()).text());
+        let file = File::options().create(true).append(true).open(&path)?;
+        file.lock()?;
+        Ok(file)
+    }
+
+    fn append(&self, text: &str) -> Result<()> {
+        let name = |error: std::io::Error| format!("{}: {error}", self.0.display());
+        let mut file = File::options().create(true).append(true).open(&self.0).map_err(name)?;
+        file.lock().map_err(name)?;
+        // A line that was being written when its run was stopped ends here.
+        let torn = std::fs::read(&self.0).is_ok_and(|found| found.last().is_some_and(|byte| *byte != b'\n'));
+        Ok(writeln!(file, "{}{text}", if torn { "\n" } else { "" }).map_err(name)?)
     }
 }
 
@@ -119,5 +143,29 @@ mod tests {
         assert_eq!(log.lines().unwrap().len(), 1);
         log.once(json!({ "seed": 2, "lr": 4 }), figures(7)).unwrap();
         assert_eq!(log.lines().unwrap().len(), 2);
+    }
+
+    #[test]
+    fn of_several_who_want_a_run_one_makes_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let made = std::sync::atomic::AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for seed in 0..5 {
+                        let run = || {
+                            made.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                            std::thread::sleep(std::time::Duration::from_millis(5));
+                            Ok(Line::from_iter([("loss".into(), json!(seed * 2))]))
+                        };
+                        let found = Log::new(Some(&path), "").once(json!({ "seed": seed }), run).unwrap();
+                        assert_eq!(found["loss"], seed * 2);
+                    }
+                });
+            }
+        });
+        assert_eq!(made.into_inner(), 5);
+        assert_eq!(Log::new(Some(&path), "").lines().unwrap().len(), 5);
     }
 }

@@ -202,7 +202,7 @@ fn placements_that_do_not_fit_are_refused() {
 #[cfg(all(feature = "calibration", feature = "pruning", feature = "side-tuning"))]
 fn what_can_not_work_across_devices_says_so() {
     use kiln::{
-        calibration::{CalibrationConfig, Calibrator, Method},
+        calibration::{CalibrationConfig, Calibrator, GptqConfig, Method},
         models::Windows,
         pruning::{BlockPruning, Criterion, CutOptions},
         quant::Plan,
@@ -212,7 +212,10 @@ fn what_can_not_work_across_devices_says_so() {
     let Some(vulkan) = vulkan() else { return };
     let model = || placed("models/tiny-llama", &vulkan.device);
     let windows = Windows::leading(&ids(64, 2048), 16, 2).unwrap();
-    let config = CalibrationConfig::new(Method::gptq(), Plan::uniform("affine4:32".parse().unwrap()));
+    let config = CalibrationConfig::new(
+        Method::Gptq(GptqConfig::default()),
+        Plan::uniform("affine4:32".parse().unwrap()),
+    );
     let pruning = BlockPruning::new(Criterion::L2, 0.25);
     let errors = [
         ("side tuning", SideTuned::new(model(), &SideConfig::qst(), 0).unwrap_err().to_string()),
