@@ -10,11 +10,12 @@ use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, str::FromStr, sync
 use burn::tensor::Device;
 use clap::Parser;
 use kiln::{
+    Base, FineTuned,
     adapters::AdapterConfig,
-    distributed::{Alone, Communicator},
+    distributed::{Alone, Communicator, agreed},
     models::Recompute,
     quant::files::OutputFolder,
-    training::{BatchOptions, Event, Observer, TrainerConfig},
+    training::{BatchOptions, Dataset, Event, Observer, TrainerConfig},
 };
 use kiln_examples::{Bar, BaseArgs, Result, check_outputs, say, testdata, write_json};
 
@@ -97,23 +98,10 @@ fn run(options: Options) -> Result<()> {
         Ranks::Mpi => (mpi(Duration::from_secs(options.patience))?, 1),
         Ranks::Threads(count) => (Arc::new(Alone) as Arc<dyn Communicator>, count),
     };
-    let outcome = work(&options, &ranks, threads);
-    // What failed here alone, others would wait for in vain.
-    let heard = ranks.agree(outcome.as_ref().copied().map_err(ToString::to_string));
-    outcome?;
-    Ok(heard?)
-}
-
-fn work(options: &Options, ranks: &Arc<dyn Communicator>, threads: usize) -> Result<()> {
     let is_first = ranks.rank() == 0;
-    let mut claimed = None;
-    if is_first {
-        claimed = Some(Arc::new(OutputFolder::claim(&options.out)?));
-        check_outputs([&options.json])?;
-    }
-    let base = options.base.load()?;
-    let path = options.data.clone().unwrap_or_else(|| testdata("training/instruct.jsonl"));
-    let data = base.data(&path, options.seq_len)?;
+    // What fails on one rank alone, the others hear of, and don't wait for it.
+    let claimed = agreed(&*ranks, if is_first { claim(&options).map(Some) } else { Ok(None) })?;
+    let (base, path, data) = agreed(&*ranks, read(&options))?;
     if is_first {
         say!("{} ranks; {}: {}", ranks.size() * threads, path.display(), data.report());
     }
@@ -143,7 +131,25 @@ fn work(options: &Options, ranks: &Arc<dyn Communicator>, threads: usize) -> Res
         tuning = tuning.with_resume();
     }
     let tuned = tuning.run()?;
-    let Some(bar) = bar else { return Ok(()) };
+    agreed(&*ranks, bar.map_or(Ok(()), |bar| finish(&options, &tuned, bar, ranks.size() * threads)))
+}
+
+/// The first rank's folder, before the work.
+fn claim(options: &Options) -> Result<Arc<OutputFolder>> {
+    check_outputs([&options.json])?;
+    Ok(Arc::new(OutputFolder::claim(&options.out)?))
+}
+
+/// The model, and the rows with their file.
+fn read(options: &Options) -> Result<(Base, PathBuf, Dataset)> {
+    let base = options.base.load()?;
+    let path = options.data.clone().unwrap_or_else(|| testdata("training/instruct.jsonl"));
+    let data = base.data(&path, options.seq_len)?;
+    Ok((base, path, data))
+}
+
+/// What the first rank writes and says.
+fn finish(options: &Options, tuned: &FineTuned, bar: Bar, ranks: usize) -> Result<()> {
     bar.finish(&format!("--resume goes on from {}", options.out.join("last").display()))?;
     let report = tuned.report().ok_or("a run has a report")?;
     let adapter = options.out.join("adapter");
@@ -160,7 +166,7 @@ fn work(options: &Options, ranks: &Arc<dyn Communicator>, threads: usize) -> Res
     write_json(
         options.json.as_deref(),
         &serde_json::json!({
-            "ranks": ranks.size() * threads,
+            "ranks": ranks,
             "losses": report.steps.iter().map(|step| step.loss).collect::<Vec<_>>(),
             "validation": report.evaluations.iter().map(|evaluation| evaluation.score).collect::<Vec<_>>(),
             "tokens_per_second": tokens as f64 / seconds,

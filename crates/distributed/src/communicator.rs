@@ -103,6 +103,22 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     }
 }
 
+/// What is done here, if it was done well on all ranks: to be used wherever one rank may fail alone, that the others don't wait
+/// for it in vain.
+///
+/// # Errors
+/// The rank's own; else [`Error::Failed`] of the first that failed, or as [`Communicator::all_to_all`].
+pub fn agreed<T, E: fmt::Display + From<Error>>(
+    ranks: &dyn Communicator,
+    own: std::result::Result<T, E>,
+) -> std::result::Result<T, E> {
+    let heard = ranks.agree(own.as_ref().map(|_| ()).map_err(ToString::to_string));
+    // What failed here is told as it is, not as the others heard of it.
+    let own = own?;
+    heard?;
+    Ok(own)
+}
+
 /// The only rank there is.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Alone;

@@ -61,7 +61,8 @@ impl Mpi {
     /// alone at work, such as writing a checkpoint.
     ///
     /// # Errors
-    /// [`Error::Start`] if MPI runs in this process already, or can't be started.
+    /// [`Error::Start`] if MPI was started in this process before, or no thread can be. Where MPI itself fails to start, it ends
+    /// the process.
     pub fn start(patience: Duration) -> Result<Self> {
         let fail = |message: &str| Error::Start { engine: "MPI", message: message.into() };
         let (commands, received) = channel();
@@ -94,7 +95,10 @@ impl Mpi {
             return Err(lost());
         }
         match link.answers.recv_timeout(self.patience) {
-            Ok(answer) => answer,
+            Ok(answer) => {
+                link.failed |= answer.is_err();
+                answer
+            }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 link.failed = true;
                 Err(lost())
@@ -168,7 +172,11 @@ fn serve(
 }
 
 fn all_to_all(world: &SimpleCommunicator, parts: &[Vec<u8>]) -> Result<Vec<Vec<u8>>> {
-    let sent: Vec<u64> = parts.iter().map(|part| part.len() as u64).collect();
+    let mut sent: Vec<u64> = parts.iter().map(|part| part.len() as u64).collect();
+    // Whoever has too much to send tells the others, who would wait for it.
+    if sent.iter().sum::<u64>() > Count::MAX as u64 {
+        sent.fill(u64::MAX);
+    }
     let mut lengths = vec![0; parts.len()];
     mpi::request::scope(|scope| {
         wait(world.immediate_all_to_all_into(scope, &sent[..], &mut lengths[..]));

@@ -79,16 +79,22 @@ fn node_sizes(numbers: std::ops::Range<usize>) -> Vec<usize> {
 /// Values of a partial sum that are on their way at once, for each rank.
 const AT_ONCE: usize = 1 << 22;
 
+/// Bytes that any engine takes at once: MPI counts by 32 bits.
+const MOST_BYTES: usize = 1 << 30;
+
 /// The sum over the terms of all ranks, at all ranks, value by value: `own` has those that [`share`] deals to this one of
 /// `terms`, each of `length` values.
 ///
 /// Every rank adds up a part of the values for all, so that each sends and receives about 2 (n - 1) / n times the
 /// sum's bytes, times the number of its partial sums, which is 1 where terms a rank are a power of two.
 ///
+/// Values go as they are in memory: all ranks are machines of one byte order.
+///
 /// A term that has nothing to say of a value gives -0.0, which adds nothing to any number, not even to -0.0.
 ///
 /// # Errors
-/// As [`Communicator::all_to_all`]; [`Error::Argument`] for partial sums of other lengths, or of other terms.
+/// As [`Communicator::all_to_all`]; [`Error::Argument`] for partial sums of other lengths, or of other terms, of which the
+/// other ranks hear nothing.
 pub fn sum(
     ranks: &dyn Communicator,
     own: PairwiseSum<Vec<f32>>,
@@ -98,16 +104,18 @@ pub fn sum(
     let size = ranks.size();
     let sizes: Vec<Vec<usize>> = (0..size).map(|rank| node_sizes(share(terms, rank, size))).collect();
     check(&own, &sizes[ranks.rank()], length)?;
+    let partial_sums = sizes.iter().map(Vec::len).max().unwrap_or(1).max(1);
+    let at_once = (AT_ONCE * size).min(MOST_BYTES / 4 / partial_sums).max(1);
     let mut all = Vec::with_capacity(length);
-    for start in (0..length).step_by(AT_ONCE * size) {
-        let count = (AT_ONCE * size).min(length - start);
+    for start in (0..length).step_by(at_once) {
+        let count = at_once.min(length - start);
         let slice = |rank: usize| {
             let share = share(count, rank, size);
             start + share.start..start + share.end
         };
         let parts = (0..size).map(|rank| {
-            let values = own.nodes.iter().flat_map(|node| &node.value[slice(rank)]);
-            values.flat_map(|value| value.to_le_bytes()).collect()
+            let slices = own.nodes.iter().map(|node| bytemuck::cast_slice(&node.value[slice(rank)]));
+            slices.collect::<Vec<&[u8]>>().concat()
         });
         let found = ranks.all_to_all(parts.collect())?;
         let width = slice(ranks.rank()).len();
@@ -119,8 +127,7 @@ pub fn sum(
             }
         }
         let sum = sum.finish(added).unwrap_or_else(|| vec![0.0; width]);
-        let bytes = sum.into_iter().flat_map(f32::to_le_bytes).collect();
-        for (rank, bytes) in ranks.all_gather(bytes)?.iter().enumerate() {
+        for (rank, bytes) in ranks.all_gather(bytemuck::cast_slice(&sum).to_vec())?.iter().enumerate() {
             all.extend(floats(bytes, slice(rank).len(), rank)?);
         }
     }
@@ -161,6 +168,6 @@ fn floats(bytes: &[u8], count: usize, rank: usize) -> Result<Vec<f32>> {
             found: bytes.len().to_string(),
         });
     }
-    let values = bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+    let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
     Ok(values.collect())
 }

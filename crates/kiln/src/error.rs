@@ -294,6 +294,13 @@ impl StdError for Error {
     }
 }
 
+/// Of ranks, as the trainer tells it.
+impl From<kiln_distributed::Error> for Error {
+    fn from(error: kiln_distributed::Error) -> Self {
+        kiln_training::Error::from(error).into()
+    }
+}
+
 macro_rules! from {
     ($($(#[$feature:meta])? $source:ident => $error:ty,)*) => {
         $($(#[$feature])?

@@ -8,8 +8,12 @@ use std::{
     sync::Arc,
 };
 
-use burn::tensor::{Device, Tensor};
+use burn::{
+    module::Module,
+    tensor::{Device, Tensor},
+};
 use kiln_adapters::{AdapterConfig, AnyAdapter};
+use kiln_distributed::agreed;
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
@@ -119,12 +123,12 @@ impl<'a> FineTune<'a> {
 
     fn of(start: Start<'a>, data: Arc<Dataset>) -> Self {
         const ROWS: usize = 4;
-        let device = match &start {
-            Start::New(base, _) => base.model().device(),
-            Start::GoingOn(tuned) => tuned.model().device(),
+        let devices = match &start {
+            Start::New(base, _) => base.model().devices(),
+            Start::GoingOn(tuned) => tuned.model().devices(),
         };
         // A GPU's memory is what ends first.
-        let bounded = DeviceLimits::of(&device).largest_tensor.is_some();
+        let bounded = devices.iter().any(|device| DeviceLimits::of(device).largest_tensor.is_some());
         let recompute = if bounded { Recompute::Block } else { Recompute::None };
         Self {
             start,
@@ -311,7 +315,7 @@ impl<'a> FineTune<'a> {
         }
         let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         let mut identity = tuned.identity();
-        if last.is_some() {
+        if last.is_some() || self.ranks.is_some() {
             identity.extend(language.identity()?);
         }
         let (model, adapters) = tuned.into_parts();
@@ -324,10 +328,14 @@ impl<'a> FineTune<'a> {
         }
         let mut goes_on = last.as_ref().is_some_and(|last| self.resume && whole_folder(last).exists());
         if let Some(ranks) = self.ranks {
+            let alone = match self.devices.len() {
+                0 => Ok(()),
+                count => Err(Error::argument("devices", "none, beside ranks: a rank for each device", count)),
+            };
+            agreed(&*ranks, alone)?;
             trainer = trainer.with_ranks(ranks.clone())?;
             // Others may not see the folder.
-            let first = ranks.broadcast(vec![u8::from(goes_on)]).map_err(kiln_training::Error::from)?;
-            goes_on = first == [1];
+            goes_on = ranks.broadcast(vec![u8::from(goes_on)])? == [1];
         }
         if !self.devices.is_empty() {
             trainer = trainer.with_devices(&self.devices)?;

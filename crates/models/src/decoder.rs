@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::{
-    module::Param,
+    module::{Module, Param},
     nn::Linear,
     tensor::{Device, FloatDType, Tensor, TensorData},
 };
@@ -79,7 +79,7 @@ impl<P: Projection> Decoder<P> {
     ) -> crate::Result<Self> {
         let compute = Compute::F32;
         let updates = TableUpdates::default();
-        let placement = Placement::of(&embed_tokens, &blocks, &final_norm);
+        let placement = Placement::of(&embed_tokens, &blocks, &final_norm, &lm_head);
         let decoder = Self {
             embed_tokens,
             embed_positions,
@@ -102,6 +102,7 @@ impl<P: Projection> Decoder<P> {
     /// [`Error::Argument`] naming the first tensor whose shape isn't that of `config`.
     pub fn with_config(mut self, config: ModelConfig) -> crate::Result<Self> {
         self.config = config;
+        self.placement = Placement::of(&self.embed_tokens, &self.blocks, &self.final_norm, &self.lm_head);
         self.check()?;
         // Linears may be new.
         let compute = self.compute;
@@ -396,6 +397,10 @@ impl<P: Projection> Slots for Decoder<P> {
             panic!("an update of {path} of shape {shape:?}");
         }
         self.updates = updates;
+        if self.placement.is_some() {
+            let device = self.head_device();
+            self.updates.head = self.updates.head.take().map(|head| head.to_device(&device));
+        }
         self
     }
 

@@ -185,6 +185,17 @@ impl Checkpoint {
         self.load_placed(options, &Placement::on_one(device, self.config().num_hidden_layers))
     }
 
+    /// What operands of products will be rounded to.
+    pub(crate) fn compute_on(&self, options: &LoadOptions, devices: &[Device]) -> Compute {
+        let best = devices.iter().map(Compute::best);
+        match options.compute {
+            Some(compute) => compute,
+            None if self.config().hidden_size < NARROW => Compute::F32,
+            // One for the whole model, which all of its devices like best.
+            None => best.reduce(|a, b| if a == b { a } else { Compute::F32 }).unwrap_or(Compute::F32),
+        }
+    }
+
     /// As [`load`](Self::load), each part onto its device.
     ///
     /// # Errors
@@ -197,13 +208,7 @@ impl Checkpoint {
     ) -> Result<(Decoder<QuantLinear>, LoadReport)> {
         placement.check(self.config())?;
         let devices = placement.devices();
-        let best = || devices.iter().map(Compute::best);
-        let compute = match options.compute {
-            Some(compute) => compute,
-            None if self.config().hidden_size < NARROW => Compute::F32,
-            // One for the whole model, which all of its devices like best.
-            None => best().reduce(|a, b| if a == b { a } else { Compute::F32 }).unwrap_or(Compute::F32),
-        };
+        let compute = self.compute_on(options, &devices);
         for device in &devices {
             compute.check(device)?;
         }
@@ -279,7 +284,7 @@ impl Loader<'_> {
         self.move_to(placement.head());
         let final_norm = self.norm(names.final_norm, width, config)?;
         let lm_head = self.head(names.head, config)?;
-        let placement = Placement::of(&embed_tokens, &blocks, &final_norm);
+        let placement = (placement.devices().len() > 1).then(|| placement.clone());
         let decoder = Decoder {
             embed_tokens,
             embed_positions,

@@ -1,18 +1,15 @@
 //! Which device holds which part of a model that is larger than one.
 
-use std::{
-    ops::Range,
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::ops::Range;
 
 use burn::{
     module::Module,
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::{Compute, Projection, Scheme, StorageReport, StorageRow};
+use kiln_quant_core::{Compute, DeviceLimits, Projection, QuantLinear, Scheme, StorageReport, StorageRow};
 
 use crate::{
-    Block, Checkpoint, Embedding, Error, LoadOptions, Result, Tables,
+    Block, Checkpoint, Embedding, Error, LoadOptions, Norm, Result, Tables,
     config::{ModelConfig, TensorRole, TensorShape},
 };
 
@@ -113,12 +110,14 @@ impl Placement {
     pub(crate) fn of<P: Projection>(
         embedding: &Embedding,
         blocks: &[Block<P>],
-        head: &impl Module,
+        final_norm: &Norm,
+        head: &Option<QuantLinear>,
     ) -> Option<Self> {
         let embedding = plain(&embedding.device());
         let place = |devices: Vec<Device>| devices.first().map_or(embedding.clone(), plain);
         let blocks: Vec<Device> = blocks.iter().map(|block| place(block.devices())).collect();
-        let head = place(head.devices());
+        // A norm may have no parameters.
+        let head = place([final_norm.devices(), head.devices()].concat());
         let is_one = blocks.iter().chain([&head]).all(|device| *device == embedding);
         (!is_one).then_some(Self { embedding, blocks, head })
     }
@@ -134,7 +133,7 @@ impl Placement {
                 Part::Head => &self.head,
             };
             if let Some((_, bytes)) = found.iter_mut().find(|(found, _)| found == device) {
-                *bytes += row.bytes;
+                *bytes = bytes.saturating_add(row.bytes);
             }
         }
         found
@@ -153,16 +152,7 @@ impl Placement {
             let expected = "embedding and head on one device, being one matrix";
             return fail(expected.into(), format!("{:?} and {:?}", self.embedding, self.head));
         }
-        let devices = self.devices();
-        // What a device that isn't there does is to panic.
-        let is_there = |device: &&Device| {
-            let made = || Tensor::<1>::zeros([1], *device).into_data();
-            catch_unwind(AssertUnwindSafe(made)).is_ok()
-        };
-        match devices.iter().find(|device| devices.len() > 1 && !is_there(device)) {
-            Some(absent) => fail("devices that are there".into(), format!("{absent:?}")),
-            None => Ok(()),
-        }
+        Ok(self.devices().iter().try_for_each(DeviceLimits::check_there)?)
     }
 
     /// Number of blocks.
@@ -229,11 +219,16 @@ fn part(config: &ModelConfig, path: &str) -> Part {
 
 impl Checkpoint {
     /// What [`load`](Self::load) will report of the model's storage, from headers alone: exact where schemes are given for all
-    /// linears and products are in f32; weights that stay as stored are taken to be as large as in the file.
+    /// linears and products are in f32. Packed weights that stay as stored are taken to be as large as in the file, and dense
+    /// tables of 16 bits to stay so where `compute` has 16 bits.
     ///
     /// # Errors
     /// A tensor that isn't there.
     pub fn predicted_storage(&self, options: &LoadOptions) -> Result<StorageReport> {
+        self.predicted(options, options.compute.unwrap_or(Compute::F32))
+    }
+
+    fn predicted(&self, options: &LoadOptions, compute: Compute) -> Result<StorageReport> {
         let mut report = StorageReport::default();
         for TensorShape { name, shape, role } in self.config().tensors() {
             if role == TensorRole::Head && self.config().tie_word_embeddings && name.ends_with(".weight") {
@@ -244,19 +239,21 @@ impl Checkpoint {
                 (Some(plan), Some(path), TensorRole::Linear) => Some(*plan.get(path)),
                 _ => None,
             };
-            let values: usize = shape.iter().product();
+            let values = shape.iter().fold(1, |values: usize, size| values.saturating_mul(*size));
+            let described = self.source().describe(&name)?;
             let (scheme, bytes) = match (scheme, &shape[..]) {
                 (Some(Scheme::Packed(scheme)), [d_output, d_input]) => {
                     (Scheme::Packed(scheme), scheme.storage_bytes(*d_input, *d_output))
                 }
                 (None, _) if path.is_some() => {
-                    let stored = usize::try_from(self.source().describe(&name)?.bytes).unwrap_or(usize::MAX);
-                    let dense = stored >= 2 * values;
-                    let in_16_bits = options.compute.is_some_and(|compute| compute != Compute::F32);
-                    let width = if in_16_bits && options.tables == Tables::AsStored { 2 } else { 4 };
-                    (Scheme::Dense, if dense { width * values } else { stored })
+                    let stored = usize::try_from(described.bytes).unwrap_or(usize::MAX);
+                    let as_stored = options.tables == Tables::AsStored;
+                    let dense = described.dense || role != TensorRole::Linear && !as_stored;
+                    let stays = compute != Compute::F32 && as_stored && stored == values.saturating_mul(2);
+                    let width = if stays { 2 } else { 4 };
+                    (Scheme::Dense, if dense { values.saturating_mul(width) } else { stored })
                 }
-                _ => (Scheme::Dense, 4 * values),
+                _ => (Scheme::Dense, values.saturating_mul(4)),
             };
             let path = path.unwrap_or(&name).to_owned();
             report.rows.push(StorageRow { path, scheme, shape, bytes });
@@ -271,13 +268,16 @@ impl Checkpoint {
     /// As those two.
     pub fn balanced(&self, options: &LoadOptions, devices: &[Device]) -> Result<Placement> {
         let config = self.config();
-        let (mut embedding, mut blocks, mut head) = (0, vec![0; config.num_hidden_layers], 0);
-        for row in &self.predicted_storage(options)?.rows {
-            let bytes = row.bytes as u64;
-            match part(config, &row.path) {
-                Part::Embedding => embedding += bytes,
-                Part::Block(index) => blocks[index] += bytes,
-                Part::Head => head += bytes,
+        let compute = self.compute_on(options, devices);
+        let (mut embedding, mut blocks, mut head) = (0_u64, vec![0_u64; config.num_hidden_layers], 0_u64);
+        for row in &self.predicted(options, compute)?.rows {
+            let sum = match part(config, &row.path) {
+                Part::Embedding => Some(&mut embedding),
+                Part::Block(index) => blocks.get_mut(index),
+                Part::Head => Some(&mut head),
+            };
+            if let Some(sum) = sum {
+                *sum = sum.saturating_add(row.bytes as u64);
             }
         }
         Placement::balanced(devices, embedding, &blocks, head, config.tie_word_embeddings)

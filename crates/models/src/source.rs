@@ -27,8 +27,10 @@ pub enum StoredWeight {
 pub struct Described {
     /// Its sizes as [`TensorSource::dense`] gives them; `None` where they follow from what is stored of it.
     pub shape: Option<Vec<usize>>,
-    /// Bytes of all that is stored of it.
+    /// Bytes of all that is stored of it; 0 for a part of a tensor, which is read alone.
     pub bytes: u64,
+    /// Whether it is read to dense values, not packed.
+    pub dense: bool,
 }
 
 /// Tensors by their Hugging Face names, whatever the file calls them. Nothing is kept resident: every call reads.

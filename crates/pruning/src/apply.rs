@@ -77,6 +77,7 @@ pub fn apply(
     kept: &Kept,
     options: &CutOptions,
 ) -> Result<(Decoder<QuantLinear>, Vec<Requantized>)> {
+    model.check_one_device("pruning")?;
     let original = model.config().clone();
     let structure = Structure::of(&original);
     kept.validate(&structure)?;

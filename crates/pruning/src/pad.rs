@@ -22,6 +22,7 @@ use crate::{
 /// # Errors
 /// [`Error::Mismatch`] if `kept` doesn't fit `original`, or if blocks or channels of the residual stream were removed.
 pub fn pad(model: Decoder<QuantLinear>, kept: &Kept, original: &ModelConfig) -> Result<Decoder<QuantLinear>> {
+    model.check_one_device("pruning")?;
     let structure = Structure::of(original);
     kept.validate(&structure)?;
     if kept.layers.len() != structure.layers.len() || kept.hidden.len() != structure.hidden {

@@ -1,10 +1,13 @@
 //! What a device is and can hold.
 
-use std::fmt;
+use std::{
+    fmt,
+    panic::{AssertUnwindSafe, catch_unwind},
+};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
 
-use crate::Compute;
+use crate::{Compute, Error, Result};
 
 /// What a device is and can hold.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -19,6 +22,23 @@ pub struct DeviceLimits {
 }
 
 impl DeviceLimits {
+    /// Fails for a device that isn't there.
+    ///
+    /// # Errors
+    /// [`Error::Option`] naming it.
+    pub fn check_there(device: &Device) -> Result<()> {
+        // What such a device does is to panic.
+        let made = || Tensor::<1>::zeros([1], device).into_data();
+        match catch_unwind(AssertUnwindSafe(made)) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(Error::Option {
+                option: "device".into(),
+                expected: "one that is there".into(),
+                found: format!("{device:?}"),
+            }),
+        }
+    }
+
     /// The limits of `device`.
     pub fn of(device: &Device) -> Self {
         let operands = Compute::ALL.into_iter().filter(|compute| compute.is_native(device)).collect();

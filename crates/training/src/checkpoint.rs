@@ -10,7 +10,7 @@ use std::{
 
 use burn::{optim::OptimizerRecord, tensor::Bytes};
 use burn_pack::Reader;
-use kiln_distributed::Communicator;
+use kiln_distributed::{Communicator, agreed};
 use kiln_quant_core::{
     files::{NewFolder, whole_folder, write_atomically},
     hash::hex,
@@ -21,9 +21,7 @@ use sha2::{Digest, Sha256};
 use tempfile::TempDir;
 
 use crate::{
-    Cursor, Error, OptimizerKind, Result, ScheduleKind, TrainerConfig,
-    optim::Optimizers,
-    ranks::{agreed, by_first},
+    Cursor, Error, OptimizerKind, Result, ScheduleKind, TrainerConfig, optim::Optimizers, ranks::by_first,
     trainable::Parameter,
 };
 
@@ -104,9 +102,10 @@ pub(crate) fn from_first(ranks: &dyn Communicator, folder: &Path) -> Result<Opti
     let names: Vec<String> = files.iter().map(|(name, path)| format!("{name}/{}", base(path))).collect();
     let names = ranks.broadcast(names.join("\n").into_bytes())?;
     let copy = match is_first {
-        true => None,
-        false => Some(tempfile::tempdir().map_err(Error::io("a temporary folder"))?),
+        true => Ok(None),
+        false => tempfile::tempdir().map(Some).map_err(Error::io("a temporary folder")),
     };
+    let copy = agreed(ranks, copy)?;
     for (index, name) in String::from_utf8_lossy(&names).lines().enumerate() {
         let read = by_first(ranks, || fs::read(&files[index].1).map_err(Error::io(&files[index].1)))?;
         let bytes = ranks.broadcast(read.unwrap_or_default())?;
@@ -132,7 +131,12 @@ fn is_place(name: &str) -> bool {
 
 /// Whether a file in a checkpoint's folder is the checkpoint's.
 fn is_own(name: &str) -> bool {
-    name == STATE || name == TENSORS || name.starts_with("optimizer") && name.ends_with(".bpk")
+    let part = name.strip_prefix("optimizer").and_then(|rest| rest.strip_suffix(".bpk"));
+    let is_part = |part: &str| {
+        part.is_empty()
+            || part.strip_prefix('-').is_some_and(|number| number.bytes().all(|byte| byte.is_ascii_digit()))
+    };
+    name == STATE || name == TENSORS || part.is_some_and(is_part)
 }
 
 /// The files of the checkpoint in `folder`, none if there is none.

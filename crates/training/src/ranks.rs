@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use kiln_distributed::Communicator;
+use kiln_distributed::{Communicator, agreed};
 
 use crate::{Error, Result, error::Problem};
 
@@ -25,11 +25,6 @@ pub(crate) fn gathered<T>(
 
 fn number(bytes: &[u8]) -> f64 {
     <[u8; 8]>::try_from(bytes).map_or(f64::NAN, f64::from_le_bytes)
-}
-
-/// What is done here, if it was done well everywhere.
-pub(crate) fn agreed<T>(ranks: &dyn Communicator, own: Result<T>) -> Result<T> {
-    Ok(gathered(ranks, own, |_| Vec::new())?.0)
 }
 
 /// What is done by rank 0 alone; the others wait for it, and fail if it fails.

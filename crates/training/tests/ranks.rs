@@ -191,8 +191,6 @@ fn micro_batches_that_can_not_be_dealt_out_are_refused() {
     let errors =
         on_ranks(3, |ranks| trainer(config(1, 4)).with_ranks(ranks).map(|_| ()).unwrap_err().to_string());
     assert_eq!(errors, [expected; 3]);
-    let shared = trainer(config(1, 4)).with_devices(&devices(2)).unwrap();
-    assert!(shared.with_devices(&devices(2)).unwrap_err().to_string().starts_with("devices: expected a run"));
     // Alone one may always be.
     assert!(trainer(config(1, 3)).with_ranks(Arc::new(Alone)).is_ok());
 }
@@ -256,6 +254,69 @@ fn a_replica_whose_observer_panics_ends_the_run() {
     };
     let work = std::panic::AssertUnwindSafe(|| shared.run_with(&RunOptions::new(), &mut panics));
     assert!(std::panic::catch_unwind(work).is_err());
+}
+
+/// A rank that panicked does nothing alone afterwards, such as training to the end and writing checkpoints.
+#[test]
+fn after_a_panic_no_rank_goes_on() {
+    struct Breaks;
+    impl Observer<LoraModel> for Breaks {
+        fn on_event(&mut self, _: &Event<'_>) -> ControlFlow<()> {
+            std::panic::resume_unwind(Box::new("enough"))
+        }
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let options = RunOptions::new().with_folder(folder.path());
+    let mut shared = trainer(config(1, 2)).with_devices(&devices(2)).unwrap();
+    let work = std::panic::AssertUnwindSafe(|| shared.run_with(&options, &mut Breaks));
+    assert!(std::panic::catch_unwind(work).is_err());
+    for _ in 0..2 {
+        let error = shared.run(&options).unwrap_err();
+        assert!(matches!(error, Error::Ranks(_)), "{error}");
+    }
+    assert!(!folder.path().join("last").exists());
+}
+
+#[test]
+fn what_ranks_would_not_hear_of_is_refused() {
+    let shared = || trainer(config(1, 2)).with_devices(&devices(2)).unwrap();
+    let distilled = || {
+        let loss = kiln_training::TokenLoss::new().with_distillation(kiln_training::Distillation::default());
+        trainer(config(1, 2).with_loss(loss)).with_devices(&devices(2)).unwrap()
+    };
+    let errors = [
+        shared().with_ranks(Arc::new(Alone)).map(|_| ()).unwrap_err(),
+        shared().with_devices(&devices(2)).map(|_| ()).unwrap_err(),
+        distilled().with_reference(dropout_model()).map(|_| ()).unwrap_err(),
+    ];
+    for (what, error) in ["ranks", "devices", "reference"].iter().zip(errors) {
+        let expected = format!("{what}: expected a run that isn't shared yet: ");
+        assert!(error.to_string().starts_with(&expected), "{error}");
+    }
+}
+
+/// Ranks that don't stand at the same step don't add up their gradients.
+#[test]
+fn ranks_at_different_steps_are_refused() {
+    let found = on_ranks(2, |ranks| {
+        let rank = ranks.rank();
+        let mut own = trainer(config(1, 2)).with_ranks(ranks.clone()).unwrap();
+        own.step().unwrap();
+        // One makes a step by itself, behind the others' back.
+        if rank == 1 {
+            let folder = tempfile::tempdir().unwrap();
+            own.save(folder.path()).unwrap();
+            let mut alone = trainer(config(1, 2)).resumed(folder.path()).unwrap();
+            alone.step().unwrap();
+            alone.save(folder.path()).unwrap();
+            ranks.agree(Ok(())).unwrap();
+            own = trainer(config(1, 2)).resumed(folder.path()).unwrap();
+        } else {
+            ranks.agree(Ok(())).unwrap();
+        }
+        own.with_ranks(ranks).map(|_| ()).unwrap_err().to_string()
+    });
+    assert!(found.iter().all(|found| found.starts_with("rank 1: step: expected")), "{found:?}");
 }
 
 #[test]

@@ -333,7 +333,8 @@ impl TensorSource for Gguf {
     fn describe(&self, name: &str) -> Result<Described> {
         let tensor = self.find(name)?;
         let bytes = tensor.len() / tensor.kind.weights() * tensor.kind.bytes();
-        Ok(Described { shape: Some(tensor.shape.clone()), bytes: bytes as u64 })
+        let dense = tensor.kind.packed_scheme().is_none();
+        Ok(Described { shape: Some(tensor.shape.clone()), bytes: bytes as u64, dense })
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {

@@ -258,13 +258,13 @@ impl TensorSource for HfFolder {
                 if shape.len() == 2 && family.conv1d && family.is_in_block(name) {
                     shape.reverse();
                 }
-                Ok(Described { shape: Some(shape), bytes: self.tensors.bytes(name)? })
+                Ok(Described { shape: Some(shape), bytes: self.tensors.bytes(name)?, dense: true })
             }
             // A part of a tensor, which is read alone.
-            Stored::Sliced => Ok(Described { shape: None, bytes: 0 }),
+            Stored::Sliced => Ok(Described { shape: None, bytes: 0, dense: true }),
             _ => {
                 let bytes = self.tensors.bytes_of_all(&format!("{}.", module_of(name)))?;
-                Ok(Described { shape: None, bytes })
+                Ok(Described { shape: None, bytes, dense: false })
             }
         }
     }

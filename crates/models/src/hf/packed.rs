@@ -137,7 +137,7 @@ impl TensorSource for PackedFolder {
     fn describe(&self, name: &str) -> Result<Described> {
         let packed = name.strip_suffix(".weight").filter(|module| self.file.scheme(module).is_some());
         let (shape, bytes) = self.file.describe(packed.unwrap_or(name))?;
-        Ok(Described { shape: Some(shape), bytes })
+        Ok(Described { shape: Some(shape), bytes, dense: packed.is_none() })
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {

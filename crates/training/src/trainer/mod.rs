@@ -11,7 +11,7 @@ use std::{
 };
 
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
-use kiln_distributed::{Alone, Communicator, PairwiseSum, share, sum};
+use kiln_distributed::{Alone, Communicator, PairwiseSum, agreed, share, sum};
 use kiln_models::{
     CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, TokenLoss, Weights,
     queue_gradients,
@@ -29,7 +29,7 @@ use crate::{
     in_order,
     optim::{MakeOptimizer, Optimizers},
     preference::{self, Answer, Outcome, Rewards, Totals},
-    ranks::{Ranks, agreed, by_first, check_accumulate, gathered, in_turn, same},
+    ranks::{Ranks, by_first, check_accumulate, gathered, in_turn, same},
     reference::{self, Reference},
     trainable::{self, Parameter},
     watch::Metrics,
@@ -180,6 +180,7 @@ impl<M: CausalLm> Trainer<M> {
     /// # Errors
     /// [`Error::Argument`] for a loss that asks nobody, and for another vocabulary.
     pub fn with_reference(mut self, reference: impl CausalLm) -> Result<Self> {
+        self.check_unshared("reference")?;
         let asks = self.config.preference.is_some_and(|loss| loss.has_reference())
             || self.config.loss.distillation.is_some();
         if !asks {
@@ -211,6 +212,7 @@ impl<M: CausalLm> Trainer<M> {
     /// A loss without a reference, or one that compares answers to other prompts (KTO); a file of other data, or of another
     /// reference; files that can't be read or written.
     pub fn with_known_answers(mut self, path: impl AsRef<Path>) -> Result<Self> {
+        self.check_unshared("known answers")?;
         let wanted = self.config.preference.filter(|loss| loss.has_reference() && !loss.is_of_labels());
         let (Some(reference), Some(_)) = (self.reference.as_deref(), wanted) else {
             let expected = "a loss of pairs with a reference";
@@ -234,6 +236,7 @@ impl<M: CausalLm> Trainer<M> {
         name: impl Into<String>,
         make: impl Fn(Option<&ParameterGroup>) -> ModuleOptimizer + Send + Sync + 'static,
     ) -> Result<Self> {
+        self.check_unshared("optimizer")?;
         self.optimizers = Optimizers::new(self.model(), &self.config, Some(&make))?;
         self.own_optimizer = Some((name.into(), Arc::new(make)));
         Ok(self)
@@ -260,10 +263,25 @@ impl<M: CausalLm> Trainer<M> {
     /// Micro-batches that can't be dealt out evenly; a rank with another version, model, data set or other options, named with
     /// what differs; ranks that have ended.
     pub fn with_ranks(mut self, ranks: Arc<dyn Communicator>) -> Result<Self> {
-        agreed(&*ranks, check_accumulate(self.config.accumulate, ranks.size()))?;
+        let check = || {
+            self.check_unshared("ranks")?;
+            check_accumulate(self.config.accumulate, ranks.size())
+        };
+        agreed(&*ranks, check())?;
         same(&*ranks, self.facts())?;
         self.ranks = ranks;
         Ok(self)
+    }
+
+    /// Fails for a run that is shared already, whose other ranks would hear nothing of `what`.
+    fn check_unshared(&self, what: &str) -> Result<()> {
+        match self.ranks.size() {
+            1 => Ok(()),
+            size => {
+                let expected = "a run that isn't shared yet: ranks and devices come last, and one of the two";
+                Err(Problem::new(what, expected, format!("{size} ranks")).argument())
+            }
+        }
     }
 
     /// What must be the same on all ranks.
@@ -378,8 +396,8 @@ impl<M: CausalLm> Trainer<M> {
 
     /// The gradients of the next micro-batches, what they are to be multiplied by, and what is known of the step.
     fn gradients(&mut self) -> std::result::Result<(GradientsParams, f64, StepReport), Failure> {
-        let micro_batches =
-            (0..self.config.accumulate).map(|_| self.batches.next_batch()).collect::<Result<Vec<Batch>>>()?;
+        let micro_batches = (0..self.config.accumulate).map(|_| self.batches.next_batch()).collect();
+        let micro_batches: Vec<Batch> = agreed(&*self.ranks, micro_batches)?;
         let mine = share(micro_batches.len(), self.ranks.rank(), self.ranks.size());
         let own = match self.config.preference {
             Some(loss) => self.preference_gradients(loss, &micro_batches, mine),
@@ -388,7 +406,7 @@ impl<M: CausalLm> Trainer<M> {
         let model = self.model();
         model.at(Place { step: self.step, micro_batch: 0, training: false });
         let begin = Instant::now();
-        let (figures, gradients, squares) = self.shared(own)?;
+        let (figures, gradients, squared_norm) = self.shared(own)?;
         let exchange_seconds = if self.ranks.size() == 1 { 0.0 } else { begin.elapsed().as_secs_f64() };
         let (mut loss, mut rewards) = (0.0, Rewards::default());
         for numbers in &figures {
@@ -401,7 +419,7 @@ impl<M: CausalLm> Trainer<M> {
             None => (micro_batches.iter().map(Batch::target_count).sum::<usize>() as f64, None),
         };
         loss /= total;
-        let norm = squares.into_iter().map(f64::from).sum::<f64>().sqrt() / total;
+        let norm = squared_norm.sqrt() / total;
         let is_finite = loss.is_finite() && norm.is_finite();
         let report = StepReport {
             step: self.step,
@@ -430,36 +448,37 @@ impl<M: CausalLm> Trainer<M> {
         DriverOptions { recompute, logit_rows, loss, noise }
     }
 
-    /// The figures of all micro-batches in their order, the sums of all their gradients, and these sums' squares, of what this
-    /// rank has found and what the others say.
-    fn shared(&self, own: Result<Found>) -> Result<(Vec<[f64; FIGURES]>, GradientsParams, Vec<f32>)> {
+    /// The figures of all micro-batches in their order, the sums of all their gradients, and the square of these sums' norm, of
+    /// what this rank has found and what the others say.
+    fn shared(&self, own: Result<Found>) -> Result<(Vec<[f64; FIGURES]>, GradientsParams, f64)> {
         let model = self.model();
-        let add = |a, b| added(model, a, b);
+        let sum_of = |squares: Vec<f32>| squares.into_iter().map(f64::from).sum::<f64>();
         if self.ranks.size() == 1 {
             let Found { sums, figures, losses } = own?;
-            let gradients = sums.finish(add).unwrap_or_default();
+            let gradients = sums.finish(|a, b| added(model, a, b)).unwrap_or_default();
             // The one time that the device is waited for.
             let (losses, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
-            return Ok((with_losses(figures, losses), gradients, squares));
+            return Ok((with_losses(figures, losses), gradients, sum_of(squares)));
         }
-        let own = own.and_then(|Found { sums, figures, losses }| {
-            let mut failed = None;
-            let flat = sums.map(|gradients| {
-                flattened(model, gradients).unwrap_or_else(|error| {
-                    failed = Some(error);
-                    Vec::new()
-                })
-            });
-            let (losses, _) = PendingLoss::read_all(losses, Vec::new())?;
-            failed.map_or(Ok((flat, with_losses(figures, losses))), Err)
-        });
-        let ((flat, _), all) = gathered(&*self.ranks, own, |(_, figures)| figures.concat())?;
-        let figures = all.iter().flat_map(|numbers| numbers.chunks_exact(FIGURES));
-        let figures = figures.map(|numbers| std::array::from_fn(|index| numbers[index])).collect();
+        let own = own.and_then(|found| found.on_host(model, self.step));
+        let ((flat, _), all) = gathered(&*self.ranks, own, |(_, figures)| figures.clone())?;
+        let mut figures = Vec::with_capacity(self.config.accumulate);
+        for (rank, numbers) in all.iter().enumerate() {
+            // Whoever makes steps by itself and goes on after an error would add up other micro-batches.
+            if numbers[0] != self.step as f64 {
+                let (name, expected, found) = ("step".into(), all[0][0].to_string(), numbers[0].to_string());
+                return Err(kiln_distributed::Error::Different { rank, name, expected, found }.into());
+            }
+            figures
+                .extend(numbers[1..].chunks_exact(FIGURES).map(|of| std::array::from_fn(|index| of[index])));
+        }
         let flat = sum(&*self.ranks, flat, self.config.accumulate, flat_length(model))?;
         let gradients = unflattened(model, &flat);
-        let (_, squares) = PendingLoss::read_all(Vec::new(), squares(model, &gradients))?;
-        Ok((figures, gradients, squares))
+        let squares = PendingLoss::read_all(Vec::new(), squares(model, &gradients));
+        let own = squares.map(|(_, squares)| sum_of(squares)).map_err(Error::from);
+        // Whether there is a step, and how long, is for one to say.
+        let (_, all) = gathered(&*self.ranks, own, |square| vec![*square])?;
+        Ok((figures, gradients, all[0][0]))
     }
 
     /// Sums over tokens, to be divided by their number once: k micro-batches are one batch, however their tokens are spread.
@@ -548,7 +567,11 @@ impl<M: CausalLm> Trainer<M> {
     /// The run of this rank, which the others make too.
     fn own_run(&mut self, options: &RunOptions, observer: &mut impl Observer<M>) -> Result<RunReport> {
         agreed(&*self.ranks, self.check_run(options))?;
-        same(&*self.ranks, options.facts())?;
+        if self.ranks.size() > 1 {
+            let facts =
+                options.facts().and_then(|options| Ok(self.facts()?.into_iter().chain(options).collect()));
+            same(&*self.ranks, facts)?;
+        }
         let _claim = by_first(&*self.ranks, || options.claim())?;
         let mut told = Told { metrics: None, observer, stopped: false };
         if let Some(folder) = options.metrics.as_ref().filter(|_| self.ranks.rank() == 0) {
@@ -640,7 +663,8 @@ impl<M: CausalLm> Trainer<M> {
         let Some(score) = score else { return Ok(None) };
         let is_best = score.is_finite() && self.best.as_ref().is_none_or(|best| score < best.score);
         if is_best {
-            self.best = Some(Best { score, step: self.step, parameters: trainable::collect(self.model())? });
+            let parameters = agreed(&*self.ranks, trainable::collect(self.model()))?;
+            self.best = Some(Best { score, step: self.step, parameters });
         }
         Ok(Some(Evaluation { steps: self.step, score, is_best, preference }))
     }
@@ -655,11 +679,11 @@ impl<M: CausalLm> Trainer<M> {
         // No answer is alone, for it would be compared with itself.
         let lonely = |rows: &usize| loss.is_of_labels() && dataset.units() % rows == 1;
         let rows = (rows..=dataset.units().max(rows)).find(|rows| !lonely(rows)).unwrap_or(rows);
-        let mut all = Totals::default();
-        for batch in in_order(dataset, rows, 0)? {
-            all.add(totals([&batch?].into_iter(), loss));
-        }
         let own = || {
+            let mut all = Totals::default();
+            for batch in in_order(dataset, rows, 0)? {
+                all.add(totals([&batch?].into_iter(), loss));
+            }
             let mine = in_order(dataset, rows, 0)?.skip(self.ranks.rank()).step_by(self.ranks.size());
             let figures = mine.map(|batch| {
                 let batch = batch?;
@@ -715,7 +739,8 @@ impl<M: CausalLm> Trainer<M> {
         kept.iter().try_for_each(|(_, path)| checkpoint::delete(path))
     }
 
-    /// Writes trainable tensors, optimizer, step, data cursor and configuration; `folder` is replaced as a whole.
+    /// Writes trainable tensors, optimizer, step, data cursor and configuration; `folder` is replaced as a whole. Of several
+    /// ranks each that is asked writes: one is enough.
     ///
     /// # Errors
     /// [`Error::Io`] and the like, another process that writes there, and [`Error::Diverged`] for parameters that aren't
@@ -912,6 +937,21 @@ impl Found {
     /// Nothing yet, of the micro-batches from `first` on.
     fn new(first: usize) -> Self {
         Self { sums: PairwiseSum::new(first), figures: Vec::new(), losses: Vec::new() }
+    }
+
+    /// The partial sums in host memory, and, after the step's number, the figures of each micro-batch.
+    fn on_host<M: CausalLm>(self, model: &M, step: u64) -> Result<(PairwiseSum<Vec<f32>>, Vec<f64>)> {
+        let (losses, _) = PendingLoss::read_all(self.losses, Vec::new())?;
+        let mut failed = None;
+        let flat = self.sums.map(|gradients| {
+            flattened(model, gradients).unwrap_or_else(|error| {
+                failed = Some(error);
+                Vec::new()
+            })
+        });
+        let figures = with_losses(self.figures, losses).into_iter().flatten();
+        let figures = std::iter::once(step as f64).chain(figures).collect();
+        failed.map_or(Ok((flat, figures)), Err)
     }
 
     fn push<M: CausalLm>(

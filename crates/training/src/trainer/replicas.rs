@@ -8,13 +8,36 @@ use std::{
 };
 
 use burn::tensor::Device;
-use kiln_distributed::{Alone, threads};
+use kiln_distributed::{Alone, Communicator, threads};
 use kiln_models::CausalLm;
+use kiln_quant_core::DeviceLimits;
 
-use crate::{Result, Trainer, error::Problem, ranks::check_accumulate};
+use crate::{Error, Result, Trainer, ranks::check_accumulate};
 
-/// As long as a rank may be alone at work, such as writing a checkpoint.
-const PATIENCE: Duration = Duration::from_secs(3600);
+/// As good as for ever: a thread that ends is noticed.
+const PATIENCE: Duration = Duration::from_secs(u32::MAX as u64);
+
+/// A group of ranks that this one has left.
+#[derive(Debug)]
+struct Left {
+    rank: usize,
+    size: usize,
+}
+
+impl Communicator for Left {
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_to_all(&self, _: Vec<Vec<u8>>) -> kiln_distributed::Result<Vec<Vec<u8>>> {
+        let Self { rank, size } = *self;
+        Err(kiln_distributed::Error::Lost { rank, size, lost: Some(rank), waited: Duration::ZERO })
+    }
+}
 
 impl<M: CausalLm> Trainer<M> {
     /// Shares the work, as [`with_ranks`](Self::with_ranks) says, with a replica of the model on each of `devices`, in threads
@@ -23,12 +46,12 @@ impl<M: CausalLm> Trainer<M> {
     /// To be called after the other `with_` methods, and before [`resumed`](Self::resumed).
     ///
     /// # Errors
-    /// Micro-batches that can't be dealt out evenly, and a run that is shared already.
+    /// Micro-batches that can't be dealt out evenly, a device that isn't there, a model on several devices, and a run that is
+    /// shared already.
     pub fn with_devices(mut self, devices: &[Device]) -> Result<Self> {
-        if self.ranks.size() > 1 {
-            let expected = "a run that isn't shared yet: a rank for each device";
-            return Err(Problem::new("devices", expected, format!("{} ranks", self.ranks.size())).argument());
-        }
+        self.check_unshared("devices")?;
+        self.model().check_one_device("replicas on further devices")?;
+        devices.iter().try_for_each(DeviceLimits::check_there)?;
         let size = devices.len() + 1;
         check_accumulate(self.config.accumulate, size)?;
         let mut ranks = threads(size, PATIENCE).into_iter().map(Arc::new);
@@ -80,25 +103,47 @@ impl<M: CausalLm> Trainer<M> {
         let mut replicas = std::mem::take(&mut self.replicas);
         let theirs = &theirs;
         let (own, others) = thread::scope(|scope| {
-            let handles: Vec<_> =
-                replicas.iter_mut().map(|replica| scope.spawn(move || replica.guarded(theirs))).collect();
-            let own = self.guarded(own);
-            let others = handles.into_iter().map(|handle| handle.join().and_then(|found| found));
-            (own, others.collect::<Vec<_>>())
+            let start = |replica| {
+                let work = move || Self::guarded(replica, theirs);
+                thread::Builder::new().spawn_scoped(scope, work)
+            };
+            let handles: std::io::Result<Vec<_>> = replicas.iter_mut().map(start).collect();
+            match handles {
+                Ok(handles) => {
+                    let own = self.guarded(own);
+                    (own, handles.into_iter().map(|handle| handle.join().and_then(|found| found)).collect())
+                }
+                // Those that began end with the group.
+                Err(error) => {
+                    self.leave();
+                    (Ok(Err(Error::io("a thread for a rank")(error))), Vec::new())
+                }
+            }
         });
         self.replicas = replicas;
-        let own = own.unwrap_or_else(|panic| resume_unwind(panic))?;
+        let mut found = own.unwrap_or_else(|panic| resume_unwind(panic));
         for other in others {
-            other.unwrap_or_else(|panic| resume_unwind(panic))?;
+            let other = other.unwrap_or_else(|panic| resume_unwind(panic));
+            // What was only heard of a failure is less than the failure itself.
+            if matches!(found, Ok(_) | Err(Error::Ranks(_)))
+                && let Err(error) = other
+            {
+                found = Err(error);
+            }
         }
-        Ok(own)
+        found
+    }
+
+    /// Leaves the group: the others don't wait for this rank any longer, and it does nothing alone.
+    fn leave(&mut self) {
+        self.ranks = Arc::new(Left { rank: self.ranks.rank(), size: self.ranks.size() });
     }
 
     /// What `work` finds; if it panics, the others don't wait for this rank any longer.
     fn guarded<T>(&mut self, work: impl FnOnce(&mut Self) -> Result<T>) -> thread::Result<Result<T>> {
         let found = catch_unwind(AssertUnwindSafe(|| work(self)));
         if found.is_err() {
-            self.ranks = Arc::new(Alone);
+            self.leave();
         }
         found
     }
