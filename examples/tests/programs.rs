@@ -139,6 +139,52 @@ fn instructions_and_preferences_are_learned_and_curves_drawn() {
 
 #[test]
 #[ignore = "takes minutes, and needs the programs built"]
+fn ranks_share_a_run_to_the_bit_and_a_killed_one_goes_on_with_fewer() {
+    let folder = folder();
+    let short = ["--steps", "30", "--every", "2"];
+    let run_of = |ranks: &str| {
+        let out = folder.path().join(ranks);
+        let found = figures(
+            &folder,
+            "15-data-parallel",
+            &[&short[..], &["--ranks", ranks, "--out", text(&out)]].concat(),
+        );
+        (found, std::fs::read(out.join("adapter/adapter_model.safetensors")).expect("an adapter"))
+    };
+    let (alone, adapter) = run_of("1");
+    let (shared, of_two) = run_of("2");
+    assert_eq!(alone["losses"], shared["losses"]);
+    assert_eq!(alone["validation"], shared["validation"]);
+    assert!(adapter == of_two);
+    if !cfg!(feature = "mpi") {
+        return;
+    }
+    // Processes, of which one is killed as soon as there is a checkpoint; the other goes on alone.
+    let out = folder.path().join("mpi");
+    let arguments = [&short[..], &["--ranks", "mpi", "--out", text(&out)]].concat();
+    let mut command = Command::new("mpirun");
+    command
+        .args(["--allow-run-as-root", "--oversubscribe", "-n", "2"])
+        .arg(path_of("15-data-parallel"))
+        .args(&arguments);
+    let mut ranks = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("mpirun, of Open MPI");
+    let begin = Instant::now();
+    while !out.join("last/state.json").exists() && begin.elapsed() < Duration::from_secs(120) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let children = Command::new("pgrep").args(["-P", &ranks.id().to_string()]).output().expect("pgrep");
+    let children = String::from_utf8_lossy(&children.stdout).into_owned();
+    let victim = children.lines().last().expect("a rank");
+    Command::new("kill").args(["-KILL", victim]).status().expect("kill");
+    let killed = Instant::now();
+    assert!(!ranks.wait().expect("an end").success());
+    assert!(killed.elapsed() < Duration::from_secs(60));
+    run("15-data-parallel", &[&short[..], &["--ranks", "1", "--resume", "--out", text(&out)]].concat());
+    assert!(std::fs::read(out.join("adapter/adapter_model.safetensors")).expect("an adapter") == adapter);
+}
+
+#[test]
+#[ignore = "takes minutes, and needs the programs built"]
 fn a_model_is_pruned_quantized_and_tuned_on_a_task_and_answers_the_same_when_it_is_loaded() {
     let folder = folder();
     let out = folder.path().join("pipeline");

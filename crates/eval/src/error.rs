@@ -68,6 +68,9 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// An error between ranks.
+    #[error(transparent)]
+    Ranks(#[from] kiln_distributed::Error),
     /// A file that isn't what it should be.
     #[error("{}: {}: expected {}, found {}", path.display(), shortened(field), shortened(expected), shortened(found))]
     File {

@@ -27,7 +27,7 @@ pub use run::{
     Comparison, Evaluation, GroupReport, MetricComparison, MetricReport, OnTaskProgress, PROTOCOL, Report,
     Sample, SignificanceTest, TaskProgress, TaskReport, read_samples,
 };
-pub use scorer::{GenerateRequest, ModelScorer, OnAnswer, Scorer};
+pub use scorer::{GenerateRequest, ModelScorer, OnAnswer, Scorer, SharedScorer};
 pub use task::{
     DataFolder, DatasetFiles, Document, FewshotOptions, Filter, FilterPipeline, GenerationOptions, Gold,
     Group, Metric, MetricOptions, OneOrMany, OutputType, PreparedDocument, Requests, Response, Sampler,

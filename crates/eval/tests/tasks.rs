@@ -1,10 +1,11 @@
 //! Runs of tasks on a stand-in for a model.
 
-use std::{cell::Cell, fs, ops::ControlFlow, path::Path};
+use std::{cell::Cell, fs, ops::ControlFlow, path::Path, sync::Arc, thread, time::Duration};
 
+use kiln_distributed::{Communicator, threads};
 use kiln_eval::{
     Comparison, Error, Evaluation, GenerateRequest, Group, Metric, OnAnswer, Report, Response, Result,
-    Scorer, SignificanceTest, Task, TaskData, read_samples,
+    Scorer, SharedScorer, SignificanceTest, Task, TaskData, read_samples,
 };
 use serde_json::{Value, json};
 
@@ -291,4 +292,53 @@ fn groups_have_micro_and_macro_means() {
     // Variances 0.75 / 3 and 0.5 / 1 of the scores: (3 * 0.25 + 1 * 0.5) / (6 - 2), by 6 documents.
     assert!((found.micro_stderr.unwrap() - (1.25f64 / 4.0 / 6.0).sqrt()).abs() < 1e-12);
     assert!(report.to_markdown().contains("| both | 0 | 6 | acc, micro | none | ↑ | 0.6667 |"));
+}
+
+/// What each of `count` ranks finds, of which the first evaluates.
+fn on_ranks<T: Send>(
+    count: usize,
+    stub: impl Fn(usize) -> Stub + Sync,
+    first: impl Fn(&SharedScorer<Stub>) -> Result<T> + Sync,
+) -> (Result<T>, Vec<Result<()>>) {
+    let (stub, first) = (&stub, &first);
+    thread::scope(|scope| {
+        let mut ranks = threads(count, Duration::from_secs(60)).into_iter().map(Arc::new);
+        let own = ranks.next().unwrap();
+        let serve = |rank: Arc<kiln_distributed::Thread>| {
+            scope.spawn(move || SharedScorer::new(stub(rank.rank()), rank).serve())
+        };
+        let others: Vec<_> = ranks.map(serve).collect();
+        let scorer = SharedScorer::new(stub(0), own);
+        let found = first(&scorer).and_then(|found| scorer.finish().map(|()| found));
+        drop(scorer);
+        (found, others.into_iter().map(|other| other.join().unwrap()).collect())
+    })
+}
+
+#[test]
+fn ranks_share_the_requests_of_tasks() {
+    let expected = run(&evaluation(), &Stub::default()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for count in [1, 2, 3, 7] {
+        let log = folder.path().join(format!("{count}.jsonl"));
+        let evaluation = evaluation().with_samples(&log);
+        let (found, others) =
+            on_ranks(count, |_| Stub::default(), |scorer| evaluation.evaluate(scorer, &all()));
+        let found = found.unwrap();
+        assert!(others.iter().all(Result::is_ok), "{others:?}");
+        assert_eq!(found.tasks, expected.tasks, "{count} ranks");
+        // Gone on from the log nothing is asked again.
+        let again = run(&evaluation, &Stub { refuses: Some(0), ..Stub::default() }).unwrap();
+        assert_eq!(again.tasks, expected.tasks);
+    }
+}
+
+#[test]
+fn a_request_that_one_rank_refuses_ends_all() {
+    let stub = |rank: usize| Stub { refuses: (rank == 1).then_some(0), ..Stub::default() };
+    let (found, others) = on_ranks(2, stub, |scorer| evaluation().evaluate(scorer, &all()));
+    // The first of the second half of twelve.
+    let expected = "request 6: continuation: expected less, found more";
+    assert_eq!(found.unwrap_err().to_string(), format!("rank 1 failed: {expected}"));
+    assert_eq!(others[0].as_ref().unwrap_err().to_string(), expected);
 }

@@ -50,3 +50,7 @@ pub use tuned::{AdaptedLinear, AdaptedModel, Merged, Requantized, Tuned};
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 struct RootReadme;
+
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/scaling.md")]
+struct Scaling;

@@ -4,10 +4,13 @@ mod encode;
 mod generation;
 mod model;
 mod plan;
+mod shared;
 
 use std::ops::ControlFlow;
 
 pub use model::ModelScorer;
+use serde::{Deserialize, Serialize};
+pub use shared::SharedScorer;
 
 use crate::{Response, Result};
 
@@ -15,7 +18,7 @@ use crate::{Response, Result};
 pub type OnAnswer<'a> = &'a mut dyn FnMut(usize, Response) -> Result<ControlFlow<()>>;
 
 /// A text to be generated.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GenerateRequest {
     /// What goes before it.
     pub context: String,
