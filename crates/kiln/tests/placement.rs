@@ -271,19 +271,19 @@ fn weights_that_stay_as_stored_are_predicted() {
     let packed = folder.path().join("packed");
     save_model(&whole("tiny/llama-untied-f16"), &checkpoint("tiny/llama-untied-f16"), &packed).unwrap();
     let cases = [
-        (packed.clone(), LoadOptions::default().in_f32()),
-        (packed, LoadOptions::uniform(Scheme::Dense).in_f32()),
-        (testdata("tiny/llama-untied-gptq4-v1"), LoadOptions::default().in_f32()),
-        (testdata("tiny/llama-untied-f16"), LoadOptions::default().in_f32()),
-        (testdata("tiny/llama-untied-f16"), LoadOptions::default().in_f32().with_tables(Tables::Dense)),
-        (testdata("arch/gpt_oss"), LoadOptions::default().in_f32()),
+        (packed.clone(), LoadOptions::default().in_f32(), 0.03),
+        (packed, LoadOptions::uniform(Scheme::Dense).in_f32(), 0.0),
+        // Its zero points, of 4 bits in the file, become floats.
+        (testdata("tiny/llama-untied-gptq4-v1"), LoadOptions::default().in_f32(), 0.06),
+        (testdata("tiny/llama-untied-f16"), LoadOptions::default().in_f32(), 0.0),
+        (testdata("tiny/llama-untied-f16"), LoadOptions::default().in_f32().with_tables(Tables::Dense), 0.0),
+        (testdata("arch/gpt_oss"), LoadOptions::default().in_f32(), 0.03),
     ];
-    for (path, options) in cases {
+    for (path, options, bound) in cases {
         let checkpoint = Checkpoint::open(&path).unwrap();
         let predicted = checkpoint.predicted_storage(&options).unwrap().total_bytes() as f64;
         let found = checkpoint.load(&options, &device).unwrap().1.storage.total_bytes() as f64;
-        // A file of packed weights has tables of its own beside them.
-        assert!((predicted / found - 1.0).abs() < 0.03, "{}: {predicted} {found}", path.display());
+        assert!((predicted / found - 1.0).abs() <= bound, "{}: {predicted} {found}", path.display());
     }
 }
 
