@@ -337,8 +337,8 @@ fn ranks_share_the_requests_of_tasks() {
 fn a_request_that_one_rank_refuses_ends_all() {
     let stub = |rank: usize| Stub { refuses: (rank == 1).then_some(0), ..Stub::default() };
     let (found, others) = on_ranks(2, stub, |scorer| evaluation().evaluate(scorer, &all()));
-    // The first of the second half of twelve.
-    let expected = "request 6: continuation: expected less, found more";
+    // The first of the second half of fourteen, which are those of two tasks.
+    let expected = "request 7: continuation: expected less, found more";
     assert_eq!(found.unwrap_err().to_string(), format!("rank 1 failed: {expected}"));
     assert_eq!(others[0].as_ref().unwrap_err().to_string(), expected);
 }
