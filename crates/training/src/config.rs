@@ -87,7 +87,7 @@ impl ParameterGroup {
 /// | --- | --- | --- | --- |
 /// | `steps` | required | optimizer steps | at least 1 |
 /// | `batch` | required | rows of a micro-batch, their order and packing | |
-/// | `accumulate` | 1 | micro-batches of a step | at least 1 |
+/// | `accumulate` | 1 | micro-batches of a step, of all ranks together; their gradients are added in pairs, which holds a sum for each power of two | at least 1 |
 /// | `lr` | 3e-4 | peak learning rate | above 0 |
 /// | `warmup` | 0 | steps of linear warm-up | |
 /// | `schedule` | constant | what follows the warm-up | |
@@ -111,7 +111,7 @@ pub struct TrainerConfig {
     pub steps: u64,
     /// Rows of a micro-batch, their order and packing.
     pub batch: BatchOptions,
-    /// Micro-batches of a step.
+    /// Micro-batches of a step, of all ranks together.
     pub accumulate: usize,
     /// Peak learning rate.
     pub lr: f64,
