@@ -101,6 +101,7 @@ fn run(options: Options) -> Result<()> {
     let is_first = ranks.rank() == 0;
     // What fails on one rank alone, the others hear of, and don't wait for it.
     let claimed = agreed(&*ranks, if is_first { claim(&options).map(Some) } else { Ok(None) })?;
+    let (claimed, mut bar) = claimed.unzip();
     let (base, path, data) = agreed(&*ranks, read(&options))?;
     if is_first {
         say!("{} ranks; {}: {}", ranks.size() * threads, path.display(), data.report());
@@ -111,7 +112,6 @@ fn run(options: Options) -> Result<()> {
         .with_lr(options.lr)
         .with_accumulate(options.accumulate)
         .with_recompute(recompute);
-    let mut bar = if is_first { Some(Bar::new(options.steps)?) } else { None };
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64);
     let mut tuning = base
         .finetune(adapters, train)
@@ -134,10 +134,10 @@ fn run(options: Options) -> Result<()> {
     agreed(&*ranks, bar.map_or(Ok(()), |bar| finish(&options, &tuned, bar, ranks.size() * threads)))
 }
 
-/// The first rank's folder, before the work.
-fn claim(options: &Options) -> Result<Arc<OutputFolder>> {
+/// The first rank's folder and bar, before the work.
+fn claim(options: &Options) -> Result<(Arc<OutputFolder>, Bar)> {
     check_outputs([&options.json])?;
-    Ok(Arc::new(OutputFolder::claim(&options.out)?))
+    Ok((Arc::new(OutputFolder::claim(&options.out)?), Bar::new(options.steps)?))
 }
 
 /// The model, and the rows with their file.

@@ -309,7 +309,7 @@ fn on_ranks<T: Send>(
         };
         let others: Vec<_> = ranks.map(serve).collect();
         let scorer = SharedScorer::new(stub(0), own);
-        let found = first(&scorer).and_then(|found| scorer.finish().map(|()| found));
+        let found = scorer.finish(first(&scorer));
         drop(scorer);
         (found, others.into_iter().map(|other| other.join().unwrap()).collect())
     })
@@ -341,4 +341,14 @@ fn a_request_that_one_rank_refuses_ends_all() {
     let expected = "request 7: continuation: expected less, found more";
     assert_eq!(found.unwrap_err().to_string(), format!("rank 1 failed: {expected}"));
     assert_eq!(others[0].as_ref().unwrap_err().to_string(), expected);
+}
+
+/// Such as a log that can't be written: the others hear of it.
+#[test]
+fn what_fails_on_the_first_rank_alone_ends_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let nowhere = evaluation().with_samples(folder.path().join("no/such/folder.jsonl"));
+    let (found, others) = on_ranks(2, |_| Stub::default(), |scorer| nowhere.evaluate(scorer, &all()));
+    let own = found.unwrap_err().to_string();
+    assert_eq!(others[0].as_ref().unwrap_err().to_string(), format!("rank 0 failed: {own}"));
 }

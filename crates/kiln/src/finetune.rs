@@ -13,7 +13,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{AdapterConfig, AnyAdapter};
-use kiln_distributed::agreed;
+use kiln_distributed::{Alone, agreed};
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
@@ -294,13 +294,43 @@ impl<'a> FineTune<'a> {
     /// # Errors
     /// Adapters, options or data that don't fit the model or one another; a checkpoint of another run; training that
     /// diverges; files that can't be written.
-    pub fn run(self) -> Result<FineTuned> {
+    pub fn run(mut self) -> Result<FineTuned> {
+        let ranks = self.ranks.take().unwrap_or_else(|| Arc::new(Alone));
+        let Prepared { mut trainer, adapters, language } = agreed(&*ranks, self.prepare(ranks.size()))?;
+        let Self { options, resume, devices, samples, sampling, on_event, .. } = self;
+        let last = options.folder.as_ref().map(|folder| folder.join("last"));
+        let mut goes_on = last.as_ref().is_some_and(|last| resume && whole_folder(last).exists());
+        if ranks.size() > 1 {
+            ranks.same(&[("folder of checkpoints".into(), last.is_some().to_string())].into())?;
+            trainer = trainer.with_ranks(ranks.clone())?;
+            // Others may not see the folder.
+            goes_on = ranks.broadcast(vec![u8::from(goes_on)])? == [1];
+        } else if !devices.is_empty() {
+            trainer = trainer.with_devices(&devices)?;
+        }
+        if let Some(last) = last.filter(|_| goes_on) {
+            trainer = trainer.resumed(last)?;
+        }
+        let mut listener = Listener { language: language.clone(), samples, sampling, on_event };
+        let report = trainer.run_with(&options, &mut listener)?;
+        let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
+        Ok(FineTuned::new(tuned, language, Some(report)))
+    }
+
+    /// A trainer of this rank alone, before the first step.
+    fn prepare(&self, ranks: usize) -> Result<Prepared> {
+        if ranks > 1 && !self.devices.is_empty() {
+            let expected = format!("none, beside {ranks} ranks: a rank for each device");
+            return Err(Error::argument("devices", expected, self.devices.len()));
+        }
+        let config = self.trainer.clone();
         let config = match self.length {
-            Length::Steps(steps) => self.trainer.with_steps(steps),
-            Length::Epochs(epochs) => self.trainer.with_epochs(&self.data, epochs)?,
+            Length::Steps(steps) => config.with_steps(steps),
+            Length::Epochs(epochs) => config.with_epochs(&self.data, epochs)?,
         };
-        let (tuned, language) = match self.start {
-            Start::New(base, mut adapters) => {
+        let (tuned, language) = match &self.start {
+            Start::New(base, adapters) => {
+                let mut adapters = adapters.clone();
                 adapters.save_tables |= base.has_grown();
                 (Tuned::attach(base.model().clone(), &adapters)?, base.language())
             }
@@ -313,42 +343,27 @@ impl<'a> FineTune<'a> {
         if let Some(limit) = self.memory_limit {
             check_memory(limit, &tuned, tuned.model().config(), &config, &self.data, self.reference)?;
         }
-        let last = self.options.folder.as_ref().map(|folder| folder.join("last"));
         let mut identity = tuned.identity();
-        if last.is_some() || self.ranks.is_some() {
+        if self.options.folder.is_some() || ranks > 1 {
             identity.extend(language.identity()?);
         }
         let (model, adapters) = tuned.into_parts();
-        let mut trainer = Trainer::new(model, self.data, config)?.with_identity(identity);
+        let mut trainer = Trainer::new(model, self.data.clone(), config)?.with_identity(identity);
         if let Some(reference) = self.reference {
             trainer = trainer.with_reference(reference.model().clone())?;
         }
-        if let Some(file) = self.known_answers {
+        if let Some(file) = &self.known_answers {
             trainer = trainer.with_known_answers(file)?;
         }
-        let mut goes_on = last.as_ref().is_some_and(|last| self.resume && whole_folder(last).exists());
-        if let Some(ranks) = self.ranks {
-            let alone = match self.devices.len() {
-                0 => Ok(()),
-                count => Err(Error::argument("devices", "none, beside ranks: a rank for each device", count)),
-            };
-            agreed(&*ranks, alone)?;
-            trainer = trainer.with_ranks(ranks.clone())?;
-            // Others may not see the folder.
-            goes_on = ranks.broadcast(vec![u8::from(goes_on)])? == [1];
-        }
-        if !self.devices.is_empty() {
-            trainer = trainer.with_devices(&self.devices)?;
-        }
-        if let Some(last) = last.filter(|_| goes_on) {
-            trainer = trainer.resumed(last)?;
-        }
-        let Self { samples, sampling, on_event, .. } = self;
-        let mut listener = Listener { language: language.clone(), samples, sampling, on_event };
-        let report = trainer.run_with(&self.options, &mut listener)?;
-        let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
-        Ok(FineTuned::new(tuned, language, Some(report)))
+        Ok(Prepared { trainer, adapters, language })
     }
+}
+
+/// What a run is made of.
+struct Prepared {
+    trainer: Trainer<AdaptedModel>,
+    adapters: AdapterConfig,
+    language: Arc<Language>,
 }
 
 /// Whether a step is expected to fit into `limit` bytes.

@@ -4,7 +4,7 @@ use std::{
     ops::ControlFlow,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -24,9 +24,9 @@ use crate::{Error, Response, Result};
 /// # fn example(own: impl Scorer, ranks: Arc<dyn Communicator>) -> kiln_eval::Result<()> {
 /// let scorer = SharedScorer::new(own, ranks.clone());
 /// if ranks.rank() == 0 {
-///     // As with any other scorer.
-///     // evaluation.evaluate(&tasks, &scorer)?;
-///     scorer.finish()
+///     // As with any other scorer: evaluation.evaluate(&scorer, &tasks).
+///     let found = Ok(());
+///     scorer.finish(found)
 /// } else {
 ///     scorer.serve()
 /// }
@@ -38,6 +38,8 @@ pub struct SharedScorer<S> {
     ranks: Arc<dyn Communicator>,
     /// Tokens of all ranks.
     tokens: AtomicU64,
+    /// Whether the ranks have gone apart after a failure.
+    over: AtomicBool,
 }
 
 /// What rank 0 has to be answered.
@@ -54,6 +56,8 @@ enum Requests {
     Rolling(Vec<String>),
     Texts(Vec<GenerateRequest>),
     Finished,
+    /// Rank 0 has failed, and says how.
+    Failed(String),
 }
 
 /// What a rank found.
@@ -71,7 +75,7 @@ const AT_ONCE: usize = 256;
 impl<S: Scorer> SharedScorer<S> {
     /// This rank's part: `scorer` is of the same model, with the same settings, on all of `ranks`.
     pub fn new(scorer: S, ranks: Arc<dyn Communicator>) -> Self {
-        Self { scorer, ranks, tokens: AtomicU64::new(0) }
+        Self { scorer, ranks, tokens: AtomicU64::new(0), over: AtomicBool::new(false) }
     }
 
     /// Answers what rank 0 asks, until it has finished; of the other ranks.
@@ -81,29 +85,51 @@ impl<S: Scorer> SharedScorer<S> {
     pub fn serve(&self) -> Result<()> {
         loop {
             let work = self.told(None)?;
-            if work.requests == Requests::Finished {
-                return Ok(());
-            }
-            self.answers(&work)?;
+            match work.requests {
+                Requests::Finished => return Ok(()),
+                Requests::Failed(message) => {
+                    return Err(kiln_distributed::Error::Failed { rank: 0, message }.into());
+                }
+                _ => self.answers(&work)?,
+            };
         }
     }
 
-    /// Lets the other ranks go; of rank 0, when nothing more is asked.
+    /// Lets the other ranks go, and says how the work ended that is behind them, which comes back; of rank 0, when nothing more
+    /// is asked.
     ///
     /// # Errors
-    /// Ranks that have ended.
-    pub fn finish(&self) -> Result<()> {
-        self.told(Some(&Work { first: 0, requests: Requests::Finished })).map(|_| ())
+    /// That of `found`, and ranks that have ended.
+    pub fn finish<T>(&self, found: Result<T>) -> Result<T> {
+        if self.over.load(Ordering::Relaxed) {
+            return found;
+        }
+        let requests = match &found {
+            Ok(_) => Requests::Finished,
+            Err(error) => Requests::Failed(error.to_string()),
+        };
+        let told = self.told(Some(&Work { first: 0, requests }));
+        let found = found?;
+        told?;
+        Ok(found)
     }
 
     /// What rank 0, which says so, has to be done.
     fn told(&self, work: Option<&Work>) -> Result<Work> {
         let bytes = work.map_or(Ok(Vec::new()), |work| encoded("work", work))?;
-        decoded("work", &self.ranks.broadcast(bytes)?)
+        let told = self.ranks.broadcast(bytes).map_err(Error::from).and_then(|bytes| decoded("work", &bytes));
+        self.over.fetch_or(told.is_err(), Ordering::Relaxed);
+        told
     }
 
     /// All answers, in the requests' order.
     fn answers(&self, work: &Work) -> Result<Vec<Response>> {
+        let answers = self.gathered(work);
+        self.over.fetch_or(answers.is_err(), Ordering::Relaxed);
+        answers
+    }
+
+    fn gathered(&self, work: &Work) -> Result<Vec<Response>> {
         let own = self.own_answers(work).and_then(|found| encoded("answers", &found));
         let all = self.ranks.gather_results(own.as_ref().map(Vec::clone).map_err(ToString::to_string));
         own?;
@@ -126,7 +152,7 @@ impl<S: Scorer> SharedScorer<S> {
                 (all.len(), scorer.loglikelihood_rolling(&all[mine(all.len())], &mut keep))
             }
             Requests::Texts(all) => (all.len(), scorer.generate_until(&all[mine(all.len())], &mut keep)),
-            Requests::Finished => (0, Ok(())),
+            Requests::Finished | Requests::Failed(_) => (0, Ok(())),
         };
         done.map_err(|error| match error {
             Error::Request { request, what, expected, found } => {

@@ -289,6 +289,10 @@ impl<M: CausalLm> Trainer<M> {
         let mut facts = self.whole_identity()?;
         facts.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         facts.insert("step".into(), self.step.to_string());
+        facts.insert("steps that were passed over".into(), self.skipped.to_string());
+        facts.insert("place in the data".into(), format!("{:?}", self.batches.cursor()));
+        let best = self.best.as_ref().map(|best| (best.step, best.score));
+        facts.insert("best evaluation".into(), format!("{best:?}"));
         facts.insert("data".into(), self.dataset.fingerprint()?);
         let trained = trainable::fingerprint(self.model(), |parameter| parameter.trained)?;
         facts.insert("trained parameters".into(), trained);
@@ -405,9 +409,7 @@ impl<M: CausalLm> Trainer<M> {
         };
         let model = self.model();
         model.at(Place { step: self.step, micro_batch: 0, training: false });
-        let begin = Instant::now();
-        let (figures, gradients, squared_norm) = self.shared(own)?;
-        let exchange_seconds = if self.ranks.size() == 1 { 0.0 } else { begin.elapsed().as_secs_f64() };
+        let Shared { figures, gradients, squared_norm, exchange_seconds } = self.shared(own)?;
         let (mut loss, mut rewards) = (0.0, Rewards::default());
         for numbers in &figures {
             loss += numbers[0];
@@ -448,9 +450,8 @@ impl<M: CausalLm> Trainer<M> {
         DriverOptions { recompute, logit_rows, loss, noise }
     }
 
-    /// The figures of all micro-batches in their order, the sums of all their gradients, and the square of these sums' norm, of
-    /// what this rank has found and what the others say.
-    fn shared(&self, own: Result<Found>) -> Result<(Vec<[f64; FIGURES]>, GradientsParams, f64)> {
+    /// What all ranks have found, of what this one has.
+    fn shared(&self, own: Result<Found>) -> Result<Shared> {
         let model = self.model();
         let sum_of = |squares: Vec<f32>| squares.into_iter().map(f64::from).sum::<f64>();
         if self.ranks.size() == 1 {
@@ -458,14 +459,16 @@ impl<M: CausalLm> Trainer<M> {
             let gradients = sums.finish(|a, b| added(model, a, b)).unwrap_or_default();
             // The one time that the device is waited for.
             let (losses, squares) = PendingLoss::read_all(losses, squares(model, &gradients))?;
-            return Ok((with_losses(figures, losses), gradients, sum_of(squares)));
+            let figures = with_losses(figures, losses);
+            return Ok(Shared { figures, gradients, squared_norm: sum_of(squares), exchange_seconds: 0.0 });
         }
         let own = own.and_then(|found| found.on_host(model, self.step));
+        let begin = Instant::now();
         let ((flat, _), all) = gathered(&*self.ranks, own, |(_, figures)| figures.clone())?;
         let mut figures = Vec::with_capacity(self.config.accumulate);
         for (rank, numbers) in all.iter().enumerate() {
             // Whoever makes steps by itself and goes on after an error would add up other micro-batches.
-            if numbers[0] != self.step as f64 {
+            if numbers[0] != all[0][0] {
                 let (name, expected, found) = ("step".into(), all[0][0].to_string(), numbers[0].to_string());
                 return Err(kiln_distributed::Error::Different { rank, name, expected, found }.into());
             }
@@ -473,12 +476,13 @@ impl<M: CausalLm> Trainer<M> {
                 .extend(numbers[1..].chunks_exact(FIGURES).map(|of| std::array::from_fn(|index| of[index])));
         }
         let flat = sum(&*self.ranks, flat, self.config.accumulate, flat_length(model))?;
+        let exchange_seconds = begin.elapsed().as_secs_f64();
         let gradients = unflattened(model, &flat);
         let squares = PendingLoss::read_all(Vec::new(), squares(model, &gradients));
         let own = squares.map(|(_, squares)| sum_of(squares)).map_err(Error::from);
         // Whether there is a step, and how long, is for one to say.
         let (_, all) = gathered(&*self.ranks, own, |square| vec![*square])?;
-        Ok((figures, gradients, all[0][0]))
+        Ok(Shared { figures, gradients, squared_norm: all[0][0], exchange_seconds })
     }
 
     /// Sums over tokens, to be divided by their number once: k micro-batches are one batch, however their tokens are spread.
@@ -921,6 +925,18 @@ impl Outcome {
         let rewards = self.rewards.to_numbers();
         std::array::from_fn(|index| if index == 0 { self.loss } else { rewards[index - 1] })
     }
+}
+
+/// What all micro-batches of a step come to.
+struct Shared {
+    /// Numbers of each, in their order.
+    figures: Vec<[f64; FIGURES]>,
+    /// The sum of their gradients.
+    gradients: GradientsParams,
+    /// Of that sum.
+    squared_norm: f64,
+    /// Spent between ranks.
+    exchange_seconds: f64,
 }
 
 /// What a rank's micro-batches come to.
