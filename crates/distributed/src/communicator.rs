@@ -103,6 +103,20 @@ pub trait Communicator: Send + Sync + fmt::Debug {
     }
 }
 
+/// What is done here, and what all ranks say of it in `bytes`, by rank; fails on all ranks if it failed on any.
+///
+/// # Errors
+/// As [`agreed`].
+pub fn gathered<T, E: fmt::Display + From<Error>>(
+    ranks: &dyn Communicator,
+    own: std::result::Result<T, E>,
+    bytes: impl FnOnce(&T) -> Vec<u8>,
+) -> std::result::Result<(T, Vec<Vec<u8>>), E> {
+    let all = ranks.gather_results(own.as_ref().map(bytes).map_err(ToString::to_string));
+    // What failed here is told as it is, not as the others heard of it.
+    Ok((own?, all?))
+}
+
 /// What is done here, if it was done well on all ranks: to be used wherever one rank may fail alone, that the others don't wait
 /// for it in vain.
 ///
@@ -112,11 +126,7 @@ pub fn agreed<T, E: fmt::Display + From<Error>>(
     ranks: &dyn Communicator,
     own: std::result::Result<T, E>,
 ) -> std::result::Result<T, E> {
-    let heard = ranks.agree(own.as_ref().map(|_| ()).map_err(ToString::to_string));
-    // What failed here is told as it is, not as the others heard of it.
-    let own = own?;
-    heard?;
-    Ok(own)
+    Ok(gathered(ranks, own, |_| Vec::new())?.0)
 }
 
 /// The only rank there is.

@@ -9,7 +9,7 @@ mod threads;
 
 #[cfg(feature = "mpi")]
 pub use crate::mpi::Mpi;
-pub use communicator::{Alone, Communicator, agreed, share};
+pub use communicator::{Alone, Communicator, agreed, gathered, share};
 pub use error::{Error, Result};
 pub use pairwise::{PairwiseSum, sum};
 pub use threads::{Thread, threads};

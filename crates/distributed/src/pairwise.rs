@@ -62,10 +62,16 @@ impl<T> PairwiseSum<T> {
     }
 
     /// The same partial sums in another form.
-    pub fn map<U>(self, mut f: impl FnMut(T) -> U) -> PairwiseSum<U> {
+    ///
+    /// # Errors
+    /// The first of `f`.
+    pub fn try_map<U, E>(
+        self,
+        mut f: impl FnMut(T) -> std::result::Result<U, E>,
+    ) -> std::result::Result<PairwiseSum<U>, E> {
         let nodes = self.nodes.into_iter();
-        let nodes = nodes.map(|Node { start, size, value }| Node { start, size, value: f(value) }).collect();
-        PairwiseSum { nodes, next: self.next }
+        let nodes = nodes.map(|Node { start, size, value }| Ok(Node { start, size, value: f(value)? }));
+        Ok(PairwiseSum { nodes: nodes.collect::<std::result::Result<_, E>>()?, next: self.next })
     }
 }
 

@@ -16,11 +16,9 @@ pub(crate) fn gathered<T>(
     numbers: impl FnOnce(&T) -> Vec<f64>,
 ) -> Result<(T, Vec<Vec<f64>>)> {
     let to_bytes = |found: &T| numbers(found).into_iter().flat_map(f64::to_le_bytes).collect();
-    let message = own.as_ref().map(to_bytes).map_err(ToString::to_string);
-    // What failed here is told as it is, not as the others heard of it.
-    let (all, own) = (ranks.gather_results(message), own?);
+    let (own, all) = kiln_distributed::gathered(ranks, own, to_bytes)?;
     let to_numbers = |bytes: Vec<u8>| bytes.chunks_exact(8).map(number).collect();
-    Ok((own, all?.into_iter().map(to_numbers).collect()))
+    Ok((own, all.into_iter().map(to_numbers).collect()))
 }
 
 fn number(bytes: &[u8]) -> f64 {

@@ -8,7 +8,7 @@ use std::{
     },
 };
 
-use kiln_distributed::{Communicator, share};
+use kiln_distributed::{Communicator, gathered, share};
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use super::{GenerateRequest, OnAnswer, Scorer};
@@ -131,9 +131,8 @@ impl<S: Scorer> SharedScorer<S> {
 
     fn gathered(&self, work: &Work) -> Result<Vec<Response>> {
         let own = self.own_answers(work).and_then(|found| encoded("answers", &found));
-        let all = self.ranks.gather_results(own.as_ref().map(Vec::clone).map_err(ToString::to_string));
-        own?;
-        let found: Vec<Found> = all?.iter().map(|bytes| decoded("answers", bytes)).collect::<Result<_>>()?;
+        let (_, all) = gathered(&*self.ranks, own, Vec::clone)?;
+        let found: Vec<Found> = all.iter().map(|bytes| decoded("answers", bytes)).collect::<Result<_>>()?;
         self.tokens.store(found.iter().map(|found| found.tokens).sum(), Ordering::Relaxed);
         Ok(found.into_iter().flat_map(|found| found.responses).collect())
     }

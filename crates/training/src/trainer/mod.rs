@@ -958,16 +958,10 @@ impl Found {
     /// The partial sums in host memory, and, after the step's number, the figures of each micro-batch.
     fn on_host<M: CausalLm>(self, model: &M, step: u64) -> Result<(PairwiseSum<Vec<f32>>, Vec<f64>)> {
         let (losses, _) = PendingLoss::read_all(self.losses, Vec::new())?;
-        let mut failed = None;
-        let flat = self.sums.map(|gradients| {
-            flattened(model, gradients).unwrap_or_else(|error| {
-                failed = Some(error);
-                Vec::new()
-            })
-        });
+        let flat = self.sums.try_map(|gradients| flattened(model, gradients))?;
         let figures = with_losses(self.figures, losses).into_iter().flatten();
         let figures = std::iter::once(step as f64).chain(figures).collect();
-        failed.map_or(Ok((flat, figures)), Err)
+        Ok((flat, figures))
     }
 
     fn push<M: CausalLm>(

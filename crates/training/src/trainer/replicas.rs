@@ -8,11 +8,14 @@ use std::{
 };
 
 use burn::tensor::Device;
-use kiln_distributed::{Alone, Communicator, threads};
+use kiln_distributed::{Communicator, threads};
 use kiln_models::CausalLm;
 use kiln_quant_core::DeviceLimits;
 
-use crate::{Error, Result, Trainer, ranks::check_accumulate};
+use crate::{
+    Error, Result, Trainer,
+    ranks::{Ranks, check_accumulate},
+};
 
 /// As good as for ever: a thread that ends is noticed.
 const PATIENCE: Duration = Duration::from_secs(u32::MAX as u64);
@@ -54,20 +57,17 @@ impl<M: CausalLm> Trainer<M> {
         devices.iter().try_for_each(DeviceLimits::check_there)?;
         let size = devices.len() + 1;
         check_accumulate(self.config.accumulate, size)?;
-        let mut ranks = threads(size, PATIENCE).into_iter().map(Arc::new);
+        let mut ranks = threads(size, PATIENCE).into_iter().map(|rank| Arc::new(rank) as Ranks);
         if let Some(own) = ranks.next() {
             self.ranks = own;
         }
-        self.replicas = devices
-            .iter()
-            .zip(ranks)
-            .map(|(device, ranks)| Trainer { ranks, ..self.replica(device) })
-            .collect();
+        self.replicas =
+            devices.iter().zip(ranks).map(|(device, ranks)| self.replica(device, ranks)).collect();
         Ok(self)
     }
 
-    /// The same with its model on `device`.
-    fn replica(&self, device: &Device) -> Self {
+    /// The same with its model on `device`, as another rank.
+    fn replica(&self, device: &Device, ranks: Ranks) -> Self {
         let reference = self.reference.as_ref().map(|reference| reference.fork_to(device));
         Self {
             model: Some(self.model().clone().fork(&device.clone().autodiff())),
@@ -86,7 +86,7 @@ impl<M: CausalLm> Trainer<M> {
             frozen: OnceLock::new(),
             reference_hash: OnceLock::new(),
             checkpoint: self.checkpoint.clone(),
-            ranks: Arc::new(Alone),
+            ranks,
             replicas: Vec::new(),
         }
     }
