@@ -56,6 +56,8 @@ pub struct PackedTensor {
     pub scale_offset: Option<Param<Tensor<1>>>,
     /// Packed row `k` stands for input `input_order[k]`.
     pub input_order: Option<Param<Tensor<1, Int>>>,
+    /// The inverse permutation: input `i` stands in packed row `input_places[i]`.
+    pub input_places: Option<Param<Tensor<1, Int>>>,
     #[module(skip)]
     scheme: QuantScheme,
     #[module(skip)]
@@ -114,6 +116,9 @@ impl PackedTensor {
             let count = line.len();
             words(line, [count], device)
         };
+        let indices = |values: Vec<i64>| {
+            Param::initialized(ParamId::new(), Tensor::from_data(values.as_slice(), device))
+        };
         let plain = weight.offsets.as_ref().map(|offsets| floats(offsets, shape));
         let (scales, scale_codes, scale_offset, offsets, offset_codes) = match &weight.scales {
             Scales::Plain(scales) => (floats(scales, shape), None, None, plain, None),
@@ -155,8 +160,14 @@ impl PackedTensor {
             zeros: None,
             scale_offset,
             input_order: weight.input_order.as_ref().map(|order| {
-                let order: Vec<i64> = order.iter().map(|&input| i64::from(input)).collect();
-                Param::initialized(ParamId::new(), Tensor::from_data(order.as_slice(), device))
+                indices(order.iter().map(|&input| i64::from(input)).collect())
+            }),
+            input_places: weight.input_order.as_ref().map(|order| {
+                let mut places = vec![0; order.len()];
+                for (place, &input) in (0..).zip(order) {
+                    places[input as usize] = place;
+                }
+                indices(places)
             }),
             scheme: weight.scheme,
             size: [weight.d_input, weight.d_output],
@@ -287,9 +298,14 @@ impl PackedTensor {
     /// # Panics
     /// If the last size of `x` is not `d_input`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let x = match &self.input_order {
-            Some(order) => x.select(D - 1, order.val()),
-            None => x,
+        let x = match (&self.input_order, &self.input_places) {
+            (Some(order), Some(places)) => {
+                let sizes = x.dims();
+                let rows = sizes[..D - 1].iter().product::<usize>();
+                let x = x.reshape([rows, sizes[D - 1]]);
+                fused::reordered(x, order.val(), places.val()).reshape(sizes)
+            }
+            _ => x,
         };
         let (codes, scales, offsets) = self.parts();
         ops::packed_linear(x, codes, scales, offsets, self.spec())
@@ -333,8 +349,8 @@ impl PackedTensor {
     pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dx = ops::packed_linear_dx(dy, codes, scales, offsets, self.spec());
-        match &self.input_order {
-            Some(order) => dx.select(1, order.val().argsort(0)),
+        match &self.input_places {
+            Some(places) => dx.select(1, places.val()),
             None => dx,
         }
     }
@@ -343,8 +359,8 @@ impl PackedTensor {
     pub fn dequantize(&self) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dense = ops::packed_dequantize(codes, scales, offsets, self.spec());
-        match &self.input_order {
-            Some(order) => dense.select(0, order.val().argsort(0)),
+        match &self.input_places {
+            Some(places) => dense.select(0, places.val()),
             None => dense,
         }
     }
@@ -353,8 +369,8 @@ impl PackedTensor {
     pub fn dequantize_reference(&self) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dense = ops::reference::packed_dequantize(codes, scales, offsets, self.spec());
-        match &self.input_order {
-            Some(order) => dense.select(0, order.val().argsort(0)),
+        match &self.input_places {
+            Some(places) => dense.select(0, places.val()),
             None => dense,
         }
     }
@@ -370,8 +386,8 @@ impl PackedTensor {
         let offsets = self.offsets_beside(&scales, Some(&blocks));
         let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
         let dense = ops::packed_dequantize(self.codes.val().select(1, outputs), scales, offsets, spec);
-        match &self.input_order {
-            Some(order) => dense.select(0, order.val().argsort(0)),
+        match &self.input_places {
+            Some(places) => dense.select(0, places.val()),
             None => dense,
         }
         .transpose()

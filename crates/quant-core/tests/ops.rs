@@ -318,7 +318,7 @@ pub(crate) fn check_strides(device: &Device) {
     assert_close("sliced", &read(packed.forward(x.clone())), &read(x.matmul(dense)), 1e-5);
 }
 
-/// Act-order weights gather their input.
+/// Act-order weights gather their input, and their backward pass gathers the gradient.
 pub(crate) fn check_input_order(device: &Device) {
     let mut host = random_weight("affine3:32:int", 96, 10, 16);
     host.input_order = Some((0..96).map(|k| (k * 37) % 96).collect());
@@ -327,6 +327,16 @@ pub(crate) fn check_input_order(device: &Device) {
     let x = tensor::<2>(17, [6, 96], device);
     let expected = read(x.clone().matmul(packed.dequantize()));
     assert_close("forward", &read(packed.forward(x)), &expected, 1e-5);
+
+    let recorded = device.clone().autodiff();
+    let x = tensor::<3>(18, [2, 3, 96], &recorded).require_grad();
+    let dy = tensor::<3>(19, [2, 3, 10], &recorded);
+    let gradients = (packed.forward(x.clone()) * dy.clone()).sum().backward();
+    let found = read(x.grad(&gradients).unwrap());
+    let dy = dy.inner().reshape([6, 10]);
+    let expected = read(dy.clone().matmul(packed.dequantize().transpose()));
+    assert_close("gradient", &found, &expected, 1e-5);
+    assert_close("backward without a graph", &read(packed.backward(dy)), &expected, 1e-5);
 }
 
 /// Looked-up outputs equal the host's rows to `tolerance`.

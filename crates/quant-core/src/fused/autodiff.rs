@@ -418,6 +418,22 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         }
     }
 
+    fn reordered(x: FloatTensor<Self>, order: IntTensor<Self>, places: IntTensor<Self>) -> FloatTensor<Self> {
+        backward!(Reordered, 1, [IntTensor<B>; 2], |parents, [order, places], dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                grads.register::<B>(node.id, B::reordered(dy, places, order));
+            }
+        });
+        match Reordered.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => {
+                let y = B::reordered(x.into_primitive(), order.clone(), places.clone());
+                prep.finish([order, places], y)
+            }
+            OpsKind::UnTracked(prep) => prep.finish(B::reordered(x.into_primitive(), order, places)),
+        }
+    }
+
     fn double_scales(
         codes: IntTensor<Self>,
         nested: FloatTensor<Self>,

@@ -396,6 +396,9 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`add_repeated`].
     #[fusion(dtype = y, shape = y)]
     fn add_repeated(y: FloatTensor<Self>, update: FloatTensor<Self>, times: usize) -> FloatTensor<Self>;
+    /// See [`reordered`].
+    #[fusion(dtype = x, shape = x)]
+    fn reordered(x: FloatTensor<Self>, order: IntTensor<Self>, places: IntTensor<Self>) -> FloatTensor<Self>;
     /// See [`double_scales`].
     #[fusion(dtype = nested, shape = Shape::from(size.to_vec()))]
     fn double_scales(
@@ -591,6 +594,19 @@ pub fn cross_entropy(logits: Tensor<2>, targets: Tensor<1, Int>) -> Tensor<1> {
         logits,
         Dispatch::cross_entropy(logits.into_dispatch(), targets.into_dispatch()),
         plain::cross_entropy(logits, targets)
+    )
+}
+
+/// `x` with its columns in another order: column `k` of the result is column `order[k]`. `places` is the inverse
+/// permutation, by which the backward pass gathers too, where it would else scatter.
+///
+/// # Shapes
+/// `x` `[rows, columns]`, `order` and `places` `[columns]` → as `x`.
+pub(crate) fn reordered(x: Tensor<2>, order: Tensor<1, Int>, places: Tensor<1, Int>) -> Tensor<2> {
+    fused_or_plain!(
+        x,
+        Dispatch::reordered(x.into_dispatch(), order.into_dispatch(), places.into_dispatch()),
+        x.select(1, order)
     )
 }
 

@@ -387,6 +387,10 @@ impl FusedOps for CubeBackend {
         out
     }
 
+    fn reordered(x: FloatTensor<Self>, order: IntTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::float_select(x, 1, order)
+    }
+
     fn super_scales(
         words: IntTensor<Self>,
         factors: FloatTensor<Self>,

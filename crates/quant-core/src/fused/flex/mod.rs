@@ -553,6 +553,10 @@ impl FusedOps for Flex {
         y
     }
 
+    fn reordered(x: FloatTensor<Self>, order: IntTensor<Self>, _: IntTensor<Self>) -> FloatTensor<Self> {
+        Self::float_select(x, 1, order)
+    }
+
     fn super_scales(
         words: IntTensor<Self>,
         factors: FloatTensor<Self>,
