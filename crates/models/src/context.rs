@@ -127,10 +127,56 @@ impl Context {
     }
 }
 
+/// Places of room that a cache is given at least, once tokens come one by one.
+const ROOM: usize = 64;
+
+/// Keys and values of one block, `[batch, length and room, heads, head_dim]`.
+#[derive(Debug, Clone)]
+struct Kept {
+    both: [Tensor<4>; 2],
+    length: usize,
+}
+
+impl Kept {
+    /// Without the room.
+    fn both(&self) -> [Tensor<4>; 2] {
+        self.both.each_ref().map(|all| match all.dims()[1] == self.length {
+            true => all.clone(),
+            false => all.clone().narrow(1, 0, self.length),
+        })
+    }
+
+    /// With further keys and values: written in place where there is room. One token alone foretells more of them, for
+    /// which a longer piece of memory gets room, half of what is there, so that few tokens move it.
+    fn extended(self, further: [Tensor<4>; 2]) -> Self {
+        let [batch, count, heads, head_dim] = further[0].dims();
+        let length = self.length + count;
+        if length <= self.both[0].dims()[1] {
+            let [keys, values] = self.both;
+            let places = [0..batch, self.length..length, 0..heads, 0..head_dim];
+            let [further_keys, further_values] = further;
+            let both = [
+                keys.slice_assign(places.clone(), further_keys),
+                values.slice_assign(places, further_values),
+            ];
+            return Self { both, length };
+        }
+        let room = if count == 1 { ROOM.max(length / 2) } else { 0 };
+        let [keys, values] = self.both();
+        let [further_keys, further_values] = further;
+        let both = [[keys, further_keys], [values, further_values]].map(|parts| {
+            let (device, dtype) = (parts[0].device(), parts[0].dtype());
+            let room = (room > 0).then(|| Tensor::zeros([batch, room, heads, head_dim], (&device, dtype)));
+            Tensor::cat(parts.into_iter().chain(room).collect(), 1)
+        });
+        Self { both, length }
+    }
+}
+
 /// Keys and values of earlier tokens, block by block.
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
-    pub(crate) blocks: Vec<Option<[Tensor<4>; 2]>>,
+    blocks: Vec<Option<Kept>>,
     pub(crate) segments: Vec<u32>,
     pub(crate) length: usize,
     /// Of a network beside the model.
@@ -172,7 +218,9 @@ impl KvCache {
             let indices = TensorData::new(indices, [rows.len()]);
             tensor.clone().select(0, Tensor::<1, Int>::from_data(indices, &tensor.device()))
         };
-        let blocks = self.blocks.iter().map(|block| block.as_ref().map(|[k, v]| [select(k), select(v)]));
+        let blocks = self.blocks.iter().map(|block| {
+            block.as_ref().map(|kept| Kept { both: kept.both().each_ref().map(select), length: kept.length })
+        });
         let segments = rows.iter().flat_map(|&row| &self.segments[row * self.length..][..self.length]);
         let beside = self.beside.as_ref().map(|beside| Box::new(beside.select_rows(rows)));
         Self { blocks: blocks.collect(), segments: segments.copied().collect(), length: self.length, beside }
@@ -183,10 +231,81 @@ impl KvCache {
         if self.blocks.len() <= block {
             self.blocks.resize_with(block + 1, || None);
         }
-        let all = match self.blocks[block].take() {
-            Some([k, v]) => [Tensor::cat(vec![k, keys], 1), Tensor::cat(vec![v, values], 1)],
-            None => [keys, values],
+        let kept = match self.blocks[block].take() {
+            Some(kept) => kept.extended([keys, values]),
+            None => Kept { length: keys.dims()[1], both: [keys, values] },
         };
-        self.blocks[block].insert(all).clone()
+        self.blocks[block].insert(kept).both()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_testkit::{read, tensor};
+
+    use super::*;
+
+    fn both(seed: u64, count: usize) -> [Tensor<4>; 2] {
+        [2 * seed, 2 * seed + 1].map(|seed| tensor(seed, [2, count, 3, 4], &Device::flex()))
+    }
+
+    /// A cache and, beside it, what it should hold.
+    #[derive(Clone)]
+    struct Beside {
+        cache: KvCache,
+        expected: [Tensor<4>; 2],
+    }
+
+    impl Beside {
+        fn extend(&mut self, further: [Tensor<4>; 2]) {
+            let found = self.cache.extend(0, further[0].clone(), further[1].clone());
+            for ((expected, further), found) in self.expected.iter_mut().zip(further).zip(found) {
+                *expected = Tensor::cat(vec![expected.clone(), further], 1);
+                assert_eq!(read(found), read(expected.clone()), "{:?}", expected.dims());
+            }
+        }
+    }
+
+    /// One by one, several at once, beyond the room more than once; a copy and chosen rows go on by themselves.
+    #[test]
+    fn a_cache_is_all_keys_and_values_one_after_the_other() {
+        let mut cache = KvCache::new();
+        let expected = both(0, 5);
+        cache.extend(0, expected[0].clone(), expected[1].clone());
+        let mut beside = Beside { cache, expected };
+        for step in 1..=2 * ROOM as u64 + 9 {
+            beside.extend(both(step, if step % 50 == 0 { 7 } else { 1 }));
+        }
+        let mut copy = beside.clone();
+        copy.extend(both(1000, 1));
+        beside.extend(both(2000, 1));
+        copy.extend(both(1001, 2));
+
+        let rows = [1, 0, 1];
+        copy.cache.length = copy.expected[0].dims()[1];
+        copy.cache.segments = vec![1; 2 * copy.cache.length];
+        let chosen = |x: Tensor<4>| Tensor::cat(rows.map(|row| x.clone().narrow(0, row, 1)).to_vec(), 0);
+        let mut some = Beside { cache: copy.cache.select_rows(&rows), expected: copy.expected.map(chosen) };
+        for step in 3000..3003 {
+            some.extend(both(step, 1).map(chosen));
+        }
+    }
+
+    #[test]
+    fn tokens_one_by_one_are_written_in_place() {
+        let mut cache = KvCache::new();
+        let [keys, values] = both(0, 5);
+        cache.extend(0, keys, values);
+        let mut moved = Vec::new();
+        for step in 1..=3 * ROOM as u64 {
+            let [keys, values] = both(step, 1);
+            let length = cache.extend(0, keys, values)[0].dims()[1];
+            let room = cache.blocks[0].as_ref().unwrap().both[0].dims()[1];
+            if moved.last() != Some(&room) {
+                moved.push(room);
+            }
+            assert!(room >= length);
+        }
+        assert_eq!(moved, [6 + ROOM, 71 + ROOM, 136 + 68], "lengths of the memory");
     }
 }

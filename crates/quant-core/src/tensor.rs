@@ -159,9 +159,10 @@ impl PackedTensor {
             offset_codes,
             zeros: None,
             scale_offset,
-            input_order: weight.input_order.as_ref().map(|order| {
-                indices(order.iter().map(|&input| i64::from(input)).collect())
-            }),
+            input_order: weight
+                .input_order
+                .as_ref()
+                .map(|order| indices(order.iter().map(|&input| i64::from(input)).collect())),
             input_places: weight.input_order.as_ref().map(|order| {
                 let mut places = vec![0; order.len()];
                 for (place, &input) in (0..).zip(order) {

@@ -150,7 +150,15 @@ struct Layout {
     window: usize,
 }
 
-/// `[batch, length, heads, head_dim]` in f32 to the layout of products, in blocks of `queries`.
+/// Keys or values without gaps, but for those between the rows of the batch: a cache has room there.
+fn gapless_rows(x: CubeTensor) -> CubeTensor {
+    let (shape, strides) = (x.meta.shape(), x.meta.strides());
+    let gapless = strides[1..] == [shape[2] * shape[3], shape[3], 1] && strides[0] >= shape[1] * strides[1];
+    if gapless && !x.meta.is_tiled() { x } else { into_contiguous(x) }
+}
+
+/// `[batch, length, heads, head_dim]` in f32, whose rows of the batch may lie apart, to the layout of products, in blocks of
+/// `queries`.
 fn laid_out(x: &CubeTensor, queries: usize, dtype: DType) -> CubeTensor {
     let laid = empty(x, x.meta.shape().clone(), dtype);
     move_heads(x, &laid, queries, true);
@@ -167,7 +175,9 @@ fn gathered(x: &CubeTensor, queries: usize) -> CubeTensor {
 fn move_heads(from: &CubeTensor, to: &CubeTensor, queries: usize, lay_out: bool) {
     let shape = from.meta.shape();
     let (count, dim) = units(&from.client, count_of(from));
-    // SAFETY: both sides are indexed by a permutation of the elements of one shape.
+    let row = if lay_out { from.meta.strides()[0] } else { shape[1] * shape[2] * shape[3] };
+    // SAFETY: both sides are indexed by a permutation of the elements of one shape, with the gaps between rows that their
+    // strides say.
     unsafe {
         move_heads_kernel::launch_unchecked(
             &from.client,
@@ -180,6 +190,7 @@ fn move_heads(from: &CubeTensor, to: &CubeTensor, queries: usize, lay_out: bool)
             shape[2],
             shape[3],
             queries,
+            row,
             lay_out,
             [dtype_to_storage_type(from.dtype), dtype_to_storage_type(to.dtype)],
         );
@@ -193,7 +204,7 @@ pub(super) fn forward(
     segments: [CubeTensor; 2],
     scores: Scores,
 ) -> (CubeTensor, CubeTensor) {
-    let (q, k, v) = (into_contiguous(q), into_contiguous(k), into_contiguous(v));
+    let (q, k, v) = (into_contiguous(q), gapless_rows(k), gapless_rows(v));
     let segments = segments.map(into_contiguous);
     let sizes = Sizes::new([&q, &k, &v], &segments);
     #[cfg(feature = "cuda-cpp")]
@@ -372,6 +383,7 @@ fn move_heads_kernel<S: Float, T: Float>(
     heads: usize,
     head_dim: usize,
     queries: usize,
+    from_row: usize,
     #[comptime] lay_out: bool,
     #[define(S, T)] _types: [ElemType; 2],
 ) {
@@ -385,7 +397,7 @@ fn move_heads_kernel<S: Float, T: Float>(
         let laid =
             start * batch * heads * head_dim + ((row * heads + head) * count + place - start) * head_dim + d;
         if comptime!(lay_out) {
-            to[laid] = T::cast_from(from[ABSOLUTE_POS]);
+            to[laid] = T::cast_from(from[ABSOLUTE_POS + row * (from_row - length * heads * head_dim)]);
         } else {
             to[ABSOLUTE_POS] = T::cast_from(from[laid]);
         }

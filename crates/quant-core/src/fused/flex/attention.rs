@@ -37,14 +37,23 @@ struct Sizes {
     heads: usize,
     kv_heads: usize,
     head_dim: usize,
+    /// Tokens of k and v from one row of the batch to the next.
+    kv_row: usize,
 }
 
 impl Sizes {
     fn new(q: &FlexTensor, k: &FlexTensor, v: &FlexTensor, spec: Visible) -> Self {
         let (q, k, v) = (shape_of(q), shape_of(k), shape_of(v));
-        let sizes =
-            Self { batch: q[0], length: q[1], keys: k[1], heads: q[2], kv_heads: k[2], head_dim: q[3] };
-        let Self { batch, length, keys, heads, kv_heads, head_dim } = sizes;
+        let sizes = Self {
+            batch: q[0],
+            length: q[1],
+            keys: k[1],
+            heads: q[2],
+            kv_heads: k[2],
+            head_dim: q[3],
+            kv_row: k[1],
+        };
+        let Self { batch, length, keys, heads, kv_heads, head_dim, .. } = sizes;
         assert!(
             k == v
                 && k[0] == batch
@@ -103,7 +112,8 @@ impl<'a> Block<'a> {
 
     /// Offset of the block's keys of `kv_head` in k and v.
     fn k_at(&self, kv_head: usize) -> usize {
-        ((self.row * self.sizes.keys + self.keys.start) * self.sizes.kv_heads + kv_head) * self.sizes.head_dim
+        ((self.row * self.sizes.kv_row + self.keys.start) * self.sizes.kv_heads + kv_head)
+            * self.sizes.head_dim
     }
 
     /// Offset of the block's log-sums of `head`, `[batch, heads, length]`.
@@ -191,11 +201,29 @@ impl Scoring {
     }
 }
 
+/// The tokens from one row of the batch to the next, if nothing else keeps the values of `[batch, keys, heads, head_dim]`
+/// from following each other: with a cache there is room behind each row.
+fn row_of_tokens(x: &FlexTensor) -> Option<usize> {
+    let ([.., keys, heads, head_dim], layout) = (shape_of(x).dims::<4>(), x.layout());
+    let &[row, token, head, one] = layout.strides() else { return None };
+    let sizes = [heads * head_dim, head_dim, 1].map(|size| size as isize);
+    let row = usize::try_from(row).ok()?.checked_div(heads * head_dim)?;
+    let apart = x.dtype() == DType::F32 && layout.start_offset() == 0 && [token, head, one] == sizes;
+    (apart && row >= keys).then_some(row)
+}
+
 /// The result and the logarithm of each query's sum of exponentials, `[batch, heads, length]`.
 pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible) -> (FlexTensor, Vec<f32>) {
-    let (sizes, shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q));
-    let (q, k, v) = (contiguous(q), contiguous(k), contiguous(v));
-    let (q, k, v) = (floats(&q), floats(&k), floats(&v));
+    let (mut sizes, shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q));
+    let row = row_of_tokens(&k).filter(|row| row_of_tokens(&v) == Some(*row));
+    let [q, k, v] = match row {
+        Some(row) => {
+            sizes.kv_row = row;
+            [contiguous(q), k, v]
+        }
+        None => [q, k, v].map(contiguous),
+    };
+    let (q, k, v) = (floats(&q), k.storage::<f32>(), v.storage::<f32>());
     let mut out = vec![0.0; q.len()];
     let mut lse = vec![0.0; sizes.batch * sizes.heads * sizes.length];
     let (shared_out, shared_lse) = (SharedMut(out.as_mut_ptr()), SharedMut(lse.as_mut_ptr()));
