@@ -7,10 +7,15 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
-use kiln_quant_core::{PackedWeight, QuantLinear, QuantScheme, to_host};
+use kiln_quant_core::{DeviceLimits, PackedWeight, QuantLinear, QuantScheme, to_host};
 use serde::{Deserialize, Serialize};
 
-use crate::{ClippedWeight, Error, Progress, Result, station::Slot, values::tensor};
+use crate::{
+    ClippedWeight, Error, Levels, Progress, Result,
+    clipping_there::{ClippedTensor, LevelTensors},
+    station::Slot,
+    values::tensor,
+};
 
 /// The distance of outputs from their targets, `[rows, width]` each.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -170,13 +175,41 @@ struct Clipping {
     beta: Param<Tensor<2>>,
 }
 
+/// Levels of a layer in one step: of the host, two passes over the weights in place of the dozen that tensor operations
+/// take; off the CPU of those, in place of two ways over the bus.
+enum StepLevels<'a> {
+    Host(&'a ClippedWeight, Levels),
+    There(&'a ClippedTensor, Box<LevelTensors>),
+}
+
+impl StepLevels<'_> {
+    fn quantize(&self, device: &Device) -> Tensor<2> {
+        match self {
+            Self::Host(weight, levels) => tensor(weight.quantize(levels), weight.shape(), device),
+            Self::There(weight, levels) => weight.quantize(levels),
+        }
+    }
+
+    fn gradients(&self, path: &str, gradient: Tensor<2>, device: &Device) -> Result<[Tensor<2>; 2]> {
+        Ok(match self {
+            Self::Host(weight, levels) => {
+                let gradients = weight.gradients(levels, &to_host(path, gradient)?);
+                gradients.map(|values| tensor(values, weight.groups(), device))
+            }
+            Self::There(weight, levels) => weight.gradients(levels, gradient),
+        })
+    }
+}
+
 /// Layers under optimisation.
 ///
 /// The dense weights on their grids are leaves of each step's graph. Their gradients go back to the logits by hand
-/// ([`ClippedWeight::gradients`]): two passes over the weights in place of the dozen that tensor operations would take.
+/// ([`ClippedWeight::gradients`]).
 pub(crate) struct Apiq<'a> {
     config: &'a ApiqConfig,
     layers: Vec<Layer>,
+    /// The layers' weights on a device other than the CPU.
+    there: Vec<Option<ClippedTensor>>,
     clippings: Vec<Clipping>,
     loras: Vec<Option<Lora>>,
     clipping_optimizer: ModuleOptimizer,
@@ -193,8 +226,12 @@ impl<'a> Apiq<'a> {
         let clippings: Vec<Clipping> =
             layers.iter().map(|layer| Clipping { gamma: logits(layer), beta: logits(layer) }).collect();
         let loras: Vec<Option<Lora>> = layers.iter_mut().map(|layer| layer.lora.take()).collect();
+        let beside = !DeviceLimits::in_host_memory(&device);
+        let there =
+            layers.iter().map(|layer| beside.then(|| ClippedTensor::new(&layer.weight, &device))).collect();
         Self {
             config,
+            there,
             layers,
             clippings: clippings.train(),
             loras: loras.train(),
@@ -214,15 +251,23 @@ impl<'a> Apiq<'a> {
     pub(crate) fn step(&mut self, objective: &mut dyn Objective, window: usize, ratio: f64) -> Result<f64> {
         let levels: Vec<_> = (0..self.layers.len())
             .map(|index| {
-                let [gamma, beta] = self.logits(index)?;
-                Ok(self.layers[index].weight.levels(&gamma, &beta))
+                let (clipping, weight) = (&self.clippings[index], &self.layers[index].weight);
+                Ok(match &self.there[index] {
+                    None => {
+                        let [gamma, beta] = self.logits(index)?;
+                        StepLevels::Host(weight, weight.levels(&gamma, &beta))
+                    }
+                    Some(weight) => {
+                        let [gamma, beta] = [&clipping.gamma, &clipping.beta].map(|x| x.val().inner());
+                        StepLevels::There(weight, Box::new(weight.levels(gamma, beta)))
+                    }
+                })
             })
             .collect::<Result<_>>()?;
         let mut weights = Vec::new();
         let mut slots = Vec::new();
         for ((layer, levels), lora) in self.layers.iter().zip(&levels).zip(&self.loras) {
-            let values = tensor(layer.weight.quantize(levels), layer.weight.shape(), &self.device);
-            let weight = Tensor::<2>::from_inner(values).require_grad();
+            let weight = Tensor::<2>::from_inner(levels.quantize(&self.device)).require_grad();
             weights.push(weight.clone());
             let weight = Param::initialized(ParamId::new(), weight);
             let base = QuantLinear::Dense(Linear { weight, bias: layer.bias.clone() });
@@ -238,11 +283,10 @@ impl<'a> Apiq<'a> {
         for (index, (weight, levels)) in weights.into_iter().zip(&levels).enumerate() {
             // A weight that the loss doesn't depend on has none.
             let Some(gradient) = weight.grad_remove(&mut gradients) else { continue };
-            let (Layer { path, weight: layer, .. }, clipping) = (&self.layers[index], &self.clippings[index]);
-            let [gamma, beta] = layer.gradients(levels, &to_host(path, gradient)?);
-            let shape = layer.groups();
-            clipping_gradients.register(clipping.gamma.id, tensor::<2>(gamma, shape, &self.device));
-            clipping_gradients.register(clipping.beta.id, tensor::<2>(beta, shape, &self.device));
+            let (path, clipping) = (&self.layers[index].path, &self.clippings[index]);
+            let [gamma, beta] = levels.gradients(path, gradient, &self.device)?;
+            clipping_gradients.register(clipping.gamma.id, gamma);
+            clipping_gradients.register(clipping.beta.id, beta);
         }
         let lora_gradients = GradientsParams::from_grads(gradients, &self.loras);
         let clippings = std::mem::take(&mut self.clippings);

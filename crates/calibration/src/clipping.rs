@@ -6,9 +6,9 @@ use rayon::prelude::*;
 use crate::{Error, Result};
 
 /// Bounds of a scale; where one is reached, the logits get no gradient.
-const SCALE: [f32; 2] = [1e-5, 1e4];
+pub(crate) const SCALE: [f32; 2] = [1e-5, 1e4];
 /// Largest magnitude of a zero point.
-const ZERO: f32 = 1e4;
+pub(crate) const ZERO: f32 = 1e4;
 /// Adding it rounds an f32 below 2^22 to an integer, ties to even, in one vector instruction.
 const ROUND: f32 = 12_582_912.0;
 /// Beyond every level (zero points are at most 1e4), below 2^22.
@@ -52,12 +52,12 @@ impl ClippingGrid {
     }
 
     /// Largest code.
-    fn top(&self) -> f32 {
+    pub(crate) fn top(&self) -> f32 {
         ((1u32 << self.bits) - 1) as f32
     }
 
     /// The level that the range's larger end has on the symmetric grid, which is also its zero point.
-    fn half(&self) -> f32 {
+    pub(crate) fn half(&self) -> f32 {
         ((1u32 << (self.bits - 1)) - 1) as f32
     }
 }
@@ -144,6 +144,15 @@ impl ClippedWeight {
     /// `[groups, d_output]`: the shape of logits, scales and zero points.
     pub fn groups(&self) -> [usize; 2] {
         [self.d_input.div_ceil(self.grid.group), self.d_output]
+    }
+
+    pub(crate) fn grid(&self) -> ClippingGrid {
+        self.grid
+    }
+
+    /// Largest and smallest weights, `[groups, d_output]`.
+    pub(crate) fn ranges(&self) -> [&[f32]; 2] {
+        [&self.max, &self.min]
     }
 
     /// `[d_input, d_output]`.

@@ -7,6 +7,7 @@ mod block;
 mod calibrator;
 mod checkpoint;
 mod clipping;
+mod clipping_there;
 mod config;
 mod error;
 mod gptq;

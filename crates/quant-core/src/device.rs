@@ -39,6 +39,16 @@ impl DeviceLimits {
         }
     }
 
+    /// Whether what `device` computes lies in the host's memory: not on a GPU, where a way to the host is a wait and two
+    /// ways over a bus.
+    pub fn in_host_memory(device: &Device) -> bool {
+        match device.clone().without_autodiff().as_dispatch() {
+            #[cfg(feature = "cube")]
+            burn::backend::DispatchDevice::Cube(_) => false,
+            _ => true,
+        }
+    }
+
     /// The limits of `device`.
     pub fn of(device: &Device) -> Self {
         let operands = Compute::ALL.into_iter().filter(|compute| compute.is_native(device)).collect();
