@@ -464,7 +464,13 @@ impl Loader<'_> {
 
     fn tensor<const D: usize>(&self, name: &str, values: Vec<f32>, shape: [usize; D]) -> Result<Tensor<D>> {
         self.check_size(name, 4 * values.len())?;
-        Ok(Tensor::from_data(TensorData::new(values, shape), &self.device))
+        let device = &self.device;
+        Ok(self.kept(TensorData::new(values, shape), |data| Tensor::from_data(data, device)))
+    }
+
+    /// What `make` makes, in memory of its own size: the pages of the device's pools are for what comes and goes.
+    fn kept<T: Send, U: Send>(&self, from: T, make: impl Fn(T) -> U + Send) -> U {
+        self.device.memory_persistent_allocations(from, make)
     }
 
     /// A dense weight: in 16 bits where that loses nothing of it and the device multiplies that type, unless all of the
@@ -481,8 +487,8 @@ impl Loader<'_> {
         let bytes = dtype.size() * values.len();
         self.check_size(path, bytes)?;
         self.record_bytes(path, Scheme::Dense, &shape, bytes);
-        let data = TensorData::new(values, shape).convert_dtype(dtype);
-        Ok(Tensor::from_data(data, (&self.device, dtype)))
+        let (data, device) = (TensorData::new(values, shape).convert_dtype(dtype), &self.device);
+        Ok(self.kept(data, |data| Tensor::from_data(data, (device, dtype))))
     }
 
     /// Asks before the device is asked, which would fail later and elsewhere.
@@ -504,7 +510,8 @@ impl Loader<'_> {
 
     fn packed(&self, path: &str, weight: &PackedWeight) -> Result<PackedTensor> {
         self.check_size(path, 4 * weight.codes.len())?;
-        Ok(PackedTensor::new(weight, &self.device))
+        let device = &self.device;
+        Ok(self.kept(weight, |weight| PackedTensor::new(weight, device)))
     }
 
     fn record(&mut self, path: &str, scheme: Scheme, shape: &[usize], order: Option<&Vec<u32>>) {

@@ -7,7 +7,10 @@ use burn::{
     module::Module,
     tensor::{Device, FloatDType, Tensor},
 };
-use kiln_quant_core::{PackedTensor, fused::AdamWStep};
+use kiln_quant_core::{
+    Compute, PackedTensor,
+    fused::{AdamWStep, AttentionSpec},
+};
 use kiln_testkit::{Vulkan, assert_close, read, relative_difference, tensor, vulkan};
 
 use crate::{
@@ -197,4 +200,47 @@ fn no_rows_give_no_rows() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), device);
     assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], device)).dims(), [0, 24]);
+}
+
+/// By the pools' own accounting: what is kept for the backward pass is the result and a number for each query and head; what
+/// both passes need beside that grows with the length, where all scores would grow with its square.
+#[test]
+fn memory_of_attention_grows_with_the_length() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    let [batch, heads, kv_heads, head_dim] = [2, 64, 2, 4];
+    let usage = || {
+        device.sync().unwrap();
+        device.memory_pool_usage().unwrap()
+    };
+    let needed = |length: usize| {
+        let leaf = |seed, heads| {
+            let x = tensor::<4>(seed, [batch, length, heads, head_dim], &device.clone().autodiff());
+            x.require_grad()
+        };
+        let (q, k, v) = (leaf(1, heads), leaf(2, kv_heads), leaf(3, kv_heads));
+        let segments = kiln_quant_core::fused::segments(&vec![1; batch * length], [batch, length], device);
+        let spec = AttentionSpec {
+            scale: 0.5,
+            alibi: 0.0,
+            softcap: None,
+            window: None,
+            compute: Compute::F32,
+            query_segments: segments.clone(),
+            key_segments: segments,
+        };
+        device.memory_cleanup();
+        let before = usage();
+        let y = kiln_quant_core::fused::attention(q, k, v, &spec);
+        let kept = usage().bytes_in_use - before.bytes_in_use;
+        // What launches are told lies there too.
+        let expected = 4 * batch * length * heads * (head_dim + 1);
+        assert!((expected..expected + 4096).contains(&(kept as usize)), "{kept} bytes of {length} are kept");
+        let gradients = y.sum().backward();
+        let most = usage().bytes_reserved - before.bytes_reserved;
+        drop(gradients);
+        most
+    };
+    // From 256 queries on there are several blocks of them; 1024 tokens are in docs/performance.md, they take long here.
+    let [shorter, longer] = [256, 512].map(needed);
+    assert!(longer < 2 * shorter, "{shorter} bytes became {longer}");
 }
