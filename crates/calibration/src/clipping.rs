@@ -10,9 +10,9 @@ pub(crate) const SCALE: [f32; 2] = [1e-5, 1e4];
 /// Largest magnitude of a zero point.
 pub(crate) const ZERO: f32 = 1e4;
 /// Adding it rounds an f32 below 2^22 to an integer, ties to even, in one vector instruction.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 /// Beyond every level (zero points are at most 1e4), below 2^22.
-const FAR: f32 = 1e6;
+pub(crate) const FAR: f32 = 1e6;
 
 /// Where the levels of a group lie, given the clipped ends of its range.
 ///

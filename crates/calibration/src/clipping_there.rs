@@ -1,10 +1,12 @@
 //! [`ClippedWeight`] as tensors of a device: off the CPU nothing of an optimisation step goes through the host.
+//!
+//! That takes the dense weights of a block in f32 once more, and while a layer is put on its levels some tensors of its size.
 
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::{
     ClippedWeight, ClippingGrid,
-    clipping::{SCALE, ZERO},
+    clipping::{FAR, ROUND, SCALE, ZERO},
     values::tensor,
 };
 
@@ -61,7 +63,7 @@ impl ClippedTensor {
         let scale = raw.clone().clamp(SCALE[0], SCALE[1]);
         let zero = match self.grid.symmetric {
             true => scale.full_like(self.grid.half()),
-            false => (low.neg() / scale.clone()).clamp(-ZERO, ZERO).round(),
+            false => nearest((low.neg() / scale.clone()).clamp(-ZERO, ZERO)),
         };
         let bounded = raw.not_equal(scale.clone());
         LevelTensors { scale, zero, derivatives: derivatives.map(|d| d.mask_fill(bounded.clone(), 0.0)) }
@@ -69,13 +71,13 @@ impl ClippedTensor {
 
     /// `w / s`, its integer, the integer within the range, and `s`, for each weight.
     fn on_levels(&self, levels: &LevelTensors) -> [Tensor<2>; 4] {
-        let of_inputs = |x: Tensor<2>| x.select(0, self.groups.clone());
-        let (scale, zero) = (of_inputs(levels.scale.clone()), of_inputs(levels.zero.clone()));
-        let t = self.weight.clone() / scale.clone();
-        let rounded = t.clone().round();
-        let low = zero.neg();
+        let low = levels.zero.clone().neg();
         let high = low.clone() + self.grid.top();
-        let level = rounded.clone().max_pair(low).min_pair(high);
+        let of_inputs = |x: Tensor<2>| x.select(0, self.groups.clone());
+        let scale = of_inputs(levels.scale.clone());
+        let t = self.weight.clone() / scale.clone();
+        let rounded = nearest(t.clone().clamp(-FAR, FAR));
+        let level = rounded.clone().max_pair(of_inputs(low)).min_pair(of_inputs(high));
         [t, rounded, level, scale]
     }
 
@@ -105,6 +107,11 @@ impl ClippedTensor {
     }
 }
 
+/// The nearest integer, ties to even on every device, as the host has it: what `round` does with ties is theirs.
+fn nearest(t: Tensor<2>) -> Tensor<2> {
+    t.add_scalar(ROUND).sub_scalar(ROUND)
+}
+
 #[cfg(test)]
 mod tests {
     use kiln_testkit::{assert_close, read, values, vulkan};
@@ -127,12 +134,22 @@ mod tests {
             weight[..70].fill(0.25);
             weight[70..140].fill(0.0);
             weight[140..210].iter_mut().for_each(|w| *w *= 1e-7);
+            // Ends that lie alike around zero, so that the zero point is a tie for equal logits, and ties of weights.
+            for (i, w) in weight[210..280].iter_mut().enumerate() {
+                *w = [1.0, -1.0, 0.5, -0.25, 0.0, 0.75][i % 6];
+            }
             let host = ClippedWeight::new("w", &weight, 70, 5, grid).unwrap();
             let there = ClippedTensor::new(&host, device);
             let shape = host.groups();
             let count = shape[0] * shape[1];
             let [gamma, beta] =
                 [4, 5].map(|seed| values(seed, count).iter().map(|x| 3.0 * x).collect::<Vec<_>>());
+            let (mut gamma, mut beta) = (gamma, beta);
+            for group in 0..shape[0] {
+                // Of the output with ties: the published end, and one that keeps the range.
+                let at = group * shape[1] + 3;
+                (gamma[at], beta[at]) = if group % 2 == 0 { (20.0, 20.0) } else { (4.0, 4.0) };
+            }
             let gradient = values(6, 70 * 5);
             let logits = |values: &[f32]| tensor::<2>(values.to_vec(), shape, device);
 

@@ -127,8 +127,8 @@ impl Context {
     }
 }
 
-/// Places of room that a cache is given at least, once tokens come one by one.
-const ROOM: usize = 64;
+/// Places of room that a cache is given once tokens come one by one: half of what is there, within these bounds.
+const ROOM: [usize; 2] = [64, 1024];
 
 /// Keys and values of one block, `[batch, length and room, heads, head_dim]`.
 #[derive(Debug, Clone)]
@@ -147,27 +147,30 @@ impl Kept {
     }
 
     /// With further keys and values: written in place where there is room. One token alone foretells more of them, for
-    /// which a longer piece of memory gets room, half of what is there, so that few tokens move it.
+    /// which the next piece of memory gets room, so that few tokens move what is there.
     fn extended(self, further: [Tensor<4>; 2]) -> Self {
         let [batch, count, heads, head_dim] = further[0].dims();
-        let length = self.length + count;
-        if length <= self.both[0].dims()[1] {
-            let [keys, values] = self.both;
-            let places = [0..batch, self.length..length, 0..heads, 0..head_dim];
-            let [further_keys, further_values] = further;
-            let both = [
-                keys.slice_assign(places.clone(), further_keys),
-                values.slice_assign(places, further_values),
-            ];
-            return Self { both, length };
+        let (start, length) = (self.length, self.length + count);
+        for tensor in self.both.iter().chain(&further) {
+            let [rows, _, columns, width] = tensor.dims();
+            assert_eq!([rows, columns, width], [batch, heads, head_dim], "keys and values of a cache");
         }
-        let room = if count == 1 { ROOM.max(length / 2) } else { 0 };
-        let [keys, values] = self.both();
+        let room = if count == 1 { (length / 2).clamp(ROOM[0], ROOM[1]) } else { 0 };
+        let fits = length <= self.both[0].dims()[1];
+        let kept = if fits { self.both } else { self.both() };
+        let [keys, values] = kept;
         let [further_keys, further_values] = further;
-        let both = [[keys, further_keys], [values, further_values]].map(|parts| {
-            let (device, dtype) = (parts[0].device(), parts[0].dtype());
-            let room = (room > 0).then(|| Tensor::zeros([batch, room, heads, head_dim], (&device, dtype)));
-            Tensor::cat(parts.into_iter().chain(room).collect(), 1)
+        let both = [(keys, further_keys), (values, further_values)].map(|(kept, further)| {
+            let places = |range| [0..batch, range, 0..heads, 0..head_dim];
+            let all = match fits {
+                true => kept,
+                false => {
+                    let sizes = [batch, length + room, heads, head_dim];
+                    let longer = Tensor::zeros(sizes, (&kept.device(), kept.dtype()));
+                    longer.slice_assign(places(0..start), kept)
+                }
+            };
+            all.slice_assign(places(start..length), further)
         });
         Self { both, length }
     }
@@ -273,7 +276,7 @@ mod tests {
         let expected = both(0, 5);
         cache.extend(0, expected[0].clone(), expected[1].clone());
         let mut beside = Beside { cache, expected };
-        for step in 1..=2 * ROOM as u64 + 9 {
+        for step in 1..=2 * ROOM[0] as u64 + 9 {
             beside.extend(both(step, if step % 50 == 0 { 7 } else { 1 }));
         }
         let mut copy = beside.clone();
@@ -297,7 +300,7 @@ mod tests {
         let [keys, values] = both(0, 5);
         cache.extend(0, keys, values);
         let mut moved = Vec::new();
-        for step in 1..=3 * ROOM as u64 {
+        for step in 1..=3 * ROOM[0] as u64 {
             let [keys, values] = both(step, 1);
             let length = cache.extend(0, keys, values)[0].dims()[1];
             let room = cache.blocks[0].as_ref().unwrap().both[0].dims()[1];
@@ -306,6 +309,6 @@ mod tests {
             }
             assert!(room >= length);
         }
-        assert_eq!(moved, [6 + ROOM, 71 + ROOM, 136 + 68], "lengths of the memory");
+        assert_eq!(moved, [6 + ROOM[0], 71 + ROOM[0], 136 + 68], "lengths of the memory");
     }
 }

@@ -165,6 +165,9 @@ pub struct LoadReport {
 impl Checkpoint {
     /// Loads the model. Peak memory is the loaded model and one dense tensor, not the dense model.
     ///
+    /// On a GPU packed weights lie outside the pools of the memory that comes and goes: once a model is dropped, models of the
+    /// same sizes go there, or [`Device::memory_cleanup`] gives it back.
+    ///
     /// All parameters are frozen; make the ones to be trained require gradients
     /// ([`Module::unfreeze`](burn::module::Module::unfreeze) for all of a dense model).
     ///
@@ -464,13 +467,7 @@ impl Loader<'_> {
 
     fn tensor<const D: usize>(&self, name: &str, values: Vec<f32>, shape: [usize; D]) -> Result<Tensor<D>> {
         self.check_size(name, 4 * values.len())?;
-        let device = &self.device;
-        Ok(self.kept(TensorData::new(values, shape), |data| Tensor::from_data(data, device)))
-    }
-
-    /// What `make` makes, in memory of its own size: the pages of the device's pools are for what comes and goes.
-    fn kept<T: Send, U: Send>(&self, from: T, make: impl Fn(T) -> U + Send) -> U {
-        self.device.memory_persistent_allocations(from, make)
+        Ok(Tensor::from_data(TensorData::new(values, shape), &self.device))
     }
 
     /// A dense weight: in 16 bits where that loses nothing of it and the device multiplies that type, unless all of the
@@ -487,8 +484,8 @@ impl Loader<'_> {
         let bytes = dtype.size() * values.len();
         self.check_size(path, bytes)?;
         self.record_bytes(path, Scheme::Dense, &shape, bytes);
-        let (data, device) = (TensorData::new(values, shape).convert_dtype(dtype), &self.device);
-        Ok(self.kept(data, |data| Tensor::from_data(data, (device, dtype))))
+        let data = TensorData::new(values, shape).convert_dtype(dtype);
+        Ok(Tensor::from_data(data, (&self.device, dtype)))
     }
 
     /// Asks before the device is asked, which would fail later and elsewhere.
@@ -510,8 +507,10 @@ impl Loader<'_> {
 
     fn packed(&self, path: &str, weight: &PackedWeight) -> Result<PackedTensor> {
         self.check_size(path, 4 * weight.codes.len())?;
+        // In memory of its own size: the pages of the device's pools are for what comes and goes, as dense weights do that are
+        // trained, packed or merged.
         let device = &self.device;
-        Ok(self.kept(weight, |weight| PackedTensor::new(weight, device)))
+        Ok(device.memory_persistent_allocations(weight, |weight| PackedTensor::new(weight, device)))
     }
 
     fn record(&mut self, path: &str, scheme: Scheme, shape: &[usize], order: Option<&Vec<u32>>) {

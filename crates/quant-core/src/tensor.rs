@@ -56,8 +56,8 @@ pub struct PackedTensor {
     pub scale_offset: Option<Param<Tensor<1>>>,
     /// Packed row `k` stands for input `input_order[k]`.
     pub input_order: Option<Param<Tensor<1, Int>>>,
-    /// The inverse permutation: input `i` stands in packed row `input_places[i]`.
-    pub input_places: Option<Param<Tensor<1, Int>>>,
+    /// The inverse permutation: input `i` stands in packed row `input_places[i]`. There is one where there is the other.
+    input_places: Option<Param<Tensor<1, Int>>>,
     #[module(skip)]
     scheme: QuantScheme,
     #[module(skip)]
@@ -291,6 +291,15 @@ impl PackedTensor {
         }
     }
 
+    /// The input order and its inverse.
+    fn order(&self) -> Option<[Tensor<1, Int>; 2]> {
+        match (&self.input_order, &self.input_places) {
+            (Some(order), Some(places)) => Some([order.val(), places.val()]),
+            (None, None) => None,
+            _ => panic!("a packed weight whose input order and its inverse aren't both there"),
+        }
+    }
+
     /// `x · W`: differentiable in `x`; the graph keeps references to the packed parts, no dense weight.
     ///
     /// # Shapes
@@ -299,14 +308,16 @@ impl PackedTensor {
     /// # Panics
     /// If the last size of `x` is not `d_input`.
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let x = match (&self.input_order, &self.input_places) {
-            (Some(order), Some(places)) => {
+        let x = match self.order() {
+            Some([order, places]) => {
                 let sizes = x.dims();
                 let rows = sizes[..D - 1].iter().product::<usize>();
-                let x = x.reshape([rows, sizes[D - 1]]);
-                fused::reordered(x, order.val(), places.val()).reshape(sizes)
+                match rows {
+                    0 => x,
+                    _ => fused::reordered(x.reshape([rows, sizes[D - 1]]), order, places).reshape(sizes),
+                }
             }
-            _ => x,
+            None => x,
         };
         let (codes, scales, offsets) = self.parts();
         ops::packed_linear(x, codes, scales, offsets, self.spec())
@@ -350,8 +361,8 @@ impl PackedTensor {
     pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dx = ops::packed_linear_dx(dy, codes, scales, offsets, self.spec());
-        match &self.input_places {
-            Some(places) => dx.select(1, places.val()),
+        match self.order() {
+            Some([_, places]) => dx.select(1, places),
             None => dx,
         }
     }
@@ -360,8 +371,8 @@ impl PackedTensor {
     pub fn dequantize(&self) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dense = ops::packed_dequantize(codes, scales, offsets, self.spec());
-        match &self.input_places {
-            Some(places) => dense.select(0, places.val()),
+        match self.order() {
+            Some([_, places]) => dense.select(0, places),
             None => dense,
         }
     }
@@ -370,8 +381,8 @@ impl PackedTensor {
     pub fn dequantize_reference(&self) -> Tensor<2> {
         let (codes, scales, offsets) = self.parts();
         let dense = ops::reference::packed_dequantize(codes, scales, offsets, self.spec());
-        match &self.input_places {
-            Some(places) => dense.select(0, places.val()),
+        match self.order() {
+            Some([_, places]) => dense.select(0, places),
             None => dense,
         }
     }
@@ -387,8 +398,8 @@ impl PackedTensor {
         let offsets = self.offsets_beside(&scales, Some(&blocks));
         let spec = PackedSpec { outputs: 1, d_output: count, ..self.spec() };
         let dense = ops::packed_dequantize(self.codes.val().select(1, outputs), scales, offsets, spec);
-        match &self.input_places {
-            Some(places) => dense.select(0, places.val()),
+        match self.order() {
+            Some([_, places]) => dense.select(0, places),
             None => dense,
         }
         .transpose()

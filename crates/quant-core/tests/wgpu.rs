@@ -181,13 +181,21 @@ fn elementwise_operations_fuse_around_the_product() {
 #[test]
 fn packed_weights_move_between_devices_and_records_unchanged() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
-    for scheme in ["affine3:32", "affine8:32:sym:f16", "nf4:64:double"] {
-        let host = random_weight(scheme, 96, 50, 23);
+    for (scheme, ordered) in [
+        ("affine3:32", false),
+        ("affine8:32:sym:f16", false),
+        ("nf4:64:double", false),
+        ("affine4:32:int", true),
+    ] {
+        let mut host = random_weight(scheme, 96, 50, 23);
+        host.input_order = ordered.then(|| (0..96).map(|k| (k * 37) % 96).collect());
         let there = PackedTensor::new(&host, &Device::flex()).to_device(device);
         assert_eq!(there.to_host().unwrap(), host, "{scheme}: there");
         let x = tensor::<2>(24, [5, 96], device);
         let product = read(there.forward(x.clone()));
-        let blank = PackedTensor::new(&random_weight(scheme, 96, 50, 25), device);
+        let mut other = random_weight(scheme, 96, 50, 25);
+        other.input_order = ordered.then(|| (0..96).rev().collect());
+        let blank = PackedTensor::new(&other, device);
         let loaded = blank.load_record(there.clone().into_record());
         assert_close(scheme, &read(loaded.forward(x)), &product, 0.0);
         let back = there.to_device(&Device::flex());
@@ -200,6 +208,11 @@ fn no_rows_give_no_rows() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     let packed = PackedTensor::new(&random_weight("affine4:32", 64, 24, 26), device);
     assert_eq!(packed.forward(Tensor::<2>::zeros([0, 64], device)).dims(), [0, 24]);
+    let mut ordered = random_weight("affine4:32", 64, 24, 26);
+    ordered.input_order = Some((0..64).rev().collect());
+    for weight in [packed, PackedTensor::new(&ordered, device)] {
+        assert_eq!(weight.forward(Tensor::<3>::zeros([2, 0, 64], device)).dims(), [2, 0, 24]);
+    }
 }
 
 /// By the pools' own accounting: what is kept for the backward pass is the result and a number for each query and head; what

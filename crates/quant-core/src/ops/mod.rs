@@ -174,6 +174,10 @@ pub fn packed_linear<const D: usize>(
     );
     let rows: usize = sizes[..D - 1].iter().product();
     sizes[D - 1] = spec.d_output;
+    if rows == 0 {
+        // Burn's `reshape` takes a size of 0 for the one that is there.
+        return Tensor::zeros(sizes, (&x.device(), x.dtype()));
+    }
     Tensor::<2>::from_dispatch(Dispatch::packed_linear(
         x.reshape([rows, spec.d_input]).into_dispatch(),
         codes.into_dispatch(),

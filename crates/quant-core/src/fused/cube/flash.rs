@@ -126,7 +126,8 @@ fn launch(pass: Pass, sizes: &Sizes, scores: &Scores, read: &[&CubeTensor], writ
     read[0].client.launch(Box::new(CudaKernel(kernel)), count, arguments);
 }
 
-/// As [`attention::forward`](super::attention::forward), of contiguous tensors.
+/// As [`attention::forward`](super::attention::forward); keys and values may have gaps between the rows of the batch, which
+/// rounding closes.
 pub(super) fn forward(
     [q, k, v]: [&CubeTensor; 3],
     segments: &[CubeTensor; 2],
