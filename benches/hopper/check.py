@@ -7,7 +7,7 @@
 Errors are relative, the worst row's, against f64. What a kernel that takes its place must beat, at 4096 x 2048 x 8192: 370 us
 for cast, unpacking and hopper.cu together; the goal is 1.25 times torch's time. The cast to f16 isn't in these times.
 """
-import ctypes, pathlib, subprocess, sys, tempfile
+import ctypes, os, pathlib, subprocess, sys, tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).parent
@@ -45,8 +45,6 @@ def source(transposed, **changed):
 
 
 def build(folder):
-    import os
-
     nvcc = os.environ.get("NVCC", "nvcc")
 
     def one(job):

@@ -175,8 +175,8 @@ struct Clipping {
     beta: Param<Tensor<2>>,
 }
 
-/// Levels of a layer in one step: of the host, two passes over the weights in place of the dozen that tensor operations
-/// take; off the CPU of those, in place of two ways over the bus.
+/// Levels of a layer in one step. The host takes two passes over the weights where tensor operations take a dozen; on a device
+/// with memory of its own these save two ways over the bus.
 enum StepLevels<'a> {
     Host(&'a ClippedWeight, Levels),
     There(&'a ClippedTensor, Box<LevelTensors>),

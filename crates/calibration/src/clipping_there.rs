@@ -2,7 +2,7 @@
 //!
 //! That takes the dense weights of a block in f32 once more, and while a layer is put on its levels some tensors of its size.
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData, activation::sigmoid};
 
 use crate::{
     ClippedWeight, ClippingGrid,
@@ -43,7 +43,6 @@ impl ClippedTensor {
 
     /// See [`ClippedWeight::levels`].
     pub(crate) fn levels(&self, gamma: Tensor<2>, beta: Tensor<2>) -> LevelTensors {
-        let sigmoid = |x: Tensor<2>| burn::tensor::activation::sigmoid(x);
         let (upper, lower) = (sigmoid(gamma), sigmoid(beta));
         let slope = |s: &Tensor<2>, end: &Tensor<2>| s.clone() * (s.clone().neg() + 1.0) * end.clone();
         let (high, low) = (upper.clone() * self.max.clone(), lower.clone() * self.min.clone());
