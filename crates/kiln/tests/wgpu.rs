@@ -238,7 +238,7 @@ fn a_loaded_model_reserves_what_it_uses() {
     let [used, reserved] = [0, 1].map(|i| usage()[i] - before[i]);
     drop(model);
     let stored = report.storage.total_bytes() as u64;
-    // One page, of 8 MiB, for what isn't packed and what launches are told; in pages alone it were two.
+    // One page, of 8 MiB, for what isn't packed and what launches are told; without memory of their own it takes two.
     let page = 9 << 20;
     assert!(used >= stored && reserved < used + page, "{stored} stored, {used} used, {reserved} reserved");
 }
