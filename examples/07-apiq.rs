@@ -98,7 +98,10 @@ fn run(options: Options) -> Result<()> {
     let ids = read_ids(&train, &tokenizer)?;
     let windows = Windows::random(&ids, options.length, options.windows, options.seed)?;
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
-    let apiq = ApiqConfig::for_few_passes(options.epochs);
+    let Scheme::Packed(scheme) = options.bits else {
+        return Err(format!("--bits: expected a packed format, found {}", options.bits).into());
+    };
+    let apiq = ApiqConfig::for_budget(scheme.bits(), options.windows, options.epochs);
 
     say!("{:<10} {:>8} {:>8}", "method", "before", "after");
     let mut rows = Vec::new();

@@ -157,7 +157,7 @@ fn compressed(base: &Base, windows: &Windows, options: &Options) -> Result<FineT
     let found = pruned.search(&choices, windows, options.evaluations)?;
     let best = found.front.select(limit)?;
     say!("searched: {} plans measured; {} bytes, where {limit} are allowed", found.evaluations, best.bytes);
-    let apiq = ApiqConfig::for_few_passes(options.epochs);
+    let apiq = ApiqConfig::for_budget(2, options.windows, options.epochs);
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
     let config = CalibrationConfig::new(Method::ApiqBlock(apiq), schemes(&best.plan)?);
     Ok(pruned.calibrate(adapters, &config, windows)?)

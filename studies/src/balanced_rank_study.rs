@@ -1,69 +1,30 @@
-//! Balanced-rank adapters at about equal numbers of trained values: LoRA, Q-BaRA, QA-LoRA and QA-HiRA.
+//! Adapters that trade resolution for rank, at about equal numbers of trained values on one GPTQ base, and what is left of
+//! them in a model of N bits: merged without loss, or LoRA merged and quantized again.
 
-use std::path::{Path, PathBuf};
+use std::{path::PathBuf, rc::Rc};
 
+use burn::module::Module;
 use clap::Args;
-use kiln_examples::{Result, testdata};
-use serde::Deserialize;
+use kiln::{
+    Base, FineTuned,
+    adapters::{AdapterConfig, Method as AdapterMethod, Pooling, QBara, QaHira, QaLora},
+    calibration::{CalibrationConfig, GptqConfig, Method as Calibration},
+    models::Windows,
+    quant::{Plan, Scheme, trained_values},
+};
+use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    log::{Line, Log, figures, words},
-    numbers::{deviation, mean},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    log::{Line, Log},
 };
 
 const GROUP: usize = 32;
-const STEPS: u64 = 60;
-/// Learning rates are the best of these on the embedded model at 4 bits, with a seed of their own.
-const LEARNING_RATES: [f64; 3] = [3e-3, 1e-2, 3e-2];
-const TUNING_SEED: u64 = 1000;
-/// SmolLM2 takes the embedded model's rates times the best of these, by short runs of two methods.
-const FACTORS: [f64; 3] = [0.03, 0.1, 0.3];
-const FACTOR_STEPS: u64 = 20;
-const SMOLLM2: &str = "smollm2";
-const EMBEDDED: &str = "tiny-llama";
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Method {
-    Lora,
-    Qbara,
-    Qalora,
-    Qahira,
-}
-
-impl Method {
-    const ALL: [Self; 4] = [Self::Lora, Self::Qbara, Self::Qalora, Self::Qahira];
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Lora => "lora",
-            Self::Qbara => "qbara",
-            Self::Qalora => "qalora",
-            Self::Qahira => "qahira",
-        }
-    }
-
-    /// Pooling by sums, and an alpha for QA-HiRA's mean, make a step move the weights about as far as LoRA's.
-    fn options(self) -> String {
-        match self {
-            Self::Lora => "--method lora".into(),
-            Self::Qbara => "--method qbara --lambda 2".into(),
-            Self::Qalora => format!("--method qalora --pool {GROUP} --pooling sum"),
-            Self::Qahira => format!("--method qahira --pool {GROUP} --repeat 1"),
-        }
-    }
-
-    /// Ranks at which the numbers of trained values come closest (QA-HiRA has none: the rank only scales it).
-    fn rank(self, model: &str) -> usize {
-        match (self, model == SMOLLM2) {
-            (Self::Lora | Self::Qbara, false) => 4,
-            (Self::Qalora, false) => 7,
-            (Self::Lora | Self::Qbara, true) => 11,
-            (Self::Qalora, true) => 21,
-            (Self::Qahira, _) => 1,
-        }
-    }
-}
+const WINDOWS: usize = 32;
+/// Rates that every method is tried with at every width, times the case's.
+const RATES: [f64; 4] = [5e-3, 1e-2, 3e-2, 6e-2];
+const WIDTHS: [u32; 3] = [4, 3, 2];
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
@@ -73,188 +34,181 @@ pub(crate) struct Options {
     /// docs/results/balanced-rank.jsonl if left out.
     #[arg(long)]
     log: Option<PathBuf>,
-    /// Only prints the table of the log.
+    /// Only prints the tables of the log.
     #[arg(long)]
     table: bool,
 }
 
-#[derive(Deserialize)]
-struct Run {
-    model: String,
-    bits: u32,
-    method: String,
-    seed: u64,
-    lr: f64,
-    trainable_parameters: usize,
-    loss_before: f64,
-    loss_after: f64,
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Method {
+    Lora,
+    Qbara,
+    Qalora,
+    Qahira,
+    /// LoRA on an NF4 base, merged, and quantized again by GPTQ.
+    QloraGptq,
 }
 
-struct Study<'a> {
-    log: Log,
-    smollm2: Option<&'a Path>,
-}
+impl Method {
+    const ALL: [Self; 5] = [Self::Qahira, Self::QloraGptq, Self::Qalora, Self::Lora, Self::Qbara];
 
-impl Study<'_> {
-    fn fine_tune(
-        &self,
-        model: &str,
-        bits: u32,
-        method: Method,
-        seed: u64,
-        lr: f64,
-        steps: u64,
-    ) -> Result<Run> {
-        let wanted = json!({
-            "model": model, "bits": bits, "method": method.name(), "seed": seed, "lr": lr, "steps": steps,
-        });
-        let line = self.log.once(wanted, || self.run(model, bits, method, seed, lr, steps))?;
-        Ok(serde_json::from_value(line.into())?)
-    }
-
-    fn run(&self, model: &str, bits: u32, method: Method, seed: u64, lr: f64, steps: u64) -> Result<Line> {
-        let rank = method.rank(model);
-        let alpha = if method == Method::Qahira { GROUP } else { rank };
-        let folder = tempfile::tempdir()?;
-        let mut arguments = words(&format!(
-            "{} --scheme affine{bits}:{GROUP} --rank {rank} --alpha {alpha} --lr {lr} --seed {seed} --steps {steps} \
-             --batch 2 --seq-len 256 --schedule linear --warmup 5 --clip 1",
-            method.options()
-        ));
-        let mut path =
-            |option: &str, path: &Path| arguments.extend([option.into(), path.display().to_string()]);
-        path("--out", folder.path());
-        path("--data", &testdata("models/tiny-llama/text/shift_train_moby.txt"));
-        match (model == SMOLLM2, self.smollm2) {
-            (true, Some(file)) => {
-                path("--model", file);
-                path("--eval", &testdata("text/moby_ch100_smollm2_10240.u16le"));
-                arguments.extend(words("--window 512"));
-            }
-            _ => path("--eval", &testdata("models/tiny-llama/text/shift_test_moby.u16le")),
+    fn name(self) -> &'static str {
+        match self {
+            Self::Lora => "LoRA",
+            Self::Qbara => "Q-BaRA, λ = 2",
+            Self::Qalora => "QA-LoRA, merged",
+            Self::Qahira => "QA-HiRA, merged",
+            Self::QloraGptq => "QLoRA, merged, GPTQ",
         }
-        let found = figures("finetune", &arguments)?;
-        let loss = |key: &str| found.get(key).and_then(serde_json::Value::as_f64).map(f64::ln);
-        let kept = |key: &str| (key.to_string(), found.get(key).cloned().unwrap_or_default());
-        Ok(Line::from_iter([
-            ("rank".into(), json!(rank)),
-            ("alpha".into(), json!(alpha)),
-            kept("trainable_parameters"),
-            ("loss_before".into(), json!(loss("perplexity_before"))),
-            ("loss_after".into(), json!(loss("perplexity_after"))),
-            kept("tokens_per_second"),
-            kept("peak_rss_bytes"),
-        ]))
     }
 
-    /// The learning rate that is best on the embedded model at 4 bits.
-    fn tuned(&self, method: Method) -> Result<f64> {
-        best(LEARNING_RATES, |lr| Ok(self.fine_tune(EMBEDDED, 4, method, TUNING_SEED, lr, STEPS)?.loss_after))
-    }
-
-    /// What to multiply the embedded model's learning rates by for SmolLM2.
-    fn factor(&self, rate: impl Fn(Method) -> f64) -> Result<f64> {
-        best(FACTORS, |factor| {
-            let loss = |method| -> Result<f64> {
-                let lr = factor * rate(method);
-                Ok(self.fine_tune(SMOLLM2, 4, method, TUNING_SEED, lr, FACTOR_STEPS)?.loss_after)
-            };
-            Ok(loss(Method::Lora)? + loss(Method::Qahira)?)
-        })
-    }
-
-    fn all(&self) -> Result<()> {
-        let mut rates = Vec::new();
-        for method in Method::ALL {
-            rates.push((method, self.tuned(method)?));
+    /// Ranks at which the numbers of trained values come closest (QA-HiRA has none: the rank only scales it).
+    fn rank(self, model: &str) -> usize {
+        match (self, model == SMOLLM2) {
+            (Self::Qalora, false) => 7,
+            (Self::Qalora, true) => 21,
+            (Self::Qahira, _) => 1,
+            (_, false) => 4,
+            (_, true) => 11,
         }
-        for bits in [4, 3, 2] {
-            for seed in 0..3 {
-                for (method, lr) in &rates {
-                    self.fine_tune(EMBEDDED, bits, *method, seed, *lr, STEPS)?;
-                }
-            }
-        }
-        if self.smollm2.is_some() {
-            let rate = |wanted| rates.iter().find(|(method, _)| *method == wanted).map_or(0.0, |(_, lr)| *lr);
-            let factor = self.factor(rate)?;
-            for bits in [2, 3, 4] {
-                for (method, lr) in &rates {
-                    self.fine_tune(SMOLLM2, bits, *method, 0, factor * lr, STEPS)?;
-                }
-            }
-        }
-        Ok(())
     }
-}
 
-/// The choice with the least loss.
-fn best(choices: [f64; 3], loss: impl Fn(f64) -> Result<f64>) -> Result<f64> {
-    let mut losses = Vec::new();
-    for choice in choices {
-        losses.push((choice, loss(choice)?));
-    }
-    losses.sort_by(|a, b| a.1.total_cmp(&b.1));
-    Ok(losses[0].0)
-}
-
-fn table(log: &Log) -> Result<String> {
-    let mut runs: Vec<Run> = log.runs()?;
-    runs.retain(|run| run.seed != TUNING_SEED);
-    let mut table =
-        String::from("| model | method | learning rate | trained parameters | 4 bits | 3 bits | 2 bits |\n");
-    table += "| --- | --- | --- | --- | --- | --- | --- |\n";
-    for model in [EMBEDDED, SMOLLM2] {
-        let of = |bits: u32, value: fn(&Run) -> f64, method: Option<Method>| -> Vec<f64> {
-            let mine = runs.iter().filter(|run| run.model == model && run.bits == bits);
-            mine.filter(|run| method.is_none_or(|method| run.method == method.name())).map(value).collect()
+    /// Scaled so that a step moves the weights about as far as LoRA's does.
+    fn adapters(self, model: &str, seed: u64) -> AdapterConfig {
+        let rank = self.rank(model);
+        let (method, alpha) = match self {
+            Self::Lora | Self::QloraGptq => (AdapterMethod::lora(), rank),
+            Self::Qbara => (AdapterMethod::QBara(QBara { lambda: 2 }), 2 * rank),
+            Self::Qalora => (AdapterMethod::QaLora(QaLora { pool: GROUP, pooling: Pooling::Sum }), rank),
+            Self::Qahira => (AdapterMethod::QaHira(QaHira::for_tiles(1, GROUP)), GROUP),
         };
-        for method in Method::ALL {
-            let Some(any) = runs.iter().find(|run| run.model == model && run.method == method.name()) else {
-                continue;
-            };
-            let cells = [4, 3, 2].map(|bits| {
-                let losses = of(bits, |run| run.loss_after, Some(method));
-                let spread = deviation(&losses).map_or(String::new(), |spread| format!(" ± {spread:.4}"));
-                if losses.is_empty() { String::new() } else { format!("{:.4}{spread}", mean(&losses)) }
-            });
-            let (lr, parameters) = (any.lr, any.trainable_parameters);
-            table +=
-                &format!("| {model} | {} | {lr} | {parameters} | {} |\n", method.name(), cells.join(" | "));
+        AdapterConfig::new(method, rank, alpha as f64).with_seed(seed)
+    }
+}
+
+struct Bench<'a> {
+    case: &'a Case,
+    steps: u64,
+    dense: Base,
+    nf4: Base,
+    texts: Texts,
+    windows: Windows,
+    /// Of NF4's LoRA, which all widths share: rate, seed, and the model.
+    qlora: Vec<(f64, u64, Rc<FineTuned>)>,
+}
+
+impl Bench<'_> {
+    /// Rounds `base` to `bits` by GPTQ.
+    fn gptq(&self, base: &Base, bits: u32) -> Result<Base> {
+        let scheme: Scheme = format!("affine{bits}:{GROUP}").parse()?;
+        let method = Calibration::Gptq(GptqConfig::default());
+        let mut config = CalibrationConfig::new(method, Plan::uniform(scheme));
+        config.measured_windows = 0;
+        Ok(base.calibrate(AdapterConfig::lora(1, 1.0), &config, &self.windows)?.without_adapters())
+    }
+
+    fn tuned(&self, base: &Base, method: Method, lr: f64, seed: u64) -> Result<FineTuned> {
+        let adapters = method.adapters(self.case.name, seed);
+        let trainer = self.case.trainer(self.steps, seed, lr);
+        Ok(base.finetune(adapters, self.texts.train.clone()).with_trainer(trainer).run()?)
+    }
+
+    /// NF4's LoRA of this rate and seed.
+    fn qlora(&mut self, lr: f64, seed: u64) -> Result<Rc<FineTuned>> {
+        if let Some((_, _, found)) = self.qlora.iter().find(|(rate, of, _)| (*rate, *of) == (lr, seed)) {
+            return Ok(found.clone());
         }
-        let before = [4, 3, 2].map(|bits| {
-            of(bits, |run| run.loss_before, None).first().map_or(String::new(), |loss| format!("{loss:.4}"))
-        });
-        if before.iter().any(|cell| !cell.is_empty()) {
-            table += &format!("| {model} | before training | | | {} |\n", before.join(" | "));
+        let tuned = Rc::new(self.tuned(&self.nf4, Method::QloraGptq, lr, seed)?);
+        self.qlora.push((lr, seed, tuned.clone()));
+        Ok(tuned)
+    }
+
+    fn run(&mut self, base: &Base, method: Method, bits: u32, lr: f64, seed: u64) -> Result<Line> {
+        let from = match method {
+            Method::QloraGptq => &self.nf4,
+            _ => base,
+        };
+        let before = from.evaluate(&self.texts.test)?.nll;
+        let tuned = match method {
+            Method::QloraGptq => self.qlora(lr, seed)?,
+            _ => self.tuned(base, method, lr, seed)?.into(),
+        };
+        let unmerged = tuned.evaluate(&self.texts.test)?.nll;
+        let [validation, test] = match method {
+            Method::Lora | Method::Qbara => self.texts.losses(|data| tuned.evaluate(data))?,
+            Method::Qalora | Method::Qahira => {
+                let merged = tuned.merge_packed()?;
+                self.texts.losses(|data| merged.evaluate(data))?
+            }
+            Method::QloraGptq => {
+                let merged = self.gptq(&tuned.merge_dense(), bits)?;
+                self.texts.losses(|data| merged.evaluate(data))?
+            }
+        };
+        Ok(line_of(json!({
+            "before": before, "validation": validation, "test": test, "unmerged": unmerged,
+            "trained": trained_values(&tuned.model().clone().train()), "steps": self.steps,
+        })))
+    }
+}
+
+fn study(log: &Log, case: &Case) -> Result<()> {
+    let (dense, nf4) = (case.open(Scheme::Dense)?, case.open("nf4:64:double".parse()?)?);
+    let texts = Texts::of(&dense, case)?;
+    let (steps, widths, seeds): (_, &[u32], _) = match case.name {
+        EMBEDDED => (200, &WIDTHS, 3),
+        _ => (60, &[3, 2], 1),
+    };
+    let windows = texts.windows(case.length, WINDOWS, 0)?;
+    let mut bench = Bench { case, steps, dense, nf4, texts, windows, qlora: Vec::new() };
+    for bits in widths {
+        let mut base: Option<Base> = None;
+        for method in Method::ALL {
+            let cell = Cell { model: case.name, bits: *bits, method: method.name() };
+            cell.study(log, &RATES.map(|rate| rate * case.rate), seeds, |lr, seed| {
+                let base = match base.take() {
+                    Some(found) => base.insert(found),
+                    None => base.insert(bench.gptq(&bench.dense, *bits)?),
+                };
+                bench.run(base, method, *bits, lr, seed)
+            })?;
         }
     }
-    Ok(table)
+    Ok(())
+}
+
+fn table(runs: &[Run], model: &str) {
+    if !runs.iter().any(|run| run.model == model) {
+        return;
+    }
+    println!("\n{model}\n\n| bits | method | trained values | before | after | rate |");
+    println!("| --- | --- | --- | --- | --- | --- |");
+    for bits in WIDTHS {
+        for method in Method::ALL {
+            let Some(chosen) = (Cell { model, bits, method: method.name() }).chosen(runs) else { continue };
+            let trained = chosen.values(|run| run.more.get("trained")?.as_f64());
+            println!(
+                "| {bits} | {} | {} | {} | {} | {} |",
+                method.name(),
+                trained.first().copied().unwrap_or_default(),
+                chosen.nats(|run| run.before),
+                chosen.nats(|run| run.test),
+                chosen.rate(),
+            );
+        }
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let log = Log::new(options.log.as_deref(), "balanced-rank.jsonl");
-    let study = Study { log, smollm2: options.smollm2.as_deref() };
-    if !options.table {
-        study.all()?;
-    }
-    print!("{}", table(&study.log)?);
-    Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_table_of_accuracy_md_is_the_logs() {
-        let table = table(&Log::new(None, "balanced-rank.jsonl")).unwrap();
-        for row in [
-            "| tiny-llama | lora | 0.03 | 54272 | 4.5761 ± 0.0078 | 4.5822 ± 0.0106 | 4.6115 ± 0.0050 |",
-            "| smollm2 | qahira | 0.001 | 3317760 | 3.6446 | 3.8776 | 5.3958 |",
-            "| smollm2 | before training | | | 3.8786 | 5.2644 | 12.2928 |",
-        ] {
-            assert!(table.contains(row), "{row}\n{table}");
+    for case in Case::all(options.smollm2.as_ref()) {
+        if !options.table {
+            study(&log, &case)?;
         }
     }
+    let runs = log.runs()?;
+    for model in [EMBEDDED, SMOLLM2] {
+        table(&runs, model);
+    }
+    Ok(())
 }

@@ -10,10 +10,12 @@ mod apiq_study;
 mod automixq;
 mod automixq_study;
 mod balanced_rank_study;
+mod bench;
 mod finetune;
 mod log;
 mod numbers;
 mod parts_study;
+mod quantization_study;
 mod side_tuning;
 
 use std::process::ExitCode;
@@ -42,7 +44,9 @@ enum Command {
     StudyApiq(apiq_study::Options),
     /// Searches by several methods, budgets and seeds against the front of all plans.
     StudyAutomixq(automixq_study::Options),
-    /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values.
+    /// Models at 4, 3 and 2 bits on one grid by all methods, before and after the same fine-tune.
+    StudyQuantization(quantization_study::Options),
+    /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values, merged, beside LoRA quantized again.
     StudyBalancedRank(balanced_rank_study::Options),
     /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
     StudyTrainedParts(parts_study::Options),
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
         Command::SideTuning(options) => side_tuning::run(*options),
         Command::StudyApiq(options) => apiq_study::run(&options),
         Command::StudyAutomixq(options) => automixq_study::run(&options),
+        Command::StudyQuantization(options) => quantization_study::run(&options),
         Command::StudyBalancedRank(options) => balanced_rank_study::run(&options),
         Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
