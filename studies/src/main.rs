@@ -16,6 +16,7 @@ mod log;
 mod numbers;
 mod parts_study;
 mod quantization_study;
+mod side_study;
 mod side_tuning;
 
 use std::process::ExitCode;
@@ -48,6 +49,8 @@ enum Command {
     StudyQuantization(quantization_study::Options),
     /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values, merged, beside LoRA quantized again.
     StudyBalancedRank(balanced_rank_study::Options),
+    /// Side networks beside LoRA on the same base, at equal tokens.
+    StudySideTuning(side_study::Options),
     /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
     StudyTrainedParts(parts_study::Options),
 }
@@ -62,6 +65,7 @@ fn main() -> ExitCode {
         Command::StudyAutomixq(options) => automixq_study::run(&options),
         Command::StudyQuantization(options) => quantization_study::run(&options),
         Command::StudyBalancedRank(options) => balanced_rank_study::run(&options),
+        Command::StudySideTuning(options) => side_study::run(&options),
         Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
 }
