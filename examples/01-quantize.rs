@@ -6,7 +6,9 @@ use std::{path::PathBuf, process::ExitCode};
 use clap::{Parser, ValueEnum};
 use kiln::{
     models::{LoadOptions, Slots},
-    quant::{HostQuantizer, Hqq, MinMax, MseClipped, QuantLinear, Scheme, packed_file::PackedFile},
+    quant::{
+        HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, QuantLinear, Scheme, packed_file::PackedFile,
+    },
 };
 use kiln_examples::{ModelArgs, Result, check_outputs, say, write_json};
 
@@ -16,6 +18,8 @@ enum Quantizer {
     MinMax,
     /// The shrunken range with the least squared error.
     Mse,
+    /// Scale and offset of least squared error for the codes, in turns.
+    LeastSquares,
     /// The half-quadratic solver (affine schemes).
     Hqq,
 }
@@ -41,6 +45,7 @@ fn run(mut options: Options) -> Result<()> {
     let quantizer: Box<dyn HostQuantizer> = match options.quantizer {
         Quantizer::MinMax => Box::new(MinMax),
         Quantizer::Mse => Box::new(MseClipped::default()),
+        Quantizer::LeastSquares => Box::new(LeastSquares::default()),
         Quantizer::Hqq => Box::new(Hqq::default()),
     };
     check_outputs([&options.out, &options.json])?;

@@ -6,7 +6,7 @@ use burn::{
 };
 use kiln_quant_core::{Place, Projection, fused};
 
-use crate::{Adapter, Dropout};
+use crate::{Adapter, Dropout, Lora};
 
 /// [DoRA](https://arxiv.org/abs/2402.09353): LoRA whose merged weight has a trained length for each output,
 /// `y = (base(x) + scaling · x · A · B) · m / n`, the bias outside, with n the length of each output's column of
@@ -64,6 +64,19 @@ impl Dora {
             scaling,
             dropout,
         }
+    }
+
+    /// DoRA that starts where `lora` on `base` is: its factors, and the lengths of the columns of `W + scaling · A · B`.
+    ///
+    /// # Panics
+    /// If the sizes don't fit together.
+    pub fn from_lora<P: Projection>(base: &P, lora: Lora) -> Self {
+        let scaling = lora.scaling();
+        let (a, b) = (lora.lora_a.val().inner(), lora.lora_b.val().inner());
+        let weight = base.weight().without_autodiff().cast(DType::F32);
+        let sum = weight + a.clone().matmul(b.clone()).mul_scalar(scaling);
+        let lengths: Tensor<1> = sum.square().sum_dim(0).sqrt().squeeze_dim(0);
+        Self::new(base, a, b, Some(lengths), scaling, lora.into_dropout())
     }
 
     /// The rank r.

@@ -55,6 +55,10 @@ impl Lora {
         self.scaling
     }
 
+    pub(crate) fn into_dropout(self) -> Dropout {
+        self.dropout
+    }
+
     /// `[d_input, d_output]` of the base.
     pub fn base_shape(&self) -> [usize; 2] {
         [self.shape()[0], self.lora_b.lazy_shape().dims::<2>()[1]]

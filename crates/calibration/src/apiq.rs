@@ -100,9 +100,12 @@ impl Default for ApiqConfig {
 }
 
 impl ApiqConfig {
-    /// OmniQuant's values for clipping alone: learning rate 1e-2, no decay.
-    pub fn clipping_only() -> Self {
-        Self { lr_clipping: 1e-2, weight_decay: 0.0, ..Self::default() }
+    /// [OmniQuant](https://arxiv.org/abs/2308.13137)'s values for clipping alone: learning rate 1e-2, no decay, 20 epochs over 128
+    /// windows; at 2 bits 40, and the second target.
+    pub fn omniquant(bits: u32) -> Self {
+        let few = bits <= 2;
+        let epochs = if few { 40 } else { 20 };
+        Self { epochs, lr_clipping: 1e-2, weight_decay: 0.0, augmented: few, ..Self::default() }
     }
 
     /// Values for `bits` and the steps that a block gets: `epochs` passes over `windows`.

@@ -90,10 +90,15 @@ impl Place {
         calls.into_iter().next_back().map(|call| call.input)
     }
 
-    /// The adapter with factors whose product is to be added to the weight: its scaling is divided out of B.
-    pub(crate) fn with_factors(&self, factors: &Factors, device: &Device) -> Result<Option<Lora>> {
+    /// The adapter with factors; where their product is to be added to the weight, its scaling is divided out of B.
+    pub(crate) fn with_factors(
+        &self,
+        factors: &Factors,
+        compensated: bool,
+        device: &Device,
+    ) -> Result<Option<Lora>> {
         let Some(mut lora) = self.adapter.clone() else { return Ok(None) };
-        let scaling = lora.scaling();
+        let scaling = if compensated { lora.scaling() } else { 1.0 };
         if scaling == 0.0 {
             return Err(Error::argument(format!("{}: LoRA scaling", self.path), "a number other than 0", 0));
         }

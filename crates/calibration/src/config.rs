@@ -26,7 +26,7 @@ pub enum Method {
         svd: Svd,
     },
     /// Learned clipping alone, block by block, as [OmniQuant](https://arxiv.org/abs/2308.13137) has it: see
-    /// [`ApiqConfig::clipping_only`], whose rate and decay differ from the default's. Adapters keep their usual start.
+    /// [`ApiqConfig::omniquant`], whose rate and decay differ from the default's. Adapters keep their usual start.
     Clipping(ApiqConfig),
     /// [ApiQ](https://arxiv.org/abs/2402.05147) layer by layer, our reconstruction: each layer's output for quantized
     /// inputs approaches the original's for original inputs.

@@ -1,6 +1,6 @@
 //! Starting points that look at the weight only: QLoRA's residual, LoftQ, PiSSA on a quantized residual.
 
-use kiln_quant_core::{HostQuantizer, Hqq, MinMax, MseClipped, PackedWeight, QuantScheme};
+use kiln_quant_core::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, PackedWeight, QuantScheme};
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Factors, Result, Svd, low_rank};
@@ -15,6 +15,8 @@ pub enum Rounding {
     MinMax,
     /// Round to nearest on the best shrunken range.
     MseClipped,
+    /// Scale and offset of least squared error for the codes.
+    LeastSquares,
     /// Half-quadratic.
     Hqq,
 }
@@ -25,6 +27,7 @@ impl Rounding {
         match self {
             Self::MinMax => Box::new(MinMax),
             Self::MseClipped => Box::new(MseClipped::default()),
+            Self::LeastSquares => Box::new(LeastSquares::default()),
             Self::Hqq => Box::new(Hqq::default()),
         }
     }
@@ -37,6 +40,7 @@ impl Rounding {
 /// | `iterations` | 5 | alternating steps; 1 is QLoRA's base with the best correction of its residual | from 1 |
 /// | `rounding` | min-max | the quantizer | |
 /// | `svd` | randomized | how singular vectors are found | |
+/// | `compensate_scaling` | true | divides B by the adapter's scaling, so that the model starts at `Q + A · B`; false as published, where it starts at `Q + scaling · A · B` | |
 /// | `keep_best` | true | the step with the least error is kept, not the last: errors may rise again | |
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -49,11 +53,19 @@ pub struct LoftqConfig {
     pub svd: Svd,
     /// Whether to keep the best step, not the last.
     pub keep_best: bool,
+    /// Whether B is divided by the adapter's scaling.
+    pub compensate_scaling: bool,
 }
 
 impl Default for LoftqConfig {
     fn default() -> Self {
-        Self { iterations: 5, rounding: Rounding::default(), svd: Svd::default(), keep_best: true }
+        Self {
+            iterations: 5,
+            rounding: Rounding::default(),
+            svd: Svd::default(),
+            keep_best: true,
+            compensate_scaling: true,
+        }
     }
 }
 
@@ -82,7 +94,8 @@ pub struct QuantizedWithFactors {
 /// LoftQ: quantizes what the factors leave, corrects what quantization leaves, in turns.
 ///
 /// `weight` is `[d_output, d_input]` row-major. Every step ends with the factors, so they fit the weight that is
-/// returned. Factors aren't divided by a LoRA scaling; divide B by it.
+/// returned. Factors aren't divided by a LoRA scaling here, whatever [`LoftqConfig::compensate_scaling`] says to a calibration;
+/// divide B by it.
 ///
 /// # Errors
 /// [`Error::Argument`] for no iterations; whatever [`low_rank`] and the quantizer refuse.
@@ -215,7 +228,7 @@ mod tests {
     fn every_rounding_works_and_bad_options_are_named() {
         let weight = kiln_testkit::values(4, 64 * 6);
         let scheme = "affine3:32".parse().unwrap();
-        for rounding in [Rounding::MinMax, Rounding::MseClipped, Rounding::Hqq] {
+        for rounding in [Rounding::MinMax, Rounding::MseClipped, Rounding::LeastSquares, Rounding::Hqq] {
             let config = LoftqConfig { rounding, ..LoftqConfig::default() };
             let found = loftq("w", &weight, 64, 2, &scheme, &config).unwrap();
             assert!(found.errors.iter().all(|error| *error < norm(&weight)), "{rounding:?}");

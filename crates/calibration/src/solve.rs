@@ -69,8 +69,12 @@ impl Block<'_> {
     ) -> Result<Slot> {
         let (path, weight, [d_input, d_output]) = (&place.path, &place.weight, place.shape);
         let rank = place.adapter.as_ref().map(|lora| lora.rank());
+        let mut compensated = true;
         let found = match (method, rank) {
-            (Method::Loftq(config), Some(rank)) => loftq(path, weight, d_input, rank, scheme, config)?,
+            (Method::Loftq(config), Some(rank)) => {
+                compensated = config.compensate_scaling;
+                loftq(path, weight, d_input, rank, scheme, config)?
+            }
             (Method::Pissa { rounding, svd }, Some(rank)) => {
                 pissa(path, weight, d_input, rank, scheme, *rounding, *svd)?
             }
@@ -85,7 +89,7 @@ impl Block<'_> {
                 return self.corrected(place, packed, correction);
             }
         };
-        let adapter = place.with_factors(&found.factors, &self.device)?;
+        let adapter = place.with_factors(&found.factors, compensated, &self.device)?;
         Ok(place.packed(&found.weight, adapter, &self.device))
     }
 
@@ -95,7 +99,7 @@ impl Block<'_> {
             (Some(svd), Some(lora)) => {
                 let residual = difference(&place.weight, &packed.dequantize());
                 let factors = low_rank(&place.path, &residual, place.shape[0], lora.rank(), svd)?;
-                place.with_factors(&factors, &self.device)?
+                place.with_factors(&factors, true, &self.device)?
             }
             _ => None,
         };

@@ -163,6 +163,30 @@ fn factors_make_up_for_the_scaling_and_a_correction_helps() {
 }
 
 #[test]
+fn the_published_tool_leaves_the_scaling_in() {
+    let contents = [true, false].map(|compensate_scaling| {
+        let config = LoftqConfig { compensate_scaling, ..LoftqConfig::default() };
+        contents(
+            &calibrate(
+                &CalibrationConfig {
+                    measured_windows: 0,
+                    ..self::config(Method::Loftq(config), "affine2:64")
+                },
+                1,
+            )
+            .0,
+        )
+    });
+    let [ours, published] = &contents;
+    for (ours, published) in ours.iter().zip(published) {
+        assert_eq!((&ours.1, &ours.2[0]), (&published.1, &published.2[0]));
+        // The scaling is 1/4.
+        let restored: Vec<f32> = published.2[1].iter().map(|b| 4.0 * b).collect();
+        assert!(ours.2[1] == restored && restored.iter().any(|b| *b != 0.0), "{}", ours.0);
+    }
+}
+
+#[test]
 fn the_result_trains_its_factors_only_and_survives_a_peft_folder() {
     let (model, windows) = (tiny(), windows(4));
     let attacher = attacher(&model);

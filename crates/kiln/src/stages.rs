@@ -1,7 +1,7 @@
 //! The optional stages on a [`Base`], with their usual settings.
 
 #[cfg(feature = "calibration")]
-use kiln_adapters::{AdapterConfig, LoraAttacher};
+use kiln_adapters::{Adapted, AdapterConfig, AnyAdapter, Dora, LoraAttacher, Method};
 #[cfg(feature = "calibration")]
 use kiln_calibration::{CalibrationConfig, Calibrator};
 #[cfg(feature = "mixq-search")]
@@ -16,10 +16,10 @@ use kiln_pruning::{BlockPruning, CutOptions, PruningReport};
 use kiln_quant_core::QuantLinear;
 
 #[cfg(feature = "calibration")]
-use crate::{AdaptedModel, FineTuned, Tuned};
+use crate::{AdaptedModel, Error, FineTuned, Tuned};
 use crate::{Base, Result};
 
-/// A model whose codes and LoRA adapters were chosen together on `windows`.
+/// A model whose codes, and the adapters where `config` starts them, were chosen on `windows`.
 #[cfg(feature = "calibration")]
 pub(crate) fn calibrated(
     model: Decoder<QuantLinear>,
@@ -27,17 +27,36 @@ pub(crate) fn calibrated(
     config: &CalibrationConfig,
     windows: &Windows,
 ) -> Result<AdaptedModel> {
-    let attacher = LoraAttacher::new(adapters, &model.slot_shapes())?;
+    let (Method::Lora { init } | Method::Dora { init }) = adapters.method else {
+        let (model, _) = Calibrator::new(config, windows).run(model)?;
+        let model = model.try_map(|_, slot| Ok::<_, Error>(slot.into_base()))?;
+        return Ok(Tuned::attach(model, adapters)?.into_model());
+    };
+    let mut lora = adapters.clone();
+    lora.method = Method::Lora { init };
+    let attacher = LoraAttacher::new(&lora, &model.slot_shapes())?;
     let (model, _) = Calibrator::new(config, windows).with_adapters(&attacher).run(model)?;
-    model.try_map(|_, slot| Ok(slot.into_any()))
+    let with_magnitudes = matches!(adapters.method, Method::Dora { .. });
+    model.try_map(|_, slot| {
+        let Adapted { base, adapter } = slot;
+        let adapter = adapter.map(|lora| match with_magnitudes {
+            true => AnyAdapter::Dora(Dora::from_lora(&base, lora)),
+            false => AnyAdapter::Lora(lora),
+        });
+        Ok(Adapted { base, adapter })
+    })
 }
 
 impl Base {
-    /// Quantizes the model by a calibration (GPTQ, LoftQ, ApiQ) that chooses codes and LoRA adapters together. The
-    /// adapters are the start of a fine-tune: [`FineTuned::finetune`].
+    /// Quantizes the model by a calibration (GPTQ, LoftQ, ApiQ). The adapters are the start of a fine-tune:
+    /// [`FineTuned::finetune`].
+    ///
+    /// LoRA and DoRA start as the method chooses them together with the codes, DoRA with the lengths of what LoRA would be.
+    /// Others start as they do on any base, and need a method that leaves nothing to them: rounding, AWQ's scaling, GPTQ,
+    /// clipping, or ApiQ, whose clipping is learned without factors then.
     ///
     /// # Errors
-    /// Adapters other than LoRA, and as [`Calibrator::run`].
+    /// LoftQ and PiSSA with other adapters than LoRA and DoRA, and as [`Calibrator::run`].
     #[cfg(feature = "calibration")]
     pub fn calibrate(
         &self,

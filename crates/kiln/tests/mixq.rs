@@ -8,11 +8,12 @@ use burn::{
 };
 use kiln::{
     Tuned,
-    adapters::AdapterConfig,
-    calibration::{LoftqConfig, Method},
+    adapters::{AdapterConfig, LoraAttacher},
+    calibration::{CalibrationConfig, Calibrator, GptqConfig, LoftqConfig, Method},
+    eval::{DataFolder, ModelScorer, Task},
     mixq::{
-        Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TrainingShape, Variants,
-        adapters, attach, load_options, schemes, space_of,
+        Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TaskScore, TrainingShape,
+        Variants, adapters, attach, load_options, schemes, space_of,
     },
     mixq_search::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
@@ -152,13 +153,12 @@ fn ranks_and_adapters_are_counted_and_attached() {
     assert!(tuned.loss.is_finite() && tuned.steps == 2);
 }
 
-fn direct_kl(original: &Decoder<QuantLinear>, quantized: &Decoder<QuantLinear>, windows: &Windows) -> f64 {
+fn direct_kl<M: CausalLm>(original: &Decoder<QuantLinear>, quantized: &M, windows: &Windows) -> f64 {
     let (mut sum, mut count) = (0.0, 0);
     for tokens in windows.batches_of(1) {
-        let logits = |model: &Decoder<QuantLinear>| {
-            read(model.forward(&model.context(&tokens, None).unwrap()).flatten::<2>(0, 1))
-        };
-        let (reference, found) = (logits(original), logits(quantized));
+        let read = |logits: Tensor<3>| read(logits.flatten::<2>(0, 1));
+        let reference = read(original.forward(&original.context(&tokens, None).unwrap()));
+        let found = read(quantized.forward(&quantized.context(&tokens, None).unwrap()));
         let vocabulary = original.vocab_size();
         for (reference, found) in reference.chunks(vocabulary).zip(found.chunks(vocabulary)) {
             sum += Divergence::Kl.between(reference, found).unwrap();
@@ -453,6 +453,83 @@ fn fine_tunes_repeat_improve_and_stop() {
         .unwrap();
     assert_eq!(heard.iter().map(|(steps, _)| *steps).collect::<Vec<_>>(), [2, 4]);
     assert_eq!((tuned.steps, tuned.loss), heard[1]);
+}
+
+#[test]
+fn what_fine_tunes_start_from_is_measured() {
+    let (_, model) = load(EMBEDDED);
+    let (windows, lora) = (windows(2, 48), AdapterConfig::lora(8, 4.0));
+    let space = space_of(&model, &choices(&["affine2:64", "nf3:64", "dense"])).unwrap();
+    let loftq = Method::Loftq(LoftqConfig::default());
+    let plain =
+        || ModelObjective::new(Variants::new(model.clone()), &windows, &KlOptions::default()).unwrap();
+    let mut started = plain().with_start(loftq.clone(), lora.clone()).unwrap();
+    assert_ne!(started.fingerprint(), plain().fingerprint());
+    let tokens = started.tokens();
+    for config in some_configs(&space, 3).into_iter().chain([space.lowest()]) {
+        let plan = space.plan(&config);
+        let attacher = LoraAttacher::new(&lora, &model.slot_shapes()).unwrap();
+        let calibration = CalibrationConfig::new(loftq.clone(), schemes(&plan).unwrap());
+        let calibrator = Calibrator::new(&calibration, &windows).with_adapters(&attacher);
+        let (quantized, _) = calibrator.run(model.clone()).unwrap();
+        let expected = direct_kl(&model, &quantized, &windows);
+        let found = started.kl(&plan, tokens, &mut |_, _| true).unwrap().score;
+        assert!(
+            (found - expected).abs() <= 1e-4 * expected + 1e-7,
+            "{config:?}: {found}, directly {expected}"
+        );
+        let rounded = plain().kl(&plan, tokens, &mut |_, _| true).unwrap().score;
+        assert!(found != rounded || config == space.highest(), "{config:?}: {found}, rounded {rounded}");
+    }
+    let error = plain().with_start(Method::Gptq(GptqConfig::default()), lora).unwrap_err();
+    assert!(error.is_argument() && error.to_string().contains("LoftQ"), "{error}");
+}
+
+#[test]
+fn plans_are_scored_on_tasks() {
+    let (checkpoint, model) = load(EMBEDDED);
+    let tokenizer = checkpoint.tokenizer().unwrap();
+    let space = space_of(&model, &choices(&["affine2:64", "affine8:64"])).unwrap();
+    let letters = || {
+        let task = Task::from_file(testdata("eval/letters.json")).unwrap();
+        let data = DataFolder::new(testdata("eval")).load(&task, 0).unwrap();
+        TaskScore::new(task, data, checkpoint.tokenizer().unwrap()).unwrap()
+    };
+    let plain =
+        || ModelObjective::new(Variants::new(model.clone()), &windows(1, 32), &KlOptions::default()).unwrap();
+    let measure = |objective: &mut ModelObjective, amount: u64, seed: u64| {
+        let settings = SearchSettings::new(1, Fidelity { measure: Measure::Task, amount });
+        let mut log = TrialLog::in_memory(&space);
+        let one = One(space.lowest());
+        let settings = settings.with_evaluation_seed(seed);
+        search(&space, objective, &mut log, &one, &settings).unwrap().trials[0].score
+    };
+    let mut scored = plain().with_task(letters()).unwrap();
+    assert_ne!(scored.fingerprint(), plain().fingerprint());
+    let quantized = Variants::new(model.clone()).model(&space.plan(&space.lowest())).unwrap();
+    let asked = {
+        let task = Task::from_file(testdata("eval/letters.json")).unwrap();
+        let data = DataFolder::new(testdata("eval")).load(&task, 0).unwrap();
+        [(task, data)]
+    };
+    let mut evaluation = kiln::eval::Evaluation::new().with_shots(0);
+    evaluation.limit = Some(60);
+    let scorer = ModelScorer::new(&quantized, &tokenizer).unwrap();
+    let accuracy = evaluation.evaluate(&scorer, &asked).unwrap().tasks[0].metrics[0].value;
+    assert_eq!(measure(&mut scored, 60, 0), Some(1.0 - accuracy));
+    assert_eq!(measure(&mut scored, 60, 1), Some(1.0 - accuracy), "nothing is drawn");
+    assert_eq!(measure(&mut plain(), 60, 0), None, "no task");
+
+    let error = plain().with_task(letters().with_steps(2)).unwrap_err();
+    assert!(error.is_argument() && error.to_string().contains("fine-tune"), "{error}");
+    let rows: Vec<u32> = text("shift_test_moby")[..2048].to_vec();
+    let data = Arc::new(Dataset::from_ids(rows, &DataOptions::new(64, model.vocab_size())).unwrap());
+    let held_out = text("shift_test_moby")[8192..8704].to_vec();
+    let tuning = FineTune::new(data, held_out, 64, trainer(), AdapterConfig::lora(4, 8.0)).unwrap();
+    let mut tuned = plain().with_fine_tune(tuning).with_task(letters().with_steps(4)).unwrap();
+    let found = measure(&mut tuned, 60, 0);
+    assert_eq!(found, measure(&mut tuned, 60, 0));
+    assert!(found.is_some_and(|score| (0.0..=1.0).contains(&score)));
 }
 
 /// Measures one plan.

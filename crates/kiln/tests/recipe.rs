@@ -239,6 +239,43 @@ fn the_stages_follow_one_another() {
     assert_eq!(again.evaluate(&data).unwrap(), tuned.evaluate(&data).unwrap());
 }
 
+/// DoRA starts where the calibrated LoRA is; other adapters start on a base that a method quantized without them.
+#[test]
+#[cfg(feature = "calibration")]
+fn every_adapter_has_a_calibrated_start() {
+    use kiln::{
+        adapters::QaHira,
+        calibration::{CalibrationConfig, GptqConfig, LoftqConfig, Method as Calibration},
+        quant::Plan,
+    };
+    let base = Base::open(testdata("models/tiny-llama")).unwrap().with_scheme("dense".parse().unwrap());
+    let base = base.with_compute(Compute::F32).load().unwrap();
+    let data = std::sync::Arc::new(text(&base));
+    let windows = data.windows(2).unwrap();
+    let config = |method| CalibrationConfig::new(method, Plan::uniform("affine2:32".parse().unwrap()));
+    let loftq = config(Calibration::Loftq(LoftqConfig::default()));
+    let loss = |tuned: &FineTuned| tuned.evaluate(&data).unwrap().nll;
+    let of_lora = base.calibrate(lora(0.0), &loftq, &windows).unwrap();
+    let dora = AdapterConfig::dora(4, 8.0).with_seed(5);
+    let of_dora = base.calibrate(dora, &loftq, &windows).unwrap();
+    assert!((loss(&of_lora) - loss(&of_dora)).abs() < 1e-5, "{} {}", loss(&of_lora), loss(&of_dora));
+    let tuned = of_dora.finetune(data.clone()).with_steps(6).with_lr(5e-3).run().unwrap();
+    assert!(loss(&tuned) < loss(&of_dora));
+
+    let gptq = config(Calibration::Gptq(GptqConfig::default()));
+    let plain = base.calibrate(lora(0.0), &gptq, &windows).unwrap();
+    let hira = AdapterConfig::new(Method::QaHira(QaHira::for_tiles(1, 32)), 1, 32.0);
+    let start = base.calibrate(hira.clone(), &gptq, &windows).unwrap();
+    // Both start at GPTQ's base.
+    assert_eq!(loss(&start), loss(&plain));
+    let tuned = start.finetune(data.clone()).with_steps(6).with_lr(1e-2).run().unwrap();
+    assert!(loss(&tuned) < loss(&start));
+    let merged = tuned.merge_packed().unwrap().evaluate(&data).unwrap().nll;
+    assert!((merged - loss(&tuned)).abs() < 1e-4, "{merged} {}", loss(&tuned));
+    let error = base.calibrate(hira, &loftq, &windows).unwrap_err();
+    assert!(error.is_argument() && error.to_string().contains("adapters"), "{error}");
+}
+
 #[test]
 fn errors_tell_their_kind_and_what_was_expected() {
     let error = Base::open("HuggingFaceTB/SmolLM2-135M").unwrap_err();

@@ -40,7 +40,7 @@ pub use linear::{PackedLinear, QuantLinear};
 pub use parameters::{HostValues, Parameter, for_each_parameter, trained_values};
 pub use plan::{PathPattern, Plan};
 pub use projection::{Place, Projection};
-pub use quantizers::{HostQuantizer, Hqq, MinMax, MseClipped, QuantError};
+pub use quantizers::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, QuantError};
 pub use scheme::{
     Block, DOUBLE_BLOCK, Grid, QuantScheme, SUPER_BLOCK, ScaleType, Scheme, SuperLayout, Value,
 };

@@ -6,8 +6,8 @@ use burn::{
     tensor::Device,
 };
 use kiln_quant_core::{
-    Error, HostQuantizer, Hqq, MinMax, MseClipped, PackedLinear, PackedTensor, QuantLinear, QuantScheme,
-    quantizers::error,
+    Error, HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, PackedLinear, PackedTensor, QuantLinear,
+    QuantScheme, quantizers::error,
 };
 use kiln_testkit::{check_projection, tensor, values};
 
@@ -29,10 +29,11 @@ fn every_projection_computes_what_its_weight_and_bias_say() {
     }
 }
 
-fn quantizers() -> [(&'static str, Box<dyn HostQuantizer>); 3] {
+fn quantizers() -> [(&'static str, Box<dyn HostQuantizer>); 4] {
     [
         ("min-max", Box::new(MinMax)),
         ("mse", Box::new(MseClipped::default())),
+        ("least-squares", Box::new(LeastSquares::default())),
         ("hqq", Box::new(Hqq::default())),
     ]
 }

@@ -154,6 +154,11 @@ impl Task {
         &self.description.task
     }
 
+    /// What it is scored by first; none of a task without metrics.
+    pub fn first_metric(&self) -> Option<Metric> {
+        self.metrics.first().map(|compiled| compiled.metric)
+    }
+
     /// The split that is scored.
     pub fn evaluated_split(&self) -> &str {
         let splits = [&self.description.test_split, &self.description.validation_split];

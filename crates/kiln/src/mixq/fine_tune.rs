@@ -94,6 +94,25 @@ impl FineTune {
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
     ) -> Result<Outcome> {
+        let (trainer, outcome) = self.tuned(original, quantized, plan, steps, seed, keep_going)?;
+        match trainer {
+            Some(trainer) if self.evaluate_every == 0 => {
+                Ok(Outcome { loss: self.score(trainer.model())?, ..outcome })
+            }
+            _ => Ok(outcome),
+        }
+    }
+
+    /// Fine-tunes a plan; without the model where training diverged.
+    pub(super) fn tuned(
+        &self,
+        original: &Decoder<QuantLinear>,
+        quantized: Decoder<QuantLinear>,
+        plan: &Plan,
+        steps: u64,
+        seed: u64,
+        keep_going: &mut dyn FnMut(u64, f64) -> bool,
+    ) -> Result<(Option<Trainer<AdaptedModel>>, Outcome)> {
         let base = self.adapters.clone().with_seed(seed);
         let Some((method, windows)) = &self.start else {
             return self.tune(attach(quantized, plan, &base)?, steps, seed, keep_going);
@@ -115,7 +134,7 @@ impl FineTune {
         steps: u64,
         seed: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
-    ) -> Result<Outcome> {
+    ) -> Result<(Option<Trainer<AdaptedModel>>, Outcome)> {
         let mut config = self.trainer.clone();
         (config.steps, config.batch.seed) = (steps, seed);
         config.warmup = config.warmup.min(steps / 10);
@@ -124,14 +143,11 @@ impl FineTune {
         let options = RunOptions::new().with_evaluations(self.evaluate_every);
         match trainer.run_with(&options, &mut listener) {
             Ok(_) => {}
-            Err(kiln_training::Error::Diverged { .. }) => return Ok(listener.outcome),
+            Err(kiln_training::Error::Diverged { .. }) => return Ok((None, listener.outcome)),
             Err(error) => return Err(error.into()),
         }
         let outcome = listener.outcome;
-        if self.evaluate_every > 0 {
-            return Ok(outcome);
-        }
-        Ok(Outcome { loss: self.score(trainer.model())?, ..outcome })
+        Ok((Some(trainer), outcome))
     }
 
     /// The held-out loss; NaN where the model gives no number.

@@ -134,9 +134,9 @@ impl LogitKl {
     ///
     /// # Errors
     /// [`Error::is_argument`] for more tokens than there are, or a text too few or too many.
-    pub fn measure(
+    pub fn measure<M: CausalLm>(
         &mut self,
-        quantized: &Decoder<QuantLinear>,
+        quantized: &M,
         blocks: &[String],
         tokens: u64,
         keep_going: &mut dyn FnMut(u64, f64) -> bool,
@@ -164,7 +164,7 @@ impl LogitKl {
 
 impl Batch {
     /// The residual stream `[tokens, width]` after the last block.
-    fn forward(&mut self, model: &Decoder<QuantLinear>, blocks: &[String], keep: bool) -> Tensor<2> {
+    fn forward<M: CausalLm>(&mut self, model: &M, blocks: &[String], keep: bool) -> Tensor<2> {
         let same = self.trail.iter().zip(blocks).take_while(|((known, _), block)| known == *block).count();
         self.trail.truncate(same);
         let mut x = self.trail.last().map_or_else(|| self.embedded.clone(), |(_, x)| x.clone());
@@ -178,7 +178,7 @@ impl Batch {
     }
 
     /// The sum over all positions.
-    fn divergence(&self, model: &Decoder<QuantLinear>, x: Tensor<2>, logit_rows: usize) -> Result<f64> {
+    fn divergence<M: CausalLm>(&self, model: &M, x: Tensor<2>, logit_rows: usize) -> Result<f64> {
         let mut sum = 0.0;
         for (start, count) in chunks(self.tokens, logit_rows) {
             let reference = match &self.teacher {
@@ -193,7 +193,7 @@ impl Batch {
     }
 }
 
-fn log_probabilities(model: &Decoder<QuantLinear>, rows: Tensor<2>) -> Tensor<2> {
+fn log_probabilities<M: CausalLm>(model: &M, rows: Tensor<2>) -> Tensor<2> {
     log_softmax(model.lm_head(model.final_norm(rows)).cast(FloatDType::F32), 1)
 }
 

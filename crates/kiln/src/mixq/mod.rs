@@ -3,9 +3,9 @@
 //! | | |
 //! | --- | --- |
 //! | [`space_of`], [`Choices`], [`TrainingShape`] | a model's search space, with the bytes that loading it takes |
-//! | [`ModelObjective`] | KL, activation error, Fisher and short fine-tunes as one objective |
+//! | [`ModelObjective`] | KL, activation error, Fisher, short fine-tunes and tasks as one objective |
 //! | [`Variants`] | a model's quantized projections, each made once; a plan's model in no time |
-//! | [`LogitKl`], [`Moments`], [`Fisher`], [`FineTune`] | the single measures |
+//! | [`LogitKl`], [`Moments`], [`Fisher`], [`FineTune`], [`TaskScore`] | the single measures |
 //! | [`load_options`], [`schemes`], [`adapters`], [`attach`] | a plan for loading, calibration and training |
 //!
 //! Scores are always those of the quantized model. Figures "16-bit" of the literature are `dense` here, and a dense
@@ -48,6 +48,8 @@ mod kl;
 mod moments;
 mod objective;
 mod space;
+mod starts;
+mod task_score;
 mod variants;
 
 use crate::{Error, Result};
@@ -58,4 +60,5 @@ pub use kl::{KlOptions, LogitKl};
 pub use moments::Moments;
 pub use objective::ModelObjective;
 pub use space::{Choices, TrainingShape, space_of};
+pub use task_score::TaskScore;
 pub use variants::Variants;

@@ -2,6 +2,9 @@
 
 use std::fmt;
 
+use burn::module::Module;
+use kiln_adapters::AdapterConfig;
+use kiln_calibration::Method;
 use kiln_mixq_search::{
     Evaluation, Fidelity, Granularity, KeepGoing, Measure, Measurement, Objective, Plan, Request,
 };
@@ -9,7 +12,10 @@ use kiln_models::{CausalLm, Slots, Windows};
 use kiln_quant_core::{QuantLinear, Scheme, hash::hex};
 use sha2::{Digest, Sha256};
 
-use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Variants, apply::scheme_of};
+use super::{
+    Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, TaskScore, Variants, apply::scheme_of,
+    starts::Starts,
+};
 
 /// Measures plans of one model. What is measured is the request's: see [`Measure`].
 ///
@@ -19,8 +25,10 @@ use super::{Error, FineTune, Fisher, KlOptions, LogitKl, Moments, Result, Varian
 /// | activation error | sum over projections of [`Moments::relative_error`] | tokens, rounded up to whole windows |
 /// | Fisher | sum over projections of [`Fisher::harm`] | tokens, rounded up to whole windows |
 /// | fine-tune | held-out loss after [`FineTune`] | steps |
+/// | task | what [`TaskScore`]'s metric lacks to 1 | documents |
 ///
-/// All are of the quantized model, less is better, and only the fine-tune depends on the seed.
+/// All are of the quantized model, or of the model that fine-tunes start from ([`with_start`](Self::with_start); activation
+/// error and Fisher excepted). Less is better, and only fine-tunes depend on the seed, a task after one too.
 pub struct ModelObjective {
     variants: Variants,
     windows: Windows,
@@ -29,6 +37,8 @@ pub struct ModelObjective {
     moments: Option<(usize, Moments)>,
     fisher: Option<(usize, Fisher)>,
     fine_tune: Option<FineTune>,
+    task: Option<TaskScore>,
+    starts: Option<Starts>,
     /// Amounts of tokens are rounded up to whole batches, so their size is part of what is measured.
     batch_tokens: usize,
     model_hash: String,
@@ -63,6 +73,8 @@ impl ModelObjective {
             moments: None,
             fisher: None,
             fine_tune: None,
+            task: None,
+            starts: None,
             batch_tokens: options.batch_tokens,
             model_hash,
             fingerprint: String::new(),
@@ -78,6 +90,34 @@ impl ModelObjective {
         self.fine_tune = Some(fine_tune);
         self.identify();
         self
+    }
+
+    /// The same with a task.
+    ///
+    /// # Errors
+    /// [`Error::is_argument`] for a task that is scored after steps, where there is no fine-tune to make them.
+    pub fn with_task(mut self, task: TaskScore) -> Result<Self> {
+        if task.steps() > 0 && self.fine_tune.is_none() {
+            let expected = "a fine-tune, set before a task that is scored after one";
+            return Err(Error::argument("ModelObjective::with_task", expected, "none"));
+        }
+        self.task = Some(task);
+        self.identify();
+        Ok(self)
+    }
+
+    /// Measures divergence, and tasks without a fine-tune, of the models that fine-tunes start from: by LoftQ or PiSSA, whose
+    /// factors make up for a part of what rounding loses, more of it where there are fewer bits.
+    ///
+    /// # Memory
+    /// Every projection in every scheme that a plan asked for, with its factors.
+    ///
+    /// # Errors
+    /// [`Error::is_argument`] for a method that looks at activations, which would have to run for each plan.
+    pub fn with_start(mut self, method: Method, adapters: AdapterConfig) -> Result<Self> {
+        self.starts = Some(Starts::new(method, adapters, &self.windows)?);
+        self.identify();
+        Ok(self)
     }
 
     /// Tokens of all windows: the most that a fidelity may ask for.
@@ -97,6 +137,12 @@ impl ModelObjective {
         if let Some(fine_tune) = &self.fine_tune {
             hash.update(fine_tune.describe());
         }
+        if let Some(task) = &self.task {
+            hash.update(task.describe());
+        }
+        if let Some(starts) = &self.starts {
+            hash.update(starts.describe());
+        }
         self.fingerprint = hex(hash.finalize());
     }
 
@@ -105,15 +151,19 @@ impl ModelObjective {
     /// # Errors
     /// [`Error::is_argument`] for a plan of another model, or more tokens than there are.
     pub fn kl(&mut self, plan: &Plan, tokens: u64, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
-        let model = self.variants.model(plan)?;
-        let mut keys = vec![String::new(); model.num_blocks()];
+        let mut keys = vec![String::new(); self.variants.original().num_blocks()];
         for (path, block) in &self.blocks {
             if let Some(setting) = plan.get(path) {
-                keys[*block].push_str(&setting.scheme);
-                keys[*block].push(' ');
+                keys[*block] += &format!("{} {:?} ", setting.scheme, setting.rank);
             }
         }
-        let (score, seen) = self.kl.measure(&model, &keys, tokens, keep_going)?;
+        let (score, seen) = match &mut self.starts {
+            Some(starts) => {
+                let model = starts.model(self.variants.original(), plan)?;
+                self.kl.measure(&model, &keys, tokens, keep_going)?
+            }
+            None => self.kl.measure(&self.variants.model(plan)?, &keys, tokens, keep_going)?,
+        };
         let mut measured = Measurement::new(score);
         measured.figures.insert("tokens".into(), seen as f64);
         Ok(measured)
@@ -165,6 +215,28 @@ impl ModelObjective {
     }
 }
 
+impl ModelObjective {
+    fn task(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
+        let Some(task) = &self.task else { return Err(unmeasurable(Measure::Task)) };
+        let (plan, documents) = (request.plan, request.fidelity.amount);
+        let value = match (task.steps(), &self.fine_tune, &mut self.starts) {
+            (0, _, Some(starts)) => task.of(&starts.model(self.variants.original(), plan)?, documents)?,
+            (0, _, None) | (_, None, _) => task.of(&self.variants.model(plan)?, documents)?,
+            (steps, Some(fine_tune), _) => {
+                let quantized = self.variants.model(plan)?;
+                let original = self.variants.original();
+                match fine_tune.tuned(original, quantized, plan, steps, request.seed, keep_going)?.0 {
+                    Some(trainer) => task.of(&trainer.model().valid(), documents)?,
+                    None => f64::NAN,
+                }
+            }
+        };
+        let mut measured = Measurement::new(1.0 - value);
+        measured.figures.insert("metric".into(), value);
+        Ok(measured)
+    }
+}
+
 impl Objective for ModelObjective {
     fn fingerprint(&self) -> String {
         self.fingerprint.clone()
@@ -173,14 +245,18 @@ impl Objective for ModelObjective {
     fn rounded(&self, fidelity: Fidelity) -> Fidelity {
         let amount = match fidelity.measure {
             Measure::Kl => self.kl.rounded(fidelity.amount),
-            Measure::Finetune => fidelity.amount,
+            Measure::Finetune | Measure::Task => fidelity.amount,
             _ => fidelity.amount.next_multiple_of(self.windows.length() as u64),
         };
         Fidelity { amount, ..fidelity }
     }
 
     fn has_seeds(&self, measure: Measure) -> bool {
-        measure == Measure::Finetune
+        match measure {
+            Measure::Finetune => true,
+            Measure::Task => self.task.as_ref().is_some_and(|task| task.steps() > 0),
+            _ => false,
+        }
     }
 
     fn evaluate(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Evaluation {
@@ -188,6 +264,7 @@ impl Objective for ModelObjective {
         let measured = match request.fidelity.measure {
             Measure::Kl => self.kl(request.plan, tokens, keep_going),
             Measure::Finetune => self.tuned(request, keep_going),
+            Measure::Task => self.task(request, keep_going),
             measure => self.proxy(request.plan, measure, tokens),
         };
         measured.map_err(Into::into)
@@ -195,7 +272,7 @@ impl Objective for ModelObjective {
 }
 
 fn unmeasurable(measure: Measure) -> Error {
-    let expected = "KL, activation error, Fisher, or a fine-tune where one is set";
+    let expected = "KL, activation error, Fisher, or a fine-tune or a task where one is set";
     Error::argument("fidelity.measure", expected, format!("{measure:?}"))
 }
 

@@ -4,6 +4,7 @@
 //! | --- | --- | --- |
 //! | [`MinMax`] | the block's whole range | all |
 //! | [`MseClipped`] | the shrunken range with the least error | all |
+//! | [`LeastSquares`] | the best for the codes, in turns with the codes | all |
 //! | [`Hqq`] | the block's range; the zero point by the half-quadratic solver | affine, float or integer offset |
 //!
 //! All of them round scale and offset to the scheme's storage type **first** and choose codes against the rounded
@@ -25,6 +26,7 @@ mod codebook;
 mod double;
 mod encode;
 mod hqq;
+mod least_squares;
 mod report;
 mod rtn;
 mod super_blocks;
@@ -32,6 +34,7 @@ mod super_blocks;
 pub use clip::MseClipped;
 pub use double::double_quantize;
 pub use hqq::Hqq;
+pub use least_squares::LeastSquares;
 pub use report::{QuantError, error};
 pub use rtn::MinMax;
 

@@ -4,7 +4,7 @@ mod references;
 
 use proptest::prelude::*;
 
-use super::{HostQuantizer, Hqq, MinMax, MseClipped, error};
+use super::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, error};
 use crate::{
     Block, Codebook, Error, Grid, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::unpack_column,
 };
@@ -22,10 +22,11 @@ pub(super) fn random_weight(seed: u64, count: usize) -> Vec<f32> {
     (0..count).map(|_| ((0..4).map(|_| uniform()).sum::<f32>() - 2.0) / (uniform() + 0.1)).collect()
 }
 
-fn quantizers() -> [(&'static str, Box<dyn HostQuantizer>); 3] {
+fn quantizers() -> [(&'static str, Box<dyn HostQuantizer>); 4] {
     [
         ("MinMax", Box::new(MinMax)),
         ("MseClipped", Box::new(MseClipped::default())),
+        ("LeastSquares", Box::new(LeastSquares::default())),
         ("Hqq", Box::new(Hqq::default())),
     ]
 }
@@ -266,7 +267,7 @@ fn scales_beyond_their_storage_type_are_named() {
     weight[41] = -3e38;
     weight[42] = 3e38;
     for text in ["affine4:16:f16", "affine4:16:int:f16", "affine4:16:sym:f16", "nf4:16:f16"] {
-        for quantizer in [&MinMax as &dyn HostQuantizer, &MseClipped::default()] {
+        for quantizer in [&MinMax as &dyn HostQuantizer, &MseClipped::default(), &LeastSquares::default()] {
             let result = quantizer.quantize("up_proj", &weight, 32, 2, &text.parse().unwrap());
             let message = result.unwrap_err().to_string();
             assert!(message.contains("\"up_proj\"") && message.contains("output 1, input 0"), "{message}");
