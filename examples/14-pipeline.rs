@@ -3,28 +3,24 @@
 //! Without arguments: the embedded model and a task that comes with the repository, in less than two minutes.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
-use std::{
-    path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
     calibration::{ApiqConfig, CalibrationConfig, Method},
-    eval::{DataFolder, Evaluation, ModelScorer, Task, TaskData, disk_bytes},
+    eval::disk_bytes,
     mixq::{Choices, schemes, space_of},
     mixq_search::Granularity,
-    models::{CausalLm, Tokenizer, Windows},
+    models::Windows,
     pruning::{BlockPruning, Criterion, HeadRounding},
     quant::{Scheme, files::OutputFolder},
-    training::{Dataset, Event, Observer, ScheduleKind},
+    training::{Event, Observer, ScheduleKind},
 };
 use kiln_examples::{
-    Bar, Result, check_outputs, embedded_model, model_folder, read_ids, save_replacing, say, testdata,
-    write_curve, write_json,
+    Bar, Questions, Result, check_outputs, embedded_model, model_folder, read_ids, save_replacing, say,
+    testdata, write_curve, write_json,
 };
 
 #[derive(Parser)]
@@ -86,59 +82,6 @@ struct Options {
     json: Option<PathBuf>,
 }
 
-/// What is asked, and what is learned.
-struct Questions {
-    /// The task, with what is scored.
-    asked: [(Task, TaskData); 1],
-    rows: Vec<(String, String)>,
-    limit: usize,
-}
-
-impl Questions {
-    fn open(options: &Options) -> Result<Self> {
-        let task = match &options.task {
-            None => Task::from_file(testdata("eval/letters.json"))?,
-            Some(file) if file.ends_with(".json") => Task::from_file(file)?,
-            Some(name) => Task::builtin(name)?,
-        };
-        let training = task.description().training_split.as_deref();
-        if training.is_none()
-            || training != Some(task.fewshot_split())
-            || training == Some(task.evaluated_split())
-        {
-            let name = task.name();
-            return Err(format!("task {name}: expected a training split of its own, found none").into());
-        }
-        let TaskData { evaluated, fewshot } = DataFolder::new(&options.data).load(&task, 1)?;
-        let mut rows = task.rows(&fewshot)?;
-        rows.truncate(options.limit);
-        let asked = [(task, TaskData { evaluated, fewshot: Vec::new() })];
-        Ok(Self { asked, rows, limit: options.limit })
-    }
-
-    /// The share of right answers; the answers go to `log`.
-    fn accuracy<M: CausalLm>(&self, model: &M, tokenizer: &Tokenizer, log: &Path) -> Result<f64> {
-        let mut evaluation = Evaluation::new();
-        (evaluation.shots, evaluation.limit) = (Some(0), Some(self.limit));
-        evaluation.samples = Some(log.into());
-        let scorer = ModelScorer::new(model, tokenizer)?;
-        let report = evaluation.evaluate(&scorer, &self.asked)?;
-        let metric = report.tasks.first().and_then(|task| task.metrics.first());
-        Ok(metric.ok_or("expected a task with a metric, found none")?.value)
-    }
-
-    /// The training split, of which the answers are learned: as rows of prompt and completion, which are tokenised together,
-    /// as the task's requests are.
-    fn dataset(&self, base: &Base, seq_len: usize, folder: &Path) -> Result<Dataset> {
-        let rows = self.rows.iter().map(|(prompt, answer)| {
-            serde_json::json!({"prompt": prompt, "completion": answer}).to_string() + "\n"
-        });
-        let file = folder.join("rows.jsonl");
-        std::fs::write(&file, rows.collect::<String>())?;
-        Ok(base.data(file, seq_len)?)
-    }
-}
-
 /// Prunes, searches bits, and quantizes and starts adapters by ApiQ.
 fn compressed(base: &Base, windows: &Windows, options: &Options) -> Result<FineTuned> {
     let pruned = match options.prune {
@@ -167,7 +110,7 @@ fn run(options: Options) -> Result<()> {
     let out = Arc::new(OutputFolder::claim(&options.out)?);
     check_outputs([&Some(out.path().join("loss.svg")), &options.json])?;
     let (model, adapter) = (model_folder(out.path(), options.model.as_deref())?, out.path().join("adapter"));
-    let questions = Questions::open(&options)?;
+    let questions = Questions::open(options.task.as_deref(), &options.data, options.limit)?;
     let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?.load()?;
     let text = options
         .text
@@ -178,10 +121,10 @@ fn run(options: Options) -> Result<()> {
     let logs = tempfile::tempdir()?;
     let [of_base, of_start, of_tuned, of_reloaded] =
         ["base", "start", "tuned", "reloaded"].map(|name| logs.path().join(name).with_extension("jsonl"));
-    let data = questions.dataset(&base, options.seq_len, logs.path())?;
+    let data = questions.dataset(&base, options.seq_len, 0..questions.rows())?;
     say!("training split: {}", data.report());
     let of_original = questions.accuracy(base.model(), base.tokenizer(), &of_base)?;
-    say!("{}: accuracy {of_original:.3}", questions.asked[0].0.name());
+    say!("{}: accuracy {of_original:.3}", questions.name());
 
     let start = compressed(&base, &windows, &options)?;
     let before = questions.accuracy(start.model(), base.tokenizer(), &of_start)?;

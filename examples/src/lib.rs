@@ -7,6 +7,7 @@ mod devices;
 mod documents;
 mod errors;
 mod progress;
+mod questions;
 
 use std::{
     path::{Path, PathBuf},
@@ -34,6 +35,7 @@ pub use curve::write_curve;
 pub use devices::DeviceName;
 pub use errors::{Result, print_line, program};
 pub use progress::Bar;
+pub use questions::Questions;
 
 /// How conversations become text where a model has no template of its own. What opens an answer ends in a line break, not in
 /// a space: most tokenizers join that with the word behind it, which the model would then see in training only.

@@ -305,7 +305,7 @@ fn plot(path: &Path, model: Model, runs: &[Run]) -> Result<()> {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let study = Study { options, log: Log::new(options.log.as_deref(), "apiq.jsonl") };
+    let study = Study { options, log: Log::open(options.log.as_deref(), "apiq", 1)? };
     if !options.table {
         study.all()?;
     }
@@ -325,7 +325,7 @@ mod tests {
 
     #[test]
     fn the_tables_of_accuracy_md_are_the_logs() {
-        let runs: Vec<Run> = Log::new(None, "apiq.jsonl").runs().unwrap();
+        let runs: Vec<Run> = Log::open(None, "apiq", 1).unwrap().runs().unwrap();
         for (model, row) in [
             (
                 Model::TinyLlama,

@@ -88,7 +88,7 @@ fn table(log: &Log) -> Result<String> {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let log = Log::new(options.log.as_deref(), "automixq.jsonl");
+    let log = Log::open(options.log.as_deref(), "automixq", 1)?;
     if !options.table {
         for method in &options.methods {
             for evaluations in EVALUATIONS {
@@ -109,7 +109,7 @@ mod tests {
 
     #[test]
     fn the_table_of_accuracy_md_is_the_logs() {
-        let table = table(&Log::new(None, "automixq.jsonl")).unwrap();
+        let table = table(&Log::open(None, "automixq", 1).unwrap()).unwrap();
         for cell in ["| klmix | 0.9817 ± 0.0012, least 0.9796", "| random | 0.8221 ± 0.0277"] {
             assert!(table.contains(cell), "{cell}\n{table}");
         }

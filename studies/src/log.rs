@@ -9,28 +9,62 @@ use std::{
 
 use kiln::quant::hash::Fnv1a;
 use kiln_examples::Result;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 /// One run: what was asked for, then what was found.
 pub(crate) type Line = Map<String, Value>;
 
+/// What writes a log, in its first line; another version's runs may mean something else.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+struct Head<'a> {
+    study: &'a str,
+    version: u32,
+}
+
 pub(crate) struct Log(PathBuf);
 
 impl Log {
-    /// The log at `path`, or below the repository's docs/results.
-    pub(crate) fn new(path: Option<&Path>, name: &str) -> Self {
-        let default = || Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results")).join(name);
-        Self(path.map_or_else(default, Path::to_path_buf))
+    /// The log at `path`, or `study`'s below the repository's docs/results. A new one begins with a line that names the study
+    /// and its version.
+    ///
+    /// # Errors
+    /// A log of another study or version.
+    pub(crate) fn open(path: Option<&Path>, study: &str, version: u32) -> Result<Self> {
+        let default = || {
+            let results = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results"));
+            results.join(study).with_extension("jsonl")
+        };
+        let log = Self(path.map_or_else(default, Path::to_path_buf));
+        let head = Head { study, version };
+        let expected = serde_json::to_string(&head)?;
+        if log.text()?.is_empty() {
+            let _claim = log.claim(&Line::new())?;
+            if log.text()?.is_empty() {
+                log.append(&expected)?;
+            }
+        }
+        let text = log.text()?;
+        let first = text.lines().next().map(serde_json::from_str::<Head<'_>>);
+        let found = match first {
+            Some(Ok(found)) if found == head => return Ok(log),
+            Some(Ok(found)) => format!("one of {}", serde_json::to_string(&found)?),
+            _ => "no such first line".into(),
+        };
+        Err(format!("{}: expected a log of {expected}, found {found}", log.0.display()).into())
     }
 
-    /// All lines, but for one that was being written when its run was stopped.
-    pub(crate) fn lines(&self) -> Result<Vec<Line>> {
+    fn text(&self) -> Result<String> {
         match std::fs::read_to_string(&self.0) {
-            Ok(text) => Ok(text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(Vec::new()),
-            Err(error) => Err(format!("{}: {error}", self.0.display()).into()),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
+            text => Ok(text.map_err(|error| format!("{}: {error}", self.0.display()))?),
         }
+    }
+
+    /// All runs, but for one that was being written when it was stopped.
+    pub(crate) fn lines(&self) -> Result<Vec<Line>> {
+        let text = self.text()?;
+        Ok(text.lines().skip(1).filter_map(|line| serde_json::from_str(line).ok()).collect())
     }
 
     /// All lines as `T`.
@@ -130,7 +164,7 @@ mod tests {
     #[test]
     fn a_run_in_the_log_is_not_repeated() {
         let folder = tempfile::tempdir().unwrap();
-        let log = Log::new(Some(&folder.path().join("log.jsonl")), "");
+        let log = Log::open(Some(&folder.path().join("log.jsonl")), "test", 1).unwrap();
         let figures = |value: u32| move || Ok(Line::from_iter([("loss".into(), json!(value))]));
         let first = log.once(json!({ "seed": 1, "lr": 4.0 }), figures(5)).unwrap();
         assert_eq!(first["loss"], 5);
@@ -146,9 +180,26 @@ mod tests {
     }
 
     #[test]
+    fn logs_of_others_are_refused_by_name() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let open = |study, version| Log::open(Some(&path), study, version).map(drop);
+        open("test", 1).unwrap();
+        open("test", 1).unwrap();
+        for (study, version) in [("test", 2), ("other", 1)] {
+            let error = open(study, version).unwrap_err().to_string();
+            assert!(error.contains("log.jsonl") && error.contains(study), "{error}");
+            assert!(error.contains(r#"found one of {"study":"test","version":1}"#), "{error}");
+        }
+        std::fs::write(&path, "{\"seed\":1}\n").unwrap();
+        assert!(open("test", 1).unwrap_err().to_string().contains("no such first line"));
+    }
+
+    #[test]
     fn of_several_who_want_a_run_one_makes_it() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("log.jsonl");
+        let log = Log::open(Some(&path), "test", 1).unwrap();
         let made = std::sync::atomic::AtomicUsize::new(0);
         std::thread::scope(|scope| {
             for _ in 0..4 {
@@ -159,13 +210,13 @@ mod tests {
                             std::thread::sleep(std::time::Duration::from_millis(5));
                             Ok(Line::from_iter([("loss".into(), json!(seed * 2))]))
                         };
-                        let found = Log::new(Some(&path), "").once(json!({ "seed": seed }), run).unwrap();
+                        let found = log.once(json!({ "seed": seed }), run).unwrap();
                         assert_eq!(found["loss"], seed * 2);
                     }
                 });
             }
         });
         assert_eq!(made.into_inner(), 5);
-        assert_eq!(Log::new(Some(&path), "").lines().unwrap().len(), 5);
+        assert_eq!(log.lines().unwrap().len(), 5);
     }
 }

@@ -12,7 +12,9 @@ mod automixq_study;
 mod balanced_rank_study;
 mod bench;
 mod finetune;
+mod formats_study;
 mod log;
+mod mixed_study;
 mod numbers;
 mod parts_study;
 mod quantization_study;
@@ -51,6 +53,10 @@ enum Command {
     StudyBalancedRank(balanced_rank_study::Options),
     /// Side networks beside LoRA on the same base, at equal tokens.
     StudySideTuning(side_study::Options),
+    /// What formats and quantizers lose by themselves.
+    StudyFormats(formats_study::Options),
+    /// Bits by layer: objectives against tuned losses, and tasks on pruned models.
+    StudyMixedBits(mixed_study::Options),
     /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
     StudyTrainedParts(parts_study::Options),
 }
@@ -66,6 +72,8 @@ fn main() -> ExitCode {
         Command::StudyQuantization(options) => quantization_study::run(&options),
         Command::StudyBalancedRank(options) => balanced_rank_study::run(&options),
         Command::StudySideTuning(options) => side_study::run(&options),
+        Command::StudyFormats(options) => formats_study::run(&options),
+        Command::StudyMixedBits(options) => mixed_study::run(&options),
         Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
 }

@@ -279,7 +279,7 @@ fn table(log: &Log, model: &str) -> Result<()> {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let log = Log::new(options.log.as_deref(), "trained-parts.jsonl");
+    let log = Log::open(options.log.as_deref(), "trained-parts", 1)?;
     let embedded = embedded_model();
     let mut cases = vec![Case {
         name: "tiny-llama",

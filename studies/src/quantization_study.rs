@@ -236,7 +236,7 @@ fn table(runs: &[Run], model: &str) {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let log = Log::new(options.log.as_deref(), "quantization.jsonl");
+    let log = Log::open(options.log.as_deref(), "quantization", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if options.table {
             break;

@@ -192,7 +192,7 @@ fn table(runs: &[Run], model: &str) {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let log = Log::new(options.log.as_deref(), "side-tuning.jsonl");
+    let log = Log::open(options.log.as_deref(), "side-tuning", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {
             study(&log, &case)?;

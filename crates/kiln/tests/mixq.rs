@@ -502,7 +502,7 @@ fn plans_are_scored_on_tasks() {
         let mut log = TrialLog::in_memory(&space);
         let one = One(space.lowest());
         let settings = settings.with_evaluation_seed(seed);
-        search(&space, objective, &mut log, &one, &settings).unwrap().trials[0].score
+        search(&space, objective, &mut log, &one, &settings).map(|found| found.trials[0].score.unwrap())
     };
     let mut scored = plain().with_task(letters()).unwrap();
     assert_ne!(scored.fingerprint(), plain().fingerprint());
@@ -516,9 +516,9 @@ fn plans_are_scored_on_tasks() {
     evaluation.limit = Some(60);
     let scorer = ModelScorer::new(&quantized, &tokenizer).unwrap();
     let accuracy = evaluation.evaluate(&scorer, &asked).unwrap().tasks[0].metrics[0].value;
-    assert_eq!(measure(&mut scored, 60, 0), Some(1.0 - accuracy));
-    assert_eq!(measure(&mut scored, 60, 1), Some(1.0 - accuracy), "nothing is drawn");
-    assert_eq!(measure(&mut plain(), 60, 0), None, "no task");
+    assert_eq!(measure(&mut scored, 60, 0).unwrap(), 1.0 - accuracy);
+    assert_eq!(measure(&mut scored, 60, 1).unwrap(), 1.0 - accuracy, "nothing is drawn");
+    assert!(measure(&mut plain(), 60, 0).unwrap_err().to_string().contains("a task where one is set"));
 
     let error = plain().with_task(letters().with_steps(2)).unwrap_err();
     assert!(error.is_argument() && error.to_string().contains("fine-tune"), "{error}");
@@ -527,9 +527,9 @@ fn plans_are_scored_on_tasks() {
     let held_out = text("shift_test_moby")[8192..8704].to_vec();
     let tuning = FineTune::new(data, held_out, 64, trainer(), AdapterConfig::lora(4, 8.0)).unwrap();
     let mut tuned = plain().with_fine_tune(tuning).with_task(letters().with_steps(4)).unwrap();
-    let found = measure(&mut tuned, 60, 0);
-    assert_eq!(found, measure(&mut tuned, 60, 0));
-    assert!(found.is_some_and(|score| (0.0..=1.0).contains(&score)));
+    let found = measure(&mut tuned, 60, 0).unwrap();
+    assert_eq!(found, measure(&mut tuned, 60, 0).unwrap());
+    assert!((0.0..=1.0).contains(&found));
 }
 
 /// Measures one plan.

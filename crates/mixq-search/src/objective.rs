@@ -85,6 +85,13 @@ pub struct Request<'a> {
     pub seed: u64,
 }
 
+impl<'a> Request<'a> {
+    /// A measurement outside a search.
+    pub const fn new(config: &'a Config, plan: &'a Plan, fidelity: Fidelity, seed: u64) -> Self {
+        Self { config, plan, fidelity, seed }
+    }
+}
+
 /// What came out.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Measurement {

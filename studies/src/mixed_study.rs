@@ -1,0 +1,464 @@
+//! Bits by layer: which objective ranks plans of equal bytes as they end up after tuning, and what a plan that was searched is
+//! worth on a task beside uniform ones, on models pruned by different ratios.
+
+use std::{
+    cell::OnceCell,
+    path::{Path, PathBuf},
+};
+
+use clap::Args;
+use kiln::{
+    Base, FineTuned,
+    adapters::AdapterConfig,
+    calibration::{ApiqConfig, CalibrationConfig, LoftqConfig, Method as Calibration, Rounding},
+    eval::Sample,
+    mixq::{Choices, KlOptions, ModelObjective, Variants, schemes, space_of},
+    mixq_search::{
+        Config, Fidelity, Granularity, KlMix, Measure, Objective, Plan, Request, SearchSettings, SearchSpace,
+        TrialLog, search,
+    },
+    models::Windows,
+    pruning::{BlockPruning, Criterion, HeadRounding},
+    quant::{Plan as Schemes, Scheme},
+};
+use kiln_examples::{Questions, Result, testdata};
+use serde_json::json;
+
+use crate::{
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    log::{Line, Log},
+    numbers::{deviation, mean, significant},
+};
+
+const RANK: usize = 16;
+const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
+/// Whose bytes are the limit.
+const WITHIN: &str = "affine3:64:int:f16";
+const RATIOS: [f64; 3] = [0.2, 0.3, 0.5];
+/// Passes of ApiQ over the windows.
+const EPOCHS: usize = 6;
+/// Plans of about equal bytes that are ranked.
+const RANKED: u64 = 20;
+
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
+    #[arg(long)]
+    smollm2: Option<PathBuf>,
+    /// docs/results/mixed-bits.jsonl if left out.
+    #[arg(long)]
+    log: Option<PathBuf>,
+    /// Only prints the tables of the log.
+    #[arg(long)]
+    table: bool,
+}
+
+/// What a case may spend.
+struct Budget {
+    windows: usize,
+    evaluations: usize,
+    seeds: u64,
+    /// Tasks, with steps of each fine-tune.
+    tasks: &'static [&'static str],
+    steps: u64,
+    lr: f64,
+    /// Steps after which plans are ranked.
+    ranked_steps: u64,
+}
+
+impl Budget {
+    fn of(case: &Case) -> Self {
+        match case.name {
+            EMBEDDED => Self {
+                windows: 16,
+                evaluations: 120,
+                seeds: 3,
+                tasks: &["eval/letters.json"],
+                steps: 200,
+                lr: 3e-3,
+                ranked_steps: 120,
+            },
+            _ => Self {
+                windows: 8,
+                evaluations: 120,
+                seeds: 1,
+                tasks: &["eval/quiz/quiz_letters.json"],
+                steps: 100,
+                lr: 1e-3,
+                ranked_steps: 60,
+            },
+        }
+    }
+}
+
+fn lora(seed: u64) -> AdapterConfig {
+    AdapterConfig::lora(RANK, RANK as f64).with_seed(seed)
+}
+
+fn loftq() -> Calibration {
+    Calibration::Loftq(LoftqConfig::default())
+}
+
+fn space(base: &Base) -> Result<SearchSpace> {
+    let schemes: std::result::Result<Vec<Scheme>, _> = SCHEMES.iter().map(|text| text.parse()).collect();
+    Ok(space_of(base.model(), &Choices::new(schemes?).with_granularity(Granularity::Block))?)
+}
+
+/// Bytes of the model with every linear in `scheme`.
+fn bytes_of(base: &Base, scheme: &str) -> Result<u64> {
+    Ok(space_of(base.model(), &Choices::new([scheme.parse()?]))?.smallest())
+}
+
+/// Numbers that a seed decides.
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, most: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) as usize) % most.max(1)
+    }
+}
+
+/// A plan of at most `limit` bytes and at least 99 % of them, drawn by `seed`.
+fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
+    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bf0_3635);
+    for _ in 0..100_000 {
+        let units = 0..space.units().len();
+        let config = Config(units.map(|unit| dice.below(space.choices(unit)) as u8).collect());
+        if (limit / 100 * 99..=limit).contains(&space.bytes(&config)) {
+            return Ok(config);
+        }
+    }
+    Err(format!("no plan of 99 to 100 % of {limit} bytes in 100,000 draws").into())
+}
+
+/// What each objective says of random plans, and what they end at.
+fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
+    let base = case.open(Scheme::Dense)?;
+    let texts = Texts::of(&base, case)?;
+    let (space, limit) = (space(&base)?, bytes_of(&base, WITHIN)?);
+    let windows = texts.windows(case.length, budget.windows, 0)?;
+    let new = || ModelObjective::new(Variants::new(base.model().clone()), &windows, &KlOptions::default());
+    let (mut rounded, mut started) = (new()?, new()?.with_start(loftq(), lora(0))?);
+    for seed in 0..RANKED {
+        let wanted = json!({ "model": case.name, "ranked": seed });
+        log.once(wanted, || {
+            let config = random_plan(&space, limit, seed)?;
+            let plan = space.plan(&config);
+            let tokens = rounded.tokens();
+            let score = |objective: &mut ModelObjective, measure: Measure| -> Result<f64> {
+                let fidelity = Fidelity { measure, amount: tokens };
+                let request = Request::new(&config, &plan, fidelity, 0);
+                Ok(objective.evaluate(&request, &mut |_, _| true).map_err(|error| error.to_string())?.score)
+            };
+            let [kl, error, fisher] = [
+                score(&mut rounded, Measure::Kl)?,
+                score(&mut rounded, Measure::ActivationError)?,
+                score(&mut rounded, Measure::Fisher)?,
+            ];
+            let of_start = score(&mut started, Measure::Kl)?;
+            let start = start(&base, &plan, loftq(), &windows, 0)?;
+            let trainer = case.trainer(budget.ranked_steps, 0, 1e-2 * case.rate);
+            let tuned = start.finetune(texts.train.clone()).with_trainer(trainer).run()?;
+            let [validation, test] = texts.losses(|data| tuned.evaluate(data))?;
+            Ok(line_of(json!({
+                "bytes": space.bytes(&config), "limit": limit, "plan": plan, "kl": kl, "kl_loftq": of_start,
+                "activation_error": error, "fisher": fisher, "validation": validation, "test": test,
+            })))
+        })?;
+    }
+    Ok(())
+}
+
+fn start(base: &Base, plan: &Plan, method: Calibration, windows: &Windows, seed: u64) -> Result<FineTuned> {
+    let mut config = CalibrationConfig::new(method, schemes(plan)?);
+    config.measured_windows = 0;
+    Ok(base.calibrate(lora(seed), &config, windows)?)
+}
+
+/// A model on a task.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Method {
+    /// One format, LoRA's own start.
+    Lora(&'static str),
+    /// One format, started by LoftQ.
+    Loftq(&'static str),
+    /// One format, started by ApiQ.
+    Apiq(&'static str),
+    Searched,
+    SearchedApiq,
+    Random(u64),
+}
+
+impl Method {
+    const ALL: [Self; 12] = [
+        Self::Lora("dense"),
+        Self::Lora("nf4:64:double"),
+        Self::Loftq("affine4:64:int:f16"),
+        Self::Loftq("nf3:64:f16"),
+        Self::Loftq(WITHIN),
+        Self::Apiq(WITHIN),
+        Self::Searched,
+        Self::SearchedApiq,
+        Self::Random(0),
+        Self::Random(1),
+        Self::Random(2),
+        Self::Loftq("affine2:64:int:f16"),
+    ];
+
+    fn name(self) -> String {
+        match self {
+            Self::Lora(scheme) => format!("`{scheme}`, LoRA"),
+            Self::Loftq(scheme) => format!("`{scheme}`, LoftQ"),
+            Self::Apiq(scheme) => format!("`{scheme}`, ApiQ"),
+            Self::Searched => format!("searched within `{WITHIN}`, LoftQ"),
+            Self::SearchedApiq => format!("searched within `{WITHIN}`, ApiQ"),
+            Self::Random(seed) => format!("random within `{WITHIN}`, LoftQ, {seed}"),
+        }
+    }
+}
+
+/// A pruned model with everything to compress it.
+struct Pruned<'a> {
+    base: Base,
+    space: SearchSpace,
+    windows: Windows,
+    budget: &'a Budget,
+    searched: OnceCell<Plan>,
+}
+
+impl Pruned<'_> {
+    fn plan(&self, method: Method) -> Result<Option<Plan>> {
+        let limit = bytes_of(&self.base, WITHIN)?;
+        Ok(match method {
+            Method::Lora(_) => None,
+            Method::Loftq(scheme) | Method::Apiq(scheme) => {
+                let uniform = space_of(self.base.model(), &Choices::new([scheme.parse()?]))?;
+                Some(uniform.plan(&uniform.lowest()))
+            }
+            Method::Random(seed) => Some(self.space.plan(&random_plan(&self.space, limit, seed)?)),
+            Method::Searched | Method::SearchedApiq => {
+                if let Some(plan) = self.searched.get() {
+                    return Ok(Some(plan.clone()));
+                }
+                let variants = Variants::new(self.base.model().clone());
+                let mut objective = ModelObjective::new(variants, &self.windows, &KlOptions::default())?
+                    .with_start(loftq(), lora(0))?;
+                let settings = SearchSettings::new(self.budget.evaluations, Fidelity::kl(objective.tokens()));
+                let mut log = TrialLog::in_memory(&self.space);
+                let found = search(&self.space, &mut objective, &mut log, &KlMix::default(), &settings)?;
+                let best = found.front.select(limit)?.plan.clone();
+                Some(self.searched.get_or_init(|| best).clone())
+            }
+        })
+    }
+
+    fn run(&self, case: &Case, questions: &Questions, method: Method, lr: f64, seed: u64) -> Result<Line> {
+        let plan = self.plan(method)?;
+        let start = match (&plan, method) {
+            (Some(plan), Method::Apiq(_) | Method::SearchedApiq) => {
+                let config = ApiqConfig::for_budget(3, self.budget.windows, EPOCHS);
+                start(&self.base, plan, Calibration::ApiqBlock(config), &self.windows, seed)?
+            }
+            (Some(plan), _) => start(&self.base, plan, loftq(), &self.windows, seed)?,
+            (None, Method::Lora(scheme)) => {
+                let method = Calibration::Rtn(Rounding::MinMax);
+                let mut config = CalibrationConfig::new(method, Schemes::uniform(scheme.parse()?));
+                config.measured_windows = 0;
+                self.base.calibrate(lora(seed), &config, &self.windows)?
+            }
+            (None, _) => return Err("a plan".into()),
+        };
+        let bytes = match (&plan, method) {
+            (None, Method::Lora(scheme)) | (_, Method::Loftq(scheme) | Method::Apiq(scheme)) => {
+                bytes_of(&self.base, scheme)?
+            }
+            (Some(plan), _) => self.space.bytes(&self.space.config(plan)?),
+            (None, _) => return Err("a plan".into()),
+        };
+        let trainer = case.trainer(self.budget.steps, seed, lr);
+        // The last fifth of what may be learned chooses the rate.
+        let (rows, learned) = (questions.rows(), questions.rows() * 4 / 5);
+        let data = |rows| questions.dataset(&self.base, case.length, rows);
+        let tuned = start.finetune(data(0..learned)?).with_trainer(trainer).run()?;
+        let folder = tempfile::tempdir()?;
+        let answers = folder.path().join("answers.jsonl");
+        let accuracy = questions.accuracy(tuned.model(), self.base.tokenizer(), &answers)?;
+        Ok(line_of(json!({
+            "validation": tuned.evaluate(&data(learned..rows)?)?.nll, "accuracy": accuracy,
+            "right": right(&answers)?, "bytes": bytes, "plan": plan, "steps": self.budget.steps,
+        })))
+    }
+}
+
+/// Of each document of a log of answers, whether it was right: `1` or `0`.
+fn right(log: &Path) -> Result<String> {
+    let mut right = String::new();
+    for line in std::fs::read_to_string(log)?.lines() {
+        let sample: Sample = serde_json::from_str(line)?;
+        right.push(if sample.prediction == sample.answer { '1' } else { '0' });
+    }
+    Ok(right)
+}
+
+fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
+    for task in budget.tasks {
+        let file = testdata(task);
+        let questions = Questions::open(file.to_str(), Path::new("data"), 1000)?;
+        for ratio in RATIOS {
+            let base = case.open(Scheme::Dense)?;
+            let texts = Texts::of(&base, case)?;
+            let windows = texts.windows(case.length, budget.windows, 0)?;
+            let mut pruning = BlockPruning::new(Criterion::TaylorFirst, ratio);
+            (pruning.round_to, pruning.head_rounding) = (64, HeadRounding::Nearest);
+            let (base, _) = base.prune(&pruning, Some(&windows))?;
+            let pruned = Pruned { space: space(&base)?, base, windows, budget, searched: OnceCell::new() };
+            for method in Method::ALL {
+                let name = named(questions.name(), ratio, method);
+                let cell = Cell { model: case.name, bits: 0, method: &name };
+                let rates = [0.3 * budget.lr, budget.lr, 3.0 * budget.lr];
+                cell.study(log, &rates, budget.seeds, |lr, seed| {
+                    pruned.run(case, &questions, method, lr, seed)
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn named(task: &str, ratio: f64, method: Method) -> String {
+    format!("{task}, pruned {ratio}, {}", method.name())
+}
+
+/// Spearman's correlation of two lists.
+fn spearman(a: &[f64], b: &[f64]) -> f64 {
+    let ranks = |values: &[f64]| -> Vec<f64> {
+        let below = |value: f64| values.iter().filter(|other| **other < value).count() as f64;
+        let same = |value: f64| values.iter().filter(|other| **other == value).count() as f64;
+        values.iter().map(|value| below(*value) + (same(*value) - 1.0) / 2.0).collect()
+    };
+    let (a, b) = (ranks(a), ranks(b));
+    let (of_a, of_b) = (mean(&a), mean(&b));
+    let products: f64 = a.iter().zip(&b).map(|(a, b)| (a - of_a) * (b - of_b)).sum();
+    let squares = |values: &[f64], mean: f64| values.iter().map(|value| (value - mean).powi(2)).sum::<f64>();
+    products / (squares(&a, of_a) * squares(&b, of_b)).sqrt()
+}
+
+fn ranks_table(lines: &[Line], model: &str) {
+    let mine: Vec<&Line> = lines
+        .iter()
+        .filter(|line| line.contains_key("ranked") && line.get("model").is_some_and(|name| name == model))
+        .collect();
+    if mine.len() < 3 {
+        return;
+    }
+    let column = |key: &str| -> Vec<f64> { mine.iter().filter_map(|line| line.get(key)?.as_f64()).collect() };
+    let test = column("test");
+    println!(
+        "\n{model}: {} plans, loss after tuning {:.4} ± {}\n\n| objective | rank correlation with it |\n| --- | --- |",
+        mine.len(),
+        mean(&test),
+        deviation(&test).map_or(String::new(), |spread| significant(spread, 2)),
+    );
+    for key in ["kl", "kl_loftq", "activation_error", "fisher", "bytes"] {
+        println!("| {key} | {:.2} |", spearman(&column(key), &test));
+    }
+}
+
+/// Two-sided p of McNemar's exact test: of `n` documents that two models answer differently, `k` for one of them.
+fn mcnemar(k: u32, n: u32) -> f64 {
+    let (least, mut term, mut sum) = (k.min(n - k), 0.5f64.powi(n as i32), 0.0);
+    for i in 0..=least {
+        sum += term;
+        term *= f64::from(n - i) / f64::from(i + 1);
+    }
+    (2.0 * sum).min(1.0)
+}
+
+fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
+    for task in Budget::of(case).tasks {
+        let name = Questions::open(testdata(task).to_str(), Path::new("data"), 1000)?.name().to_owned();
+        for ratio in RATIOS {
+            let chosen = |method: Method| {
+                let method = named(&name, ratio, method);
+                (Cell { model: case.name, bits: 0, method: &method }).chosen(runs)
+            };
+            let answers = |method: Method| -> String {
+                let of = |run: &Run| Some((run.seed, run.more.get("right")?.as_str()?.to_owned()));
+                let mut all: Vec<_> =
+                    chosen(method).iter().flat_map(|found| &found.runs).filter_map(of).collect();
+                all.sort();
+                all.into_iter().map(|(_, right)| right).collect()
+            };
+            let searched = answers(Method::Searched);
+            if Method::ALL.iter().all(|method| chosen(*method).is_none()) {
+                continue;
+            }
+            println!(
+                "\n{}, {name}, pruned by {ratio}\n\n| plan | bytes | accuracy | rate | p against searched |",
+                case.name
+            );
+            println!("| --- | --- | --- | --- | --- |");
+            for method in Method::ALL {
+                let Some(found) = chosen(method) else { continue };
+                let bytes = found.values(|run| run.more.get("bytes")?.as_f64());
+                let accuracy = found.values(|run| run.more.get("accuracy")?.as_f64());
+                let spread = deviation(&accuracy).map_or(String::new(), |spread| format!(" ± {spread:.3}"));
+                let mine = answers(method);
+                let differing: Vec<bool> = mine
+                    .chars()
+                    .zip(searched.chars())
+                    .filter(|(a, b)| a != b)
+                    .map(|(_, b)| b == '1')
+                    .collect();
+                let better = differing.iter().filter(|better| **better).count() as u32;
+                let p = match method == Method::Searched || mine.len() != searched.len() {
+                    true => String::new(),
+                    false => significant(mcnemar(better, differing.len() as u32), 2),
+                };
+                println!(
+                    "| {} | {} | {:.3}{spread} | {} | {p} |",
+                    method.name(),
+                    bytes.first().copied().unwrap_or_default(),
+                    mean(&accuracy),
+                    found.rate(),
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let log = Log::open(options.log.as_deref(), "mixed-bits", 1)?;
+    let cases = Case::all(options.smollm2.as_ref());
+    for case in &cases {
+        if !options.table {
+            let budget = Budget::of(case);
+            rank(&log, case, &budget)?;
+            tune(&log, case, &budget)?;
+        }
+    }
+    let (ranked, tuned): (Vec<Line>, Vec<Line>) =
+        log.lines()?.into_iter().partition(|line| line.contains_key("ranked"));
+    let tuned: serde_json::Result<Vec<Run>> =
+        tuned.into_iter().map(|line| serde_json::from_value(line.into())).collect();
+    let tuned = tuned?;
+    for model in [EMBEDDED, SMOLLM2] {
+        ranks_table(&ranked, model);
+    }
+    cases.iter().try_for_each(|case| tasks_table(&tuned, case))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn statistics_are_those_of_textbooks() {
+        assert!((spearman(&[1.0, 2.0, 3.0, 4.0], &[10.0, 30.0, 20.0, 40.0]) - 0.8).abs() < 1e-12);
+        assert_eq!(spearman(&[1.0, 2.0], &[2.0, 1.0]), -1.0);
+        // 2 * (1 + 10 + 45) / 1024
+        assert!((mcnemar(2, 10) - 0.109375).abs() < 1e-12 && mcnemar(5, 10) == 1.0 && mcnemar(0, 0) == 1.0);
+    }
+}
