@@ -9,7 +9,7 @@ use std::{path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
-    Base,
+    Base, FineTuned,
     adapters::AdapterConfig,
     calibration::{CalibrationConfig, LoftqConfig, Method},
     eval::disk_bytes,
@@ -98,8 +98,11 @@ fn run(options: Options) -> Result<()> {
     let plans = space.size().map_or("more than 2^128".into(), |size| size.to_string());
     say!("{plans} plans of {} to {} bytes; at most {limit} wanted", space.smallest(), space.largest());
 
-    let mut objective =
-        ModelObjective::new(Variants::new(base.model().clone()), &windows, &KlOptions::default())?;
+    let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
+    let loftq = Method::Loftq(LoftqConfig::default());
+    let variants = Variants::new(base.model().clone());
+    let mut objective = ModelObjective::new(variants, &windows, &KlOptions::default())?
+        .with_start(loftq.clone(), adapters.clone())?;
     let mut log = TrialLog::open(options.out.join("search.jsonl"), &space, &objective.fingerprint())?;
     if log.skipped() > 0 {
         eprintln!("note: {} lines of search.jsonl are no trials of this space", log.skipped());
@@ -111,24 +114,29 @@ fn run(options: Options) -> Result<()> {
     say!("{}", found.front.to_markdown());
 
     let best = found.front.select(limit)?;
-    let mut perplexity_of = |plan: &Plan| -> Result<f64> {
-        Ok(perplexity(&objective.variants().model(plan)?, &held_out, options.length)?.perplexity)
+    let started = |plan: &Plan| -> Result<FineTuned> {
+        let config = CalibrationConfig::new(loftq.clone(), schemes(plan)?);
+        Ok(base.calibrate(adapters.clone(), &config, &windows)?)
+    };
+    let perplexity_of = |start: &FineTuned| {
+        Ok::<_, Box<dyn std::error::Error>>(perplexity(start.model(), &held_out, options.length)?.perplexity)
     };
     let uniform = space_of(base.model(), &Choices::new([options.within]))?;
-    let uniform = perplexity_of(&uniform.plan(&uniform.lowest()))?;
-    let mixed = perplexity_of(&best.plan)?;
-    say!("perplexity within {limit} bytes: {uniform:.2} uniform, {mixed:.2} mixed ({} bytes)", best.bytes);
+    let uniform = perplexity_of(&started(&uniform.plan(&uniform.lowest()))?)?;
+    let start = started(&best.plan)?;
+    let mixed = perplexity_of(&start)?;
+    say!(
+        "started by LoftQ, within {limit} bytes: perplexity {uniform:.2} uniform, {mixed:.2} mixed ({} bytes)",
+        best.bytes
+    );
 
-    let config = CalibrationConfig::new(Method::Loftq(LoftqConfig::default()), schemes(&best.plan)?);
-    let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
-    let start = base.calibrate(adapters, &config, &windows)?;
     save_replacing(&folder, |folder| start.without_adapters().save(folder))?;
     let logs = tempfile::tempdir()?;
     let before = questions.accuracy(start.model(), base.tokenizer(), &logs.path().join("start.jsonl"))?;
-    say!("{}: accuracy {before:.3}, started by LoftQ", questions.name());
+    say!("{}: accuracy {before:.3}", questions.name());
     let mut bar = Bar::new(options.steps)?;
     let tuned = start
-        .finetune(questions.dataset(&base, options.length, 0..questions.rows())?)
+        .finetune(questions.dataset(&base, options.length, |_| true)?)
         .with_steps(options.steps)
         .with_batch(BatchOptions::new(options.batch).with_seed(options.seed))
         .with_lr(options.lr)

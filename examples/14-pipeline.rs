@@ -100,7 +100,12 @@ fn compressed(base: &Base, windows: &Windows, options: &Options) -> Result<FineT
     let found = pruned.search(&choices, windows, options.evaluations)?;
     let best = found.front.select(limit)?;
     say!("searched: {} plans measured; {} bytes, where {limit} are allowed", found.evaluations, best.bytes);
-    let apiq = ApiqConfig::for_budget(2, options.windows, options.epochs);
+    // One set of values for all widths of the plan: those of the limit's.
+    let bits = match options.within {
+        Scheme::Packed(scheme) => scheme.bits(),
+        Scheme::Dense => 8,
+    };
+    let apiq = ApiqConfig::for_budget(bits, options.windows, options.epochs);
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64).with_seed(options.seed);
     let config = CalibrationConfig::new(Method::ApiqBlock(apiq), schemes(&best.plan)?);
     Ok(pruned.calibrate(adapters, &config, windows)?)
@@ -121,7 +126,7 @@ fn run(options: Options) -> Result<()> {
     let logs = tempfile::tempdir()?;
     let [of_base, of_start, of_tuned, of_reloaded] =
         ["base", "start", "tuned", "reloaded"].map(|name| logs.path().join(name).with_extension("jsonl"));
-    let data = questions.dataset(&base, options.seq_len, 0..questions.rows())?;
+    let data = questions.dataset(&base, options.seq_len, |_| true)?;
     say!("training split: {}", data.report());
     let of_original = questions.accuracy(base.model(), base.tokenizer(), &of_base)?;
     say!("{}: accuracy {of_original:.3}", questions.name());

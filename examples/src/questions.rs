@@ -1,6 +1,6 @@
 //! A task of multiple choice: what is asked, and what is learned.
 
-use std::{ops::Range, path::Path};
+use std::path::Path;
 
 use kiln::{
     Base,
@@ -25,7 +25,7 @@ impl Questions {
     /// don't name their own. At most `limit` documents are scored, and as many learned.
     ///
     /// # Errors
-    /// Files that can't be read, and a task without a training split of its own.
+    /// Files that can't be read, a task without a training split of its own, or whose first metric isn't better the higher it is.
     pub fn open(task: Option<&str>, data: &Path, limit: usize) -> Result<Self> {
         let task = match task {
             None => Task::from_file(testdata("eval/letters.json"))?,
@@ -40,6 +40,10 @@ impl Questions {
             let name = task.name();
             return Err(format!("task {name}: expected a training split of its own, found none").into());
         }
+        if task.first_metric().is_none_or(|metric| !metric.higher_is_better()) {
+            let name = task.name();
+            return Err(format!("task {name}: expected a metric that is better the higher it is").into());
+        }
         let TaskData { evaluated, fewshot } = DataFolder::new(data).load(&task, 1)?;
         let mut rows = task.rows(&fewshot)?;
         rows.truncate(limit);
@@ -52,7 +56,7 @@ impl Questions {
         self.asked[0].0.name()
     }
 
-    /// The share of right answers; the answers go to `log`.
+    /// The task's first metric, the share of right answers in most; the answers go to `log`.
     ///
     /// # Errors
     /// A log that can't be written, and what the model refuses.
@@ -66,19 +70,14 @@ impl Questions {
         Ok(metric.ok_or("expected a task with a metric, found none")?.value)
     }
 
-    /// How many rows may be learned.
-    pub fn rows(&self) -> usize {
-        self.rows.len()
-    }
-
-    /// Rows of the training split, of which the answers are learned: as prompt and completion, which are tokenised together, as
+    /// The rows of the training split that `chosen` takes by their place, of which the answers are learned: as prompt and completion, which are tokenised together, as
     /// the task's requests are.
     ///
     /// # Errors
-    /// Rows that aren't there, and that can't be written or read.
-    pub fn dataset(&self, base: &Base, seq_len: usize, rows: Range<usize>) -> Result<Dataset> {
-        let found = || format!("task {}: expected rows {rows:?}, found {}", self.name(), self.rows());
-        let rows = self.rows.get(rows.clone()).ok_or_else(found)?.iter().map(|(prompt, answer)| {
+    /// Rows that can't be written or read.
+    pub fn dataset(&self, base: &Base, seq_len: usize, chosen: impl Fn(usize) -> bool) -> Result<Dataset> {
+        let rows = self.rows.iter().enumerate().filter(|(place, _)| chosen(*place)).map(|(_, row)| row);
+        let rows = rows.map(|(prompt, answer)| {
             serde_json::json!({"prompt": prompt, "completion": answer}).to_string() + "\n"
         });
         let folder = tempfile::tempdir()?;

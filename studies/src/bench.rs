@@ -193,7 +193,7 @@ impl Cell<'_> {
     }
 }
 
-/// The runs that a table's line is of.
+/// The runs that a table's line is of; values of those that didn't diverge.
 pub(crate) struct Chosen {
     lr: f64,
     edge: &'static str,
@@ -214,12 +214,21 @@ impl Chosen {
     /// Mean and deviation of perplexities.
     pub(crate) fn perplexity(&self, loss: impl Fn(&Run) -> Option<f64>) -> String {
         let values = self.values(|run| loss(run).map(f64::exp));
-        with_deviation(&values, |value| significant(value, 4))
+        self.counted(with_deviation(&values, |value| significant(value, 4)), values.len())
     }
 
     /// Mean and deviation of losses.
     pub(crate) fn nats(&self, loss: impl Fn(&Run) -> Option<f64>) -> String {
-        with_deviation(&self.values(loss), |value| format!("{value:.4}"))
+        let values = self.values(loss);
+        self.counted(with_deviation(&values, |value| format!("{value:.4}")), values.len())
+    }
+
+    /// A cell that says how many runs it isn't of.
+    fn counted(&self, cell: String, values: usize) -> String {
+        match self.runs.len() - values {
+            0 => cell,
+            diverged => format!("{cell}, {diverged} of {} diverged", self.runs.len()),
+        }
     }
 }
 

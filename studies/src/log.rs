@@ -22,7 +22,10 @@ struct Head<'a> {
     version: u32,
 }
 
-pub(crate) struct Log(PathBuf);
+pub(crate) struct Log {
+    path: PathBuf,
+    head: String,
+}
 
 impl Log {
     /// The log at `path`, or `study`'s below the repository's docs/results. A new one begins with a line that names the study
@@ -35,29 +38,24 @@ impl Log {
             let results = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results"));
             results.join(study).with_extension("jsonl")
         };
-        let log = Self(path.map_or_else(default, Path::to_path_buf));
         let head = Head { study, version };
         let expected = serde_json::to_string(&head)?;
-        if log.text()?.is_empty() {
-            let _claim = log.claim(&Line::new())?;
-            if log.text()?.is_empty() {
-                log.append(&expected)?;
-            }
-        }
+        let log = Self { path: path.map_or_else(default, Path::to_path_buf), head: expected };
         let text = log.text()?;
         let first = text.lines().next().map(serde_json::from_str::<Head<'_>>);
         let found = match first {
+            None => return Ok(log),
             Some(Ok(found)) if found == head => return Ok(log),
             Some(Ok(found)) => format!("one of {}", serde_json::to_string(&found)?),
             _ => "no such first line".into(),
         };
-        Err(format!("{}: expected a log of {expected}, found {found}", log.0.display()).into())
+        Err(format!("{}: expected a log of {}, found {found}", log.path.display(), log.head).into())
     }
 
     fn text(&self) -> Result<String> {
-        match std::fs::read_to_string(&self.0) {
+        match std::fs::read_to_string(&self.path) {
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(String::new()),
-            text => Ok(text.map_err(|error| format!("{}: {error}", self.0.display()))?),
+            text => Ok(text.map_err(|error| format!("{}: {error}", self.path.display()))?),
         }
     }
 
@@ -71,7 +69,7 @@ impl Log {
     pub(crate) fn runs<T: for<'a> Deserialize<'a>>(&self) -> Result<Vec<T>> {
         let parse = |line| serde_json::from_value(Value::Object(line));
         let runs: serde_json::Result<Vec<T>> = self.lines()?.into_iter().map(parse).collect();
-        runs.map_err(|error| format!("{}: {error}", self.0.display()).into())
+        runs.map_err(|error| format!("{}: {error}", self.path.display()).into())
     }
 
     /// The line that has all values of `wanted`; without one, `run` is called and its figures are added. Of several processes
@@ -101,7 +99,7 @@ impl Log {
 impl Log {
     /// The right to make a run, until the file is closed.
     fn claim(&self, wanted: &Line) -> Result<File> {
-        let folder = self.0.with_extension("claims");
+        let folder = self.path.with_extension("claims");
         std::fs::create_dir_all(&folder)?;
         let path = folder.join(Fnv1a::of(serde_json::to_string(wanted)?.bytes()).text());
         let file = File::options().create(true).append(true).open(&path)?;
@@ -110,12 +108,16 @@ impl Log {
     }
 
     fn append(&self, text: &str) -> Result<()> {
-        let name = |error: std::io::Error| format!("{}: {error}", self.0.display());
-        let mut file = File::options().create(true).append(true).open(&self.0).map_err(name)?;
+        let name = |error: std::io::Error| format!("{}: {error}", self.path.display());
+        let mut file = File::options().create(true).append(true).open(&self.path).map_err(name)?;
         file.lock().map_err(name)?;
         // A line that was being written when its run was stopped ends here.
-        let torn = std::fs::read(&self.0).is_ok_and(|found| found.last().is_some_and(|byte| *byte != b'\n'));
-        Ok(writeln!(file, "{}{text}", if torn { "\n" } else { "" }).map_err(name)?)
+        let before = match std::fs::read(&self.path).map_err(name)?.last() {
+            None => format!("{}\n", self.head),
+            Some(b'\n') => String::new(),
+            Some(_) => "\n".into(),
+        };
+        Ok(writeln!(file, "{before}{text}").map_err(name)?)
     }
 }
 
@@ -185,6 +187,9 @@ mod tests {
         let path = folder.path().join("log.jsonl");
         let open = |study, version| Log::open(Some(&path), study, version).map(drop);
         open("test", 1).unwrap();
+        assert!(!path.exists(), "nothing was written yet");
+        let log = Log::open(Some(&path), "test", 1).unwrap();
+        log.once(json!({ "seed": 1 }), || Ok(Line::new())).unwrap();
         open("test", 1).unwrap();
         for (study, version) in [("test", 2), ("other", 1)] {
             let error = open(study, version).unwrap_err().to_string();

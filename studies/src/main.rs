@@ -1,8 +1,9 @@
 //! The measurements behind docs/accuracy.md and docs/performance.md, one subcommand each.
 //!
-//! `finetune`, `apiq`, `automixq` and `side-tuning` measure what their options say. `study-..` call them for a whole table:
-//! each run is a process of its own, because peak memory belongs to a process, and a JSON line of a log below
-//! docs/results; runs that are in the log are not repeated, so that a study goes on where it was stopped.
+//! `finetune`, `apiq`, `automixq` and `side-tuning` measure what their options say. `study-..` make whole tables: each run is a
+//! JSON line of a log below docs/results; runs that are in the log are not repeated, so that a study goes on where it was
+//! stopped. `study-apiq` and `study-automixq` call `apiq` and `automixq`, each run in a process of its own, because peak
+//! memory belongs to a process; the others run in this one.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
 mod apiq;
@@ -47,7 +48,7 @@ enum Command {
     StudyApiq(apiq_study::Options),
     /// Searches by several methods, budgets and seeds against the front of all plans.
     StudyAutomixq(automixq_study::Options),
-    /// Models at 4, 3 and 2 bits on one grid by all methods, before and after the same fine-tune.
+    /// Models at 4, 3 and 2 bits by all methods, before and after the same fine-tune.
     StudyQuantization(quantization_study::Options),
     /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values, merged, beside LoRA quantized again.
     StudyBalancedRank(balanced_rank_study::Options),

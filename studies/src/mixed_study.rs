@@ -22,10 +22,10 @@ use kiln::{
     quant::{Plan as Schemes, Scheme},
 };
 use kiln_examples::{Questions, Result, testdata};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, Texts, line_of, with_deviation},
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
@@ -132,7 +132,7 @@ fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
     Err(format!("no plan of 99 to 100 % of {limit} bytes in 100,000 draws").into())
 }
 
-/// What each objective says of random plans, and what they end at.
+/// What each objective says of random plans, and what they end at; nothing of those that diverge.
 fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
     let base = case.open(Scheme::Dense)?;
     let texts = Texts::of(&base, case)?;
@@ -159,7 +159,12 @@ fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
             let of_start = score(&mut started, Measure::Kl)?;
             let start = start(&base, &plan, loftq(), &windows, 0)?;
             let trainer = case.trainer(budget.ranked_steps, 0, 1e-2 * case.rate);
-            let tuned = start.finetune(texts.train.clone()).with_trainer(trainer).run()?;
+            let tuned = match start.finetune(texts.train.clone()).with_trainer(trainer).run() {
+                Err(error) if error.is_not_finite() => {
+                    return Ok(line_of(json!({ "diverged": error.to_string() })));
+                }
+                tuned => tuned?,
+            };
             let [validation, test] = texts.losses(|data| tuned.evaluate(data))?;
             Ok(line_of(json!({
                 "bytes": space.bytes(&config), "limit": limit, "plan": plan, "kl": kl, "kl_loftq": of_start,
@@ -257,6 +262,7 @@ impl Pruned<'_> {
         let plan = self.plan(method)?;
         let start = match (&plan, method) {
             (Some(plan), Method::Apiq(_) | Method::SearchedApiq) => {
+                // One set of values for all widths: those of the limit's.
                 let config = ApiqConfig::for_budget(3, self.budget.windows, EPOCHS);
                 start(&self.base, plan, Calibration::ApiqBlock(config), &self.windows, seed)?
             }
@@ -277,15 +283,16 @@ impl Pruned<'_> {
             (None, _) => return Err("a plan".into()),
         };
         let trainer = case.trainer(self.budget.steps, seed, lr);
-        // The last fifth of what may be learned chooses the rate.
-        let (rows, learned) = (questions.rows(), questions.rows() * 4 / 5);
-        let data = |rows| questions.dataset(&self.base, case.length, rows);
-        let tuned = start.finetune(data(0..learned)?).with_trainer(trainer).run()?;
+        // Every fifth row of what may be learned chooses the rate.
+        let data = |chooses: bool| {
+            questions.dataset(&self.base, case.length, |row| row.is_multiple_of(5) == chooses)
+        };
+        let tuned = start.finetune(data(false)?).with_trainer(trainer).run()?;
         let folder = tempfile::tempdir()?;
         let answers = folder.path().join("answers.jsonl");
         let accuracy = questions.accuracy(tuned.model(), self.base.tokenizer(), &answers)?;
         Ok(line_of(json!({
-            "validation": tuned.evaluate(&data(learned..rows)?)?.nll, "accuracy": accuracy,
+            "validation": tuned.evaluate(&data(true)?)?.nll, "accuracy": accuracy,
             "right": right(&answers)?, "bytes": bytes, "plan": plan, "steps": self.budget.steps,
         })))
     }
@@ -352,27 +359,44 @@ fn ranks_table(lines: &[Line], model: &str) {
     if mine.len() < 3 {
         return;
     }
-    let column = |key: &str| -> Vec<f64> { mine.iter().filter_map(|line| line.get(key)?.as_f64()).collect() };
-    let test = column("test");
+    let figure = |line: &Line, key: &str| line.get(key).and_then(Value::as_f64);
+    let test: Vec<f64> = mine.iter().filter_map(|line| figure(line, "test")).collect();
     println!(
         "\n{model}: {} plans, loss after tuning {:.4} ± {}\n\n| objective | rank correlation with it |\n| --- | --- |",
-        mine.len(),
+        test.len(),
         mean(&test),
         deviation(&test).map_or(String::new(), |spread| significant(spread, 2)),
     );
     for key in ["kl", "kl_loftq", "activation_error", "fisher", "bytes"] {
-        println!("| {key} | {:.2} |", spearman(&column(key), &test));
+        let (scores, losses): (Vec<f64>, Vec<f64>) =
+            mine.iter().filter_map(|line| Some((figure(line, key)?, figure(line, "test")?))).unzip();
+        println!("| {key} | {:.2} |", spearman(&scores, &losses));
     }
 }
 
-/// Two-sided p of McNemar's exact test: of `n` documents that two models answer differently, `k` for one of them.
-fn mcnemar(k: u32, n: u32) -> f64 {
-    let (least, mut term, mut sum) = (k.min(n - k), 0.5f64.powi(n as i32), 0.0);
-    for i in 0..=least {
-        sum += term;
-        term *= f64::from(n - i) / f64::from(i + 1);
+/// Two-sided p of the exact sign test: of `n` documents on which two models differ, `k` for one of them. McNemar's, where each
+/// model answered once.
+fn sign_test(k: u32, n: u32) -> f64 {
+    // In logarithms: a half to the power of a thousand is no number.
+    let (mut term, mut sum) = (-f64::from(n) * 2f64.ln(), 0.0);
+    for i in 0..=k.min(n - k) {
+        sum += term.exp();
+        term += f64::from(n - i).ln() - f64::from(i + 1).ln();
     }
     (2.0 * sum).min(1.0)
+}
+
+/// How often each document was answered right under the seeds that both have; the documents' differences, second less first.
+fn differences(first: &[(u64, String)], second: &[(u64, String)]) -> Vec<i32> {
+    let mut found: Vec<i32> = Vec::new();
+    for (seed, answers) in first {
+        let Some((_, others)) = second.iter().find(|(other, _)| other == seed) else { continue };
+        found.resize(answers.len(), 0);
+        for ((sum, one), other) in found.iter_mut().zip(answers.chars()).zip(others.chars()) {
+            *sum += i32::from(other == '1') - i32::from(one == '1');
+        }
+    }
+    found
 }
 
 fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
@@ -383,44 +407,35 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
                 let method = named(&name, ratio, method);
                 (Cell { model: case.name, bits: 0, method: &method }).chosen(runs)
             };
-            let answers = |method: Method| -> String {
+            let answers = |found: &Chosen| -> Vec<(u64, String)> {
                 let of = |run: &Run| Some((run.seed, run.more.get("right")?.as_str()?.to_owned()));
-                let mut all: Vec<_> =
-                    chosen(method).iter().flat_map(|found| &found.runs).filter_map(of).collect();
-                all.sort();
-                all.into_iter().map(|(_, right)| right).collect()
+                found.runs.iter().filter_map(of).collect()
             };
-            let searched = answers(Method::Searched);
+            let searched = chosen(Method::Searched).map_or(Vec::new(), |found| answers(&found));
             if Method::ALL.iter().all(|method| chosen(*method).is_none()) {
                 continue;
             }
             println!(
-                "\n{}, {name}, pruned by {ratio}\n\n| plan | bytes | accuracy | rate | p against searched |",
+                "\n{}, {name}, pruned by {ratio}\n\n| plan | bytes | accuracy | rate | p against searched |\n\
+                 | --- | --- | --- | --- | --- |",
                 case.name
             );
-            println!("| --- | --- | --- | --- | --- |");
             for method in Method::ALL {
                 let Some(found) = chosen(method) else { continue };
                 let bytes = found.values(|run| run.more.get("bytes")?.as_f64());
                 let accuracy = found.values(|run| run.more.get("accuracy")?.as_f64());
-                let spread = deviation(&accuracy).map_or(String::new(), |spread| format!(" ± {spread:.3}"));
-                let mine = answers(method);
-                let differing: Vec<bool> = mine
-                    .chars()
-                    .zip(searched.chars())
-                    .filter(|(a, b)| a != b)
-                    .map(|(_, b)| b == '1')
-                    .collect();
-                let better = differing.iter().filter(|better| **better).count() as u32;
-                let p = match method == Method::Searched || mine.len() != searched.len() {
+                let differing = differences(&answers(&found), &searched);
+                let [better, worse] =
+                    [1, -1].map(|sign| differing.iter().filter(|sum| sum.signum() == sign).count() as u32);
+                let p = match method == Method::Searched || differing.is_empty() {
                     true => String::new(),
-                    false => significant(mcnemar(better, differing.len() as u32), 2),
+                    false => significant(sign_test(better, better + worse), 2),
                 };
                 println!(
-                    "| {} | {} | {:.3}{spread} | {} | {p} |",
+                    "| {} | {} | {} | {} | {p} |",
                     method.name(),
                     bytes.first().copied().unwrap_or_default(),
-                    mean(&accuracy),
+                    with_deviation(&accuracy, |value| format!("{value:.3}")),
                     found.rate(),
                 );
             }
@@ -431,12 +446,11 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "mixed-bits", 1)?;
-    let cases = Case::all(options.smollm2.as_ref());
-    for case in &cases {
+    for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {
-            let budget = Budget::of(case);
-            rank(&log, case, &budget)?;
-            tune(&log, case, &budget)?;
+            let budget = Budget::of(&case);
+            rank(&log, &case, &budget)?;
+            tune(&log, &case, &budget)?;
         }
     }
     let (ranked, tuned): (Vec<Line>, Vec<Line>) =
@@ -447,7 +461,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for model in [EMBEDDED, SMOLLM2] {
         ranks_table(&ranked, model);
     }
-    cases.iter().try_for_each(|case| tasks_table(&tuned, case))
+    // The tables need a case's name and tasks only.
+    let smollm2 = options.smollm2.clone().unwrap_or_default();
+    Case::all(Some(&smollm2)).iter().try_for_each(|case| tasks_table(&tuned, case))
 }
 
 #[cfg(test)]
@@ -459,6 +475,17 @@ mod tests {
         assert!((spearman(&[1.0, 2.0, 3.0, 4.0], &[10.0, 30.0, 20.0, 40.0]) - 0.8).abs() < 1e-12);
         assert_eq!(spearman(&[1.0, 2.0], &[2.0, 1.0]), -1.0);
         // 2 * (1 + 10 + 45) / 1024
-        assert!((mcnemar(2, 10) - 0.109375).abs() < 1e-12 && mcnemar(5, 10) == 1.0 && mcnemar(0, 0) == 1.0);
+        assert!((sign_test(2, 10) - 0.109375).abs() < 1e-12 && sign_test(0, 0) == 1.0);
+        assert!(
+            (sign_test(5, 10) - 1.0).abs() < 1e-12
+                && sign_test(900, 2000) < 1e-5
+                && sign_test(900, 2000) > 1e-6
+        );
+        // Paired by seed; the seed that one of them lacks doesn't count.
+        let of = |runs: &[(u64, &str)]| {
+            runs.iter().map(|(seed, right)| (*seed, (*right).into())).collect::<Vec<_>>()
+        };
+        let (first, second) = (of(&[(0, "110"), (2, "100")]), of(&[(1, "000"), (2, "111"), (0, "011")]));
+        assert_eq!(differences(&first, &second), [-1, 1, 2]);
     }
 }

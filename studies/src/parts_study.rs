@@ -213,7 +213,14 @@ impl<'a> Bench<'a> {
         let teacher = Base::open(self.case.path)?.with_scheme(Scheme::Dense).load()?;
         let scheme: Scheme = format!("affine{}:{GROUP}", self.bits).parse()?;
         let rank = self.rank();
-        let apiq = ApiqConfig::for_budget(self.bits, self.case.windows, self.case.epochs);
+        let apiq = ApiqConfig {
+            epochs: self.case.epochs,
+            lr_clipping: 1e-2,
+            lr_lora: 2e-3,
+            initial_logit: 1.0,
+            augmented: true,
+            ..ApiqConfig::default()
+        };
         let config = CalibrationConfig::new(Calibration::ApiqBlock(apiq), Plan::uniform(scheme));
         let windows = self.train.windows(self.case.windows)?;
         let calibrated = teacher.calibrate(AdapterConfig::lora(rank, rank as f64), &config, &windows)?;

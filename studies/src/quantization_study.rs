@@ -1,4 +1,5 @@
-//! Quantization at 4, 3 and 2 bits on one grid, by all methods, before and after the same fine-tune.
+//! Quantization at 4, 3 and 2 bits by all methods, before and after the same fine-tune: affine ones on one grid, with zero points
+//! that are codes, and NormalFloat, which takes a quarter bit less.
 
 use std::path::PathBuf;
 
@@ -23,7 +24,7 @@ use crate::{
 
 const GROUP: usize = 64;
 const RANK: usize = 16;
-/// Windows on which the error of the residual stream is measured.
+/// Windows of the text that calibrates, others than those by chance, on which the error of the residual stream is measured.
 const MEASURED: usize = 4;
 /// Rates that every method is tried with, times the case's.
 const RATES: [f64; 3] = [3e-3, 1e-2, 3e-2];
@@ -91,6 +92,17 @@ impl Method {
             Self::Nf | Self::NfLoftq => format!("nf{bits}:{GROUP}:f16").parse()?,
             _ => format!("affine{bits}:{GROUP}:int:f16").parse()?,
         })
+    }
+
+    /// Bits of a weight with its share of scale and offset, in f16 each.
+    fn stored(self, bits: u32) -> f64 {
+        let share = 16.0 / GROUP as f64;
+        f64::from(bits)
+            + match self {
+                Self::Dense => 0.0,
+                Self::Nf | Self::NfLoftq => share,
+                _ => 2.0 * share,
+            }
     }
 
     fn calibration(self, bits: u32, budget: &Budget) -> Result<CalibrationConfig> {
@@ -204,9 +216,9 @@ fn table(runs: &[Run], model: &str) {
         return;
     }
     println!(
-        "\n{model}\n\n| bits | method | before | after | rate | error behind the first, last block | seconds |"
+        "\n{model}\n\n| bits | method | stored bits | before | after | rate | error behind the first, last block | seconds |"
     );
-    println!("| --- | --- | --- | --- | --- | --- | --- |");
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
     let line = |bits: u32, method: Method| {
         let Some(chosen) = (Cell { model, bits, method: method.name() }).chosen(runs) else { return };
         let error = |last: bool| {
@@ -218,8 +230,9 @@ fn table(runs: &[Run], model: &str) {
         };
         let seconds = mean(&chosen.values(|run| run.more.get("seconds")?.as_f64()));
         println!(
-            "| {bits} | {} | {} | {} | {} | {}, {} | {seconds:.0} |",
+            "| {bits} | {} | {} | {} | {} | {} | {}, {} | {seconds:.0} |",
             method.name(),
+            method.stored(bits),
             chosen.perplexity(|run| run.before),
             chosen.perplexity(|run| run.test),
             chosen.rate(),

@@ -93,7 +93,7 @@ fn trained<M: CausalLm>(
     let trained = trained_values(trainer.model());
     let losses = |model: &M| {
         let model = model.valid();
-        texts.losses(|data| evaluate(&model, data, batch))
+        texts.losses(|data| evaluate(&model, data, batch).map_err(kiln::Error::from))
     };
     let [mut validation, before] = losses(trainer.model())?;
     let mut curve = vec![json!([0, validation, alpha(trainer.model())])];
@@ -101,7 +101,8 @@ fn trained<M: CausalLm>(
         trainer.step().map_err(kiln::Error::from)?;
         let done = trainer.steps_done();
         if done.is_multiple_of((steps / POINTS).max(1)) {
-            validation = evaluate(&trainer.model().valid(), &texts.validation, batch)?.nll;
+            validation =
+                evaluate(&trainer.model().valid(), &texts.validation, batch).map_err(kiln::Error::from)?.nll;
             curve.push(json!([done, validation, alpha(trainer.model())]));
         }
     }
@@ -137,17 +138,17 @@ fn run_one(
 }
 
 fn study(log: &Log, case: &Case) -> Result<()> {
-    let (methods, steps, seeds, rates) = match case.name {
+    let (methods, steps, seeds, rates): (_, _, _, &[f64]) = match case.name {
         EMBEDDED => {
             let methods = Method::main().into_iter().chain(Method::more()).collect();
-            (methods, 400, 3, [3e-3, 1e-2, 3e-2])
+            (methods, 400, 3, &[3e-3, 1e-2, 3e-2, 1e-1])
         }
-        _ => (Method::main(), 120, 1, [1e-3, 3e-3, 1e-2]),
+        _ => (Method::main(), 120, 1, &[1e-3, 3e-3, 1e-2, 3e-2]),
     };
     for method in methods {
         let mut opened: Option<(Base, Texts)> = None;
         let cell = Cell { model: case.name, bits: BITS, method: method.name };
-        cell.study(log, &rates, seeds, |lr, seed| {
+        cell.study(log, rates, seeds, |lr, seed| {
             if opened.is_none() {
                 let base = case.open(method.scheme.parse()?)?;
                 let texts = Texts::of(&base, case)?;

@@ -100,8 +100,8 @@ impl Default for ApiqConfig {
 }
 
 impl ApiqConfig {
-    /// [OmniQuant](https://arxiv.org/abs/2308.13137)'s values for clipping alone: learning rate 1e-2, no decay, 20 epochs over 128
-    /// windows; at 2 bits 40, and the second target.
+    /// [OmniQuant](https://arxiv.org/abs/2308.13137)'s values for clipping alone, published for 128 windows: learning rate 1e-2, no
+    /// decay, 20 epochs; at 2 bits 40, and the second target.
     pub fn omniquant(bits: u32) -> Self {
         let few = bits <= 2;
         let epochs = if few { 40 } else { 20 };

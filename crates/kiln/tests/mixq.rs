@@ -481,8 +481,34 @@ fn what_fine_tunes_start_from_is_measured() {
         let rounded = plain().kl(&plan, tokens, &mut |_, _| true).unwrap().score;
         assert!(found != rounded || config == space.highest(), "{config:?}: {found}, rounded {rounded}");
     }
+    // What was kept of a rounded model isn't what a started one goes on from.
+    let plan = space.plan(&space.lowest());
+    let mut both = plain();
+    let rounded = both.kl(&plan, tokens, &mut |_, _| true).unwrap().score;
+    let mut both = both.with_start(loftq.clone(), lora.clone()).unwrap();
+    let found = both.kl(&plan, tokens, &mut |_, _| true).unwrap().score;
+    assert_eq!(found, started.kl(&plan, tokens, &mut |_, _| true).unwrap().score);
+    assert_ne!(found, rounded);
+    // A plan's own rank, and kinds of adapters that are not the start's.
+    let path = model.slots()[0].0.clone();
+    let with = |setting: &str| -> Plan {
+        let mut settings: serde_json::Value = serde_json::to_value(&plan).unwrap();
+        settings[&path] = setting.into();
+        serde_json::from_value(settings).unwrap()
+    };
+    let ranked = started.kl(&with("affine2:64 rank=32"), tokens, &mut |_, _| true).unwrap().score;
+    assert!(ranked != found, "{ranked}");
+    let mut error = |plan: &Plan| started.kl(plan, tokens, &mut |_, _| true).unwrap_err().to_string();
+    assert!(error(&with("affine2:64 adapter=dora")).contains("adapter lora"));
+    let mut more: serde_json::Value = serde_json::to_value(&plan).unwrap();
+    more["model.layers.9.mlp.up_proj"] = "affine2:64".into();
+    assert!(error(&serde_json::from_value(more).unwrap()).contains("paths of this model"));
     let error = plain().with_start(Method::Gptq(GptqConfig::default()), lora).unwrap_err();
     assert!(error.is_argument() && error.to_string().contains("LoftQ"), "{error}");
+    let hira =
+        AdapterConfig::new(kiln::adapters::Method::QaHira(kiln::adapters::QaHira::for_tiles(1, 64)), 1, 64.0);
+    let error = plain().with_start(loftq, hira).unwrap_err();
+    assert!(error.is_argument() && error.to_string().contains("LoRA or DoRA"), "{error}");
 }
 
 #[test]
@@ -518,6 +544,8 @@ fn plans_are_scored_on_tasks() {
     let accuracy = evaluation.evaluate(&scorer, &asked).unwrap().tasks[0].metrics[0].value;
     assert_eq!(measure(&mut scored, 60, 0).unwrap(), 1.0 - accuracy);
     assert_eq!(measure(&mut scored, 60, 1).unwrap(), 1.0 - accuracy, "nothing is drawn");
+    let most = Fidelity { measure: Measure::Task, amount: 1000 };
+    assert_eq!(scored.rounded(most).amount, 86, "there are no more");
     assert!(measure(&mut plain(), 60, 0).unwrap_err().to_string().contains("a task where one is set"));
 
     let error = plain().with_task(letters().with_steps(2)).unwrap_err();

@@ -19,7 +19,7 @@ pub enum Measure {
     Kl,
     /// Held-out loss of the quantized model after a short fine-tune.
     Finetune,
-    /// A task's score of the quantized model after a fine-tune.
+    /// What a task's metric lacks to 1, of the quantized model or after a fine-tune.
     Task,
 }
 

@@ -326,3 +326,24 @@ fn rates_fall_to_their_final_ratio() {
     assert_eq!(after(1, 0.0), after(1, 1.0));
     assert_ne!(after(2, 0.5), after(2, 1.0));
 }
+
+#[test]
+fn budgets_end_at_the_published_values() {
+    for bits in [2, 3, 4, 8] {
+        let published = ApiqConfig { augmented: bits == 2, ..ApiqConfig::default() };
+        assert_eq!(ApiqConfig::for_budget(bits, 128, 20), published);
+        assert_eq!(ApiqConfig::for_budget(bits, 100, 20), published);
+        let [few, some] = [ApiqConfig::for_budget(bits, 16, 4), ApiqConfig::for_budget(bits, 32, 10)];
+        assert_eq!([few.final_ratio, some.final_ratio], [1.0, 0.05]);
+        assert_eq!(ApiqConfig { final_ratio: 1.0, ..some.clone() }, ApiqConfig { epochs: 10, ..few.clone() });
+        assert!(few.lr_lora > published.lr_lora && few.loss == ApiqLoss::Relative);
+        few.check().unwrap();
+    }
+    let starts = [2, 3, 4].map(|bits| ApiqConfig::for_budget(bits, 16, 4).initial_logit);
+    assert_eq!(starts, [1.0, 2.0, 4.0]);
+    let error = ApiqConfig::for_budget(2, 16, 0).check().unwrap_err();
+    assert!(error.to_string().contains("epochs"), "{error}");
+    // 40 passes at 2 bits only.
+    assert_eq!([2, 3].map(|bits| ApiqConfig::omniquant(bits).epochs), [40, 20]);
+    assert!(ApiqConfig::omniquant(2).augmented && ApiqConfig::omniquant(4).weight_decay == 0.0);
+}

@@ -89,6 +89,33 @@ pub fn attach(model: Decoder<QuantLinear>, plan: &Plan, base: &AdapterConfig) ->
     })
 }
 
+/// The name that plans have for `base`'s kind of adapter.
+///
+/// # Errors
+/// [`Error::is_argument`] for adapters other than LoRA and DoRA, which no calibration starts.
+pub(super) fn kind_of(base: &AdapterConfig) -> Result<&'static str> {
+    match base.method {
+        Method::Lora { .. } => Ok("lora"),
+        Method::Dora { .. } => Ok("dora"),
+        other => Err(Error::argument("adapters", "LoRA or DoRA, for a calibrated start", other.name())),
+    }
+}
+
+/// Whether a plan asks for the one kind of adapter that a calibration starts, `base`'s.
+///
+/// # Errors
+/// [`Error::is_argument`] for a path that asks for another.
+pub(super) fn check_kinds(plan: &Plan, base: &AdapterConfig) -> Result<()> {
+    let kind = kind_of(base)?;
+    plan.iter().try_for_each(|(path, setting)| match setting.adapter.as_deref() {
+        Some(other) if other != kind => {
+            let expected = format!("adapter {kind}, for a calibrated start of this kind");
+            Err(Error::argument(path, expected, format!("\"{other}\"")))
+        }
+        _ => Ok(()),
+    })
+}
+
 /// A and B before training.
 fn init(config: &AdapterConfig) -> InitLoraWeights {
     match config.method {

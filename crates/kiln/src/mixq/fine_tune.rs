@@ -10,7 +10,7 @@ use kiln_models::{CausalLm, Decoder, Windows};
 use kiln_quant_core::QuantLinear;
 use kiln_training::{Dataset, Event, Observer, RunOptions, Trainer, TrainerConfig};
 
-use super::{adapters, attach, schemes};
+use super::{adapters, apply::check_kinds, attach, schemes};
 use crate::{AdaptedModel, Error, Result, stages::calibrated};
 
 /// How a plan is fine-tuned and scored: LoRA on the quantized model, then its loss on held-out text.
@@ -117,10 +117,7 @@ impl FineTune {
         let Some((method, windows)) = &self.start else {
             return self.tune(attach(quantized, plan, &base)?, steps, seed, keep_going);
         };
-        if let Some((path, _)) = plan.iter().find(|(_, s)| s.adapter.as_deref().is_some_and(|a| a != "lora"))
-        {
-            return Err(Error::argument(path, "adapter lora, for a calibrated start", "another"));
-        }
+        check_kinds(plan, &base)?;
         drop(quantized);
         let mut calibration = CalibrationConfig::new(method.clone(), schemes(plan)?);
         calibration.measured_windows = 0;

@@ -98,6 +98,13 @@ impl LogitKl {
         Ok(kl)
     }
 
+    /// Drops what is kept of the plan measured last: models to come differ from it in more than `blocks` tell.
+    pub(super) fn forget(&mut self) {
+        for batch in &mut self.batches {
+            batch.trail.clear();
+        }
+    }
+
     fn keep_probabilities(&mut self, original: &Decoder<QuantLinear>) {
         for batch in &mut self.batches {
             if let Teacher::States(states) = &batch.teacher {

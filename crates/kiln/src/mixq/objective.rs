@@ -113,9 +113,11 @@ impl ModelObjective {
     /// Every projection in every scheme that a plan asked for, with its factors.
     ///
     /// # Errors
-    /// [`Error::is_argument`] for a method that looks at activations, which would have to run for each plan.
+    /// [`Error::is_argument`] for a method that looks at activations, which would have to run for each plan, and for adapters other
+    /// than LoRA and DoRA.
     pub fn with_start(mut self, method: Method, adapters: AdapterConfig) -> Result<Self> {
         self.starts = Some(Starts::new(method, adapters, &self.windows)?);
+        self.kl.forget();
         self.identify();
         Ok(self)
     }
@@ -245,7 +247,10 @@ impl Objective for ModelObjective {
     fn rounded(&self, fidelity: Fidelity) -> Fidelity {
         let amount = match fidelity.measure {
             Measure::Kl => self.kl.rounded(fidelity.amount),
-            Measure::Finetune | Measure::Task => fidelity.amount,
+            Measure::Finetune => fidelity.amount,
+            Measure::Task => {
+                self.task.as_ref().map_or(fidelity.amount, |task| fidelity.amount.min(task.documents()))
+            }
             _ => fidelity.amount.next_multiple_of(self.windows.length() as u64),
         };
         Fidelity { amount, ..fidelity }

@@ -8,7 +8,10 @@ use kiln_mixq_search::Plan;
 use kiln_models::{Decoder, Slots, Windows};
 use kiln_quant_core::{Plan as Schemes, QuantLinear, Scheme};
 
-use super::{Error, Result, apply::scheme_of};
+use super::{
+    Error, Result,
+    apply::{check_kinds, kind_of, scheme_of},
+};
 use crate::{AdaptedLinear, AdaptedModel, stages::calibrated};
 
 /// Packed weights with their factors, each made once. What a method makes of a weight doesn't depend on the others, so that a
@@ -17,15 +20,17 @@ pub(super) struct Starts {
     method: Method,
     adapters: AdapterConfig,
     windows: Windows,
-    made: HashMap<(Scheme, usize), HashMap<String, AdaptedLinear>>,
+    /// By scheme and by the plan's rank, where it has one.
+    made: HashMap<(Scheme, Option<u32>), HashMap<String, AdaptedLinear>>,
 }
 
 impl Starts {
     /// # Errors
-    /// [`Error::is_argument`] for methods that look at activations.
+    /// [`Error::is_argument`] for methods that look at activations, and adapters other than LoRA and DoRA.
     pub(super) fn new(method: Method, adapters: AdapterConfig, windows: &Windows) -> Result<Self> {
         match method {
             Method::Loftq(_) | Method::Pissa { .. } => {
+                kind_of(&adapters)?;
                 Ok(Self { method, adapters, windows: windows.first(1), made: HashMap::new() })
             }
             other => Err(Error::argument(
@@ -43,29 +48,37 @@ impl Starts {
 
     /// `original` quantized by a plan, with the factors that make up for it.
     pub(super) fn model(&mut self, original: &Decoder<QuantLinear>, plan: &Plan) -> Result<AdaptedModel> {
+        check_kinds(plan, &self.adapters)?;
         let mut settings = HashMap::new();
         for (path, setting) in plan.iter() {
-            if setting.adapter.as_deref().is_some_and(|adapter| adapter != "lora") {
-                return Err(Error::argument(path, "adapter lora, for a start of its own", "another"));
-            }
-            let rank = setting.rank.map_or(self.adapters.rank, |rank| rank as usize);
-            let key = (scheme_of(path, setting)?, rank);
+            let key = (scheme_of(path, setting)?, setting.rank);
             self.make(original, key)?;
             settings.insert(path, key);
         }
-        original.clone().try_map(|path, _| {
+        let mut known = 0;
+        let model = original.clone().try_map(|path, _| {
+            known += 1;
             let made = settings.get(path).and_then(|key| self.made.get(key)?.get(path));
             made.cloned().ok_or_else(|| Error::argument(path, "a setting", "none"))
-        })
+        })?;
+        match settings.len() {
+            found if found == known => Ok(model),
+            found => Err(Error::argument("plan", format!("{known} paths of this model"), found)),
+        }
     }
 
-    fn make(&mut self, original: &Decoder<QuantLinear>, key: (Scheme, usize)) -> Result<()> {
+    fn make(&mut self, original: &Decoder<QuantLinear>, key: (Scheme, Option<u32>)) -> Result<()> {
         if self.made.contains_key(&key) {
             return Ok(());
         }
         let (scheme, rank) = key;
         let mut adapters = self.adapters.clone();
-        (adapters.rank, adapters.alpha) = (rank, adapters.alpha * rank as f64 / adapters.rank.max(1) as f64);
+        if let Some(rank) = rank {
+            let ratio = f64::from(rank) / adapters.rank.max(1) as f64;
+            let ratio = if adapters.rslora { ratio.sqrt() } else { ratio };
+            (adapters.rank, adapters.alpha) = (rank as usize, adapters.alpha * ratio);
+            (adapters.rank_pattern, adapters.alpha_pattern) = (Vec::new(), Vec::new());
+        }
         let mut config = CalibrationConfig::new(self.method.clone(), Schemes::uniform(scheme));
         config.measured_windows = 0;
         let model = calibrated(original.clone(), &adapters, &config, &self.windows)?;

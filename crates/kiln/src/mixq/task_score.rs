@@ -10,6 +10,7 @@ use super::{Error, Result};
 pub struct TaskScore {
     asked: [(Task, TaskData); 1],
     tokenizer: Tokenizer,
+    tokenizer_hash: String,
     steps: u64,
 }
 
@@ -17,11 +18,13 @@ impl TaskScore {
     /// Scores `data` of `task`: zero-shot, as the harness does, by the task's first metric.
     ///
     /// # Errors
-    /// [`Error::is_argument`] for a task whose first metric is better the lower it is.
+    /// [`Error::is_argument`] for a task whose first metric isn't better the higher it is; a tokenizer that can't be told from
+    /// others.
     pub fn new(task: Task, data: TaskData, tokenizer: Tokenizer) -> Result<Self> {
         match task.first_metric() {
             Some(metric) if metric.higher_is_better() => {
-                Ok(Self { asked: [(task, data)], tokenizer, steps: 0 })
+                let tokenizer_hash = tokenizer.fingerprint()?;
+                Ok(Self { asked: [(task, data)], tokenizer, tokenizer_hash, steps: 0 })
             }
             found => {
                 let found = found.map_or("none".into(), |metric| format!("{metric:?}"));
@@ -38,6 +41,11 @@ impl TaskScore {
         self
     }
 
+    /// How many documents there are.
+    pub(super) fn documents(&self) -> u64 {
+        self.asked[0].1.evaluated.len() as u64
+    }
+
     pub(super) fn steps(&self) -> u64 {
         self.steps
     }
@@ -45,7 +53,7 @@ impl TaskScore {
     /// Everything that decides a score but the model and the number of documents.
     pub(super) fn describe(&self) -> String {
         let [(task, data)] = &self.asked;
-        format!("{:?} {:?} {}", task.description(), data, self.steps)
+        format!("{:?} {data:?} {} {}", task.description(), self.tokenizer_hash, self.steps)
     }
 
     /// The metric on the first `documents`.
