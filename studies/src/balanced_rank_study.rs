@@ -1,10 +1,9 @@
 //! Adapters that trade resolution for rank, at about equal numbers of trained values on one GPTQ base, and what is left of
 //! them in a model of N bits: merged without loss, or LoRA merged and quantized again.
 
-use std::{path::PathBuf, rc::Rc};
+use std::rc::Rc;
 
 use burn::module::Module;
-use clap::Args;
 use kiln::{
     Base, FineTuned,
     adapters::{AdapterConfig, Method as AdapterMethod, Pooling, QBara, QaHira, QaLora},
@@ -16,7 +15,7 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
     log::{Line, Log},
 };
 
@@ -25,19 +24,6 @@ const WINDOWS: usize = 32;
 /// Rates that every method is tried with at every width, times the case's.
 const RATES: [f64; 4] = [5e-3, 1e-2, 3e-2, 6e-2];
 const WIDTHS: [u32; 3] = [4, 3, 2];
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/balanced-rank.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Method {
@@ -199,7 +185,7 @@ fn table(runs: &[Run], model: &str) {
     }
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "balanced-rank", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {

@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, sync::Arc};
 
+use clap::Args;
 use kiln::{
     Base,
     models::{CausalLm, Recompute, Windows},
@@ -16,6 +17,20 @@ use crate::{
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
+
+/// Options of the studies that run on both models.
+#[derive(Debug, Args)]
+pub(crate) struct StudyOptions {
+    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
+    #[arg(long)]
+    pub(crate) smollm2: Option<PathBuf>,
+    /// The study's file below docs/results if left out.
+    #[arg(long)]
+    pub(crate) log: Option<PathBuf>,
+    /// Only prints the tables of the log.
+    #[arg(long)]
+    pub(crate) table: bool,
+}
 
 /// A model that things are tried on.
 pub(crate) struct Case {
@@ -245,5 +260,39 @@ pub(crate) fn line_of(found: Value) -> Line {
     match found {
         Value::Object(line) => line,
         other => Line::from_iter([("found".into(), other)]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_text_for_choices_chooses_and_what_diverged_is_said() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Log::open(Some(&folder.path().join("log.jsonl")), "test", 1).unwrap();
+        let cell = Cell { model: EMBEDDED, bits: 2, method: "method" };
+        let mut made = Vec::new();
+        cell.study(&log, &[0.1, 0.2, 0.3], 3, |lr, seed| {
+            made.push((lr, seed));
+            // The highest rate is the worst where nothing may be chosen by it.
+            let (validation, test) = (1.0 - lr, 1.0 + lr);
+            match seed {
+                2 => Err(kiln::Error::from(kiln::training::Error::Diverged {
+                    step: 1,
+                    quantity: "the loss".into(),
+                    value: f64::NAN,
+                    checkpoint: None,
+                })
+                .into()),
+                _ => Ok(line_of(json!({ "before": 2.0, "validation": validation, "test": test }))),
+            }
+        })
+        .unwrap();
+        assert_eq!(made, [(0.1, 0), (0.2, 0), (0.3, 0), (0.3, 1), (0.3, 2)]);
+        let found = cell.chosen(&log.runs().unwrap()).unwrap();
+        assert_eq!(found.rate(), "0.3, the highest");
+        assert_eq!(found.nats(|run| run.test), "1.3000 ± 0, 1 of 3 diverged");
+        assert!(Cell { bits: 3, ..cell }.chosen(&log.runs().unwrap()).is_none());
     }
 }

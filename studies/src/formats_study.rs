@@ -1,8 +1,5 @@
 //! What formats and quantizers lose by themselves, at their bytes; and what decides LoftQ's figure at 2 bits.
 
-use std::path::PathBuf;
-
-use clap::Args;
 use kiln::{
     Base,
     adapters::{AdapterConfig, Svd},
@@ -15,7 +12,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, EMBEDDED, SMOLLM2, Texts, line_of},
+    bench::{Case, EMBEDDED, SMOLLM2, StudyOptions, Texts, line_of},
     log::{Line, Log},
     numbers::significant,
 };
@@ -27,19 +24,6 @@ const ROUNDINGS: [(&str, Rounding); 4] = [
     ("half-quadratic", Rounding::Hqq),
 ];
 const RANK: usize = 16;
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/formats.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 #[derive(Debug, Deserialize)]
 struct Run {
@@ -135,7 +119,7 @@ fn table(runs: &[Run], model: &str) {
     }
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "formats", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if options.table {

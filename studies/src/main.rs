@@ -49,17 +49,17 @@ enum Command {
     /// Searches by several methods, budgets and seeds against the front of all plans.
     StudyAutomixq(automixq_study::Options),
     /// Models at 4, 3 and 2 bits by all methods, before and after the same fine-tune.
-    StudyQuantization(quantization_study::Options),
+    StudyQuantization(bench::StudyOptions),
     /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values, merged, beside LoRA quantized again.
-    StudyBalancedRank(balanced_rank_study::Options),
+    StudyBalancedRank(bench::StudyOptions),
     /// Side networks beside LoRA on the same base, at equal tokens.
-    StudySideTuning(side_study::Options),
+    StudySideTuning(bench::StudyOptions),
     /// What formats and quantizers lose by themselves.
-    StudyFormats(formats_study::Options),
+    StudyFormats(bench::StudyOptions),
     /// Bits by layer: objectives against tuned losses, and tasks on pruned models.
-    StudyMixedBits(mixed_study::Options),
+    StudyMixedBits(bench::StudyOptions),
     /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
-    StudyTrainedParts(parts_study::Options),
+    StudyTrainedParts(bench::StudyOptions),
 }
 
 fn main() -> ExitCode {

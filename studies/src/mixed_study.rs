@@ -1,17 +1,13 @@
 //! Bits by layer: which objective ranks plans of equal bytes as they end up after tuning, and what a plan that was searched is
 //! worth on a task beside uniform ones, on models pruned by different ratios.
 
-use std::{
-    cell::OnceCell,
-    path::{Path, PathBuf},
-};
+use std::{cell::OnceCell, path::Path};
 
-use clap::Args;
 use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
     calibration::{ApiqConfig, CalibrationConfig, LoftqConfig, Method as Calibration, Rounding},
-    eval::Sample,
+    eval::{PythonRandom, Sample},
     mixq::{Choices, KlOptions, ModelObjective, Variants, schemes, space_of},
     mixq_search::{
         Config, Fidelity, Granularity, KlMix, Measure, Objective, Plan, Request, SearchSettings, SearchSpace,
@@ -25,7 +21,7 @@ use kiln_examples::{Questions, Result, testdata};
 use serde_json::{Value, json};
 
 use crate::{
-    bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, Texts, line_of, with_deviation},
+    bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of, with_deviation},
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
@@ -39,19 +35,6 @@ const RATIOS: [f64; 3] = [0.2, 0.3, 0.5];
 const EPOCHS: usize = 6;
 /// Plans of about equal bytes that are ranked.
 const RANKED: u64 = 20;
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/mixed-bits.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 /// What a case may spend.
 struct Budget {
@@ -109,22 +92,12 @@ fn bytes_of(base: &Base, scheme: &str) -> Result<u64> {
     Ok(space_of(base.model(), &Choices::new([scheme.parse()?]))?.smallest())
 }
 
-/// Numbers that a seed decides.
-struct Dice(u64);
-
-impl Dice {
-    fn below(&mut self, most: usize) -> usize {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        ((self.0 >> 33) as usize) % most.max(1)
-    }
-}
-
 /// A plan of at most `limit` bytes and at least 99 % of them, drawn by `seed`.
 fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
-    let mut dice = Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ 0x5bf0_3635);
+    let mut random = PythonRandom::new(seed);
     for _ in 0..100_000 {
         let units = 0..space.units().len();
-        let config = Config(units.map(|unit| dice.below(space.choices(unit)) as u8).collect());
+        let config = Config(units.map(|unit| random.choose(space.choices(unit)) as u8).collect());
         if (limit / 100 * 99..=limit).contains(&space.bytes(&config)) {
             return Ok(config);
         }
@@ -444,7 +417,7 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "mixed-bits", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {

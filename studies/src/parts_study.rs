@@ -6,7 +6,6 @@ use std::{
     sync::Arc,
 };
 
-use clap::Args;
 use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
@@ -22,6 +21,7 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
+    bench::StudyOptions,
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
@@ -30,19 +30,6 @@ const GROUP: usize = 64;
 /// Rates are chosen on the validation text with a seed of their own.
 const TUNING_SEED: u64 = 1000;
 const SEEDS: u64 = 3;
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/trained-parts.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 /// What is tried on a model.
 struct Case<'a> {
@@ -285,7 +272,7 @@ fn table(log: &Log, model: &str) -> Result<()> {
     Ok(())
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "trained-parts", 1)?;
     let embedded = embedded_model();
     let mut cases = vec![Case {

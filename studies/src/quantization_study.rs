@@ -1,9 +1,6 @@
 //! Quantization at 4, 3 and 2 bits by all methods, before and after the same fine-tune: affine ones on one grid, with zero points
 //! that are codes, and NormalFloat, which takes a quarter bit less.
 
-use std::path::PathBuf;
-
-use clap::Args;
 use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
@@ -17,7 +14,7 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
     log::{Line, Log},
     numbers::{mean, significant},
 };
@@ -29,19 +26,6 @@ const MEASURED: usize = 4;
 /// Rates that every method is tried with, times the case's.
 const RATES: [f64; 3] = [3e-3, 1e-2, 3e-2];
 const WIDTHS: [u32; 3] = [4, 3, 2];
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/quantization.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Method {
@@ -248,7 +232,7 @@ fn table(runs: &[Run], model: &str) {
     }
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "quantization", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if options.table {

@@ -1,9 +1,6 @@
 //! Side networks beside LoRA on the same 4-bit base, at equal tokens: loss after every few steps, alpha, and every way of
 //! downsampling.
 
-use std::path::PathBuf;
-
-use clap::Args;
 use kiln::{
     Base, Tuned,
     adapters::AdapterConfig,
@@ -16,7 +13,7 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
     log::{Line, Log},
 };
 
@@ -24,19 +21,6 @@ const RANK: usize = 16;
 /// Losses on the text for choices that a curve has.
 const POINTS: u64 = 8;
 const BITS: u32 = 4;
-
-#[derive(Debug, Args)]
-pub(crate) struct Options {
-    /// The GGUF file that scripts/fetch-smollm2 fetches; without it, the embedded model only.
-    #[arg(long)]
-    smollm2: Option<PathBuf>,
-    /// docs/results/side-tuning.jsonl if left out.
-    #[arg(long)]
-    log: Option<PathBuf>,
-    /// Only prints the tables of the log.
-    #[arg(long)]
-    table: bool,
-}
 
 /// What is trained on which base.
 struct Method {
@@ -192,7 +176,7 @@ fn table(runs: &[Run], model: &str) {
     }
 }
 
-pub(crate) fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     let log = Log::open(options.log.as_deref(), "side-tuning", 1)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {

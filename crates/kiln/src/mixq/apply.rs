@@ -40,11 +40,9 @@ pub fn adapters(plan: &Plan, base: &AdapterConfig) -> AdapterConfig {
     let (mut ranks, mut alphas) = (Vec::new(), Vec::new());
     for (path, setting) in plan.iter() {
         if let Some(rank) = setting.rank {
-            let ratio = f64::from(rank) / base.rank.max(1) as f64;
-            let ratio = if base.rslora { ratio.sqrt() } else { ratio };
             let pattern = PathPattern::exact(path).to_string();
             ranks.push((pattern.clone(), rank as usize));
-            alphas.push((pattern, base.alpha * ratio));
+            alphas.push((pattern, alpha_of(base, rank)));
         }
     }
     // The first match wins.
@@ -53,6 +51,12 @@ pub fn adapters(plan: &Plan, base: &AdapterConfig) -> AdapterConfig {
     let mut config = base.clone();
     (config.rank_pattern, config.alpha_pattern) = (ranks, alphas);
     config
+}
+
+/// The alpha that gives an adapter of `rank` the scaling of `base`'s own rank and alpha.
+pub(super) fn alpha_of(base: &AdapterConfig, rank: u32) -> f64 {
+    let ratio = f64::from(rank) / base.rank.max(1) as f64;
+    base.alpha * if base.rslora { ratio.sqrt() } else { ratio }
 }
 
 /// Attaches adapters of the plan's ranks and kinds, `lora` or `dora`, to the quantized model; `base` decides where the

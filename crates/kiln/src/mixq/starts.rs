@@ -10,7 +10,7 @@ use kiln_quant_core::{Plan as Schemes, QuantLinear, Scheme};
 
 use super::{
     Error, Result,
-    apply::{check_kinds, kind_of, scheme_of},
+    apply::{alpha_of, check_kinds, kind_of, scheme_of},
 };
 use crate::{AdaptedLinear, AdaptedModel, stages::calibrated};
 
@@ -74,9 +74,7 @@ impl Starts {
         let (scheme, rank) = key;
         let mut adapters = self.adapters.clone();
         if let Some(rank) = rank {
-            let ratio = f64::from(rank) / adapters.rank.max(1) as f64;
-            let ratio = if adapters.rslora { ratio.sqrt() } else { ratio };
-            (adapters.rank, adapters.alpha) = (rank as usize, adapters.alpha * ratio);
+            (adapters.rank, adapters.alpha) = (rank as usize, alpha_of(&self.adapters, rank));
             (adapters.rank_pattern, adapters.alpha_pattern) = (Vec::new(), Vec::new());
         }
         let mut config = CalibrationConfig::new(self.method.clone(), Schemes::uniform(scheme));
