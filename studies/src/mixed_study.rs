@@ -274,7 +274,8 @@ impl Pruned<'_> {
 /// Of each document of a log of answers, whether it was right: `1` or `0`.
 fn right(log: &Path) -> Result<String> {
     let mut right = String::new();
-    for line in std::fs::read_to_string(log)?.lines() {
+    // The first line says what was asked of whom.
+    for line in std::fs::read_to_string(log)?.lines().skip(1) {
         let sample: Sample = serde_json::from_str(line)?;
         right.push(if sample.prediction == sample.answer { '1' } else { '0' });
     }

@@ -8,7 +8,7 @@ import sys
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, PhiConfig
+from transformers import AutoModelForCausalLM, GraniteMoeHybridConfig, OPTConfig, PhiConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 out = sys.argv[1]
@@ -25,13 +25,18 @@ configs = {
     "granitemoehybrid": GraniteMoeHybridConfig(**common, **granite, position_embedding_type="rope"),
     "granitemoehybrid-nope": GraniteMoeHybridConfig(**common, **granite, position_embedding_type=None),
     "phi-norms": PhiConfig(**common, intermediate_size=48, qk_layernorm=True, partial_rotary_factor=0.5),
+    "opt-post": OPTConfig(
+        vocab_size=96, hidden_size=32, word_embed_proj_dim=24, num_hidden_layers=2, num_attention_heads=4, ffn_dim=48,
+        max_position_embeddings=128, do_layer_norm_before=False, init_std=0.15, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0, dropout=0.0,
+    ),
 }
 for seed, (name, config) in enumerate(configs.items()):
     torch.manual_seed(100 + seed)
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for key, values in model.named_parameters():
-        if "norm" in key:
+        if "norm" in key or "layer_norm" in key:
             values.data = (1 if key.endswith("weight") else 0) + 0.1 * torch.randn_like(values)
         elif key.endswith("bias"):
             values.data = 0.1 * torch.randn_like(values)

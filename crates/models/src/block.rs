@@ -22,6 +22,7 @@ use crate::{
         Activation, EXPERT_ROLES, FusedRows, LinearRole, MatrixRole, NormPlace, Part, Parts, VectorPart,
         VectorRole,
     },
+    norm::divided_by_root_mean_square,
 };
 
 /// One block; its norms, linears and other parameters in the order of its table.
@@ -58,6 +59,17 @@ pub enum PartShape {
     Vector(usize, VectorRole),
     /// A matrix `[d_output, d_input]`, for this.
     Matrix([usize; 2], MatrixRole),
+}
+
+/// What a block reads and gives beside the residual stream.
+#[derive(Debug, Default)]
+pub(crate) struct Beside {
+    /// The block's own input, `[batch, length, channels]`.
+    pub input: Option<Tensor<3>>,
+    /// Keys and values of the block that it attends to, if that is another.
+    pub shared: Option<[Tensor<4>; 2]>,
+    /// Its own keys and values, once it has run.
+    pub own: Option<[Tensor<4>; 2]>,
 }
 
 impl<P: Projection> Block<P> {
@@ -213,7 +225,8 @@ impl<P: Projection> Block<P> {
         Ok(Block { table, parts: parts.collect::<Result<_, E>>()? })
     }
 
-    /// Runs the block; `index` says which one it is of the model that `config` describes.
+    /// Runs a block that reads nothing but the residual stream; `index` says which one it is of the model that `config`
+    /// describes.
     ///
     /// # Shapes
     /// `[batch, length, hidden_size]` → the same.
@@ -228,6 +241,19 @@ impl<P: Projection> Block<P> {
         cache: Option<&mut KvCache>,
         config: &ModelConfig,
     ) -> Tensor<3> {
+        self.forward_beside(index, x, &mut Beside::default(), context, cache, config)
+    }
+
+    /// Runs the block on the residual stream and on what it has `beside` it.
+    pub(crate) fn forward_beside(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        beside: &mut Beside,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        config: &ModelConfig,
+    ) -> Tensor<3> {
         let added = |y: Tensor<3>| match config.residual_multiplier {
             1.0 => y,
             factor => y.mul_scalar(factor),
@@ -235,18 +261,32 @@ impl<P: Projection> Block<P> {
         let behind = |place, y| added(self.normed(place, y));
         let normed = self.normed(NormPlace::PreAttention, x.clone());
         if config.parallel {
-            let attended = self.attention(index, normed.clone(), context, cache, config);
+            let attended = self.attention(index, normed.clone(), beside, context, cache, config);
             let normed = match self.norm(NormPlace::PreMlp) {
                 Some(norm) => norm.forward(x.clone()),
                 None => normed,
             };
-            let y = behind(NormPlace::PostMlp, self.mlp(normed, config));
+            let y = behind(NormPlace::PostMlp, self.mlp(normed, context, config));
             return x + behind(NormPlace::PostAttention, attended) + y;
         }
-        let attended = self.attention(index, normed, context, cache, config);
-        let x = x + behind(NormPlace::PostAttention, attended);
+        let attended = self.attention(index, normed, beside, context, cache, config);
+        let x = self.normed(NormPlace::StreamAfterAttention, x + behind(NormPlace::PostAttention, attended));
         let normed = self.normed(NormPlace::PreMlp, x.clone());
-        x + behind(NormPlace::PostMlp, self.mlp(normed, config))
+        let mut y = self.mlp(normed, context, config);
+        if let (Some(_), Some(experts)) = (self.norm(NormPlace::PreExperts), &config.experts) {
+            y = self.normed(NormPlace::PostDense, y) + self.experts_beside(x.clone(), experts, context, config);
+        }
+        let mut x = self.normed(NormPlace::StreamAfterMlp, x + behind(NormPlace::PostMlp, y));
+        if let Some(gate) = self.linear(LinearRole::PerLayerGate) {
+            let input = beside.input.take().unwrap_or_else(|| panic!("block {index} without its own input"));
+            let y = self.gated(gate.forward(x.clone()), input, config);
+            let y = self.project(LinearRole::PerLayerProjection, y);
+            x = x + self.normed(NormPlace::PostPerLayerInput, y);
+        }
+        match self.find_vector(VectorRole::LayerScalar) {
+            Some(scalar) => x * scalar.unsqueeze(),
+            None => x,
+        }
     }
 
     fn normed<const D: usize>(&self, place: NormPlace, x: Tensor<D>) -> Tensor<D> {
@@ -266,39 +306,54 @@ impl<P: Projection> Block<P> {
         &self,
         index: usize,
         x: Tensor<3>,
+        beside: &mut Beside,
         context: &Context,
         cache: Option<&mut KvCache>,
         config: &ModelConfig,
     ) -> Tensor<3> {
         let layer = config.layer_attention[index];
-        let mut all = self.queries_keys_values(index, x, config);
-        if let Some(most) = config.qkv_clip {
-            all = all.map(|x| x.clamp(-most, most));
-        }
-        let [q, k, v] = all;
-        let q = self.normed(NormPlace::QueryHead, q);
-        let k = self.normed(NormPlace::KeyHead, k);
-        let (q, k) = match layer.rope {
+        let rotated = |x: Tensor<4>| match layer.rope {
             Some(table) => {
-                let ([cos, sin], pairs) = (context.rotary[table].clone(), config.family.rotary_pairs);
-                (fused::rotate(q, cos.clone(), sin.clone(), pairs), fused::rotate(k, cos, sin, pairs))
+                let [cos, sin] = context.rotary[table].clone();
+                fused::rotate(x, cos, sin, config.family.rotary_pairs)
             }
-            None => (q, k),
+            None => x,
         };
+        let clipped = |x: Tensor<4>| match config.qkv_clip {
+            Some(most) => x.clamp(-most, most),
+            None => x,
+        };
+        let (q, own) = self.queries_keys_values(index, x, config);
+        let q = rotated(self.normed(NormPlace::QueryHead, clipped(q)));
         let q = self.normed(NormPlace::RotatedQueryHead, q);
-        let k = self.normed(NormPlace::RotatedKeyHead, k);
         let q = match &context.query_factors {
             Some(factors) => q * factors.clone(),
             None => q,
         };
-        let [k, v] = match cache {
-            Some(cache) => cache.extend(index, k, v),
-            None => [k, v],
+        let source = config.key_value_source(index);
+        let [k, v] = match own {
+            Some([k, v]) => {
+                let k = rotated(self.normed(NormPlace::KeyHead, clipped(k)));
+                let k = self.normed(NormPlace::RotatedKeyHead, k);
+                let v = match config.family.norms_values {
+                    true => divided_by_root_mean_square(clipped(v), config.norm_eps),
+                    false => clipped(v),
+                };
+                beside.own = Some([k.clone(), v.clone()]);
+                match cache {
+                    Some(cache) => cache.extend(index, k, v, layer.sliding_window),
+                    None => [k, v],
+                }
+            }
+            None => match cache {
+                Some(cache) => cache.of(source),
+                None => beside.shared.take().unwrap_or_else(|| panic!("no keys of block {source}")),
+            },
         };
         let spec = AttentionSpec {
             alibi: config.alibi as f32,
             softcap: config.attention_softcap.map(|cap| cap as f32),
-            ..context.attention(config.attention_scale(), layer.sliding_window)
+            ..context.attention(config.attention_scale(index), layer.sliding_window, k.dims()[1])
         };
         let [batch, length, heads, head_dim] = q.dims();
         let y = match self.find_vector(VectorRole::Sinks) {
@@ -308,10 +363,15 @@ impl<P: Projection> Block<P> {
         self.project(LinearRole::Output, y.reshape([batch, length, heads * head_dim]))
     }
 
-    /// Queries, keys and values, `[batch, length, heads, head_dim]`, from their linears.
-    fn queries_keys_values(&self, index: usize, x: Tensor<3>, config: &ModelConfig) -> [Tensor<4>; 3] {
+    /// Queries, and keys and values where the block has some, `[batch, length, heads, head_dim]`, from their linears.
+    fn queries_keys_values(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        config: &ModelConfig,
+    ) -> (Tensor<4>, Option<[Tensor<4>; 2]>) {
         let [batch, length, _] = x.dims();
-        let (shape, head_dim) = (config.layer(index), config.head_dim);
+        let (shape, head_dim) = (config.layer(index), config.head_dim_of(index));
         let (heads, groups) = (shape.num_attention_heads, shape.num_key_value_heads);
         let split = |x: Tensor<3>, heads: usize| x.reshape([batch, length, heads, head_dim]);
         let fused = [FusedRows::Concatenated, FusedRows::Grouped]
@@ -320,14 +380,20 @@ impl<P: Projection> Block<P> {
         match fused {
             None => {
                 let q = self.normed(NormPlace::Queries, self.project(LinearRole::Query, x.clone()));
-                let k = self.normed(NormPlace::Keys, self.project(LinearRole::Key, x.clone()));
-                let v = self.project(LinearRole::Value, x);
-                [split(q, heads), split(k, groups), split(v, groups)]
+                let both = self.linear(LinearRole::Key).map(|key| {
+                    let k = key.forward(x.clone());
+                    let v = match self.linear(LinearRole::Value) {
+                        Some(value) => value.forward(x),
+                        None => k.clone(),
+                    };
+                    [split(self.normed(NormPlace::Keys, k), groups), split(v, groups)]
+                });
+                (split(q, heads), both)
             }
             Some((FusedRows::Concatenated, linear)) => {
                 let all = split(linear.forward(x), heads + 2 * groups);
                 let part = |first, count| all.clone().narrow(2, first, count);
-                [part(0, heads), part(heads, groups), part(heads + groups, groups)]
+                (part(0, heads), Some([part(heads, groups), part(heads + groups, groups)]))
             }
             Some((FusedRows::Grouped, linear)) => {
                 let queries = heads / groups;
@@ -335,7 +401,7 @@ impl<P: Projection> Block<P> {
                 let part = |first, count, heads| {
                     all.clone().narrow(3, first, count).reshape([batch, length, heads, head_dim])
                 };
-                [part(0, queries, heads), part(queries, 1, groups), part(queries + 1, 1, groups)]
+                (part(0, queries, heads), Some([part(queries, 1, groups), part(queries + 1, 1, groups)]))
             }
         }
     }
@@ -347,23 +413,58 @@ impl<P: Projection> Block<P> {
         })
     }
 
-    fn mixture(&self, all: &[Expert<P>], x: Tensor<3>, config: &ExpertsConfig) -> Tensor<3> {
+    /// What experts beside an MLP give for the residual stream `x`; their router reads it normed and scaled.
+    fn experts_beside(
+        &self,
+        x: Tensor<3>,
+        experts: &ExpertsConfig,
+        context: &Context,
+        config: &ModelConfig,
+    ) -> Tensor<3> {
+        let all = self.experts().unwrap_or_else(|| panic!("a norm of experts without any"));
+        let sizes = x.dims();
+        let rows = |x: Tensor<3>| x.reshape([sizes[0] * sizes[1], sizes[2]]);
+        let scale = self.vector(VectorRole::RouterScale).mul_scalar((sizes[2] as f64).powf(-0.5));
+        let routed = self.routed(fused::rms_norm(rows(x.clone()), scale, config.norm_eps));
+        let factors = self.find_vector(VectorRole::ExpertScales);
+        let x = rows(self.normed(NormPlace::PreExperts, x));
+        let gated = |gate, up| self.gated(gate, up, config);
+        let y = mixture(all, x, routed, factors, context.routers.as_ref(), experts, gated);
+        self.normed(NormPlace::PostExperts, y.reshape(sizes))
+    }
+
+    /// The router's scores `[tokens, experts]`.
+    fn routed(&self, x: Tensor<2>) -> Tensor<2> {
+        let weight =
+            self.matrix(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
+        let scores = x.matmul(weight.transpose());
+        match self.find_vector(VectorRole::RouterBias) {
+            Some(bias) => scores + bias.unsqueeze(),
+            None => scores,
+        }
+    }
+
+    fn mixture(
+        &self,
+        all: &[Expert<P>],
+        x: Tensor<3>,
+        experts: &ExpertsConfig,
+        context: &Context,
+        config: &ModelConfig,
+    ) -> Tensor<3> {
         let sizes = x.dims();
         let x = x.reshape([sizes[0] * sizes[1], sizes[2]]);
-        let scores = |role| self.matrix(role).map(|weight| x.clone().matmul(weight.transpose()));
-        let mut routed = scores(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
-        if let Some(bias) = self.find_vector(VectorRole::RouterBias) {
-            routed = routed + bias.unsqueeze();
-        }
-        let gated = |gate, up| match config.clamped {
+        let gated = |gate, up| match experts.clamped {
             Some(by) => clamped_swiglu(gate, up, by),
-            None => fused::swiglu(gate, up),
+            None => self.gated(gate, up, config),
         };
-        let mut y = mixture(all, x.clone(), routed, config, gated);
+        let (routed, log) = (self.routed(x.clone()), context.routers.as_ref());
+        let mut y = mixture(all, x.clone(), routed, None, log, experts, gated);
         let roles = [LinearRole::SharedGate, LinearRole::SharedUp, LinearRole::SharedDown];
         if let [Some(gate), Some(up), Some(down)] = roles.map(|role| self.linear(role))
-            && let Some(score) = scores(MatrixRole::SharedExpertGate)
+            && let Some(weight) = self.matrix(MatrixRole::SharedExpertGate)
         {
+            let score = x.clone().matmul(weight.transpose());
             y = y + shared([gate, up, down], x, score);
         }
         y.reshape(sizes)
@@ -376,9 +477,11 @@ impl<P: Projection> Block<P> {
         })
     }
 
-    fn mlp(&self, x: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
-        if let (Some(experts), Some(config)) = (self.experts(), &config.experts) {
-            return self.mixture(experts, x, config);
+    fn mlp(&self, x: Tensor<3>, context: &Context, config: &ModelConfig) -> Tensor<3> {
+        if let (None, Some(all), Some(experts)) =
+            (self.linear(LinearRole::Down), self.experts(), &config.experts)
+        {
+            return self.mixture(all, x, experts, context, config);
         }
         let inner = match (self.linear(LinearRole::GateUp), self.linear(LinearRole::Gate)) {
             (Some(linear), _) => {
@@ -394,7 +497,7 @@ impl<P: Projection> Block<P> {
         self.project(LinearRole::Down, inner)
     }
 
-    fn gated(&self, gate: Tensor<3>, up: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
+    fn gated<const D: usize>(&self, gate: Tensor<D>, up: Tensor<D>, config: &ModelConfig) -> Tensor<D> {
         match config.activation {
             Activation::Silu => fused::swiglu(gate, up),
             Activation::GeluTanh => fused::geglu(gate, up),
@@ -402,7 +505,7 @@ impl<P: Projection> Block<P> {
         }
     }
 
-    fn activated(&self, x: Tensor<3>, config: &ModelConfig) -> Tensor<3> {
+    fn activated<const D: usize>(&self, x: Tensor<D>, config: &ModelConfig) -> Tensor<D> {
         match config.activation {
             Activation::Silu => silu(x),
             Activation::GeluTanh => fused::plain::gelu_tanh(x),
@@ -416,7 +519,7 @@ impl<P: Projection> Block<P> {
                     VectorRole::XieluBeta,
                     VectorRole::XieluEps,
                 ]
-                .map(|role| self.vector(role).reshape([1, 1, 1]));
+                .map(|role| self.vector(role).reshape([1; D]));
                 xielu(x, [positive, negative, beta, eps])
             }
         }
@@ -441,7 +544,7 @@ impl<P: Projection> Block<P> {
 }
 
 /// `ap x² + β x` above 0, `an (e^min(x, ε) - 1 - x) + β x` below, with `ap = softplus(αp)`, `an = β + softplus(αn)`.
-fn xielu(x: Tensor<3>, [positive, negative, beta, eps]: [Tensor<3>; 4]) -> Tensor<3> {
+fn xielu<const D: usize>(x: Tensor<D>, [positive, negative, beta, eps]: [Tensor<D>; 4]) -> Tensor<D> {
     let above = softplus(positive, 1.0) * relu(x.clone()).square();
     let negative = beta.clone() + softplus(negative, 1.0);
     let low = x.clone().min_pair(eps);

@@ -40,6 +40,12 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
         }
     }
 
+    /// Channels of the residual stream that are the hidden state, the first ones, where others stand behind them for later
+    /// blocks; `None`: all.
+    fn hidden_width(&self) -> Option<usize> {
+        None
+    }
+
     /// The residual stream before the first block, `[batch, length, width]`.
     fn embed(&self, context: &Context) -> Tensor<3>;
 
@@ -151,6 +157,9 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
         }
         if let Some(last) = states.pop() {
             states.push(self.final_norm(last));
+        }
+        if let Some(width) = self.hidden_width() {
+            states = states.into_iter().map(|state| state.narrow(2, 0, width)).collect();
         }
         states
     }

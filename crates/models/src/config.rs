@@ -1,5 +1,7 @@
 //! What a model looks like, whatever file said so.
 
+use std::collections::BTreeSet;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -76,6 +78,25 @@ pub struct ModelConfig {
     /// Widths of each block where blocks differ, as after pruning; empty where all have the widths above. Ask
     /// [`layer`](Self::layer).
     pub layer_shapes: Vec<LayerShape>,
+    /// Width of each block's heads where blocks differ; empty where all are [`head_dim`](Self::head_dim) wide. Ask
+    /// [`head_dim_of`](Self::head_dim_of).
+    pub layer_head_dims: Vec<usize>,
+    /// What blocks hear of tokens by themselves, beside the residual stream.
+    pub per_layer_input: Option<PerLayerInputConfig>,
+    /// Width of embedding and head where it isn't the residual stream's; OPT's `word_embed_proj_dim`.
+    pub embedding_width: Option<usize>,
+    /// Whether there is a norm before the head; only OPT-350M has none.
+    pub has_final_norm: bool,
+}
+
+/// Inputs of single blocks, made of token ids and the embedding: Gemma 4's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PerLayerInputConfig {
+    /// Channels of one block's input.
+    pub width: usize,
+    /// Rows of the table that they are looked up in.
+    pub vocab_size: usize,
 }
 
 /// Factor on the attention's scores.
@@ -276,6 +297,10 @@ impl ModelConfig {
             biases: Biases::default(),
             tie_word_embeddings: false,
             layer_shapes: Vec::new(),
+            layer_head_dims: Vec::new(),
+            per_layer_input: None,
+            embedding_width: None,
+            has_final_norm: true,
         }
     }
 
@@ -293,6 +318,37 @@ impl ModelConfig {
     /// Widths of block `index`.
     pub fn layer(&self, index: usize) -> LayerShape {
         self.layer_shapes.get(index).copied().unwrap_or(self.common_shape())
+    }
+
+    /// Width of the heads of block `index`.
+    pub fn head_dim_of(&self, index: usize) -> usize {
+        self.layer_head_dims.get(index).copied().unwrap_or(self.head_dim)
+    }
+
+    /// Width of the heads that rotary table `table` turns.
+    pub fn rotary_head_dim(&self, table: usize) -> usize {
+        let user = self.layer_attention.iter().position(|layer| layer.rope == Some(table));
+        user.map_or(self.head_dim, |index| self.head_dim_of(index))
+    }
+
+    /// The block whose keys and values block `index` attends to: itself, or the last one of the same window that has its own.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn key_value_source(&self, index: usize) -> usize {
+        let slides = |block: usize| self.layer_attention[block].sliding_window.is_some();
+        let found = (0..=index).rev().find(|block| {
+            self.parts(*block).has_keys() && (*block == index || slides(*block) == slides(index))
+        });
+        found.unwrap_or_else(|| panic!("block {index} attends to keys of an earlier one, and there is none"))
+    }
+
+    /// The blocks whose keys and values others attend to.
+    pub fn shared_key_values(&self) -> Vec<usize> {
+        let blocks = 0..self.num_hidden_layers;
+        let sources = blocks.filter(|index| !self.parts(*index).has_keys());
+        let sources: BTreeSet<usize> = sources.map(|index| self.key_value_source(index)).collect();
+        sources.into_iter().collect()
     }
 
     /// The widths that blocks without their own have.
@@ -315,20 +371,30 @@ impl ModelConfig {
         }
     }
 
+    /// Gives each block's heads their width; equal ones become the model's.
+    pub(crate) fn set_head_dims(&mut self, head_dims: Vec<usize>) {
+        self.layer_head_dims.clear();
+        match head_dims.windows(2).all(|pair| pair[0] == pair[1]) {
+            true => self.head_dim = head_dims.first().copied().unwrap_or(self.head_dim),
+            false => self.layer_head_dims = head_dims,
+        }
+    }
+
     /// How many channels of a kind block `index` has.
     pub fn width(&self, channels: Channels, index: usize) -> usize {
-        let shape = self.layer(index);
+        let (shape, head_dim) = (self.layer(index), self.head_dim_of(index));
         match channels {
             Channels::Hidden => self.hidden_size,
-            Channels::Query => shape.num_attention_heads * self.head_dim,
-            Channels::KeyValue => shape.num_key_value_heads * self.head_dim,
+            Channels::Query => shape.num_attention_heads * head_dim,
+            Channels::KeyValue => shape.num_key_value_heads * head_dim,
             Channels::QueryKeyValue(_) => {
-                (shape.num_attention_heads + 2 * shape.num_key_value_heads) * self.head_dim
+                (shape.num_attention_heads + 2 * shape.num_key_value_heads) * head_dim
             }
             Channels::Mlp => shape.intermediate_size,
             Channels::GateUp => 2 * shape.intermediate_size,
             Channels::Expert => self.experts.map_or(0, |experts| experts.width),
             Channels::SharedExpert => self.experts.map_or(0, |experts| experts.shared_width),
+            Channels::PerLayer => self.per_layer_input.map_or(0, |inputs| inputs.width),
         }
     }
 
@@ -341,7 +407,7 @@ impl ModelConfig {
     pub fn norm_width(&self, place: NormPlace, index: usize) -> usize {
         match place.axis() {
             NormAxis::Hidden => self.hidden_size,
-            NormAxis::Head => self.head_dim,
+            NormAxis::Head => self.head_dim_of(index),
             NormAxis::Queries => self.width(Channels::Query, index),
             NormAxis::Keys => self.width(Channels::KeyValue, index),
         }
@@ -358,10 +424,10 @@ impl ModelConfig {
         }
     }
 
-    /// Factor on the attention scores.
-    pub fn attention_scale(&self) -> f32 {
+    /// Factor on the attention scores of block `index`.
+    pub fn attention_scale(&self, index: usize) -> f32 {
         match self.attention_scale {
-            AttentionScale::HeadDim => (self.head_dim as f32).powf(-0.5),
+            AttentionScale::HeadDim => (self.head_dim_of(index) as f32).powf(-0.5),
             AttentionScale::Scalar(scalar) => scalar.powf(-0.5) as f32,
             AttentionScale::Factor(factor) => factor as f32,
         }
@@ -370,9 +436,12 @@ impl ModelConfig {
     /// The shape of a parameter of the blocks that is neither a linear's nor a norm's.
     pub fn vector_shape(&self, role: VectorRole) -> Vec<usize> {
         match role {
-            VectorRole::XieluPositive | VectorRole::XieluNegative => vec![1],
+            VectorRole::XieluPositive | VectorRole::XieluNegative | VectorRole::LayerScalar => vec![1],
             VectorRole::XieluBeta | VectorRole::XieluEps => Vec::new(),
-            VectorRole::RouterBias => vec![self.experts.map_or(0, |experts| experts.count)],
+            VectorRole::RouterBias | VectorRole::ExpertScales => {
+                vec![self.experts.map_or(0, |experts| experts.count)]
+            }
+            VectorRole::RouterScale => vec![self.hidden_size],
             VectorRole::Sinks => vec![self.num_attention_heads],
         }
     }
@@ -407,14 +476,27 @@ impl ModelConfig {
     /// All tensors of a model of this shape, a tied head counted once, in the order in which they are loaded.
     pub fn tensors(&self) -> Vec<TensorShape> {
         let (names, hidden) = (&self.family.names, self.hidden_size);
+        let width = self.embedding_width.unwrap_or(hidden);
         let mut list = TensorList { tensors: Vec::new(), biased_norms: self.family.norm == NormKind::Layer };
-        list.add(format!("{}.weight", names.embedding), [self.vocab_size, hidden], TensorRole::Embedding);
+        list.add(format!("{}.weight", names.embedding), [self.vocab_size, width], TensorRole::Embedding);
+        if let (Some(paths), Some(width)) = (names.projections, self.embedding_width) {
+            for (path, shape) in paths.into_iter().zip([[hidden, width], [width, hidden]]) {
+                list.add(format!("{path}.weight"), shape, TensorRole::Plain);
+            }
+        }
         if let Some(positions) = names.positions {
             let rows = self.max_position_embeddings + positions.offset;
             list.add(format!("{}.weight", positions.path), [rows, hidden], TensorRole::Plain);
         }
         if let Some(path) = names.embedding_norm {
             list.norm(path, hidden, self.norm_affine);
+        }
+        if let (Some(inputs), Some(paths)) = (self.per_layer_input, names.per_layer) {
+            let width = inputs.width * self.num_hidden_layers;
+            let table = [inputs.vocab_size, width];
+            list.add(format!("{}.weight", paths.embedding), table, TensorRole::Embedding);
+            list.add(format!("{}.weight", paths.projection), [width, hidden], TensorRole::Plain);
+            list.norm(paths.norm, inputs.width, self.norm_affine);
         }
         for index in 0..self.num_hidden_layers {
             for part in self.parts(index).iter() {
@@ -442,12 +524,12 @@ impl ModelConfig {
                 }
             }
         }
-        list.norm(names.final_norm, hidden, self.norm_affine);
+        list.norm(names.final_norm, hidden, self.norm_affine && self.has_final_norm);
         if self.biases.head {
             list.add(format!("{}.bias", names.head), [self.vocab_size], TensorRole::Plain);
         }
         if !self.tie_word_embeddings {
-            list.add(format!("{}.weight", names.head), [self.vocab_size, hidden], TensorRole::Head);
+            list.add(format!("{}.weight", names.head), [self.vocab_size, width], TensorRole::Head);
         }
         list.tensors
     }
@@ -521,7 +603,11 @@ impl RopeConfig {
 
     /// Channels of a head that are rotated: an even number of them.
     pub fn rotated(&self, head_dim: usize) -> usize {
-        (head_dim as f64 * self.partial_rotary_factor) as usize / 2 * 2
+        match self.scaling {
+            // Its pairs are those of the whole head, and some turn by nothing.
+            RopeScaling::Proportional { .. } => head_dim,
+            _ => (head_dim as f64 * self.partial_rotary_factor) as usize / 2 * 2,
+        }
     }
 }
 
@@ -558,6 +644,11 @@ pub enum RopeScaling {
         attention_factor: f64,
         /// Whether the correction range is rounded outwards to whole dimensions (default true).
         truncate: bool,
+    },
+    /// Frequencies of the whole head's width, of which the first `partial_rotary_factor` are kept and the others are 0: Gemma 4's.
+    Proportional {
+        /// Stretch of those that are kept.
+        factor: f64,
     },
     /// A theta that is stretched whatever the length: HunYuan's `alpha`.
     Alpha {

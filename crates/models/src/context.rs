@@ -11,7 +11,7 @@ use kiln_quant_core::{
     fused::{self, AttentionSpec},
 };
 
-use crate::TokenBatch;
+use crate::{TokenBatch, balance::RouterLog};
 
 /// Token ids on the device, and what attention needs to know about them.
 #[derive(Debug, Clone)]
@@ -26,6 +26,8 @@ pub struct Context {
     pub query_factors: Option<Tensor<4>>,
     /// The same tokens as a network beside the model sees them (side tuning): other rotary tables.
     pub beside: Option<Arc<Context>>,
+    /// Where routers of experts leave their scores, if they are asked for.
+    pub(crate) routers: Option<RouterLog>,
     /// What operands of attention's products are rounded to.
     pub compute: Compute,
     query_segments: Tensor<2, Int>,
@@ -62,6 +64,7 @@ impl Context {
             rotary,
             query_factors: None,
             beside: None,
+            routers: None,
             compute,
             query_segments: fused::segments(&tokens.segments, [batch, length], device),
             key_segments: fused::segments(&key_segments, [batch, past_length + length], device),
@@ -91,6 +94,7 @@ impl Context {
             rotary: rotary.map(|tables| tables.clone().map(|table| table.to_device(device))).collect(),
             query_factors: self.query_factors.clone().map(|factors| factors.to_device(device)),
             beside: self.beside.clone(),
+            routers: self.routers.clone(),
             compute: self.compute,
             query_segments: self.query_segments.clone().to_device(device),
             key_segments: self.key_segments.clone().to_device(device),
@@ -113,8 +117,9 @@ impl Context {
         self.seen.chunks_exact(keys).flat_map(|row| &row[keys - length..]).copied().collect()
     }
 
-    /// What queries may see, and the factor on their scores.
-    pub fn attention(&self, scale: f32, window: Option<usize>) -> AttentionSpec {
+    /// What queries may see of the last `keys` keys, and the factor on their scores.
+    pub fn attention(&self, scale: f32, window: Option<usize>, keys: usize) -> AttentionSpec {
+        let [_, all] = self.key_segments.dims();
         AttentionSpec {
             scale,
             alibi: 0.0,
@@ -122,7 +127,10 @@ impl Context {
             window,
             compute: self.compute,
             query_segments: self.query_segments.clone(),
-            key_segments: self.key_segments.clone(),
+            key_segments: match keys == all {
+                true => self.key_segments.clone(),
+                false => self.key_segments.clone().narrow(1, all - keys, keys),
+            },
         }
     }
 }
@@ -138,6 +146,22 @@ struct Kept {
 }
 
 impl Kept {
+    /// Without what lies more than `window - 1` tokens back, which no further token sees. Memory is moved only where that makes it
+    /// half as long.
+    fn trimmed(self, window: usize) -> Self {
+        let seen = window.saturating_sub(1).max(1);
+        if self.length < 2 * seen + ROOM[0] {
+            return self;
+        }
+        let both = self.both.map(|all| {
+            let [batch, _, heads, head_dim] = all.dims();
+            let longer = Tensor::zeros([batch, 2 * seen + ROOM[0], heads, head_dim], (&all.device(), all.dtype()));
+            let last = all.narrow(1, self.length - seen, seen);
+            longer.slice_assign([0..batch, 0..seen, 0..heads, 0..head_dim], last)
+        });
+        Self { both, length: seen }
+    }
+
     /// Without the room.
     fn both(&self) -> [Tensor<4>; 2] {
         self.both.each_ref().map(|all| match all.dims()[1] == self.length {
@@ -229,13 +253,35 @@ impl KvCache {
         Self { blocks: blocks.collect(), segments: segments.copied().collect(), length: self.length, beside }
     }
 
-    /// Appends `[batch, length, heads, head_dim]` keys and values of one block and returns all.
-    pub(crate) fn extend(&mut self, block: usize, keys: Tensor<4>, values: Tensor<4>) -> [Tensor<4>; 2] {
+    /// All keys and values of a block.
+    ///
+    /// # Panics
+    /// If it has none yet.
+    pub(crate) fn of(&self, block: usize) -> [Tensor<4>; 2] {
+        let kept = self.blocks.get(block).and_then(Option::as_ref);
+        kept.unwrap_or_else(|| panic!("no keys of block {block} in the cache")).both()
+    }
+
+    /// Appends `[batch, length, heads, head_dim]` keys and values of one block and returns all that are kept: with a sliding
+    /// `window` those that its tokens see, and some before.
+    pub(crate) fn extend(
+        &mut self,
+        block: usize,
+        keys: Tensor<4>,
+        values: Tensor<4>,
+        window: Option<usize>,
+    ) -> [Tensor<4>; 2] {
         if self.blocks.len() <= block {
             self.blocks.resize_with(block + 1, || None);
         }
         let kept = match self.blocks[block].take() {
-            Some(kept) => kept.extended([keys, values]),
+            Some(kept) => {
+                let kept = match window {
+                    Some(window) => kept.trimmed(window),
+                    None => kept,
+                };
+                kept.extended([keys, values])
+            }
             None => Kept { length: keys.dims()[1], both: [keys, values] },
         };
         self.blocks[block].insert(kept).both()
@@ -261,7 +307,7 @@ mod tests {
 
     impl Beside {
         fn extend(&mut self, further: [Tensor<4>; 2]) {
-            let found = self.cache.extend(0, further[0].clone(), further[1].clone());
+            let found = self.cache.extend(0, further[0].clone(), further[1].clone(), None);
             for ((expected, further), found) in self.expected.iter_mut().zip(further).zip(found) {
                 *expected = Tensor::cat(vec![expected.clone(), further], 1);
                 assert_eq!(read(found), read(expected.clone()), "{:?}", expected.dims());
@@ -274,7 +320,7 @@ mod tests {
     fn a_cache_is_all_keys_and_values_one_after_the_other() {
         let mut cache = KvCache::new();
         let expected = both(0, 5);
-        cache.extend(0, expected[0].clone(), expected[1].clone());
+        cache.extend(0, expected[0].clone(), expected[1].clone(), None);
         let mut beside = Beside { cache, expected };
         for step in 1..=2 * ROOM[0] as u64 + 9 {
             beside.extend(both(step, if step % 50 == 0 { 7 } else { 1 }));
@@ -294,15 +340,40 @@ mod tests {
         }
     }
 
+    /// With a window, tokens see what they would of all keys, and memory stops growing.
+    #[test]
+    fn a_window_keeps_what_is_seen_and_little_more() {
+        const WINDOW: usize = 6;
+        for chunk in [1, 4, 90] {
+            let mut cache = KvCache::new();
+            let mut expected = both(0, 150);
+            cache.extend(0, expected[0].clone(), expected[1].clone(), Some(WINDOW));
+            for step in 1..=300 {
+                let further = both(step, chunk);
+                let [keys, values] = further.clone();
+                let found = cache.extend(0, keys, values, Some(WINDOW));
+                let count = chunk + WINDOW - 1;
+                for ((expected, further), found) in expected.iter_mut().zip(further).zip(found) {
+                    *expected = Tensor::cat(vec![expected.clone(), further], 1);
+                    let [_, all, _, _] = expected.dims();
+                    *expected = expected.clone().narrow(1, all - count, count);
+                    let [_, kept, _, _] = found.dims();
+                    assert!(kept <= 2 * WINDOW + ROOM[0] + chunk, "{kept} keys");
+                    assert_eq!(read(found.narrow(1, kept - count, count)), read(expected.clone()));
+                }
+            }
+        }
+    }
+
     #[test]
     fn tokens_one_by_one_are_written_in_place() {
         let mut cache = KvCache::new();
         let [keys, values] = both(0, 5);
-        cache.extend(0, keys, values);
+        cache.extend(0, keys, values, None);
         let mut moved = Vec::new();
         for step in 1..=3 * ROOM[0] as u64 {
             let [keys, values] = both(step, 1);
-            let length = cache.extend(0, keys, values)[0].dims()[1];
+            let length = cache.extend(0, keys, values, None)[0].dims()[1];
             let room = cache.blocks[0].as_ref().unwrap().both[0].dims()[1];
             if moved.last() != Some(&room) {
                 moved.push(room);

@@ -12,10 +12,11 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, Placement, ScaleSite, ScaleSites,
-    ScaleSource, TokenBatch,
+    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, PerLayerInputs, Placement,
+    ScaleSite, ScaleSites, ScaleSource, TokenBatch,
+    block::Beside,
     config::{ModelConfig, RopeConfig, RopeScaling, TensorRole, TensorShape},
-    families::{FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
+    families::{Channels, FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
     placement::moved,
 };
 
@@ -30,6 +31,11 @@ pub struct Decoder<P: Projection> {
     pub embed_positions: Option<Param<Tensor<2>>>,
     /// Norm over the embedding; most families have none.
     pub embed_norm: Option<Norm>,
+    /// From embeddings of another width to the residual stream `[hidden_size, width]`, and from there to the head
+    /// `[width, hidden_size]`; most models have none.
+    pub projections: Option<[Param<Tensor<2>>; 2]>,
+    /// What makes the inputs that blocks have beside the residual stream; most families have none.
+    pub per_layer: Option<PerLayerInputs>,
     /// Blocks.
     pub blocks: Vec<Block<P>>,
     /// Norm before the head.
@@ -64,7 +70,7 @@ impl<P: Projection> Decoder<P> {
         &self.config
     }
 
-    /// A model of its parts.
+    /// A model of its parts, without projections and inputs of single blocks.
     ///
     /// # Errors
     /// [`Error::Argument`] naming the first tensor whose shape isn't that of `config`.
@@ -84,6 +90,8 @@ impl<P: Projection> Decoder<P> {
             embed_tokens,
             embed_positions,
             embed_norm,
+            projections: None,
+            per_layer: None,
             blocks,
             final_norm,
             lm_head,
@@ -176,6 +184,9 @@ impl<P: Projection> Decoder<P> {
         if let (Some(table), Some(learned)) = (&self.embed_positions, names.positions) {
             add(learned.path, "weight", &table.lazy_shape());
         }
+        if let (Some(inputs), Some(paths)) = (&self.per_layer, names.per_layer) {
+            add(paths.embedding, "weight", &inputs.table.shape());
+        }
         for (path, norm) in self.norms() {
             for (name, parameter) in norm.parameters() {
                 add(&path, name, &parameter.lazy_shape());
@@ -214,7 +225,9 @@ impl<P: Projection> CausalLm for Decoder<P> {
         self.check_tokens(tokens)?;
         let device = self.device();
         let config = &self.config;
-        let tables = config.rope.iter().map(|rope| rope.tables(config.head_dim, &tokens.positions, &device));
+        let tables = config.rope.iter().enumerate();
+        let tables = tables
+            .map(|(table, rope)| rope.tables(config.rotary_head_dim(table), &tokens.positions, &device));
         let tables =
             tables.map(|[cos, sin]| if config.family.turns_back { [cos, sin.neg()] } else { [cos, sin] });
         let past = cache.map_or(&[][..], |cache| &cache.segments);
@@ -228,37 +241,24 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn embed(&self, context: &Context) -> Tensor<3> {
-        let mut x = self.embed_tokens.forward(context.ids.clone());
-        if !self.updates.is_empty() {
-            let [batch, length, width] = x.dims();
-            let ids = context.ids.clone().reshape([batch * length]);
-            let rows = self.updates.looked_up(x.reshape([batch * length, width]), ids);
-            x = rows.reshape([batch, length, width]);
-        }
-        if self.config.embedding_multiplier != 1.0 {
-            x = x.mul_scalar(self.config.embedding_multiplier);
-        }
-        let x = match (&self.embed_positions, self.config.family.names.positions) {
-            (Some(table), Some(learned)) => {
-                let [batch, length, width] = x.dims();
-                let positions = context.positions.clone().add_scalar(learned.offset as i64);
-                let rows = positions.reshape([batch * length]);
-                x + table.val().select(0, rows).reshape([batch, length, width])
+        let x = self.embedded(context);
+        match self.carried() {
+            0 => x,
+            width => {
+                let [batch, length, _] = x.dims();
+                let none = Tensor::zeros([batch, length, width], (&x.device(), x.dtype()));
+                Tensor::cat(vec![x, none], 2)
             }
-            _ => x,
-        };
-        match &self.embed_norm {
-            Some(norm) => norm.forward(x),
-            None => x,
         }
     }
 
     fn trains_embedding(&self) -> bool {
         let positions = self.embed_positions.as_ref();
+        let projection = self.projections.as_ref().map(|[projection, _]| projection);
         let mut norm = self.embed_norm.iter().flat_map(Norm::parameters);
         self.embed_tokens.is_trained()
             || self.updates.train_lookups()
-            || positions.is_some_and(|table| table.val().is_require_grad())
+            || positions.into_iter().chain(projection).any(|table| table.val().is_require_grad())
             || norm.any(|(_, parameter)| parameter.val().is_require_grad())
     }
 
@@ -267,22 +267,32 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn block(&self, index: usize, x: Tensor<3>, context: &Context, cache: Option<&mut KvCache>) -> Tensor<3> {
-        let block = &self.blocks[index];
         match &self.placement {
-            None => block.forward(index, x, context, cache, &self.config),
+            None => self.run_block(index, x, context, context, cache),
             Some(placement) => {
                 let device = placement.block(index);
-                let x = block.forward(index, moved(x, device), &context.on(device), cache, &self.config);
+                let x = self.run_block(index, moved(x, device), context, &context.on(device), cache);
                 moved(x, placement.after(index))
             }
         }
     }
 
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.final_norm.forward(x)
+        self.final_norm.forward(match self.hidden_width() {
+            Some(width) => x.narrow(D - 1, 0, width),
+            None => x,
+        })
+    }
+
+    fn hidden_width(&self) -> Option<usize> {
+        (self.carried() > 0).then_some(self.config.hidden_size)
     }
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let x = match &self.projections {
+            Some([_, projection]) => projected(x, projection),
+            None => x,
+        };
         let beside = (!self.updates.is_empty()).then(|| x.clone());
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
@@ -345,6 +355,90 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 }
 
+impl<P: Projection> Decoder<P> {
+    /// The embedding of the tokens, `[batch, length, hidden_size]`.
+    fn embedded(&self, context: &Context) -> Tensor<3> {
+        let mut x = self.embed_tokens.forward(context.ids.clone());
+        if !self.updates.is_empty() {
+            let [batch, length, width] = x.dims();
+            let ids = context.ids.clone().reshape([batch * length]);
+            let rows = self.updates.looked_up(x.reshape([batch * length, width]), ids);
+            x = rows.reshape([batch, length, width]);
+        }
+        if let Some([projection, _]) = &self.projections {
+            x = projected(x, projection);
+        }
+        if self.config.embedding_multiplier != 1.0 {
+            x = x.mul_scalar(self.config.embedding_multiplier);
+        }
+        let x = match (&self.embed_positions, self.config.family.names.positions) {
+            (Some(table), Some(learned)) => {
+                let [batch, length, width] = x.dims();
+                let positions = context.positions.clone().add_scalar(learned.offset as i64);
+                let rows = positions.reshape([batch * length]);
+                x + table.val().select(0, rows).reshape([batch, length, width])
+            }
+            _ => x,
+        };
+        match &self.embed_norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        }
+    }
+
+    /// Channels behind the hidden state in which the residual stream carries the keys and values that several blocks attend to,
+    /// so that whoever runs blocks one by one, forwards or backwards, need not know of them.
+    fn carried(&self) -> usize {
+        let sources = self.config.shared_key_values();
+        sources.into_iter().map(|source| 2 * self.config.width(Channels::KeyValue, source)).sum()
+    }
+
+    /// Block `index` where its parts are; `first` is the context where the embedding is, `context` the same there.
+    fn run_block(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        first: &Context,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+    ) -> Tensor<3> {
+        let (block, config) = (&self.blocks[index], &self.config);
+        let mut beside = Beside::default();
+        if let (Some(inputs), Some(per_layer)) = (&self.per_layer, &config.per_layer_input)
+            && block.linear(LinearRole::PerLayerGate).is_some()
+        {
+            let input =
+                inputs.of_block(index, per_layer.width, first.ids.clone(), self.embedded(first));
+            beside.input = Some(moved(input, &context.ids.device()));
+        }
+        let sources = config.shared_key_values();
+        if sources.is_empty() {
+            return block.forward_beside(index, x, &mut beside, context, cache, config);
+        }
+        let [batch, length, _] = x.dims();
+        let mut parts = vec![x.clone().narrow(2, 0, config.hidden_size)];
+        let mut start = config.hidden_size;
+        for source in &sources {
+            let width = 2 * config.width(Channels::KeyValue, *source);
+            parts.push(x.clone().narrow(2, start, width));
+            start += width;
+        }
+        let source = config.key_value_source(index);
+        let place = sources.iter().position(|other| *other == source);
+        if let Some(place) = place.filter(|_| source != index) {
+            let heads = config.layer(source).num_key_value_heads;
+            let both = parts[place + 1].clone().reshape([batch, length, 2 * heads, config.head_dim_of(source)]);
+            beside.shared = Some([0, heads].map(|first| both.clone().narrow(2, first, heads)));
+        }
+        parts[0] = block.forward_beside(index, parts[0].clone(), &mut beside, context, cache, config);
+        if let (Some(place), Some(own)) = (place, beside.own) {
+            let [_, _, heads, head_dim] = own[0].dims();
+            parts[place + 1] = Tensor::cat(own.to_vec(), 2).reshape([batch, length, 2 * heads * head_dim]);
+        }
+        Tensor::cat(parts, 2)
+    }
+}
+
 impl<P: Projection> Slots for Decoder<P> {
     type Slot = P;
     type With<Q: Projection> = Decoder<Q>;
@@ -365,6 +459,8 @@ impl<P: Projection> Slots for Decoder<P> {
             embed_tokens: self.embed_tokens,
             embed_positions: self.embed_positions,
             embed_norm: self.embed_norm,
+            projections: self.projections,
+            per_layer: self.per_layer,
             blocks,
             final_norm: self.final_norm,
             lm_head: self.lm_head,
@@ -466,6 +562,15 @@ impl<P: Projection> Slots for Decoder<P> {
     }
 }
 
+/// `x` times a matrix `[d_output, d_input]`.
+fn projected<const D: usize>(x: Tensor<D>, matrix: &Param<Tensor<2>>) -> Tensor<D> {
+    let mut sizes = x.dims();
+    let rows = sizes[..D - 1].iter().product();
+    let y = x.reshape([rows, sizes[D - 1]]).matmul(matrix.val().transpose());
+    sizes[D - 1] = y.dims()[1];
+    y.reshape(sizes)
+}
+
 /// A frozen head of `weight` `[width, vocabulary]`.
 fn dense_head(weight: Tensor<2>, bias: Option<Tensor<1>>) -> QuantLinear {
     QuantLinear::Dense(Linear {
@@ -517,6 +622,7 @@ impl<P: Projection> ScaleSites for Decoder<P> {
         // Where several query heads share a value head, its channel has several readers.
         let shape = self.config.layer(index);
         if shape.num_key_value_heads == shape.num_attention_heads
+            && !family.norms_values
             && let Some(value) = path(LinearRole::Value)
         {
             sites.push(site(ScaleSource::Projection(value), &[LinearRole::Output]));
@@ -560,7 +666,9 @@ impl<P: Projection> Decoder<P> {
             })
         });
         let first = self.embed_norm.iter().zip(family.names.embedding_norm);
-        let first = first.map(|(norm, path)| (path.to_owned(), norm));
+        let per_layer = self.per_layer.iter().zip(family.names.per_layer);
+        let per_layer = per_layer.map(|(inputs, paths)| (paths.norm, &inputs.norm));
+        let first = first.map(|(norm, path)| (path, norm)).chain(per_layer).map(|(path, norm)| (path.to_owned(), norm));
         first.chain(norms).chain([(family.names.final_norm.to_owned(), &self.final_norm)]).collect()
     }
 
@@ -575,8 +683,11 @@ impl<P: Projection> Decoder<P> {
         vectors.collect()
     }
 
-    /// The blocks' matrices that are no slots, with their names in checkpoints.
+    /// The matrices that are neither slots nor tables, with their names in checkpoints.
     pub(crate) fn matrices(&self) -> Vec<(String, &Param<Tensor<2>>)> {
+        let per_layer = self.per_layer.iter().zip(self.config.family.names.per_layer);
+        let per_layer =
+            per_layer.map(|(inputs, paths)| (format!("{}.weight", paths.projection), &inputs.projection));
         let blocks = self.blocks.iter().enumerate();
         let matrices = blocks.flat_map(|(index, block)| {
             block.parts().filter_map(move |(name, part)| match part {
@@ -586,7 +697,10 @@ impl<P: Projection> Decoder<P> {
                 _ => None,
             })
         });
-        matrices.collect()
+        let projections = self.projections.iter().flatten();
+        let projections = self.config.family.names.projections.into_iter().flatten().zip(projections);
+        let projections = projections.map(|(path, values)| (format!("{path}.weight"), values));
+        projections.chain(per_layer).chain(matrices).collect()
     }
 }
 
@@ -617,16 +731,12 @@ impl<P: Projection> Decoder<P> {
 impl Decoder<QuantLinear> {
     /// Bytes of all tensors: packed ones as stored, others in their types.
     pub fn stored_bytes(&self) -> usize {
-        let table = match &self.embed_tokens {
-            Embedding::Packed(table) => table.storage_bytes(),
-            Embedding::Dense(table) => {
-                table.weight.val().dtype().size() * self.embed_tokens.shape().iter().product::<usize>()
-            }
-        };
+        let tables = [Some(&self.embed_tokens), self.per_layer.as_ref().map(|inputs| &inputs.table)];
+        let tables: usize = tables.into_iter().flatten().map(Embedding::stored_bytes).sum();
         let linears: usize = self.slots().into_iter().map(|(_, slot)| slot.storage_bytes()).sum();
         let head = self.lm_head.as_ref().map_or(0, QuantLinear::storage_bytes);
         let plain = self.config.tensors().into_iter().filter(|tensor| tensor.role == TensorRole::Plain);
         let plain: usize = plain.map(|tensor| 4 * tensor.shape.iter().product::<usize>()).sum();
-        table + linears + head + plain
+        tables + linears + head + plain
     }
 }

@@ -8,6 +8,7 @@ use kiln_quant_core::{fused, to_host_together};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    balance::{Balance, Routed, RouterLog},
     CausalLm, Context, EmbeddingNoise, Error, Objective, Result, TokenBatch, TokenLoss, Weights, nll,
 };
 
@@ -32,11 +33,14 @@ pub struct DriverOptions {
     pub loss: TokenLoss,
     /// What is added to the embedding.
     pub noise: Option<EmbeddingNoise>,
+    /// Coefficient of the load-balancing loss of mixtures of experts, which is added to the mean loss of this batch's
+    /// targets: transformers' `router_aux_loss_coef`. Without it routers learn from the targets alone.
+    pub router_loss: Option<f64>,
 }
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self { recompute: Recompute::None, logit_rows: 256, loss: TokenLoss::default(), noise: None }
+        Self { recompute: Recompute::None, logit_rows: 256, loss: TokenLoss::default(), noise: None, router_loss: None }
     }
 }
 
@@ -113,9 +117,13 @@ pub fn queue_gradients<'a, M: CausalLm>(
     let objective = objective.into();
     check(model, tokens, objective.targets)?;
     check_numbers(model, tokens, objective.numbers)?;
-    let context = model.context(tokens, None)?;
+    let mut context = model.context(tokens, None)?;
+    let router = match options.router_loss {
+        Some(coefficient) => Some(RouterLoss::new(coefficient, &objective, &mut context)?),
+        None => None,
+    };
     let noisy = |x| match options.noise {
-        Some(noise) => noise.add(x, tokens),
+        Some(noise) => noise.add(x, model.hidden_width(), tokens),
         None => x,
     };
     match options.recompute {
@@ -124,8 +132,15 @@ pub fn queue_gradients<'a, M: CausalLm>(
                 Some(_) => model.residual_from(noisy(model.embed(&context)), &context, None),
                 None => model.residual(&context, None),
             };
-            let (loss, dx) = head(model, x.clone().inner(), objective, options, gradients)?;
-            backward(model, x, dx, gradients);
+            let (mut loss, dx) = head(model, x.clone().inner(), objective, options, gradients)?;
+            let beside = match router {
+                Some(router) => {
+                    let routed = router.log.take();
+                    Some(router.of_all(&router.balance(&routed, tokens)?, &routed, &mut loss))
+                }
+                None => None,
+            };
+            backward(model, x, dx, beside, gradients);
             Ok(loss)
         }
         Recompute::Block => {
@@ -135,15 +150,25 @@ pub fn queue_gradients<'a, M: CausalLm>(
                 inputs.push(inference.block(index, inputs[index].clone(), &context, None));
             }
             let top = inputs.pop().expect("the embedding at least");
-            let (loss, mut dx) = head(model, top.clone(), objective, options, gradients)?;
+            let (mut loss, mut dx) = head(model, top.clone(), objective, options, gradients)?;
+            let balance = match &router {
+                Some(router) => {
+                    let routed = router.log.take();
+                    let balance = router.balance(&routed, tokens)?;
+                    router.of_all(&balance, &routed, &mut loss);
+                    Some((router, balance))
+                }
+                None => None,
+            };
             let mut output = top;
             for index in (0..model.num_blocks()).rev() {
                 let input = inputs.pop().expect("an input for every block");
-                dx = block_backward(model, index, [input.clone(), output], dx, &context, gradients);
+                let both = [input.clone(), output];
+                dx = block_backward(model, index, both, dx, &context, balance.as_ref(), gradients);
                 output = input;
             }
             if model.trains_embedding() {
-                backward(model, model.embed(&context), dx, gradients);
+                backward(model, model.embed(&context), dx, None, gradients);
             }
             Ok(loss)
         }
@@ -170,6 +195,59 @@ pub fn residual_gradient<M: CausalLm>(
     Ok((loss.read()?, dx))
 }
 
+/// The load-balancing loss of a batch, as part of the sum of its targets' losses.
+struct RouterLoss {
+    /// The coefficient times what the mean is later divided by.
+    factor: f64,
+    log: RouterLog,
+}
+
+impl RouterLoss {
+    fn new(coefficient: f64, objective: &Objective, context: &mut Context) -> Result<Self> {
+        let fail = |name: &str, expected: &str, found: String| {
+            Err(Error::Argument { name: name.into(), expected: expected.into(), found })
+        };
+        if !(coefficient.is_finite() && coefficient >= 0.0) {
+            return fail("router_loss", "a number of at least 0", coefficient.to_string());
+        }
+        let scored = objective.targets.scored.iter().enumerate().filter(|(_, scored)| **scored);
+        let targets = match &objective.weights {
+            Weights::Equal => scored.count() as f64,
+            Weights::Given(weights) => {
+                scored.filter_map(|(place, _)| weights.get(place)).map(|weight| f64::from(*weight)).sum()
+            }
+            Weights::Computed(_) => {
+                return fail("router_loss", "weights that are known before the pass", "computed ones".into());
+            }
+        };
+        let log = RouterLog::default();
+        context.routers = Some(log.clone());
+        Ok(Self { factor: coefficient * targets, log })
+    }
+
+    fn balance(&self, routed: &[Routed], tokens: &TokenBatch) -> Result<Balance> {
+        Balance::of(routed, tokens).ok_or_else(|| Error::Argument {
+            name: "router_loss".into(),
+            expected: "a mixture of experts".into(),
+            found: "a model without routers".into(),
+        })
+    }
+
+    fn of_one(&self, balance: &Balance, routed: &Routed) -> Tensor<1> {
+        balance.loss(&routed.scores).mul_scalar(self.factor)
+    }
+
+    /// The loss of all blocks, noted in `loss`.
+    fn of_all(&self, balance: &Balance, routed: &[Routed], loss: &mut PendingLoss) -> Tensor<1> {
+        // Blocks may be on several devices.
+        let device = routed[0].scores.device();
+        let parts = routed.iter().map(|routed| self.of_one(balance, routed).to_device(&device));
+        let sum = parts.reduce(|sum, part| sum + part).expect("a router at least");
+        loss.parts.push(if sum.is_autodiff() { sum.clone().inner() } else { sum.clone() });
+        sum
+    }
+}
+
 /// Runs one block again under autodiff; returns the gradient of its input.
 fn block_backward<M: CausalLm>(
     model: &M,
@@ -177,22 +255,39 @@ fn block_backward<M: CausalLm>(
     [input, output]: [Tensor<3>; 2],
     dy: Tensor<3>,
     context: &Context,
+    balance: Option<&(&RouterLoss, Balance)>,
     gradients: &mut GradientsAccumulator<M>,
 ) -> Tensor<3> {
     let input = Tensor::from_inner(input).require_grad();
     let y = model.block_again(index, input.clone(), output, context);
-    let mut found = fused::seeded(y, dy).backward();
+    let mut seed = fused::seeded(y, dy);
+    if let Some((router, balance)) = balance {
+        let routed = router.log.take();
+        seed = routed.iter().fold(seed, |sum, routed| sum + router.of_one(balance, routed));
+    }
+    let mut found = seed.backward();
     let dx = input.grad_remove(&mut found).expect("a block passes gradients to its input");
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
     dx
 }
 
-/// Sends `dx` down the graph that ends in `x`, if there is one: where the head alone is trained, there is none.
-fn backward<M: CausalLm>(model: &M, x: Tensor<3>, dx: Tensor<3>, gradients: &mut GradientsAccumulator<M>) {
+/// Sends `dx` down the graph that ends in `x`, if there is one: where the head alone is trained, there is none. The loss
+/// `beside` is of the same graph.
+fn backward<M: CausalLm>(
+    model: &M,
+    x: Tensor<3>,
+    dx: Tensor<3>,
+    beside: Option<Tensor<1>>,
+    gradients: &mut GradientsAccumulator<M>,
+) {
     if !x.is_tracked() {
         return;
     }
-    let found = fused::seeded(x, dx).backward();
+    let mut seed = fused::seeded(x, dx);
+    if let Some(beside) = beside {
+        seed = seed + beside;
+    }
+    let found = seed.backward();
     gradients.accumulate(model, GradientsParams::from_grads(found, model));
 }
 

@@ -68,6 +68,16 @@ impl Embedding {
         matches!(self, Self::Dense(table) if table.weight.val().is_require_grad())
     }
 
+    /// Bytes: packed as stored, dense in its type.
+    pub(crate) fn stored_bytes(&self) -> usize {
+        match self {
+            Self::Dense(table) => {
+                table.weight.val().dtype().size() * self.shape().iter().product::<usize>()
+            }
+            Self::Packed(table) => table.storage_bytes(),
+        }
+    }
+
     /// Where the table is.
     pub fn device(&self) -> Device {
         match self {

@@ -7,7 +7,10 @@ use burn::tensor::{
 };
 use kiln_quant_core::{Projection, fused, to_host};
 
-use crate::config::{ClampedSwiglu, ExpertsConfig};
+use crate::{
+    balance::{Routed, RouterLog},
+    config::{ClampedSwiglu, ExpertsConfig},
+};
 
 /// The linears of one expert: gate, way in, way out.
 pub type Expert<P> = [P; 3];
@@ -41,7 +44,8 @@ impl Routes {
     }
 }
 
-/// The weighted sum of the chosen experts' results; `scores` `[tokens, experts]` are the router's.
+/// The weighted sum of the chosen experts' results; `scores` `[tokens, experts]` are the router's, `factors` `[experts]` go onto
+/// the weights that come of them. What is chosen is told to `log`.
 ///
 /// # Shapes
 /// `x` `[tokens, width]` → the same.
@@ -52,6 +56,8 @@ pub(crate) fn mixture<P: Projection>(
     all: &[Expert<P>],
     x: Tensor<2>,
     scores: Tensor<2>,
+    factors: Option<Tensor<1>>,
+    log: Option<&RouterLog>,
     config: &ExpertsConfig,
     gated: impl Fn(Tensor<2>, Tensor<2>) -> Tensor<2>,
 ) -> Tensor<2> {
@@ -64,13 +70,20 @@ pub(crate) fn mixture<P: Projection>(
     let host = to_host("the router's scores", scores.clone()).unwrap_or_else(|error| panic!("{error}"));
     let routes = Routes::new(&host, config);
     let (order, counts) = routes.by_expert(config.count);
+    if let Some(log) = log {
+        log.add(Routed { scores: scores.clone(), chosen: routes.chosen.as_slice().into() });
+    }
 
     let per_token = routes.per_token;
     let chosen: Vec<i64> = routes.chosen.iter().map(|expert| *expert as i64).collect();
     let chosen = Tensor::<2, Int>::from_data(TensorData::new(chosen, [tokens, per_token]), &device);
-    let mut weights = softmax(scores, 1).gather(1, chosen);
+    let mut weights = softmax(scores, 1).gather(1, chosen.clone());
     if config.normalise {
         weights = weights.clone() / weights.sum_dim(1);
+    }
+    if let Some(factors) = factors {
+        let factors = factors.select(0, chosen.reshape([tokens * per_token]));
+        weights = weights * factors.reshape([tokens, per_token]);
     }
     let weights = weights.reshape([tokens * per_token]).select(0, indices(order.clone()));
 

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 
+mod balance;
 mod batch;
 mod block;
 mod causal_lm;
@@ -29,6 +30,7 @@ mod nll;
 mod norm;
 mod objective;
 mod patience;
+mod per_layer;
 mod placement;
 mod probe;
 mod rope;
@@ -59,6 +61,7 @@ pub use load::{LoadOptions, LoadReport, Tables};
 pub use nll::{scores_at, token_nll};
 pub use norm::Norm;
 pub use objective::{Distillation, EmbeddingNoise, Objective, Teacher, TokenLoss, Weigh, Weights};
+pub use per_layer::PerLayerInputs;
 pub use placement::Placement;
 pub use probe::{Call, Keep, Probe, Tape};
 pub use scaling::{ScaleSite, ScaleSource};

@@ -12,7 +12,8 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, Placement, Result,
+    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, PerLayerInputs, Placement,
+    Result,
     config::ModelConfig,
     embedding::DenseEmbedding,
     families::NormKind,
@@ -255,7 +256,13 @@ impl Loader<'_> {
 
     fn decoder(&mut self, config: &ModelConfig, placement: &Placement) -> Result<Decoder<QuantLinear>> {
         let (names, width) = (&config.family.names, config.hidden_size);
-        let embed_tokens = self.embedding(names.embedding, config.vocab_size, width)?;
+        let embedding_width = config.embedding_width.unwrap_or(width);
+        let embed_tokens = self.embedding(names.embedding, config.vocab_size, embedding_width)?;
+        let projections = names.projections.zip(config.embedding_width).map(|([to, from], narrow)| {
+            let mut one = |path: &str, shape: [usize; 2]| self.plain_matrix(path, shape);
+            Ok::<_, Error>([one(to, [width, narrow])?, one(from, [narrow, width])?])
+        });
+        let projections = projections.transpose()?;
         let embed_positions = names.positions.map(|learned| {
             let shape = [config.max_position_embeddings + learned.offset, width];
             let name = format!("{}.weight", learned.path);
@@ -264,6 +271,15 @@ impl Loader<'_> {
         });
         let embed_positions = embed_positions.transpose()?;
         let embed_norm = names.embedding_norm.map(|path| self.norm(path, width, config)).transpose()?;
+        let per_layer = config.per_layer_input.zip(names.per_layer).map(|(inputs, paths)| {
+            let values = inputs.width * config.num_hidden_layers;
+            Ok::<_, Error>(PerLayerInputs {
+                table: self.embedding(paths.embedding, inputs.vocab_size, values)?,
+                projection: self.plain_matrix(paths.projection, [values, width])?,
+                norm: self.norm(paths.norm, inputs.width, config)?,
+            })
+        });
+        let per_layer = per_layer.transpose()?;
         let blocks = (0..config.num_hidden_layers).map(|index| {
             self.move_to(placement.block(index));
             Block::build(config, index, |name, shape| {
@@ -271,11 +287,7 @@ impl Loader<'_> {
                 match shape {
                     PartShape::Norm(width) => self.norm(&path, width, config).map(BlockPart::Norm),
                     PartShape::Linear(shape, bias) => self.linear(&path, shape, bias).map(BlockPart::Linear),
-                    PartShape::Matrix(shape, _) => {
-                        let name = format!("{path}.weight");
-                        let values = self.dense(&name, &shape)?.values;
-                        Ok(BlockPart::Matrix(frozen(self.tensor(&name, values, shape)?)))
-                    }
+                    PartShape::Matrix(shape, _) => self.plain_matrix(&path, shape).map(BlockPart::Matrix),
                     PartShape::Vector(length, role) => {
                         let values = self.dense(&path, &config.vector_shape(role))?.values;
                         Ok(BlockPart::Vector(frozen(self.tensor(&path, values, [length])?)))
@@ -285,13 +297,18 @@ impl Loader<'_> {
         });
         let blocks = blocks.collect::<Result<Vec<_>>>()?;
         self.move_to(placement.head());
-        let final_norm = self.norm(names.final_norm, width, config)?;
+        let final_norm = match config.has_final_norm {
+            true => self.norm(names.final_norm, width, config)?,
+            false => Norm::identity(),
+        };
         let lm_head = self.head(names.head, config)?;
         let placement = (placement.devices().len() > 1).then(|| placement.clone());
         let decoder = Decoder {
             embed_tokens,
             embed_positions,
             embed_norm,
+            projections,
+            per_layer,
             blocks,
             final_norm,
             lm_head,
@@ -301,6 +318,13 @@ impl Loader<'_> {
             placement,
         };
         decoder.with_compute(self.compute)
+    }
+
+    /// A matrix that is neither slot nor table.
+    fn plain_matrix(&mut self, path: &str, shape: [usize; 2]) -> Result<Param<Tensor<2>>> {
+        let name = format!("{path}.weight");
+        let values = self.dense(&name, &shape)?.values;
+        Ok(frozen(self.tensor(&name, values, shape)?))
     }
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
@@ -323,7 +347,7 @@ impl Loader<'_> {
             self.used.push(format!("{path}.weight"));
             return Ok(None);
         }
-        let shape = [config.hidden_size, config.vocab_size];
+        let shape = [config.embedding_width.unwrap_or(config.hidden_size), config.vocab_size];
         let bias = self.bias(path, shape[1], config.biases.head)?;
         let stored = self.stored(path, shape)?;
         Ok(Some(match stored {

@@ -9,7 +9,7 @@ use burn::{
 };
 use kiln_quant_core::{Projection, TableUpdates};
 
-use crate::{Block, BlockPart, Decoder, families::Part};
+use crate::{Block, BlockPart, Decoder, PerLayerInputs, families::Part};
 
 /// The container type that visitors are told.
 const CONTAINER: &str = "Struct:Decoder";
@@ -154,6 +154,20 @@ impl<P: Projection> Decoder<P> {
     fn segments(&self, path: &'static str) -> Vec<&'static str> {
         self.config.family.module.segments(path).collect()
     }
+
+    /// Those of the matrices beside a narrower embedding.
+    fn projection_segments(&self) -> [Vec<&'static str>; 2] {
+        let paths = self.config.family.names.projections.unwrap_or_default();
+        paths.map(|path| self.segments(path).into_iter().chain(["weight"]).collect())
+    }
+
+    /// Those of what makes the inputs of single blocks: table, projection, norm.
+    fn per_layer_segments(&self) -> [Vec<&'static str>; 3] {
+        let Some(paths) = self.config.family.names.per_layer else { return Default::default() };
+        let mut all = [paths.embedding, paths.projection, paths.norm].map(|path| self.segments(path));
+        all[1].push("weight");
+        all
+    }
 }
 
 /// A decoder with `$call` made on each of its parts, `$path` being the segments of the part's path.
@@ -165,6 +179,8 @@ macro_rules! decoder {
             [names.embedding, names.blocks, names.final_norm, names.head].map(|path| decoder.segments(path));
         let positions = names.positions.map(|learned| decoder.segments(learned.path)).unwrap_or_default();
         let embedding_norm = names.embedding_norm.map(|path| decoder.segments(path)).unwrap_or_default();
+        let [table, projection, inputs_norm] = decoder.per_layer_segments();
+        let [first, last] = decoder.projection_segments();
         // Struct fields are evaluated in the order in which they stand.
         Decoder {
             embed_tokens: {
@@ -178,6 +194,31 @@ macro_rules! decoder {
             embed_norm: decoder.embed_norm.map(|$part| {
                 let $path = &embedding_norm;
                 $call
+            }),
+            projections: decoder.projections.map(|[to, from]| {
+                let to = {
+                    let ($path, $part) = (&first, to);
+                    $call
+                };
+                let from = {
+                    let ($path, $part) = (&last, from);
+                    $call
+                };
+                [to, from]
+            }),
+            per_layer: decoder.per_layer.map(|inputs| PerLayerInputs {
+                table: {
+                    let ($path, $part) = (&table, inputs.table);
+                    $call
+                },
+                projection: {
+                    let ($path, $part) = (&projection, inputs.projection);
+                    $call
+                },
+                norm: {
+                    let ($path, $part) = (&inputs_norm, inputs.norm);
+                    $call
+                },
             }),
             blocks: {
                 let map_one = |(index, $part): (usize, Block<P>)| {
@@ -221,6 +262,13 @@ impl<P: Projection> Module for Decoder<P> {
         let devices = self.embed_tokens.collect_devices(devices);
         let devices = self.embed_positions.collect_devices(devices);
         let devices = self.embed_norm.collect_devices(devices);
+        let devices = self.projections.iter().flatten().fold(devices, |devices, matrix| {
+            matrix.collect_devices(devices)
+        });
+        let devices = self.per_layer.iter().fold(devices, |devices, inputs| {
+            let devices = inputs.table.collect_devices(devices);
+            inputs.norm.collect_devices(inputs.projection.collect_devices(devices))
+        });
         let devices = self.blocks.collect_devices(devices);
         let devices = self.final_norm.collect_devices(devices);
         let devices = self.lm_head.collect_devices(devices);
@@ -255,6 +303,15 @@ impl<P: Projection> Module for Decoder<P> {
         }
         if let (Some(norm), Some(path)) = (&self.embed_norm, names.embedding_norm) {
             visit_at(visitor, &self.segments(path), norm);
+        }
+        for (path, matrix) in self.projection_segments().iter().zip(self.projections.iter().flatten()) {
+            visit_at(visitor, path, matrix);
+        }
+        if let Some(inputs) = &self.per_layer {
+            let [table, projection, norm] = self.per_layer_segments();
+            visit_at(visitor, &table, &inputs.table);
+            visit_at(visitor, &projection, &inputs.projection);
+            visit_at(visitor, &norm, &inputs.norm);
         }
         let blocks = self.segments(names.blocks);
         for (index, block) in self.blocks.iter().enumerate() {

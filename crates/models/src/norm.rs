@@ -23,6 +23,11 @@ pub struct Norm {
 }
 
 impl Norm {
+    /// In the place of a norm that a model lacks.
+    pub(crate) fn identity() -> Self {
+        Self { weight: None, bias: None, eps: 0.0, kind: NormKind::Identity }
+    }
+
     /// Parameters with the names that checkpoints give them after the norm's path.
     pub fn parameters(&self) -> impl Iterator<Item = (&'static str, &Param<Tensor<1>>)> {
         let named = [("weight", &self.weight), ("bias", &self.bias)];
@@ -37,10 +42,8 @@ impl Norm {
             (NormKind::RmsOnePlus, Some(weight)) => {
                 fused::rms_norm(x, weight.val().add_scalar(1.0), self.eps)
             }
-            (NormKind::Rms | NormKind::RmsOnePlus, None) => {
-                let scale = x.clone().square().mean_dim(D - 1).add_scalar(self.eps).sqrt().recip();
-                x * scale
-            }
+            (NormKind::Identity, _) => x,
+            (NormKind::Rms | NormKind::RmsOnePlus, None) => divided_by_root_mean_square(x, self.eps),
             (NormKind::Layer | NormKind::LayerGain, weight) => {
                 let weight = match weight {
                     Some(weight) => weight.val(),
@@ -54,4 +57,10 @@ impl Norm {
             }
         }
     }
+}
+
+/// `x / sqrt(mean(x²) + eps)` over the last axis.
+pub(crate) fn divided_by_root_mean_square<const D: usize>(x: Tensor<D>, eps: f64) -> Tensor<D> {
+    let scale = x.clone().square().mean_dim(D - 1).add_scalar(eps).sqrt().recip();
+    x * scale
 }

@@ -241,7 +241,13 @@ pub struct EmbeddingNoise {
 
 impl EmbeddingNoise {
     /// `x` `[batch, length, width]` with noise on the tokens of `tokens`, padding excepted.
-    pub(crate) fn add(&self, x: Tensor<3>, tokens: &TokenBatch) -> Tensor<3> {
+    ///
+    /// Behind the first `hidden_width` channels nothing is added.
+    pub(crate) fn add(&self, x: Tensor<3>, hidden_width: Option<usize>, tokens: &TokenBatch) -> Tensor<3> {
+        if let Some(width) = hidden_width {
+            let behind = x.clone().narrow(2, width, x.dims()[2] - width);
+            return Tensor::cat(vec![self.add(x.narrow(2, 0, width), None, tokens), behind], 2);
+        }
         let [batch, length, width] = x.dims();
         let Place { step, micro_batch, .. } = self.place;
         let mut random = generator(Purpose::Noise, self.seed, 0, step, micro_batch);

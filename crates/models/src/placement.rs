@@ -209,10 +209,13 @@ fn part(config: &ModelConfig, path: &str) -> Part {
         |module: &str| path.strip_prefix(module).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'));
     let index = path.strip_prefix(names.blocks).and_then(|rest| rest.strip_prefix('.'));
     let index = index.and_then(|rest| rest.split('.').next()?.parse().ok());
+    let per_layer = names.per_layer.map(|paths| [paths.embedding, paths.projection, paths.norm]);
     let before = [Some(names.embedding), names.positions.map(|learned| learned.path), names.embedding_norm];
+    let projection = names.projections.map(|[projection, _]| projection);
+    let before = before.into_iter().flatten().chain(per_layer.into_iter().flatten()).chain(projection);
     match index {
         Some(index) => Part::Block(index),
-        None if before.into_iter().flatten().any(is_in) => Part::Embedding,
+        None if { before }.any(is_in) => Part::Embedding,
         None => Part::Head,
     }
 }

@@ -9,6 +9,7 @@ use crate::config::{RopeConfig, RopeScaling};
 ///
 /// Source: transformers `modeling_rope_utils.py`.
 pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> (Vec<f32>, f32) {
+    let kept = (head_dim as f64 * rope.partial_rotary_factor / 2.0) as usize;
     let head_dim = rope.rotated(head_dim);
     let plain = |theta: f64| -> Vec<f64> {
         (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64)).collect()
@@ -17,6 +18,10 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
     let (frequencies, factor) = match &rope.scaling {
         RopeScaling::Default => (base, 1.0),
         RopeScaling::Linear { factor } => (base.iter().map(|f| f / factor).collect(), 1.0),
+        RopeScaling::Proportional { factor } => {
+            let frequency = |(i, f): (usize, &f64)| if i < kept { f / factor } else { 0.0 };
+            (base.iter().enumerate().map(frequency).collect(), 1.0)
+        }
         RopeScaling::Dynamic { factor, original_max_position_embeddings: original } => {
             let (length, original) = (length.max(*original) as f64, *original as f64);
             let stretch = factor * length / original - (factor - 1.0);

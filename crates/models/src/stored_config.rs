@@ -4,10 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{
-        AttentionScale, Biases, ExpertsConfig, LayerAttention, LayerShape, ModelConfig, QueryTemperature,
-        RopeConfig, RopeScaling,
+        AttentionScale, Biases, ExpertsConfig, LayerAttention, LayerShape, ModelConfig, PerLayerInputConfig,
+        QueryTemperature, RopeConfig, RopeScaling,
     },
-    families::{Activation, Family},
+    families::{Activation, Family, LinearRole},
 };
 
 /// A configuration as JSON. Files written before families had a description of their own are read as [`Before`].
@@ -66,6 +66,14 @@ pub(crate) struct Now {
     tie_word_embeddings: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     layer_shapes: Vec<LayerShape>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    layer_head_dims: Vec<usize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    per_layer_input: Option<PerLayerInputConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    embedding_width: Option<usize>,
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    lacks_final_norm: bool,
 }
 
 /// What the configurations of the LLaMA family and of OPT looked like in version 1 of Kiln's records.
@@ -148,6 +156,10 @@ impl From<ModelConfig> for StoredConfig {
             biases: config.biases,
             tie_word_embeddings: config.tie_word_embeddings,
             layer_shapes: config.layer_shapes,
+            layer_head_dims: config.layer_head_dims,
+            per_layer_input: config.per_layer_input,
+            embedding_width: config.embedding_width,
+            lacks_final_norm: !config.has_final_norm,
         }))
     }
 }
@@ -198,6 +210,10 @@ impl TryFrom<StoredConfig> for ModelConfig {
                 biases: now.biases,
                 tie_word_embeddings: now.tie_word_embeddings,
                 layer_shapes: now.layer_shapes,
+                layer_head_dims: now.layer_head_dims,
+                per_layer_input: now.per_layer_input,
+                embedding_width: now.embedding_width,
+                has_final_norm: !now.lacks_final_norm,
             },
             StoredConfig::Before(before) => before.now(family)?,
         };
@@ -226,8 +242,9 @@ impl TryFrom<StoredConfig> for ModelConfig {
 }
 
 impl ModelConfig {
-    /// What the blocks' experts and the rotary tables need beside each other.
-    fn check_parts(&self) -> Result<(), String> {
+    /// What blocks, experts and rotary tables need beside each other.
+    pub(crate) fn check_parts(&self) -> Result<(), String> {
+        self.check_heads()?;
         let mut blocks = 0..self.num_hidden_layers;
         let chosen = |experts: &ExpertsConfig| (1..=experts.count).contains(&experts.per_token);
         if blocks.any(|index| self.parts(index).experts().is_some())
@@ -247,6 +264,46 @@ impl ModelConfig {
                 if found != [pairs; 2] {
                     return Err(format!("LongRoPE: expected {pairs} factors in each list, found {found:?}"));
                 }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ModelConfig {
+    /// Heads of a rotary table are equally wide, and blocks without keys find some.
+    fn check_heads(&self) -> Result<(), String> {
+        let layers = self.num_hidden_layers;
+        if ![0, layers].contains(&self.layer_head_dims.len()) {
+            let found = self.layer_head_dims.len();
+            return Err(format!("layer_head_dims: expected one for each of {layers} blocks, found {found}"));
+        }
+        for index in 0..layers {
+            let (parts, attention) = (self.parts(index), self.layer_attention[index]);
+            let width = self.head_dim_of(index);
+            if let Some(table) = attention.rope
+                && (width != self.rotary_head_dim(table) || !width.is_multiple_of(2))
+            {
+                let expected = self.rotary_head_dim(table);
+                return Err(format!(
+                    "head_dim: expected {expected} in block {index}, an even width as in the other blocks of its kind, found {width}"
+                ));
+            }
+            if parts.linear(LinearRole::PerLayerGate).is_some() && self.per_layer_input.is_none() {
+                return Err(format!("per_layer_input: expected a width, as block {index} reads one, found none"));
+            }
+            if parts.has_keys() {
+                continue;
+            }
+            let slides = |block: &usize| self.layer_attention[*block].sliding_window.is_some();
+            let source = (0..index).rev().find(|block| {
+                self.parts(*block).has_keys() && slides(block) == attention.sliding_window.is_some()
+            });
+            let widths = |block: usize| (self.head_dim_of(block), self.layer(block).num_key_value_heads);
+            if source.is_none_or(|source| widths(source) != widths(index)) {
+                return Err(format!(
+                    "num_kv_shared_layers: expected an earlier block with heads and window like those of block {index}, whose keys it attends to, found {source:?}"
+                ));
             }
         }
         Ok(())

@@ -16,9 +16,12 @@ use kiln_testkit::{Golden, assert_close, read, testdata};
 /// The references are f32 arithmetic on the stored weights.
 const TOLERANCE: f32 = 1e-4;
 
-/// Of logits and states of `testdata/arch`, where some mistakes move them by little.
-fn tolerance(folder: &str) -> f32 {
-    if ARCHITECTURES.contains(&folder) { 1e-5 } else { TOLERANCE }
+/// Of logits and states; of those of `testdata/arch`, where some mistakes move them by little, relative to the largest.
+fn tolerance(folder: &str, expected: &[f32]) -> f32 {
+    match ARCHITECTURES.contains(&folder) {
+        true => 1e-5 * expected.iter().fold(0.0, |max, value| value.abs().max(max)),
+        false => TOLERANCE,
+    }
 }
 
 fn load(folder: &str) -> (Decoder<QuantLinear>, Golden) {
@@ -50,7 +53,7 @@ const DENSE: [&str; 12] = [
 ];
 
 /// Folders of `testdata/arch`.
-const ARCHITECTURES: [&str; 42] = [
+const ARCHITECTURES: [&str; 46] = [
     "apertus",
     "arcee",
     "bloom",
@@ -60,6 +63,9 @@ const ARCHITECTURES: [&str; 42] = [
     "falcon",
     "gemma",
     "gemma2",
+    "gemma4_text",
+    "gemma4_text-moe",
+    "gemma4_text-shared",
     "glm4",
     "gpt2",
     "gpt_neox",
@@ -80,6 +86,7 @@ const ARCHITECTURES: [&str; 42] = [
     "olmo2",
     "olmo3",
     "olmoe",
+    "opt-post",
     "phi",
     "phi-norms",
     "phi3",
@@ -99,8 +106,9 @@ fn dense_folders() -> impl Iterator<Item = &'static str> {
     DENSE.into_iter().chain(ARCHITECTURES)
 }
 
-/// Their files keep the gradients of what the scaling or the window touches.
-const PARTLY: [&str; 5] = [
+/// Their files keep the gradients of what the scaling, the window or the type touches.
+const PARTLY: [&str; 6] = [
+    "llama-untied-f16",
     "llama-rope-linear",
     "llama-rope-dynamic",
     "llama-rope-yarn",
@@ -117,12 +125,14 @@ fn logits_and_hidden_states_equal_transformers() {
     ]) {
         let (model, golden) = load(folder);
         let context = model.context(&TokenBatch::new(&rows(&golden, "input_ids")).unwrap(), None).unwrap();
-        let tolerance = tolerance(folder);
-        assert_close(folder, &read(model.forward(&context)), &golden.floats("logits"), tolerance);
+        let close = |name: &str, found: Tensor<3>| {
+            let expected = golden.floats(name);
+            assert_close(&format!("{folder} {name}"), &read(found), &expected, tolerance(folder, &expected));
+        };
+        close("logits", model.forward(&context));
         if golden.contains("hidden.0") {
             for (index, state) in model.hidden_states(&context).into_iter().enumerate() {
-                let name = format!("hidden.{index}");
-                assert_close(&format!("{folder} {name}"), &read(state), &golden.floats(&name), tolerance);
+                close(&format!("hidden.{index}"), state);
             }
         }
     }
@@ -226,8 +236,18 @@ enum Parameter {
 /// All parameters of a dense model under the checkpoint's names.
 fn dense_parameters(model: &Decoder<QuantLinear>) -> Vec<(String, Parameter)> {
     use burn::module::{ModuleVisitor, Param};
-    const TABLES: [&str; 6] =
-        ["embed_tokens", "embed_positions", "wte", "wpe", "word_embeddings", "embed_in"];
+    const TABLES: [&str; 10] = [
+        "embed_tokens",
+        "embed_tokens_per_layer",
+        "per_layer_model_projection",
+        "project_in",
+        "project_out",
+        "embed_positions",
+        "wte",
+        "wpe",
+        "word_embeddings",
+        "embed_in",
+    ];
     struct Collect {
         conv1d: bool,
         path: Vec<String>,
@@ -254,6 +274,7 @@ fn dense_parameters(model: &Decoder<QuantLinear>) -> Vec<(String, Parameter)> {
                 "mlp.gate.weight",
                 "moe.gate.weight",
                 "router.weight",
+                "router.proj.weight",
                 "router.layer.weight",
                 "expert_gate.weight",
             ];
@@ -319,6 +340,28 @@ fn a_padded_row_of_a_batch_equals_the_row_alone() {
         let long_alone = model
             .forward(&model.context(&TokenBatch::new(std::slice::from_ref(long)).unwrap(), None).unwrap());
         assert_close(folder, &read(together.narrow(0, 1, 1)), &read(long_alone), 1e-5);
+    }
+}
+
+/// Longer than what a cache keeps of a window.
+#[test]
+fn tokens_one_by_one_see_what_the_windows_of_a_whole_text_show() {
+    for folder in ["ministral", "gemma2", "gemma4_text-shared", "gpt_oss", "mistral-swa8-f32"] {
+        let (model, _) = load(folder);
+        let length = model.max_positions().min(128);
+        let ids: Vec<u32> = (0..length as u32).map(|i| (i * i * 7 + i * 31 + 5) % 96).collect();
+        let whole = model.forward(
+            &model.context(&TokenBatch::new(std::slice::from_ref(&ids)).unwrap(), None).unwrap(),
+        );
+        let mut cache = KvCache::new();
+        for (place, id) in ids.iter().enumerate() {
+            let tokens = TokenBatch::continuing(vec![*id], place as u32);
+            let context = model.context(&tokens, Some(&cache)).unwrap();
+            let found = read(model.lm_head(model.final_norm(model.residual(&context, Some(&mut cache)))));
+            let expected = read(whole.clone().narrow(1, place, 1));
+            let largest = expected.iter().fold(0.0f32, |max, value| value.abs().max(max));
+            assert_close(&format!("{folder}, token {place}"), &found, &expected, 1e-5 * largest);
+        }
     }
 }
 

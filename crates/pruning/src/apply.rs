@@ -211,7 +211,7 @@ impl Cutter<'_> {
                 NormKind::Rms => weight.mul_scalar(scale),
                 // The gain is 1 + w.
                 NormKind::RmsOnePlus => weight.add_scalar(1.0).mul_scalar(scale).sub_scalar(1.0),
-                NormKind::Layer | NormKind::LayerGain => weight,
+                NormKind::Layer | NormKind::LayerGain | NormKind::Identity => weight,
             })
         });
         norm.bias = norm.bias.take().map(|bias| self.param(bias, 0, hidden));

@@ -67,7 +67,14 @@ impl Kept {
     /// # Errors
     /// [`Error::Mismatch`] naming the group.
     pub fn validate(&self, structure: &Structure) -> Result<()> {
+        if let Some(found) = structure.stays.filter(|_| *self != Self::everything(structure)) {
+            return Err(Error::mismatch("model", "blocks that read nothing but the residual stream", found));
+        }
         rising("hidden", &self.hidden, structure.hidden)?;
+        if !structure.hidden_goes && self.hidden.len() < structure.hidden {
+            let expected = "all channels, as the embedding is narrower and projected";
+            return Err(Error::mismatch("hidden", expected, self.hidden.len()));
+        }
         let layers: Vec<usize> = self.layers.iter().map(|layer| layer.layer).collect();
         rising("layers", &layers, structure.layers.len())?;
         for kept in &self.layers {
@@ -111,7 +118,7 @@ impl Kept {
                 positions.sort_unstable();
                 return (kept.heads.len() < all).then_some(positions);
             }
-            Channels::Expert | Channels::SharedExpert => return None,
+            Channels::Expert | Channels::SharedExpert | Channels::PerLayer => return None,
             Channels::Mlp => (&kept.channels, 1, groups.shape.intermediate_size),
             Channels::GateUp => {
                 let all = groups.shape.intermediate_size;

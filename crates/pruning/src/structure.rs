@@ -71,6 +71,10 @@ pub struct Structure {
     pub hidden: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// Whether channels of the residual stream can go.
+    pub hidden_goes: bool,
+    /// Why nothing may go, in models of which blocks read more than the residual stream.
+    pub stays: Option<&'static str>,
     /// The blocks' groups.
     pub layers: Vec<Layer>,
     /// All linears of the blocks, in the order in which data flows.
@@ -98,7 +102,12 @@ impl Structure {
                 Coupling { path: family.path(layer, &name), layer, input, output }
             }));
         }
-        Self { hidden: config.hidden_size, head_dim: config.head_dim, layers, linears }
+        let mut alone = (0..config.num_hidden_layers).map(|layer| config.parts(layer).stands_alone());
+        let plain = alone.all(|alone| alone) && !family.norms_values && config.layer_head_dims.is_empty();
+        // The residual stream's channels are those of two more matrices.
+        let hidden_goes = config.embedding_width.is_none();
+        let stays = (!plain).then_some("heads of several widths, shared keys, inputs of single blocks");
+        Self { hidden: config.hidden_size, head_dim: config.head_dim, hidden_goes, stays, layers, linears }
     }
 
     /// The group's linears, root (q, gate) first and the one that leads back to the residual stream last.

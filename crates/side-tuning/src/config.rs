@@ -352,6 +352,9 @@ impl Sizes {
             shared_width: narrower(experts.shared_width),
             ..experts
         });
+        // Side blocks have nothing but their own stream to read.
+        let mut alone = (0..backbone.num_hidden_layers).map(|index| backbone.parts(index).stands_alone());
+        let block_kinds = if alone.all(|alone| alone) { backbone.block_kinds.clone() } else { Vec::new() };
         ModelConfig {
             rope,
             experts,
@@ -362,6 +365,10 @@ impl Sizes {
             head_dim: self.head_dim,
             attention_scale: AttentionScale::HeadDim,
             layer_shapes: Vec::new(),
+            layer_head_dims: Vec::new(),
+            per_layer_input: None,
+            embedding_width: None,
+            block_kinds,
             ..backbone.clone()
         }
     }

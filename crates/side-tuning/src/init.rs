@@ -89,6 +89,7 @@ fn vector_start(role: VectorRole) -> f64 {
         VectorRole::XieluBeta => XIELU_BETA,
         VectorRole::XieluEps => -1e-6,
         VectorRole::RouterBias | VectorRole::Sinks => 0.0,
+        VectorRole::RouterScale | VectorRole::ExpertScales | VectorRole::LayerScalar => 1.0,
     }
 }
 

@@ -185,9 +185,13 @@ impl SideConfig {
             _ => 0,
         } + bias(2 * side, self.downsample_norm);
         let tensors = model.tensors();
+        let constants = (0..layers).flat_map(|index| {
+            let constants = model.parts(index).iter().filter(|part| part.is_constant());
+            constants.map(move |part| (index, part.name()))
+        });
+        let constants: Vec<_> = constants.map(|(index, name)| model.family.path(index, name)).collect();
         let count = |prefix: &str| -> usize {
-            // Scalars are constants.
-            let trained = tensors.iter().filter(|tensor| !tensor.shape.is_empty());
+            let trained = tensors.iter().filter(|tensor| !constants.contains(&tensor.name));
             let under = trained.filter(|tensor| tensor.name.starts_with(prefix));
             under.map(|tensor| tensor.shape.iter().product::<usize>()).sum()
         };

@@ -35,8 +35,6 @@ pub struct SideTuned<M: Backbone> {
     #[module(skip)]
     config: SideConfig,
     #[module(skip)]
-    backbone_width: usize,
-    #[module(skip)]
     hidden: Option<Arc<HiddenCache>>,
 }
 
@@ -50,9 +48,8 @@ impl<M: Backbone> SideTuned<M> {
         let model = backbone.model_config().clone();
         let init = Init { seed, device: backbone.device() };
         let side = SideNetwork::new(config, &model, &init)?;
-        let backbone_width = model.hidden_size;
         let backbone = Frozen::new(backbone);
-        Ok(Self { backbone, side, config: config.clone(), backbone_width, hidden: None })
+        Ok(Self { backbone, side, config: config.clone(), hidden: None })
     }
 
     /// The frozen model.
@@ -81,8 +78,22 @@ impl<M: Backbone> SideTuned<M> {
 
     /// The backbone's state, outside autodiff, and the side's.
     fn split<const D: usize>(&self, x: Tensor<D>) -> [Tensor<D>; 2] {
-        let (width, side) = (self.backbone_width, self.side.width());
+        let side = self.side.width();
+        let width = x.dims()[D - 1] - side;
         [x.clone().inner().narrow(D - 1, 0, width), x.narrow(D - 1, width, side)]
+    }
+
+    /// What the side network reads of a state of the backbone.
+    fn features(&self, state: usize, x: Tensor<3>) -> Tensor<3> {
+        self.side.features(state, self.hidden_state(x))
+    }
+
+    /// A state of the backbone without what its stream carries beside it.
+    fn hidden_state(&self, x: Tensor<3>) -> Tensor<3> {
+        match self.backbone().hidden_width() {
+            Some(width) => x.narrow(2, 0, width),
+            None => x,
+        }
     }
 
     /// Runs the side network over what a cache holds of the backbone.
@@ -103,7 +114,7 @@ impl<M: Backbone> SideTuned<M> {
         mut record: impl FnMut(&Tensor<3>),
     ) -> [Tensor<3>; 2] {
         let mut features = |state: usize, x: Tensor<3>| {
-            let features = self.side.features(state, x);
+            let features = self.features(state, x);
             record(&features);
             features
         };
@@ -134,7 +145,7 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
 
     fn embed(&self, context: &Context) -> Tensor<3> {
         let x = self.backbone().embed(context);
-        let side = self.side.start(self.side.features(0, x.clone()));
+        let side = self.side.start(self.features(0, x.clone()));
         join(x, side)
     }
 
@@ -155,14 +166,14 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
     ) -> Tensor<3> {
         let [x, side] = self.split(x);
         let x = self.backbone().block(index, x, context, cache.as_deref_mut());
-        let features = self.side.features(index + 1, x.clone());
+        let features = self.features(index + 1, x.clone());
         let side = self.side.step(index, features, side, context, cache.map(KvCache::beside));
         join(x, side)
     }
 
     fn block_again(&self, index: usize, x: Tensor<3>, output: Tensor<3>, context: &Context) -> Tensor<3> {
         let ([_, side], [x, _]) = (self.split(x), self.split(output));
-        let features = self.side.features(index + 1, x.clone());
+        let features = self.features(index + 1, x.clone());
         join(x, self.side.step(index, features, side, context, None))
     }
 
@@ -212,7 +223,7 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
             }
         });
         if let (Some(hidden), Some(Lookup::Missing(missing))) = (hidden, &lookup) {
-            hidden.store(missing, states, &x);
+            hidden.store(missing, states, &self.hidden_state(x.clone()));
         }
         join(x, side)
     }

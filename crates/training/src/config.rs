@@ -100,6 +100,7 @@ impl ParameterGroup {
 /// | `loss` | cross-entropy | the loss of a token: label smoothing, z-loss, distillation from a teacher ([`Trainer::with_reference`](crate::Trainer::with_reference)) | |
 /// | `preference` | none | the loss of whole answers, in place of `loss` | |
 /// | `neftune` | none | α of the noise on embeddings ([`EmbeddingNoise`](kiln_models::EmbeddingNoise)) | above 0 |
+/// | `router_loss` | none | coefficient of the load-balancing loss of mixtures of experts ([`DriverOptions::router_loss`](kiln_models::DriverOptions::router_loss)); not with `preference` | at least 0 |
 /// | `optimizer` | AdamW | | |
 /// | `groups` | none | parameters with their own rate, decay or schedule | |
 /// | `max_skipped` | 0 | steps that are passed over because loss or gradient isn't finite, before that ends the run | |
@@ -140,6 +141,9 @@ pub struct TrainerConfig {
     /// α of the noise on embeddings.
     #[serde(default)]
     pub neftune: Option<f64>,
+    /// Coefficient of the load-balancing loss of mixtures of experts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub router_loss: Option<f64>,
     /// What makes steps of gradients.
     #[serde(default)]
     pub optimizer: OptimizerKind,
@@ -169,6 +173,7 @@ impl TrainerConfig {
             loss: TokenLoss::default(),
             preference: None,
             neftune: None,
+            router_loss: None,
             optimizer: OptimizerKind::default(),
             groups: Vec::new(),
             max_skipped: 0,
@@ -298,6 +303,13 @@ impl TrainerConfig {
         self
     }
 
+    /// Sets `router_loss`.
+    #[must_use]
+    pub fn with_router_loss(mut self, coefficient: f64) -> Self {
+        self.router_loss = Some(coefficient);
+        self
+    }
+
     /// Sets `optimizer`.
     #[must_use]
     pub fn with_optimizer(mut self, optimizer: OptimizerKind) -> Self {
@@ -342,6 +354,14 @@ impl TrainerConfig {
             && !(alpha.is_finite() && alpha > 0.0)
         {
             return fail("neftune", "a finite number above 0", alpha.to_string());
+        }
+        if let Some(coefficient) = self.router_loss {
+            if !(coefficient.is_finite() && coefficient >= 0.0) {
+                return fail("router_loss", "a finite number of at least 0", coefficient.to_string());
+            }
+            if self.preference.is_some() {
+                return fail("router_loss", "a loss of tokens beside it", "one of whole answers".into());
+            }
         }
         self.loss.check()?;
         self.optimizer.check()?;

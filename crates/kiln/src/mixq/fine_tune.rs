@@ -175,11 +175,12 @@ impl FineTune {
 /// A trainer's description without the options that came later, where they are at their defaults: logs of earlier versions
 /// don't have them.
 fn without_later_options(mut trainer: String) -> String {
-    let TrainerConfig { loss, preference, neftune, optimizer, groups, batch, .. } = TrainerConfig::new(1, 1);
+    let TrainerConfig { loss, preference, neftune, router_loss, optimizer, groups, batch, .. } = TrainerConfig::new(1, 1);
     let later = [
         format!("loss: {loss:?}, "),
         format!("preference: {preference:?}, "),
         format!("neftune: {neftune:?}, "),
+        format!("router_loss: {router_loss:?}, "),
         format!("optimizer: {optimizer:?}, "),
         format!("groups: {groups:?}, "),
         format!("group_by_length: {:?}, ", batch.group_by_length),

@@ -43,6 +43,9 @@ fn parameters(rope: &RopeConfig) -> Map<String, Value> {
         _ => Map::from_iter([("rope_type".to_owned(), json!("default"))]),
     };
     set(&mut table, [("rope_theta", json!(rope.theta))]);
+    if let RopeScaling::Proportional { .. } = rope.scaling {
+        set(&mut table, [("partial_rotary_factor", json!(rope.partial_rotary_factor))]);
+    }
     table
 }
 
@@ -68,6 +71,7 @@ fn scaling(rope: &RopeConfig) -> Value {
             "attention_factor": attention_factor,
             "truncate": truncate,
         }),
+        RopeScaling::Proportional { factor } => json!({"rope_type": "proportional", "factor": factor}),
         RopeScaling::Alpha { alpha } => json!({"rope_type": "dynamic", "alpha": alpha, "factor": 1.0}),
         RopeScaling::LongRope {
             short_factor,
@@ -124,9 +128,10 @@ pub(crate) fn extension(config: &ModelConfig, own: Biases, factor: f64, map: &mu
 pub(crate) fn layer_shapes(config: &ModelConfig, map: &mut Map<String, Value>) {
     let (keys, global) = (config.family.class.keys, config.common_shape());
     let mut blocks = Map::new();
-    for (index, shape) in config.layer_shapes.iter().enumerate() {
-        let mut block = Map::new();
+    for index in 0..config.num_hidden_layers {
+        let (shape, mut block) = (config.layer(index), Map::new());
         let widths = [
+            (&["head_dim"][..], config.head_dim_of(index), config.head_dim),
             (keys.heads, shape.num_attention_heads, global.num_attention_heads),
             (keys.key_value_heads, shape.num_key_value_heads, global.num_key_value_heads),
             (keys.channels, shape.intermediate_size, global.intermediate_size),

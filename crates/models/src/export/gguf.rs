@@ -161,12 +161,12 @@ fn gguf_name(family: &Family, item: &Item) -> Result<String> {
 /// The family whose GGUF architecture computes what `config` says, in llama.cpp too: the model's own, or `llama`, which
 /// takes any biases, where those of the model aren't its family's.
 pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
-    if !config.layer_shapes.is_empty() {
-        return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
-    }
     let own = config.family;
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
+    }
+    if !config.layer_shapes.is_empty() {
+        return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
     }
     check_expressible(config)?;
     if own.own_biases(config.biases) == config.biases {
@@ -566,6 +566,7 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
         RopeScaling::Yarn { .. }
         | RopeScaling::Dynamic { .. }
         | RopeScaling::Alpha { .. }
+        | RopeScaling::Proportional { .. }
         | RopeScaling::LongRope { .. } => {
             let expected = "default, linear, llama3, or yarn with rounded borders";
             return Err(refuse("config.rope.scaling", expected, format!("{scaling:?}")));

@@ -128,6 +128,9 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Result<Vec<Item>> {
         let name = format!("{}.weight", learned.path);
         list.add(&name, TensorRole::Plain, Stored::Matrix(table.val(), false));
     }
+    if let (Some(inputs), Some(paths)) = (&model.per_layer, names.per_layer) {
+        list.embedding(paths.embedding, &inputs.table);
+    }
     for (path, norm) in model.norms() {
         for (name, values) in norm.parameters() {
             list.vector(&format!("{path}.{name}"), values);

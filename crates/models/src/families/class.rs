@@ -36,6 +36,8 @@ pub(crate) struct Class {
     /// Keys that ask for biases.
     pub bias_keys: &'static [BiasKey],
     pub windows: Windows,
+    /// Whether blocks may have heads of different widths.
+    pub head_dims: bool,
     pub rope: Rope,
     /// Whether the class scales the embedding by the root of its width.
     pub scales_embedding: bool,
@@ -84,7 +86,7 @@ pub(crate) struct ExpertKeys {
 
 /// Names of the number of experts and of those that a token goes through.
 const EXPERT_COUNT: &[&str] = &["num_local_experts", "num_experts"];
-const EXPERTS_PER_TOKEN: &[&str] = &["num_experts_per_tok", "experts_per_token"];
+const EXPERTS_PER_TOKEN: &[&str] = &["num_experts_per_tok", "experts_per_token", "top_k_experts"];
 
 /// How wide a head is.
 #[derive(Clone, Copy)]
@@ -133,8 +135,8 @@ pub(crate) enum Rope {
     Never,
     /// One table for all blocks.
     One(RopeKeys),
-    /// One for full and one for sliding blocks; bases where the file is silent.
-    ByKind([f64; 2]),
+    /// One for full and one for sliding blocks.
+    ByKind([RopeKeys; 2]),
     /// One, for blocks with a window; the others aren't rotated. `all_without`: but all are, if there is no window at all.
     Sliding {
         /// See above.
@@ -242,6 +244,7 @@ pub(crate) const LLAMA: Class = Class {
     always: NO_BIASES,
     bias_keys: &[ATTENTION_BIAS, MLP_BIAS],
     windows: Windows::Never,
+    head_dims: false,
     rope: Rope::One(RopeKeys::DEFAULT),
     scales_embedding: false,
     multipliers: Multipliers::NONE,
@@ -444,7 +447,7 @@ impl Class {
             Rope::Never => Vec::new(),
             Rope::One(keys) => vec![rope::parse(fields, &keys, positions, head_dim)?],
             Rope::Sliding { .. } => vec![rope::parse(fields, &RopeKeys::DEFAULT, positions, head_dim)?],
-            Rope::ByKind(thetas) => rope::parse_by_layer_type(fields, positions, head_dim, thetas)?,
+            Rope::ByKind(keys) => rope::parse_by_layer_type(fields, positions, head_dim, keys)?,
         };
         Ok((tables, self.rope.attention(windows)))
     }
@@ -558,7 +561,7 @@ impl Class {
 }
 
 impl ExpertKeys {
-    fn read(&self, fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
+    pub(crate) fn read(&self, fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
         let count = required(fields, EXPERT_COUNT, MAX_EXPERTS)?;
         let per_token = required(fields, EXPERTS_PER_TOKEN, MAX_EXPERTS)?;
         if per_token > count {

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     Result,
     config::{ModelConfig, SpecialTokens},
-    hf::Fields,
+    hf::{Fields, rope::RopeKeys},
 };
 
 const GEMMA2_BLOCK: [Part; 11] = [
@@ -121,7 +121,7 @@ pub(super) static GEMMA3: Family = Family {
             period: 6,
             keys: &["sliding_window_pattern", "_sliding_window_pattern"],
         },
-        rope: Rope::ByKind([1e6, 1e4]),
+        rope: Rope::ByKind([RopeKeys::based(1e6), RopeKeys::based(1e4)]),
         multipliers: Multipliers {
             query_scalar: Some(("query_pre_attn_scalar", 256.0)),
             logit_softcap: SOFTCAP,

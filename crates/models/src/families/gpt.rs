@@ -108,6 +108,8 @@ pub(super) static GPT2: Family = Family {
         blocks: "transformer.h",
         final_norm: "transformer.ln_f",
         head: "lm_head",
+        per_layer: None,
+        projections: None,
     },
     blocks: &[Parts(&GPT2_BLOCK)],
     conv1d: true,

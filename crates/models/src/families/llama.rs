@@ -92,6 +92,7 @@ pub(super) const LLAMA_FAMILY: Family = Family {
     blocks: &[Parts(&BLOCK)],
     rotary_pairs: RotaryPairs::Halves,
     turns_back: false,
+    norms_values: false,
     conv1d: false,
     gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: false, norms_plus_one: false }),
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: None },

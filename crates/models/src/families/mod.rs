@@ -7,6 +7,7 @@ pub(crate) mod class;
 mod cohere;
 mod experts;
 mod gemma;
+mod gemma4;
 mod glm;
 mod gpt;
 mod llama;
@@ -23,7 +24,7 @@ use self::class::Class;
 use crate::config::{Biases, ModelConfig, SpecialTokens};
 
 /// All families, in the order in which GGUF's shared architecture names are resolved.
-pub static FAMILIES: [&Family; 41] = [
+pub static FAMILIES: [&Family; 42] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::QWEN2,
@@ -32,6 +33,7 @@ pub static FAMILIES: [&Family; 41] = [
     &gemma::GEMMA3,
     &gemma::GEMMA,
     &gemma::GEMMA2,
+    &gemma4::GEMMA4,
     &llama::SMOLLM3,
     &llama::GRANITE,
     &llama::GRANITE_HYBRID,
@@ -87,6 +89,8 @@ pub struct Family {
     pub rotary_pairs: RotaryPairs,
     /// Whether rotary positions turn the other way round: NanoChat.
     pub turns_back: bool,
+    /// Whether each value head is divided by its root mean square: Gemma 4.
+    pub norms_values: bool,
     /// Whether dense linears of the blocks stand in checkpoints as `[d_input, d_output]`: GPT-2's `Conv1D`.
     pub conv1d: bool,
     /// The architecture in GGUF files, if Kiln reads and writes it there.
@@ -112,6 +116,21 @@ pub struct Names {
     pub final_norm: &'static str,
     /// Output head, where it isn't the embedding.
     pub head: &'static str,
+    /// What blocks hear of tokens by themselves, beside the residual stream.
+    pub per_layer: Option<PerLayerNames>,
+    /// Matrices from embeddings of another width to the residual stream, and from there to the head.
+    pub projections: Option<[&'static str; 2]>,
+}
+
+/// Paths of what makes the inputs of single blocks: Gemma 4's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PerLayerNames {
+    /// A token embedding for all blocks side by side.
+    pub embedding: &'static str,
+    /// From the embedding to the same widths.
+    pub projection: &'static str,
+    /// Norm over what is projected for one block.
+    pub norm: &'static str,
 }
 
 /// A table of learned positions.
@@ -134,13 +153,15 @@ pub enum NormKind {
     Layer,
     /// Layer norm with a weight alone: Cohere.
     LayerGain,
+    /// Nothing: in the place of a norm that a model lacks.
+    Identity,
 }
 
 impl NormKind {
     /// Whether it takes the mean away before it scales.
     pub fn centres(self) -> bool {
         match self {
-            Self::Rms | Self::RmsOnePlus => false,
+            Self::Rms | Self::RmsOnePlus | Self::Identity => false,
             Self::Layer | Self::LayerGain => true,
         }
     }
@@ -211,6 +232,16 @@ impl Parts {
     /// The linear of a role.
     pub fn linear(self, role: LinearRole) -> Option<&'static LinearPart> {
         self.linears().find(|linear| linear.role == role)
+    }
+
+    /// Whether it attends to keys and values of its own, which may be one matrix; else to those of an earlier block.
+    pub fn has_keys(self) -> bool {
+        self.linears().any(|linear| matches!(linear.role, LinearRole::Key | LinearRole::QueryKeyValue(_)))
+    }
+
+    /// Whether it reads nothing but the residual stream.
+    pub fn stands_alone(self) -> bool {
+        self.has_keys() && self.linear(LinearRole::PerLayerGate).is_none()
     }
 
     /// The norm of a place.
@@ -286,14 +317,25 @@ pub enum VectorRole {
     RouterBias,
     /// The attention's sinks, one a query head.
     Sinks,
+    /// Factors on the channels that a router reads, which are normed before.
+    RouterScale,
+    /// Factors on the weights of the chosen experts, one an expert.
+    ExpertScales,
+    /// A factor on all of the residual stream behind the block, `[1]`, that is never trained.
+    LayerScalar,
 }
 
 impl VectorRole {
     /// Whether training may change it.
     pub fn is_trained(self) -> bool {
         match self {
-            Self::XieluPositive | Self::XieluNegative | Self::RouterBias | Self::Sinks => true,
-            Self::XieluBeta | Self::XieluEps => false,
+            Self::XieluPositive
+            | Self::XieluNegative
+            | Self::RouterBias
+            | Self::Sinks
+            | Self::RouterScale
+            | Self::ExpertScales => true,
+            Self::XieluBeta | Self::XieluEps | Self::LayerScalar => false,
         }
     }
 }
@@ -362,7 +404,7 @@ impl Part {
     }
 
     /// Whether no training changes it.
-    pub(crate) fn is_constant(&self) -> bool {
+    pub fn is_constant(&self) -> bool {
         matches!(self, Self::Vector(vector) if !vector.role.is_trained())
     }
 
@@ -385,8 +427,20 @@ pub enum NormPlace {
     PostAttention,
     /// The MLP's input.
     PreMlp,
-    /// What the MLP adds to the residual stream.
+    /// What the MLP adds to the residual stream, and the experts beside it where there are some.
     PostMlp,
+    /// The input of experts that stand beside an MLP.
+    PreExperts,
+    /// What experts beside an MLP give.
+    PostExperts,
+    /// What an MLP beside experts gives.
+    PostDense,
+    /// What a block's own input adds to the residual stream.
+    PostPerLayerInput,
+    /// The residual stream behind the attention: OPT-350M.
+    StreamAfterAttention,
+    /// The residual stream behind the MLP.
+    StreamAfterMlp,
     /// Each query head, before the rotation.
     QueryHead,
     /// Each key head, before the rotation.
@@ -405,7 +459,16 @@ impl NormPlace {
     /// What it runs over.
     pub fn axis(self) -> NormAxis {
         match self {
-            Self::PreAttention | Self::PostAttention | Self::PreMlp | Self::PostMlp => NormAxis::Hidden,
+            Self::PreAttention
+            | Self::PostAttention
+            | Self::PreMlp
+            | Self::PostMlp
+            | Self::PreExperts
+            | Self::PostExperts
+            | Self::PostDense
+            | Self::PostPerLayerInput
+            | Self::StreamAfterAttention
+            | Self::StreamAfterMlp => NormAxis::Hidden,
             Self::QueryHead | Self::KeyHead | Self::RotatedQueryHead | Self::RotatedKeyHead => NormAxis::Head,
             Self::Queries => NormAxis::Queries,
             Self::Keys => NormAxis::Keys,
@@ -459,6 +522,10 @@ pub enum LinearRole {
     SharedUp,
     /// Its way out.
     SharedDown,
+    /// From the residual stream to the width of a block's own input, which its GELU gates.
+    PerLayerGate,
+    /// From there back.
+    PerLayerProjection,
 }
 
 /// How the rows of a matrix of queries, keys and values follow each other.
@@ -506,6 +573,8 @@ impl LinearRole {
             Self::ExpertDown => [Channels::Expert, Channels::Hidden],
             Self::SharedGate | Self::SharedUp => [Channels::Hidden, Channels::SharedExpert],
             Self::SharedDown => [Channels::SharedExpert, Channels::Hidden],
+            Self::PerLayerGate => [Channels::Hidden, Channels::PerLayer],
+            Self::PerLayerProjection => [Channels::PerLayer, Channels::Hidden],
         }
     }
 
@@ -534,6 +603,8 @@ pub enum Channels {
     Expert,
     /// Channels of the expert that all tokens go through.
     SharedExpert,
+    /// Channels of a block's own input.
+    PerLayer,
 }
 
 impl Channels {
@@ -541,7 +612,12 @@ impl Channels {
     pub fn are_heads(self) -> bool {
         match self {
             Self::Query | Self::KeyValue | Self::QueryKeyValue(_) => true,
-            Self::Hidden | Self::Mlp | Self::GateUp | Self::Expert | Self::SharedExpert => false,
+            Self::Hidden
+            | Self::Mlp
+            | Self::GateUp
+            | Self::Expert
+            | Self::SharedExpert
+            | Self::PerLayer => false,
         }
     }
 }
@@ -620,7 +696,8 @@ impl Family {
         let own = config.family;
         let expresses = |family: &Family| family.own_biases(config.biases) == config.biases;
         let description = |family: &Family| {
-            (family.names, family.blocks, family.norm, family.rotary_pairs, family.turns_back, family.conv1d)
+            let Family { names, blocks, norm, rotary_pairs, turns_back, norms_values, conv1d, .. } = *family;
+            (names, blocks, norm, rotary_pairs, turns_back, norms_values, conv1d)
         };
         let has_windows = config.layer_attention.iter().any(|layer| layer.sliding_window.is_some());
         if expresses(own) || has_windows {
@@ -701,6 +778,8 @@ const LLAMA_NAMES: Names = Names {
     blocks: "model.layers",
     final_norm: "model.norm",
     head: "lm_head",
+    per_layer: None,
+    projections: None,
 };
 
 #[cfg(test)]
@@ -720,14 +799,19 @@ mod tests {
                     assert!(gguf.len() == parts.0.len() && !gguf.contains(""), "{family:?}");
                 }
                 let fused = parts.linears().any(|linear| matches!(linear.role, LinearRole::QueryKeyValue(_)));
-                for role in [LinearRole::Query, LinearRole::Key, LinearRole::Value] {
-                    assert_eq!(parts.linear(role).is_some(), !fused, "{family:?}: {role:?}");
-                }
-                assert!(parts.linear(LinearRole::Output).is_some(), "{family:?}");
-                assert_ne!(parts.linear(LinearRole::Down).is_some(), parts.experts().is_some(), "{family:?}");
+                let has = |role| parts.linear(role).is_some();
+                assert_eq!(has(LinearRole::Query), !fused, "{family:?}");
+                // Values may be made of keys, and both be another block's.
+                assert!(!has(LinearRole::Value) || has(LinearRole::Key), "{family:?}");
+                let given = !(fused || has(LinearRole::Key) && has(LinearRole::Value));
+                assert!(!given || *parts != family.blocks[0], "{family:?}: its first kind stands alone");
+                assert!(has(LinearRole::Output), "{family:?}");
+                let beside = parts.norm(NormPlace::PostDense).is_some();
+                assert_eq!(has(LinearRole::Down), beside || parts.experts().is_none(), "{family:?}");
                 let heads = parts.norms().filter(|norm| norm.place.axis() != NormAxis::Hidden).count();
+                let one = usize::from(!parts.has_keys());
                 assert!(
-                    heads == 0 || heads == 2,
+                    heads == 0 || heads == 2 - one,
                     "{family:?}: norms on both queries and keys, or on neither"
                 );
             }

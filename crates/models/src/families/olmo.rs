@@ -6,7 +6,7 @@ use super::{
     llama::{BLOCK, LIKE_LLAMA},
     norm,
 };
-use crate::config::SpecialTokens;
+use crate::{config::SpecialTokens, hf::rope::RopeKeys};
 
 const fn block([query, key]: [NormPlace; 2]) -> [Part; 11] {
     [
@@ -48,7 +48,7 @@ pub(super) static OLMO3: Family = Family {
     architecture: "Olmo3ForCausalLM",
     class: Class {
         windows: Windows::Pattern { window: Some(4096), period: 4, keys: &[] },
-        rope: Rope::ByKind([5e5, 5e5]),
+        rope: Rope::ByKind([RopeKeys::based(5e5), RopeKeys::based(5e5)]),
         ..CLASS
     },
     ..FAMILY

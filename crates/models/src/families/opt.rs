@@ -1,4 +1,5 @@
-//! OPT with pre-norm blocks: all sizes but 350M, whose block is another and which is refused.
+//! OPT. Its blocks have norms before attention and MLP; those of 350M, whose embedding is narrower than the residual stream,
+//! norm that stream behind them.
 
 use serde_json::{Map, Value, json};
 
@@ -12,7 +13,7 @@ use crate::{
     Result,
     config::{ModelConfig, SpecialTokens},
     export::config_keys::set,
-    hf::Fields,
+    hf::{Fields, config::MAX_WIDTH},
 };
 
 const BLOCK: [Part; 8] = [
@@ -26,6 +27,14 @@ const BLOCK: [Part; 8] = [
     plain_linear("fc2", LinearRole::Down),
 ];
 
+/// Behind what they stand before in the others.
+const POST_BLOCK: [Part; 8] = {
+    let [_, a, b, c, d, _, e, f] = BLOCK;
+    let attention = plain_norm("self_attn_layer_norm", NormPlace::StreamAfterAttention);
+    let mlp = plain_norm("final_layer_norm", NormPlace::StreamAfterMlp);
+    [a, b, c, d, attention, e, f, mlp]
+};
+
 pub(super) static OPT: Family = Family {
     model_type: "opt",
     architecture: "OPTForCausalLM",
@@ -36,9 +45,11 @@ pub(super) static OPT: Family = Family {
         blocks: "model.decoder.layers",
         final_norm: "model.decoder.final_layer_norm",
         head: "lm_head",
+        per_layer: None,
+        projections: Some(["model.decoder.project_in", "model.decoder.project_out"]),
     },
     norm: NormKind::Layer,
-    blocks: &[Parts(&BLOCK)],
+    blocks: &[Parts(&BLOCK), Parts(&POST_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(2), eos: vec![2], pad: Some(1) },
     module: ModulePath { root: "Opt", left_out: "model." },
     class: Class {
@@ -56,7 +67,6 @@ pub(super) static OPT: Family = Family {
         activations: &[("relu", Activation::Relu)],
         bias_keys: &[BiasKey { key: "enable_bias", default: true, covers: ALL }],
         rope: Rope::Never,
-        only: &[("do_layer_norm_before", true), ("_remove_final_layer_norm", false)],
         ignored: &["prefix"],
         read_more,
         write_more,
@@ -66,16 +76,25 @@ pub(super) static OPT: Family = Family {
 };
 
 fn read_more(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
-    fields.refuse_unless("word_embed_proj_dim", config.hidden_size)?;
+    let embedding = fields.size("word_embed_proj_dim", MAX_WIDTH)?.filter(|width| *width != config.hidden_size);
+    config.embedding_width = embedding;
+    let before = fields.bool("do_layer_norm_before")?.unwrap_or(true);
+    if !before {
+        config.block_kinds = vec![1; config.num_hidden_layers];
+    }
+    config.has_final_norm = before && !fields.bool("_remove_final_layer_norm")?.unwrap_or(false);
     config.norm_affine = fields.bool("layer_norm_elementwise_affine")?.unwrap_or(true);
     Ok(())
 }
 
 fn write_more(config: &ModelConfig, map: &mut Map<String, Value>) {
+    let before = !config.block_kinds.contains(&1);
     set(
         map,
         [
-            ("word_embed_proj_dim", json!(config.hidden_size)),
+            ("word_embed_proj_dim", json!(config.embedding_width.unwrap_or(config.hidden_size))),
+            ("do_layer_norm_before", json!(before)),
+            ("_remove_final_layer_norm", json!(before && !config.has_final_norm)),
             ("layer_norm_elementwise_affine", json!(config.norm_affine)),
         ],
     );

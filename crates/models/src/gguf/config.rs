@@ -178,7 +178,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let full = RopeConfig { theta, scaling, partial_rotary_factor };
     let rope = match family.class.rope {
         Rope::ByKind([_, sliding]) => {
-            let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(sliding);
+            let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(sliding.theta);
             vec![full, RopeConfig::plain(sliding)]
         }
         _ => vec![full],

@@ -1,6 +1,6 @@
 //! `config.json` and `generation_config.json` to [`ModelConfig`], [`SpecialTokens`] and [`Quantization`].
 
-use std::path::Path;
+use std::{collections::BTreeSet, path::Path};
 
 use serde_json::{Map, Value};
 
@@ -182,15 +182,21 @@ pub(crate) fn extension(fields: &Fields<'_>, config: &mut ModelConfig) -> Result
 /// differ there, as transformers 5 spells it.
 pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
     let Some(blocks) = fields.object("per_layer_config")? else { return Ok(()) };
-    let (keys, global, layers) = (config.family.class.keys, config.common_shape(), config.num_hidden_layers);
+    let (class, layers) = (config.family.class, config.num_hidden_layers);
+    let keys = class.keys;
     let first = |keys: &[&'static str]| keys.first().copied();
     let [heads, key_value_heads, channels] = [keys.heads, keys.key_value_heads, keys.channels].map(first);
-    let mut shapes = vec![global; layers];
+    let mut shapes: Vec<_> = (0..layers).map(|index| config.layer(index)).collect();
+    let mut head_dims: Vec<_> = (0..layers).map(|index| config.head_dim_of(index)).collect();
+    let mut seen = BTreeSet::new();
     for index in blocks.keys() {
-        let shape = index.parse().ok().filter(|i: &usize| i.to_string() == index);
-        let Some(shape) = shape.and_then(|i| shapes.get_mut(i)) else {
-            return Err(blocks.wrong(index, &format!("the index of one of {layers} layers as key")));
+        // Padded with zeros, where there are ten or more layers.
+        let number = index.parse().ok().filter(|i| index.bytes().all(|c| c.is_ascii_digit()) && *i < layers);
+        let Some(number) = number.filter(|number: &usize| seen.insert(*number)) else {
+            return Err(blocks.wrong(index, &format!("the index of one of {layers} layers as key, once")));
         };
+        let (shape, head_dim) = (&mut shapes[number], &mut head_dims[number]);
+        let global = *shape;
         let block = blocks.object(index)?.ok_or_else(|| blocks.wrong(index, "an object"))?;
         let width = |key: Option<&str>, max, global| match key {
             Some(key) => Ok(block.size(key, max)?.unwrap_or(global)),
@@ -206,7 +212,9 @@ pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) ->
             num_key_value_heads: width(key_value_heads, MAX_HEADS, as_many)?,
             intermediate_size: width(channels, MAX_WIDTH, global.intermediate_size)?,
         };
-        let known = [heads, key_value_heads, channels].into_iter().flatten().collect::<Vec<_>>();
+        let of_heads = class.head_dims.then_some("head_dim");
+        *head_dim = width(of_heads, MAX_WIDTH, *head_dim)?;
+        let known = [heads, key_value_heads, channels, of_heads].into_iter().flatten().collect::<Vec<_>>();
         refuse_unknown(&block, &known.join(", "))?;
         if !shape.num_attention_heads.is_multiple_of(shape.num_key_value_heads) {
             let expected = format!("a divisor of num_attention_heads, {}", shape.num_attention_heads);
@@ -214,6 +222,7 @@ pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) ->
         }
     }
     config.set_layers(shapes);
+    config.set_head_dims(head_dims);
     Ok(())
 }
 

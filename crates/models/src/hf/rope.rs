@@ -7,7 +7,7 @@ use crate::{
     families::class::first,
 };
 
-const SUPPORTED: &str = "default, linear, dynamic, yarn, longrope, llama3";
+const SUPPORTED: &str = "default, linear, dynamic, yarn, longrope, llama3, proportional";
 
 /// What a class says of its rotary positions.
 #[derive(Clone, Copy)]
@@ -25,6 +25,11 @@ pub(crate) struct RopeKeys {
 impl RopeKeys {
     /// LLaMA's.
     pub(crate) const DEFAULT: Self = Self { theta: 10_000.0, partial: None, absent: None, known: &[] };
+
+    /// LLaMA's with another base.
+    pub(crate) const fn based(theta: f64) -> Self {
+        Self { theta, ..Self::DEFAULT }
+    }
 }
 
 /// Old names of `rope_theta` and `partial_rotary_factor` outside the object.
@@ -40,24 +45,36 @@ pub(crate) fn parse(
     max_positions: usize,
     head_dim: usize,
 ) -> Result<RopeConfig> {
-    let absent = keys.absent.map(serde_json::from_str::<serde_json::Map<_, _>>).transpose();
-    let absent = absent.map_err(|error| config.wrong("rope_parameters", &error.to_string()))?;
-    let path = config.path();
-    let absent = absent.as_ref().map(|map| Fields::new(&path, "rope_parameters.", map));
     let inner = dictionary(config)?;
-    let rope = one(config, inner.as_ref().or(absent.as_ref()), max_positions, head_dim, keys)?;
+    let rope = match &inner {
+        Some(inner) => one(config, Some(inner), max_positions, head_dim, keys)?,
+        None => silent(config, keys, max_positions, head_dim)?,
+    };
     inner.into_iter().for_each(|inner| config.add_unknown(inner.unknown()));
     Ok(rope)
 }
 
-/// As [`parse`], for families with a table for full and one for sliding blocks, in this order; `thetas` are the bases
-/// where the file is silent. Older files have one set for the full blocks, and `rope_local_base_freq` for the others,
+/// The parameters where the file has no object of them.
+fn silent(
+    config: &Fields<'_>,
+    keys: &RopeKeys,
+    max_positions: usize,
+    head_dim: usize,
+) -> Result<RopeConfig> {
+    let absent = keys.absent.map(serde_json::from_str::<serde_json::Map<_, _>>).transpose();
+    let absent = absent.map_err(|error| config.wrong("rope_parameters", &error.to_string()))?;
+    let path = config.path();
+    let absent = absent.as_ref().map(|map| Fields::new(&path, "rope_parameters.", map));
+    one(config, absent.as_ref(), max_positions, head_dim, keys)
+}
+
+/// As [`parse`], for families with a table for full and one for sliding blocks, in this order. Older files have one set for the full blocks, and `rope_local_base_freq` for the others,
 /// whose frequencies are never scaled.
 pub(crate) fn parse_by_layer_type(
     config: &Fields<'_>,
     max_positions: usize,
     head_dim: usize,
-    thetas: [f64; 2],
+    keys: [RopeKeys; 2],
 ) -> Result<Vec<RopeConfig>> {
     let inner = dictionary(config)?;
     let local = config.positive("rope_local_base_freq")?;
@@ -66,21 +83,22 @@ pub(crate) fn parse_by_layer_type(
     let tables = match nested {
         Some(sets) => KINDS
             .into_iter()
-            .zip(thetas)
-            .map(|(kind, theta)| {
+            .zip(keys)
+            .map(|(kind, keys)| {
                 let Some(set) = sets.object(kind)? else {
-                    return Ok(RopeConfig::plain(theta));
+                    return silent(config, &keys, max_positions, head_dim);
                 };
-                let keys = RopeKeys { theta, ..RopeKeys::DEFAULT };
                 let rope = one(config, Some(&set), max_positions, head_dim, &keys)?;
                 config.add_unknown(set.unknown());
                 Ok(rope)
             })
             .collect::<Result<_>>()?,
         None => {
-            let keys = RopeKeys { theta: thetas[0], ..RopeKeys::DEFAULT };
-            let full = one(config, inner.as_ref(), max_positions, head_dim, &keys)?;
-            let theta = checked_theta(config, local.unwrap_or(thetas[1]))?;
+            let full = match &inner {
+                Some(inner) => one(config, Some(inner), max_positions, head_dim, &keys[0])?,
+                None => silent(config, &keys[0], max_positions, head_dim)?,
+            };
+            let theta = checked_theta(config, local.unwrap_or(keys[1].theta))?;
             vec![full, RopeConfig::plain(theta)]
         }
     };
@@ -168,6 +186,7 @@ fn scaling(rope: &Fields<'_>, positions: Positions, rotated: usize) -> Result<Ro
             Err(rope.unsupported("full_attention", "one set of parameters for all layers"))
         }
         "default" => Ok(RopeScaling::Default),
+        "proportional" => Ok(RopeScaling::Proportional { factor: rope.positive("factor")?.unwrap_or(1.0) }),
         "linear" => Ok(RopeScaling::Linear { factor: required(rope, "factor")? }),
         "dynamic" => {
             if rotated <= 2 {

@@ -14,8 +14,14 @@ struct Wrapper {
     text: &'static str,
 }
 
-const WRAPPERS: [Wrapper; 2] = [
+const WRAPPERS: [Wrapper; 4] = [
     Wrapper { architecture: "Gemma3ForConditionalGeneration", model_type: "gemma3", text: "gemma3_text" },
+    Wrapper { architecture: "Gemma4ForConditionalGeneration", model_type: "gemma4", text: "gemma4_text" },
+    Wrapper {
+        architecture: "Gemma4UnifiedForConditionalGeneration",
+        model_type: "gemma4_unified",
+        text: "gemma4_text",
+    },
     Wrapper { architecture: "Mistral3ForConditionalGeneration", model_type: "mistral3", text: "mistral" },
 ];
 

@@ -446,8 +446,8 @@ impl<M: CausalLm> Trainer<M> {
     fn driver(&self, place: Place) -> DriverOptions {
         let noise =
             self.config.neftune.map(|alpha| EmbeddingNoise { alpha, seed: self.config.batch.seed, place });
-        let TrainerConfig { recompute, logit_rows, loss, .. } = self.config;
-        DriverOptions { recompute, logit_rows, loss, noise }
+        let TrainerConfig { recompute, logit_rows, loss, router_loss, .. } = self.config;
+        DriverOptions { recompute, logit_rows, loss, noise, router_loss }
     }
 
     /// What all ranks have found, of what this one has.
