@@ -15,6 +15,7 @@ for name in ["mixtral", "granitemoe"]:
     mask[0, :6] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 6] = -100  # would be a padding token's target
     model.router_aux_loss_coef = 0.3
     result = model(
         input_ids=ids, attention_mask=mask, position_ids=positions, labels=labels, output_router_logits=True

@@ -45,7 +45,8 @@ impl Balance {
     /// Of all blocks of a pass over `tokens`; `None` if none has a router.
     pub(crate) fn of(routed: &[Routed], tokens: &TokenBatch) -> Option<Self> {
         let [_, experts] = routed.first()?.scores.dims();
-        let counted: Vec<f32> = tokens.segments.iter().map(|segment| f32::from(u8::from(*segment != 0))).collect();
+        let counted: Vec<f32> =
+            tokens.segments.iter().map(|segment| f32::from(u8::from(*segment != 0))).collect();
         let mut chosen = vec![0u64; experts];
         for Routed { chosen: of_block, .. } in routed {
             let per_token = of_block.len() / counted.len();

@@ -274,7 +274,8 @@ impl<P: Projection> Block<P> {
         let normed = self.normed(NormPlace::PreMlp, x.clone());
         let mut y = self.mlp(normed, context, config);
         if let (Some(_), Some(experts)) = (self.norm(NormPlace::PreExperts), &config.experts) {
-            y = self.normed(NormPlace::PostDense, y) + self.experts_beside(x.clone(), experts, context, config);
+            y = self.normed(NormPlace::PostDense, y)
+                + self.experts_beside(x.clone(), experts, context, config);
         }
         let mut x = self.normed(NormPlace::StreamAfterMlp, x + behind(NormPlace::PostMlp, y));
         if let Some(gate) = self.linear(LinearRole::PerLayerGate) {
@@ -435,8 +436,7 @@ impl<P: Projection> Block<P> {
 
     /// The router's scores `[tokens, experts]`.
     fn routed(&self, x: Tensor<2>) -> Tensor<2> {
-        let weight =
-            self.matrix(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
+        let weight = self.matrix(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
         let scores = x.matmul(weight.transpose());
         match self.find_vector(VectorRole::RouterBias) {
             Some(bias) => scores + bias.unsqueeze(),

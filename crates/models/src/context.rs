@@ -155,7 +155,8 @@ impl Kept {
         }
         let both = self.both.map(|all| {
             let [batch, _, heads, head_dim] = all.dims();
-            let longer = Tensor::zeros([batch, 2 * seen + ROOM[0], heads, head_dim], (&all.device(), all.dtype()));
+            let longer =
+                Tensor::zeros([batch, 2 * seen + ROOM[0], heads, head_dim], (&all.device(), all.dtype()));
             let last = all.narrow(1, self.length - seen, seen);
             longer.slice_assign([0..batch, 0..seen, 0..heads, 0..head_dim], last)
         });

@@ -407,8 +407,7 @@ impl<P: Projection> Decoder<P> {
         if let (Some(inputs), Some(per_layer)) = (&self.per_layer, &config.per_layer_input)
             && block.linear(LinearRole::PerLayerGate).is_some()
         {
-            let input =
-                inputs.of_block(index, per_layer.width, first.ids.clone(), self.embedded(first));
+            let input = inputs.of_block(index, per_layer.width, first.ids.clone(), self.embedded(first));
             beside.input = Some(moved(input, &context.ids.device()));
         }
         let sources = config.shared_key_values();
@@ -427,7 +426,8 @@ impl<P: Projection> Decoder<P> {
         let place = sources.iter().position(|other| *other == source);
         if let Some(place) = place.filter(|_| source != index) {
             let heads = config.layer(source).num_key_value_heads;
-            let both = parts[place + 1].clone().reshape([batch, length, 2 * heads, config.head_dim_of(source)]);
+            let both =
+                parts[place + 1].clone().reshape([batch, length, 2 * heads, config.head_dim_of(source)]);
             beside.shared = Some([0, heads].map(|first| both.clone().narrow(2, first, heads)));
         }
         parts[0] = block.forward_beside(index, parts[0].clone(), &mut beside, context, cache, config);
@@ -668,7 +668,10 @@ impl<P: Projection> Decoder<P> {
         let first = self.embed_norm.iter().zip(family.names.embedding_norm);
         let per_layer = self.per_layer.iter().zip(family.names.per_layer);
         let per_layer = per_layer.map(|(inputs, paths)| (paths.norm, &inputs.norm));
-        let first = first.map(|(norm, path)| (path, norm)).chain(per_layer).map(|(path, norm)| (path.to_owned(), norm));
+        let first = first
+            .map(|(norm, path)| (path, norm))
+            .chain(per_layer)
+            .map(|(path, norm)| (path.to_owned(), norm));
         first.chain(norms).chain([(family.names.final_norm.to_owned(), &self.final_norm)]).collect()
     }
 

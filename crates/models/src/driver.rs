@@ -8,8 +8,9 @@ use kiln_quant_core::{fused, to_host_together};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    CausalLm, Context, EmbeddingNoise, Error, Objective, Result, TokenBatch, TokenLoss, Weights,
     balance::{Balance, Routed, RouterLog},
-    CausalLm, Context, EmbeddingNoise, Error, Objective, Result, TokenBatch, TokenLoss, Weights, nll,
+    nll,
 };
 
 /// What the backward pass computes again instead of keeping.
@@ -40,7 +41,13 @@ pub struct DriverOptions {
 
 impl Default for DriverOptions {
     fn default() -> Self {
-        Self { recompute: Recompute::None, logit_rows: 256, loss: TokenLoss::default(), noise: None, router_loss: None }
+        Self {
+            recompute: Recompute::None,
+            logit_rows: 256,
+            loss: TokenLoss::default(),
+            noise: None,
+            router_loss: None,
+        }
     }
 }
 

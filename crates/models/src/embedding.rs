@@ -71,9 +71,7 @@ impl Embedding {
     /// Bytes: packed as stored, dense in its type.
     pub(crate) fn stored_bytes(&self) -> usize {
         match self {
-            Self::Dense(table) => {
-                table.weight.val().dtype().size() * self.shape().iter().product::<usize>()
-            }
+            Self::Dense(table) => table.weight.val().dtype().size() * self.shape().iter().product::<usize>(),
             Self::Packed(table) => table.storage_bytes(),
         }
     }

@@ -157,7 +157,9 @@ impl BlockSizes {
         let attention = 2.0 * query + 2.0 * key + heads;
         let stream = match self.norms.kind {
             // What goes in; before a linear also what comes out.
-            NormKind::Rms | NormKind::RmsOnePlus | NormKind::Identity => 2.0 * self.norms.before + self.norms.behind,
+            NormKind::Rms | NormKind::RmsOnePlus | NormKind::Identity => {
+                2.0 * self.norms.before + self.norms.behind
+            }
             // Centred and normed state, the scaled one where gains are trained.
             NormKind::Layer | NormKind::LayerGain => {
                 (self.norms.before + self.norms.behind) * if norms { 3.0 } else { 2.0 }

@@ -262,9 +262,11 @@ impl<P: Projection> Module for Decoder<P> {
         let devices = self.embed_tokens.collect_devices(devices);
         let devices = self.embed_positions.collect_devices(devices);
         let devices = self.embed_norm.collect_devices(devices);
-        let devices = self.projections.iter().flatten().fold(devices, |devices, matrix| {
-            matrix.collect_devices(devices)
-        });
+        let devices = self
+            .projections
+            .iter()
+            .flatten()
+            .fold(devices, |devices, matrix| matrix.collect_devices(devices));
         let devices = self.per_layer.iter().fold(devices, |devices, inputs| {
             let devices = inputs.table.collect_devices(devices);
             inputs.norm.collect_devices(inputs.projection.collect_devices(devices))

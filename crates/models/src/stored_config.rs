@@ -290,7 +290,9 @@ impl ModelConfig {
                 ));
             }
             if parts.linear(LinearRole::PerLayerGate).is_some() && self.per_layer_input.is_none() {
-                return Err(format!("per_layer_input: expected a width, as block {index} reads one, found none"));
+                return Err(format!(
+                    "per_layer_input: expected a width, as block {index} reads one, found none"
+                ));
             }
             if parts.has_keys() {
                 continue;

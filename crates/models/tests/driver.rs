@@ -50,7 +50,8 @@ fn batch(vocabulary: u32) -> (TokenBatch, Vec<u32>, Vec<bool>) {
 fn recomputation_and_chunked_loss_equal_plain_autodiff() {
     let tiny = ["tiny/llama-tied-f32-sharded", "tiny/qwen3-untied-f32", "tiny/opt-f32"];
     // Keys of several blocks, inputs of single ones, embeddings that are projected.
-    for folder in tiny.into_iter().chain(["arch/gemma4_text-shared", "arch/gemma4_text-moe", "arch/opt-post"]) {
+    for folder in tiny.into_iter().chain(["arch/gemma4_text-shared", "arch/gemma4_text-moe", "arch/opt-post"])
+    {
         let model = model(folder);
         let vocabulary = model.vocab_size();
         let (tokens, targets, scored) = batch(vocabulary as u32);
@@ -165,11 +166,17 @@ fn the_load_balancing_loss_equals_transformers() {
             };
             let (loss, found) = run(Some(0.3));
             let expected = f64::from(golden.floats(&format!("{folder}.loss"))[0]);
-            assert!((loss / expected - 1.0).abs() < 1e-5, "{folder} {recompute:?}: {loss}, expected {expected}");
+            assert!(
+                (loss / expected - 1.0).abs() < 1e-5,
+                "{folder} {recompute:?}: {loss}, expected {expected}"
+            );
             let (plain, without) = run(None);
             let aux = (loss - plain) / 0.3;
             let expected = f64::from(golden.floats(&format!("{folder}.aux_loss"))[0]);
-            assert!((aux / expected - 1.0).abs() < 1e-4, "{folder} {recompute:?}: {aux}, expected {expected}");
+            assert!(
+                (aux / expected - 1.0).abs() < 1e-4,
+                "{folder} {recompute:?}: {aux}, expected {expected}"
+            );
 
             let prefix = format!("{folder}.grad.");
             let names: Vec<&str> = golden.names().filter_map(|name| name.strip_prefix(&prefix)).collect();

@@ -175,7 +175,8 @@ impl FineTune {
 /// A trainer's description without the options that came later, where they are at their defaults: logs of earlier versions
 /// don't have them.
 fn without_later_options(mut trainer: String) -> String {
-    let TrainerConfig { loss, preference, neftune, router_loss, optimizer, groups, batch, .. } = TrainerConfig::new(1, 1);
+    let TrainerConfig { loss, preference, neftune, router_loss, optimizer, groups, batch, .. } =
+        TrainerConfig::new(1, 1);
     let later = [
         format!("loss: {loss:?}, "),
         format!("preference: {preference:?}, "),

@@ -214,10 +214,8 @@ fn read_more(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
         (false, false) => Some(256),
     };
     let vocab_size = fields.size("vocab_size_per_layer_input", MAX_VOCABULARY)?;
-    config.per_layer_input = width.map(|width| PerLayerInputConfig {
-        width,
-        vocab_size: vocab_size.unwrap_or(config.vocab_size),
-    });
+    config.per_layer_input =
+        width.map(|width| PerLayerInputConfig { width, vocab_size: vocab_size.unwrap_or(config.vocab_size) });
     let experts = fields.bool("enable_moe_block")?.unwrap_or(false);
     if experts {
         EXPERTS.read(fields, config)?;

@@ -612,12 +612,9 @@ impl Channels {
     pub fn are_heads(self) -> bool {
         match self {
             Self::Query | Self::KeyValue | Self::QueryKeyValue(_) => true,
-            Self::Hidden
-            | Self::Mlp
-            | Self::GateUp
-            | Self::Expert
-            | Self::SharedExpert
-            | Self::PerLayer => false,
+            Self::Hidden | Self::Mlp | Self::GateUp | Self::Expert | Self::SharedExpert | Self::PerLayer => {
+                false
+            }
         }
     }
 }

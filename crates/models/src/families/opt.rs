@@ -76,13 +76,15 @@ pub(super) static OPT: Family = Family {
 };
 
 fn read_more(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
-    let embedding = fields.size("word_embed_proj_dim", MAX_WIDTH)?.filter(|width| *width != config.hidden_size);
+    let embedding =
+        fields.size("word_embed_proj_dim", MAX_WIDTH)?.filter(|width| *width != config.hidden_size);
     config.embedding_width = embedding;
     let before = fields.bool("do_layer_norm_before")?.unwrap_or(true);
     if !before {
         config.block_kinds = vec![1; config.num_hidden_layers];
     }
-    config.has_final_norm = before && !fields.bool("_remove_final_layer_norm")?.unwrap_or(false);
+    let removed = fields.bool("_remove_final_layer_norm")?.unwrap_or(false);
+    config.has_final_norm = before && !removed;
     config.norm_affine = fields.bool("layer_norm_elementwise_affine")?.unwrap_or(true);
     Ok(())
 }

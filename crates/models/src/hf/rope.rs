@@ -55,12 +55,7 @@ pub(crate) fn parse(
 }
 
 /// The parameters where the file has no object of them.
-fn silent(
-    config: &Fields<'_>,
-    keys: &RopeKeys,
-    max_positions: usize,
-    head_dim: usize,
-) -> Result<RopeConfig> {
+fn silent(config: &Fields<'_>, keys: &RopeKeys, max_positions: usize, head_dim: usize) -> Result<RopeConfig> {
     let absent = keys.absent.map(serde_json::from_str::<serde_json::Map<_, _>>).transpose();
     let absent = absent.map_err(|error| config.wrong("rope_parameters", &error.to_string()))?;
     let path = config.path();
