@@ -368,6 +368,7 @@ impl Sizes {
             layer_head_dims: Vec::new(),
             per_layer_input: None,
             embedding_width: None,
+            has_final_norm: true,
             block_kinds,
             ..backbone.clone()
         }

@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Checkpoint, Decoder, Result,
-    config::{AttentionScale, ModelConfig, RopeConfig, RopeScaling, TensorRole},
+    config::{AttentionScale, ModelConfig, RopeScaling, TensorRole},
     families::Family,
     gguf::{
         BlockType, Blocks, Parts, Value as Key, layers, llama3_factors,
@@ -104,10 +104,10 @@ pub fn export_gguf(
     check_options(options)?;
     let config = model.config();
     let family = family(config)?;
-    let items = item::items(model)?;
+    let items = item::items_as(model, false)?;
     let writer = Exporter { config, family, options };
     let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
-    let (mut tensors, mut kinds) = (Vec::new(), BTreeMap::new());
+    let (mut tensors, mut stacks, mut kinds) = (Vec::new(), Vec::new(), BTreeMap::new());
     for item in &items {
         let host = item.host()?;
         let converted = writer.convert(item, &host)?;
@@ -120,7 +120,7 @@ pub fn export_gguf(
         if item.role == TensorRole::Linear {
             *kinds.entry(converted.kind.id()).or_insert(0) += 1;
         }
-        tensors.push(tensor);
+        add(&mut tensors, &mut stacks, tensor, item)?;
     }
     let usual = kinds.iter().max_by_key(|(_, count)| **count).map_or(0, |(id, _)| *id);
     let mut keys = keys(config, family, usual, options)?;
@@ -132,12 +132,39 @@ pub fn export_gguf(
         let shape = vec![factors.len()];
         tensors.push(NewTensor { name: ROPE_FACTORS.into(), shape, kind: BlockType::F32 });
     }
-    let data = |index: usize| match items.get(index) {
-        Some(item) => Ok(writer.convert(item, &item.host()?)?.bytes),
+    let data = |index: usize| match stacks.get(index) {
+        Some(items) => {
+            let each = items.iter().map(|item: &&Item| Ok(writer.convert(item, &item.host()?)?.bytes));
+            Ok(each.collect::<Result<Vec<_>>>()?.concat())
+        }
         None => Ok(floats(factors.as_deref().unwrap_or_default(), BlockType::F32)),
     };
     (report.path, report.bytes) = writer::write_parts(path, options.max_part_bytes, &keys, &tensors, data)?;
     Ok(report)
+}
+
+/// Adds a tensor and what it is made of: experts of one kind follow each other in one.
+fn add<'a>(
+    tensors: &mut Vec<NewTensor>,
+    stacks: &mut Vec<Vec<&'a Item>>,
+    tensor: NewTensor,
+    item: &'a Item,
+) -> Result<()> {
+    let Some(place) = tensors.iter().position(|other| other.name == tensor.name) else {
+        let is_expert = tensor.name.ends_with("_exps.weight");
+        let shape = if is_expert { [&[1], &tensor.shape[..]].concat() } else { tensor.shape };
+        tensors.push(NewTensor { shape, ..tensor });
+        stacks.push(vec![item]);
+        return Ok(());
+    };
+    let stack = &mut tensors[place];
+    if stack.kind != tensor.kind {
+        let expected = format!("{}, as the experts before it", stack.kind.name());
+        return Err(refuse(&item.name(), expected, tensor.kind.name()));
+    }
+    stack.shape[0] += 1;
+    stacks[place].push(item);
+    Ok(())
 }
 
 fn refuse(name: &str, expected: impl Into<String>, found: impl Into<String>) -> crate::Error {
@@ -215,7 +242,13 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
         ("query_temperature", config.query_temperature.is_none()),
         ("alibi", config.alibi == 0.0),
         ("qkv_clip", config.qkv_clip.is_none()),
-        ("experts", config.experts.is_none()),
+        (
+            "experts",
+            config.experts.is_none_or(|experts| {
+                experts.normalise && experts.shared_width == 0 && experts.clamped.is_none()
+            }),
+        ),
+        ("projections", config.embedding_width.is_none()),
         ("block_kinds", config.block_kinds.is_empty()),
     ];
     match none.into_iter().find(|(_, none)| !none) {
@@ -484,7 +517,6 @@ fn keys(
     if let Some(name) = &options.name {
         keys.push(("general.name".to_owned(), text(name)));
     }
-    let rope = rope(config)?;
     let mut own = vec![
         ("block_count", count(config.num_hidden_layers)),
         ("context_length", count(config.max_position_embeddings)),
@@ -501,10 +533,18 @@ fn keys(
             },
             float(config.norm_eps),
         ),
-        ("rope.dimension_count", count(rope.rotated(config.head_dim))),
-        ("rope.freq_base", float(rope.theta)),
         ("vocab_size", count(config.vocab_size)),
     ];
+    if let Some(rope) = config.rope.first() {
+        own.push(("rope.dimension_count", count(rope.rotated(config.head_dim))));
+        own.push(("rope.freq_base", float(rope.theta)));
+        own.extend(rope_keys(&rope.scaling)?);
+    }
+    if let Some(experts) = &config.experts {
+        own.push(("expert_count", count(experts.count)));
+        own.push(("expert_used_count", count(experts.per_token)));
+        own.push(("expert_feed_forward_length", count(experts.width)));
+    }
     let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
     own.extend(window.map(|window| ("attention.sliding_window", count(window))));
     if let [_, sliding, ..] = config.rope.as_slice() {
@@ -522,14 +562,8 @@ fn keys(
     if let AttentionScale::Factor(factor) = config.attention_scale {
         add(true, "attention.scale", Some(factor));
     }
-    own.extend(rope_keys(&rope.scaling)?);
     keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture(family)), value)));
     Ok(keys)
-}
-
-/// The rotary table that these files describe; of the one for sliding blocks they have the base.
-fn rope(config: &ModelConfig) -> Result<&RopeConfig> {
-    config.rope.first().ok_or_else(|| refuse("config.rope", "a rotary table", "none"))
 }
 
 fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
@@ -576,7 +610,7 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
 
 /// What LLaMA 3's scaling divides the frequencies by: a tensor, not a weight.
 fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
-    let rope = rope(config).ok()?;
+    let rope = config.rope.first()?;
     let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
         rope.scaling
     else {

@@ -114,6 +114,11 @@ impl Host {
 /// # Errors
 /// Updates of embedding or head, for which no format has a place.
 pub(super) fn items(model: &Decoder<QuantLinear>) -> Result<Vec<Item>> {
+    items_as(model, model.config().family.conv1d)
+}
+
+/// As [`items`]; `conv1d` says whether dense linears stand as `[d_input, d_output]`.
+pub(super) fn items_as(model: &Decoder<QuantLinear>, conv1d: bool) -> Result<Vec<Item>> {
     if !model.updates.is_empty() {
         return Err(Error::Argument {
             name: "model".into(),
@@ -143,7 +148,7 @@ pub(super) fn items(model: &Decoder<QuantLinear>) -> Result<Vec<Item>> {
         let shape = model.config().vector_shape(role);
         list.add(&name, TensorRole::Plain, Stored::Vector(values.val(), shape));
     }
-    let transposed = !model.config().family.conv1d;
+    let transposed = !conv1d;
     for (path, slot) in model.slots() {
         list.linear(&path, TensorRole::Linear, slot, transposed);
     }

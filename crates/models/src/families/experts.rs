@@ -3,14 +3,14 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    ExpertsPart, Family, LinearRole, MatrixRole, ModulePath, NormPlace, Part, Parts, StackedExperts,
-    VectorRole,
+    ExpertsPart, Family, GgufArchitecture, LinearRole, MatrixPart, MatrixRole, ModulePath, NormPlace, Part,
+    Parts, StackedExperts, VectorRole,
     class::{
         self, ATTENTION, ATTENTION_BIAS, BiasKey, Class, ExpertKeys, HeadDim, MLP, Multipliers, QKV, Rope,
         Windows,
     },
     llama::{BLOCK, LIKE_LLAMA, NO_TOKENS},
-    matrix, plain_linear, plain_norm, vector,
+    matrix, norm, plain_linear, plain_norm, vector,
 };
 use crate::{
     Result,
@@ -24,12 +24,14 @@ use crate::{
 };
 
 const fn experts(name: &'static str, linears: [&'static str; 3]) -> Part {
-    Part::Experts(ExpertsPart { name, linears, stacked: None })
+    let gguf = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"];
+    Part::Experts(ExpertsPart { name, linears, gguf, stacked: None })
 }
 
 /// LLaMA's attention and norms.
 const ATTENTION_PARTS: [Part; 6] = [BLOCK[0], BLOCK[1], BLOCK[2], BLOCK[3], BLOCK[4], BLOCK[5]];
-const ROUTER: Part = matrix("mlp.gate", MatrixRole::Router);
+const ROUTER: Part =
+    Part::Matrix(MatrixPart { name: "mlp.gate", role: MatrixRole::Router, gguf: "ffn_gate_inp" });
 const EXPERTS: Part = experts("mlp.experts", ["gate_proj", "up_proj", "down_proj"]);
 
 const fn with_experts(router: Part, experts: Part) -> [Part; 8] {
@@ -153,8 +155,8 @@ fn write_qwen_windows(config: &ModelConfig, map: &mut Map<String, Value>) {
 }
 
 const QWEN3_NORMS: [Part; 2] = [
-    plain_norm("self_attn.q_norm", NormPlace::QueryHead),
-    plain_norm("self_attn.k_norm", NormPlace::KeyHead),
+    norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
+    norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
 ];
 const QWEN3_MOE_BLOCK: [Part; 10] = with_norms(QWEN3_NORMS);
 const QWEN3_DENSE_BLOCK: [Part; 11] = dense_with_norms(QWEN3_NORMS);
@@ -162,6 +164,7 @@ const QWEN3_DENSE_BLOCK: [Part; 11] = dense_with_norms(QWEN3_NORMS);
 pub(super) static QWEN3_MOE: Family = Family {
     model_type: "qwen3_moe",
     architecture: "Qwen3MoeForCausalLM",
+    gguf: GgufArchitecture::plain("qwen3moe"),
     blocks: &[Parts(&QWEN3_MOE_BLOCK), Parts(&QWEN3_DENSE_BLOCK)],
     special_tokens: NO_TOKENS,
     class: Class {
@@ -210,6 +213,7 @@ const GRANITEMOE_BLOCK: [Part; 8] = with_experts(
     Part::Experts(ExpertsPart {
         name: "block_sparse_moe.experts",
         linears: ["gate_proj", "up_proj", "down_proj"],
+        gguf: [""; 3],
         stacked: Some(StackedExperts {
             tensors: ["block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"],
             biases: ["", ""],
@@ -246,6 +250,7 @@ const GPT_OSS_BLOCK: [Part; 10] = {
         Part::Experts(ExpertsPart {
             name: "mlp.experts",
             linears: ["gate_proj", "up_proj", "down_proj"],
+            gguf: [""; 3],
             stacked: Some(StackedExperts {
                 tensors: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
                 biases: ["mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"],

@@ -45,6 +45,7 @@ const ALL: [Part; 24] = [
     Part::Experts(ExpertsPart {
         name: "experts",
         linears: ["gate_proj", "up_proj", "down_proj"],
+        gguf: [""; 3],
         stacked: Some(StackedExperts {
             tensors: ["experts.gate_up_proj", "experts.down_proj"],
             biases: [""; 2],

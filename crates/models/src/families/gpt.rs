@@ -3,14 +3,15 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    Activation, Family, FusedRows, LLAMA_NAMES, LearnedPositions, LinearRole, ModulePath, Names, NormKind,
-    NormPlace, Part, Parts,
+    Activation, Family, FusedRows, GgufArchitecture, LLAMA_NAMES, LearnedPositions, LinearRole, ModulePath,
+    Names, NormKind, NormPlace, Part, Parts,
     class::{
         self, ATTENTION, BLOCK as ALL, BiasKey, Class, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, MLP, QKV, Rope,
         Windows,
     },
+    linear,
     llama::{BLOCK, LIKE_LLAMA},
-    plain_linear, plain_norm,
+    norm, plain_linear, plain_norm,
 };
 use crate::{
     Result,
@@ -90,17 +91,18 @@ fn write_parallel(config: &ModelConfig, map: &mut Map<String, Value>) {
 }
 
 const GPT2_BLOCK: [Part; 6] = [
-    plain_norm("ln_1", NormPlace::PreAttention),
-    plain_linear("attn.c_attn", LinearRole::QueryKeyValue(FusedRows::Concatenated)),
-    plain_linear("attn.c_proj", LinearRole::Output),
-    plain_norm("ln_2", NormPlace::PreMlp),
-    plain_linear("mlp.c_fc", LinearRole::Up),
-    plain_linear("mlp.c_proj", LinearRole::Down),
+    norm("ln_1", NormPlace::PreAttention, "attn_norm"),
+    linear("attn.c_attn", LinearRole::QueryKeyValue(FusedRows::Concatenated), "attn_qkv"),
+    linear("attn.c_proj", LinearRole::Output, "attn_output"),
+    norm("ln_2", NormPlace::PreMlp, "ffn_norm"),
+    linear("mlp.c_fc", LinearRole::Up, "ffn_up"),
+    linear("mlp.c_proj", LinearRole::Down, "ffn_down"),
 ];
 
 pub(super) static GPT2: Family = Family {
     model_type: "gpt2",
     architecture: "GPT2LMHeadModel",
+    gguf: GgufArchitecture::plain("gpt2"),
     names: Names {
         embedding: "transformer.wte",
         positions: Some(LearnedPositions { path: "transformer.wpe", offset: 0 }),

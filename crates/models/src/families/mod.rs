@@ -347,6 +347,8 @@ pub struct MatrixPart {
     pub name: &'static str,
     /// What it is for.
     pub role: MatrixRole,
+    /// Name within the block in GGUF files.
+    pub gguf: &'static str,
 }
 
 /// What a [`MatrixPart`] is for.
@@ -365,6 +367,8 @@ pub struct ExpertsPart {
     pub name: &'static str,
     /// The last segments of the paths of gate, way in and way out.
     pub linears: [&'static str; 3],
+    /// Names within the block in GGUF files of what they are stacked in.
+    pub gguf: [&'static str; 3],
     /// How the family's own files stack all experts in one tensor a kind; `None` where each expert has its tensors.
     pub stacked: Option<StackedExperts>,
 }
@@ -385,6 +389,13 @@ pub const EXPERT_ROLES: [LinearRole; 3] =
     [LinearRole::ExpertGate, LinearRole::ExpertUp, LinearRole::ExpertDown];
 
 impl ExpertsPart {
+    /// Expert and kind of the linear whose path within the block is `name`.
+    pub(crate) fn place(&self, name: &str) -> Option<(usize, usize)> {
+        let (expert, linear) = name.strip_prefix(self.name)?.strip_prefix('.')?.split_once('.')?;
+        let kind = self.linears.iter().position(|other| *other == linear)?;
+        Some((expert.parse().ok()?, kind))
+    }
+
     /// The path within the block of a linear of expert `index`; `kind` counts in [`EXPERT_ROLES`].
     pub fn path(&self, index: usize, kind: usize) -> String {
         format!("{}.{index}.{}", self.name, self.linears[kind])
@@ -413,7 +424,9 @@ impl Part {
         match self {
             Self::Norm(norm) => norm.gguf,
             Self::Linear(linear) => linear.gguf,
-            Self::Vector(_) | Self::Matrix(_) | Self::Experts(_) => "",
+            Self::Matrix(matrix) => matrix.gguf,
+            Self::Experts(experts) => experts.gguf[0],
+            Self::Vector(_) => "",
         }
     }
 }
@@ -759,7 +772,7 @@ const fn plain_linear(name: &'static str, role: LinearRole) -> Part {
 
 /// An entry of a block's table.
 const fn matrix(name: &'static str, role: MatrixRole) -> Part {
-    Part::Matrix(MatrixPart { name, role })
+    Part::Matrix(MatrixPart { name, role, gguf: "" })
 }
 
 /// An entry of a block's table.

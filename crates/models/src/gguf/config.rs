@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use super::{Gguf, layers, rope, value::Metadata};
 use crate::{
     Error, Result,
-    config::{AttentionScale, Biases, ModelConfig, RopeConfig},
+    config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, RopeConfig},
     families::{Family, FusedRows, LinearRole, class::Rope},
-    hf::rope::RopeKeys,
+    hf::{config::MAX_EXPERTS, rope::RopeKeys},
     source::TensorSource,
 };
 
 /// Keys (without the architecture) that are read, or that change nothing.
-const KNOWN: [&str; 25] = [
+const KNOWN: [&str; 26] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -24,6 +24,7 @@ const KNOWN: [&str; 25] = [
     "context_length",
     "embedding_length",
     "expert_count",
+    "expert_feed_forward_length",
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
@@ -106,7 +107,8 @@ impl<'a> Keys<'a> {
 
     fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
-            let read = read_by(family).contains(&key);
+            let experts = key.starts_with("expert_") && family.class.experts.is_some();
+            let read = experts || read_by(family).contains(&key);
             let key = self.key(key);
             if read || self.metadata.get(&key).is_none() {
                 continue;
@@ -177,6 +179,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let epsilon = keys.positive(epsilon_key)?;
     let full = RopeConfig { theta, scaling, partial_rotary_factor };
     let rope = match family.class.rope {
+        Rope::Never => Vec::new(),
         Rope::ByKind([_, sliding]) => {
             let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(sliding.theta);
             vec![full, RopeConfig::plain(sliding)]
@@ -186,6 +189,9 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let bias = |roles: &[LinearRole]| {
         let linears = family.blocks[0].linears().filter(|linear| roles.contains(&linear.role));
         let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
+        if names.is_empty() {
+            return Ok(false);
+        }
         all_or_none(file, family, num_hidden_layers, &names)
     };
     let mut config = ModelConfig {
@@ -213,6 +219,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
         ..ModelConfig::bare(family)
     };
+    config.experts = experts(&keys, family)?;
     config.layer_attention = layers::attention(&config, window);
     config.attention_scale = layers::scale(&config);
     read_factors(&keys, &mut config)?;
@@ -231,6 +238,20 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
     add(multipliers.logit_softcap.is_some(), "final_logit_softcapping");
     read
+}
+
+/// A mixture of experts whose chosen weights are divided by their sum, as readers of these files take for granted.
+fn experts(keys: &Keys, family: &Family) -> Result<Option<ExpertsConfig>> {
+    if family.class.experts.is_none() {
+        return Ok(None);
+    }
+    let (count, per_token) = (keys.required_size("expert_count")?, keys.required_size("expert_used_count")?);
+    if count > MAX_EXPERTS || per_token > count {
+        let expected = format!("at most the {count} experts that there are, and those at most {MAX_EXPERTS}");
+        return Err(keys.metadata.error(&keys.key("expert_used_count"), &expected, per_token.to_string()));
+    }
+    let width = keys.required_size("expert_feed_forward_length")?;
+    Ok(Some(ExpertsConfig { count, per_token, width, shared_width: 0, normalise: true, clamped: None }))
 }
 
 fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {

@@ -49,6 +49,7 @@ use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
     families::Family,
+    hf::config::MAX_EXPERTS,
     source::{DenseTensor, Described, StoredWeight, TensorSource},
     tokenizer::Tokenizer,
 };
@@ -102,6 +103,15 @@ impl Gguf {
                 rope_factors = Some(tensor);
             } else if let Some(name) = names::hugging_face(family, &tensor.name) {
                 tensors.insert(name, tensor);
+            } else if let &[count, rows, width] = tensor.shape.as_slice()
+                && count <= MAX_EXPERTS
+                && let Some(names) = names::stacked(family, &tensor.name, count)
+            {
+                let bytes = (rows * width / tensor.kind.weights() * tensor.kind.bytes()) as u64;
+                for (expert, name) in (0..).zip(names) {
+                    let (shape, start) = (vec![rows, width], tensor.start + expert * bytes);
+                    tensors.insert(name, TensorInfo { shape, start, ..tensor.clone() });
+                }
             } else {
                 let supported = format!("tensors of the architecture {architecture}");
                 return Err(metadata.unsupported(&tensor.name, "this tensor", &supported));

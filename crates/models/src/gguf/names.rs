@@ -6,9 +6,20 @@ use crate::families::{Family, LinearRole, NormKind, Part};
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// Modules outside the blocks: GGUF's name and the path in checkpoints.
-fn outer(family: &Family) -> [(&'static str, &'static str); 3] {
+fn outer(family: &Family) -> impl Iterator<Item = (&'static str, &'static str)> {
     let names = &family.names;
-    [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)]
+    let positions = names.positions.map(|learned| ("position_embd", learned.path));
+    let all = [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)];
+    all.into_iter().chain(positions)
+}
+
+/// The Hugging Face names of the weights that the tensor `name` stacks, given their number; `None` if it stacks none.
+pub(super) fn stacked(family: &Family, name: &str, count: usize) -> Option<Vec<String>> {
+    let (index, module, part) = parts("blk", name)?;
+    let experts = family.blocks[0].experts().filter(|_| part == "weight")?;
+    let kind = experts.gguf.iter().position(|gguf| *gguf == module)?;
+    let path = |expert| format!("{}.weight", family.path(index as usize, &experts.path(expert, kind)));
+    Some((0..count).map(path).collect())
 }
 
 /// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot.
@@ -29,22 +40,30 @@ pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
     };
     if let Some((index, module, part)) = parts("blk", name) {
         let entry = family.blocks[0].iter().find(|entry| entry.gguf() == module)?;
+        if let Part::Experts(_) = entry {
+            return None;
+        }
         let norm = matches!(entry, Part::Norm(_));
         return known(norm, part).then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
     }
     let (module, part) = name.rsplit_once('.')?;
-    let (gguf, path) = outer(family).into_iter().find(|(gguf, _)| *gguf == module)?;
+    let (gguf, path) = outer(family).find(|(gguf, _)| *gguf == module)?;
     (part == "weight" || gguf == "output_norm" && known(true, part)).then(|| format!("{path}.{part}"))
 }
 
-/// GGUF's name of the tensor with this Hugging Face name.
+/// GGUF's name of the tensor with this Hugging Face name; all experts have one.
 pub(crate) fn from_hugging_face(family: &Family, name: &str) -> Option<String> {
     if let Some((index, module, part)) = parts(family.names.blocks, name) {
+        let experts = family.blocks[0].experts();
+        let expert = experts.and_then(|experts| Some(experts.gguf[experts.place(module)?.1]));
+        if let Some(gguf) = expert {
+            return (part == "weight").then(|| format!("blk.{index}.{gguf}.weight"));
+        }
         let entry = family.blocks[0].iter().find(|entry| entry.name() == module)?;
         return Some(format!("blk.{index}.{}.{part}", entry.gguf()));
     }
     let (module, part) = name.rsplit_once('.')?;
-    let (gguf, _) = outer(family).into_iter().find(|(_, path)| *path == module)?;
+    let (gguf, _) = outer(family).find(|(_, path)| *path == module)?;
     Some(format!("{gguf}.{part}"))
 }
 
