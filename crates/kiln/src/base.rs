@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, fmt, ops::ControlFlow, path::Path, sync::Arc};
 use burn::tensor::Device;
 use kiln_adapters::AdapterConfig;
 use kiln_models::{
-    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, LoadReport, Tokenizer,
+    CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, LoadReport, Tables, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
     export::{ExportReport, Fallback, GgufOptions, export_gguf, save_model},
     generate_with,
@@ -49,6 +49,7 @@ pub struct Base {
 /// | option | default | meaning |
 /// | --- | --- | --- |
 /// | `bits`, `scheme`, `schemes` | as stored | weight format of the blocks' linears |
+/// | `tables` | as stored | what becomes of embedding and head |
 /// | `device` | the CPU, or Burn's choice where that isn't compiled in | where to compute |
 /// | `compute` | what suits the device best | what operands of products are rounded to |
 /// | `chat_template` | the checkpoint's | how conversations become text |
@@ -57,6 +58,7 @@ pub struct Base {
 pub struct OpenBase {
     checkpoint: Checkpoint,
     format: Format,
+    tables: Option<Tables>,
     device: Option<Device>,
     compute: Option<Compute>,
     template: Option<String>,
@@ -95,6 +97,20 @@ impl OpenBase {
     /// Gives each linear of the blocks its format, by path.
     pub fn with_schemes(mut self, schemes: Plan<Scheme>) -> Self {
         self.format = Format::Planned(schemes);
+        self
+    }
+
+    /// Sets what becomes of embedding and head: they stay as stored, if nothing is said and not all linears are dense. Packed
+    /// ones are trained beside, by LoRA or rows of their own, not whole.
+    ///
+    /// ```
+    /// use kiln::{models::Tables, prelude::*};
+    /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+    /// let base = Base::open(folder)?.with_bits(4).with_tables(Tables::Packed("affine8:64:f16".parse()?)).load()?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn with_tables(mut self, tables: Tables) -> Self {
+        self.tables = Some(tables);
         self
     }
 
@@ -143,6 +159,10 @@ impl OpenBase {
             Format::Planned(schemes) => LoadOptions::planned(schemes),
         };
         let options = options.with_compute(self.compute);
+        let options = match self.tables {
+            Some(tables) => options.with_tables(tables),
+            None => options,
+        };
         let (model, report) = self.checkpoint.load(&options, &self.device.unwrap_or_else(default_device))?;
         let tokenizer = self.checkpoint.tokenizer()?;
         let template = match self.template {
@@ -172,6 +192,7 @@ impl Base {
         Ok(OpenBase {
             checkpoint: Checkpoint::open(path)?,
             format: Format::AsStored,
+            tables: None,
             device: None,
             compute: None,
             template: None,

@@ -17,7 +17,7 @@ use kiln_distributed::{Alone, agreed};
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
-    config::ModelConfig,
+    config::{ModelConfig, TensorRole, TensorShape},
     export::{ExportReport, LoraFactors, export_gguf_lora},
     memory::{ProcessConstants, Step, Work, estimate},
 };
@@ -380,8 +380,12 @@ fn check_memory(
     // Of what is trained outside the slots a gradient and two averages.
     let in_slots: usize = tuned.adapters().iter().map(|(_, adapter)| trained_values(adapter)).sum();
     let outside = 12 * trained_values(tuned.model()).saturating_sub(in_slots) as u64;
-    // What stands outside the slots is dense: embedding and head.
-    let tables = model.vocab_size * model.hidden_size * if model.tie_word_embeddings { 1 } else { 2 };
+    // What stands outside the slots is taken to be dense: embeddings and head.
+    let tables = model.tensors().into_iter();
+    let tables = tables.filter(|tensor| matches!(tensor.role, TensorRole::Embedding | TensorRole::Head));
+    let values =
+        |tensor: TensorShape| tensor.shape.iter().fold(1usize, |all, size| all.saturating_mul(*size));
+    let tables = tables.map(values).fold(0usize, usize::saturating_add);
     let of_reference =
         |base: &Base| base.model().slots().iter().map(|(_, slot)| *slot).fold(4 * tables, bytes_of);
     let beside = reference.map_or(0, of_reference);

@@ -90,6 +90,78 @@ fn packed_linears_compute_what_their_dequantized_weights_do() {
     }
 }
 
+/// The head of a classifier reads what transformers tells as the last state.
+#[test]
+fn classifiers_read_the_last_state() {
+    for folder in ["opt-post", "gemma4_text-shared", "gemma2"] {
+        let (_, model) = load(folder, "dense");
+        let golden = Golden::open(&format!("arch/{folder}/golden.safetensors"));
+        let last = format!("hidden.{}", model.config().num_hidden_layers);
+        let (states, width) = (golden.floats(&last), golden.shape(&last)[2]);
+        let classifier = kiln::models::Classifier::new(model, 3, 7).unwrap();
+        let found = read(classifier.scores(&TokenBatch::new(&rows(folder)).unwrap()).unwrap());
+        let weight = read(classifier.score.weight.val());
+        let expected: Vec<f32> = [23, 47]
+            .into_iter()
+            .flat_map(|row: usize| {
+                let (state, weight) = (&states[row * width..][..width], &weight);
+                (0..3).map(move |label| (0..width).map(|i| state[i] * weight[i * 3 + label]).sum())
+            })
+            .collect();
+        assert_close(folder, &found, &expected, 1e-5);
+    }
+}
+
+#[test]
+fn packed_tables_are_what_their_dequantized_rows_are() {
+    use kiln::{
+        models::{DenseEmbedding, PerLayerInputs, Tables},
+        quant::Scheme,
+    };
+    let dense = |table: Embedding| {
+        let Embedding::Packed(table) = table else { panic!("a dense table") };
+        let weight = Param::initialized(ParamId::new(), table.dequantize().transpose());
+        Embedding::Dense(DenseEmbedding { weight })
+    };
+    // Tied and not; a table for single blocks; one narrower than the residual stream.
+    for folder in ["gemma2", "granite", "mixtral", "gemma4_text-shared", "opt-post"] {
+        let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+        let options = LoadOptions::uniform("affine4:32".parse().unwrap()).in_f32();
+        let options = options.with_tables(Tables::Packed("affine5:8".parse().unwrap()));
+        let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
+        assert_eq!(
+            report.storage.total_bytes(),
+            checkpoint.predicted_storage(&options).unwrap().total_bytes()
+        );
+        if let Some(head) = &model.lm_head {
+            assert!(matches!(head.scheme(), Scheme::Packed(_)), "{folder}");
+        }
+        let found = logits(&model, folder);
+        let mut plain = model.clone();
+        plain.embed_tokens = dense(plain.embed_tokens);
+        plain.per_layer =
+            plain.per_layer.map(|inputs| PerLayerInputs { table: dense(inputs.table), ..inputs });
+        assert_eq!(plain.per_layer.is_some(), folder.starts_with("gemma4"));
+        assert_close(folder, &found, &logits(&plain, folder), 1e-5);
+        let (_, stored) = load(folder, "affine4:32");
+        let change = relative_difference(&found, &logits(&stored, folder));
+        assert!((1e-4..0.2).contains(&change), "{folder}: {change}");
+
+        let tuned = Tuned::attach(model, &AdapterConfig::lora(4, 8.0).with_seed(3)).unwrap();
+        let losses = [Recompute::None, Recompute::Block]
+            .map(|recompute| train(tuned.model().clone(), folder, recompute).1);
+        assert!(losses[0][5] < losses[0][0], "{folder}: {losses:?}");
+        for (one, other) in losses[0].iter().zip(&losses[1]) {
+            assert!((one / other - 1.0).abs() < 1e-5, "{folder}: {losses:?}");
+        }
+        let place = tempfile::tempdir().unwrap();
+        let saved = place.path().join("saved");
+        let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+        save_model(&model, &checkpoint, &saved).unwrap();
+        assert_eq!(verify_export(&saved, &model, &rows(folder)[0]).unwrap().max, 0.0, "{folder}");
+    }
+}
+
 /// A few steps on the fixture's tokens; the losses.
 fn train<M: CausalLm>(model: M, folder: &str, recompute: Recompute) -> (M, Vec<f64>) {
     let data = Dataset::from_ids(rows(folder).concat(), &DataOptions::new(23, model.vocab_size())).unwrap();

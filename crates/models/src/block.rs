@@ -23,6 +23,7 @@ use crate::{
         VectorRole,
     },
     norm::divided_by_root_mean_square,
+    placement::moved,
 };
 
 /// One block; its norms, linears and other parameters in the order of its table.
@@ -347,7 +348,8 @@ impl<P: Projection> Block<P> {
                 }
             }
             None => match cache {
-                Some(cache) => cache.of(source),
+                // Of a model on several devices the source may be on another.
+                Some(cache) => cache.of(source).map(|both| moved(both, &q.device())),
                 None => beside.shared.take().unwrap_or_else(|| panic!("no keys of block {source}")),
             },
         };

@@ -71,7 +71,12 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
     /// The norm between the last block and the head, `[.., width]` → `[.., width]`.
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
 
-    /// Logits, `[.., width]` → `[.., vocabulary]`.
+    /// What the matrix of a head multiplies, from [`final_norm`](Self::final_norm)'s output: narrower in models whose embedding is.
+    fn head_input<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        x
+    }
+
+    /// Logits, from [`final_norm`](Self::final_norm)'s output `[.., width]` → `[.., vocabulary]`.
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
 
     /// Number of token ids.

@@ -77,7 +77,7 @@ impl<M: CausalLm> Classifier<M> {
         let [batch, length, width] = x.dims();
         let index = Tensor::<1, Int>::from_data(TensorData::new(last, [batch]), &x.device());
         let rows = x.reshape([batch * length, width]).select(0, index);
-        Ok(self.score.forward(self.model.final_norm(rows)))
+        Ok(self.lm_head(self.final_norm(rows)))
     }
 }
 
@@ -107,6 +107,10 @@ impl<M: CausalLm> CausalLm for Classifier<M> {
         self.model.embed(context)
     }
 
+    fn hidden_width(&self) -> Option<usize> {
+        self.model.hidden_width()
+    }
+
     fn trains_embedding(&self) -> bool {
         self.model.trains_embedding()
     }
@@ -128,7 +132,7 @@ impl<M: CausalLm> CausalLm for Classifier<M> {
     }
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.score.forward(x)
+        self.score.forward(self.model.head_input(x))
     }
 
     fn vocab_size(&self) -> usize {

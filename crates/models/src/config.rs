@@ -336,11 +336,15 @@ impl ModelConfig {
     /// # Panics
     /// If there is none.
     pub fn key_value_source(&self, index: usize) -> usize {
-        let slides = |block: usize| self.layer_attention[block].sliding_window.is_some();
-        let found = (0..=index).rev().find(|block| {
-            self.parts(*block).has_keys() && (*block == index || slides(*block) == slides(index))
-        });
+        let found = self.find_key_value_source(index);
         found.unwrap_or_else(|| panic!("block {index} attends to keys of an earlier one, and there is none"))
+    }
+
+    pub(crate) fn find_key_value_source(&self, index: usize) -> Option<usize> {
+        let slides = |block: usize| self.layer_attention[block].sliding_window.is_some();
+        (0..=index).rev().find(|block| {
+            self.parts(*block).has_keys() && (*block == index || slides(*block) == slides(index))
+        })
     }
 
     /// The blocks whose keys and values others attend to.
@@ -349,6 +353,12 @@ impl ModelConfig {
         let sources = blocks.filter(|index| !self.parts(*index).has_keys());
         let sources: BTreeSet<usize> = sources.map(|index| self.key_value_source(index)).collect();
         sources.into_iter().collect()
+    }
+
+    /// Channels behind the hidden state in which the residual stream carries those keys and values.
+    pub(crate) fn carried_width(&self) -> usize {
+        let sources = self.shared_key_values().into_iter();
+        sources.map(|source| 2 * self.width(Channels::KeyValue, source)).sum()
     }
 
     /// The widths that blocks without their own have.

@@ -78,6 +78,14 @@ impl Context {
         self.ids.dims()[1]
     }
 
+    /// The same for blocks that aren't trained: what their routers say is no part of a loss.
+    pub fn unheard(&self) -> Cow<'_, Self> {
+        match self.routers {
+            None => Cow::Borrowed(self),
+            Some(_) => Cow::Owned(Self { routers: None, ..self.clone() }),
+        }
+    }
+
     /// The same on `device`.
     pub(crate) fn on(&self, device: &Device) -> Cow<'_, Self> {
         if self.ids.device() == *device {

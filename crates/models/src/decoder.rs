@@ -242,7 +242,8 @@ impl<P: Projection> CausalLm for Decoder<P> {
 
     fn embed(&self, context: &Context) -> Tensor<3> {
         let x = self.embedded(context);
-        match self.carried() {
+        // So whoever runs blocks one by one, forwards or backwards, need not know of shared keys.
+        match self.config.carried_width() {
             0 => x,
             width => {
                 let [batch, length, _] = x.dims();
@@ -285,14 +286,18 @@ impl<P: Projection> CausalLm for Decoder<P> {
     }
 
     fn hidden_width(&self) -> Option<usize> {
-        (self.carried() > 0).then_some(self.config.hidden_size)
+        (self.config.carried_width() > 0).then_some(self.config.hidden_size)
+    }
+
+    fn head_input<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        match &self.projections {
+            Some([_, projection]) => projected(x, projection),
+            None => x,
+        }
     }
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let x = match &self.projections {
-            Some([_, projection]) => projected(x, projection),
-            None => x,
-        };
+        let x = self.head_input(x);
         let beside = (!self.updates.is_empty()).then(|| x.clone());
         let logits = match &self.lm_head {
             Some(head) => head.forward(x),
@@ -384,13 +389,6 @@ impl<P: Projection> Decoder<P> {
             Some(norm) => norm.forward(x),
             None => x,
         }
-    }
-
-    /// Channels behind the hidden state in which the residual stream carries the keys and values that several blocks attend to,
-    /// so that whoever runs blocks one by one, forwards or backwards, need not know of them.
-    fn carried(&self) -> usize {
-        let sources = self.config.shared_key_values();
-        sources.into_iter().map(|source| 2 * self.config.width(Channels::KeyValue, source)).sum()
     }
 
     /// Block `index` where its parts are; `first` is the context where the embedding is, `context` the same there.

@@ -32,10 +32,11 @@ pub struct DriverOptions {
     pub logit_rows: usize,
     /// The loss of a scored place.
     pub loss: TokenLoss,
-    /// What is added to the embedding.
+    /// What is added to the embedding; the inputs of Gemma 4's single blocks are made of the embedding without it.
     pub noise: Option<EmbeddingNoise>,
     /// Coefficient of the load-balancing loss of mixtures of experts, which is added to the mean loss of this batch's
-    /// targets: transformers' `router_aux_loss_coef`. Without it routers learn from the targets alone.
+    /// targets: transformers' `router_aux_loss_coef`. As there, a step of several batches has one for each, so that it depends on how
+    /// rows are dealt out. Without it routers learn from the targets alone.
     pub router_loss: Option<f64>,
 }
 
@@ -227,6 +228,9 @@ impl RouterLoss {
                 return fail("router_loss", "weights that are known before the pass", "computed ones".into());
             }
         };
+        if targets < 0.0 {
+            return fail("router_loss", "weights of which the sum is at least 0", targets.to_string());
+        }
         let log = RouterLog::default();
         context.routers = Some(log.clone());
         Ok(Self { factor: coefficient * targets, log })
@@ -235,8 +239,8 @@ impl RouterLoss {
     fn balance(&self, routed: &[Routed], tokens: &TokenBatch) -> Result<Balance> {
         Balance::of(routed, tokens).ok_or_else(|| Error::Argument {
             name: "router_loss".into(),
-            expected: "a mixture of experts".into(),
-            found: "a model without routers".into(),
+            expected: "a mixture of experts that is trained".into(),
+            found: "a model none of whose routers is trained".into(),
         })
     }
 
@@ -270,7 +274,10 @@ fn block_backward<M: CausalLm>(
     let mut seed = fused::seeded(y, dy);
     if let Some((router, balance)) = balance {
         let routed = router.log.take();
-        seed = routed.iter().fold(seed, |sum, routed| sum + router.of_one(balance, routed));
+        let device = seed.device();
+        for routed in &routed {
+            seed = seed + router.of_one(balance, routed).to_device(&device);
+        }
     }
     let mut found = seed.backward();
     let dx = input.grad_remove(&mut found).expect("a block passes gradients to its input");
@@ -292,7 +299,8 @@ fn backward<M: CausalLm>(
     }
     let mut seed = fused::seeded(x, dx);
     if let Some(beside) = beside {
-        seed = seed + beside;
+        let device = seed.device();
+        seed = seed + beside.to_device(&device);
     }
     let found = seed.backward();
     gradients.accumulate(model, GradientsParams::from_grads(found, model));

@@ -8,7 +8,7 @@ use burn::{
 use half::{bf16, f16};
 use kiln_quant_core::{
     Compute, DeviceLimits, HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Plan, QuantError,
-    QuantLinear, Scheme, StorageReport, StorageRow, TableUpdates, quantizers,
+    QuantLinear, QuantScheme, Scheme, StorageReport, StorageRow, TableUpdates, quantizers,
 };
 
 use crate::{
@@ -25,7 +25,7 @@ use crate::{
 /// | option | default | purpose |
 /// | --- | --- | --- |
 /// | `schemes` | as stored | what becomes of the blocks' linears |
-/// | `tables` | as stored | what becomes of embedding and head |
+/// | `tables` | as stored | what becomes of embedding and head, and of the embedding of Gemma 4's single blocks |
 /// | `quantizer` | [`MinMax`] | makes the packed weights |
 /// | `measure` | no | whether to measure the error of each quantized weight |
 /// | `compute` | best of the device | what operands of products are rounded to |
@@ -36,7 +36,7 @@ pub struct LoadOptions<'a> {
     /// `None` keeps every linear of the blocks as stored. `Some` gives each its scheme, by path; weights that are stored
     /// packed are dequantized first.
     pub schemes: Option<Plan<Scheme>>,
-    /// What becomes of embedding and head.
+    /// What becomes of token embeddings and head.
     pub tables: Tables,
     /// Makes the packed weights.
     pub quantizer: &'a dyn HostQuantizer,
@@ -55,7 +55,7 @@ pub struct LoadOptions<'a> {
 /// Channels below which products take no less time when their operands are rounded.
 const NARROW: usize = 128;
 
-/// What becomes of embedding and head.
+/// What becomes of token embeddings and head.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Tables {
@@ -64,6 +64,9 @@ pub enum Tables {
     AsStored,
     /// Dense, as full fine-tuning needs them.
     Dense,
+    /// Packed as they are read, by [`LoadOptions::quantizer`]; what is stored packed is dequantized first. A look-up unpacks the
+    /// rows that it needs.
+    Packed(QuantScheme),
 }
 
 impl Default for LoadOptions<'_> {
@@ -258,11 +261,8 @@ impl Loader<'_> {
         let (names, width) = (&config.family.names, config.hidden_size);
         let embedding_width = config.embedding_width.unwrap_or(width);
         let embed_tokens = self.embedding(names.embedding, config.vocab_size, embedding_width)?;
-        let projections = names.projections.zip(config.embedding_width).map(|([to, from], narrow)| {
-            let mut one = |path: &str, shape: [usize; 2]| self.plain_matrix(path, shape);
-            Ok::<_, Error>([one(to, [width, narrow])?, one(from, [narrow, width])?])
-        });
-        let projections = projections.transpose()?;
+        let narrower = names.projections.zip(config.embedding_width);
+        let to = narrower.map(|([to, _], narrow)| self.plain_matrix(to, [width, narrow])).transpose()?;
         let embed_positions = names.positions.map(|learned| {
             let shape = [config.max_position_embeddings + learned.offset, width];
             let name = format!("{}.weight", learned.path);
@@ -301,13 +301,15 @@ impl Loader<'_> {
             true => self.norm(names.final_norm, width, config)?,
             false => Norm::identity(),
         };
+        let from =
+            narrower.map(|([_, from], narrow)| self.plain_matrix(from, [narrow, width])).transpose()?;
         let lm_head = self.head(names.head, config)?;
         let placement = (placement.devices().len() > 1).then(|| placement.clone());
         let decoder = Decoder {
             embed_tokens,
             embed_positions,
             embed_norm,
-            projections,
+            projections: to.zip(from).map(|(to, from)| [to, from]),
             per_layer,
             blocks,
             final_norm,
@@ -329,16 +331,16 @@ impl Loader<'_> {
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {
         let stored = self.stored(path, [width, rows])?;
-        Ok(match stored {
-            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
-                self.record(path, Scheme::Packed(weight.scheme), &[width, rows], None);
-                Embedding::Packed(self.packed(path, &weight)?)
-            }
-            stored => {
+        let packed = match (stored, self.options.tables) {
+            (StoredWeight::Packed(weight), Tables::AsStored) => weight,
+            (stored, Tables::Packed(scheme)) => self.quantized(path, stored, [width, rows], &scheme)?,
+            (stored, _) => {
                 let weight = frozen(self.matrix(path, dense(stored).values, [rows, width])?);
-                Embedding::Dense(DenseEmbedding { weight })
+                return Ok(Embedding::Dense(DenseEmbedding { weight }));
             }
-        })
+        };
+        self.record(path, Scheme::Packed(packed.scheme), &[width, rows], None);
+        Ok(Embedding::Packed(self.packed(path, &packed)?))
     }
 
     fn head(&mut self, path: &str, config: &ModelConfig) -> Result<Option<QuantLinear>> {
@@ -350,12 +352,15 @@ impl Loader<'_> {
         let shape = [config.embedding_width.unwrap_or(config.hidden_size), config.vocab_size];
         let bias = self.bias(path, shape[1], config.biases.head)?;
         let stored = self.stored(path, shape)?;
-        Ok(Some(match stored {
-            StoredWeight::Packed(weight) if self.options.tables == Tables::AsStored => {
+        Ok(Some(match (stored, self.options.tables) {
+            (StoredWeight::Packed(weight), Tables::AsStored) => {
                 let scheme = Scheme::Packed(weight.scheme);
                 self.place(path, StoredWeight::Packed(weight), scheme, shape, bias, true)?
             }
-            stored => {
+            (stored, Tables::Packed(scheme)) => {
+                self.place(path, stored, Scheme::Packed(scheme), shape, bias, false)?
+            }
+            (stored, _) => {
                 let values = transposed(&dense(stored).values, shape[1], shape[0]);
                 let weight = frozen(self.matrix(path, values, shape)?);
                 QuantLinear::Dense(Linear { weight, bias })
@@ -395,14 +400,7 @@ impl Loader<'_> {
     ) -> Result<QuantLinear> {
         let packed = match (stored, scheme) {
             (StoredWeight::Packed(weight), Scheme::Packed(_)) if as_stored => weight,
-            (stored, Scheme::Packed(scheme)) => {
-                let values = dense(stored).values;
-                let packed = self.options.quantizer.quantize(path, &values, d_input, d_output, &scheme)?;
-                if self.options.measure {
-                    self.report.errors.push((path.to_string(), quantizers::error(&values, &packed)));
-                }
-                packed
-            }
+            (stored, Scheme::Packed(scheme)) => self.quantized(path, stored, [d_input, d_output], &scheme)?,
             (stored, Scheme::Dense) => {
                 let values = transposed(&dense(stored).values, d_output, d_input);
                 // A plan's dense layers are f32, as the search that made it counts them.
@@ -417,6 +415,21 @@ impl Loader<'_> {
         };
         self.record(path, scheme, &[d_input, d_output], packed.input_order.as_ref());
         Ok(QuantLinear::Packed(PackedLinear { weight: self.packed(path, &packed)?, bias }))
+    }
+
+    fn quantized(
+        &mut self,
+        path: &str,
+        stored: StoredWeight,
+        [d_input, d_output]: [usize; 2],
+        scheme: &QuantScheme,
+    ) -> Result<PackedWeight> {
+        let values = dense(stored).values;
+        let packed = self.options.quantizer.quantize(path, &values, d_input, d_output, scheme)?;
+        if self.options.measure {
+            self.report.errors.push((path.to_string(), quantizers::error(&values, &packed)));
+        }
+        Ok(packed)
     }
 
     fn norm(&mut self, path: &str, width: usize, config: &ModelConfig) -> Result<Norm> {
@@ -497,7 +510,7 @@ impl Loader<'_> {
     /// A dense weight: in 16 bits where that loses nothing of it and the device multiplies that type, unless all of the
     /// model was asked for dense, to be trained.
     fn matrix(&mut self, path: &str, values: Vec<f32>, shape: [usize; 2]) -> Result<Tensor<2>> {
-        let frozen = self.options.tables == Tables::AsStored;
+        let frozen = self.options.tables != Tables::Dense;
         let dtype = match self.compute {
             Compute::Bf16 if frozen && values.iter().all(|x| bf16::from_f32(*x).to_f32() == *x) => {
                 DType::BF16

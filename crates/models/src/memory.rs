@@ -106,6 +106,8 @@ pub struct BlockSizes {
     pub low_rank: f64,
     /// Number of linears.
     pub slots: f64,
+    /// Channels of shared keys and values behind the residual stream.
+    carried: f64,
     gated: bool,
     norms: Norms,
 }
@@ -140,11 +142,24 @@ impl BlockSizes {
             linears: shapes.iter().map(|[d_input, d_output]| d_input * d_output).sum(),
             low_rank: shapes.iter().map(|[d_input, d_output]| d_input + d_output).sum(),
             slots: shapes.len() as f64,
+            carried: model.carried_width() as f64,
             gated: table.is_gated(),
             norms: Norms {
                 kind: model.family.norm,
-                before: count(&[NormPlace::PreAttention, NormPlace::PreMlp]),
-                behind: count(&[NormPlace::PostAttention, NormPlace::PostMlp]),
+                before: count(&[
+                    NormPlace::PreAttention,
+                    NormPlace::PreMlp,
+                    NormPlace::PreExperts,
+                    NormPlace::StreamAfterAttention,
+                    NormPlace::StreamAfterMlp,
+                ]),
+                behind: count(&[
+                    NormPlace::PostAttention,
+                    NormPlace::PostMlp,
+                    NormPlace::PostDense,
+                    NormPlace::PostExperts,
+                    NormPlace::PostPerLayerInput,
+                ]),
                 over_heads: table.norms().any(|norm| norm.place.axis() != NormAxis::Hidden),
             },
         }
@@ -227,7 +242,7 @@ impl Work {
             trained_weights: 0.0,
             largest: 0.0,
             kept: 0.0,
-            input: block.width,
+            input: block.width + block.carried,
             forward: if again { block.passing() } else { 0.0 },
             // The stream's gradient is what the pass began with.
             backward: block.passing() - 2.0 * block.width,

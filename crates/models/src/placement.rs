@@ -240,6 +240,10 @@ impl Checkpoint {
             let path = name.strip_suffix(".weight").filter(|_| role != TensorRole::Plain);
             let scheme = match (&options.schemes, path, role) {
                 (Some(plan), Some(path), TensorRole::Linear) => Some(*plan.get(path)),
+                (_, Some(_), TensorRole::Embedding | TensorRole::Head) => match options.tables {
+                    Tables::Packed(scheme) => Some(Scheme::Packed(scheme)),
+                    Tables::AsStored | Tables::Dense => None,
+                },
                 _ => None,
             };
             let values = shape.iter().fold(1, |values: usize, size| values.saturating_mul(*size));
@@ -252,7 +256,8 @@ impl Checkpoint {
                     let stored = usize::try_from(described.bytes).unwrap_or(usize::MAX);
                     let as_stored = options.tables == Tables::AsStored;
                     let dense = described.dense || role != TensorRole::Linear && !as_stored;
-                    let stays = compute != Compute::F32 && as_stored && stored == values.saturating_mul(2);
+                    let frozen = options.tables != Tables::Dense;
+                    let stays = compute != Compute::F32 && frozen && stored == values.saturating_mul(2);
                     let width = if stays { 2 } else { 4 };
                     (Scheme::Dense, if dense { values.saturating_mul(width) } else { stored })
                 }

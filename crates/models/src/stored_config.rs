@@ -1,5 +1,7 @@
 //! [`ModelConfig`] in Kiln's own files, such as the record of a pruning.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -243,8 +245,8 @@ impl TryFrom<StoredConfig> for ModelConfig {
 
 impl ModelConfig {
     /// What blocks, experts and rotary tables need beside each other.
-    pub(crate) fn check_parts(&self) -> Result<(), String> {
-        self.check_heads()?;
+    fn check_parts(&self) -> Result<(), String> {
+        self.check_heads().map_err(|wrong| wrong.to_string())?;
         let mut blocks = 0..self.num_hidden_layers;
         let chosen = |experts: &ExpertsConfig| (1..=experts.count).contains(&experts.per_token);
         if blocks.any(|index| self.parts(index).experts().is_some())
@@ -258,54 +260,67 @@ impl ModelConfig {
             if !(share > 0.0 && share <= 1.0) {
                 return Err(format!("partial_rotary_factor: expected above 0, at most 1, found {share}"));
             }
-            if let RopeScaling::LongRope { short_factor, long_factor, .. } = &rope.scaling {
-                let (pairs, found) =
-                    (rope.rotated(self.head_dim) / 2, [short_factor.len(), long_factor.len()]);
-                if found != [pairs; 2] {
-                    return Err(format!("LongRoPE: expected {pairs} factors in each list, found {found:?}"));
-                }
-            }
         }
         Ok(())
     }
 }
 
+/// What a configuration says that can't be so.
+pub(crate) struct Contradiction {
+    pub field: &'static str,
+    pub expected: String,
+    pub found: String,
+}
+
+impl fmt::Display for Contradiction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: expected {}, found {}", self.field, self.expected, self.found)
+    }
+}
+
 impl ModelConfig {
-    /// Heads of a rotary table are equally wide, and blocks without keys find some.
-    fn check_heads(&self) -> Result<(), String> {
+    /// Heads of a rotary table are equally wide, its lists of factors are as long, and blocks without keys find some.
+    pub(crate) fn check_heads(&self) -> Result<(), Contradiction> {
         let layers = self.num_hidden_layers;
-        if ![0, layers].contains(&self.layer_head_dims.len()) {
-            let found = self.layer_head_dims.len();
-            return Err(format!("layer_head_dims: expected one for each of {layers} blocks, found {found}"));
+        let wrong = |field, expected: String, found: String| Err(Contradiction { field, expected, found });
+        let widths = self.layer_head_dims.len();
+        if ![0, layers].contains(&widths) {
+            return wrong("layer_head_dims", format!("one for each of {layers} blocks"), widths.to_string());
+        }
+        for (table, rope) in self.rope.iter().enumerate() {
+            if let RopeScaling::LongRope { short_factor, long_factor, .. } = &rope.scaling {
+                let pairs = rope.rotated(self.rotary_head_dim(table)) / 2;
+                let found = [short_factor.len(), long_factor.len()];
+                if found != [pairs; 2] {
+                    let expected = format!("{pairs} factors in each list of LongRoPE");
+                    return wrong("rope", expected, format!("{found:?}"));
+                }
+            }
         }
         for index in 0..layers {
-            let (parts, attention) = (self.parts(index), self.layer_attention[index]);
-            let width = self.head_dim_of(index);
+            let (parts, attention, width) =
+                (self.parts(index), self.layer_attention[index], self.head_dim_of(index));
             if let Some(table) = attention.rope
                 && (width != self.rotary_head_dim(table) || !width.is_multiple_of(2))
             {
                 let expected = self.rotary_head_dim(table);
-                return Err(format!(
-                    "head_dim: expected {expected} in block {index}, an even width as in the other blocks of its kind, found {width}"
-                ));
+                let expected =
+                    format!("{expected} in block {index}, an even width as in all blocks of its kind");
+                return wrong("head_dim", expected, width.to_string());
             }
             if parts.linear(LinearRole::PerLayerGate).is_some() && self.per_layer_input.is_none() {
-                return Err(format!(
-                    "per_layer_input: expected a width, as block {index} reads one, found none"
-                ));
+                let expected = format!("a width, as block {index} reads such an input");
+                return wrong("per_layer_input", expected, "none".into());
             }
-            if parts.has_keys() {
-                continue;
-            }
-            let slides = |block: &usize| self.layer_attention[*block].sliding_window.is_some();
-            let source = (0..index).rev().find(|block| {
-                self.parts(*block).has_keys() && slides(block) == attention.sliding_window.is_some()
-            });
-            let widths = |block: usize| (self.head_dim_of(block), self.layer(block).num_key_value_heads);
-            if source.is_none_or(|source| widths(source) != widths(index)) {
-                return Err(format!(
-                    "num_kv_shared_layers: expected an earlier block with heads and window like those of block {index}, whose keys it attends to, found {source:?}"
-                ));
+            let heads = |block: usize| (self.head_dim_of(block), self.layer(block).num_key_value_heads);
+            let source = self.find_key_value_source(index);
+            if source.is_none_or(|source| heads(source) != heads(index)) {
+                let expected = format!(
+                    "an earlier block with heads and window like those of block {index}, whose keys it attends to"
+                );
+                let found =
+                    source.map_or("none".into(), |source| format!("block {source}, with other heads"));
+                return wrong("num_kv_shared_layers", expected, found);
             }
         }
         Ok(())

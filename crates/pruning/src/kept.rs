@@ -67,8 +67,8 @@ impl Kept {
     /// # Errors
     /// [`Error::Mismatch`] naming the group.
     pub fn validate(&self, structure: &Structure) -> Result<()> {
-        if let Some(found) = structure.stays.filter(|_| *self != Self::everything(structure)) {
-            return Err(Error::mismatch("model", "blocks that read nothing but the residual stream", found));
+        if *self != Self::everything(structure) {
+            structure.check_goes()?;
         }
         rising("hidden", &self.hidden, structure.hidden)?;
         if !structure.hidden_goes && self.hidden.len() < structure.hidden {

@@ -7,6 +7,8 @@ use kiln_models::{
     families::{Channels, NormAxis},
 };
 
+use crate::{Error, Result};
+
 /// A linear's place in the groups; its weight is `[d_input, d_output]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Coupling {
@@ -106,8 +108,23 @@ impl Structure {
         let plain = alone.all(|alone| alone) && !family.norms_values && config.layer_head_dims.is_empty();
         // The residual stream's channels are those of two more matrices.
         let hidden_goes = config.embedding_width.is_none();
-        let stays = (!plain).then_some("heads of several widths, shared keys, inputs of single blocks");
+        let stays = (!plain).then_some(
+            "heads of several widths or normed values, keys of earlier blocks or inputs of their own",
+        );
         Self { hidden: config.hidden_size, head_dim: config.head_dim, hidden_goes, stays, layers, linears }
+    }
+
+    /// Fails for a model of which nothing can go.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] with the reason.
+    pub(crate) fn check_goes(&self) -> Result<()> {
+        match self.stays {
+            None => Ok(()),
+            Some(found) => {
+                Err(Error::mismatch("model", "blocks that read nothing but the residual stream", found))
+            }
+        }
     }
 
     /// The group's linears, root (q, gate) first and the one that leads back to the residual stream last.

@@ -34,7 +34,8 @@ pub fn side_classifier<M: Backbone>(
         return Err(Error::argument("labels", "at least 1", labels));
     }
     let init = Init { seed, device: backbone.device() };
-    let width = backbone.model_config().hidden_size;
+    let config_of_backbone = backbone.model_config();
+    let width = config_of_backbone.embedding_width.unwrap_or(config_of_backbone.hidden_size);
     let model = SideTuned::new(backbone, config, seed)?;
     Ok(Classifier { model, score: init.linear("score", [width, labels], false) })
 }

@@ -118,10 +118,11 @@ impl<M: Backbone> SideTuned<M> {
             record(&features);
             features
         };
+        let unheard = context.unheard();
         let mut x = self.backbone().embed(context);
         let mut side = self.side.start(features(0, x.clone()));
         for index in 0..self.num_blocks() {
-            x = self.backbone().block(index, x, context, cache.as_deref_mut());
+            x = self.backbone().block(index, x, &unheard, cache.as_deref_mut());
             let beside = cache.as_deref_mut().map(KvCache::beside);
             side = self.side.step(index, features(index + 1, x.clone()), side, context, beside);
         }
@@ -165,7 +166,7 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
         mut cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
         let [x, side] = self.split(x);
-        let x = self.backbone().block(index, x, context, cache.as_deref_mut());
+        let x = self.backbone().block(index, x, &context.unheard(), cache.as_deref_mut());
         let features = self.features(index + 1, x.clone());
         let side = self.side.step(index, features, side, context, cache.map(KvCache::beside));
         join(x, side)
@@ -180,6 +181,10 @@ impl<M: Backbone> CausalLm for SideTuned<M> {
     fn final_norm<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         let [x, side] = self.split(x);
         self.side.finish(|| self.backbone().final_norm(x), side)
+    }
+
+    fn head_input<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.backbone().head_input(x)
     }
 
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {

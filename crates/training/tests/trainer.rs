@@ -394,6 +394,39 @@ fn micro_batches_add_up_to_one_batch() {
     }
 }
 
+/// As with transformers, each micro-batch has a load-balancing loss; its share of the step's is that of its targets.
+#[test]
+fn the_load_balancing_loss_of_micro_batches_counts_by_their_targets() {
+    const COEFFICIENT: f64 = 0.4;
+    let ids: Vec<u32> = (0..40).map(|i| (i * i * 7 + i * 3 + 5) % 96).collect();
+    // Four rows, of which some learn less.
+    let examples = ids.chunks(10).zip([0, 4, 7, 2]).map(|(row, unlearned)| {
+        let mut example = Example::all_scored(row.to_vec());
+        example.scored[..unlearned].fill(false);
+        example
+    });
+    let data = Dataset::from_examples(examples, &DataOptions::new(10, 96)).unwrap();
+    let step = |batch: usize, accumulate: usize, coefficient: Option<f64>, skip: u64| {
+        let mut options = BatchOptions::new(batch);
+        options.order = Order::Consecutive;
+        let mut config = TrainerConfig::new(skip + 1, options);
+        (config.accumulate, config.lr, config.weight_decay) = (accumulate, 1e-12, 0.0);
+        config.router_loss = coefficient;
+        let model = base("arch/mixtral", None).unfreeze();
+        let mut trainer = Trainer::new(model, Arc::new(data.clone()), config).unwrap();
+        trainer.run(&RunOptions::new()).unwrap().steps.pop().unwrap()
+    };
+    let together = step(2, 2, Some(COEFFICIENT), 0);
+    let [first, second] = [0, 1].map(|skip| step(2, 1, Some(COEFFICIENT), skip));
+    let [plain_first, plain_second] = [0, 1].map(|skip| step(2, 1, None, skip));
+    assert!(first.loss - plain_first.loss > 0.5 * COEFFICIENT, "{} {}", first.loss, plain_first.loss);
+    assert!(second.loss - plain_second.loss > 0.5 * COEFFICIENT, "{} {}", second.loss, plain_second.loss);
+    assert_ne!(first.targets, second.targets);
+    let sum = first.loss * first.targets as f64 + second.loss * second.targets as f64;
+    let expected = sum / (first.targets + second.targets) as f64;
+    assert!((together.loss / expected - 1.0).abs() < 1e-6, "{} {expected}", together.loss);
+}
+
 #[test]
 fn recomputation_sees_the_same_dropout() {
     let run = |recompute| {

@@ -44,6 +44,8 @@ pub fn export_bitsandbytes(
             _ => dense.push(item.path.clone()),
         }
     }
+    // Linears too, where transformers has them; routers that are none there are passed over by it.
+    dense.extend(model.matrices().into_iter().map(|(name, _)| name.trim_end_matches(".weight").to_owned()));
     if let Some((codebook, _)) = schemes.first() {
         let double = schemes.iter().any(|(_, scheme)| scheme.scales == ScaleType::Double);
         config.insert("quantization_config".into(), quantization(*codebook, double, &dense, options.float));

@@ -71,6 +71,7 @@ fn scaling(rope: &RopeConfig) -> Value {
             "attention_factor": attention_factor,
             "truncate": truncate,
         }),
+        RopeScaling::Proportional { factor: 1.0 } => json!({"rope_type": "proportional"}),
         RopeScaling::Proportional { factor } => json!({"rope_type": "proportional", "factor": factor}),
         RopeScaling::Alpha { alpha } => json!({"rope_type": "dynamic", "alpha": alpha, "factor": 1.0}),
         RopeScaling::LongRope {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Activation, Family};
 use crate::{
-    Result,
+    Error, Result,
     config::{AttentionScale, Biases, ExpertsConfig, LayerAttention, ModelConfig, RopeConfig},
     export::config_keys::{self, set},
     hf::{
@@ -322,6 +322,12 @@ impl Class {
         (self.read_more)(fields, &mut config)?;
         config::extension(fields, &mut config)?;
         config::set_layer_shapes(fields, &mut config)?;
+        config.check_heads().map_err(|wrong| Error::File {
+            path: fields.path(),
+            field: wrong.field.into(),
+            expected: wrong.expected,
+            found: wrong.found,
+        })?;
         Ok(config)
     }
 

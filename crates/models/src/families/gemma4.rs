@@ -19,7 +19,7 @@ use crate::{
     export::config_keys::set,
     hf::{
         Fields,
-        config::{MAX_HEADS, MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH},
+        config::{MAX_HEADS, MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH},
         rope::RopeKeys,
     },
 };
@@ -194,6 +194,9 @@ fn read_more(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
     if fields.str("use_bidirectional_attention")?.is_some_and(|which| which != "vision") {
         return Err(fields.unsupported("use_bidirectional_attention", "null or vision"));
     }
+    if fields.present("sliding_window") && fields.size("sliding_window", MAX_POSITIONS)?.is_none() {
+        return Err(fields.wrong("sliding_window", "a window, as some layers slide"));
+    }
     config.attention_scale = AttentionScale::Factor(1.0);
     let layers = config.num_hidden_layers;
     if let Some(last) = config.layer_attention.last_mut() {
@@ -243,7 +246,7 @@ fn read_more(fields: &Fields<'_>, config: &mut ModelConfig) -> Result<()> {
     // Files of transformers 5.23 and later say it layer by layer in `per_layer_config`.
     let of_full = fields.size("global_head_dim", MAX_WIDTH)?;
     let key_value_heads = fields.size("num_global_key_value_heads", MAX_HEADS)?;
-    let listed = fields.present("per_layer_config");
+    let listed = fields.object("per_layer_config")?.is_some();
     let (mut shapes, mut head_dims) = (vec![config.common_shape(); layers], vec![config.head_dim; layers]);
     for index in 0..layers {
         if is_full(config, index) && !listed {

@@ -42,7 +42,7 @@ const KNOWN: [&str; 26] = [
 ];
 
 /// Keys that change what the model computes, with the values (as numbers, booleans being 0 and 1) that don't.
-const REFUSED: [(&str, &[f64]); 17] = [
+const REFUSED: [(&str, &[f64]); 23] = [
     ("attention.causal", &[1.0]),
     ("attention.clamp_kqv", &[0.0]),
     ("attention.max_alibi_bias", &[0.0]),
@@ -52,7 +52,13 @@ const REFUSED: [(&str, &[f64]); 17] = [
     ("attn_logit_softcapping", &[0.0]),
     ("embedding_scale", &[0.0, 1.0]),
     ("expert_count", &[0.0]),
+    ("expert_gating_func", &[0.0, 1.0]),
+    ("expert_group_count", &[0.0, 1.0]),
+    ("expert_group_used_count", &[0.0, 1.0]),
+    ("expert_shared_count", &[0.0]),
     ("expert_used_count", &[0.0]),
+    ("expert_weights_norm", &[1.0]),
+    ("expert_weights_scale", &[0.0, 1.0]),
     ("final_logit_softcapping", &[0.0]),
     ("logit_scale", &[0.0, 1.0]),
     ("residual_scale", &[0.0, 1.0]),
@@ -107,7 +113,8 @@ impl<'a> Keys<'a> {
 
     fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
-            let experts = key.starts_with("expert_") && family.class.experts.is_some();
+            let experts =
+                matches!(key, "expert_count" | "expert_used_count") && family.class.experts.is_some();
             let read = experts || read_by(family).contains(&key);
             let key = self.key(key);
             if read || self.metadata.get(&key).is_none() {
@@ -246,9 +253,9 @@ fn experts(keys: &Keys, family: &Family) -> Result<Option<ExpertsConfig>> {
         return Ok(None);
     }
     let (count, per_token) = (keys.required_size("expert_count")?, keys.required_size("expert_used_count")?);
-    if count > MAX_EXPERTS || per_token > count {
-        let expected = format!("at most the {count} experts that there are, and those at most {MAX_EXPERTS}");
-        return Err(keys.metadata.error(&keys.key("expert_used_count"), &expected, per_token.to_string()));
+    let most = [("expert_count", count, MAX_EXPERTS), ("expert_used_count", per_token, count)];
+    if let Some((key, found, most)) = most.into_iter().find(|(_, found, most)| found > most) {
+        return Err(keys.metadata.error(&keys.key(key), &format!("at most {most}"), found.to_string()));
     }
     let width = keys.required_size("expert_feed_forward_length")?;
     Ok(Some(ExpertsConfig { count, per_token, width, shared_width: 0, normalise: true, clamped: None }))

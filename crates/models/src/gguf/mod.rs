@@ -1,6 +1,6 @@
 //! GGUF files: tensors, configuration, tokenizer and chat template from one file.
 //!
-//! Read are versions 2 and 3 with the architectures `llama` (LLaMA, Mistral, SmolLM2), `qwen2` and `qwen3`. Tensors
+//! Read are versions 2 and 3 with the architectures that [families](crate::families) name. Tensors
 //! of quantized types become packed weights code by code, without requantizing; float types are read as they are. The
 //! file isn't mapped: a tensor's bytes are read when it is asked for, some at a time, so that peak memory is the
 //! result plus a small buffer.
@@ -56,6 +56,8 @@ use crate::{
 
 /// Bytes of a tensor that are read at a time, rounded to whole rows (whole heads where rows are interleaved).
 const CHUNK: usize = 1 << 20;
+/// Experts' matrices of a file: more than any model has, few enough to list.
+const MOST_SLICES: usize = 1 << 18;
 const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 
 /// An open GGUF file; tensors go by their Hugging Face names.
@@ -97,16 +99,25 @@ impl Gguf {
             return Err(metadata.unsupported_value("general.type", "model"));
         }
         metadata.str(CHAT_TEMPLATE)?;
-        let (mut tensors, mut rope_factors) = (BTreeMap::new(), None);
+        let (mut tensors, mut rope_factors, mut slices) = (BTreeMap::new(), None, 0);
         for tensor in parts.tensors {
             if tensor.name == names::ROPE_FACTORS {
                 rope_factors = Some(tensor);
             } else if let Some(name) = names::hugging_face(family, &tensor.name) {
                 tensors.insert(name, tensor);
             } else if let &[count, rows, width] = tensor.shape.as_slice()
-                && count <= MAX_EXPERTS
-                && let Some(names) = names::stacked(family, &tensor.name, count)
+                && let Some(names) = names::stacked(family, &tensor.name, count.min(MAX_EXPERTS))
             {
+                slices += count;
+                if metadata.usize(&format!("{architecture}.expert_count"))? != Some(count)
+                    || count > MAX_EXPERTS
+                    || slices > MOST_SLICES
+                {
+                    let expected = format!(
+                        "as many matrices as {architecture}.expert_count says, {MAX_EXPERTS} at most, {MOST_SLICES} in a file"
+                    );
+                    return Err(metadata.error(&tensor.name, &expected, format!("{:?}", tensor.shape)));
+                }
                 let bytes = (rows * width / tensor.kind.weights() * tensor.kind.bytes()) as u64;
                 for (expert, name) in (0..).zip(names) {
                     let (shape, start) = (vec![rows, width], tensor.start + expert * bytes);

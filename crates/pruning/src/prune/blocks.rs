@@ -138,9 +138,7 @@ impl BlockPruning {
         if let Some(layer) = initial.layers.iter().find(|layer| layer.has_experts) {
             return Err(Error::mismatch(&layer.mlp, "an MLP without experts", "experts"));
         }
-        if let Some(found) = initial.stays {
-            return Err(Error::mismatch("model", "blocks that read nothing but the residual stream", found));
-        }
+        initial.check_goes()?;
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
         let mut run = Run::start(model, &initial, calibration);

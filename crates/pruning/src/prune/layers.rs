@@ -40,6 +40,7 @@ impl LayerPruning {
         options: &CutOptions,
     ) -> Result<Pruned> {
         model.check_one_device("pruning")?;
+        Structure::of(model.config()).check_goes()?;
         let structure = Structure::of(model.config());
         let count = structure.layers.len();
         if self.remove >= count {

@@ -249,6 +249,41 @@ fn what_changes_the_mathematics_is_refused_by_name() {
 }
 
 #[test]
+fn gemma4s_that_contradict_themselves_are_refused() {
+    let config = |folder: &str| {
+        let text = std::fs::read(testdata(&format!("arch/{folder}/config.json"))).unwrap();
+        serde_json::from_slice::<Value>(&text).unwrap()
+    };
+    for (change, part) in [
+        // The last block is full, and so finds no earlier one of its kind.
+        (json!({"num_kv_shared_layers": 1}), "num_kv_shared_layers"),
+        (json!({"num_kv_shared_layers": 2}), "num_kv_shared_layers"),
+        (json!({"per_layer_config": {"1": {"head_dim": 7}}}), "head_dim"),
+        (json!({"per_layer_config": {"2": {"head_dim": 8}}}), "per_layer_config"),
+        (json!({"per_layer_config": {"1": {"head_dim": 16}, "01": {"head_dim": 8}}}), "per_layer_config"),
+        (json!({"sliding_window": null}), "sliding_window"),
+        (json!({"use_bidirectional_attention": "all"}), "use_bidirectional_attention"),
+        (json!({"enable_moe_block": true}), "num_local_experts"),
+    ] {
+        let error = read(&with(config("gemma4_text"), change.clone()));
+        assert_error(error, &["config.json", part]);
+    }
+    // A sharer whose heads are others than those of its source; full blocks of two widths.
+    for change in [json!({"3": {"head_dim": 12}}), json!({"3": {"num_key_value_heads": 1, "head_dim": 16}})] {
+        let mut blocks = json!({"1": {"head_dim": 16}});
+        blocks.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
+        let changed = with(config("gemma4_text-shared"), json!({"per_layer_config": blocks}));
+        assert_error(read(&changed), &["config.json", "expected"]);
+    }
+    // Silence about single blocks means the class's widths, said once.
+    let mut old = config("gemma4_text");
+    old.as_object_mut().unwrap().remove("per_layer_config");
+    let widths = |config: &Value| read(config).unwrap().model.layer_head_dims;
+    assert_eq!(widths(&old), [8, 512]);
+    assert_eq!(widths(&with(old, json!({"global_head_dim": 16, "per_layer_config": null}))), [8, 16]);
+}
+
+#[test]
 fn gptq_settings_that_are_not_implemented_are_refused() {
     for (change, part) in [
         (json!({"bits": 5}), "quantization_config.bits"),
