@@ -127,7 +127,7 @@ fn packed_tables_are_what_their_dequantized_rows_are() {
     for folder in ["gemma2", "granite", "mixtral", "gemma4_text-shared", "opt-post"] {
         let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
         let options = LoadOptions::uniform("affine4:32".parse().unwrap()).in_f32();
-        let options = options.with_tables(Tables::Packed("affine5:8".parse().unwrap()));
+        let options = options.with_tables(Tables::Packed("affine6:8".parse().unwrap()));
         let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
         assert_eq!(
             report.storage.total_bytes(),
