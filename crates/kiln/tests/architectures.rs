@@ -393,13 +393,14 @@ fn gguf_files_hold_the_families_that_they_have_an_architecture_for() {
             refusal(&model, "experts");
             continue;
         }
-        // Keys can't say what these fixtures scale scores by, nor that one of Gemma 3's first two blocks doesn't slide.
+        // Keys can't say what these fixtures scale scores by, nor that one of Gemma 3's first two blocks doesn't slide or of
+        // SmolLM3's isn't rotated.
         if let AttentionScale::Scalar(_) = config.attention_scale {
             refusal(&model, "attention_scale");
             config.attention_scale = AttentionScale::Scalar(config.head_dim as f64);
             model = model.with_config(config.clone()).unwrap();
         }
-        if config.family.model_type == "gemma3_text" {
+        if ["gemma3_text", "smollm3"].contains(&config.family.model_type) {
             refusal(&model, "layer_attention");
             config.layer_attention[1] = config.layer_attention[0];
             model = model.with_config(config.clone()).unwrap();
@@ -412,7 +413,8 @@ fn gguf_files_hold_the_families_that_they_have_an_architecture_for() {
         assert_close(&folder, &logits(&again, &folder), &logits(&model, &folder), 1e-5);
         seen.insert(config.family.model_type);
     }
-    let expected = "arcee ernie4_5 gemma gemma2 gemma3_text glm4 gpt2 granite olmo2 phi3 qwen3_moe seed_oss";
+    let expected = "arcee ernie4_5 gemma gemma2 gemma3_text glm4 gpt2 granite granitemoe mixtral olmo2 phi3 \
+                    qwen3_moe seed_oss smollm3 starcoder2";
     assert_eq!(seen.into_iter().collect::<Vec<_>>().join(" "), expected);
 }
 

@@ -199,7 +199,7 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if own.own_biases(config.biases) == config.biases {
         return Ok(own);
     }
-    match Family::by_gguf("llama", false) {
+    match Family::by_gguf("llama", false, false) {
         Some(llama) if own.blocks == llama.blocks => Ok(llama),
         _ => Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
     }

@@ -9,7 +9,7 @@ use super::{
         self, ATTENTION, ATTENTION_BIAS, BiasKey, Class, ExpertKeys, HeadDim, MLP, Multipliers, QKV, Rope,
         Windows,
     },
-    llama::{BLOCK, LIKE_LLAMA, NO_TOKENS},
+    llama::{BLOCK, INTERLEAVED, LIKE_LLAMA, NO_TOKENS},
     matrix, norm, plain_linear, plain_norm, vector,
 };
 use crate::{
@@ -23,15 +23,20 @@ use crate::{
     },
 };
 
-const fn experts(name: &'static str, linears: [&'static str; 3]) -> Part {
-    let gguf = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"];
-    Part::Experts(ExpertsPart { name, linears, gguf, stacked: None })
+const fn router(name: &'static str) -> Part {
+    Part::Matrix(MatrixPart { name, role: MatrixRole::Router, gguf: "ffn_gate_inp" })
 }
+
+const fn experts(name: &'static str, linears: [&'static str; 3]) -> Part {
+    Part::Experts(ExpertsPart { name, linears, gguf: STACKS, stacked: None })
+}
+
+/// What experts are stacked in in GGUF files.
+const STACKS: [&str; 3] = ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"];
 
 /// LLaMA's attention and norms.
 const ATTENTION_PARTS: [Part; 6] = [BLOCK[0], BLOCK[1], BLOCK[2], BLOCK[3], BLOCK[4], BLOCK[5]];
-const ROUTER: Part =
-    Part::Matrix(MatrixPart { name: "mlp.gate", role: MatrixRole::Router, gguf: "ffn_gate_inp" });
+const ROUTER: Part = router("mlp.gate");
 const EXPERTS: Part = experts("mlp.experts", ["gate_proj", "up_proj", "down_proj"]);
 
 const fn with_experts(router: Part, experts: Part) -> [Part; 8] {
@@ -64,14 +69,13 @@ const CLASS: Class = Class {
     ..class::LLAMA
 };
 
-const MIXTRAL_BLOCK: [Part; 8] = with_experts(
-    matrix("block_sparse_moe.gate", MatrixRole::Router),
-    experts("block_sparse_moe.experts", ["w1", "w3", "w2"]),
-);
+const MIXTRAL_BLOCK: [Part; 8] =
+    with_experts(router("block_sparse_moe.gate"), experts("block_sparse_moe.experts", ["w1", "w3", "w2"]));
 
 pub(super) static MIXTRAL: Family = Family {
     model_type: "mixtral",
     architecture: "MixtralForCausalLM",
+    gguf: Some(INTERLEAVED),
     blocks: &[Parts(&MIXTRAL_BLOCK)],
     class: Class {
         key_value_heads: Some(8),
@@ -209,11 +213,11 @@ pub(super) static OLMOE: Family = Family {
 };
 
 const GRANITEMOE_BLOCK: [Part; 8] = with_experts(
-    matrix("block_sparse_moe.router.layer", MatrixRole::Router),
+    router("block_sparse_moe.router.layer"),
     Part::Experts(ExpertsPart {
         name: "block_sparse_moe.experts",
         linears: ["gate_proj", "up_proj", "down_proj"],
-        gguf: [""; 3],
+        gguf: STACKS,
         stacked: Some(StackedExperts {
             tensors: ["block_sparse_moe.input_linear.weight", "block_sparse_moe.output_linear.weight"],
             biases: ["", ""],
@@ -225,6 +229,7 @@ const GRANITEMOE_BLOCK: [Part; 8] = with_experts(
 pub(super) static GRANITEMOE: Family = Family {
     model_type: "granitemoe",
     architecture: "GraniteMoeForCausalLM",
+    gguf: Some(GgufArchitecture { name: "granitemoe", ..INTERLEAVED }),
     blocks: &[Parts(&GRANITEMOE_BLOCK)],
     class: Class {
         bias_keys: &[ATTENTION_BIAS],

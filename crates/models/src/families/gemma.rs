@@ -58,7 +58,7 @@ const FAMILY: Family = Family {
 
 /// Norms stand in GGUF files as the gains that they are.
 const fn gguf(name: &'static str) -> Option<GgufArchitecture> {
-    Some(GgufArchitecture { name, interleaved: false, windowed: false, norms_plus_one: true })
+    Some(GgufArchitecture { name, norms_plus_one: true, ..GgufArchitecture::PLAIN })
 }
 
 /// Encoders made of these models see all of a text.

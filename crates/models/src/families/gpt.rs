@@ -34,13 +34,14 @@ const STARCODER2_BLOCK: [Part; 8] = [
     BLOCK[3],
     BLOCK[4],
     BLOCK[5],
-    plain_linear("mlp.c_fc", LinearRole::Up),
-    plain_linear("mlp.c_proj", LinearRole::Down),
+    linear("mlp.c_fc", LinearRole::Up, "ffn_up"),
+    linear("mlp.c_proj", LinearRole::Down, "ffn_down"),
 ];
 
 pub(super) static STARCODER2: Family = Family {
     model_type: "starcoder2",
     architecture: "Starcoder2ForCausalLM",
+    gguf: GgufArchitecture::plain("starcoder2"),
     blocks: &[Parts(&STARCODER2_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(50_256), eos: vec![50_256], pad: None },
     class: Class {

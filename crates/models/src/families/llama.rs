@@ -94,7 +94,7 @@ pub(super) const LLAMA_FAMILY: Family = Family {
     turns_back: false,
     norms_values: false,
     conv1d: false,
-    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: false, norms_plus_one: false }),
+    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, ..GgufArchitecture::PLAIN }),
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: None },
     module: ModulePath { root: "Llama", left_out: "" },
     class: class::LLAMA,
@@ -103,14 +103,14 @@ pub(super) const LLAMA_FAMILY: Family = Family {
 pub(super) static LLAMA: Family = LLAMA_FAMILY;
 
 /// An architecture whose queries and keys stand in GGUF files as LLaMA's.
-const INTERLEAVED: GgufArchitecture =
-    GgufArchitecture { name: "llama", interleaved: true, windowed: false, norms_plus_one: false };
+pub(super) const INTERLEAVED: GgufArchitecture =
+    GgufArchitecture { name: "llama", interleaved: true, ..GgufArchitecture::PLAIN };
 
 pub(super) static MISTRAL: Family = Family {
     model_type: "mistral",
     architecture: "MistralForCausalLM",
     aliases: &[],
-    gguf: Some(GgufArchitecture { name: "llama", interleaved: true, windowed: true, norms_plus_one: false }),
+    gguf: Some(GgufArchitecture { windowed: true, ..INTERLEAVED }),
     class: Class {
         bias_keys: &[],
         windows: Windows::All(Some(4096)),
@@ -162,6 +162,7 @@ pub(super) const LIKE_LLAMA: Family = Family { aliases: &[], gguf: None, ..LLAMA
 pub(super) static SMOLLM3: Family = Family {
     model_type: "smollm3",
     architecture: "SmolLM3ForCausalLM",
+    gguf: Some(GgufArchitecture { name: "smollm3", unrotated_period: Some(NO_ROPE_INTERVAL), ..INTERLEAVED }),
     special_tokens: || SpecialTokens { bos: Some(128_000), eos: vec![128_001], pad: Some(128_004) },
     class: Class {
         key_value_heads: Some(4),

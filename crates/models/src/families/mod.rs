@@ -643,13 +643,18 @@ pub struct GgufArchitecture {
     pub windowed: bool,
     /// Whether the weights of norms stand there with 1 added: Gemma's.
     pub norms_plus_one: bool,
+    /// Readers take for granted that each so manieth block isn't rotated.
+    pub unrotated_period: Option<usize>,
 }
 
 impl GgufArchitecture {
     /// An architecture whose tensors stand in files as in checkpoints.
     const fn plain(name: &'static str) -> Option<Self> {
-        Some(Self { name, interleaved: false, windowed: false, norms_plus_one: false })
+        Some(Self { name, ..Self::PLAIN })
     }
+
+    const PLAIN: Self =
+        Self { name: "", interleaved: false, windowed: false, norms_plus_one: false, unrotated_period: None };
 }
 
 /// Where a model's parameters stand in its module tree: training checkpoints and fingerprints go by these paths.
@@ -680,12 +685,14 @@ impl Family {
         FAMILIES.into_iter().find(|family| family.architecture == name || family.aliases.contains(&name))
     }
 
-    /// The family of a GGUF architecture; `windowed` says whether the file has a sliding window.
-    pub(crate) fn by_gguf(name: &str, windowed: bool) -> Option<&'static Family> {
+    /// The family of a GGUF architecture; `windowed` says whether the file has a sliding window, `experts` whether it has any.
+    pub(crate) fn by_gguf(name: &str, windowed: bool, experts: bool) -> Option<&'static Family> {
         let named =
             || FAMILIES.into_iter().filter(|family| family.gguf.is_some_and(|gguf| gguf.name == name));
-        named()
+        let alike = || named().filter(|family| family.class.experts.is_some() == experts);
+        alike()
             .find(|family| family.gguf.is_some_and(|gguf| gguf.windowed == windowed))
+            .or_else(|| alike().next())
             .or_else(|| named().next())
     }
 
@@ -831,11 +838,13 @@ mod tests {
     }
 
     #[test]
-    fn a_window_tells_families_of_one_gguf_architecture_apart() {
-        assert_eq!(Family::by_gguf("llama", false), Some(&llama::LLAMA));
-        assert_eq!(Family::by_gguf("llama", true), Some(&llama::MISTRAL));
-        assert_eq!(Family::by_gguf("qwen2", true), Some(&llama::QWEN2));
-        assert_eq!(Family::by_gguf("opt", false), None);
+    fn windows_and_experts_tell_families_of_one_gguf_architecture_apart() {
+        assert_eq!(Family::by_gguf("llama", false, false), Some(&llama::LLAMA));
+        assert_eq!(Family::by_gguf("llama", true, false), Some(&llama::MISTRAL));
+        assert_eq!(Family::by_gguf("qwen2", true, false), Some(&llama::QWEN2));
+        assert_eq!(Family::by_gguf("opt", false, false), None);
+        assert_eq!(Family::by_gguf("llama", false, true), Some(&experts::MIXTRAL));
+        assert_eq!(Family::by_gguf("llama", true, true), Some(&experts::MIXTRAL));
         assert!(Family::gguf_names().starts_with("llama, qwen2, qwen3, gemma3, gemma, gemma2"));
     }
 }

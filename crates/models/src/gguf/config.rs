@@ -164,7 +164,8 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let keys = Keys::new(metadata, &file.architecture);
     let window = keys.size("attention.sliding_window")?;
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
-    let family = Family::by_gguf(&file.architecture, window.is_some()).unwrap_or(file.family);
+    let family = Family::by_gguf(&file.architecture, window.is_some(), file.family.class.experts.is_some())
+        .unwrap_or(file.family);
     keys.refuse_what_changes_the_model(family)?;
     let hidden_size = keys.required_size("embedding_length")?;
     let num_hidden_layers = keys.required_size("block_count")?;
@@ -257,7 +258,10 @@ fn experts(keys: &Keys, family: &Family) -> Result<Option<ExpertsConfig>> {
     if let Some((key, found, most)) = most.into_iter().find(|(_, found, most)| found > most) {
         return Err(keys.metadata.error(&keys.key(key), &format!("at most {most}"), found.to_string()));
     }
-    let width = keys.required_size("expert_feed_forward_length")?;
+    let width = match keys.size("expert_feed_forward_length")? {
+        Some(width) => width,
+        None => keys.required_size("feed_forward_length")?,
+    };
     Ok(Some(ExpertsConfig { count, per_token, width, shared_width: 0, normalise: true, clamped: None }))
 }
 

@@ -16,10 +16,14 @@ const SCALED_BY_SHARE: [(&str, usize); 2] = [("gemma2", 46), ("gemma3_text", 62)
 pub(crate) fn attention(config: &ModelConfig, window: Option<usize>) -> Vec<LayerAttention> {
     let class = &config.family.class;
     let layers = config.num_hidden_layers;
-    class.rope.attention(match class.windows {
+    let mut attention = class.rope.attention(match class.windows {
         Windows::Pattern { period, .. } => every_but(period, window, layers),
         Windows::Never | Windows::All(_) | Windows::ByLayer => vec![window; layers],
-    })
+    });
+    if let Some(period) = config.family.gguf.and_then(|gguf| gguf.unrotated_period) {
+        attention.iter_mut().skip(period - 1).step_by(period).for_each(|layer| layer.rope = None);
+    }
+    attention
 }
 
 /// What the scores are multiplied by where no key says it.

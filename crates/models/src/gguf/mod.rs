@@ -93,7 +93,8 @@ impl Gguf {
         let metadata = parts.metadata;
         let name = metadata.require("general.architecture", metadata.str("general.architecture")?)?;
         let architecture = name.to_owned();
-        let family = Family::by_gguf(name, false)
+        let experts = metadata.usize(&format!("{name}.expert_count"))?.is_some_and(|count| count > 0);
+        let family = Family::by_gguf(name, false, experts)
             .ok_or_else(|| metadata.unsupported_value("general.architecture", &Family::gguf_names()))?;
         if metadata.str("general.type")?.is_some_and(|kind| kind != "model") {
             return Err(metadata.unsupported_value("general.type", "model"));

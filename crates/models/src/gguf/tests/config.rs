@@ -48,9 +48,19 @@ fn configuration_comes_from_keys_and_tensors() {
 
 #[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
+    let experts = |count: u32, used: u32| {
+        model("llama").u32("llama.expert_count", count).u32("llama.expert_used_count", used)
+    };
     let cases = [
         (model("llama").u32("llama.rope.dimension_count", 2), "llama.rope.dimension_count"),
-        (model("llama").u32("llama.expert_count", 8), "llama.expert_count"),
+        (model("qwen3").u32("qwen3.expert_count", 8), "qwen3.expert_count"),
+        (model("llama").u32("llama.expert_count", 8), "llama.expert_used_count"),
+        (experts(2, 3), "llama.expert_used_count"),
+        (experts(1 << 20, 1), "llama.expert_count"),
+        (experts(2, 1).f32("llama.expert_weights_scale", 2.5), "llama.expert_weights_scale"),
+        (experts(2, 1).u32("llama.expert_gating_func", 2), "llama.expert_gating_func"),
+        // Not as many as the key says.
+        (experts(2, 1).floats("blk.0.ffn_gate_exps.weight", &[3, 8, 8], &[0.5; 192]), "ffn_gate_exps"),
         (model("llama").f32("llama.logit_scale", 2.0), "llama.logit_scale"),
         (model("llama").bool("llama.use_parallel_residual", true), "llama.use_parallel_residual"),
         (model("llama").str("llama.rope.scaling.type", "longrope"), "longrope"),
