@@ -100,8 +100,8 @@ impl OpenBase {
         self
     }
 
-    /// Sets what becomes of embedding and head: they stay as stored, if nothing is said and not all linears are dense. Packed
-    /// ones are trained beside, by LoRA or rows of their own, not whole.
+    /// Sets what becomes of embedding and head. Without it they stay as stored, or become dense with
+    /// [`Scheme::Dense`]. Packed ones become dense where they are trained whole (`modules_to_save`) or get rows for more tokens.
     ///
     /// ```
     /// use kiln::{models::Tables, prelude::*};

@@ -82,7 +82,7 @@ impl Context {
     pub fn unheard(&self) -> Cow<'_, Self> {
         match self.routers {
             None => Cow::Borrowed(self),
-            Some(_) => Cow::Owned(Self { routers: None, ..self.clone() }),
+            Some(_) => Cow::Owned(Self { routers: None, elsewhere: Arc::default(), ..self.clone() }),
         }
     }
 

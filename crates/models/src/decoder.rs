@@ -125,6 +125,11 @@ impl<P: Projection> Decoder<P> {
         };
         count("blocks", config.num_hidden_layers, self.blocks.len())?;
         count("blocks' attention", config.num_hidden_layers, config.layer_attention.len())?;
+        config.check_heads().map_err(|wrong| Error::Argument {
+            name: wrong.field.into(),
+            expected: wrong.expected,
+            found: wrong.found,
+        })?;
         let mut found = self.shapes();
         for TensorShape { name, mut shape, .. } in config.tensors() {
             // Scalars are held as vectors.

@@ -239,8 +239,8 @@ impl RouterLoss {
     fn balance(&self, routed: &[Routed], tokens: &TokenBatch) -> Result<Balance> {
         Balance::of(routed, tokens).ok_or_else(|| Error::Argument {
             name: "router_loss".into(),
-            expected: "a mixture of experts that is trained".into(),
-            found: "a model none of whose routers is trained".into(),
+            expected: "experts in blocks that gradients go through".into(),
+            found: "none".into(),
         })
     }
 

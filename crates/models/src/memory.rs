@@ -165,6 +165,11 @@ impl BlockSizes {
         }
     }
 
+    /// Values of a token that go into a block: the residual stream, with the shared keys and values behind it.
+    pub fn input(&self) -> f64 {
+        self.width + self.carried
+    }
+
     /// Values that a token keeps when the inputs of all linears are needed. `norms` says whether norms are trained: layer
     /// norms, made of several operations, keep more then.
     pub fn kept(&self, norms: bool) -> f64 {
@@ -242,7 +247,7 @@ impl Work {
             trained_weights: 0.0,
             largest: 0.0,
             kept: 0.0,
-            input: block.width + block.carried,
+            input: block.input(),
             forward: if again { block.passing() } else { 0.0 },
             // The stream's gradient is what the pass began with.
             backward: block.passing() - 2.0 * block.width,

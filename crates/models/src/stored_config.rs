@@ -300,13 +300,17 @@ impl ModelConfig {
         for index in 0..layers {
             let (parts, attention, width) =
                 (self.parts(index), self.layer_attention[index], self.head_dim_of(index));
-            if let Some(table) = attention.rope
-                && (width != self.rotary_head_dim(table) || !width.is_multiple_of(2))
-            {
-                let expected = self.rotary_head_dim(table);
-                let expected =
-                    format!("{expected} in block {index}, an even width as in all blocks of its kind");
-                return wrong("head_dim", expected, width.to_string());
+            if let Some(table) = attention.rope {
+                let others = self.rotary_head_dim(table);
+                if width != others {
+                    let expected =
+                        format!("{others} in block {index}, as in the other blocks of its rotary table");
+                    return wrong("head_dim", expected, width.to_string());
+                }
+                if !width.is_multiple_of(2) {
+                    let expected = format!("an even number in block {index}, whose heads are rotated");
+                    return wrong("head_dim", expected, width.to_string());
+                }
             }
             if parts.linear(LinearRole::PerLayerGate).is_some() && self.per_layer_input.is_none() {
                 let expected = format!("a width, as block {index} reads such an input");

@@ -72,7 +72,9 @@ impl Default for GgufOptions {
 /// inputs; the report says what that rounding costs. Norms and biases are f32. Rows of q and k get the order that the
 /// architecture `llama` has.
 ///
-/// The architecture is the family's own, or `llama` for a model whose biases its family's files don't have.
+/// The architecture is the family's own, or `llama` for a model whose biases its family's files don't have. A window that all
+/// blocks have is written for Kiln's reader; llama.cpp has windows for Gemma 2 and 3 only, and lets tokens of the others see
+/// more than it.
 ///
 /// # Errors
 /// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (NF4 and the like, float
@@ -195,14 +197,13 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
     }
-    check_expressible(config)?;
-    if own.own_biases(config.biases) == config.biases {
-        return Ok(own);
-    }
-    match Family::by_gguf("llama", false, false) {
-        Some(llama) if own.blocks == llama.blocks => Ok(llama),
-        _ => Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
-    }
+    let family = match Family::by_gguf("llama", false, false) {
+        _ if own.own_biases(config.biases) == config.biases => own,
+        Some(llama) if own.blocks == llama.blocks => llama,
+        _ => return Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
+    };
+    check_expressible(&ModelConfig { family, ..config.clone() })?;
+    Ok(family)
 }
 
 /// Refuses what these files have no key for and their readers take for granted.
@@ -235,6 +236,11 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
     usual("activation", format!("{:?}", class.activations[0].1), format!("{:?}", config.activation))?;
     let tied = class.scales_embedding || config.tie_word_embeddings;
     usual("tie_word_embeddings", tied.to_string(), config.tie_word_embeddings.to_string())?;
+    if let Some(experts) = &config.experts {
+        usual("experts.normalise", "true".into(), experts.normalise.to_string())?;
+        usual("experts.shared_width", "0".into(), experts.shared_width.to_string())?;
+        usual("experts.clamped", "None".into(), format!("{:?}", experts.clamped))?;
+    }
     if let [_, sliding, ..] = config.rope.as_slice() {
         usual("rope[1].scaling", "Default".into(), format!("{:?}", sliding.scaling))?;
     }
@@ -242,12 +248,6 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
         ("query_temperature", config.query_temperature.is_none()),
         ("alibi", config.alibi == 0.0),
         ("qkv_clip", config.qkv_clip.is_none()),
-        (
-            "experts",
-            config.experts.is_none_or(|experts| {
-                experts.normalise && experts.shared_width == 0 && experts.clamped.is_none()
-            }),
-        ),
         ("projections", config.embedding_width.is_none()),
         ("block_kinds", config.block_kinds.is_empty()),
     ];

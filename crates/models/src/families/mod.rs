@@ -643,7 +643,7 @@ pub struct GgufArchitecture {
     pub windowed: bool,
     /// Whether the weights of norms stand there with 1 added: Gemma's.
     pub norms_plus_one: bool,
-    /// Readers take for granted that each so manieth block isn't rotated.
+    /// One block in so many isn't rotated, which readers take for granted.
     pub unrotated_period: Option<usize>,
 }
 

@@ -40,11 +40,13 @@ pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
     };
     if let Some((index, module, part)) = parts("blk", name) {
         let entry = family.blocks[0].iter().find(|entry| entry.gguf() == module)?;
-        if let Part::Experts(_) = entry {
-            return None;
-        }
-        let norm = matches!(entry, Part::Norm(_));
-        return known(norm, part).then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
+        let known = match entry {
+            Part::Norm(_) => known(true, part),
+            Part::Linear(_) => known(false, part),
+            Part::Matrix(_) => part == "weight",
+            Part::Experts(_) | Part::Vector(_) => false,
+        };
+        return known.then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
     }
     let (module, part) = name.rsplit_once('.')?;
     let (gguf, path) = outer(family).find(|(gguf, _)| *gguf == module)?;

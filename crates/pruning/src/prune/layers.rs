@@ -40,8 +40,8 @@ impl LayerPruning {
         options: &CutOptions,
     ) -> Result<Pruned> {
         model.check_one_device("pruning")?;
-        Structure::of(model.config()).check_goes()?;
         let structure = Structure::of(model.config());
+        structure.check_goes()?;
         let count = structure.layers.len();
         if self.remove >= count {
             let ratio = self.remove as f64 / count as f64;

@@ -50,7 +50,7 @@ pub fn estimate(
         Method::Lora { rank } => Work::lora(model, *rank, step),
         Method::Side(config) => {
             let (block, side) = (BlockSizes::of(model), BlockSizes::of(&config.side_model(model)?));
-            let input = block.width + side.width;
+            let input = block.input() + side.width;
             Work {
                 added: config.parameter_counts(model)?.total() as f64,
                 trained_weights: 0.0,

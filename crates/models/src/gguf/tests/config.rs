@@ -47,6 +47,15 @@ fn configuration_comes_from_keys_and_tensors() {
 }
 
 #[test]
+fn every_fourth_block_of_smollm3_is_not_rotated() {
+    let writer = (1..5).fold(model_of("smollm3", 5), |writer, block| {
+        writer.floats(&format!("blk.{block}.attn_norm.weight"), &[8], &[1.0; 8])
+    });
+    let rope: Vec<_> = config(&writer).unwrap().layer_attention.iter().map(|layer| layer.rope).collect();
+    assert_eq!(rope, [Some(0), Some(0), Some(0), None, Some(0)]);
+}
+
+#[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     let experts = |count: u32, used: u32| {
         model("llama").u32("llama.expert_count", count).u32("llama.expert_used_count", used)
@@ -59,6 +68,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (experts(1 << 20, 1), "llama.expert_count"),
         (experts(2, 1).f32("llama.expert_weights_scale", 2.5), "llama.expert_weights_scale"),
         (experts(2, 1).u32("llama.expert_gating_func", 2), "llama.expert_gating_func"),
+        (experts(2, 1).floats("blk.0.ffn_gate_inp.bias", &[2], &[0.5; 2]), "ffn_gate_inp.bias"),
         // Not as many as the key says.
         (experts(2, 1).floats("blk.0.ffn_gate_exps.weight", &[3, 8, 8], &[0.5; 192]), "ffn_gate_exps"),
         (model("llama").f32("llama.logit_scale", 2.0), "llama.logit_scale"),

@@ -268,12 +268,15 @@ fn gemma4s_that_contradict_themselves_are_refused() {
         let error = read(&with(config("gemma4_text"), change.clone()));
         assert_error(error, &["config.json", part]);
     }
-    // A sharer whose heads are others than those of its source; full blocks of two widths.
-    for change in [json!({"3": {"head_dim": 12}}), json!({"3": {"num_key_value_heads": 1, "head_dim": 16}})] {
+    // Full blocks of two widths; a sharer whose heads are others than those of its source.
+    for (change, part) in [
+        (json!({"3": {"head_dim": 12}}), "head_dim"),
+        (json!({"3": {"num_key_value_heads": 1, "head_dim": 16}}), "num_kv_shared_layers"),
+    ] {
         let mut blocks = json!({"1": {"head_dim": 16}});
         blocks.as_object_mut().unwrap().extend(change.as_object().unwrap().clone());
         let changed = with(config("gemma4_text-shared"), json!({"per_layer_config": blocks}));
-        assert_error(read(&changed), &["config.json", "expected"]);
+        assert_error(read(&changed), &["config.json", part]);
     }
     // Silence about single blocks means the class's widths, said once.
     let mut old = config("gemma4_text");
