@@ -349,9 +349,10 @@ impl ModelConfig {
 
     /// The blocks whose keys and values others attend to.
     pub fn shared_key_values(&self) -> Vec<usize> {
-        let blocks = 0..self.num_hidden_layers;
-        let sources = blocks.filter(|index| !self.parts(*index).has_keys());
-        let sources: BTreeSet<usize> = sources.map(|index| self.key_value_source(index)).collect();
+        // The first kind of blocks, which models without a list of kinds are made of, has keys.
+        let kinds = self.block_kinds.iter().enumerate();
+        let sharers = kinds.filter(|(_, kind)| !self.family.blocks[**kind].has_keys());
+        let sources: BTreeSet<usize> = sharers.map(|(index, _)| self.key_value_source(index)).collect();
         sources.into_iter().collect()
     }
 

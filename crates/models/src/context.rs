@@ -163,10 +163,10 @@ impl Kept {
         }
         let both = self.both.map(|all| {
             let [batch, _, heads, head_dim] = all.dims();
-            let longer =
+            let shorter =
                 Tensor::zeros([batch, 2 * seen + ROOM[0], heads, head_dim], (&all.device(), all.dtype()));
             let last = all.narrow(1, self.length - seen, seen);
-            longer.slice_assign([0..batch, 0..seen, 0..heads, 0..head_dim], last)
+            shorter.slice_assign([0..batch, 0..seen, 0..heads, 0..head_dim], last)
         });
         Self { both, length: seen }
     }

@@ -34,8 +34,8 @@ pub fn side_classifier<M: Backbone>(
         return Err(Error::argument("labels", "at least 1", labels));
     }
     let init = Init { seed, device: backbone.device() };
-    let config_of_backbone = backbone.model_config();
-    let width = config_of_backbone.embedding_width.unwrap_or(config_of_backbone.hidden_size);
+    let sizes = backbone.model_config();
+    let width = sizes.embedding_width.unwrap_or(sizes.hidden_size);
     let model = SideTuned::new(backbone, config, seed)?;
     Ok(Classifier { model, score: init.linear("score", [width, labels], false) })
 }

@@ -73,8 +73,7 @@ impl Default for GgufOptions {
 /// architecture `llama` has.
 ///
 /// The architecture is the family's own, or `llama` for a model whose biases its family's files don't have. A window that all
-/// blocks have is written for Kiln's reader; llama.cpp has windows for Gemma 2 and 3 only, and lets tokens of the others see
-/// more than it.
+/// blocks have is written for Kiln's reader; other readers may not know it for every architecture, and then see beyond it.
 ///
 /// # Errors
 /// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (NF4 and the like, float
