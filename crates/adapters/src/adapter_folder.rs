@@ -28,6 +28,7 @@ use crate::{
     json_fields::Problem,
     outline::Outline,
     peft_config::in_file,
+    stacked::Stacked,
     store::{self, Layout},
 };
 
@@ -82,6 +83,9 @@ impl From<Method> for StoredMethod {
 impl StoredMethod {
     /// The method, together with PEFT's keys, which may contradict it.
     fn with_keys(self, lora: &PeftConfig) -> std::result::Result<Method, Problem> {
+        if let Some(parameter) = lora.target_parameters.first() {
+            return Err(Problem::new("target_parameters", "none", format!("\"{parameter}\"")));
+        }
         if lora.use_qalora {
             return Err(Problem::new("use_qalora", "false; the method says it", true));
         }
@@ -237,9 +241,16 @@ impl AdapterFolder {
         A::accept(&self.config).map_err(at)?;
         let config = self.config.clone().with_seed(seed);
         let targets = config.select(outline).and_then(crate::Targets::require_all).map_err(at)?;
-        let (parts, outside) =
-            store::read(&self.weights, &config, &targets, outline, Layout::Kiln, KILN_CONFIG_FILE)
-                .map_err(at)?;
+        let (parts, outside) = store::read(
+            &self.weights,
+            &config,
+            &targets,
+            outline,
+            Stacked::default(),
+            Layout::Kiln,
+            KILN_CONFIG_FILE,
+        )
+        .map_err(at)?;
         Ok(Attacher::stored(config, targets, parts, outside))
     }
 }
@@ -290,7 +301,7 @@ fn save(
     store::check_adapters(config, adapters, outside, Layout::Kiln)?;
     let new = store::new_folder(folder, outside)?;
     let weights = new.path().join(KILN_WEIGHTS_FILE);
-    store::write(&weights, adapters, outside, Layout::Kiln, &BTreeMap::new())?;
+    store::write(&weights, adapters, Vec::new(), outside, Layout::Kiln, &BTreeMap::new())?;
     let serde_json::Value::Object(lora) = lora.to_json() else {
         return Err(Problem::new("lora", "an object", "another value").argument());
     };

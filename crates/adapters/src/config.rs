@@ -257,6 +257,10 @@ impl AdapterConfig {
     pub fn from_peft(config: &PeftConfig) -> Result<Self> {
         config.supported(crate::CONFIG_FILE.as_ref())?;
         config.validate()?;
+        if let Some(parameter) = config.target_parameters.first() {
+            let expected = "none: which slots they are a model says, `PeftFolder::attacher_for`";
+            return Err(Problem::new("target_parameters", expected, format!("\"{parameter}\"")).argument());
+        }
         Ok(config.adapter())
     }
 
@@ -360,8 +364,14 @@ impl AdapterConfig {
     /// [`Targets::resolve`]'s, a size that doesn't divide, and adapters on embedding or head that aren't plain LoRA.
     pub(crate) fn select(&self, outline: &Outline) -> Result<Targets> {
         let tables = outline.tables.as_ref().map(TokenTables::shapes).into_iter().flatten();
-        let tables: Vec<_> = tables.filter(|_| self.targets != TargetModules::AllLinear).collect();
-        let all = || outline.slots.iter().chain(&tables);
+        let all_linear = self.targets == TargetModules::AllLinear;
+        let tables: Vec<_> = tables.filter(|_| !all_linear).collect();
+        // Their sizes are not made to be divided, and there are no packed weights to merge into.
+        let left_out = |path: &String| {
+            let low_rank = matches!(self.method, Method::Lora { .. } | Method::Dora { .. });
+            all_linear && !low_rank && outline.dense.contains(path)
+        };
+        let all = || outline.slots.iter().filter(|(path, _)| !left_out(path)).chain(&tables);
         let paths: Vec<&str> = all().map(|(path, _)| path.as_str()).collect();
         let targets = Targets::resolve(self, &paths, None)?;
         for target in &targets.adapted {

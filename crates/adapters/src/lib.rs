@@ -24,6 +24,7 @@ mod peft_config;
 mod pooled;
 mod requantize;
 mod residual;
+mod stacked;
 mod store;
 mod target;
 

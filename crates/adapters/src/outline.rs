@@ -2,13 +2,17 @@
 
 use std::{collections::BTreeSet, convert::Infallible};
 
-use kiln_quant_core::{Slots, TokenTables, for_each_parameter};
+use kiln_quant_core::{Slots, Stack, TokenTables, for_each_parameter};
 
 /// What of a model a configuration can speak of.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Outline {
     /// Paths and `[d_input, d_output]` of the slots.
     pub slots: Vec<(String, [usize; 2])>,
+    /// Those of them that no scheme is for.
+    pub dense: BTreeSet<String>,
+    /// Parameters in which PEFT finds several slots.
+    pub stacks: Vec<Stack>,
     /// Embedding and head.
     pub tables: Option<TokenTables>,
     /// All other parameters of floating-point numbers, by name, with their sizes.
@@ -43,7 +47,8 @@ impl Outline {
             Ok(())
         });
         let Ok(()) = listed;
-        Self { slots, tables, parameters }
+        let dense = slots.iter().map(|(path, _)| path).filter(|path| model.stays_dense(path)).cloned();
+        Self { dense: dense.collect(), stacks: model.stacks(), slots, tables, parameters }
     }
 }
 

@@ -3,22 +3,23 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use kiln_quant_core::{HostValues, Slots, TableUpdates, TokenRows, TokenTables, for_each_parameter, to_host};
+use kiln_quant_core::{
+    HostValues, Slots, Stack, TableUpdates, TokenRows, TokenTables, for_each_parameter, to_host,
+};
 
 use crate::{
     AdapterConfig, Result, Targets,
     json_fields::Problem,
     outline::{Outline, name_of},
     outside::{Outside, Stored, transposed, weight_of},
-    store::Layout,
+    store::{Layout, Named},
 };
-
-/// A tensor of a file: name, sizes, values.
-type Named = (String, Vec<usize>, Vec<f32>);
 
 /// What an adapter folder holds beside the adapters in slots: of embedding, head and norms what was trained.
 #[derive(Debug, Default)]
 pub struct OutsideTensors {
+    slots: Vec<(String, [usize; 2])>,
+    stacks: Vec<Stack>,
     tables: Option<TokenTables>,
     updates: TableUpdates,
     whole: BTreeMap<String, Stored>,
@@ -66,9 +67,14 @@ impl OutsideTensors {
             let expected = "a dense table, which a folder can hold: attach with `save_tables`";
             return Err(Problem::new(name, expected, "a packed one").argument());
         }
-        let tables = outline.tables;
+        let Outline { slots, stacks, tables, .. } = outline;
         let keeps_tied = config.keep_tied && tables.as_ref().is_some_and(|tables| tables.tied);
-        Ok(Self { tables, updates, whole, keeps_tied, files: Vec::new() })
+        Ok(Self { slots, stacks, tables, updates, whole, keeps_tied, files: Vec::new() })
+    }
+
+    #[cfg(test)]
+    pub(crate) fn stacked(slots: Vec<(String, [usize; 2])>, stacks: Vec<Stack>) -> Self {
+        Self { slots, stacks, ..Self::default() }
     }
 
     /// With further files of these names, such as a tokenizer's, which are written together with the folder.
@@ -101,7 +107,17 @@ impl OutsideTensors {
 
     /// An outline that has the tables, for a configuration to be checked against.
     pub(crate) fn outline(&self, slots: Vec<(String, [usize; 2])>) -> Outline {
-        Outline { slots, tables: self.tables.clone(), parameters: Vec::new() }
+        Outline { slots, tables: self.tables.clone(), ..Outline::default() }
+    }
+
+    /// All slots of the model, adapted or not; none where only the adapters are known.
+    pub(crate) fn slots(&self) -> &[(String, [usize; 2])] {
+        &self.slots
+    }
+
+    /// Parameters in which PEFT finds several slots.
+    pub(crate) fn stacks(&self) -> &[Stack] {
+        &self.stacks
     }
 
     /// A table that is among `targets` and has no update.

@@ -4,7 +4,7 @@
 //! DoRA's magnitudes as `.lora_magnitude_vector` `[d_output]`, where PATH is the module's name in the checkpoint.
 //! QA-LoRA's A is `[r, d_input / group]`. Of an embedding they are `.lora_embedding_A` `[r, vocabulary]` and
 //! `.lora_embedding_B` `[width, r]`; what is trained whole is `base_model.model.PATH.weight`, rows of some tokens are
-//! `.token_adapter.trainable_tokens_delta`, and a frozen table that goes along is `.base_layer.weight`.
+//! `.token_adapter.trainable_tokens_delta`, experts' stand stacked (see `stacked.rs`), and a frozen table that goes along is `.base_layer.weight`.
 //! Source: PEFT 0.21's files and code.
 
 use std::{
@@ -19,6 +19,7 @@ use crate::{
     error::Result,
     outline::Outline,
     peft_config::in_file,
+    stacked::{self, Stacked, Translated},
     store::{self, Layout},
 };
 
@@ -87,11 +88,18 @@ impl PeftFolder {
 
     fn attacher_of<A: AdapterKind>(&self, outline: &Outline, seed: u64) -> Result<Attacher<A>> {
         let at = |error| in_file(error, &self.config_path);
-        let config = AdapterConfig::from_peft(&self.config).map_err(at)?.with_seed(seed);
+        let translated = stacked::translated(&self.weights, &self.config, outline).map_err(at)?;
+        let (config, unmatched, stacked) = match translated {
+            Some(Translated { config, unmatched, stacked }) => (config, unmatched, stacked),
+            None => (AdapterConfig::from_peft(&self.config).map_err(at)?, Vec::new(), Stacked::default()),
+        };
+        let config = config.with_seed(seed);
         A::accept(&config).map_err(at)?;
-        let targets = config.select(outline).map_err(at)?;
+        let mut targets = config.select(outline).map_err(at)?;
+        targets.unmatched.extend(unmatched);
         let (parts, outside) =
-            store::read(&self.weights, &config, &targets, outline, Layout::Peft, CONFIG_FILE).map_err(at)?;
+            store::read(&self.weights, &config, &targets, outline, stacked, Layout::Peft, CONFIG_FILE)
+                .map_err(at)?;
         Ok(Attacher::stored(config, targets, parts, outside))
     }
 }
@@ -150,18 +158,25 @@ fn save(
     outside: &OutsideTensors,
 ) -> Result<()> {
     let config_path = folder.join(CONFIG_FILE);
-    let peft = config.to_peft()?;
+    let joined = stacked::joined(config, &adapters, outside)?;
+    let peft = joined.as_ref().map_or_else(|| config.to_peft(), |joined| Ok(joined.config.clone()))?;
     peft.supported(&config_path)?;
     for (_, adapter) in &mut adapters {
         if let AnyAdapter::Pooled(pooled) = adapter {
             *pooled = pooled.clone().with_pooling(Pooling::AverageTimesGroups);
         }
     }
-    store::check_adapters(&AdapterConfig::from_peft(&peft)?, &adapters, outside, Layout::Peft)?;
+    let (described, further) = match joined {
+        // As it was before it came into PEFT's terms.
+        Some(joined) => (config.clone(), Some((joined.rest, joined.tensors))),
+        None => (AdapterConfig::from_peft(&peft)?, None),
+    };
+    store::check_adapters(&described, &adapters, outside, Layout::Peft)?;
+    let (adapters, further) = further.unwrap_or((adapters, Vec::new()));
     let new = store::new_folder(folder, outside)?;
     // As PEFT marks its files.
     let metadata = BTreeMap::from([("format".to_owned(), "pt".to_owned())]);
-    store::write(&new.path().join(WEIGHTS_FILE), &adapters, outside, Layout::Peft, &metadata)?;
+    store::write(&new.path().join(WEIGHTS_FILE), &adapters, further, outside, Layout::Peft, &metadata)?;
     peft.write(new.path().join(CONFIG_FILE))?;
     Ok(new.commit()?)
 }

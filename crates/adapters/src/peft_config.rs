@@ -197,6 +197,8 @@ pub struct PeftConfig {
     pub init_lora_weights: InitLoraWeights,
     /// The modules that get adapters.
     pub target_modules: TargetModules,
+    /// Parameters of modules that are no linears that get adapters, by the ends of their names: experts in one tensor, routers.
+    pub target_parameters: Vec<String>,
     /// The modules that don't, whatever `target_modules` says.
     pub exclude_modules: Option<TargetModules>,
     /// The layers that get adapters; `None` or empty: all.
@@ -220,7 +222,7 @@ pub struct PeftConfig {
 }
 
 /// Keys of PEFT 0.21 whose value must be its default (the second entry), null, or, where the default is empty, empty.
-const UNSUPPORTED: [(&str, &str); 15] = [
+const UNSUPPORTED: [(&str, &str); 14] = [
     ("alora_invocation_tokens", "null"),
     ("arrow_config", "null"),
     ("bias", "\"none\""),
@@ -233,7 +235,6 @@ const UNSUPPORTED: [(&str, &str); 15] = [
     ("lora_ga_config", "null"),
     ("megatron_config", "null"),
     ("monteclora_config", "null"),
-    ("target_parameters", "null"),
     ("use_bdlora", "null"),
     ("velora_config", "null"),
 ];
@@ -266,6 +267,7 @@ impl PeftConfig {
             qalora_group_size: QALORA_GROUP_SIZE,
             init_lora_weights: InitLoraWeights::default(),
             target_modules,
+            target_parameters: Vec::new(),
             exclude_modules: None,
             layers_to_transform: None,
             layers_pattern: Vec::new(),
@@ -331,6 +333,7 @@ impl PeftConfig {
         let fields = Fields(map);
         let known = Self::new(1, 1.0, TargetModules::AllLinear).to_json();
         let is_known = |key: &str| key == RUNTIME || known.get(key).is_some();
+        let target_parameters = fields.strings("target_parameters")?;
         let config = Self {
             base_model_name_or_path: fields.string("base_model_name_or_path")?,
             revision: fields.string("revision")?,
@@ -344,8 +347,14 @@ impl PeftConfig {
             use_qalora: fields.bool("use_qalora")?,
             qalora_group_size: fields.size("qalora_group_size")?.unwrap_or(QALORA_GROUP_SIZE),
             init_lora_weights: init,
-            target_modules: modules(map, "target_modules")?
-                .ok_or_else(|| Problem::new("target_modules", "a list of names or a string", "nothing"))?,
+            target_modules: match modules(map, "target_modules")? {
+                Some(modules) => modules,
+                None if !target_parameters.is_empty() => TargetModules::Names(Vec::new()),
+                None => {
+                    return Err(Problem::new("target_modules", "a list of names or a string", "nothing"));
+                }
+            },
+            target_parameters,
             exclude_modules: modules(map, "exclude_modules")?,
             layers_to_transform: fields.sizes("layers_to_transform")?,
             layers_pattern: fields.strings("layers_pattern")?,
@@ -437,6 +446,7 @@ impl PeftConfig {
             ("qalora_group_size", json!(self.qalora_group_size)),
             ("init_lora_weights", self.init_lora_weights.to_value()),
             ("target_modules", self.target_modules.to_value()),
+            ("target_parameters", unless_empty(&self.target_parameters)),
             ("exclude_modules", self.exclude_modules.as_ref().map_or(Value::Null, TargetModules::to_value)),
             ("layers_to_transform", json!(self.layers_to_transform)),
             ("layers_pattern", json!(layers_pattern)),
@@ -637,7 +647,6 @@ mod tests {
             ("bias", json!("lora_only")),
             ("lora_bias", json!(true)),
             ("layer_replication", json!([[0, 4], [2, 5]])),
-            ("target_parameters", json!(["experts.weight"])),
             ("loftq_config", json!({"loftq_bits": 4})),
             ("alora_invocation_tokens", json!([1])),
             ("megatron_config", json!({"x": 1})),

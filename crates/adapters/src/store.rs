@@ -20,6 +20,7 @@ use crate::{
     outside::Outside,
     outside_tensors::OutsideTensors,
     part::{Description, FileShape, Part, Parts},
+    stacked::Stacked,
 };
 
 /// How a file names tensors.
@@ -83,6 +84,9 @@ impl Layout {
     }
 }
 
+/// A tensor of a file: name, sizes, values.
+pub(crate) type Named = (String, Vec<usize>, Vec<f32>);
+
 /// What a file should hold of one part.
 struct Wanted {
     part: Part,
@@ -92,20 +96,22 @@ struct Wanted {
     shape: FileShape,
 }
 
-/// Reads the adapters that `config` asks for of the model with `outline`, and nothing else may be there. `config_file` is
-/// named in errors.
+/// Reads the adapters that `config` asks for of the model with `outline`, but those that are `stacked`, and nothing else may be
+/// there. `config_file` is named in errors.
 pub(crate) fn read(
     file: &SafetensorsFile,
     config: &AdapterConfig,
     targets: &Targets,
     outline: &Outline,
+    stacked: Stacked,
     layout: Layout,
     config_file: &str,
 ) -> Result<(BTreeMap<String, Parts>, Outside)> {
     let shapes: BTreeMap<&str, [usize; 2]> =
         outline.slots.iter().map(|(path, shape)| (path.as_str(), *shape)).collect();
     let (outside, used_outside) = Outside::read(file, layout, config, outline, targets)?;
-    let in_slots = targets.adapted.iter().filter_map(|target| {
+    let one_by_one = targets.adapted.iter().filter(|target| !stacked.parts.contains_key(&target.path));
+    let in_slots = one_by_one.filter_map(|target| {
         let shape = *shapes.get(target.path.as_str())?;
         let parts = config.describe(target, shape).parts(shape);
         let wanted = parts.into_iter().map(|(part, size)| Wanted {
@@ -123,7 +129,7 @@ pub(crate) fn read(
     }
     let mut used: BTreeSet<&str> =
         wanted.iter().flat_map(|(_, parts)| parts).map(|w| w.name.as_str()).collect();
-    used.extend(used_outside.iter().map(String::as_str));
+    used.extend(used_outside.iter().chain(&stacked.used).map(String::as_str));
     if let Some(name) = file.names().find(|name| !used.contains(name)) {
         let expected = format!(
             "tensors of the {} modules that {config_file} selects, and no more",
@@ -135,7 +141,9 @@ pub(crate) fn read(
         let parts = parts.iter().map(|wanted| Ok((wanted.part, read_part(file, wanted)?)));
         Ok(((*path).to_owned(), parts.collect::<Result<Parts>>()?))
     };
-    Ok((wanted.iter().map(read).collect::<Result<_>>()?, outside))
+    let mut parts = wanted.iter().map(read).collect::<Result<BTreeMap<_, _>>>()?;
+    parts.extend(stacked.parts);
+    Ok((parts, outside))
 }
 
 /// The name that the tensor `name` has in the file: of an adapter on a multimodal checkpoint, whose text part the model is,
@@ -249,15 +257,17 @@ pub(crate) fn new_folder(folder: &Path, outside: &OutsideTensors) -> Result<NewF
     Ok(new)
 }
 
-/// Writes the adapters' tensors in f32, which the host holds meanwhile.
+/// Writes the adapters' tensors and `further` ones in f32, which the host holds meanwhile.
 pub(crate) fn write(
     path: &Path,
     adapters: &[(String, AnyAdapter)],
+    further: Vec<Named>,
     outside: &OutsideTensors,
     layout: Layout,
     metadata: &BTreeMap<String, String>,
 ) -> Result<()> {
     let mut stored = outside.tensors(layout)?;
+    stored.extend(further);
     for (name, _, values) in &stored {
         check_finite(name, values).map_err(|problem| problem.in_file(path))?;
     }

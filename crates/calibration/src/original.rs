@@ -43,7 +43,7 @@ impl Calibrator<'_> {
             None => None,
         };
         let bias = slot.base.bias_parameter().cloned();
-        let scheme = *self.config.schemes.get(&path);
+        let scheme = station.scheme(&path, &self.config.schemes);
         let mut place = Place { path, station, scheme, weight, shape, bias, adapter, kept: slot.base };
         if self.weights.is_some() && scheme == Scheme::Dense {
             place.kept = place.original(device).base;

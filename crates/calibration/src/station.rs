@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use burn::{module::Module, tensor::Tensor};
 use kiln_adapters::{Adapted, Lora};
-use kiln_quant_core::{Compute, Projection, QuantLinear};
+use kiln_quant_core::{Compute, Plan, Projection, QuantLinear, Scheme};
 
 /// What stands in a slot, during calibration and after it.
 pub(crate) type Slot = Adapted<QuantLinear, Lora>;
@@ -14,14 +14,22 @@ pub(crate) type Slot = Adapted<QuantLinear, Lora>;
 pub struct Station {
     #[module(skip)]
     slot: Handle,
+    /// Whether no scheme is for it.
+    #[module(skip)]
+    stays_dense: bool,
 }
 
 #[derive(Debug, Clone)]
 struct Handle(Arc<Mutex<Slot>>);
 
 impl Station {
-    pub(crate) fn new(slot: Slot) -> Self {
-        Self { slot: Handle(Arc::new(Mutex::new(slot))) }
+    pub(crate) fn new(slot: Slot, stays_dense: bool) -> Self {
+        Self { slot: Handle(Arc::new(Mutex::new(slot))), stays_dense }
+    }
+
+    /// The one of `schemes` that it gets.
+    pub(crate) fn scheme(&self, path: &str, schemes: &Plan<Scheme>) -> Scheme {
+        if self.stays_dense { Scheme::Dense } else { *schemes.get(path) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Slot> {

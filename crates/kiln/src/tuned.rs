@@ -257,11 +257,14 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
         inputs: &mut dyn FnMut(&str) -> Option<Tensor<2>>,
     ) -> Result<Requantized<M>> {
         let mut errors = Vec::new();
-        let model = self.model.try_map(|path, slot| match schemes.get(path) {
+        let paths = self.model.slot_shapes().into_iter().map(|(path, _)| path);
+        let dense: BTreeSet<String> = paths.filter(|path| self.model.stays_dense(path)).collect();
+        let wanted = |path: &str| if dense.contains(path) { Scheme::Dense } else { *schemes.get(path) };
+        let model = self.model.try_map(|path, slot| match wanted(path) {
             Scheme::Dense if slot.adapter.is_some() => Ok(QuantLinear::Dense(slot.merge_dense())),
             Scheme::Dense => Ok(slot.into_base()),
             Scheme::Packed(scheme) => {
-                let (layer, error) = slot.requantize(path, scheme, quantizer, inputs(path))?;
+                let (layer, error) = slot.requantize(path, &scheme, quantizer, inputs(path))?;
                 errors.extend(error.map(|error| (path.to_owned(), error)));
                 Ok::<_, Error>(layer)
             }

@@ -82,7 +82,9 @@ fn embedding_gradient(model: Decoder<QuantLinear>, folder: &str) -> Vec<f32> {
 fn packed_linears_compute_what_their_dequantized_weights_do() {
     for folder in folders() {
         let (_, packed) = load(&folder, "affine4:32");
-        assert!(packed.slots().iter().all(|(_, slot)| matches!(slot, QuantLinear::Packed(_))), "{folder}");
+        for (path, slot) in packed.slots() {
+            assert_eq!(matches!(slot, QuantLinear::Packed(_)), !packed.stays_dense(&path), "{folder} {path}");
+        }
         let plain = plain(packed.clone());
         assert_close(&folder, &logits(&packed, &folder), &logits(&plain, &folder), 1e-5);
         let gradients = [packed, plain].map(|model| embedding_gradient(model, &folder));
@@ -315,21 +317,31 @@ fn adapters_made_by_peft_give_its_logits() {
     let mut seen = 0;
     for adapter in adapters.map(|entry| entry.unwrap().path()) {
         let name = adapter.file_name().unwrap().to_str().unwrap();
-        let place =
-            if name == "gemma3_text" { "tiny/gemma3-text-f32".into() } else { format!("arch/{name}") };
+        let place = match name.strip_suffix("-experts").unwrap_or(name) {
+            "gemma3_text" => "tiny/gemma3-text-f32".to_owned(),
+            base => format!("arch/{base}"),
+        };
         let checkpoint = Checkpoint::open(testdata(&place)).unwrap();
         let options = LoadOptions::uniform("dense".parse().unwrap()).in_f32();
         let (base, _) = checkpoint.load(&options, &Device::flex()).unwrap();
-        let tuned = Tuned::load(base, &adapter).unwrap();
+        let tuned = Tuned::load(base.clone(), &adapter).unwrap();
         let ids = Golden::open(&format!("{place}/golden.safetensors")).ints("input_ids");
         let row: Vec<u32> = ids[..24].iter().map(|&id| id as u32).collect();
-        let model = tuned.model();
-        let found = model.forward(&model.context(&TokenBatch::new(&[row]).unwrap(), None).unwrap());
+        let batch = TokenBatch::new(&[row]).unwrap();
+        let logits = |tuned: &Tuned<Decoder<QuantLinear>>| {
+            let model = tuned.model();
+            read(model.forward(&model.context(&batch, None).unwrap()))
+        };
         let golden = Golden::open(&format!("peft/arch/{name}/golden.safetensors"));
-        assert_close(name, &read(found), &golden.floats("logits"), 1e-5);
+        assert_close(name, &logits(&tuned), &golden.floats("logits"), 1e-5);
+        // And again from the folder that is written of them.
+        let saved = tempfile::tempdir().unwrap();
+        tuned.save_peft(saved.path()).unwrap();
+        let again = Tuned::load(base, saved.path()).unwrap();
+        assert_close(name, &logits(&again), &logits(&tuned), 1e-6);
         seen += 1;
     }
-    assert_eq!(seen, 9);
+    assert_eq!(seen, 15);
 }
 
 #[test]
@@ -456,7 +468,7 @@ fn experts_stay_packed_in_gguf_files() {
         Checkpoint::open(&path).unwrap().load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
     for ((path, slot), (_, before)) in again.slots().into_iter().zip(model.slots()) {
         let down = path.contains(".experts.") && path.ends_with("down_proj");
-        assert_eq!(slot.scheme() == Scheme::Dense, down, "{path}");
+        assert_eq!(slot.scheme() == Scheme::Dense, down || model.stays_dense(&path), "{path}");
         let tolerance = if down { 1e-3 } else { 0.0 };
         assert!(max_difference(&read(slot.weight()), &read(before.weight())) <= tolerance, "{path}");
     }
@@ -514,4 +526,67 @@ fn the_readme_has_the_table_of_families() {
     let readme = std::fs::read_to_string(testdata("../README.md")).unwrap();
     let table = table();
     assert!(readme.contains(&table), "README.md should contain:\n{table}");
+}
+
+/// What a folder says of experts and the model doesn't have is refused by name.
+#[test]
+fn adapters_on_stacks_that_do_not_fit_are_refused() {
+    let checkpoint = Checkpoint::open(testdata("arch/mixtral")).unwrap();
+    let (base, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+    let dense = Checkpoint::open(testdata("arch/granite")).unwrap();
+    let (dense, _) = dense.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+    let text = std::fs::read_to_string(testdata("peft/arch/mixtral-experts/adapter_config.json")).unwrap();
+    let changed = |key: &str, value: serde_json::Value, base: &Decoder<QuantLinear>| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&text).unwrap();
+        config[key] = value;
+        std::fs::write(folder.path().join("adapter_config.json"), config.to_string()).unwrap();
+        let weights = "adapter_model.safetensors";
+        std::fs::copy(testdata("peft/arch/mixtral-experts").join(weights), folder.path().join(weights))
+            .unwrap();
+        match Tuned::load(base.clone(), folder.path()) {
+            Ok(tuned) => Ok(tuned.adapters().len()),
+            Err(error) => Err(error.to_string()),
+        }
+    };
+    let parameters = |names: &[&str]| serde_json::json!(names);
+    let given = ["gate.weight", "gate_up_proj", "down_proj"];
+    assert!(changed("target_parameters", parameters(&given), &base).is_ok());
+    let cases = [
+        (parameters(&["experts.weight"]), "target_parameters"),
+        // What stands below `base_layer` then has no owner.
+        (parameters(&["down_proj"]), "base_layer"),
+        (parameters(&["gate_up_proj"]), "experts.lora_A"),
+    ];
+    for (value, part) in cases {
+        let message = changed("target_parameters", value, &base).unwrap_err();
+        assert!(message.contains(part), "{message}");
+    }
+    let message = changed("rank_pattern", serde_json::json!({}), &base).unwrap_err();
+    assert!(message.contains("base_layer.lora_A"), "{message}");
+    let message = changed("target_parameters", parameters(&given), &dense).unwrap_err();
+    assert!(message.contains("target_parameters"), "{message}");
+}
+
+/// Routers take adapters like other linears, and no plan, calibration or search quantizes them.
+#[test]
+fn routers_are_adapted_and_stay_dense() {
+    for (folder, routers) in [("mixtral", 2), ("qwen2_moe", 4), ("gpt_oss", 2), ("gemma4_text-moe", 2)] {
+        let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+        let options = LoadOptions::uniform("affine4:16".parse().unwrap()).in_f32();
+        let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+        let dense = |model: &Decoder<QuantLinear>| {
+            let slots = model.slots().into_iter();
+            slots.filter(|(_, slot)| matches!(slot, QuantLinear::Dense(_))).count()
+        };
+        assert_eq!(dense(&model), routers, "{folder}");
+        let tuned = Tuned::attach(model, &AdapterConfig::lora(2, 4.0)).unwrap();
+        let adapters = tuned.adapters();
+        let paths: Vec<&str> = adapters.iter().map(|(path, _)| path.as_ref()).collect();
+        let adapted = paths.iter().filter(|path| tuned.model().stays_dense(path)).count();
+        assert_eq!(adapted, routers, "{folder}: {paths:?}");
+        let plan = kiln::quant::Plan::uniform("affine2:16".parse().unwrap());
+        let (again, _) = tuned.requantize(&plan, &kiln::quant::MinMax).unwrap();
+        assert_eq!(dense(&again), routers, "{folder}");
+    }
 }

@@ -19,8 +19,7 @@ use crate::{
     config::{ExpertsConfig, ModelConfig},
     experts::{Expert, clamped_swiglu, mixture, shared},
     families::{
-        Activation, EXPERT_ROLES, FusedRows, LinearRole, MatrixRole, NormPlace, Part, Parts, VectorPart,
-        VectorRole,
+        Activation, EXPERT_ROLES, FusedRows, LinearRole, NormPlace, Part, Parts, VectorPart, VectorRole,
     },
     norm::divided_by_root_mean_square,
     placement::moved,
@@ -43,8 +42,6 @@ pub enum BlockPart<P: Projection> {
     Linear(P),
     /// A few numbers, flat.
     Vector(Param<Tensor<1>>),
-    /// A matrix `[d_output, d_input]` that is no slot.
-    Matrix(Param<Tensor<2>>),
     /// All experts.
     Experts(Vec<Expert<P>>),
 }
@@ -58,8 +55,8 @@ pub enum PartShape {
     Linear([usize; 2], bool),
     /// So many numbers, for this.
     Vector(usize, VectorRole),
-    /// A matrix `[d_output, d_input]`, for this.
-    Matrix([usize; 2], MatrixRole),
+    /// A linear of shape `[d_input, d_output]` without a bias that is never quantized.
+    DenseLinear([usize; 2]),
 }
 
 /// What a block reads and gives beside the residual stream.
@@ -95,7 +92,9 @@ impl<P: Projection> Block<P> {
                 Part::Vector(vector) => {
                     PartShape::Vector(config.vector_shape(vector.role).iter().product(), vector.role)
                 }
-                Part::Matrix(matrix) => PartShape::Matrix(config.matrix_shape(matrix.role), matrix.role),
+                Part::Linear(part) if part.role.stays_dense() => {
+                    PartShape::DenseLinear(config.linear_shape(part.role, index))
+                }
                 Part::Linear(part) => linear(part.role),
                 Part::Experts(experts) => {
                     let count = config.experts.map_or(0, |experts| experts.count);
@@ -118,7 +117,6 @@ impl<P: Projection> Block<P> {
                 (Part::Norm(_), BlockPart::Norm(_))
                     | (Part::Linear(_), BlockPart::Linear(_))
                     | (Part::Vector(_), BlockPart::Vector(_))
-                    | (Part::Matrix(_), BlockPart::Matrix(_))
             );
             assert!(same, "{}: a part of another kind than {entry:?}", entry.name());
             Ok(made)
@@ -135,14 +133,6 @@ impl<P: Projection> Block<P> {
     pub fn norms_mut(&mut self) -> impl Iterator<Item = (NormPlace, &mut Norm)> {
         self.table.iter().zip(&mut self.parts).filter_map(|(entry, part)| match (entry, part) {
             (Part::Norm(norm), BlockPart::Norm(part)) => Some((norm.place, part)),
-            _ => None,
-        })
-    }
-
-    /// The matrices `[d_output, hidden_size]` that are no slots: routers.
-    pub fn matrices_mut(&mut self) -> impl Iterator<Item = &mut Param<Tensor<2>>> {
-        self.parts.iter_mut().filter_map(|part| match part {
-            BlockPart::Matrix(values) => Some(values),
             _ => None,
         })
     }
@@ -197,7 +187,7 @@ impl<P: Projection> Block<P> {
         self.parts.iter_mut().flat_map(|part| match part {
             BlockPart::Linear(linear) => vec![linear],
             BlockPart::Experts(experts) => experts.iter_mut().flatten().collect(),
-            BlockPart::Norm(_) | BlockPart::Vector(_) | BlockPart::Matrix(_) => Vec::new(),
+            BlockPart::Norm(_) | BlockPart::Vector(_) => Vec::new(),
         })
     }
 
@@ -211,7 +201,6 @@ impl<P: Projection> Block<P> {
             Ok(match (entry, part) {
                 (_, BlockPart::Norm(norm)) => BlockPart::Norm(norm),
                 (_, BlockPart::Vector(values)) => BlockPart::Vector(values),
-                (_, BlockPart::Matrix(values)) => BlockPart::Matrix(values),
                 (entry, BlockPart::Linear(linear)) => BlockPart::Linear(f(entry.name(), linear)?),
                 (entry, BlockPart::Experts(experts)) => {
                     let Part::Experts(entry) = entry else { panic!("{entry:?} with experts") };
@@ -438,8 +427,8 @@ impl<P: Projection> Block<P> {
 
     /// The router's scores `[tokens, experts]`.
     fn routed(&self, x: Tensor<2>) -> Tensor<2> {
-        let weight = self.matrix(MatrixRole::Router).unwrap_or_else(|| panic!("experts without a router"));
-        let scores = x.matmul(weight.transpose());
+        let router = self.linear(LinearRole::Router).unwrap_or_else(|| panic!("experts without a router"));
+        let scores = router.forward(x);
         match self.find_vector(VectorRole::RouterBias) {
             Some(bias) => scores + bias.unsqueeze(),
             None => scores,
@@ -464,19 +453,12 @@ impl<P: Projection> Block<P> {
         let mut y = mixture(all, x.clone(), routed, None, log, experts, gated);
         let roles = [LinearRole::SharedGate, LinearRole::SharedUp, LinearRole::SharedDown];
         if let [Some(gate), Some(up), Some(down)] = roles.map(|role| self.linear(role))
-            && let Some(weight) = self.matrix(MatrixRole::SharedExpertGate)
+            && let Some(scored) = self.linear(LinearRole::SharedExpertGate)
         {
-            let score = x.clone().matmul(weight.transpose());
+            let score = scored.forward(x.clone());
             y = y + shared([gate, up, down], x, score);
         }
         y.reshape(sizes)
-    }
-
-    fn matrix(&self, role: MatrixRole) -> Option<Tensor<2>> {
-        self.table.iter().zip(&self.parts).find_map(|(entry, part)| match (entry, part) {
-            (Part::Matrix(matrix), BlockPart::Matrix(values)) if matrix.role == role => Some(values.val()),
-            _ => None,
-        })
     }
 
     fn mlp(&self, x: Tensor<3>, context: &Context, config: &ModelConfig) -> Tensor<3> {

@@ -6,7 +6,7 @@ use burn::{
     tensor::{Device, Int, Tensor, TensorData},
 };
 use kiln_quant_core::{
-    OwnTables, Place, Projection, Slots, TableUpdates, TokenTables,
+    OwnTables, Place, Projection, Slots, Stack, TableUpdates, TokenTables,
     random::{Purpose, generator, normal, path_hash},
 };
 
@@ -181,6 +181,14 @@ impl<M: Slots> Slots for Classifier<M> {
         f: impl FnMut(&str, M::Slot) -> std::result::Result<Q, E>,
     ) -> std::result::Result<Classifier<M::With<Q>>, E> {
         Ok(Classifier { model: self.model.try_map(f)?, score: self.score })
+    }
+
+    fn stays_dense(&self, path: &str) -> bool {
+        self.model.stays_dense(path)
+    }
+
+    fn stacks(&self) -> Vec<Stack> {
+        self.model.stacks()
     }
 
     fn slots(&self) -> Vec<(String, &M::Slot)> {

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     Error, Result,
     families::{
-        Activation, Channels, EXPERT_ROLES, Family, LinearRole, MatrixRole, NormAxis, NormKind, NormPlace,
-        Part, Parts, VectorRole,
+        Activation, Channels, EXPERT_ROLES, Family, LinearRole, NormAxis, NormKind, NormPlace, Part, Parts,
+        VectorRole,
     },
     hf::parse_config,
     stored_config::StoredConfig,
@@ -406,6 +406,8 @@ impl ModelConfig {
             Channels::Expert => self.experts.map_or(0, |experts| experts.width),
             Channels::SharedExpert => self.experts.map_or(0, |experts| experts.shared_width),
             Channels::PerLayer => self.per_layer_input.map_or(0, |inputs| inputs.width),
+            Channels::Experts => self.experts.map_or(0, |experts| experts.count),
+            Channels::One => 1,
         }
     }
 
@@ -431,6 +433,7 @@ impl ModelConfig {
                 self.biases.qkv
             }
             LinearRole::Output => self.biases.o,
+            LinearRole::Router | LinearRole::SharedExpertGate => false,
             _ => self.biases.mlp,
         }
     }
@@ -457,14 +460,6 @@ impl ModelConfig {
         }
     }
 
-    /// `[d_output, d_input]` of a matrix of the blocks that is no slot.
-    pub fn matrix_shape(&self, role: MatrixRole) -> [usize; 2] {
-        match role {
-            MatrixRole::Router => [self.experts.map_or(0, |experts| experts.count), self.hidden_size],
-            MatrixRole::SharedExpertGate => [1, self.hidden_size],
-        }
-    }
-
     /// The linears of block `index`, experts' included, by their paths within the block, in the order in which data flows.
     pub fn linears(&self, index: usize) -> Vec<(String, LinearRole)> {
         self.parts(index).iter().flat_map(|part| self.linears_of(part)).collect()
@@ -480,7 +475,7 @@ impl ModelConfig {
                 let each = (0..count).flat_map(|expert| kinds().map(move |kind| (expert, kind)));
                 each.map(|(expert, (kind, role))| (experts.path(expert, kind), role)).collect()
             }
-            Part::Norm(_) | Part::Vector(_) | Part::Matrix(_) => Vec::new(),
+            Part::Norm(_) | Part::Vector(_) => Vec::new(),
         }
     }
 
@@ -523,11 +518,12 @@ impl ModelConfig {
                             if self.has_bias(role) {
                                 list.add(format!("{path}.bias"), [d_output], TensorRole::Plain);
                             }
-                            list.add(format!("{path}.weight"), [d_output, d_input], TensorRole::Linear);
+                            let kind = match role.stays_dense() {
+                                true => TensorRole::Plain,
+                                false => TensorRole::Linear,
+                            };
+                            list.add(format!("{path}.weight"), [d_output, d_input], kind);
                         }
-                    }
-                    Part::Matrix(matrix) => {
-                        list.add(format!("{path}.weight"), self.matrix_shape(matrix.role), TensorRole::Plain);
                     }
                     Part::Vector(vector) => {
                         list.add(path, self.vector_shape(vector.role), TensorRole::Plain);

@@ -8,7 +8,7 @@ use burn::{
     tensor::{Device, FloatDType, Tensor, TensorData},
 };
 use kiln_quant_core::{
-    Compute, OwnTables, PackedLinear, Place, Projection, QuantLinear, Slots, TableUpdates, TokenTables,
+    Compute, OwnTables, PackedLinear, Place, Projection, QuantLinear, Slots, Stack, TableUpdates, TokenTables,
 };
 
 use crate::{
@@ -483,6 +483,42 @@ impl<P: Projection> Slots for Decoder<P> {
         slots.collect()
     }
 
+    fn stays_dense(&self, path: &str) -> bool {
+        let place =
+            path.strip_prefix(self.config.family.names.blocks).and_then(|rest| rest.strip_prefix('.'));
+        let place = place.and_then(|rest| rest.split_once('.'));
+        place.is_some_and(|(index, name)| {
+            let block = index.parse().ok().and_then(|index: usize| self.blocks.get(index));
+            let linear = block.and_then(|block| block.table.linears().find(|linear| linear.name == name));
+            linear.is_some_and(|linear| linear.role.stays_dense())
+        })
+    }
+
+    fn stacks(&self) -> Vec<Stack> {
+        let family = self.config.family;
+        let mut stacks = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            let Some(part) = block.table.experts() else { continue };
+            let count = self.config.experts.map_or(0, |experts| experts.count);
+            let path = |expert, kind| family.path(index, &part.path(expert, kind));
+            let mut add = |name: &str, experts: Vec<Vec<String>>| {
+                let alternates =
+                    part.stacked.is_some_and(|stacked| stacked.interleaved) && experts[0].len() > 1;
+                stacks.push(Stack { parameter: family.path(index, name), experts, alternates });
+            };
+            if count > 0 {
+                let both = (0..count).map(|expert| vec![path(expert, 0), path(expert, 1)]);
+                add(&format!("{}.gate_up_proj", part.module), both.collect());
+                let down = (0..count).map(|expert| vec![path(expert, 2)]);
+                add(&format!("{}.down_proj", part.module), down.collect());
+            }
+            if let (Some(parameter), Some(router)) = (part.router, block.table.linear(LinearRole::Router)) {
+                add(parameter, vec![vec![family.path(index, router.name)]]);
+            }
+        }
+        stacks
+    }
+
     fn token_tables(&self) -> Option<TokenTables> {
         Some(self.tables())
     }
@@ -694,19 +730,10 @@ impl<P: Projection> Decoder<P> {
         let per_layer = self.per_layer.iter().zip(self.config.family.names.per_layer);
         let per_layer =
             per_layer.map(|(inputs, paths)| (format!("{}.weight", paths.projection), &inputs.projection));
-        let blocks = self.blocks.iter().enumerate();
-        let matrices = blocks.flat_map(|(index, block)| {
-            block.parts().filter_map(move |(name, part)| match part {
-                BlockPart::Matrix(values) => {
-                    Some((format!("{}.weight", self.config.family.path(index, name)), values))
-                }
-                _ => None,
-            })
-        });
         let projections = self.projections.iter().flatten();
         let projections = self.config.family.names.projections.into_iter().flatten().zip(projections);
         let projections = projections.map(|(path, values)| (format!("{path}.weight"), values));
-        projections.chain(per_layer).chain(matrices).collect()
+        projections.chain(per_layer).collect()
     }
 }
 
@@ -739,7 +766,9 @@ impl Decoder<QuantLinear> {
     pub fn stored_bytes(&self) -> usize {
         let tables = [Some(&self.embed_tokens), self.per_layer.as_ref().map(|inputs| &inputs.table)];
         let tables: usize = tables.into_iter().flatten().map(Embedding::stored_bytes).sum();
-        let linears: usize = self.slots().into_iter().map(|(_, slot)| slot.storage_bytes()).sum();
+        // Those that stay dense are among the plain ones.
+        let slots = self.slots().into_iter().filter(|(path, _)| !self.stays_dense(path));
+        let linears: usize = slots.map(|(_, slot)| slot.storage_bytes()).sum();
         let head = self.lm_head.as_ref().map_or(0, QuantLinear::storage_bytes);
         let plain = self.config.tensors().into_iter().filter(|tensor| tensor.role == TensorRole::Plain);
         let plain: usize = plain.map(|tensor| 4 * tensor.shape.iter().product::<usize>()).sum();

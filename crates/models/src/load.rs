@@ -287,7 +287,7 @@ impl Loader<'_> {
                 match shape {
                     PartShape::Norm(width) => self.norm(&path, width, config).map(BlockPart::Norm),
                     PartShape::Linear(shape, bias) => self.linear(&path, shape, bias).map(BlockPart::Linear),
-                    PartShape::Matrix(shape, _) => self.plain_matrix(&path, shape).map(BlockPart::Matrix),
+                    PartShape::DenseLinear(shape) => self.dense_linear(&path, shape).map(BlockPart::Linear),
                     PartShape::Vector(length, role) => {
                         let values = self.dense(&path, &config.vector_shape(role))?.values;
                         Ok(BlockPart::Vector(frozen(self.tensor(&path, values, [length])?)))
@@ -327,6 +327,15 @@ impl Loader<'_> {
         let name = format!("{path}.weight");
         let values = self.dense(&name, &shape)?.values;
         Ok(frozen(self.tensor(&name, values, shape)?))
+    }
+
+    /// A linear without a bias that no plan quantizes.
+    fn dense_linear(&mut self, path: &str, shape: [usize; 2]) -> Result<QuantLinear> {
+        let [d_input, d_output] = shape;
+        let name = format!("{path}.weight");
+        let values = transposed(&self.dense(&name, &[d_output, d_input])?.values, d_output, d_input);
+        let weight = frozen(self.tensor(&name, values, shape)?);
+        Ok(QuantLinear::Dense(Linear { weight, bias: None }))
     }
 
     fn embedding(&mut self, path: &str, rows: usize, width: usize) -> Result<Embedding> {

@@ -35,7 +35,6 @@ macro_rules! block {
             BlockPart::Norm($part) => BlockPart::Norm($call),
             BlockPart::Linear($part) => BlockPart::Linear($call),
             BlockPart::Vector($part) => BlockPart::Vector($call),
-            BlockPart::Matrix($part) => BlockPart::Matrix($call),
             BlockPart::Experts(experts) => {
                 BlockPart::Experts(experts.into_iter().map(|expert| expert.map(|$part| $call)).collect())
             }
@@ -50,7 +49,6 @@ impl<P: Projection> Module for Block<P> {
             BlockPart::Norm(norm) => norm.collect_devices(devices),
             BlockPart::Linear(linear) => linear.collect_devices(devices),
             BlockPart::Vector(values) => values.collect_devices(devices),
-            BlockPart::Matrix(values) => values.collect_devices(devices),
             BlockPart::Experts(experts) => {
                 experts.iter().flatten().fold(devices, |devices, linear| linear.collect_devices(devices))
             }
@@ -93,7 +91,6 @@ impl<P: Projection> Module for Block<P> {
                 BlockPart::Norm(norm) => visit_at(visitor, &path, norm),
                 BlockPart::Linear(linear) => visit_at(visitor, &path, linear),
                 BlockPart::Vector(values) => visit_at(visitor, &path, values),
-                BlockPart::Matrix(values) => visit_at(visitor, &[&path[..], &["weight"]].concat(), values),
                 BlockPart::Experts(_) => {}
             }
         }
@@ -108,9 +105,6 @@ impl<P: Projection> Module for Block<P> {
                 BlockPart::Norm(norm) => BlockPart::Norm(map_at(mapper, &path, norm)),
                 BlockPart::Linear(linear) => BlockPart::Linear(map_at(mapper, &path, linear)),
                 BlockPart::Vector(values) => BlockPart::Vector(map_at(mapper, &path, values)),
-                BlockPart::Matrix(values) => {
-                    BlockPart::Matrix(map_at(mapper, &[&path[..], &["weight"]].concat(), values))
-                }
                 BlockPart::Experts(experts) => {
                     let Part::Experts(entry) = entry else { panic!("{entry:?} with experts") };
                     let mut one = |index, kind, linear| {
@@ -134,7 +128,6 @@ impl<P: Projection> ModuleDisplayDefault for Block<P> {
             BlockPart::Norm(norm) => content.add(name, norm),
             BlockPart::Linear(linear) => content.add(name, linear),
             BlockPart::Vector(values) => content.add(name, values),
-            BlockPart::Matrix(values) => content.add(name, values),
             BlockPart::Experts(experts) => {
                 experts.iter().flatten().fold(content, |content, linear| content.add(name, linear))
             }

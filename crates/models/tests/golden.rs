@@ -107,8 +107,9 @@ fn dense_folders() -> impl Iterator<Item = &'static str> {
 }
 
 /// Their files keep the gradients of what the scaling, the window or the type touches.
-const PARTLY: [&str; 6] = [
+const PARTLY: [&str; 7] = [
     "llama-untied-f16",
+    "llama-untied-bf16",
     "llama-rope-linear",
     "llama-rope-dynamic",
     "llama-rope-yarn",

@@ -1,6 +1,6 @@
 //! Cutting a model to what stays.
 
-use std::fmt;
+use std::{collections::BTreeSet, fmt};
 
 use burn::{
     module::{Param, ParamId},
@@ -233,9 +233,6 @@ impl Cutter<'_> {
             let names = config.family.names;
             model.embed_tokens = self.embedding(names.embedding, model.embed_tokens, &hidden)?;
             model.embed_positions = model.embed_positions.map(|table| self.param(table, 1, &hidden));
-            for matrix in model.blocks.iter_mut().flat_map(Block::matrices_mut) {
-                *matrix = self.param(matrix.clone(), 1, &hidden);
-            }
             if let Some(norm) = &mut model.embed_norm {
                 self.norm(norm, &hidden, config.norm_eps);
             }
@@ -281,6 +278,12 @@ pub(crate) fn add_biases(
     let everywhere = config.biases.qkv;
     let structure = Structure::of(&config);
     let linears = structure.by_path();
+    let without: BTreeSet<String> = model
+        .slot_shapes()
+        .into_iter()
+        .map(|(path, _)| path)
+        .filter(|path| model.stays_dense(path))
+        .collect();
     let model = model.try_map(|path, slot| {
         let [_, d_output] = slot.shape();
         let query = linears.get(path).is_some_and(|linear| linear.output.are_heads());
@@ -289,7 +292,7 @@ pub(crate) fn add_biases(
                 return Err(Error::mismatch(path, format!("a bias of {d_output} values"), values.len()));
             }
             Some(values) => Some(Tensor::<1>::from_floats(values.as_slice(), &device)),
-            None if query && !everywhere => None,
+            None if query && !everywhere || without.contains(path) => None,
             None => Some(Tensor::zeros([d_output], &device)),
         };
         let Some(bias) = bias else { return Ok(slot) };

@@ -118,7 +118,11 @@ impl Kept {
                 positions.sort_unstable();
                 return (kept.heads.len() < all).then_some(positions);
             }
-            Channels::Expert | Channels::SharedExpert | Channels::PerLayer => return None,
+            Channels::Expert
+            | Channels::SharedExpert
+            | Channels::PerLayer
+            | Channels::Experts
+            | Channels::One => return None,
             Channels::Mlp => (&kept.channels, 1, groups.shape.intermediate_size),
             Channels::GateUp => {
                 let all = groups.shape.intermediate_size;

@@ -110,7 +110,11 @@ pub(crate) fn masked(model: Decoder<QuantLinear>, kept: &Kept) -> Decoder<QuantL
         let groups = &structure.layers[linear.layer];
         let stays = |input: usize| match linear.input {
             Channels::Hidden | Channels::KeyValue | Channels::QueryKeyValue(_) | Channels::GateUp => true,
-            Channels::Expert | Channels::SharedExpert | Channels::PerLayer => true,
+            Channels::Expert
+            | Channels::SharedExpert
+            | Channels::PerLayer
+            | Channels::Experts
+            | Channels::One => true,
             Channels::Mlp => layer.channels.contains(&input),
             Channels::Query => {
                 layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group()))

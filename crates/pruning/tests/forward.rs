@@ -59,7 +59,7 @@ fn model() -> Decoder<QuantLinear> {
     let block = Block::build(&config, 0, |name, shape| {
         Ok::<_, Infallible>(match shape {
             PartShape::Norm(_) => BlockPart::Norm(norm()),
-            PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
+            PartShape::Vector(..) | PartShape::DenseLinear(..) => unreachable!("LLaMA has none"),
             PartShape::Linear(..) => BlockPart::Linear(linear(name.rsplit('.').next().unwrap())),
         })
     });

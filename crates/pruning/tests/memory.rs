@@ -52,7 +52,7 @@ fn model(blocks: usize) -> Decoder<QuantLinear> {
         let block = Block::build(&config, index, |_, shape| {
             Ok::<_, Infallible>(match shape {
                 PartShape::Norm(_) => BlockPart::Norm(norm()),
-                PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
+                PartShape::Vector(..) | PartShape::DenseLinear(..) => unreachable!("LLaMA has none"),
                 PartShape::Linear(shape, _) => {
                     seed += 1;
                     BlockPart::Linear(linear(seed - 1, shape))

@@ -44,7 +44,7 @@ pub use quantizers::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, Quant
 pub use scheme::{
     Block, DOUBLE_BLOCK, Grid, QuantScheme, SUPER_BLOCK, ScaleType, Scheme, SuperLayout, Value,
 };
-pub use slots::{OwnTables, Slots};
+pub use slots::{OwnTables, Slots, Stack};
 pub use storage::{StorageReport, StorageRow};
 pub use tables::{LowRankUpdate, TableUpdates, TokenRows, TokenTables};
 pub use tensor::PackedTensor;

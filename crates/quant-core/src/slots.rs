@@ -40,6 +40,18 @@ pub trait Slots: Module + ModuleDisplay {
         self.slots().into_iter().map(|(path, slot)| (path, slot.shape())).collect()
     }
 
+    /// Whether the slot `path` is one that no scheme is for: a router, whose scores decide which way tokens go. It can be
+    /// adapted, but stays dense whatever becomes of the others.
+    fn stays_dense(&self, _path: &str) -> bool {
+        false
+    }
+
+    /// Parameters in which other programs hold several slots each, or one that is no linear there; of one module in the order
+    /// in which it lists them.
+    fn stacks(&self) -> Vec<Stack> {
+        Vec::new()
+    }
+
     /// The token embedding and the head, of a model that has them.
     fn token_tables(&self) -> Option<TokenTables> {
         None
@@ -95,6 +107,17 @@ pub trait Slots: Module + ModuleDisplay {
     fn with_merged_tables(self) -> Self {
         self
     }
+}
+
+/// A parameter in which other programs hold several slots, or one that is no linear there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Stack {
+    /// Its name there: `model.layers.0.mlp.experts.gate_up_proj`, `model.layers.0.mlp.gate.weight`.
+    pub parameter: String,
+    /// For each expert the slots whose outputs make up its own, one after another; of a router one with one.
+    pub experts: Vec<Vec<String>>,
+    /// Whether those outputs alternate in place of following each other.
+    pub alternates: bool,
 }
 
 /// Which tables become parameters of their own.

@@ -63,11 +63,6 @@ impl Init {
         if role.is_trained() { values } else { values.set_require_grad(false) }
     }
 
-    /// A matrix `[d_output, d_input]`, as a linear's.
-    pub(crate) fn matrix(&self, path: &str, [d_output, d_input]: [usize; 2]) -> Param<Tensor<2>> {
-        self.uniform(path, d_input, [d_output, d_input])
-    }
-
     /// A norm that leaves its input's scale alone: gains of 1.
     pub(crate) fn norm(&self, kind: NormKind, width: usize, eps: f64, affine: bool) -> Norm {
         let gain = if kind == NormKind::RmsOnePlus { 0.0 } else { 1.0 };

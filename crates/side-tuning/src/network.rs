@@ -133,8 +133,8 @@ fn block(model: &ModelConfig, index: usize, init: &Init) -> Block<Linear> {
         Ok::<_, Infallible>(match shape {
             PartShape::Norm(width) => BlockPart::Norm(init.norm(kind, width, eps, affine)),
             PartShape::Vector(size, role) => BlockPart::Vector(init.vector(size, role)),
-            PartShape::Matrix(shape, _) => {
-                BlockPart::Matrix(init.matrix(&format!("blocks.{index}.{name}.weight"), shape))
+            PartShape::DenseLinear(shape) => {
+                BlockPart::Linear(init.linear(&format!("blocks.{index}.{name}"), shape, false))
             }
             PartShape::Linear(shape, bias) => {
                 BlockPart::Linear(init.linear(&format!("blocks.{index}.{name}"), shape, bias))

@@ -61,7 +61,7 @@ impl Model {
             Block::build(&config, index, |_, shape| {
                 Ok::<_, kiln::quant::Error>(match shape {
                     PartShape::Norm(width) => BlockPart::Norm(norm(width, config.norm_eps, device)),
-                    PartShape::Vector(..) | PartShape::Matrix(..) => unreachable!("LLaMA has none"),
+                    PartShape::Vector(..) | PartShape::DenseLinear(..) => unreachable!("LLaMA has none"),
                     PartShape::Linear([d_input, d_output], bias) => {
                         let weight = packed([d_input, d_output], &mut words, device)?;
                         let bias = bias.then(|| frozen(Tensor::zeros([d_output], device)));

@@ -143,7 +143,8 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
         let [d_input, d_output] = linear.shape();
         weights += linear.storage_bytes();
         let slot = Slot::new(path, d_input, d_output);
-        match choices.frozen(path) {
+        let frozen = if model.stays_dense(path) { Some(Scheme::Dense) } else { choices.frozen(path) };
+        match frozen {
             Some(scheme) => fixed_units.push((slot, scheme)),
             None => open.push(slot),
         }

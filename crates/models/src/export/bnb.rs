@@ -15,7 +15,7 @@ use super::{
     item::{self, Host, Item},
     report::Written,
 };
-use crate::{Checkpoint, Decoder, Result, config::TensorRole, source::transposed};
+use crate::{Checkpoint, Decoder, Result, Slots, config::TensorRole, source::transposed};
 
 /// Values under one scale that bitsandbytes has kernels for.
 const BLOCKS: std::ops::RangeInclusive<usize> = 64..=4096;
@@ -45,7 +45,10 @@ pub fn export_bitsandbytes(
         }
     }
     // Linears too, where transformers has them; routers that are none there are passed over by it.
-    dense.extend(model.matrices().into_iter().map(|(name, _)| name.trim_end_matches(".weight").to_owned()));
+    let plain = model.matrices().into_iter().map(|(name, _)| name.trim_end_matches(".weight").to_owned());
+    dense.extend(
+        plain.chain(model.slots().into_iter().map(|(path, _)| path).filter(|path| model.stays_dense(path))),
+    );
     if let Some((codebook, _)) = schemes.first() {
         let double = schemes.iter().any(|(_, scheme)| scheme.scales == ScaleType::Double);
         config.insert("quantization_config".into(), quantization(*codebook, double, &dense, options.float));

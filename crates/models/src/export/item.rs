@@ -150,7 +150,13 @@ pub(super) fn items_as(model: &Decoder<QuantLinear>, conv1d: bool) -> Result<Vec
     }
     let transposed = !conv1d;
     for (path, slot) in model.slots() {
-        list.linear(&path, TensorRole::Linear, slot, transposed);
+        match slot {
+            QuantLinear::Dense(linear) if model.stays_dense(&path) => {
+                let stored = Stored::Matrix(linear.weight.val(), true);
+                list.add(&format!("{path}.weight"), TensorRole::Plain, stored);
+            }
+            slot => list.linear(&path, TensorRole::Linear, slot, transposed),
+        }
     }
     if let Some(head) = &model.lm_head {
         list.linear(names.head, TensorRole::Head, head, true);

@@ -3,14 +3,15 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    ExpertsPart, Family, GgufArchitecture, LinearRole, MatrixPart, MatrixRole, ModulePath, NormPlace, Part,
-    Parts, StackedExperts, VectorRole,
+    ExpertsPart, Family, GgufArchitecture, LinearRole, ModulePath, NormPlace, Part, Parts, StackedExperts,
+    VectorRole,
     class::{
         self, ATTENTION, ATTENTION_BIAS, BiasKey, Class, ExpertKeys, HeadDim, MLP, Multipliers, QKV, Rope,
         Windows,
     },
+    linear,
     llama::{BLOCK, INTERLEAVED, LIKE_LLAMA, NO_TOKENS},
-    matrix, norm, plain_linear, plain_norm, vector,
+    norm, plain_linear, plain_norm, vector,
 };
 use crate::{
     Result,
@@ -24,11 +25,12 @@ use crate::{
 };
 
 const fn router(name: &'static str) -> Part {
-    Part::Matrix(MatrixPart { name, role: MatrixRole::Router, gguf: "ffn_gate_inp" })
+    linear(name, LinearRole::Router, "ffn_gate_inp")
 }
 
 const fn experts(name: &'static str, linears: [&'static str; 3]) -> Part {
-    Part::Experts(ExpertsPart { name, linears, gguf: STACKS, stacked: None })
+    let (module, router) = ("mlp.experts", Some("mlp.gate.weight"));
+    Part::Experts(ExpertsPart { name, linears, gguf: STACKS, stacked: None, module, router })
 }
 
 /// What experts are stacked in in GGUF files.
@@ -103,7 +105,7 @@ const QWEN2_MOE_BLOCK: [Part; 12] = {
         plain_linear("mlp.shared_expert.gate_proj", LinearRole::SharedGate),
         plain_linear("mlp.shared_expert.up_proj", LinearRole::SharedUp),
         plain_linear("mlp.shared_expert.down_proj", LinearRole::SharedDown),
-        matrix("mlp.shared_expert_gate", MatrixRole::SharedExpertGate),
+        plain_linear("mlp.shared_expert_gate", LinearRole::SharedExpertGate),
     ]
 };
 
@@ -223,6 +225,8 @@ const GRANITEMOE_BLOCK: [Part; 8] = with_experts(
             biases: ["", ""],
             interleaved: false,
         }),
+        module: "block_sparse_moe.experts",
+        router: Some("block_sparse_moe.router.weight"),
     }),
 );
 
@@ -250,7 +254,7 @@ const GPT_OSS_BLOCK: [Part; 10] = {
         e,
         vector("self_attn.sinks", VectorRole::Sinks),
         f,
-        matrix("mlp.router", MatrixRole::Router),
+        plain_linear("mlp.router", LinearRole::Router),
         vector("mlp.router.bias", VectorRole::RouterBias),
         Part::Experts(ExpertsPart {
             name: "mlp.experts",
@@ -261,6 +265,8 @@ const GPT_OSS_BLOCK: [Part; 10] = {
                 biases: ["mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"],
                 interleaved: true,
             }),
+            module: "mlp.experts",
+            router: Some("mlp.router.weight"),
         }),
     ]
 };

@@ -4,14 +4,14 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    ExpertsPart, Family, LLAMA_NAMES, LinearRole, MatrixRole, ModulePath, Names, NormKind, NormPlace, Part,
-    Parts, PerLayerNames, StackedExperts, VectorRole,
+    ExpertsPart, Family, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace, Part, Parts,
+    PerLayerNames, StackedExperts, VectorRole,
     class::{
         self, ATTENTION_BIAS, Class, ExpertKeys, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, Multipliers, Rope,
         Windows,
     },
     llama::LIKE_LLAMA,
-    matrix, plain_linear, plain_norm, vector,
+    plain_linear, plain_norm, vector,
 };
 use crate::{
     Result,
@@ -39,7 +39,7 @@ const ALL: [Part; 24] = [
     plain_linear("mlp.down_proj", LinearRole::Down),
     plain_norm("post_feedforward_layernorm_1", NormPlace::PostDense),
     vector("router.scale", VectorRole::RouterScale),
-    matrix("router.proj", MatrixRole::Router),
+    plain_linear("router.proj", LinearRole::Router),
     vector("router.per_expert_scale", VectorRole::ExpertScales),
     plain_norm("pre_feedforward_layernorm_2", NormPlace::PreExperts),
     Part::Experts(ExpertsPart {
@@ -51,6 +51,8 @@ const ALL: [Part; 24] = [
             biases: [""; 2],
             interleaved: false,
         }),
+        module: "experts",
+        router: None,
     }),
     plain_norm("post_feedforward_layernorm_2", NormPlace::PostExperts),
     plain_norm("post_feedforward_layernorm", NormPlace::PostMlp),
@@ -99,6 +101,7 @@ impl Kind {
                 LinearRole::Value => matches!(self.keys, Keyed::Both),
                 LinearRole::Key => !matches!(self.keys, Keyed::Shared),
                 LinearRole::PerLayerGate | LinearRole::PerLayerProjection => self.input,
+                LinearRole::Router => self.experts,
                 _ => true,
             },
             Part::Norm(norm) => match norm.place {
@@ -111,7 +114,7 @@ impl Kind {
                 VectorRole::RouterScale | VectorRole::ExpertScales => self.experts,
                 _ => true,
             },
-            Part::Matrix(_) | Part::Experts(_) => self.experts,
+            Part::Experts(_) => self.experts,
         }
     }
 }

@@ -265,8 +265,6 @@ pub enum Part {
     Linear(LinearPart),
     /// A few numbers.
     Vector(VectorPart),
-    /// A small matrix that is neither quantized nor adapted.
-    Matrix(MatrixPart),
     /// All experts of the MLP, each with linears of its own.
     Experts(ExpertsPart),
 }
@@ -340,26 +338,6 @@ impl VectorRole {
     }
 }
 
-/// A small matrix of a block that is neither quantized nor adapted.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct MatrixPart {
-    /// The module's path within the block; the tensor is its `weight`, `[d_output, d_input]`.
-    pub name: &'static str,
-    /// What it is for.
-    pub role: MatrixRole,
-    /// Name within the block in GGUF files.
-    pub gguf: &'static str,
-}
-
-/// What a [`MatrixPart`] is for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MatrixRole {
-    /// From the residual stream to a score for each expert.
-    Router,
-    /// From the residual stream to the shared expert's one gate.
-    SharedExpertGate,
-}
-
 /// The experts of an MLP: each has a gate, a way in and a way out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExpertsPart {
@@ -371,6 +349,10 @@ pub struct ExpertsPart {
     pub gguf: [&'static str; 3],
     /// How the family's own files stack all experts in one tensor a kind; `None` where each expert has its tensors.
     pub stacked: Option<StackedExperts>,
+    /// Path within the block of the module in which transformers stacks them, as `gate_up_proj` and `down_proj`.
+    pub module: &'static str,
+    /// The router's parameter there, where that is no linear.
+    pub router: Option<&'static str>,
 }
 
 /// Experts as two tensors, `[experts, ..]`, of gate and way in, and of the way out.
@@ -409,7 +391,6 @@ impl Part {
             Self::Norm(norm) => norm.name,
             Self::Linear(linear) => linear.name,
             Self::Vector(vector) => vector.name,
-            Self::Matrix(matrix) => matrix.name,
             Self::Experts(experts) => experts.name,
         }
     }
@@ -424,7 +405,6 @@ impl Part {
         match self {
             Self::Norm(norm) => norm.gguf,
             Self::Linear(linear) => linear.gguf,
-            Self::Matrix(matrix) => matrix.gguf,
             Self::Experts(experts) => experts.gguf[0],
             Self::Vector(_) => "",
         }
@@ -539,6 +519,10 @@ pub enum LinearRole {
     PerLayerGate,
     /// From there back.
     PerLayerProjection,
+    /// From the residual stream to a score for each expert.
+    Router,
+    /// From the residual stream to the one gate of the expert that all tokens go through.
+    SharedExpertGate,
 }
 
 /// How the rows of a matrix of queries, keys and values follow each other.
@@ -588,7 +572,14 @@ impl LinearRole {
             Self::SharedDown => [Channels::SharedExpert, Channels::Hidden],
             Self::PerLayerGate => [Channels::Hidden, Channels::PerLayer],
             Self::PerLayerProjection => [Channels::PerLayer, Channels::Hidden],
+            Self::Router => [Channels::Hidden, Channels::Experts],
+            Self::SharedExpertGate => [Channels::Hidden, Channels::One],
         }
+    }
+
+    /// Whether it decides which way tokens go: small, never quantized, computed in f32 and without a bias of its own.
+    pub fn stays_dense(self) -> bool {
+        matches!(self, Self::Router | Self::SharedExpertGate)
     }
 
     /// Whether it belongs to the attention, not to the MLP.
@@ -618,6 +609,10 @@ pub enum Channels {
     SharedExpert,
     /// Channels of a block's own input.
     PerLayer,
+    /// One for each expert.
+    Experts,
+    /// A single one.
+    One,
 }
 
 impl Channels {
@@ -625,9 +620,14 @@ impl Channels {
     pub fn are_heads(self) -> bool {
         match self {
             Self::Query | Self::KeyValue | Self::QueryKeyValue(_) => true,
-            Self::Hidden | Self::Mlp | Self::GateUp | Self::Expert | Self::SharedExpert | Self::PerLayer => {
-                false
-            }
+            Self::Hidden
+            | Self::Mlp
+            | Self::GateUp
+            | Self::Expert
+            | Self::SharedExpert
+            | Self::PerLayer
+            | Self::Experts
+            | Self::One => false,
         }
     }
 }
@@ -775,11 +775,6 @@ const fn plain_norm(name: &'static str, place: NormPlace) -> Part {
 /// An entry of a block's table, in families that GGUF files don't know.
 const fn plain_linear(name: &'static str, role: LinearRole) -> Part {
     linear(name, role, "")
-}
-
-/// An entry of a block's table.
-const fn matrix(name: &'static str, role: MatrixRole) -> Part {
-    Part::Matrix(MatrixPart { name, role, gguf: "" })
 }
 
 /// An entry of a block's table.

@@ -42,8 +42,7 @@ pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
         let entry = family.blocks[0].iter().find(|entry| entry.gguf() == module)?;
         let known = match entry {
             Part::Norm(_) => known(true, part),
-            Part::Linear(_) => known(false, part),
-            Part::Matrix(_) => part == "weight",
+            Part::Linear(linear) => part == "weight" || known(false, part) && !linear.role.stays_dense(),
             Part::Experts(_) | Part::Vector(_) => false,
         };
         return known.then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
