@@ -608,6 +608,15 @@ impl RopeConfig {
         Self { theta, scaling: RopeScaling::Default, partial_rotary_factor: 1.0 }
     }
 
+    /// The base of the frequencies with the stretch that [`RopeScaling::Alpha`] gives it.
+    pub(crate) fn stretched_theta(&self, head_dim: usize) -> f64 {
+        let d = head_dim as f64;
+        match self.scaling {
+            RopeScaling::Alpha { alpha } => self.theta * alpha.powf(d / (d - 2.0)),
+            _ => self.theta,
+        }
+    }
+
     /// Channels of a head that are rotated: an even number of them.
     pub fn rotated(&self, head_dim: usize) -> usize {
         match self.scaling {

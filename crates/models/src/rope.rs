@@ -55,10 +55,7 @@ pub(crate) fn frequencies(rope: &RopeConfig, head_dim: usize, length: usize) -> 
             };
             (base.iter().enumerate().map(blend).collect(), *attention_factor)
         }
-        RopeScaling::Alpha { alpha } => {
-            let d = head_dim as f64;
-            (plain(rope.theta * alpha.powf(d / (d - 2.0))), 1.0)
-        }
+        RopeScaling::Alpha { .. } => (plain(rope.stretched_theta(head_dim)), 1.0),
         RopeScaling::LongRope {
             short_factor,
             long_factor,

@@ -17,10 +17,10 @@ use super::{
 use crate::{
     Checkpoint, Decoder, Result,
     config::{AttentionScale, ModelConfig, RopeScaling, TensorRole},
-    families::Family,
+    families::{Family, FusedRows, GgufArchitecture, Part},
     gguf::{
         BlockType, Blocks, Parts, Value as Key, layers, llama3_factors,
-        names::{self, Heads, ROPE_FACTORS},
+        names::{Heads, Names, ROPE_FACTORS, RowOrder},
         writer::{self, NewTensor},
     },
 };
@@ -104,16 +104,21 @@ pub fn export_gguf(
     let path = path.as_ref();
     check_options(options)?;
     let config = model.config();
-    let family = family(config)?;
+    let names = names(config)?;
+    let family = names.family;
     let items = item::items_as(model, false)?;
-    let writer = Exporter { config, family, options };
+    let writer = Exporter { config, names, options };
     let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
     let (mut tensors, mut stacks, mut kinds) = (Vec::new(), Vec::new(), BTreeMap::new());
     for item in &items {
         let host = item.host()?;
         let converted = writer.convert(item, &host)?;
         let (max_difference, relative_difference) = difference(&host, &converted.written);
-        let tensor = NewTensor { name: gguf_name(family, item)?, shape: item.shape(), kind: converted.kind };
+        let mut shape = item.shape();
+        if names.is_flat(&item.name()) {
+            shape.remove(0);
+        }
+        let tensor = NewTensor { name: gguf_name(names, item)?, shape, kind: converted.kind };
         let (name, stored) = (item.name(), converted.kind.name().to_owned());
         let bytes = tensor.bytes().unwrap_or(0) as u64;
         report.rows.push(ExportRow { name, stored, bytes, max_difference, relative_difference });
@@ -152,7 +157,7 @@ fn add<'a>(
     item: &'a Item,
 ) -> Result<()> {
     let Some(place) = tensors.iter().position(|other| other.name == tensor.name) else {
-        let is_expert = tensor.name.ends_with("_exps.weight");
+        let is_expert = tensor.name.ends_with("_exps.weight") || tensor.name.ends_with("_exps.bias");
         let shape = if is_expert { [&[1], &tensor.shape[..]].concat() } else { tensor.shape };
         tensors.push(NewTensor { shape, ..tensor });
         stacks.push(vec![item]);
@@ -180,15 +185,16 @@ fn check_options(options: &GgufOptions) -> Result<()> {
     Err(refuse("GgufOptions.dense", "F32, F16, BF16 or Q8_0", options.dense.name()))
 }
 
-fn gguf_name(family: &Family, item: &Item) -> Result<String> {
+fn gguf_name(names: Names, item: &Item) -> Result<String> {
     let name = item.name();
-    names::from_hugging_face(family, &name)
-        .ok_or_else(|| refuse(&name, format!("a tensor of the family {family:?}"), "another"))
+    names
+        .gguf(&name)
+        .ok_or_else(|| refuse(&name, format!("a tensor of the family {:?}", names.family), "another"))
 }
 
-/// The family whose GGUF architecture computes what `config` says, in llama.cpp too: the model's own, or `llama`, which
-/// takes any biases, where those of the model aren't its family's.
-pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
+/// The names of the family whose GGUF architecture computes what `config` says, in llama.cpp too: the model's own, or `llama`,
+/// which takes any biases, where those of the model aren't its family's.
+pub(super) fn names(config: &ModelConfig) -> Result<Names> {
     let own = config.family;
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
@@ -201,13 +207,21 @@ pub(super) fn family(config: &ModelConfig) -> Result<&'static Family> {
         Some(llama) if own.blocks == llama.blocks => llama,
         _ => return Err(refuse("biases", "none beside norms on q and k", format!("{:?}", config.biases))),
     };
-    check_expressible(&ModelConfig { family, ..config.clone() })?;
-    Ok(family)
+    let kind = config.block_kinds.first().copied().unwrap_or(0);
+    let names = Names { family, kind };
+    let is_named = |part: &Part| !part.gguf().is_empty();
+    if config.block_kinds.iter().any(|other| *other != kind) || !family.blocks[kind].iter().all(is_named) {
+        let expected = "blocks of one kind, which the architecture has names for";
+        return Err(refuse("config.block_kinds", expected, format!("{:?}", config.block_kinds)));
+    }
+    check_expressible(&ModelConfig { family, ..config.clone() }, kind)?;
+    Ok(names)
 }
 
 /// Refuses what these files have no key for and their readers take for granted.
-fn check_expressible(config: &ModelConfig) -> Result<()> {
+fn check_expressible(config: &ModelConfig, kind: usize) -> Result<()> {
     let class = &config.family.class;
+    let gguf = config.family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     let usual = |what: &str, expected: String, found: String| match expected == found {
         true => Ok(()),
         false => Err(refuse(&format!("config.{what}"), expected, found)),
@@ -221,7 +235,10 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
     let factor = |key: &str, value: f64| if key.is_empty() { 1.0 } else { value };
     let residual = factor(class.multipliers.residual, config.residual_multiplier);
     usual("residual_multiplier", residual.to_string(), config.residual_multiplier.to_string())?;
-    let logits = factor(class.multipliers.logits_divisor, config.logit_multiplier);
+    let logits = match class.multipliers.logits {
+        Some(_) => config.logit_multiplier,
+        None => factor(class.multipliers.logits_divisor, config.logit_multiplier),
+    };
     usual("logit_multiplier", logits.to_string(), config.logit_multiplier.to_string())?;
     let scale = match config.attention_scale {
         AttentionScale::Factor(_) if !class.multipliers.attention.is_empty() => config.attention_scale,
@@ -231,24 +248,24 @@ fn check_expressible(config: &ModelConfig) -> Result<()> {
     let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
     let layers = layers::attention(config, window);
     usual("layer_attention", format!("{layers:?}"), format!("{:?}", config.layer_attention))?;
-    usual("parallel", class.parallel.to_string(), config.parallel.to_string())?;
+    let parallel = if gguf.parallel_key { config.parallel } else { gguf.parallel_kinds.contains(&kind) };
+    usual("parallel", parallel.to_string(), config.parallel.to_string())?;
+    usual("alibi", f64::from(u8::from(gguf.alibi)).to_string(), config.alibi.to_string())?;
     usual("activation", format!("{:?}", class.activations[0].1), format!("{:?}", config.activation))?;
-    let tied = class.scales_embedding || config.tie_word_embeddings;
+    let tied = class.scales_embedding || gguf.always_tied || config.tie_word_embeddings;
     usual("tie_word_embeddings", tied.to_string(), config.tie_word_embeddings.to_string())?;
     if let Some(experts) = &config.experts {
-        usual("experts.normalise", "true".into(), experts.normalise.to_string())?;
-        usual("experts.shared_width", "0".into(), experts.shared_width.to_string())?;
-        usual("experts.clamped", "None".into(), format!("{:?}", experts.clamped))?;
+        usual("experts.normalise", gguf.normalises.to_string(), experts.normalise.to_string())?;
+        let clamped = layers::clamped(config.family);
+        usual("experts.clamped", format!("{clamped:?}"), format!("{:?}", experts.clamped))?;
     }
     if let [_, sliding, ..] = config.rope.as_slice() {
         usual("rope[1].scaling", "Default".into(), format!("{:?}", sliding.scaling))?;
     }
     let none = [
         ("query_temperature", config.query_temperature.is_none()),
-        ("alibi", config.alibi == 0.0),
         ("qkv_clip", config.qkv_clip.is_none()),
         ("projections", config.embedding_width.is_none()),
-        ("block_kinds", config.block_kinds.is_empty()),
     ];
     match none.into_iter().find(|(_, none)| !none) {
         Some((what, _)) => Err(refuse(&format!("config.{what}"), "none", "one")),
@@ -271,13 +288,13 @@ struct Converted {
 
 struct Exporter<'a> {
     config: &'a ModelConfig,
-    family: &'static Family,
+    names: Names,
     options: &'a GgufOptions,
 }
 
 impl Exporter<'_> {
     fn convert(&self, item: &Item, host: &Host) -> Result<Converted> {
-        let order = row_order(self.family, self.config, &item.name());
+        let order = row_order(self.names, self.config, &item.name());
         match host {
             Host::Dense(_) => self.dense(item, host, order),
             Host::Packed(weight) => match packed(item, weight, order.as_deref()) {
@@ -312,7 +329,7 @@ impl Exporter<'_> {
             _ => FloatType::F32,
         };
         let mut values = rounded(Format::Gguf, &name, &values, float)?;
-        if names::has_one_added(self.family, &name) {
+        if self.names.has_one_added(&name) {
             // As gains; what is read back has lost the bits that 1 takes.
             values.iter_mut().for_each(|value| *value += 1.0);
             let bytes = floats(&values, kind);
@@ -340,12 +357,15 @@ fn symmetric(bits: u32) -> QuantScheme {
     }
 }
 
-/// Hugging Face's row for each row of the file, where they differ: there the two halves of a head follow each other,
-/// here they alternate.
-pub(super) fn row_order(family: &Family, config: &ModelConfig, name: &str) -> Option<Vec<usize>> {
-    let heads = match names::interleaved(family, name)? {
-        Heads::Query => config.num_attention_heads,
-        Heads::Key => config.num_key_value_heads,
+/// Hugging Face's row for each row of the file, where they differ.
+pub(super) fn row_order(names: Names, config: &ModelConfig, name: &str) -> Option<Vec<usize>> {
+    let (queries, keys) = (config.num_attention_heads, config.num_key_value_heads);
+    let heads = match names.order(name)? {
+        RowOrder::Concatenated => {
+            return Some(FusedRows::Grouped.rows(queries, keys, config.head_dim).concat());
+        }
+        RowOrder::Interleaved(Heads::Query) => queries,
+        RowOrder::Interleaved(Heads::Key) => keys,
     };
     let half = config.head_dim / 2;
     let within = |row: usize| row % 2 * half + row / 2;
@@ -536,18 +556,24 @@ fn keys(
     ];
     if let Some(rope) = config.rope.first() {
         own.push(("rope.dimension_count", count(rope.rotated(config.head_dim))));
-        own.push(("rope.freq_base", float(rope.theta)));
-        own.extend(rope_keys(&rope.scaling)?);
+        own.push(("rope.freq_base", float(rope.stretched_theta(config.head_dim))));
+        own.extend(rope_keys(&rope.scaling, family.gguf.is_none_or(|gguf| gguf.rounds_yarn))?);
     }
     if let Some(experts) = &config.experts {
         own.push(("expert_count", count(experts.count)));
         own.push(("expert_used_count", count(experts.per_token)));
         own.push(("expert_feed_forward_length", count(experts.width)));
+        if experts.shared_width > 0 {
+            own.push(("expert_shared_feed_forward_length", count(experts.shared_width)));
+        }
     }
     let window = config.layer_attention.iter().find_map(|layer| layer.sliding_window);
     own.extend(window.map(|window| ("attention.sliding_window", count(window))));
     if let [_, sliding, ..] = config.rope.as_slice() {
         own.push(("rope.freq_base_swa", float(sliding.theta)));
+    }
+    if family.gguf.is_some_and(|gguf| gguf.parallel_key) {
+        own.push(("use_parallel_residual", Key::Bool(config.parallel)));
     }
     let multipliers = &family.class.multipliers;
     let mut add = |known: bool, key, value: Option<f64>| {
@@ -556,6 +582,7 @@ fn keys(
     add(!multipliers.embedding.is_empty(), "embedding_scale", Some(config.embedding_multiplier));
     add(!multipliers.residual.is_empty(), "residual_scale", Some(config.residual_multiplier));
     add(!multipliers.logits_divisor.is_empty(), "logit_scale", Some(1.0 / config.logit_multiplier));
+    add(multipliers.logits.is_some(), "logit_scale", Some(config.logit_multiplier));
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping", config.attention_softcap);
     add(multipliers.logit_softcap.is_some(), "final_logit_softcapping", config.logit_softcap);
     if let AttentionScale::Factor(factor) = config.attention_scale {
@@ -565,11 +592,12 @@ fn keys(
     Ok(keys)
 }
 
-fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
+fn rope_keys(scaling: &RopeScaling, rounds_yarn: bool) -> Result<Vec<(&'static str, Key)>> {
     let text = |text: &str| Key::String(text.into());
     let float = |value: f64| Key::F32(value as f32);
     Ok(match *scaling {
-        RopeScaling::Default => vec![],
+        // The latter is in the base of the frequencies.
+        RopeScaling::Default | RopeScaling::Alpha { .. } => vec![],
         RopeScaling::Linear { factor } => {
             vec![("rope.scaling.type", text("linear")), ("rope.scaling.factor", float(factor))]
         }
@@ -579,8 +607,8 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
             beta_fast,
             beta_slow,
             attention_factor,
-            truncate: true,
-        } => {
+            truncate,
+        } if truncate == rounds_yarn => {
             // The key holds a factor on the paper's own sharpening.
             let sharpening = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
             vec![
@@ -598,7 +626,6 @@ fn rope_keys(scaling: &RopeScaling) -> Result<Vec<(&'static str, Key)>> {
         }
         RopeScaling::Yarn { .. }
         | RopeScaling::Dynamic { .. }
-        | RopeScaling::Alpha { .. }
         | RopeScaling::Proportional { .. }
         | RopeScaling::LongRope { .. } => {
             let expected = "default, linear, llama3, or yarn with rounded borders";

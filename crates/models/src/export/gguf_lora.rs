@@ -4,14 +4,13 @@ use std::path::Path;
 
 use super::{
     Format,
-    gguf::{architecture, family, row_order},
+    gguf::{architecture, names, row_order},
 };
 use crate::{
     Error, Result,
     config::ModelConfig,
     gguf::{
         BlockType, Value,
-        names::from_hugging_face,
         writer::{self, NewTensor},
     },
 };
@@ -41,13 +40,13 @@ pub struct LoraFactors<'a> {
 /// [`Error::Export`] naming a linear that the architecture lacks, factors that don't fill their shapes or aren't finite;
 /// [`Error::Io`]. `path` is then as it was before.
 pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &[LoraFactors]) -> Result<()> {
-    let family = family(config)?;
+    let names = names(config)?;
     let refuse =
         |name: &str, expected: String, found: String| Err(Format::Gguf.refuse(name, expected, found));
     let (mut tensors, mut data) = (Vec::new(), Vec::new());
     for LoraFactors { path, rank, a, b, scale } in factors {
         let weight = format!("{path}.weight");
-        let name = from_hugging_face(family, &weight).filter(|name| name.starts_with("blk."));
+        let name = names.gguf(&weight).filter(|name| name.starts_with("blk."));
         let Some(name) = name else {
             return refuse(path, "a linear of a block".into(), "another name".into());
         };
@@ -64,7 +63,7 @@ pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &
             return refuse(path, "finite values".into(), value.to_string());
         }
         let mut rows: Vec<&[f32]> = b.chunks_exact(*rank).collect();
-        if let Some(order) = row_order(family, config, &weight) {
+        if let Some(order) = row_order(names, config, &weight) {
             if order.len() != rows.len() {
                 return refuse(path, format!("{} outputs", order.len()), rows.len().to_string());
             }
@@ -86,7 +85,7 @@ pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &
     let alpha = if same { first.rank as f32 } else { 0.0 };
     let text = |text: &str| Value::String(text.into());
     let keys = [
-        ("general.architecture".to_owned(), text(architecture(family))),
+        ("general.architecture".to_owned(), text(architecture(names.family))),
         ("general.type".to_owned(), text("adapter")),
         ("adapter.type".to_owned(), text("lora")),
         ("adapter.lora.alpha".to_owned(), Value::F32(alpha)),

@@ -2,7 +2,7 @@
 //! channels, scaled logits.
 
 use super::{
-    Family, NormKind, Part, Parts, RotaryPairs,
+    Family, GgufArchitecture, NormKind, Part, Parts, RotaryPairs,
     class::{self, ATTENTION_BIAS, Class, Keys, LLAMA_KEYS, Multipliers, Rope, Windows},
     llama::{BLOCK, LIKE_LLAMA},
 };
@@ -22,6 +22,9 @@ const CLASS: Class = Class {
     ..class::LLAMA
 };
 
+const GGUF: GgufArchitecture =
+    GgufArchitecture { parallel_kinds: &[0], always_tied: true, ..GgufArchitecture::PLAIN };
+
 const FAMILY: Family = Family {
     norm: NormKind::LayerGain,
     blocks: &[Parts(&COHERE_BLOCK)],
@@ -33,6 +36,7 @@ const FAMILY: Family = Family {
 pub(super) static COHERE2: Family = Family {
     model_type: "cohere2",
     architecture: "Cohere2ForCausalLM",
+    gguf: Some(GgufArchitecture { name: "cohere2", ..GGUF }),
     class: Class {
         windows: Windows::Pattern { window: Some(4096), period: 4, keys: &["sliding_window_pattern"] },
         rope: Rope::Sliding { all_without: false },
@@ -44,6 +48,7 @@ pub(super) static COHERE2: Family = Family {
 pub(super) static COHERE: Family = Family {
     model_type: "cohere",
     architecture: "CohereForCausalLM",
+    gguf: Some(GgufArchitecture { name: "command-r", ..GGUF }),
     class: Class { only: &[("use_qk_norm", false)], ..CLASS },
     ..FAMILY
 };

@@ -11,7 +11,7 @@ use super::{
     },
     linear,
     llama::{BLOCK, INTERLEAVED, LIKE_LLAMA, NO_TOKENS},
-    norm, plain_linear, plain_norm, vector,
+    norm, plain_norm, vector,
 };
 use crate::{
     Result,
@@ -102,16 +102,17 @@ const QWEN2_MOE_BLOCK: [Part; 12] = {
         f,
         ROUTER,
         EXPERTS,
-        plain_linear("mlp.shared_expert.gate_proj", LinearRole::SharedGate),
-        plain_linear("mlp.shared_expert.up_proj", LinearRole::SharedUp),
-        plain_linear("mlp.shared_expert.down_proj", LinearRole::SharedDown),
-        plain_linear("mlp.shared_expert_gate", LinearRole::SharedExpertGate),
+        linear("mlp.shared_expert.gate_proj", LinearRole::SharedGate, "ffn_gate_shexp"),
+        linear("mlp.shared_expert.up_proj", LinearRole::SharedUp, "ffn_up_shexp"),
+        linear("mlp.shared_expert.down_proj", LinearRole::SharedDown, "ffn_down_shexp"),
+        linear("mlp.shared_expert_gate", LinearRole::SharedExpertGate, "ffn_gate_inp_shexp"),
     ]
 };
 
 pub(super) static QWEN2_MOE: Family = Family {
     model_type: "qwen2_moe",
     architecture: "Qwen2MoeForCausalLM",
+    gguf: Some(GgufArchitecture { name: "qwen2moe", normalises: false, ..GgufArchitecture::PLAIN }),
     blocks: &[Parts(&QWEN2_MOE_BLOCK), Parts(&BLOCK)],
     special_tokens: NO_TOKENS,
     class: Class {
@@ -245,7 +246,7 @@ pub(super) static GRANITEMOE: Family = Family {
 };
 
 const GPT_OSS_BLOCK: [Part; 10] = {
-    let [a, b, c, d, e, f] = ATTENTION_PARTS;
+    let [a, b, c, d, e, _] = ATTENTION_PARTS;
     [
         a,
         b,
@@ -253,13 +254,13 @@ const GPT_OSS_BLOCK: [Part; 10] = {
         d,
         e,
         vector("self_attn.sinks", VectorRole::Sinks),
-        f,
-        plain_linear("mlp.router", LinearRole::Router),
+        norm("post_attention_layernorm", NormPlace::PreMlp, "post_attention_norm"),
+        router("mlp.router"),
         vector("mlp.router.bias", VectorRole::RouterBias),
         Part::Experts(ExpertsPart {
             name: "mlp.experts",
             linears: ["gate_proj", "up_proj", "down_proj"],
-            gguf: [""; 3],
+            gguf: STACKS,
             stacked: Some(StackedExperts {
                 tensors: ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
                 biases: ["mlp.experts.gate_up_proj_bias", "mlp.experts.down_proj_bias"],
@@ -274,6 +275,7 @@ const GPT_OSS_BLOCK: [Part; 10] = {
 pub(super) static GPT_OSS: Family = Family {
     model_type: "gpt_oss",
     architecture: "GptOssForCausalLM",
+    gguf: Some(GgufArchitecture { name: "gpt-oss", rounds_yarn: false, ..GgufArchitecture::PLAIN }),
     blocks: &[Parts(&GPT_OSS_BLOCK)],
     special_tokens: NO_TOKENS,
     module: ModulePath { root: "GptOss", left_out: "" },

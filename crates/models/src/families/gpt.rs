@@ -11,7 +11,7 @@ use super::{
     },
     linear,
     llama::{BLOCK, LIKE_LLAMA},
-    norm, plain_linear, plain_norm,
+    norm, plain_norm,
 };
 use crate::{
     Result,
@@ -65,6 +65,7 @@ pub(super) static STABLELM: Family = Family {
     model_type: "stablelm",
     architecture: "StableLmForCausalLM",
     aliases: &["StableLMEpochForCausalLM", "stablelm_epoch"],
+    gguf: Some(GgufArchitecture { name: "stablelm", parallel_kinds: &[1], ..GgufArchitecture::PLAIN }),
     blocks: &[Parts(&BLOCK), Parts(&STABLELM_PARALLEL_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(0), eos: vec![0], pad: None },
     class: Class {
@@ -168,17 +169,18 @@ pub(super) static GPT2: Family = Family {
 };
 
 const GPT_NEOX_BLOCK: [Part; 6] = [
-    plain_norm("input_layernorm", NormPlace::PreAttention),
-    plain_linear("attention.query_key_value", LinearRole::QueryKeyValue(FusedRows::Grouped)),
-    plain_linear("attention.dense", LinearRole::Output),
-    plain_norm("post_attention_layernorm", NormPlace::PreMlp),
-    plain_linear("mlp.dense_h_to_4h", LinearRole::Up),
-    plain_linear("mlp.dense_4h_to_h", LinearRole::Down),
+    norm("input_layernorm", NormPlace::PreAttention, "attn_norm"),
+    linear("attention.query_key_value", LinearRole::QueryKeyValue(FusedRows::Grouped), "attn_qkv"),
+    linear("attention.dense", LinearRole::Output, "attn_output"),
+    norm("post_attention_layernorm", NormPlace::PreMlp, "ffn_norm"),
+    linear("mlp.dense_h_to_4h", LinearRole::Up, "ffn_up"),
+    linear("mlp.dense_4h_to_h", LinearRole::Down, "ffn_down"),
 ];
 
 pub(super) static GPT_NEOX: Family = Family {
     model_type: "gpt_neox",
     architecture: "GPTNeoXForCausalLM",
+    gguf: Some(GgufArchitecture { name: "gptneox", parallel_key: true, ..GgufArchitecture::PLAIN }),
     names: Names {
         embedding: "gpt_neox.embed_in",
         blocks: "gpt_neox.layers",
@@ -212,24 +214,24 @@ pub(super) static GPT_NEOX: Family = Family {
     ..FAMILY
 };
 
-const FALCON_OUTPUT: Part = plain_linear("self_attention.dense", LinearRole::Output);
-const FALCON_UP: Part = plain_linear("mlp.dense_h_to_4h", LinearRole::Up);
-const FALCON_DOWN: Part = plain_linear("mlp.dense_4h_to_h", LinearRole::Down);
-const FALCON_INPUT_NORM: Part = plain_norm("input_layernorm", NormPlace::PreAttention);
+const FALCON_OUTPUT: Part = linear("self_attention.dense", LinearRole::Output, "attn_output");
+const FALCON_UP: Part = linear("mlp.dense_h_to_4h", LinearRole::Up, "ffn_up");
+const FALCON_DOWN: Part = linear("mlp.dense_4h_to_h", LinearRole::Down, "ffn_down");
+const FALCON_INPUT_NORM: Part = norm("input_layernorm", NormPlace::PreAttention, "attn_norm");
 const FALCON_MLP_NORM: Part = plain_norm("post_attention_layernorm", NormPlace::PreMlp);
 
 const fn falcon_qkv(rows: FusedRows) -> Part {
-    plain_linear("self_attention.query_key_value", LinearRole::QueryKeyValue(rows))
+    linear("self_attention.query_key_value", LinearRole::QueryKeyValue(rows), "attn_qkv")
 }
 
 /// Falcon's blocks by their norms (two of their own side by side, one for both side by side, one after the other) and by
 /// the order of the rows of queries, keys and values.
 const FALCON_BLOCKS: &[Parts] = &[
     Parts(&[
-        plain_norm("ln_attn", NormPlace::PreAttention),
+        norm("ln_attn", NormPlace::PreAttention, "attn_norm_2"),
         falcon_qkv(FusedRows::Grouped),
         FALCON_OUTPUT,
-        plain_norm("ln_mlp", NormPlace::PreMlp),
+        norm("ln_mlp", NormPlace::PreMlp, "attn_norm"),
         FALCON_UP,
         FALCON_DOWN,
     ]),
@@ -264,6 +266,7 @@ pub(super) static FALCON: Family = Family {
     model_type: "falcon",
     architecture: "FalconForCausalLM",
     aliases: &["RWForCausalLM", "RefinedWeb", "RefinedWebModel"],
+    gguf: Some(GgufArchitecture { name: "falcon", parallel_kinds: &[0, 1, 2], ..GgufArchitecture::PLAIN }),
     names: TRANSFORMER_NAMES,
     blocks: FALCON_BLOCKS,
     special_tokens: || SpecialTokens { bos: Some(11), eos: vec![11], pad: None },
@@ -354,7 +357,7 @@ const BLOOM_BLOCK: [Part; 6] = [
     FALCON_INPUT_NORM,
     falcon_qkv(FusedRows::Grouped),
     FALCON_OUTPUT,
-    FALCON_MLP_NORM,
+    norm("post_attention_layernorm", NormPlace::PreMlp, "ffn_norm"),
     FALCON_UP,
     FALCON_DOWN,
 ];
@@ -362,6 +365,7 @@ const BLOOM_BLOCK: [Part; 6] = [
 pub(super) static BLOOM: Family = Family {
     model_type: "bloom",
     architecture: "BloomForCausalLM",
+    gguf: Some(GgufArchitecture { name: "bloom", alibi: true, ..GgufArchitecture::PLAIN }),
     names: Names { embedding_norm: Some("transformer.word_embeddings_layernorm"), ..TRANSFORMER_NAMES },
     blocks: &[Parts(&BLOOM_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: None },

@@ -439,13 +439,14 @@ pub(super) static SEED_OSS: Family = Family {
 };
 
 const HUNYUAN_BLOCK: [Part; 11] = with_head_norms([
-    plain_norm("self_attn.query_layernorm", NormPlace::RotatedQueryHead),
-    plain_norm("self_attn.key_layernorm", NormPlace::RotatedKeyHead),
+    norm("self_attn.query_layernorm", NormPlace::RotatedQueryHead, "attn_q_norm"),
+    norm("self_attn.key_layernorm", NormPlace::RotatedKeyHead, "attn_k_norm"),
 ]);
 
 pub(super) static HUNYUAN: Family = Family {
     model_type: "hunyuan_v1_dense",
     architecture: "HunYuanDenseV1ForCausalLM",
+    gguf: GgufArchitecture::plain("hunyuan-dense"),
     blocks: &[Parts(&HUNYUAN_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(0) },
     class: Class {

@@ -324,6 +324,15 @@ pub enum VectorRole {
 }
 
 impl VectorRole {
+    /// The tensor's name within the block in GGUF files; empty where there is none.
+    fn gguf(self) -> &'static str {
+        match self {
+            Self::Sinks => "attn_sinks.weight",
+            Self::RouterBias => "ffn_gate_inp.bias",
+            _ => "",
+        }
+    }
+
     /// Whether training may change it.
     pub fn is_trained(self) -> bool {
         match self {
@@ -400,13 +409,13 @@ impl Part {
         matches!(self, Self::Vector(vector) if !vector.role.is_trained())
     }
 
-    /// Name within the block in GGUF files; empty where there is none.
+    /// Name within the block in GGUF files, of a vector with its suffix; empty where there is none.
     pub fn gguf(&self) -> &'static str {
         match self {
             Self::Norm(norm) => norm.gguf,
             Self::Linear(linear) => linear.gguf,
             Self::Experts(experts) => experts.gguf[0],
-            Self::Vector(_) => "",
+            Self::Vector(vector) => vector.role.gguf(),
         }
     }
 }
@@ -645,6 +654,20 @@ pub struct GgufArchitecture {
     pub norms_plus_one: bool,
     /// One block in so many isn't rotated, which readers take for granted.
     pub unrotated_period: Option<usize>,
+    /// The kinds of blocks whose attention and MLP stand side by side.
+    pub parallel_kinds: &'static [usize],
+    /// Whether a key says whether they do.
+    pub parallel_key: bool,
+    /// Whether the head is the embedding, whatever the file holds.
+    pub always_tied: bool,
+    /// Whether scores fall with the distance.
+    pub alibi: bool,
+    /// Whether the weights of chosen experts are divided by their sum.
+    pub normalises: bool,
+    /// Whether YaRN's borders are rounded.
+    pub rounds_yarn: bool,
+    /// Blocks of the one size whose blocks slide; of others no block does.
+    pub slides_with: Option<usize>,
 }
 
 impl GgufArchitecture {
@@ -653,8 +676,20 @@ impl GgufArchitecture {
         Some(Self { name, ..Self::PLAIN })
     }
 
-    const PLAIN: Self =
-        Self { name: "", interleaved: false, windowed: false, norms_plus_one: false, unrotated_period: None };
+    pub(crate) const PLAIN: Self = Self {
+        name: "",
+        interleaved: false,
+        windowed: false,
+        norms_plus_one: false,
+        unrotated_period: None,
+        parallel_kinds: &[],
+        parallel_key: false,
+        always_tied: false,
+        alibi: false,
+        normalises: true,
+        rounds_yarn: true,
+        slides_with: None,
+    };
 }
 
 /// Where a model's parameters stand in its module tree: training checkpoints and fingerprints go by these paths.
@@ -806,10 +841,12 @@ mod tests {
             for parts in family.blocks {
                 let names: BTreeSet<_> = parts.iter().map(Part::name).collect();
                 assert_eq!(names.len(), parts.0.len(), "{family:?}");
-                if family.gguf.is_some() {
-                    let gguf: BTreeSet<_> = parts.iter().map(Part::gguf).collect();
-                    assert!(gguf.len() == parts.0.len() && !gguf.contains(""), "{family:?}");
-                }
+                let gguf: BTreeSet<_> =
+                    parts.iter().map(Part::gguf).filter(|name| !name.is_empty()).collect();
+                let named = parts.iter().filter(|part| !part.gguf().is_empty()).count();
+                assert_eq!(gguf.len(), named, "{family:?}");
+                let first = *parts == family.blocks[0];
+                assert!(family.gguf.is_none() || !first || named == parts.0.len(), "{family:?}");
                 let fused = parts.linears().any(|linear| matches!(linear.role, LinearRole::QueryKeyValue(_)));
                 let has = |role| parts.linear(role).is_some();
                 assert_eq!(has(LinearRole::Query), !fused, "{family:?}");

@@ -46,6 +46,7 @@ pub(super) static OLMO2: Family = Family {
 pub(super) static OLMO3: Family = Family {
     model_type: "olmo3",
     architecture: "Olmo3ForCausalLM",
+    gguf: Some(GgufArchitecture { name: "olmo2", windowed: true, ..GgufArchitecture::PLAIN }),
     class: Class {
         windows: Windows::Pattern { window: Some(4096), period: 4, keys: &[] },
         rope: Rope::ByKind([RopeKeys::based(5e5), RopeKeys::based(5e5)]),
@@ -57,6 +58,7 @@ pub(super) static OLMO3: Family = Family {
 pub(super) static EXAONE4: Family = Family {
     model_type: "exaone4",
     architecture: "Exaone4ForCausalLM",
+    gguf: Some(GgufArchitecture { name: "exaone4", slides_with: Some(64), ..GgufArchitecture::PLAIN }),
     blocks: &[Parts(&EXAONE_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(0), eos: vec![2], pad: None },
     class: Class {

@@ -8,7 +8,7 @@ use super::{
     class::{self, BLOCK as ALL, Class, GELU_TANH, Keys, LLAMA_KEYS, Rope, Windows},
     linear,
     llama::{BLOCK, LIKE_LLAMA},
-    plain_linear, plain_norm,
+    plain_norm,
 };
 use crate::{
     config::{Biases, SpecialTokens},
@@ -17,13 +17,13 @@ use crate::{
 };
 
 const PHI_BLOCK: [Part; 7] = [
-    plain_norm("input_layernorm", NormPlace::PreAttention),
+    BLOCK[0],
     BLOCK[1],
     BLOCK[2],
     BLOCK[3],
-    plain_linear("self_attn.dense", LinearRole::Output),
-    plain_linear("mlp.fc1", LinearRole::Up),
-    plain_linear("mlp.fc2", LinearRole::Down),
+    linear("self_attn.dense", LinearRole::Output, "attn_output"),
+    linear("mlp.fc1", LinearRole::Up, "ffn_up"),
+    linear("mlp.fc2", LinearRole::Down, "ffn_down"),
 ];
 
 /// The same with norms over each query and key head.
@@ -37,6 +37,7 @@ const PHI_NORMS_BLOCK: [Part; 9] = {
 pub(super) static PHI: Family = Family {
     model_type: "phi",
     architecture: "PhiForCausalLM",
+    gguf: Some(GgufArchitecture { name: "phi2", parallel_kinds: &[0], ..GgufArchitecture::PLAIN }),
     names: Names { final_norm: "model.final_layernorm", ..LLAMA_NAMES },
     norm: NormKind::Layer,
     blocks: &[Parts(&PHI_BLOCK), Parts(&PHI_NORMS_BLOCK)],

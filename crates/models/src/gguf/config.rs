@@ -5,14 +5,14 @@ use std::collections::BTreeSet;
 use super::{Gguf, layers, rope, value::Metadata};
 use crate::{
     Error, Result,
-    config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, RopeConfig},
-    families::{Family, FusedRows, LinearRole, class::Rope},
+    config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, RopeConfig, RopeScaling},
+    families::{Family, FusedRows, GgufArchitecture, LinearRole, class::Rope},
     hf::{config::MAX_EXPERTS, rope::RopeKeys},
     source::TensorSource,
 };
 
 /// Keys (without the architecture) that are read, or that change nothing.
-const KNOWN: [&str; 26] = [
+const KNOWN: [&str; 28] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
@@ -25,6 +25,7 @@ const KNOWN: [&str; 26] = [
     "embedding_length",
     "expert_count",
     "expert_feed_forward_length",
+    "expert_shared_feed_forward_length",
     "feed_forward_length",
     "rope.dimension_count",
     "rope.freq_base",
@@ -38,6 +39,7 @@ const KNOWN: [&str; 26] = [
     "rope.scaling.yarn_attn_factor",
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
+    "tensor_data_layout",
     "vocab_size",
 ];
 
@@ -164,8 +166,11 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let keys = Keys::new(metadata, &file.architecture);
     let window = keys.size("attention.sliding_window")?;
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
-    let family = Family::by_gguf(&file.architecture, window.is_some(), file.family.class.experts.is_some())
-        .unwrap_or(file.family);
+    let opened = file.names.family;
+    let family = Family::by_gguf(&file.architecture, window.is_some(), opened.class.experts.is_some())
+        .unwrap_or(opened);
+    let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
+    let parts = family.blocks[file.names.kind];
     keys.refuse_what_changes_the_model(family)?;
     let hidden_size = keys.required_size("embedding_length")?;
     let num_hidden_layers = keys.required_size("block_count")?;
@@ -176,10 +181,13 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let max_position_embeddings = keys.required_size("context_length")?;
     let theta = keys.positive("rope.freq_base")?.unwrap_or(10_000.0);
     let factors = file.rope_factors.as_ref().map(|tensor| file.decode(&tensor.name, tensor)).transpose()?;
-    let scaling = match &factors {
+    let mut scaling = match &factors {
         Some(factors) => rope::from_factors(&keys, &factors.values, theta, head_dim)?,
         None => rope::from_keys(&keys, max_position_embeddings)?,
     };
+    if let RopeScaling::Yarn { truncate, .. } = &mut scaling {
+        *truncate = gguf.rounds_yarn;
+    }
     let epsilon_key = match family.norm.centres() {
         true => "attention.layer_norm_epsilon",
         false => "attention.layer_norm_rms_epsilon",
@@ -195,8 +203,11 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         _ => vec![full],
     };
     let bias = |roles: &[LinearRole]| {
-        let linears = family.blocks[0].linears().filter(|linear| roles.contains(&linear.role));
-        let names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
+        let linears = parts.linears().filter(|linear| roles.contains(&linear.role));
+        let mut names: Vec<String> = linears.map(|linear| format!("{}.bias", linear.name)).collect();
+        if let Some(experts) = parts.experts().filter(|_| roles.contains(&LinearRole::Down)) {
+            names.extend((0..3).map(|kind| format!("{}.bias", experts.path(0, kind))));
+        }
         if names.is_empty() {
             return Ok(false);
         }
@@ -219,15 +230,24 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
                 LinearRole::Key,
                 LinearRole::Value,
                 LinearRole::QueryKeyValue(FusedRows::Concatenated),
+                LinearRole::QueryKeyValue(FusedRows::Grouped),
             ])?,
             o: bias(&[LinearRole::Output])?,
             mlp: bias(&[LinearRole::Gate, LinearRole::Up, LinearRole::GateUp, LinearRole::Down])?,
-            head: false,
+            head: file.contains(&format!("{}.bias", family.names.head)),
         },
-        tie_word_embeddings: !file.contains(&format!("{}.weight", family.names.head)),
+        tie_word_embeddings: gguf.always_tied || !file.contains(&format!("{}.weight", family.names.head)),
         ..ModelConfig::bare(family)
     };
     config.experts = experts(&keys, family)?;
+    if file.names.kind != 0 {
+        config.block_kinds = vec![file.names.kind; num_hidden_layers];
+    }
+    config.parallel = match gguf.parallel_key {
+        true => metadata.bool(&keys.key("use_parallel_residual"))?.unwrap_or(true),
+        false => gguf.parallel_kinds.contains(&file.names.kind),
+    };
+    config.alibi = f64::from(u8::from(gguf.alibi));
     config.layer_attention = layers::attention(&config, window);
     config.attention_scale = layers::scale(&config);
     read_factors(&keys, &mut config)?;
@@ -242,13 +262,14 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     add(!multipliers.embedding.is_empty(), "embedding_scale");
     add(!multipliers.attention.is_empty(), "attention.scale");
     add(!multipliers.residual.is_empty(), "residual_scale");
-    add(!multipliers.logits_divisor.is_empty(), "logit_scale");
+    add(!multipliers.logits_divisor.is_empty() || multipliers.logits.is_some(), "logit_scale");
+    add(family.gguf.is_some_and(|gguf| gguf.parallel_key), "use_parallel_residual");
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
     add(multipliers.logit_softcap.is_some(), "final_logit_softcapping");
     read
 }
 
-/// A mixture of experts whose chosen weights are divided by their sum, as readers of these files take for granted.
+/// A mixture of experts; what becomes of the chosen weights readers of these files take for granted.
 fn experts(keys: &Keys, family: &Family) -> Result<Option<ExpertsConfig>> {
     if family.class.experts.is_none() {
         return Ok(None);
@@ -262,14 +283,21 @@ fn experts(keys: &Keys, family: &Family) -> Result<Option<ExpertsConfig>> {
         Some(width) => width,
         None => keys.required_size("feed_forward_length")?,
     };
-    Ok(Some(ExpertsConfig { count, per_token, width, shared_width: 0, normalise: true, clamped: None }))
+    let shared = family.blocks.iter().any(|parts| parts.linear(LinearRole::SharedDown).is_some());
+    let shared_width = match shared {
+        true => keys.required_size("expert_shared_feed_forward_length")?,
+        false => 0,
+    };
+    let normalise = family.gguf.is_none_or(|gguf| gguf.normalises);
+    let clamped = layers::clamped(family);
+    Ok(Some(ExpertsConfig { count, per_token, width, shared_width, normalise, clamped }))
 }
 
 fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
     if config.family.class.scales_embedding {
         config.embedding_multiplier = (config.hidden_size as f64).sqrt();
     }
-    for key in read_by(config.family) {
+    for key in read_by(config.family).into_iter().filter(|key| *key != "use_parallel_residual") {
         let value = keys.positive(key)?;
         match key {
             "embedding_scale" => config.embedding_multiplier = value.unwrap_or(1.0),
@@ -277,6 +305,9 @@ fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
                 config.attention_scale = value.map_or(AttentionScale::HeadDim, AttentionScale::Factor);
             }
             "residual_scale" => config.residual_multiplier = value.unwrap_or(1.0),
+            "logit_scale" if config.family.class.multipliers.logits.is_some() => {
+                config.logit_multiplier = value.unwrap_or(1.0);
+            }
             "logit_scale" => config.logit_multiplier = 1.0 / value.unwrap_or(1.0),
             "attn_logit_softcapping" => config.attention_softcap = value,
             _ => config.logit_softcap = value,
@@ -316,7 +347,7 @@ fn head_dim(keys: &Keys, hidden_size: usize, heads: usize) -> Result<usize> {
 
 /// There must be tensors for exactly the blocks that the metadata announces; so the count is bounded by the file's size.
 fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
-    let prefix = format!("{}.", file.family.names.blocks);
+    let prefix = format!("{}.", file.names.family.names.blocks);
     let layer = |name: &String| name.strip_prefix(&prefix)?.split('.').next()?.parse::<usize>().ok();
     let found: BTreeSet<usize> = file.tensors.keys().filter_map(layer).collect();
     if found.len() == expected && found.last().is_none_or(|&last| last + 1 == expected) {
@@ -332,7 +363,7 @@ fn check_layer_count(file: &Gguf, keys: &Keys, expected: usize) -> Result<()> {
 
 /// Rows of the embedding, which the metadata must not contradict.
 fn vocab_size(file: &Gguf, keys: &Keys) -> Result<usize> {
-    let name = format!("{}.weight", file.family.names.embedding);
+    let name = format!("{}.weight", file.names.family.names.embedding);
     let shape = &file.find(&name)?.shape;
     let &[rows, _] = shape.as_slice() else {
         return Err(keys.metadata.error("token_embd.weight", "2 dimensions", shape.len().to_string()));

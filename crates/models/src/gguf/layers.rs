@@ -4,8 +4,11 @@
 //! Sources: llama.cpp's model code and conversion scripts.
 
 use crate::{
-    config::{AttentionScale, LayerAttention, ModelConfig},
-    families::class::{Windows, every_but},
+    config::{AttentionScale, ClampedSwiglu, LayerAttention, ModelConfig},
+    families::{
+        Family,
+        class::{Windows, every_but},
+    },
 };
 
 /// Blocks of the models whose scores are scaled by an equal share of the width, though their heads are wider: Gemma 2 and 3
@@ -16,6 +19,8 @@ const SCALED_BY_SHARE: [(&str, usize); 2] = [("gemma2", 46), ("gemma3_text", 62)
 pub(crate) fn attention(config: &ModelConfig, window: Option<usize>) -> Vec<LayerAttention> {
     let class = &config.family.class;
     let layers = config.num_hidden_layers;
+    let slides_with = config.family.gguf.and_then(|gguf| gguf.slides_with);
+    let window = window.filter(|_| slides_with.is_none_or(|most| most == layers));
     let mut attention = class.rope.attention(match class.windows {
         Windows::Pattern { period, .. } => every_but(period, window, layers),
         Windows::Never | Windows::All(_) | Windows::ByLayer => vec![window; layers],
@@ -24,6 +29,11 @@ pub(crate) fn attention(config: &ModelConfig, window: Option<usize>) -> Vec<Laye
         attention.iter_mut().skip(period - 1).step_by(period).for_each(|layer| layer.rope = None);
     }
     attention
+}
+
+/// What experts' gates are cut to where no key says it.
+pub(crate) fn clamped(family: &Family) -> Option<ClampedSwiglu> {
+    (family.gguf?.name == "gpt-oss").then_some(ClampedSwiglu { alpha: 1.702, limit: 7.0 })
 }
 
 /// What the scores are multiplied by where no key says it.

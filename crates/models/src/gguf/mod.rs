@@ -44,11 +44,14 @@ pub(crate) use self::{
         LLAMA3_WORDS, QWEN2_WORDS, add_tokens, build as build_tokenizer, kind as token_kind, write_spaces,
     },
 };
-use self::{names::Heads, numbers::Numbers};
+use self::{
+    names::{Heads, Names, RowOrder},
+    numbers::Numbers,
+};
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
-    families::Family,
+    families::{Family, FusedRows},
     hf::config::MAX_EXPERTS,
     source::{DenseTensor, Described, StoredWeight, TensorSource},
     tokenizer::Tokenizer,
@@ -75,7 +78,7 @@ pub struct Gguf {
     files: Vec<(PathBuf, Mutex<File>)>,
     metadata: Metadata,
     architecture: String,
-    family: &'static Family,
+    names: Names,
     tensors: BTreeMap<String, TensorInfo>,
     rope_factors: Option<TensorInfo>,
 }
@@ -96,18 +99,23 @@ impl Gguf {
         let experts = metadata.usize(&format!("{name}.expert_count"))?.is_some_and(|count| count > 0);
         let family = Family::by_gguf(name, false, experts)
             .ok_or_else(|| metadata.unsupported_value("general.architecture", &Family::gguf_names()))?;
+        let kind = names::kind_of(family, parts.tensors.iter().map(|tensor| tensor.name.as_str()));
+        let names = Names { family, kind };
         if metadata.str("general.type")?.is_some_and(|kind| kind != "model") {
             return Err(metadata.unsupported_value("general.type", "model"));
         }
         metadata.str(CHAT_TEMPLATE)?;
         let (mut tensors, mut rope_factors, mut slices) = (BTreeMap::new(), None, 0);
-        for tensor in parts.tensors {
+        for mut tensor in parts.tensors {
             if tensor.name == names::ROPE_FACTORS {
                 rope_factors = Some(tensor);
-            } else if let Some(name) = names::hugging_face(family, &tensor.name) {
+            } else if let Some(name) = names.hugging_face(&tensor.name) {
+                if names.is_flat(&name) && tensor.shape.len() == 1 {
+                    tensor.shape.insert(0, 1);
+                }
                 tensors.insert(name, tensor);
-            } else if let &[count, rows, width] = tensor.shape.as_slice()
-                && let Some(names) = names::stacked(family, &tensor.name, count.min(MAX_EXPERTS))
+            } else if let (&[count, ref one @ ..], 2 | 3) = (tensor.shape.as_slice(), tensor.shape.len())
+                && let Some(names) = names.stacked(&tensor.name, count.min(MAX_EXPERTS))
             {
                 slices += count;
                 if metadata.usize(&format!("{architecture}.expert_count"))? != Some(count)
@@ -119,9 +127,10 @@ impl Gguf {
                     );
                     return Err(metadata.error(&tensor.name, &expected, format!("{:?}", tensor.shape)));
                 }
-                let bytes = (rows * width / tensor.kind.weights() * tensor.kind.bytes()) as u64;
+                let values: usize = one.iter().product();
+                let bytes = (values / tensor.kind.weights() * tensor.kind.bytes()) as u64;
                 for (expert, name) in (0..).zip(names) {
-                    let (shape, start) = (vec![rows, width], tensor.start + expert * bytes);
+                    let (shape, start) = (one.to_vec(), tensor.start + expert * bytes);
                     tensors.insert(name, TensorInfo { shape, start, ..tensor.clone() });
                 }
             } else {
@@ -134,7 +143,7 @@ impl Gguf {
             files: parts.files.into_iter().map(|(path, file)| (path, Mutex::new(file))).collect(),
             metadata,
             architecture,
-            family,
+            names,
             tensors,
             rope_factors,
         })
@@ -220,8 +229,8 @@ impl Gguf {
 
     /// The tensor as a matrix of rows of whole blocks, with the order of its rows.
     fn rows(&self, name: &str, tensor: &TensorInfo) -> Result<Rows> {
-        let heads = names::interleaved(self.family, name);
-        let width = match (heads, tensor.shape.len()) {
+        let order = self.names.order(name);
+        let width = match (order, tensor.shape.len()) {
             // The rows of a bias are single values.
             (Some(_), 1) if tensor.kind.weights() == 1 => 1,
             (Some(_), 1) => {
@@ -234,9 +243,16 @@ impl Gguf {
             _ => tensor.width(),
         };
         let count = tensor.len() / width;
-        let head_dim = heads.map(|heads| self.head_dim(&tensor.name, heads, count)).transpose()?;
+        let (mut head_dim, mut places) = (None, None);
+        match order {
+            Some(RowOrder::Interleaved(heads)) => {
+                head_dim = Some(self.head_dim(&tensor.name, heads, count)?)
+            }
+            Some(RowOrder::Concatenated) => places = Some(self.places(&tensor.name, count)?),
+            None => {}
+        }
         let bytes = width / tensor.kind.weights() * tensor.kind.bytes();
-        Ok(Rows { count, width, bytes, head_dim })
+        Ok(Rows { count, width, bytes, head_dim, places })
     }
 
     fn head_dim(&self, name: &str, heads: Heads, rows: usize) -> Result<usize> {
@@ -251,6 +267,19 @@ impl Gguf {
         Ok(rows / count)
     }
 
+    /// For each row of a matrix of queries, keys and values its place in the file, where they follow each other.
+    fn places(&self, name: &str, rows: usize) -> Result<Vec<usize>> {
+        let (heads, groups) = config::head_counts(&self.metadata, &self.architecture)?;
+        let all = heads.saturating_add(groups.saturating_mul(2));
+        if !rows.is_multiple_of(all) {
+            return Err(self.metadata.error(name, &format!("rows for {all} heads"), rows.to_string()));
+        }
+        let order = FusedRows::Grouped.rows(heads, groups, rows / all).concat();
+        let mut places = vec![0; rows];
+        order.into_iter().enumerate().for_each(|(place, row)| places[row] = place);
+        Ok(places)
+    }
+
     /// Calls `visit` with the index of the first row and the bytes of some rows, for all rows in turn.
     fn for_chunks(
         &self,
@@ -258,8 +287,16 @@ impl Gguf {
         rows: &Rows,
         mut visit: impl FnMut(usize, &[u8]) -> Result<()>,
     ) -> Result<()> {
-        let step = (CHUNK / rows.bytes).max(1).next_multiple_of(rows.head_dim.unwrap_or(1)).min(rows.count);
-        let mut buffer = vec![0; step * rows.bytes];
+        let step = match rows.places {
+            Some(_) => rows.count,
+            None => (CHUNK / rows.bytes).max(1).next_multiple_of(rows.head_dim.unwrap_or(1)).min(rows.count),
+        };
+        let mut buffer = Vec::new();
+        if buffer.try_reserve_exact(step * rows.bytes).is_err() {
+            let found = format!("{:?}", tensor.shape);
+            return Err(self.metadata.error(&tensor.name, "rows that fit into memory", found));
+        }
+        buffer.resize(step * rows.bytes, 0);
         for first in (0..rows.count).step_by(step) {
             let bytes = &mut buffer[..step.min(rows.count - first) * rows.bytes];
             self.read_at(tensor.part, tensor.start + (first * rows.bytes) as u64, bytes)?;
@@ -283,7 +320,7 @@ impl Gguf {
             });
             self.check_finite(&tensor.name, chunk)
         })?;
-        if names::has_one_added(self.family, name) {
+        if self.names.has_one_added(name) {
             values.iter_mut().for_each(|value| *value -= 1.0);
         }
         Ok(DenseTensor { shape: tensor.shape.clone(), values })
@@ -388,12 +425,15 @@ struct Rows {
     bytes: usize,
     /// Rows of a head, if they are interleaved within it.
     head_dim: Option<usize>,
+    /// The place of each row among all, if they stand in another order altogether.
+    places: Option<Vec<usize>>,
 }
 
 impl Rows {
     /// The bytes of row `row` in Hugging Face's order, out of a chunk of whole heads in the file's order: there the
-    /// two halves of a head alternate, so that row `2j + h` is `h * half + j`.
+    /// two halves of a head alternate, so that row `2j + h` is `h * half + j`; or of all rows, in the file's order.
     fn source<'a>(&self, chunk: &'a [u8], row: usize) -> &'a [u8] {
+        let row = self.places.as_ref().map_or(row, |places| places[row]);
         let row = self.head_dim.map_or(row, |head_dim| {
             let (half, within) = (head_dim / 2, row % head_dim);
             row - within + within % half * 2 + within / half

@@ -1,25 +1,17 @@
 //! Tensor names: GGUF's and those of Hugging Face checkpoints, by a family's tables.
 
-use crate::families::{Family, LinearRole, NormKind, Part};
+use crate::families::{Family, FusedRows, LinearRole, NormKind, Part, Parts};
 
 /// The factors by which LLaMA 3 divides its rotary frequencies; not a weight.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// Modules outside the blocks: GGUF's name and the path in checkpoints.
-fn outer(family: &Family) -> impl Iterator<Item = (&'static str, &'static str)> {
-    let names = &family.names;
-    let positions = names.positions.map(|learned| ("position_embd", learned.path));
-    let all = [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)];
-    all.into_iter().chain(positions)
-}
-
-/// The Hugging Face names of the weights that the tensor `name` stacks, given their number; `None` if it stacks none.
-pub(super) fn stacked(family: &Family, name: &str, count: usize) -> Option<Vec<String>> {
-    let (index, module, part) = parts("blk", name)?;
-    let experts = family.blocks[0].experts().filter(|_| part == "weight")?;
-    let kind = experts.gguf.iter().position(|gguf| *gguf == module)?;
-    let path = |expert| format!("{}.weight", family.path(index as usize, &experts.path(expert, kind)));
-    Some((0..count).map(path).collect())
+/// Names of the tensors of a model all of whose blocks are of one kind.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Names {
+    /// The family.
+    pub family: &'static Family,
+    /// Which of its kinds of blocks.
+    pub kind: usize,
 }
 
 /// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot.
@@ -31,51 +23,145 @@ fn parts<'a>(prefix: &str, name: &'a str) -> Option<(u32, &'a str, &'a str)> {
     Some((index, module, part))
 }
 
-/// The Hugging Face name of the tensor `name`; `None` if models of this family have no such tensor.
-pub(super) fn hugging_face(family: &Family, name: &str) -> Option<String> {
-    let known = |norm: bool, part: &str| match part {
-        "weight" => true,
-        "bias" => !norm || family.norm == NormKind::Layer,
-        _ => false,
+/// The kind of the blocks of a file of this family with these tensors: of those that are there as a whole the one with the
+/// most parts.
+pub(super) fn kind_of<'a>(family: &Family, tensors: impl Iterator<Item = &'a str>) -> usize {
+    let modules: Vec<&str> =
+        tensors.filter_map(|name| parts("blk", name)).map(|(_, module, _)| module).collect();
+    let is_whole = |kind: &&(usize, &Parts)| {
+        kind.1.iter().all(|part| match part {
+            Part::Vector(_) => true,
+            part => modules.contains(&part.gguf()),
+        })
     };
-    if let Some((index, module, part)) = parts("blk", name) {
-        let entry = family.blocks[0].iter().find(|entry| entry.gguf() == module)?;
-        let known = match entry {
-            Part::Norm(_) => known(true, part),
-            Part::Linear(linear) => part == "weight" || known(false, part) && !linear.role.stays_dense(),
-            Part::Experts(_) | Part::Vector(_) => false,
+    let kinds: Vec<(usize, &Parts)> = family.blocks.iter().enumerate().collect();
+    let most = |best: Option<(usize, usize)>, (kind, parts): &(usize, &Parts)| match best {
+        Some((_, count)) if count >= parts.0.len() => best,
+        _ => Some((*kind, parts.0.len())),
+    };
+    kinds.iter().filter(is_whole).fold(None, most).map_or(0, |(kind, _)| kind)
+}
+
+impl Names {
+    fn table(self) -> Parts {
+        self.family.blocks[self.kind]
+    }
+
+    /// Modules outside the blocks: GGUF's name and the path in checkpoints.
+    fn outer(self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let names = &self.family.names;
+        let positions = names.positions.map(|learned| ("position_embd", learned.path));
+        let norm = names.embedding_norm.map(|path| ("token_embd_norm", path));
+        let all =
+            [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)];
+        all.into_iter().chain(positions).chain(norm)
+    }
+
+    /// The Hugging Face names of what the tensor `name` stacks, given their number; `None` if it stacks none.
+    pub(super) fn stacked(self, name: &str, count: usize) -> Option<Vec<String>> {
+        let (index, module, part) = parts("blk", name)?;
+        let experts = self.table().experts().filter(|_| matches!(part, "weight" | "bias"))?;
+        let kind = experts.gguf.iter().position(|gguf| *gguf == module)?;
+        let path =
+            |expert| format!("{}.{part}", self.family.path(index as usize, &experts.path(expert, kind)));
+        Some((0..count).map(path).collect())
+    }
+
+    /// The Hugging Face name of the tensor `name`; `None` if models of this family have no such tensor.
+    pub(super) fn hugging_face(self, name: &str) -> Option<String> {
+        let family = self.family;
+        let known = |norm: bool, part: &str| match part {
+            "weight" => true,
+            "bias" => !norm || family.norm == NormKind::Layer,
+            _ => false,
         };
-        return known.then(|| format!("{}.{part}", family.path(index as usize, entry.name())));
-    }
-    let (module, part) = name.rsplit_once('.')?;
-    let (gguf, path) = outer(family).find(|(gguf, _)| *gguf == module)?;
-    (part == "weight" || gguf == "output_norm" && known(true, part)).then(|| format!("{path}.{part}"))
-}
-
-/// GGUF's name of the tensor with this Hugging Face name; all experts have one.
-pub(crate) fn from_hugging_face(family: &Family, name: &str) -> Option<String> {
-    if let Some((index, module, part)) = parts(family.names.blocks, name) {
-        let experts = family.blocks[0].experts();
-        let expert = experts.and_then(|experts| Some(experts.gguf[experts.place(module)?.1]));
-        if let Some(gguf) = expert {
-            return (part == "weight").then(|| format!("blk.{index}.{gguf}.weight"));
+        if let Some((index, module, part)) = parts("blk", name) {
+            let path = |name: &str| family.path(index as usize, name);
+            let whole = format!("{module}.{part}");
+            if let Some(vector) = self.table().iter().find(|entry| entry.gguf() == whole) {
+                return Some(path(vector.name()));
+            }
+            let entry = self.table().iter().find(|entry| entry.gguf() == module)?;
+            let known = match entry {
+                Part::Norm(_) => known(true, part),
+                Part::Linear(linear) => part == "weight" || known(false, part) && !linear.role.stays_dense(),
+                Part::Experts(_) | Part::Vector(_) => false,
+            };
+            return known.then(|| format!("{}.{part}", path(entry.name())));
         }
-        let entry = family.blocks[0].iter().find(|entry| entry.name() == module)?;
-        return Some(format!("blk.{index}.{}.{part}", entry.gguf()));
+        let (module, part) = name.rsplit_once('.')?;
+        let (gguf, path) = self.outer().find(|(gguf, _)| *gguf == module)?;
+        let is_known = match gguf {
+            "output_norm" | "token_embd_norm" => known(true, part),
+            "output" => known(false, part),
+            _ => part == "weight",
+        };
+        is_known.then(|| format!("{path}.{part}"))
     }
-    let (module, part) = name.rsplit_once('.')?;
-    let (gguf, _) = outer(family).find(|(_, path)| *path == module)?;
-    Some(format!("{gguf}.{part}"))
+
+    /// GGUF's name of the tensor with this Hugging Face name; all experts have one.
+    pub(crate) fn gguf(self, name: &str) -> Option<String> {
+        if let Some((index, module, part)) = parts(self.family.names.blocks, name) {
+            let experts = self.table().experts();
+            let expert = experts.and_then(|experts| Some(experts.gguf[experts.place(module)?.1]));
+            let gguf = match expert {
+                Some(gguf) => format!("{gguf}.{part}"),
+                None => {
+                    let whole = format!("{module}.{part}");
+                    let entry =
+                        self.table().iter().find(|entry| entry.name() == whole || entry.name() == module)?;
+                    if entry.name() == whole {
+                        entry.gguf().to_owned()
+                    } else {
+                        format!("{}.{part}", entry.gguf())
+                    }
+                }
+            };
+            return Some(format!("blk.{index}.{gguf}"));
+        }
+        let (module, part) = name.rsplit_once('.')?;
+        let (gguf, _) = self.outer().find(|(_, path)| *path == module)?;
+        Some(format!("{gguf}.{part}"))
+    }
+
+    /// Whether the tensor with this Hugging Face name is a norm's weight that stands in the file with 1 added.
+    pub(crate) fn has_one_added(self, name: &str) -> bool {
+        let is_norm = |path: &str| match parts(self.family.names.blocks, name) {
+            Some((_, module, _)) => self.table().norms().any(|norm| norm.name == module),
+            None => path == self.family.names.final_norm,
+        };
+        let path = name.strip_suffix(".weight");
+        self.family.gguf.is_some_and(|gguf| gguf.norms_plus_one) && path.is_some_and(is_norm)
+    }
+
+    /// How the rows of the tensor with this Hugging Face name lie in the file, if otherwise than in checkpoints.
+    pub(crate) fn order(self, name: &str) -> Option<RowOrder> {
+        let (_, module, _) = parts(self.family.names.blocks, name)?;
+        let interleaved = self.family.gguf.is_some_and(|gguf| gguf.interleaved);
+        match self.table().linears().find(|linear| linear.name == module)?.role {
+            LinearRole::Query if interleaved => Some(RowOrder::Interleaved(Heads::Query)),
+            LinearRole::Key if interleaved => Some(RowOrder::Interleaved(Heads::Key)),
+            LinearRole::QueryKeyValue(FusedRows::Grouped) => Some(RowOrder::Concatenated),
+            _ => None,
+        }
+    }
+
+    /// Whether the tensor with this Hugging Face name, one row, has one dimension in the file.
+    pub(crate) fn is_flat(self, name: &str) -> bool {
+        parts(self.family.names.blocks, name).is_some_and(|(_, module, part)| {
+            let linear = self.table().linears().find(|linear| linear.name == module);
+            part == "weight" && linear.is_some_and(|linear| linear.role == LinearRole::SharedExpertGate)
+        })
+    }
 }
 
-/// Whether the tensor with this Hugging Face name is a norm's weight that stands in the file with 1 added.
-pub(crate) fn has_one_added(family: &Family, name: &str) -> bool {
-    let is_norm = |path: &str| match parts(family.names.blocks, name) {
-        Some((_, module, _)) => family.blocks[0].norms().any(|norm| norm.name == module),
-        None => path == family.names.final_norm,
-    };
-    let path = name.strip_suffix(".weight");
-    family.gguf.is_some_and(|gguf| gguf.norms_plus_one) && path.is_some_and(is_norm)
+/// How the rows of a tensor lie in files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum RowOrder {
+    /// The two halves of each head alternate.
+    Interleaved(Heads),
+    /// Queries, keys and values follow each other, which stand group by group in checkpoints.
+    Concatenated,
 }
 
 /// Whose heads the rows of a tensor belong to.
@@ -87,30 +173,17 @@ pub(crate) enum Heads {
     Key,
 }
 
-/// The heads within which rows of the tensor with this Hugging Face name are interleaved.
-pub(crate) fn interleaved(family: &Family, name: &str) -> Option<Heads> {
-    if !family.gguf.is_some_and(|gguf| gguf.interleaved) {
-        return None;
-    }
-    let (_, module, _) = parts(family.names.blocks, name)?;
-    match family.blocks[0].linears().find(|linear| linear.name == module)?.role {
-        LinearRole::Query => Some(Heads::Query),
-        LinearRole::Key => Some(Heads::Key),
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn family(model_type: &str) -> &'static Family {
-        Family::by_model_type(model_type).unwrap()
+    fn names(model_type: &str) -> Names {
+        Names { family: Family::by_model_type(model_type).unwrap(), kind: 0 }
     }
 
     #[test]
     fn names_are_those_of_hugging_face_checkpoints() {
-        let (llama, qwen3) = (family("llama"), family("qwen3"));
+        let (llama, qwen3) = (names("llama"), names("qwen3"));
         for (gguf, expected) in [
             ("token_embd.weight", "model.embed_tokens.weight"),
             ("output_norm.weight", "model.norm.weight"),
@@ -126,24 +199,55 @@ mod tests {
             ("blk.3.ffn_down.bias", "model.layers.3.mlp.down_proj.bias"),
             ("blk.3.attn_q_norm.weight", "model.layers.3.self_attn.q_norm.weight"),
         ] {
-            assert_eq!(hugging_face(qwen3, gguf).as_deref(), Some(expected));
-            assert_eq!(from_hugging_face(qwen3, expected).as_deref(), Some(gguf));
+            assert_eq!(qwen3.hugging_face(gguf).as_deref(), Some(expected));
+            assert_eq!(qwen3.gguf(expected).as_deref(), Some(gguf));
         }
         for unknown in ["blk.03.attn_q.weight", "blk.+3.attn_q.weight", "blk.3.ffn_gate_exps.weight", "a", ""]
         {
-            assert_eq!(hugging_face(qwen3, unknown), None, "{unknown}");
+            assert_eq!(qwen3.hugging_face(unknown), None, "{unknown}");
         }
-        assert_eq!(hugging_face(llama, "blk.3.attn_q_norm.weight"), None);
-        assert_eq!(hugging_face(llama, "blk.3.attn_norm.bias"), None);
-        assert_eq!(hugging_face(llama, "output_norm.bias"), None);
+        assert_eq!(llama.hugging_face("blk.3.attn_q_norm.weight"), None);
+        assert_eq!(llama.hugging_face("blk.3.attn_norm.bias"), None);
+        assert_eq!(llama.hugging_face("output_norm.bias"), None);
     }
 
     #[test]
-    fn rows_of_queries_and_keys_are_interleaved_in_llama_files_alone() {
+    fn rows_lie_as_llama_cpp_writes_them() {
         let query = "model.layers.3.self_attn.q_proj.weight";
-        assert_eq!(interleaved(family("llama"), query), Some(Heads::Query));
-        assert_eq!(interleaved(family("mistral"), "model.layers.0.self_attn.k_proj.bias"), Some(Heads::Key));
-        assert_eq!(interleaved(family("llama"), "model.layers.3.self_attn.v_proj.weight"), None);
-        assert_eq!(interleaved(family("qwen3"), query), None);
+        let interleaved = |heads| Some(RowOrder::Interleaved(heads));
+        assert_eq!(names("llama").order(query), interleaved(Heads::Query));
+        assert_eq!(names("mistral").order("model.layers.0.self_attn.k_proj.bias"), interleaved(Heads::Key));
+        assert_eq!(names("llama").order("model.layers.3.self_attn.v_proj.weight"), None);
+        assert_eq!(names("qwen3").order(query), None);
+        let fused = "gpt_neox.layers.3.attention.query_key_value.bias";
+        assert_eq!(names("gpt_neox").order(fused), Some(RowOrder::Concatenated));
+        assert_eq!(names("gpt2").order("transformer.h.0.attn.c_attn.weight"), None);
+    }
+
+    #[test]
+    fn kinds_of_blocks_are_told_by_their_tensors() {
+        let kind = |model_type: &str, modules: &[&str]| {
+            let tensors: Vec<String> =
+                modules.iter().map(|module| format!("blk.0.{module}.weight")).collect();
+            kind_of(names(model_type).family, tensors.iter().map(String::as_str))
+        };
+        let falcon = ["attn_norm", "attn_qkv", "attn_output", "ffn_up", "ffn_down", "attn_norm_2"];
+        assert_eq!(kind("falcon", &falcon), 0);
+        assert_eq!(kind("falcon", &falcon[..5]), 1);
+        let stablelm = [
+            "attn_norm",
+            "attn_q",
+            "attn_k",
+            "attn_v",
+            "attn_output",
+            "ffn_gate",
+            "ffn_up",
+            "ffn_down",
+            "ffn_norm",
+        ];
+        assert_eq!(kind("stablelm", &stablelm), 0);
+        assert_eq!(kind("stablelm", &stablelm[..8]), 1);
+        // What has no whole block is told elsewhere.
+        assert_eq!(kind("stablelm", &stablelm[..3]), 0);
     }
 }
