@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     Checkpoint, Decoder, Result,
-    config::{AttentionScale, ModelConfig, RopeScaling, TensorRole},
+    config::{AttentionScale, ModelConfig, QueryTemperature, RopeScaling, TensorRole},
     families::{Family, FusedRows, GgufArchitecture, Part},
     gguf::{
         BlockType, Blocks, Parts, Value as Key, layers, llama3_factors,
@@ -262,8 +262,14 @@ fn check_expressible(config: &ModelConfig, kind: usize) -> Result<()> {
     if let [_, sliding, ..] = config.rope.as_slice() {
         usual("rope[1].scaling", "Default".into(), format!("{:?}", sliding.scaling))?;
     }
+    let temperature = config.query_temperature.filter(|_| gguf.temperature).and_then(|found| {
+        let RopeScaling::Yarn { original_max_position_embeddings, .. } = config.rope.first()?.scaling else {
+            return None;
+        };
+        Some(QueryTemperature { original_max_position_embeddings, ..found })
+    });
     let none = [
-        ("query_temperature", config.query_temperature.is_none()),
+        ("query_temperature", config.query_temperature.is_none_or(|found| Some(found) == temperature)),
         ("qkv_clip", config.qkv_clip.is_none()),
         ("projections", config.embedding_width.is_none()),
     ];
@@ -572,6 +578,8 @@ fn keys(
     if let [_, sliding, ..] = config.rope.as_slice() {
         own.push(("rope.freq_base_swa", float(sliding.theta)));
     }
+    let temperature = config.query_temperature.map(|temperature| temperature.beta);
+    own.extend(temperature.map(|beta| ("attention.temperature_scale", float(beta))));
     if family.gguf.is_some_and(|gguf| gguf.parallel_key) {
         own.push(("use_parallel_residual", Key::Bool(config.parallel)));
     }

@@ -348,6 +348,7 @@ pub(super) static MINISTRAL: Family = Family {
 pub(super) static MINISTRAL3: Family = Family {
     model_type: "ministral3",
     architecture: "Ministral3ForCausalLM",
+    gguf: Some(GgufArchitecture { name: "mistral3", temperature: true, ..INTERLEAVED }),
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(11) },
     class: Class {
         bias_keys: &[],

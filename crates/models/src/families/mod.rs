@@ -662,6 +662,8 @@ pub struct GgufArchitecture {
     pub always_tied: bool,
     /// Whether scores fall with the distance.
     pub alibi: bool,
+    /// Whether a key says how queries grow with their positions.
+    pub temperature: bool,
     /// Whether the weights of chosen experts are divided by their sum.
     pub normalises: bool,
     /// Whether YaRN's borders are rounded.
@@ -686,6 +688,7 @@ impl GgufArchitecture {
         parallel_key: false,
         always_tied: false,
         alibi: false,
+        temperature: false,
         normalises: true,
         rounds_yarn: true,
         slides_with: None,

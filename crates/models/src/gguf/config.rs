@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use super::{Gguf, layers, rope, value::Metadata};
 use crate::{
     Error, Result,
-    config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, RopeConfig, RopeScaling},
+    config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, QueryTemperature, RopeConfig, RopeScaling},
     families::{Family, FusedRows, GgufArchitecture, LinearRole, class::Rope},
     hf::{config::MAX_EXPERTS, rope::RopeKeys},
     source::TensorSource,
@@ -248,6 +248,16 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         false => gguf.parallel_kinds.contains(&file.names.kind),
     };
     config.alibi = f64::from(u8::from(gguf.alibi));
+    if let Some(beta) = keys.positive("attention.temperature_scale")?.filter(|_| gguf.temperature) {
+        let Some(RopeScaling::Yarn { original_max_position_embeddings, .. }) =
+            config.rope.first().map(|rope| &rope.scaling)
+        else {
+            let key = keys.key("attention.temperature_scale");
+            return Err(metadata.error(&key, "rotary positions with YaRN beside it", "none".into()));
+        };
+        config.query_temperature =
+            Some(QueryTemperature { beta, original_max_position_embeddings: *original_max_position_embeddings });
+    }
     config.layer_attention = layers::attention(&config, window);
     config.attention_scale = layers::scale(&config);
     read_factors(&keys, &mut config)?;
@@ -263,7 +273,10 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     add(!multipliers.attention.is_empty(), "attention.scale");
     add(!multipliers.residual.is_empty(), "residual_scale");
     add(!multipliers.logits_divisor.is_empty() || multipliers.logits.is_some(), "logit_scale");
-    add(family.gguf.is_some_and(|gguf| gguf.parallel_key), "use_parallel_residual");
+    let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
+    add(gguf.parallel_key, "use_parallel_residual");
+    add(gguf.temperature, "attention.temperature_scale");
+    add(gguf.temperature, "rope.scaling.yarn_log_multiplier");
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
     add(multipliers.logit_softcap.is_some(), "final_logit_softcapping");
     read
@@ -297,7 +310,10 @@ fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
     if config.family.class.scales_embedding {
         config.embedding_multiplier = (config.hidden_size as f64).sqrt();
     }
-    for key in read_by(config.family).into_iter().filter(|key| *key != "use_parallel_residual") {
+    for key in read_by(config.family) {
+        if matches!(key, "use_parallel_residual" | "attention.temperature_scale" | "rope.scaling.yarn_log_multiplier") {
+            continue;
+        }
         let value = keys.positive(key)?;
         match key {
             "embedding_scale" => config.embedding_multiplier = value.unwrap_or(1.0),

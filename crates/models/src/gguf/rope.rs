@@ -39,6 +39,15 @@ fn yarn(keys: &Keys, factor: f64, max_position_embeddings: usize) -> Result<Rope
     };
     // The keys hold a factor on the paper's own sharpening, 0.1 ln(factor) + 1 (YaRN, section 3.4).
     let sharpening = if factor > 1.0 { 0.1 * factor.ln() + 1.0 } else { 1.0 };
+    // What Mistral's files take off it.
+    let softening = match keys.metadata.f64(&keys.key("rope.scaling.yarn_log_multiplier"))? {
+        Some(part) if factor > 1.0 => 0.1 * part * factor.ln() + 1.0,
+        _ => 1.0,
+    };
+    if !(softening >= 1.0) {
+        let key = keys.key("rope.scaling.yarn_log_multiplier");
+        return Err(keys.metadata.error(&key, "a number from 0 on", softening.to_string()));
+    }
     Ok(RopeScaling::Yarn {
         factor,
         original_max_position_embeddings: keys
@@ -46,7 +55,7 @@ fn yarn(keys: &Keys, factor: f64, max_position_embeddings: usize) -> Result<Rope
             .unwrap_or(max_position_embeddings),
         beta_fast: keys.positive("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
         beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-        attention_factor: multiplier * sharpening,
+        attention_factor: multiplier * sharpening / softening,
         truncate: true,
     })
 }
