@@ -447,8 +447,8 @@ fn gguf_files_hold_the_families_that_they_have_an_architecture_for() {
         assert_close(&folder, &logits(&again, &folder), &logits(&model, &folder), 1e-5);
         seen.insert(config.family.model_type);
     }
-    let expected = "arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text glm4 gpt2 gpt_neox gpt_oss \
-                    granite granitemoe hunyuan_v1_dense mixtral olmo2 olmo3 phi phi3 qwen2_moe qwen3_moe seed_oss smollm3 \
+    let expected = "arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text gemma4_text glm4 gpt2 gpt_neox \
+                    gpt_oss granite granitemoe hunyuan_v1_dense ministral3 mixtral olmo2 olmo3 phi phi3 qwen2_moe qwen3_moe seed_oss smollm3 \
                     stablelm starcoder2";
     assert_eq!(seen.into_iter().collect::<Vec<_>>().join(" "), expected);
 }

@@ -19,7 +19,7 @@ use crate::{
     config::{AttentionScale, ModelConfig, QueryTemperature, RopeScaling, TensorRole},
     families::{Family, FusedRows, GgufArchitecture, Part},
     gguf::{
-        BlockType, Blocks, Parts, Value as Key, layers, llama3_factors,
+        BlockType, Blocks, Parts, Value as Key, gemma4, layers, llama3_factors,
         names::{Heads, Names, ROPE_FACTORS, RowOrder},
         writer::{self, NewTensor},
     },
@@ -130,6 +130,10 @@ pub fn export_gguf(
     }
     let usual = kinds.iter().max_by_key(|(_, count)| **count).map_or(0, |(id, _)| *id);
     let mut keys = keys(config, family, usual, options)?;
+    if by_blocks(family) && !gemma4::expresses(&keys, architecture(family), config)? {
+        let expected = "a model that the architecture's keys describe";
+        return Err(refuse("config", expected, format!("{config:?}")));
+    }
     if options.tokenizer {
         keys.extend(gguf_tokenizer::keys(source, config.vocab_size, &mut report.notes)?);
     }
@@ -198,6 +202,9 @@ pub(super) fn names(config: &ModelConfig) -> Result<Names> {
     let own = config.family;
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
+    }
+    if let Some(kind) = own.gguf.and_then(|gguf| gguf.all_parts) {
+        return Ok(Names { family: own, kind });
     }
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
@@ -277,6 +284,11 @@ fn check_expressible(config: &ModelConfig, kind: usize) -> Result<()> {
         Some((what, _)) => Err(refuse(&format!("config.{what}"), "none", "one")),
         None => Ok(()),
     }
+}
+
+/// Whether keys say of each block what it is like.
+fn by_blocks(family: &Family) -> bool {
+    family.gguf.is_some_and(|gguf| gguf.all_parts.is_some())
 }
 
 /// A GGUF architecture's name.
@@ -594,7 +606,12 @@ fn keys(
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping", config.attention_softcap);
     add(multipliers.logit_softcap.is_some(), "final_logit_softcapping", config.logit_softcap);
     if let AttentionScale::Factor(factor) = config.attention_scale {
-        add(true, "attention.scale", Some(factor));
+        add(!multipliers.attention.is_empty(), "attention.scale", Some(factor));
+    }
+    if by_blocks(family) {
+        let of_blocks = gemma4::keys(config);
+        own.retain(|(key, _)| of_blocks.iter().all(|(other, _)| other != key));
+        own.extend(of_blocks);
     }
     keys.extend(own.into_iter().map(|(key, value)| (format!("{}.{key}", architecture(family)), value)));
     Ok(keys)
@@ -606,6 +623,8 @@ fn rope_keys(scaling: &RopeScaling, rounds_yarn: bool) -> Result<Vec<(&'static s
     Ok(match *scaling {
         // The latter is in the base of the frequencies.
         RopeScaling::Default | RopeScaling::Alpha { .. } => vec![],
+        // Its channels are told by a tensor.
+        RopeScaling::Proportional { factor: 1.0 } => vec![],
         RopeScaling::Linear { factor } => {
             vec![("rope.scaling.type", text("linear")), ("rope.scaling.factor", float(factor))]
         }
@@ -644,6 +663,9 @@ fn rope_keys(scaling: &RopeScaling, rounds_yarn: bool) -> Result<Vec<(&'static s
 
 /// What LLaMA 3's scaling divides the frequencies by: a tensor, not a weight.
 fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
+    if by_blocks(config.family) {
+        return gemma4::rope_factors(config);
+    }
     let rope = config.rope.first()?;
     let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
         rope.scaling

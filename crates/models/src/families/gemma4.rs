@@ -4,14 +4,15 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    ExpertsPart, Family, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace, Part, Parts,
-    PerLayerNames, StackedExperts, VectorRole,
+    ExpertsPart, Family, GgufArchitecture, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace,
+    Part, Parts, PerLayerNames, StackedExperts, VectorRole,
     class::{
         self, ATTENTION_BIAS, Class, ExpertKeys, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, Multipliers, Rope,
         Windows,
     },
+    linear,
     llama::LIKE_LLAMA,
-    plain_linear, plain_norm, vector,
+    norm, vector,
 };
 use crate::{
     Result,
@@ -25,27 +26,27 @@ use crate::{
 };
 
 const ALL: [Part; 24] = [
-    plain_norm("input_layernorm", NormPlace::PreAttention),
-    plain_linear("self_attn.q_proj", LinearRole::Query),
-    plain_linear("self_attn.k_proj", LinearRole::Key),
-    plain_linear("self_attn.v_proj", LinearRole::Value),
-    plain_linear("self_attn.o_proj", LinearRole::Output),
-    plain_norm("self_attn.q_norm", NormPlace::QueryHead),
-    plain_norm("self_attn.k_norm", NormPlace::KeyHead),
-    plain_norm("post_attention_layernorm", NormPlace::PostAttention),
-    plain_norm("pre_feedforward_layernorm", NormPlace::PreMlp),
-    plain_linear("mlp.gate_proj", LinearRole::Gate),
-    plain_linear("mlp.up_proj", LinearRole::Up),
-    plain_linear("mlp.down_proj", LinearRole::Down),
-    plain_norm("post_feedforward_layernorm_1", NormPlace::PostDense),
+    norm("input_layernorm", NormPlace::PreAttention, "attn_norm"),
+    linear("self_attn.q_proj", LinearRole::Query, "attn_q"),
+    linear("self_attn.k_proj", LinearRole::Key, "attn_k"),
+    linear("self_attn.v_proj", LinearRole::Value, "attn_v"),
+    linear("self_attn.o_proj", LinearRole::Output, "attn_output"),
+    norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
+    norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
+    norm("post_attention_layernorm", NormPlace::PostAttention, "post_attention_norm"),
+    norm("pre_feedforward_layernorm", NormPlace::PreMlp, "ffn_norm"),
+    linear("mlp.gate_proj", LinearRole::Gate, "ffn_gate"),
+    linear("mlp.up_proj", LinearRole::Up, "ffn_up"),
+    linear("mlp.down_proj", LinearRole::Down, "ffn_down"),
+    norm("post_feedforward_layernorm_1", NormPlace::PostDense, "post_ffw_norm_1"),
     vector("router.scale", VectorRole::RouterScale),
-    plain_linear("router.proj", LinearRole::Router),
+    linear("router.proj", LinearRole::Router, "ffn_gate_inp"),
     vector("router.per_expert_scale", VectorRole::ExpertScales),
-    plain_norm("pre_feedforward_layernorm_2", NormPlace::PreExperts),
+    norm("pre_feedforward_layernorm_2", NormPlace::PreExperts, "pre_ffw_norm_2"),
     Part::Experts(ExpertsPart {
         name: "experts",
         linears: ["gate_proj", "up_proj", "down_proj"],
-        gguf: [""; 3],
+        gguf: ["ffn_gate_exps", "ffn_up_exps", "ffn_down_exps"],
         stacked: Some(StackedExperts {
             tensors: ["experts.gate_up_proj", "experts.down_proj"],
             biases: [""; 2],
@@ -54,11 +55,11 @@ const ALL: [Part; 24] = [
         module: "experts",
         router: None,
     }),
-    plain_norm("post_feedforward_layernorm_2", NormPlace::PostExperts),
-    plain_norm("post_feedforward_layernorm", NormPlace::PostMlp),
-    plain_linear("per_layer_input_gate", LinearRole::PerLayerGate),
-    plain_linear("per_layer_projection", LinearRole::PerLayerProjection),
-    plain_norm("post_per_layer_input_norm", NormPlace::PostPerLayerInput),
+    norm("post_feedforward_layernorm_2", NormPlace::PostExperts, "post_ffw_norm_2"),
+    norm("post_feedforward_layernorm", NormPlace::PostMlp, "post_ffw_norm"),
+    linear("per_layer_input_gate", LinearRole::PerLayerGate, "inp_gate"),
+    linear("per_layer_projection", LinearRole::PerLayerProjection, "proj"),
+    norm("post_per_layer_input_norm", NormPlace::PostPerLayerInput, "post_norm"),
     vector("layer_scalar", VectorRole::LayerScalar),
 ];
 
@@ -141,6 +142,9 @@ macro_rules! blocks {
 
 const BLOCKS: &[Parts] = blocks![0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
+/// The kind that has every part.
+const EVERYTHING: usize = Kind { keys: Keyed::Both, experts: true, input: true }.index();
+
 const EXPERTS: ExpertKeys =
     ExpertKeys { width: "moe_intermediate_size", normalise: None, sparse_layers: false, shared_width: "" };
 
@@ -158,7 +162,7 @@ pub(super) static GEMMA4: Family = Family {
     },
     norm: NormKind::Rms,
     norms_values: true,
-    gguf: None,
+    gguf: Some(GgufArchitecture { name: "gemma4", all_parts: Some(EVERYTHING), ..GgufArchitecture::PLAIN }),
     blocks: BLOCKS,
     special_tokens: || SpecialTokens { bos: Some(2), eos: vec![1], pad: Some(0) },
     module: ModulePath { root: "Gemma4", left_out: "" },

@@ -329,7 +329,10 @@ impl VectorRole {
         match self {
             Self::Sinks => "attn_sinks.weight",
             Self::RouterBias => "ffn_gate_inp.bias",
-            _ => "",
+            Self::RouterScale => "ffn_gate_inp.scale",
+            Self::ExpertScales => "ffn_down_exps.scale",
+            Self::LayerScalar => "layer_output_scale.weight",
+            Self::XieluPositive | Self::XieluNegative | Self::XieluBeta | Self::XieluEps => "",
         }
     }
 
@@ -670,6 +673,8 @@ pub struct GgufArchitecture {
     pub rounds_yarn: bool,
     /// Blocks of the one size whose blocks slide; of others no block does.
     pub slides_with: Option<usize>,
+    /// The kind of blocks that has every part, where blocks are of several kinds, which the file's tensors and keys tell.
+    pub all_parts: Option<usize>,
 }
 
 impl GgufArchitecture {
@@ -692,6 +697,7 @@ impl GgufArchitecture {
         normalises: true,
         rounds_yarn: true,
         slides_with: None,
+        all_parts: None,
     };
 }
 

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{Gguf, layers, rope, value::Metadata};
+use super::{Gguf, gemma4, layers, rope, value::Metadata};
 use crate::{
     Error, Result,
     config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, QueryTemperature, RopeConfig, RopeScaling},
@@ -12,22 +12,27 @@ use crate::{
 };
 
 /// Keys (without the architecture) that are read, or that change nothing.
-const KNOWN: [&str; 28] = [
+const KNOWN: [&str; 33] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
+    "attention.key_length_swa",
     "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon",
+    "attention.shared_kv_layers",
     "attention.sliding_window",
     "attention.value_length",
+    "attention.value_length_swa",
     "block_count",
     "context_length",
     "embedding_length",
+    "embedding_length_per_layer_input",
     "expert_count",
     "expert_feed_forward_length",
     "expert_shared_feed_forward_length",
     "feed_forward_length",
     "rope.dimension_count",
+    "rope.dimension_count_swa",
     "rope.freq_base",
     "rope.freq_base_swa",
     "rope.scale_linear",
@@ -77,7 +82,7 @@ pub(super) struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    fn new(metadata: &'a Metadata, architecture: &'a str) -> Self {
+    pub(crate) fn new(metadata: &'a Metadata, architecture: &'a str) -> Self {
         Self { metadata, architecture }
     }
 
@@ -96,7 +101,7 @@ impl<'a> Keys<'a> {
         Ok(size)
     }
 
-    fn required_size(&self, key: &str) -> Result<usize> {
+    pub(crate) fn required_size(&self, key: &str) -> Result<usize> {
         let size = self.size(key)?;
         self.metadata.require(&self.key(key), size)
     }
@@ -115,8 +120,9 @@ impl<'a> Keys<'a> {
 
     fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
-            let experts =
-                matches!(key, "expert_count" | "expert_used_count") && family.class.experts.is_some();
+            let by_block = family.gguf.is_some_and(|gguf| gguf.all_parts.is_some());
+            let experts = matches!(key, "expert_count" | "expert_used_count")
+                && (by_block || family.class.experts.is_some());
             let read = experts || read_by(family).contains(&key);
             let key = self.key(key);
             if read || self.metadata.get(&key).is_none() {
@@ -170,6 +176,9 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let family = Family::by_gguf(&file.architecture, window.is_some(), opened.class.experts.is_some())
         .unwrap_or(opened);
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
+    if gguf.all_parts.is_some() {
+        return by_blocks(file, &keys, family);
+    }
     let parts = family.blocks[file.names.kind];
     keys.refuse_what_changes_the_model(family)?;
     let hidden_size = keys.required_size("embedding_length")?;
@@ -255,13 +264,33 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
             let key = keys.key("attention.temperature_scale");
             return Err(metadata.error(&key, "rotary positions with YaRN beside it", "none".into()));
         };
-        config.query_temperature =
-            Some(QueryTemperature { beta, original_max_position_embeddings: *original_max_position_embeddings });
+        config.query_temperature = Some(QueryTemperature {
+            beta,
+            original_max_position_embeddings: *original_max_position_embeddings,
+        });
     }
     config.layer_attention = layers::attention(&config, window);
     config.attention_scale = layers::scale(&config);
     read_factors(&keys, &mut config)?;
     Ok(config)
+}
+
+/// Of an architecture whose blocks differ.
+fn by_blocks(file: &Gguf, keys: &Keys, family: &Family) -> Result<ModelConfig> {
+    let layers = keys.required_size("block_count")?;
+    check_layer_count(file, keys, layers)?;
+    let has = |index: usize, name: &str| file.contains(&format!("{}.weight", family.path(index, name)));
+    let table = family.names.per_layer.map(|paths| format!("{}.weight", paths.embedding));
+    let table = table.and_then(|name| file.tensors.get(&name));
+    let factors = file.rope_factors.as_ref().map(|tensor| file.decode(&tensor.name, tensor)).transpose()?;
+    let facts = gemma4::Facts {
+        vocab_size: vocab_size(file, keys)?,
+        vocab_size_per_layer: table.and_then(|table| table.shape.first().copied()),
+        tied: !file.contains(&format!("{}.weight", family.names.head)),
+        keys_only: (0..layers).any(|index| has(index, "self_attn.k_proj") && !has(index, "self_attn.v_proj")),
+        factors: factors.map(|factors| factors.values),
+    };
+    gemma4::config(keys, &facts)
 }
 
 /// Keys that change the model and that a family reads.
@@ -275,6 +304,7 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     add(!multipliers.logits_divisor.is_empty() || multipliers.logits.is_some(), "logit_scale");
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     add(gguf.parallel_key, "use_parallel_residual");
+    add(gguf.all_parts.is_some(), "attention.sliding_window_pattern");
     add(gguf.temperature, "attention.temperature_scale");
     add(gguf.temperature, "rope.scaling.yarn_log_multiplier");
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
@@ -311,7 +341,10 @@ fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
         config.embedding_multiplier = (config.hidden_size as f64).sqrt();
     }
     for key in read_by(config.family) {
-        if matches!(key, "use_parallel_residual" | "attention.temperature_scale" | "rope.scaling.yarn_log_multiplier") {
+        if matches!(
+            key,
+            "use_parallel_residual" | "attention.temperature_scale" | "rope.scaling.yarn_log_multiplier"
+        ) {
             continue;
         }
         let value = keys.positive(key)?;

@@ -7,6 +7,7 @@
 
 mod blocks;
 mod config;
+pub(crate) mod gemma4;
 mod header;
 pub(crate) mod layers;
 pub(crate) mod names;
@@ -127,11 +128,18 @@ impl Gguf {
                     );
                     return Err(metadata.error(&tensor.name, &expected, format!("{:?}", tensor.shape)));
                 }
-                let values: usize = one.iter().product();
+                let of_expert = names.first().map_or(1, Vec::len);
+                let mut shape = one.to_vec();
+                if !shape[0].is_multiple_of(of_expert) {
+                    let expected = format!("rows for {of_expert} matrices of each expert");
+                    return Err(metadata.error(&tensor.name, &expected, format!("{:?}", tensor.shape)));
+                }
+                shape[0] /= of_expert;
+                let values: usize = shape.iter().product();
                 let bytes = (values / tensor.kind.weights() * tensor.kind.bytes()) as u64;
-                for (expert, name) in (0..).zip(names) {
-                    let (shape, start) = (one.to_vec(), tensor.start + expert * bytes);
-                    tensors.insert(name, TensorInfo { shape, start, ..tensor.clone() });
+                for (place, name) in (0..).zip(names.into_iter().flatten()) {
+                    let start = tensor.start + place * bytes;
+                    tensors.insert(name, TensorInfo { shape: shape.clone(), start, ..tensor.clone() });
                 }
             } else {
                 let supported = format!("tensors of the architecture {architecture}");

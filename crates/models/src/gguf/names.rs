@@ -14,13 +14,19 @@ pub(crate) struct Names {
     pub kind: usize,
 }
 
-/// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot.
+/// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot; a tensor that is no
+/// module's has only a name.
 fn parts<'a>(prefix: &str, name: &'a str) -> Option<(u32, &'a str, &'a str)> {
     let (block, rest) = name.strip_prefix(prefix)?.strip_prefix('.')?.split_once('.')?;
     // Leading zeros or a sign would give two names to one tensor.
     let index = block.parse::<u32>().ok().filter(|index| index.to_string() == block)?;
-    let (module, part) = rest.rsplit_once('.')?;
+    let (module, part) = rest.rsplit_once('.').unwrap_or((rest, ""));
     Some((index, module, part))
+}
+
+/// Module and part in one.
+fn whole(module: &str, part: &str) -> String {
+    if part.is_empty() { module.to_owned() } else { format!("{module}.{part}") }
 }
 
 /// The kind of the blocks of a file of this family with these tensors: of those that are there as a whole the one with the
@@ -34,6 +40,9 @@ pub(super) fn kind_of<'a>(family: &Family, tensors: impl Iterator<Item = &'a str
             part => modules.contains(&part.gguf()),
         })
     };
+    if let Some(kind) = family.gguf.and_then(|gguf| gguf.all_parts) {
+        return kind;
+    }
     let kinds: Vec<(usize, &Parts)> = family.blocks.iter().enumerate().collect();
     let most = |best: Option<(usize, usize)>, (kind, parts): &(usize, &Parts)| match best {
         Some((_, count)) if count >= parts.0.len() => best,
@@ -52,19 +61,32 @@ impl Names {
         let names = &self.family.names;
         let positions = names.positions.map(|learned| ("position_embd", learned.path));
         let norm = names.embedding_norm.map(|path| ("token_embd_norm", path));
+        let per_layer = names.per_layer.map(|paths| {
+            [
+                ("per_layer_token_embd", paths.embedding),
+                ("per_layer_model_proj", paths.projection),
+                ("per_layer_proj_norm", paths.norm),
+            ]
+        });
         let all =
             [("token_embd", names.embedding), ("output_norm", names.final_norm), ("output", names.head)];
-        all.into_iter().chain(positions).chain(norm)
+        all.into_iter().chain(positions).chain(norm).chain(per_layer.into_iter().flatten())
     }
 
-    /// The Hugging Face names of what the tensor `name` stacks, given their number; `None` if it stacks none.
-    pub(super) fn stacked(self, name: &str, count: usize) -> Option<Vec<String>> {
+    /// The Hugging Face names of what the tensor `name` stacks, given the number of experts: of each one tensor, or gate and
+    /// way in. `None` if it stacks none.
+    pub(super) fn stacked(self, name: &str, count: usize) -> Option<Vec<Vec<String>>> {
         let (index, module, part) = parts("blk", name)?;
         let experts = self.table().experts().filter(|_| matches!(part, "weight" | "bias"))?;
-        let kind = experts.gguf.iter().position(|gguf| *gguf == module)?;
-        let path =
-            |expert| format!("{}.{part}", self.family.path(index as usize, &experts.path(expert, kind)));
-        Some((0..count).map(path).collect())
+        let kinds = match experts.gguf.iter().position(|gguf| *gguf == module) {
+            Some(kind) => kind..kind + 1,
+            None if module == "ffn_gate_up_exps" => 0..2,
+            None => return None,
+        };
+        let path = |expert, kind| {
+            format!("{}.{part}", self.family.path(index as usize, &experts.path(expert, kind)))
+        };
+        Some((0..count).map(|expert| kinds.clone().map(|kind| path(expert, kind)).collect()).collect())
     }
 
     /// The Hugging Face name of the tensor `name`; `None` if models of this family have no such tensor.
@@ -77,7 +99,7 @@ impl Names {
         };
         if let Some((index, module, part)) = parts("blk", name) {
             let path = |name: &str| family.path(index as usize, name);
-            let whole = format!("{module}.{part}");
+            let whole = whole(module, part);
             if let Some(vector) = self.table().iter().find(|entry| entry.gguf() == whole) {
                 return Some(path(vector.name()));
             }
@@ -92,7 +114,7 @@ impl Names {
         let (module, part) = name.rsplit_once('.')?;
         let (gguf, path) = self.outer().find(|(gguf, _)| *gguf == module)?;
         let is_known = match gguf {
-            "output_norm" | "token_embd_norm" => known(true, part),
+            "output_norm" | "token_embd_norm" | "per_layer_proj_norm" => known(true, part),
             "output" => known(false, part),
             _ => part == "weight",
         };
@@ -107,7 +129,7 @@ impl Names {
             let gguf = match expert {
                 Some(gguf) => format!("{gguf}.{part}"),
                 None => {
-                    let whole = format!("{module}.{part}");
+                    let whole = whole(module, part);
                     let entry =
                         self.table().iter().find(|entry| entry.name() == whole || entry.name() == module)?;
                     if entry.name() == whole {

@@ -44,7 +44,7 @@ fn yarn(keys: &Keys, factor: f64, max_position_embeddings: usize) -> Result<Rope
         Some(part) if factor > 1.0 => 0.1 * part * factor.ln() + 1.0,
         _ => 1.0,
     };
-    if !(softening >= 1.0) {
+    if softening.is_nan() || softening < 1.0 {
         let key = keys.key("rope.scaling.yarn_log_multiplier");
         return Err(keys.metadata.error(&key, "a number from 0 on", softening.to_string()));
     }

@@ -121,8 +121,9 @@ pub(crate) fn build(metadata: &Metadata) -> Result<Tokenizer> {
     let vocabulary = Vocabulary::read(metadata)?;
     let (mut tokenizer, add_bos) = match metadata.require(MODEL, metadata.str(MODEL)?)? {
         "gpt2" => byte_level(metadata, &vocabulary)?,
-        "llama" => sentence_piece(metadata, &vocabulary)?,
-        _ => return Err(metadata.unsupported_value(MODEL, "gpt2, llama")),
+        "llama" => sentence_piece(metadata, &vocabulary, merges_by_score(metadata, &vocabulary)?)?,
+        "gemma4" => sentence_piece(metadata, &vocabulary, merges(metadata, &vocabulary)?)?,
+        _ => return Err(metadata.unsupported_value(MODEL, "gpt2, llama, gemma4")),
     };
     finish(&mut tokenizer, metadata, &vocabulary, add_bos)?;
     Ok(tokenizer)
@@ -233,19 +234,7 @@ fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Tokenizer
     let name = metadata.str(PRE)?.unwrap_or("default");
     let words = Words::parse(name)
         .ok_or_else(|| metadata.unsupported_value(PRE, "gpt-2, default, smollm, llama-bpe, qwen2"))?;
-    let mut merges = Merges::new();
-    for merge in metadata.require(MERGES, metadata.strings(MERGES)?)? {
-        // The space between the two tokens; one that belongs to a token is spelled otherwise.
-        let (left, right) = merge
-            .split_once(' ')
-            .ok_or_else(|| metadata.error(MERGES, "two tokens and a space between", format!("{merge:?}")))?;
-        for token in [left, right, &format!("{left}{right}")] {
-            if !vocabulary.ids.contains_key(token) {
-                return Err(metadata.error(MERGES, "merges of tokens into tokens", format!("{merge:?}")));
-            }
-        }
-        merges.push((left.into(), right.into()));
-    }
+    let merges = merges(metadata, vocabulary)?;
     let llama3 = words == Words::Llama3;
     let model = build_model(BPE::builder().vocab_and_merges(vocabulary.map(), merges).ignore_merges(llama3))?;
     let mut tokenizer = Tokenizer::new(model);
@@ -261,8 +250,26 @@ fn build_model(builder: BpeBuilder) -> Result<BPE> {
     builder.build().map_err(error)
 }
 
+/// Merges in the file's order.
+fn merges(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<Merges> {
+    let mut merges = Merges::new();
+    for merge in metadata.require(MERGES, metadata.strings(MERGES)?)? {
+        // The space between the two tokens; one that belongs to a token is spelled otherwise.
+        let (left, right) = merge
+            .split_once(' ')
+            .ok_or_else(|| metadata.error(MERGES, "two tokens and a space between", format!("{merge:?}")))?;
+        for token in [left, right, &format!("{left}{right}")] {
+            if !vocabulary.ids.contains_key(token) {
+                return Err(metadata.error(MERGES, "merges of tokens into tokens", format!("{merge:?}")));
+            }
+        }
+        merges.push((left.into(), right.into()));
+    }
+    Ok(merges)
+}
+
 /// BPE over characters with bytes as the way out; also says that a begin-of-sequence token is customary.
-fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
+fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary, merges: Merges) -> Result<(Tokenizer, bool)> {
     for key in ["tokenizer.ggml.remove_extra_whitespaces", "tokenizer.ggml.treat_whitespace_as_suffix"] {
         if metadata.bool(key)?.unwrap_or(false) {
             return Err(metadata.unsupported_value(key, "false"));
@@ -272,10 +279,8 @@ fn sentence_piece(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Token
     if metadata.ints(charsmap)?.is_some_and(|map| !map.is_empty()) {
         return Err(metadata.unsupported_value(charsmap, "an empty one"));
     }
-    let mut builder = BPE::builder()
-        .vocab_and_merges(vocabulary.map(), merges_by_score(metadata, vocabulary)?)
-        .byte_fallback(true)
-        .fuse_unk(true);
+    let mut builder =
+        BPE::builder().vocab_and_merges(vocabulary.map(), merges).byte_fallback(true).fuse_unk(true);
     if let Some(unknown) = vocabulary.kinds.iter().position(|&kind| kind == kind::UNKNOWN) {
         builder = builder.unk_token(vocabulary.tokens[unknown].clone());
     }
