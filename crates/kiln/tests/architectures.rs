@@ -298,7 +298,10 @@ fn heads_and_channels_go_or_are_refused_by_name() {
         let refused = [
             ("experts", has_experts),
             ("all heads", folder.starts_with("olmo")),
-            ("nothing but the residual stream", folder.starts_with("gemma4")),
+            (
+                "nothing but the residual stream",
+                folder.starts_with("gemma4") || folder.starts_with("qwen3_5"),
+            ),
         ];
         if let Some((reason, _)) = refused.into_iter().find(|(_, refused)| *refused) {
             let message = pruned.unwrap_err().to_string();

@@ -91,7 +91,7 @@ fn gradients(
 fn losses_and_gradients_are_those_of_one_device() {
     let Some(vulkan) = vulkan() else { return };
     // Tied and untied heads, windows, learned positions, a last norm without weights, experts with a loss of their own, keys that
-    // blocks elsewhere share.
+    // blocks elsewhere share, recurrent blocks.
     let folders = [
         "models/tiny-llama",
         "tiny/mistral-swa8-f32",
@@ -100,6 +100,7 @@ fn losses_and_gradients_are_those_of_one_device() {
         "arch/nanochat",
         "arch/qwen3_moe",
         "arch/gemma4_text-shared",
+        "arch/qwen3_5_text",
     ];
     for folder in folders {
         for recompute in [Recompute::None, Recompute::Block] {

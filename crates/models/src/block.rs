@@ -6,7 +6,7 @@ use burn::{
     module::Param,
     tensor::{
         Tensor,
-        activation::{gelu, relu, silu, softplus},
+        activation::{gelu, relu, sigmoid, silu, softplus},
     },
 };
 use kiln_quant_core::{
@@ -17,6 +17,7 @@ use kiln_quant_core::{
 use crate::{
     Context, KvCache, Norm,
     config::{ExpertsConfig, ModelConfig},
+    delta::DeltaNet,
     experts::{Expert, clamped_swiglu, mixture, shared},
     families::{
         Activation, EXPERT_ROLES, FusedRows, LinearRole, NormPlace, Part, Parts, VectorPart, VectorRole,
@@ -251,7 +252,7 @@ impl<P: Projection> Block<P> {
         let behind = |place, y| added(self.normed(place, y));
         let normed = self.normed(NormPlace::PreAttention, x.clone());
         if config.parallel {
-            let attended = self.attention(index, normed.clone(), beside, context, cache, config);
+            let attended = self.mixer(index, normed.clone(), beside, context, cache, config);
             let normed = match self.norm(NormPlace::PreMlp) {
                 Some(norm) => norm.forward(x.clone()),
                 None => normed,
@@ -259,7 +260,7 @@ impl<P: Projection> Block<P> {
             let y = behind(NormPlace::PostMlp, self.mlp(normed, context, config));
             return x + behind(NormPlace::PostAttention, attended) + y;
         }
-        let attended = self.attention(index, normed, beside, context, cache, config);
+        let attended = self.mixer(index, normed, beside, context, cache, config);
         let x = self.normed(NormPlace::StreamAfterAttention, x + behind(NormPlace::PostAttention, attended));
         let normed = self.normed(NormPlace::PreMlp, x.clone());
         let mut y = self.mlp(normed, context, config);
@@ -292,6 +293,36 @@ impl<P: Projection> Block<P> {
         self.linear(role).unwrap_or_else(|| panic!("a block without {role:?}")).forward(x)
     }
 
+    /// What tokens take from each other: attention or a delta net.
+    fn mixer(
+        &self,
+        index: usize,
+        x: Tensor<3>,
+        beside: &mut Beside,
+        context: &Context,
+        cache: Option<&mut KvCache>,
+        config: &ModelConfig,
+    ) -> Tensor<3> {
+        let Some(output) = self.linear(LinearRole::DeltaOutput) else {
+            return self.attention(index, x, beside, context, cache, config);
+        };
+        let linear = |role| self.linear(role).unwrap_or_else(|| panic!("a delta net without {role:?}"));
+        let net = DeltaNet {
+            config: config.delta_net.unwrap_or_else(|| panic!("a delta net without heads")),
+            norm_eps: config.norm_eps,
+            mixed: linear(LinearRole::DeltaMixed),
+            gate: linear(LinearRole::DeltaGate),
+            strength: linear(LinearRole::DeltaStrength),
+            decay: linear(LinearRole::DeltaDecay),
+            output,
+            convolution: self.vector(VectorRole::DeltaConvolution),
+            log_rate: self.vector(VectorRole::DeltaLogRate),
+            time_bias: self.vector(VectorRole::DeltaTimeBias),
+            norm: self.vector(VectorRole::DeltaNorm),
+        };
+        net.forward(x, context, cache.map(|cache| cache.state(index)))
+    }
+
     /// Grouped-query attention.
     fn attention(
         &self,
@@ -314,7 +345,7 @@ impl<P: Projection> Block<P> {
             Some(most) => x.clamp(-most, most),
             None => x,
         };
-        let (q, own) = self.queries_keys_values(index, x, config);
+        let (q, gate, own) = self.queries_keys_values(index, x, config);
         let q = rotated(self.normed(NormPlace::QueryHead, clipped(q)));
         let q = self.normed(NormPlace::RotatedQueryHead, q);
         let q = match &context.query_factors {
@@ -352,16 +383,20 @@ impl<P: Projection> Block<P> {
             Some(sinks) => fused::attention_with_sinks(q, k, v, sinks, &spec),
             None => fused::attention(q, k, v, &spec),
         };
+        let y = match gate {
+            Some(gate) => y * sigmoid(gate),
+            None => y,
+        };
         self.project(LinearRole::Output, y.reshape([batch, length, heads * head_dim]))
     }
 
-    /// Queries, and keys and values where the block has some, `[batch, length, heads, head_dim]`, from their linears.
+    /// Queries, the gates of what their heads say where there are some, and keys and values where the block has some, `[batch, length, heads, head_dim]`, from their linears.
     fn queries_keys_values(
         &self,
         index: usize,
         x: Tensor<3>,
         config: &ModelConfig,
-    ) -> (Tensor<4>, Option<[Tensor<4>; 2]>) {
+    ) -> (Tensor<4>, Option<Tensor<4>>, Option<[Tensor<4>; 2]>) {
         let [batch, length, _] = x.dims();
         let (shape, head_dim) = (config.layer(index), config.head_dim_of(index));
         let (heads, groups) = (shape.num_attention_heads, shape.num_key_value_heads);
@@ -371,7 +406,17 @@ impl<P: Projection> Block<P> {
             .find_map(|rows| self.linear(LinearRole::QueryKeyValue(rows)).map(|linear| (rows, linear)));
         match fused {
             None => {
-                let q = self.normed(NormPlace::Queries, self.project(LinearRole::Query, x.clone()));
+                let (q, gate) = match self.linear(LinearRole::GatedQuery) {
+                    Some(linear) => {
+                        let both = linear.forward(x.clone()).reshape([batch, length, heads, 2 * head_dim]);
+                        let part = |first| both.clone().narrow(3, first, head_dim);
+                        (part(0), Some(part(head_dim)))
+                    }
+                    None => {
+                        let q = self.normed(NormPlace::Queries, self.project(LinearRole::Query, x.clone()));
+                        (split(q, heads), None)
+                    }
+                };
                 let both = self.linear(LinearRole::Key).map(|key| {
                     let k = key.forward(x.clone());
                     let v = match self.linear(LinearRole::Value) {
@@ -380,12 +425,12 @@ impl<P: Projection> Block<P> {
                     };
                     [split(self.normed(NormPlace::Keys, k), groups), split(v, groups)]
                 });
-                (split(q, heads), both)
+                (q, gate, both)
             }
             Some((FusedRows::Concatenated, linear)) => {
                 let all = split(linear.forward(x), heads + 2 * groups);
                 let part = |first, count| all.clone().narrow(2, first, count);
-                (part(0, heads), Some([part(heads, groups), part(heads + groups, groups)]))
+                (part(0, heads), None, Some([part(heads, groups), part(heads + groups, groups)]))
             }
             Some((FusedRows::Grouped, linear)) => {
                 let queries = heads / groups;
@@ -393,7 +438,8 @@ impl<P: Projection> Block<P> {
                 let part = |first, count, heads| {
                     all.clone().narrow(3, first, count).reshape([batch, length, heads, head_dim])
                 };
-                (part(0, queries, heads), Some([part(queries, 1, groups), part(queries + 1, 1, groups)]))
+                let both = [part(queries, 1, groups), part(queries + 1, 1, groups)];
+                (part(0, queries, heads), None, Some(both))
             }
         }
     }

@@ -71,6 +71,8 @@ pub struct ModelConfig {
     pub qkv_clip: Option<f64>,
     /// The experts of blocks that have some.
     pub experts: Option<ExpertsConfig>,
+    /// Heads of blocks that are recurrent.
+    pub delta_net: Option<DeltaNetConfig>,
     /// Which linears have biases.
     pub biases: Biases,
     /// The head is the embedding.
@@ -126,6 +128,22 @@ impl QueryTemperature {
         let steps = (f64::from(position) / self.original_max_position_embeddings as f64).floor();
         (1.0 + self.beta * steps.ln_1p()) as f32
     }
+}
+
+/// Heads of gated delta nets, blocks that keep a matrix for each value head in place of keys and values: Qwen 3.5's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DeltaNetConfig {
+    /// Heads of queries and keys.
+    pub key_heads: usize,
+    /// Heads of values, a multiple of those.
+    pub value_heads: usize,
+    /// Width of a query or key.
+    pub key_dim: usize,
+    /// Width of a value.
+    pub value_dim: usize,
+    /// Tokens that the convolution before them sees, the token itself included.
+    pub convolution: usize,
 }
 
 /// A mixture of experts.
@@ -294,6 +312,7 @@ impl ModelConfig {
             logit_softcap: None,
             qkv_clip: None,
             experts: None,
+            delta_net: None,
             biases: Biases::default(),
             tie_word_embeddings: false,
             layer_shapes: Vec::new(),
@@ -408,6 +427,12 @@ impl ModelConfig {
             Channels::PerLayer => self.per_layer_input.map_or(0, |inputs| inputs.width),
             Channels::Experts => self.experts.map_or(0, |experts| experts.count),
             Channels::One => 1,
+            Channels::GatedQuery => 2 * shape.num_attention_heads * head_dim,
+            Channels::DeltaMixed => self
+                .delta_net
+                .map_or(0, |delta| 2 * delta.key_heads * delta.key_dim + delta.value_heads * delta.value_dim),
+            Channels::DeltaValue => self.delta_net.map_or(0, |delta| delta.value_heads * delta.value_dim),
+            Channels::DeltaHeads => self.delta_net.map_or(0, |delta| delta.value_heads),
         }
     }
 
@@ -429,11 +454,19 @@ impl ModelConfig {
     /// Whether linears of a role have biases.
     pub fn has_bias(&self, role: LinearRole) -> bool {
         match role {
-            LinearRole::Query | LinearRole::Key | LinearRole::Value | LinearRole::QueryKeyValue(_) => {
-                self.biases.qkv
-            }
+            LinearRole::Query
+            | LinearRole::GatedQuery
+            | LinearRole::Key
+            | LinearRole::Value
+            | LinearRole::QueryKeyValue(_) => self.biases.qkv,
             LinearRole::Output => self.biases.o,
-            LinearRole::Router | LinearRole::SharedExpertGate => false,
+            LinearRole::Router
+            | LinearRole::SharedExpertGate
+            | LinearRole::DeltaMixed
+            | LinearRole::DeltaGate
+            | LinearRole::DeltaStrength
+            | LinearRole::DeltaDecay
+            | LinearRole::DeltaOutput => false,
             _ => self.biases.mlp,
         }
     }
@@ -456,6 +489,12 @@ impl ModelConfig {
                 vec![self.experts.map_or(0, |experts| experts.count)]
             }
             VectorRole::RouterScale => vec![self.hidden_size],
+            VectorRole::DeltaConvolution => {
+                let width = self.delta_net.map_or(0, |delta| delta.convolution);
+                vec![self.width(Channels::DeltaMixed, 0), 1, width]
+            }
+            VectorRole::DeltaLogRate | VectorRole::DeltaTimeBias => vec![self.width(Channels::DeltaHeads, 0)],
+            VectorRole::DeltaNorm => vec![self.delta_net.map_or(0, |delta| delta.value_dim)],
             VectorRole::Sinks => vec![self.num_attention_heads],
         }
     }

@@ -11,7 +11,7 @@ use kiln_quant_core::{
     fused::{self, AttentionSpec},
 };
 
-use crate::{TokenBatch, balance::RouterLog};
+use crate::{TokenBatch, balance::RouterLog, delta::DeltaState};
 
 /// Token ids on the device, and what attention needs to know about them.
 #[derive(Debug, Clone)]
@@ -213,6 +213,8 @@ impl Kept {
 #[derive(Debug, Clone, Default)]
 pub struct KvCache {
     blocks: Vec<Option<Kept>>,
+    /// Of blocks that are recurrent.
+    states: Vec<Option<DeltaState>>,
     pub(crate) segments: Vec<u32>,
     pub(crate) length: usize,
     /// Of a network beside the model.
@@ -249,17 +251,33 @@ impl KvCache {
     /// If there is no such row.
     #[must_use]
     pub fn select_rows(&self, rows: &[usize]) -> Self {
-        let select = |tensor: &Tensor<4>| {
-            let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
-            let indices = TensorData::new(indices, [rows.len()]);
-            tensor.clone().select(0, Tensor::<1, Int>::from_data(indices, &tensor.device()))
-        };
+        let select = |tensor: &Tensor<4>| chosen(tensor, rows);
         let blocks = self.blocks.iter().map(|block| {
             block.as_ref().map(|kept| Kept { both: kept.both().each_ref().map(select), length: kept.length })
         });
         let segments = rows.iter().flat_map(|&row| &self.segments[row * self.length..][..self.length]);
         let beside = self.beside.as_ref().map(|beside| Box::new(beside.select_rows(rows)));
-        Self { blocks: blocks.collect(), segments: segments.copied().collect(), length: self.length, beside }
+        let states = self.states.iter().map(|state| {
+            state.as_ref().map(|state| DeltaState {
+                tail: chosen(&state.tail, rows),
+                memory: chosen(&state.memory, rows),
+            })
+        });
+        Self {
+            blocks: blocks.collect(),
+            states: states.collect(),
+            segments: segments.copied().collect(),
+            length: self.length,
+            beside,
+        }
+    }
+
+    /// What a recurrent block remembers.
+    pub(crate) fn state(&mut self, block: usize) -> &mut Option<DeltaState> {
+        if self.states.len() <= block {
+            self.states.resize_with(block + 1, || None);
+        }
+        &mut self.states[block]
     }
 
     /// All keys and values of a block.
@@ -295,6 +313,13 @@ impl KvCache {
         };
         self.blocks[block].insert(kept).both()
     }
+}
+
+/// Rows of a tensor by their indices.
+fn chosen<const D: usize>(tensor: &Tensor<D>, rows: &[usize]) -> Tensor<D> {
+    let indices: Vec<i64> = rows.iter().map(|&row| row as i64).collect();
+    let indices = TensorData::new(indices, [rows.len()]);
+    tensor.clone().select(0, Tensor::<1, Int>::from_data(indices, &tensor.device()))
 }
 
 #[cfg(test)]

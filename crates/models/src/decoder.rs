@@ -650,6 +650,13 @@ impl<P: Projection> ScaleSites for Decoder<P> {
         };
         let mut attention = vec![LinearRole::Query, LinearRole::Key, LinearRole::Value];
         attention.extend([FusedRows::Concatenated, FusedRows::Grouped].map(LinearRole::QueryKeyValue));
+        attention.extend([
+            LinearRole::GatedQuery,
+            LinearRole::DeltaMixed,
+            LinearRole::DeltaGate,
+            LinearRole::DeltaStrength,
+            LinearRole::DeltaDecay,
+        ]);
         let mlp = [LinearRole::Gate, LinearRole::Up, LinearRole::GateUp];
         // Side by side, both may read one norm.
         if self.config.parallel && table.norm(NormPlace::PreMlp).is_none() {

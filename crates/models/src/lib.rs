@@ -11,6 +11,7 @@ mod classifier;
 pub mod config;
 mod context;
 mod decoder;
+mod delta;
 mod driver;
 mod embedding;
 mod error;

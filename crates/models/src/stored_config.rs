@@ -6,8 +6,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     config::{
-        AttentionScale, Biases, ExpertsConfig, LayerAttention, LayerShape, ModelConfig, PerLayerInputConfig,
-        QueryTemperature, RopeConfig, RopeScaling,
+        AttentionScale, Biases, DeltaNetConfig, ExpertsConfig, LayerAttention, LayerShape, ModelConfig,
+        PerLayerInputConfig, QueryTemperature, RopeConfig, RopeScaling,
     },
     families::{Activation, Family, LinearRole},
 };
@@ -64,6 +64,8 @@ pub(crate) struct Now {
     qkv_clip: Option<f64>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     experts: Option<ExpertsConfig>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    delta_net: Option<DeltaNetConfig>,
     biases: Biases,
     tie_word_embeddings: bool,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
@@ -155,6 +157,7 @@ impl From<ModelConfig> for StoredConfig {
             logit_softcap: config.logit_softcap,
             qkv_clip: config.qkv_clip,
             experts: config.experts,
+            delta_net: config.delta_net,
             biases: config.biases,
             tie_word_embeddings: config.tie_word_embeddings,
             layer_shapes: config.layer_shapes,
@@ -209,6 +212,7 @@ impl TryFrom<StoredConfig> for ModelConfig {
                 logit_softcap: now.logit_softcap,
                 qkv_clip: now.qkv_clip,
                 experts: now.experts,
+                delta_net: now.delta_net,
                 biases: now.biases,
                 tie_word_embeddings: now.tie_word_embeddings,
                 layer_shapes: now.layer_shapes,
@@ -295,6 +299,17 @@ impl ModelConfig {
                     let expected = format!("{pairs} factors in each list of LongRoPE");
                     return wrong("rope", expected, format!("{found:?}"));
                 }
+            }
+        }
+        if (0..layers).any(|index| self.parts(index).is_recurrent()) {
+            let fits = |delta: &DeltaNetConfig| {
+                let DeltaNetConfig { key_heads, value_heads, key_dim, value_dim, convolution } = *delta;
+                [key_heads, value_heads, key_dim, value_dim, convolution].iter().all(|size| *size > 0)
+                    && value_heads.is_multiple_of(key_heads)
+            };
+            if !self.delta_net.as_ref().is_some_and(fits) {
+                let expected = "sizes above 0, value heads being a multiple of key heads".to_owned();
+                return wrong("linear_num_value_heads", expected, format!("{:?}", self.delta_net));
             }
         }
         for index in 0..layers {

@@ -49,9 +49,10 @@ fn batch(vocabulary: u32) -> (TokenBatch, Vec<u32>, Vec<bool>) {
 #[test]
 fn recomputation_and_chunked_loss_equal_plain_autodiff() {
     let tiny = ["tiny/llama-tied-f32-sharded", "tiny/qwen3-untied-f32", "tiny/opt-f32"];
-    // Keys of several blocks, inputs of single ones, embeddings that are projected.
-    for folder in tiny.into_iter().chain(["arch/gemma4_text-shared", "arch/gemma4_text-moe", "arch/opt-post"])
-    {
+    // Keys of several blocks, inputs of single ones, embeddings that are projected, recurrent blocks.
+    let others = ["gemma4_text-shared", "gemma4_text-moe", "opt-post", "qwen3_5_text"];
+    let others: Vec<String> = others.iter().map(|folder| format!("arch/{folder}")).collect();
+    for folder in tiny.into_iter().chain(others.iter().map(String::as_str)) {
         let model = model(folder);
         let vocabulary = model.vocab_size();
         let (tokens, targets, scored) = batch(vocabulary as u32);

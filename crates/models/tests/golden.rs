@@ -53,7 +53,7 @@ const DENSE: [&str; 12] = [
 ];
 
 /// Folders of `testdata/arch`.
-const ARCHITECTURES: [&str; 46] = [
+const ARCHITECTURES: [&str; 47] = [
     "apertus",
     "arcee",
     "bloom",
@@ -93,6 +93,7 @@ const ARCHITECTURES: [&str; 46] = [
     "phi3-longrope",
     "phi3-partial",
     "qwen2_moe",
+    "qwen3_5_text",
     "qwen3_moe",
     "qwen3_moe-mixed",
     "seed_oss",
@@ -107,9 +108,10 @@ fn dense_folders() -> impl Iterator<Item = &'static str> {
 }
 
 /// Their files keep the gradients of what the scaling, the window or the type touches.
-const PARTLY: [&str; 7] = [
+const PARTLY: [&str; 8] = [
     "llama-untied-f16",
     "llama-untied-bf16",
+    "qwen2-tied-f32",
     "llama-rope-linear",
     "llama-rope-dynamic",
     "llama-rope-yarn",
@@ -273,15 +275,6 @@ fn dense_parameters(model: &Decoder<QuantLinear>) -> Vec<(String, Parameter)> {
             let table = TABLES.iter().any(|table| name.ends_with(&format!("{table}.weight")));
             // GPT-2's linears stand the other way round in its files.
             let table = table || name.starts_with("transformer.h") && self.conv1d;
-            let routers = [
-                "mlp.gate.weight",
-                "moe.gate.weight",
-                "router.weight",
-                "router.proj.weight",
-                "router.layer.weight",
-                "expert_gate.weight",
-            ];
-            let table = table || routers.iter().any(|router| name.ends_with(router));
             // The same leaf under its own rank: a reshape would be another node of the graph.
             let leaf = tensor.into_dispatch();
             let parameter = if D == 1 {
@@ -346,10 +339,11 @@ fn a_padded_row_of_a_batch_equals_the_row_alone() {
     }
 }
 
-/// Longer than what a cache keeps of a window.
+/// Longer than what a cache keeps of a window, and than a chunk of recurrent blocks.
 #[test]
 fn tokens_one_by_one_see_what_the_windows_of_a_whole_text_show() {
-    for folder in ["ministral", "gemma2", "gemma4_text-shared", "gpt_oss", "mistral-swa8-f32"] {
+    for folder in ["ministral", "gemma2", "gemma4_text-shared", "gpt_oss", "qwen3_5_text", "mistral-swa8-f32"]
+    {
         let (model, _) = load(folder);
         let length = model.max_positions().min(128);
         let ids: Vec<u32> = (0..length as u32).map(|i| (i * i * 7 + i * 31 + 5) % 96).collect();

@@ -104,6 +104,10 @@ impl Kept {
                 let queries = groups.queries_per_group();
                 (&kept.heads, queries * structure.head_dim, groups.shape.num_key_value_heads)
             }
+            Channels::GatedQuery => {
+                let queries = groups.queries_per_group();
+                (&kept.heads, 2 * queries * structure.head_dim, groups.shape.num_key_value_heads)
+            }
             Channels::KeyValue => (&kept.heads, structure.head_dim, groups.shape.num_key_value_heads),
             Channels::QueryKeyValue(rows) => {
                 let LayerShape { num_attention_heads: heads, num_key_value_heads: all, .. } = groups.shape;
@@ -122,7 +126,10 @@ impl Kept {
             | Channels::SharedExpert
             | Channels::PerLayer
             | Channels::Experts
-            | Channels::One => return None,
+            | Channels::One
+            | Channels::DeltaMixed
+            | Channels::DeltaValue
+            | Channels::DeltaHeads => return None,
             Channels::Mlp => (&kept.channels, 1, groups.shape.intermediate_size),
             Channels::GateUp => {
                 let all = groups.shape.intermediate_size;

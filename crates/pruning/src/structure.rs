@@ -109,7 +109,7 @@ impl Structure {
         // The residual stream's channels are those of two more matrices.
         let hidden_goes = config.embedding_width.is_none();
         let stays = (!plain).then_some(
-            "heads of several widths or normed values, keys of earlier blocks or inputs of their own",
+            "heads of several widths or normed values, keys of earlier blocks, recurrent blocks or inputs of their own",
         );
         Self { hidden: config.hidden_size, head_dim: config.head_dim, hidden_goes, stays, layers, linears }
     }

@@ -114,7 +114,11 @@ pub(crate) fn masked(model: Decoder<QuantLinear>, kept: &Kept) -> Decoder<QuantL
             | Channels::SharedExpert
             | Channels::PerLayer
             | Channels::Experts
-            | Channels::One => true,
+            | Channels::One
+            | Channels::GatedQuery
+            | Channels::DeltaMixed
+            | Channels::DeltaValue
+            | Channels::DeltaHeads => true,
             Channels::Mlp => layer.channels.contains(&input),
             Channels::Query => {
                 layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group()))

@@ -84,7 +84,11 @@ fn vector_start(role: VectorRole) -> f64 {
         VectorRole::XieluBeta => XIELU_BETA,
         VectorRole::XieluEps => -1e-6,
         VectorRole::RouterBias | VectorRole::Sinks => 0.0,
-        VectorRole::RouterScale | VectorRole::ExpertScales | VectorRole::LayerScalar => 1.0,
+        VectorRole::DeltaConvolution | VectorRole::DeltaLogRate | VectorRole::DeltaTimeBias => 0.0,
+        VectorRole::RouterScale
+        | VectorRole::ExpertScales
+        | VectorRole::LayerScalar
+        | VectorRole::DeltaNorm => 1.0,
     }
 }
 

@@ -14,6 +14,7 @@ mod llama;
 mod olmo;
 mod opt;
 mod phi;
+mod qwen3_5;
 
 use std::fmt;
 
@@ -24,11 +25,12 @@ use self::class::Class;
 use crate::config::{Biases, ModelConfig, SpecialTokens};
 
 /// All families, in the order in which GGUF's shared architecture names are resolved.
-pub static FAMILIES: [&Family; 42] = [
+pub static FAMILIES: [&Family; 43] = [
     &llama::LLAMA,
     &llama::MISTRAL,
     &llama::QWEN2,
     &llama::QWEN3,
+    &qwen3_5::QWEN3_5,
     &opt::OPT,
     &gemma::GEMMA3,
     &gemma::GEMMA,
@@ -234,14 +236,20 @@ impl Parts {
         self.linears().find(|linear| linear.role == role)
     }
 
-    /// Whether it attends to keys and values of its own, which may be one matrix; else to those of an earlier block.
+    /// Whether it needs no earlier block's keys and values: it attends to its own, which may be one matrix, or is recurrent.
     pub fn has_keys(self) -> bool {
-        self.linears().any(|linear| matches!(linear.role, LinearRole::Key | LinearRole::QueryKeyValue(_)))
+        let own = |role| matches!(role, LinearRole::Key | LinearRole::QueryKeyValue(_));
+        self.is_recurrent() || self.linears().any(|linear| own(linear.role))
     }
 
-    /// Whether it reads nothing but the residual stream.
+    /// Whether it remembers a matrix for each head in place of keys and values.
+    pub fn is_recurrent(self) -> bool {
+        self.linear(LinearRole::DeltaOutput).is_some()
+    }
+
+    /// Whether it attends, and reads nothing but the residual stream.
     pub fn stands_alone(self) -> bool {
-        self.has_keys() && self.linear(LinearRole::PerLayerGate).is_none()
+        self.has_keys() && !self.is_recurrent() && self.linear(LinearRole::PerLayerGate).is_none()
     }
 
     /// The norm of a place.
@@ -321,6 +329,14 @@ pub enum VectorRole {
     ExpertScales,
     /// A factor on all of the residual stream behind the block, `[1]`, that is never trained.
     LayerScalar,
+    /// A delta net's weights of a channel's latest tokens, `[channels, 1, width]`.
+    DeltaConvolution,
+    /// Logarithms of a delta net's rates, one a value head.
+    DeltaLogRate,
+    /// What is added before a delta net's decays are made, one a value head.
+    DeltaTimeBias,
+    /// Gains of the norm over what a value head says.
+    DeltaNorm,
 }
 
 impl VectorRole {
@@ -333,6 +349,7 @@ impl VectorRole {
             Self::ExpertScales => "ffn_down_exps.scale",
             Self::LayerScalar => "layer_output_scale.weight",
             Self::XieluPositive | Self::XieluNegative | Self::XieluBeta | Self::XieluEps => "",
+            Self::DeltaConvolution | Self::DeltaLogRate | Self::DeltaTimeBias | Self::DeltaNorm => "",
         }
     }
 
@@ -344,7 +361,11 @@ impl VectorRole {
             | Self::RouterBias
             | Self::Sinks
             | Self::RouterScale
-            | Self::ExpertScales => true,
+            | Self::ExpertScales
+            | Self::DeltaConvolution
+            | Self::DeltaLogRate
+            | Self::DeltaTimeBias
+            | Self::DeltaNorm => true,
             Self::XieluBeta | Self::XieluEps | Self::LayerScalar => false,
         }
     }
@@ -535,6 +556,18 @@ pub enum LinearRole {
     Router,
     /// From the residual stream to the one gate of the expert that all tokens go through.
     SharedExpertGate,
+    /// Head by head queries and, for what the head says, gates.
+    GatedQuery,
+    /// A delta net's queries, keys and values.
+    DeltaMixed,
+    /// A delta net's gate of its output.
+    DeltaGate,
+    /// How strongly a delta net's value heads learn.
+    DeltaStrength,
+    /// How much they forget.
+    DeltaDecay,
+    /// A delta net's output.
+    DeltaOutput,
 }
 
 /// How the rows of a matrix of queries, keys and values follow each other.
@@ -586,6 +619,11 @@ impl LinearRole {
             Self::PerLayerProjection => [Channels::PerLayer, Channels::Hidden],
             Self::Router => [Channels::Hidden, Channels::Experts],
             Self::SharedExpertGate => [Channels::Hidden, Channels::One],
+            Self::GatedQuery => [Channels::Hidden, Channels::GatedQuery],
+            Self::DeltaMixed => [Channels::Hidden, Channels::DeltaMixed],
+            Self::DeltaGate => [Channels::Hidden, Channels::DeltaValue],
+            Self::DeltaStrength | Self::DeltaDecay => [Channels::Hidden, Channels::DeltaHeads],
+            Self::DeltaOutput => [Channels::DeltaValue, Channels::Hidden],
         }
     }
 
@@ -596,7 +634,10 @@ impl LinearRole {
 
     /// Whether it belongs to the attention, not to the MLP.
     pub fn is_attention(self) -> bool {
-        matches!(self, Self::Query | Self::Key | Self::Value | Self::QueryKeyValue(_) | Self::Output)
+        matches!(
+            self,
+            Self::Query | Self::GatedQuery | Self::Key | Self::Value | Self::QueryKeyValue(_) | Self::Output
+        )
     }
 }
 
@@ -625,13 +666,21 @@ pub enum Channels {
     Experts,
     /// A single one.
     One,
+    /// Channels of the block's query heads and of their gates, head by head.
+    GatedQuery,
+    /// Those of a delta net's queries, keys and values.
+    DeltaMixed,
+    /// Channels of a delta net's value heads.
+    DeltaValue,
+    /// A delta net's value heads.
+    DeltaHeads,
 }
 
 impl Channels {
     /// Whether they are channels of heads.
     pub fn are_heads(self) -> bool {
         match self {
-            Self::Query | Self::KeyValue | Self::QueryKeyValue(_) => true,
+            Self::Query | Self::GatedQuery | Self::KeyValue | Self::QueryKeyValue(_) => true,
             Self::Hidden
             | Self::Mlp
             | Self::GateUp
@@ -639,7 +688,10 @@ impl Channels {
             | Self::SharedExpert
             | Self::PerLayer
             | Self::Experts
-            | Self::One => false,
+            | Self::One
+            | Self::DeltaMixed
+            | Self::DeltaValue
+            | Self::DeltaHeads => false,
         }
     }
 }
@@ -858,7 +910,11 @@ mod tests {
                 assert!(family.gguf.is_none() || !first || named == parts.0.len(), "{family:?}");
                 let fused = parts.linears().any(|linear| matches!(linear.role, LinearRole::QueryKeyValue(_)));
                 let has = |role| parts.linear(role).is_some();
-                assert_eq!(has(LinearRole::Query), !fused, "{family:?}");
+                if parts.is_recurrent() {
+                    assert!(*parts != family.blocks[0], "{family:?}: its first kind attends");
+                    continue;
+                }
+                assert_eq!(has(LinearRole::Query) || has(LinearRole::GatedQuery), !fused, "{family:?}");
                 // Values may be made of keys, and both be another block's.
                 assert!(!has(LinearRole::Value) || has(LinearRole::Key), "{family:?}");
                 let given = !(fused || has(LinearRole::Key) && has(LinearRole::Value));

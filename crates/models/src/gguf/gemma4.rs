@@ -107,7 +107,9 @@ pub(super) fn config(keys: &Keys, facts: &Facts) -> Result<ModelConfig> {
                 "partial_rotary_factor": sliding_share,
             },
         },
-        "final_logit_softcapping": keys.positive("final_logit_softcapping")?,
+        // 0 is none; readers take silence for a cap of their own.
+        "final_logit_softcapping":
+            keys.metadata.f64(&keys.key("final_logit_softcapping"))?.filter(|cap| *cap != 0.0),
         "tie_word_embeddings": facts.tied,
         "enable_moe_block": experts > 0,
     });
@@ -188,6 +190,9 @@ pub(crate) fn keys(config: &ModelConfig) -> Vec<Own> {
         ("embedding_length_per_layer_input", count(config.per_layer_input.map_or(0, |inputs| inputs.width))),
         ("rope.dimension_count", count(head_dim(false))),
     ];
+    if config.logit_softcap.is_none() {
+        own.push(("final_logit_softcapping", Value::F32(0.0)));
+    }
     if let [_, sliding] = config.rope.as_slice() {
         own.push(("rope.dimension_count_swa", count(sliding.rotated(head_dim(true)))));
     }

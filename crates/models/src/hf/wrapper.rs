@@ -14,7 +14,7 @@ struct Wrapper {
     text: &'static str,
 }
 
-const WRAPPERS: [Wrapper; 4] = [
+const WRAPPERS: [Wrapper; 5] = [
     Wrapper { architecture: "Gemma3ForConditionalGeneration", model_type: "gemma3", text: "gemma3_text" },
     Wrapper { architecture: "Gemma4ForConditionalGeneration", model_type: "gemma4", text: "gemma4_text" },
     Wrapper {
@@ -22,6 +22,7 @@ const WRAPPERS: [Wrapper; 4] = [
         model_type: "gemma4_unified",
         text: "gemma4_text",
     },
+    Wrapper { architecture: "Qwen3_5ForConditionalGeneration", model_type: "qwen3_5", text: "qwen3_5_text" },
     Wrapper { architecture: "Mistral3ForConditionalGeneration", model_type: "mistral3", text: "mistral" },
 ];
 
