@@ -2,7 +2,7 @@
 
 use std::{collections::BTreeSet, convert::Infallible};
 
-use kiln_quant_core::{Slots, Stack, TokenTables, for_each_parameter};
+use kiln_quant_core::{Slots, Stack, TokenTables, for_each_parameter, is_variant};
 
 /// What of a model a configuration can speak of.
 #[derive(Debug, Clone, Default)]
@@ -55,6 +55,6 @@ impl Outline {
 /// A parameter's name in checkpoints. Variants of enums, which begin with a capital letter, have no part in it.
 pub(crate) fn name_of<M: Slots, S: AsRef<str>>(model: &M, path: &[S]) -> String {
     let fields = path.iter().map(AsRef::as_ref);
-    let fields = fields.filter(|part| !part.starts_with(|first: char| first.is_ascii_uppercase()));
+    let fields = fields.filter(|part| !is_variant(part));
     model.checkpoint_name(&fields.collect::<Vec<_>>().join("."))
 }

@@ -61,11 +61,13 @@ impl Factors<'_> {
         self.b[row * self.target.r * experts + rank * experts + expert]
     }
 
-    /// Whether each slot uses ranks of its own, as many as the others: two adapters, not one with a common A.
-    fn is_block_diagonal(&self) -> bool {
+    /// Whether each slot uses ranks of its own, as many as the others: two adapters, not one with a common A. Before training,
+    /// when B is zero, ranks tell it: PEFT makes those of two adapters twice as large as the configuration's `r`.
+    fn is_block_diagonal(&self, r: usize) -> bool {
         let slots = self.d_outputs.len();
         let own = self.target.r / slots;
         self.target.r.is_multiple_of(slots)
+            && (self.target.r == slots * r || self.b.iter().any(|value| *value != 0.0))
             && (0..slots).all(|slot| {
                 let others = || (0..self.target.r).filter(move |rank| rank / own != slot);
                 (0..self.d_outputs[slot]).all(|output| {
@@ -173,10 +175,9 @@ fn patterns(modules: &[(&str, usize, f64)]) -> Vec<(String, usize, f64)> {
     patterns
 }
 
-/// Whether adapters of experts stand in `file` one by one, as older versions wrote them.
+/// Whether adapters of experts or routers stand in `file` one by one, as older versions wrote them.
 fn is_one_by_one(file: &SafetensorsFile, stacks: &[Stack]) -> bool {
-    let mut slots =
-        stacks.iter().filter(|stack| stack.experts.len() > 1).flat_map(|s| s.experts.iter().flatten());
+    let mut slots = stacks.iter().flat_map(|stack| stack.experts.iter().flatten());
     slots.any(|slot| file.contains(&in_file(file, Part::A.peft_name(slot))))
 }
 
@@ -256,7 +257,10 @@ pub(crate) fn translated(
         });
         stacked.used.extend([a, b]);
     }
-    let apart = read.iter().filter(|factors| factors.d_outputs.len() > 1).all(Factors::is_block_diagonal);
+    let apart = read
+        .iter()
+        .filter(|factors| factors.d_outputs.len() > 1)
+        .all(|factors| factors.is_block_diagonal(base.rank));
     let mut adapted: Vec<(&str, usize, f64)> = Vec::new();
     for factors in &read {
         let slots = factors.d_outputs.len();

@@ -510,6 +510,7 @@ fn table() -> String {
             parts.norms().any(|norm| matches!(norm.place.axis(), NormAxis::Queries | NormAxis::Keys));
         let beside = family.blocks.iter().any(|parts| !parts.stands_alone());
         let pruned = match (beside, parts.experts().is_some(), over_all) {
+            (true, _, _) if family.blocks.iter().any(|parts| parts.is_recurrent()) => "no: delta nets",
             (true, _, _) => "no: shared keys",
             (false, true, _) => "no: experts",
             (false, false, true) => "channels",

@@ -35,7 +35,7 @@ struct Found<'a> {
 impl ModuleVisitor for Found<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.gradients.get::<D>(param.id) {
-            let path = self.path.iter().filter(|part| !part.starts_with(char::is_uppercase));
+            let path = self.path.iter().filter(|part| !kiln::quant::is_variant(part));
             let path = path.map(String::as_str).collect::<Vec<_>>().join(".");
             self.found.insert(path, (gradient.dims().to_vec(), read(gradient)));
         }

@@ -146,6 +146,21 @@ pub struct DeltaNetConfig {
     pub convolution: usize,
 }
 
+impl DeltaNetConfig {
+    /// Values that a token keeps for the backward pass, counted from the operations of `delta.rs`: products and sums of the
+    /// convolution, queries, keys and values on their way, eleven squares of a chunk, and the matrices of chunks.
+    pub(crate) fn kept_values(&self) -> f64 {
+        let Self { key_heads, value_heads, key_dim, value_dim, convolution } = *self;
+        let [key_heads, value_heads, key_dim, value_dim, convolution] =
+            [key_heads, value_heads, key_dim, value_dim, convolution].map(|size| size as f64);
+        let mixed = 2.0 * key_heads * key_dim + value_heads * value_dim;
+        let chunk = crate::delta::CHUNK as f64;
+        (convolution + 3.0) * mixed
+            + value_heads * (11.0 * chunk + 11.0 * key_dim + 8.0 * value_dim)
+            + 3.0 * value_heads * key_dim * value_dim / chunk
+    }
+}
+
 /// A mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -12,6 +12,8 @@
 //! With recomputation a block keeps its input only, `n d`, and one block's values exist at a time. Beside them: weights;
 //! 8 bytes of optimizer state and 4 of gradient for each trained value; the logits of one chunk.
 
+use std::collections::BTreeMap;
+
 use crate::{
     Recompute,
     config::ModelConfig,
@@ -87,7 +89,7 @@ impl MemoryEstimate {
     }
 }
 
-/// Sizes of a block, all blocks being alike.
+/// Sizes of a block: of all blocks' linears the mean, of the rest those of the first that attends.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockSizes {
     /// Channels of the residual stream.
@@ -108,6 +110,8 @@ pub struct BlockSizes {
     pub slots: f64,
     /// Channels of shared keys and values behind the residual stream.
     carried: f64,
+    /// The share of blocks that are recurrent, and what a token keeps in one of them in place of attention.
+    recurrent: [f64; 2],
     gated: bool,
     norms: Norms,
 }
@@ -127,10 +131,24 @@ impl BlockSizes {
         let mut alike = model.clone();
         alike.layer_shapes.clear();
         let width = |channels| alike.width(channels, 0) as f64;
-        let table = model.parts(0);
-        let linears = alike.linears(0).into_iter();
-        let shapes: Vec<[f64; 2]> =
-            linears.map(|(_, role)| alike.linear_shape(role, 0).map(|size| size as f64)).collect();
+        let layers = model.num_hidden_layers;
+        let recurrent: Vec<bool> = (0..layers).map(|index| model.parts(index).is_recurrent()).collect();
+        let first = recurrent.iter().position(|recurrent| !recurrent).unwrap_or(0);
+        let table = model.parts(first);
+        // Blocks of one kind have the same linears.
+        let mut kinds: BTreeMap<usize, (f64, usize)> = BTreeMap::new();
+        for index in 0..layers {
+            let kind = alike.block_kinds.get(index).copied().unwrap_or(0);
+            kinds.entry(kind).or_insert((0.0, index)).0 += 1.0 / layers as f64;
+        }
+        let mean = |of: fn([f64; 2]) -> f64| -> f64 {
+            let of_block = |index: usize| -> f64 {
+                let linears = alike.linears(index).into_iter();
+                linears.map(|(_, role)| of(alike.linear_shape(role, index).map(|size| size as f64))).sum()
+            };
+            kinds.values().map(|(share, index)| share * of_block(*index)).sum()
+        };
+        let share = recurrent.iter().filter(|recurrent| **recurrent).count() as f64 / layers.max(1) as f64;
         let count =
             |places: &[NormPlace]| table.norms().filter(|norm| places.contains(&norm.place)).count() as f64;
         Self {
@@ -139,10 +157,11 @@ impl BlockSizes {
             key: width(Channels::KeyValue),
             inner: width(Channels::Mlp),
             heads: alike.num_attention_heads as f64,
-            linears: shapes.iter().map(|[d_input, d_output]| d_input * d_output).sum(),
-            low_rank: shapes.iter().map(|[d_input, d_output]| d_input + d_output).sum(),
-            slots: shapes.len() as f64,
+            linears: mean(|[d_input, d_output]| d_input * d_output),
+            low_rank: mean(|[d_input, d_output]| d_input + d_output),
+            slots: mean(|_| 1.0),
             carried: model.carried_width() as f64,
+            recurrent: [share, model.delta_net.map_or(0.0, |delta| delta.kept_values())],
             gated: table.is_gated(),
             norms: Norms {
                 kind: model.family.norm,
@@ -174,7 +193,8 @@ impl BlockSizes {
     /// norms, made of several operations, keep more then.
     pub fn kept(&self, norms: bool) -> f64 {
         let Self { width, query, key, inner, heads, .. } = *self;
-        let attention = 2.0 * query + 2.0 * key + heads;
+        let [recurrent, of_recurrent] = self.recurrent;
+        let attention = (2.0 * query + 2.0 * key + heads) * (1.0 - recurrent) + of_recurrent * recurrent;
         let stream = match self.norms.kind {
             // What goes in; before a linear also what comes out.
             NormKind::Rms | NormKind::RmsOnePlus | NormKind::Identity => {
@@ -185,7 +205,7 @@ impl BlockSizes {
                 (self.norms.before + self.norms.behind) * if norms { 3.0 } else { 2.0 }
             }
         };
-        let heads = if self.norms.over_heads { query + key } else { 0.0 };
+        let heads = if self.norms.over_heads { (query + key) * (1.0 - recurrent) } else { 0.0 };
         // Gate, up and their product; or the activation.
         stream * width + attention + heads + if self.gated { 3.0 } else { 1.0 } * inner
     }

@@ -10,6 +10,7 @@ use crate::{
         PerLayerInputConfig, QueryTemperature, RopeConfig, RopeScaling,
     },
     families::{Activation, Family, LinearRole},
+    hf::config::{MAX_HEADS, MAX_WIDTH},
 };
 
 /// A configuration as JSON. Files written before families had a description of their own are read as [`Before`].
@@ -304,8 +305,10 @@ impl ModelConfig {
         if (0..layers).any(|index| self.parts(index).is_recurrent()) {
             let fits = |delta: &DeltaNetConfig| {
                 let DeltaNetConfig { key_heads, value_heads, key_dim, value_dim, convolution } = *delta;
-                [key_heads, value_heads, key_dim, value_dim, convolution].iter().all(|size| *size > 0)
-                    && value_heads.is_multiple_of(key_heads)
+                let heads = [key_heads, value_heads].iter().all(|heads| (1..=MAX_HEADS).contains(heads));
+                let widths =
+                    [key_dim, value_dim, convolution].iter().all(|width| (1..=MAX_WIDTH).contains(width));
+                heads && widths && value_heads.is_multiple_of(key_heads)
             };
             if !self.delta_net.as_ref().is_some_and(fits) {
                 let expected = "sizes above 0, value heads being a multiple of key heads".to_owned();

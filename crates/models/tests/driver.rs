@@ -122,7 +122,7 @@ fn named_gradients(model: &Decoder<QuantLinear>, found: &GradientsParams) -> BTr
     impl ModuleVisitor for Named<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             let parts: Vec<&str> = self.1.iter().map(String::as_str).collect();
-            let name = parts.into_iter().filter(|part| !part.starts_with(char::is_uppercase));
+            let name = parts.into_iter().filter(|part| !kiln_quant_core::is_variant(part));
             let name = name.collect::<Vec<_>>().join(".").replace("block_sparse_moe.gate", "mlp.gate");
             let name = name.replace("router.layer", "router");
             if let Some(gradient) = self.0.get::<D>(param.id) {
@@ -185,7 +185,7 @@ fn the_load_balancing_loss_equals_transformers() {
             for name in names {
                 let expected = golden.floats(&format!("{prefix}{name}"));
                 let mut scaled: Vec<f32> = found[name].iter().map(|value| value / count as f32).collect();
-                if name.ends_with("mlp.gate.weight") {
+                if ["mlp.gate.weight", "router.weight"].iter().any(|router| name.ends_with(router)) {
                     // A linear: `[d_input, d_output]` here.
                     let experts = golden.shape(&format!("{prefix}{name}"))[0];
                     let rows = (0..experts).flat_map(|row| scaled[row..].iter().step_by(experts));

@@ -104,10 +104,6 @@ impl Kept {
                 let queries = groups.queries_per_group();
                 (&kept.heads, queries * structure.head_dim, groups.shape.num_key_value_heads)
             }
-            Channels::GatedQuery => {
-                let queries = groups.queries_per_group();
-                (&kept.heads, 2 * queries * structure.head_dim, groups.shape.num_key_value_heads)
-            }
             Channels::KeyValue => (&kept.heads, structure.head_dim, groups.shape.num_key_value_heads),
             Channels::QueryKeyValue(rows) => {
                 let LayerShape { num_attention_heads: heads, num_key_value_heads: all, .. } = groups.shape;
@@ -127,6 +123,7 @@ impl Kept {
             | Channels::PerLayer
             | Channels::Experts
             | Channels::One
+            | Channels::GatedQuery
             | Channels::DeltaMixed
             | Channels::DeltaValue
             | Channels::DeltaHeads => return None,

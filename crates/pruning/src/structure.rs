@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use kiln_models::{
     config::{LayerShape, ModelConfig},
-    families::{Channels, NormAxis},
+    families::{Channels, LinearRole, NormAxis},
 };
 
 use crate::{Error, Result};
@@ -104,12 +104,17 @@ impl Structure {
                 Coupling { path: family.path(layer, &name), layer, input, output }
             }));
         }
-        let mut alone = (0..config.num_hidden_layers).map(|layer| config.parts(layer).stands_alone());
-        let plain = alone.all(|alone| alone) && !family.norms_values && config.layer_head_dims.is_empty();
+        let alone = |layer: usize| {
+            let parts = config.parts(layer);
+            parts.stands_alone() && parts.linear(LinearRole::GatedQuery).is_none()
+        };
+        let plain = (0..config.num_hidden_layers).all(alone)
+            && !family.norms_values
+            && config.layer_head_dims.is_empty();
         // The residual stream's channels are those of two more matrices.
         let hidden_goes = config.embedding_width.is_none();
         let stays = (!plain).then_some(
-            "heads of several widths or normed values, keys of earlier blocks, recurrent blocks or inputs of their own",
+            "heads of several widths or normed values, keys of earlier blocks, recurrent blocks, gated heads or inputs of their own",
         );
         Self { hidden: config.hidden_size, head_dim: config.head_dim, hidden_goes, stays, layers, linears }
     }

@@ -18,6 +18,12 @@ pub enum HostValues {
     Ints(Vec<i64>),
 }
 
+/// Whether a segment of a parameter's path is an enum's variant and not a field: it begins with a capital letter and has no
+/// underscore, as fields that checkpoints name like `A_log` have.
+pub fn is_variant(segment: &str) -> bool {
+    segment.starts_with(|first: char| first.is_ascii_uppercase()) && !segment.contains('_')
+}
+
 /// One parameter of a module, as [`for_each_parameter`] shows it.
 pub struct Parameter<'a> {
     /// Names of the modules that it stands in, then its own.

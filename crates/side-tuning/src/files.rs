@@ -54,8 +54,8 @@ pub(crate) struct Opened {
 
 fn tensor_name(path: &[String]) -> String {
     // The segments of enum variants say nothing that the configuration doesn't.
-    let lower = |name: &&String| !name.starts_with(|first: char| first.is_ascii_uppercase());
-    path.iter().filter(lower).map(String::as_str).collect::<Vec<_>>().join(".")
+    let fields = path.iter().filter(|name| !kiln_quant_core::is_variant(name));
+    fields.map(String::as_str).collect::<Vec<_>>().join(".")
 }
 
 /// `[rows, columns]` to `[columns, rows]`.

@@ -50,7 +50,7 @@ pub(crate) fn trainer_config(steps: u64, batch: usize) -> TrainerConfig {
 
 /// Path without segments of enum variants.
 fn name(path: &[String]) -> String {
-    let lower = |name: &&String| !name.starts_with(|first: char| first.is_ascii_uppercase());
+    let lower = |name: &&String| !kiln_quant_core::is_variant(name);
     path.iter().filter(lower).map(String::as_str).collect::<Vec<_>>().join(".")
 }
 

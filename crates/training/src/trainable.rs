@@ -23,7 +23,7 @@ pub(crate) struct Parameter {
 /// so that a checkpoint fits whether or not an architecture or a kind of adapter is a run-time choice.
 pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
     let fields = path.iter().map(AsRef::as_ref);
-    let fields = fields.filter(|part| !part.starts_with(|first: char| first.is_ascii_uppercase()));
+    let fields = fields.filter(|part| !kiln_quant_core::is_variant(part));
     fields.collect::<Vec<_>>().join(".")
 }
 

@@ -50,6 +50,14 @@ pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &
         let Some(name) = name else {
             return refuse(path, "a linear of a block".into(), "another name".into());
         };
+        // All experts of a block have one name.
+        if tensors.iter().any(|other: &NewTensor| other.name.strip_suffix(".lora_a") == Some(&name)) {
+            return refuse(
+                path,
+                "one adapter for each tensor of the file".into(),
+                format!("another of {name}"),
+            );
+        }
         if *rank == 0
             || a.is_empty()
             || b.is_empty()

@@ -1,4 +1,4 @@
-//! Qwen 3.5, text only: gated delta nets, and every fourth block gated attention.
+//! Qwen 3.5, text only: gated delta nets and, every fourth block where a file is silent, gated attention.
 
 use serde_json::{Map, Value, json};
 

@@ -2,31 +2,35 @@
 
 use std::collections::BTreeSet;
 
-use super::{Gguf, gemma4, layers, rope, value::Metadata};
+use super::{
+    Gguf, gemma4, layers, rope,
+    value::{Array, Metadata, Value},
+};
 use crate::{
     Error, Result,
     config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, QueryTemperature, RopeConfig, RopeScaling},
-    families::{Family, FusedRows, GgufArchitecture, LinearRole, class::Rope},
+    families::{
+        Family, FusedRows, GgufArchitecture, LinearRole,
+        class::{Rope, Windows},
+    },
     hf::{config::MAX_EXPERTS, rope::RopeKeys},
     source::TensorSource,
 };
 
 /// Keys (without the architecture) that are read, or that change nothing.
-const KNOWN: [&str; 33] = [
+const KNOWN: [&str; 31] = [
     "attention.head_count",
     "attention.head_count_kv",
     "attention.key_length",
     "attention.key_length_swa",
     "attention.layer_norm_epsilon",
     "attention.layer_norm_rms_epsilon",
-    "attention.shared_kv_layers",
     "attention.sliding_window",
     "attention.value_length",
     "attention.value_length_swa",
     "block_count",
     "context_length",
     "embedding_length",
-    "embedding_length_per_layer_input",
     "expert_count",
     "expert_feed_forward_length",
     "expert_shared_feed_forward_length",
@@ -49,14 +53,16 @@ const KNOWN: [&str; 33] = [
 ];
 
 /// Keys that change what the model computes, with the values (as numbers, booleans being 0 and 1) that don't.
-const REFUSED: [(&str, &[f64]); 23] = [
+const REFUSED: [(&str, &[f64]); 25] = [
     ("attention.causal", &[1.0]),
     ("attention.clamp_kqv", &[0.0]),
     ("attention.max_alibi_bias", &[0.0]),
     ("attention.scale", &[0.0]),
+    ("attention.shared_kv_layers", &[0.0]),
     ("attention.sliding_window_pattern", &[]),
     ("attention.temperature_scale", &[0.0]),
     ("attn_logit_softcapping", &[0.0]),
+    ("embedding_length_per_layer_input", &[0.0]),
     ("embedding_scale", &[0.0, 1.0]),
     ("expert_count", &[0.0]),
     ("expert_gating_func", &[0.0, 1.0]),
@@ -176,11 +182,11 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let family = Family::by_gguf(&file.architecture, window.is_some(), opened.class.experts.is_some())
         .unwrap_or(opened);
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
+    keys.refuse_what_changes_the_model(family)?;
     if gguf.all_parts.is_some() {
         return by_blocks(file, &keys, family);
     }
     let parts = family.blocks[file.names.kind];
-    keys.refuse_what_changes_the_model(family)?;
     let hidden_size = keys.required_size("embedding_length")?;
     let num_hidden_layers = keys.required_size("block_count")?;
     let (num_attention_heads, num_key_value_heads) = head_counts(metadata, &file.architecture)?;
@@ -205,8 +211,10 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let full = RopeConfig { theta, scaling, partial_rotary_factor };
     let rope = match family.class.rope {
         Rope::Never => Vec::new(),
-        Rope::ByKind([_, sliding]) => {
-            let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(sliding.theta);
+        Rope::ByKind([full_keys, sliding]) => {
+            // Where both kinds have one base by default, one key says it of both.
+            let usual = if full_keys.theta == sliding.theta { theta } else { sliding.theta };
+            let sliding = keys.positive("rope.freq_base_swa")?.unwrap_or(usual);
             vec![full, RopeConfig::plain(sliding)]
         }
         _ => vec![full],
@@ -269,10 +277,46 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
             original_max_position_embeddings: *original_max_position_embeddings,
         });
     }
-    config.layer_attention = layers::attention(&config, window);
+    let slides = slides(&keys, family, num_hidden_layers)?;
+    config.layer_attention = match (slides, window) {
+        (Some(slides), Some(window)) => {
+            let windows = slides.into_iter().map(|slides| slides.then_some(window)).collect();
+            family.class.rope.attention(windows)
+        }
+        (_, window) => layers::attention(&config, window),
+    };
+    same_for_sliding(&keys, head_dim, config.rope.first().map(|rope| rope.rotated(head_dim)))?;
     config.attention_scale = layers::scale(&config);
     read_factors(&keys, &mut config)?;
     Ok(config)
+}
+
+/// Which blocks slide, where a file of a family with both kinds lists them.
+fn slides(keys: &Keys, family: &Family, layers: usize) -> Result<Option<Vec<bool>>> {
+    let key = keys.key("attention.sliding_window_pattern");
+    match (family.class.windows, keys.metadata.get(&key)) {
+        (_, None) => Ok(None),
+        (Windows::Pattern { .. }, Some(Value::Array(Array::Bool(slides)))) if slides.len() == layers => {
+            Ok(Some(slides.clone()))
+        }
+        _ => Err(keys.metadata.error(&key, &format!("{layers} booleans"), "something else".into())),
+    }
+}
+
+/// Keys that say of sliding blocks what another says of all, which must be the same.
+fn same_for_sliding(keys: &Keys, head_dim: usize, rotated: Option<usize>) -> Result<()> {
+    let all = [
+        ("attention.key_length_swa", Some(head_dim)),
+        ("attention.value_length_swa", Some(head_dim)),
+        ("rope.dimension_count_swa", rotated),
+    ];
+    for (key, expected) in all {
+        if keys.size(key)?.is_some_and(|found| Some(found) != expected) {
+            let expected = expected.map_or("none".into(), |expected| expected.to_string());
+            return Err(keys.metadata.unsupported_value(&keys.key(key), &expected));
+        }
+    }
+    Ok(())
 }
 
 /// Of an architecture whose blocks differ.
@@ -303,8 +347,13 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     add(!multipliers.residual.is_empty(), "residual_scale");
     add(!multipliers.logits_divisor.is_empty() || multipliers.logits.is_some(), "logit_scale");
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
-    add(gguf.parallel_key, "use_parallel_residual");
-    add(gguf.all_parts.is_some(), "attention.sliding_window_pattern");
+    // Where kinds of blocks tell it, the key says it once more, and isn't always right.
+    add(gguf.parallel_key || !gguf.parallel_kinds.is_empty(), "use_parallel_residual");
+    let by_block = gguf.all_parts.is_some();
+    let patterned = matches!(family.class.windows, Windows::Pattern { .. });
+    add(by_block || patterned, "attention.sliding_window_pattern");
+    add(by_block, "attention.shared_kv_layers");
+    add(by_block, "embedding_length_per_layer_input");
     add(gguf.temperature, "attention.temperature_scale");
     add(gguf.temperature, "rope.scaling.yarn_log_multiplier");
     add(multipliers.attention_softcap.is_some(), "attn_logit_softcapping");
@@ -341,25 +390,21 @@ fn read_factors(keys: &Keys, config: &mut ModelConfig) -> Result<()> {
         config.embedding_multiplier = (config.hidden_size as f64).sqrt();
     }
     for key in read_by(config.family) {
-        if matches!(
-            key,
-            "use_parallel_residual" | "attention.temperature_scale" | "rope.scaling.yarn_log_multiplier"
-        ) {
-            continue;
-        }
-        let value = keys.positive(key)?;
+        let value = || keys.positive(key);
         match key {
-            "embedding_scale" => config.embedding_multiplier = value.unwrap_or(1.0),
+            "embedding_scale" => config.embedding_multiplier = value()?.unwrap_or(1.0),
             "attention.scale" => {
-                config.attention_scale = value.map_or(AttentionScale::HeadDim, AttentionScale::Factor);
+                config.attention_scale = value()?.map_or(AttentionScale::HeadDim, AttentionScale::Factor);
             }
-            "residual_scale" => config.residual_multiplier = value.unwrap_or(1.0),
+            "residual_scale" => config.residual_multiplier = value()?.unwrap_or(1.0),
             "logit_scale" if config.family.class.multipliers.logits.is_some() => {
-                config.logit_multiplier = value.unwrap_or(1.0);
+                config.logit_multiplier = value()?.unwrap_or(1.0);
             }
-            "logit_scale" => config.logit_multiplier = 1.0 / value.unwrap_or(1.0),
-            "attn_logit_softcapping" => config.attention_softcap = value,
-            _ => config.logit_softcap = value,
+            "logit_scale" => config.logit_multiplier = 1.0 / value()?.unwrap_or(1.0),
+            "attn_logit_softcapping" => config.attention_softcap = value()?,
+            "final_logit_softcapping" => config.logit_softcap = value()?,
+            // Others are read where they belong.
+            _ => {}
         }
     }
     Ok(())

@@ -52,6 +52,14 @@ pub(super) fn config(keys: &Keys, facts: &Facts) -> Result<ModelConfig> {
                 .unsupported_value(&keys.key(key), &format!("{expected}, as of the keys")));
         }
     }
+    if keys.size("rope.dimension_count")?.is_some_and(|found| found != full) {
+        let expected = format!("{full}, the width of a head with full attention");
+        return Err(keys.metadata.unsupported_value(&keys.key("rope.dimension_count"), &expected));
+    }
+    let scaling = keys.key("rope.scaling.type");
+    if keys.metadata.str(&scaling)?.is_some_and(|kind| kind != "none") {
+        return Err(keys.metadata.unsupported_value(&scaling, "none"));
+    }
     let head_dim = |index: usize| if slides[index] { sliding } else { full };
     let mut blocks = Map::new();
     for index in 0..layers {

@@ -135,6 +135,11 @@ impl Gguf {
                     return Err(metadata.error(&tensor.name, &expected, format!("{:?}", tensor.shape)));
                 }
                 shape[0] /= of_expert;
+                let width = shape.last().copied().unwrap_or(0);
+                if !width.is_multiple_of(tensor.kind.weights()) {
+                    let expected = format!("rows of whole blocks of {}", tensor.kind.name());
+                    return Err(metadata.error(&tensor.name, &expected, format!("rows of {width}")));
+                }
                 let values: usize = shape.iter().product();
                 let bytes = (values / tensor.kind.weights() * tensor.kind.bytes()) as u64;
                 for (place, name) in (0..).zip(names.into_iter().flatten()) {

@@ -37,7 +37,7 @@ pub(super) fn kind_of<'a>(family: &Family, tensors: impl Iterator<Item = &'a str
     let is_whole = |kind: &&(usize, &Parts)| {
         kind.1.iter().all(|part| match part {
             Part::Vector(_) => true,
-            part => modules.contains(&part.gguf()),
+            part => !part.gguf().is_empty() && modules.contains(&part.gguf()),
         })
     };
     if let Some(kind) = family.gguf.and_then(|gguf| gguf.all_parts) {
@@ -100,7 +100,8 @@ impl Names {
         if let Some((index, module, part)) = parts("blk", name) {
             let path = |name: &str| family.path(index as usize, name);
             let whole = whole(module, part);
-            if let Some(vector) = self.table().iter().find(|entry| entry.gguf() == whole) {
+            let is_vector = |entry: &&Part| matches!(entry, Part::Vector(_)) && entry.gguf() == whole;
+            if let Some(vector) = self.table().iter().find(is_vector) {
                 return Some(path(vector.name()));
             }
             let entry = self.table().iter().find(|entry| entry.gguf() == module)?;
