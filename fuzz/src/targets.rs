@@ -15,7 +15,7 @@ use kiln::{
     models::{
         CausalLm, Checkpoint, Decoder, LoadOptions, TokenBatch, Tokenizer,
         chat::{ChatTemplate, Message, TemplateContext},
-        export::save_model,
+        export::{GgufOptions, export_gguf, save_model},
         gguf::Gguf,
         hf::SafetensorsFile,
     },
@@ -34,7 +34,7 @@ pub(crate) struct Target {
     pub(crate) read: fn(&Path),
 }
 
-pub(crate) const TARGETS: [Target; 16] = [
+pub(crate) const TARGETS: [Target; 17] = [
     Target {
         name: "safetensors",
         seeds: || {
@@ -46,11 +46,18 @@ pub(crate) const TARGETS: [Target; 16] = [
         read: safetensors,
     },
     Target { name: "folder", seeds: model_folders, read: folder },
-    Target { name: "gguf", seeds: || files(&["model.gguf=gguf/llama-Q2_K.gguf"]), read: gguf },
+    Target { name: "gguf", seeds: gguf_files, read: gguf },
     Target { name: "pytorch", seeds: || folders(&["forms/pytorch"]), read: folder },
     Target { name: "own-model", seeds: own_model, read: folder },
     Target { name: "packed", seeds: own_model, read: packed },
     Target { name: "peft", seeds: peft, read: adapter },
+    Target {
+        name: "peft-experts",
+        seeds: || folders(&["peft/arch/mixtral-experts"]),
+        read: |folder| {
+            let _ = Tuned::load(mixture(), folder);
+        },
+    },
     Target { name: "own-adapter", seeds: own_adapter, read: adapter },
     Target { name: "side-network", seeds: side_network, read: side },
     Target { name: "checkpoint", seeds: checkpoints, read: checkpoint },
@@ -140,6 +147,8 @@ fn model_folders() -> Vec<Seed> {
         "forms/fp8-outputs",
         "forms/no-prefix",
         "tiny/gemma3-text-f32",
+        "arch/qwen3_5_text",
+        "arch/gpt_oss",
     ])
 }
 
@@ -155,6 +164,30 @@ fn load(path: &Path) {
 
 fn folder(folder: &Path) {
     load(folder);
+}
+
+fn dense(place: &str) -> (Checkpoint, Decoder<QuantLinear>) {
+    let checkpoint = Checkpoint::open(testdata(place)).expect("a checkpoint");
+    let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).expect("a model");
+    (checkpoint, model)
+}
+
+fn mixture() -> Decoder<QuantLinear> {
+    static MIXTURE: OnceLock<Decoder<QuantLinear>> = OnceLock::new();
+    MIXTURE.get_or_init(|| dense("arch/mixtral").1).clone()
+}
+
+/// A packed file, and of architectures whose blocks, rows or experts stand otherwise.
+fn gguf_files() -> Vec<Seed> {
+    let families = ["gemma4_text-moe", "gpt_oss", "falcon", "qwen2_moe"];
+    let exports = families.into_iter().flat_map(|family| {
+        let (checkpoint, model) = dense(&format!("arch/{family}"));
+        let folder = tempfile::tempdir().expect("a folder");
+        let options = GgufOptions { tokenizer: false, ..GgufOptions::default() };
+        export_gguf(&model, &checkpoint, folder.path().join("model.gguf"), &options).expect("a file");
+        vec![read_folder(folder.path())]
+    });
+    files(&["model.gguf=gguf/llama-Q2_K.gguf"]).into_iter().chain(exports).collect()
 }
 
 fn gguf(folder: &Path) {

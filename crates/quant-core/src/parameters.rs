@@ -18,7 +18,7 @@ pub enum HostValues {
     Ints(Vec<i64>),
 }
 
-/// Whether a segment of a parameter's path is an enum's variant and not a field: it begins with a capital letter and has no
+/// Whether a segment of a parameter's path is an enum's variant, or a model's first, and not a field: it begins with a capital letter and has no
 /// underscore, as fields that checkpoints name like `A_log` have.
 pub fn is_variant(segment: &str) -> bool {
     segment.starts_with(|first: char| first.is_ascii_uppercase()) && !segment.contains('_')

@@ -68,7 +68,7 @@ pub(super) static QWEN3_5: Family = Family {
     norm: NormKind::RmsOnePlus,
     blocks: &[Parts(&ATTENTION), Parts(&DELTA_NET)],
     special_tokens: NO_TOKENS,
-    module: ModulePath { root: "Qwen3_5", left_out: "" },
+    module: ModulePath { root: "Qwen35", left_out: "" },
     class: Class {
         head_dim: HeadDim::Default(256),
         key_value_heads: Some(4),

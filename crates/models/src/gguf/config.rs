@@ -299,7 +299,13 @@ fn slides(keys: &Keys, family: &Family, layers: usize) -> Result<Option<Vec<bool
         (Windows::Pattern { .. }, Some(Value::Array(Array::Bool(slides)))) if slides.len() == layers => {
             Ok(Some(slides.clone()))
         }
-        _ => Err(keys.metadata.error(&key, &format!("{layers} booleans"), "something else".into())),
+        (Windows::Pattern { .. }, Some(Value::Uint(period @ 1..))) => {
+            Ok(Some((1..=layers as u64).map(|layer| layer % period != 0).collect()))
+        }
+        _ => {
+            let expected = format!("{layers} booleans or a period");
+            Err(keys.metadata.error(&key, &expected, "something else".into()))
+        }
     }
 }
 

@@ -64,6 +64,10 @@ impl Writer {
         self.array(key, 5, values, |bytes, value| bytes.extend(value.to_le_bytes()))
     }
 
+    pub(crate) fn bools(self, key: &str, values: &[bool]) -> Self {
+        self.array(key, 7, values, |bytes, value| bytes.push((*value).into()))
+    }
+
     pub(crate) fn f32s(self, key: &str, values: &[f32]) -> Self {
         self.array(key, 6, values, |bytes, value| bytes.extend(value.to_le_bytes()))
     }

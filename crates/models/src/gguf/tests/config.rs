@@ -56,6 +56,28 @@ fn every_fourth_block_of_smollm3_is_not_rotated() {
 }
 
 #[test]
+fn windows_are_those_that_a_file_lists() {
+    let writer = (1..3).fold(model_of("cohere2", 3), |writer, block| {
+        writer.floats(&format!("blk.{block}.attn_norm.weight"), &[8], &[1.0; 8])
+    });
+    let writer = writer.u32("cohere2.attention.sliding_window", 5);
+    let writer = writer.f32("cohere2.attention.layer_norm_epsilon", 1e-5).f32("cohere2.logit_scale", 0.25);
+    let windows = |writer: &Writer| config(writer).map(|config| config.sliding_windows());
+    let [slides, sees] = [Some(5), None];
+    assert_eq!(windows(&writer).unwrap(), [slides; 3]);
+    let key = "cohere2.attention.sliding_window_pattern";
+    let listed = writer.clone().bools(key, &[false, true, false]);
+    assert_eq!(windows(&listed).unwrap(), [sees, slides, sees]);
+    // Of this family what doesn't slide isn't rotated.
+    let rope: Vec<_> = config(&listed).unwrap().layer_attention.iter().map(|layer| layer.rope).collect();
+    assert_eq!(rope, [None, Some(0), None]);
+    assert_eq!(windows(&writer.clone().u32(key, 2)).unwrap(), [slides, sees, slides]);
+    for wrong in [writer.clone().bools(key, &[true]), writer.clone().u32(key, 0), writer.bool(key, true)] {
+        assert!(windows(&wrong).unwrap_err().to_string().contains("sliding_window_pattern"));
+    }
+}
+
+#[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     let experts = |count: u32, used: u32| {
         model("llama").u32("llama.expert_count", count).u32("llama.expert_used_count", used)
@@ -72,6 +94,11 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         // Not as many as the key says.
         (experts(2, 1).floats("blk.0.ffn_gate_exps.weight", &[3, 8, 8], &[0.5; 192]), "ffn_gate_exps"),
         (model("llama").f32("llama.logit_scale", 2.0), "llama.logit_scale"),
+        (model("llama").u32("llama.attention.key_length_swa", 2), "llama.attention.key_length_swa"),
+        (model("llama").u32("llama.attention.shared_kv_layers", 1), "llama.attention.shared_kv_layers"),
+        (model("llama").bools("llama.attention.sliding_window_pattern", &[true]), "sliding_window_pattern"),
+        (model("gemma4").f32("gemma4.attention.scale", 2.0), "gemma4.attention.scale"),
+        (model("gemma4"), "gemma4.attention.sliding_window_pattern"),
         (model("llama").bool("llama.use_parallel_residual", true), "llama.use_parallel_residual"),
         (model("llama").str("llama.rope.scaling.type", "longrope"), "longrope"),
         (model("llama").u32("llama.vocab_size", 5), "llama.vocab_size"),
