@@ -177,15 +177,15 @@ fn mixture() -> Decoder<QuantLinear> {
     MIXTURE.get_or_init(|| dense("arch/mixtral").1).clone()
 }
 
-/// A packed file, and of architectures whose blocks, rows or experts stand otherwise.
+/// A packed file, and files of architectures that lay out blocks, rows or experts differently.
 fn gguf_files() -> Vec<Seed> {
     let families = ["gemma4_text-moe", "gpt_oss", "falcon", "qwen2_moe"];
-    let exports = families.into_iter().flat_map(|family| {
+    let exports = families.into_iter().map(|family| {
         let (checkpoint, model) = dense(&format!("arch/{family}"));
         let folder = tempfile::tempdir().expect("a folder");
         let options = GgufOptions { tokenizer: false, ..GgufOptions::default() };
         export_gguf(&model, &checkpoint, folder.path().join("model.gguf"), &options).expect("a file");
-        vec![read_folder(folder.path())]
+        read_folder(folder.path())
     });
     files(&["model.gguf=gguf/llama-Q2_K.gguf"]).into_iter().chain(exports).collect()
 }

@@ -62,7 +62,8 @@ impl Factors<'_> {
     }
 
     /// Whether each slot uses ranks of its own, as many as the others: two adapters, not one with a common A. Before training,
-    /// when B is zero, ranks tell it: PEFT makes those of two adapters twice as large as the configuration's `r`.
+    /// when B is zero, ranks tell it: PEFT makes those of two adapters twice as large as the configuration's `r` (with patterns of
+    /// other ranks nothing tells it, and they are taken for one).
     fn is_block_diagonal(&self, r: usize) -> bool {
         let slots = self.d_outputs.len();
         let own = self.target.r / slots;

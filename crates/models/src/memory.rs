@@ -89,7 +89,7 @@ impl MemoryEstimate {
     }
 }
 
-/// Sizes of a block: of all blocks' linears the mean, of the rest those of the first that attends.
+/// Sizes of a block: of linears means over all blocks, of the rest those of the first block with attention.
 #[derive(Debug, Clone, Copy)]
 pub struct BlockSizes {
     /// Channels of the residual stream.
@@ -135,18 +135,19 @@ impl BlockSizes {
         let recurrent: Vec<bool> = (0..layers).map(|index| model.parts(index).is_recurrent()).collect();
         let first = recurrent.iter().position(|recurrent| !recurrent).unwrap_or(0);
         let table = model.parts(first);
-        // Blocks of one kind have the same linears.
-        let mut kinds: BTreeMap<usize, (f64, usize)> = BTreeMap::new();
+        // Blocks of one kind and one width of heads have the same linears: how many there are, and the first.
+        let mut kinds: BTreeMap<(usize, usize), (usize, usize)> = BTreeMap::new();
         for index in 0..layers {
             let kind = alike.block_kinds.get(index).copied().unwrap_or(0);
-            kinds.entry(kind).or_insert((0.0, index)).0 += 1.0 / layers as f64;
+            kinds.entry((kind, alike.head_dim_of(index))).or_insert((0, index)).0 += 1;
         }
         let mean = |of: fn([f64; 2]) -> f64| -> f64 {
             let of_block = |index: usize| -> f64 {
                 let linears = alike.linears(index).into_iter();
                 linears.map(|(_, role)| of(alike.linear_shape(role, index).map(|size| size as f64))).sum()
             };
-            kinds.values().map(|(share, index)| share * of_block(*index)).sum()
+            let sum: f64 = kinds.values().map(|(count, index)| *count as f64 * of_block(*index)).sum();
+            sum / layers.max(1) as f64
         };
         let share = recurrent.iter().filter(|recurrent| **recurrent).count() as f64 / layers.max(1) as f64;
         let count =

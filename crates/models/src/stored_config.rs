@@ -311,7 +311,9 @@ impl ModelConfig {
                 heads && widths && value_heads.is_multiple_of(key_heads)
             };
             if !self.delta_net.as_ref().is_some_and(fits) {
-                let expected = "sizes above 0, value heads being a multiple of key heads".to_owned();
+                let expected = format!(
+                    "1 to {MAX_HEADS} heads, as many for values as for keys or a multiple, and widths of 1 to {MAX_WIDTH}"
+                );
                 return wrong("linear_num_value_heads", expected, format!("{:?}", self.delta_net));
             }
         }

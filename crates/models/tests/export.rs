@@ -822,6 +822,9 @@ fn lora_files_are_adapters_with_names_of_the_base() {
     refused(LoraFactors { rank: 3, ..q }, &["q_proj", "rank 3"]);
     refused(LoraFactors { scale: f32::NAN, ..q }, &["q_proj", "finite"]);
     refused(LoraFactors { b: &b[..64], ..q }, &["q_proj", "64 outputs"]);
+    let mixture = Checkpoint::open(testdata("arch/mixtral")).unwrap();
+    let expert = LoraFactors { path: "model.layers.0.block_sparse_moe.experts.1.w1", ..q };
+    assert_error(export_gguf_lora(&path, mixture.config(), &[expert]), &["experts.1.w1", "ffn_gate_exps"]);
 }
 
 // --- Refusals that all formats share ---

@@ -18,8 +18,8 @@ pub enum HostValues {
     Ints(Vec<i64>),
 }
 
-/// Whether a segment of a parameter's path is an enum's variant, or a model's first, and not a field: it begins with a capital letter and has no
-/// underscore, as fields that checkpoints name like `A_log` have.
+/// Whether a segment of a parameter's path names an enum's variant or a model's own type, and no field: it begins with a capital
+/// letter and has no underscore, as fields that checkpoints name like `A_log` have.
 pub fn is_variant(segment: &str) -> bool {
     segment.starts_with(|first: char| first.is_ascii_uppercase()) && !segment.contains('_')
 }
@@ -144,5 +144,20 @@ impl<E, F: FnMut(Parameter) -> Result<(), E>> ModuleVisitor for Visit<F, E> {
 
     fn exit_module(&mut self, _: &str, _: &str) {
         self.path.pop();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn variants_are_told_from_fields() {
+        for variant in ["Dense", "Qwen35", "Lora"] {
+            assert!(is_variant(variant), "{variant}");
+        }
+        for field in ["weight", "A_log", "0", ""] {
+            assert!(!is_variant(field), "{field}");
+        }
     }
 }

@@ -78,7 +78,8 @@ impl Default for GgufOptions {
 /// # Errors
 /// [`Error::Export`](crate::Error::Export) naming a packed weight that no block type holds (NF4 and the like, float
 /// offsets at 8 bits, blocks of other than a multiple of 32 inputs, act-order) unless `options.fallback` writes it dense; a scale beyond f16's range; OPT,
-/// blocks of different widths, windows that differ by block, dynamic rotary scaling; a tokenizer that can't be
+/// blocks of different widths and windows that differ by block otherwise than the architecture has them (Gemma 4's files say them of
+/// each block), dynamic rotary scaling; a tokenizer that can't be
 /// expressed. [`Error::Argument`](crate::Error::Argument), [`Error::Io`](crate::Error::Io). `path` is then as it was before.
 ///
 /// # Example

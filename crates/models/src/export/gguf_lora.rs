@@ -37,7 +37,7 @@ pub struct LoraFactors<'a> {
 /// architecture `llama` has. Only plain LoRA can be expressed: no DoRA, no biases, no embeddings.
 ///
 /// # Errors
-/// [`Error::Export`] naming a linear that the architecture lacks, factors that don't fill their shapes or aren't finite;
+/// [`Error::Export`] naming a linear that the architecture lacks, or of an expert, all of which stand in one tensor, factors that don't fill their shapes or aren't finite;
 /// [`Error::Io`]. `path` is then as it was before.
 pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &[LoraFactors]) -> Result<()> {
     let names = names(config)?;
@@ -50,13 +50,8 @@ pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &
         let Some(name) = name else {
             return refuse(path, "a linear of a block".into(), "another name".into());
         };
-        // All experts of a block have one name.
-        if tensors.iter().any(|other: &NewTensor| other.name.strip_suffix(".lora_a") == Some(&name)) {
-            return refuse(
-                path,
-                "one adapter for each tensor of the file".into(),
-                format!("another of {name}"),
-            );
+        if names.is_stacked(&weight) {
+            return refuse(path, "a linear with a tensor of its own".into(), format!("a part of {name}"));
         }
         if *rank == 0
             || a.is_empty()

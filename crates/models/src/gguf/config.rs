@@ -176,7 +176,8 @@ pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let metadata = &file.metadata;
     let keys = Keys::new(metadata, &file.architecture);
-    let window = keys.size("attention.sliding_window")?;
+    // 0 is none: Phi-4's files say it so.
+    let window = metadata.usize(&keys.key("attention.sliding_window"))?.filter(|window| *window > 0);
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
     let opened = file.names.family;
     let family = Family::by_gguf(&file.architecture, window.is_some(), opened.class.experts.is_some())

@@ -7,6 +7,7 @@ use serde_json::{Map, Value as Json, json};
 
 use super::{
     config::Keys,
+    rope,
     value::{Array, Metadata, Value},
 };
 use crate::{
@@ -56,9 +57,8 @@ pub(super) fn config(keys: &Keys, facts: &Facts) -> Result<ModelConfig> {
         let expected = format!("{full}, the width of a head with full attention");
         return Err(keys.metadata.unsupported_value(&keys.key("rope.dimension_count"), &expected));
     }
-    let scaling = keys.key("rope.scaling.type");
-    if keys.metadata.str(&scaling)?.is_some_and(|kind| kind != "none") {
-        return Err(keys.metadata.unsupported_value(&scaling, "none"));
+    if rope::from_keys(keys, size("context_length")?)? != RopeScaling::Default {
+        return Err(keys.metadata.unsupported(&keys.key("rope.scaling"), "a scaling", "none"));
     }
     let head_dim = |index: usize| if slides[index] { sliding } else { full };
     let mut blocks = Map::new();

@@ -147,6 +147,13 @@ impl Names {
         Some(format!("{gguf}.{part}"))
     }
 
+    /// Whether the tensor with this Hugging Face name is an expert's, which files have in one with those of all.
+    pub(crate) fn is_stacked(self, name: &str) -> bool {
+        parts(self.family.names.blocks, name).is_some_and(|(_, module, _)| {
+            self.table().experts().is_some_and(|experts| experts.place(module).is_some())
+        })
+    }
+
     /// Whether the tensor with this Hugging Face name is a norm's weight that stands in the file with 1 added.
     pub(crate) fn has_one_added(self, name: &str) -> bool {
         let is_norm = |path: &str| match parts(self.family.names.blocks, name) {

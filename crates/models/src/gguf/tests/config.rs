@@ -65,6 +65,8 @@ fn windows_are_those_that_a_file_lists() {
     let windows = |writer: &Writer| config(writer).map(|config| config.sliding_windows());
     let [slides, sees] = [Some(5), None];
     assert_eq!(windows(&writer).unwrap(), [slides; 3]);
+    let none = model("phi3").u32("phi3.attention.sliding_window", 0);
+    assert_eq!(windows(&none).unwrap(), [None]);
     let key = "cohere2.attention.sliding_window_pattern";
     let listed = writer.clone().bools(key, &[false, true, false]);
     assert_eq!(windows(&listed).unwrap(), [sees, slides, sees]);
@@ -74,6 +76,41 @@ fn windows_are_those_that_a_file_lists() {
     assert_eq!(windows(&writer.clone().u32(key, 2)).unwrap(), [slides, sees, slides]);
     for wrong in [writer.clone().bools(key, &[true]), writer.clone().u32(key, 0), writer.bool(key, true)] {
         assert!(windows(&wrong).unwrap_err().to_string().contains("sliding_window_pattern"));
+    }
+}
+
+#[test]
+fn blocks_of_gemma_4_are_what_its_keys_say_of_each() {
+    let key = |key: &str| format!("gemma4.{key}");
+    let bare = model_of("gemma4", 2)
+        .floats("blk.1.attn_norm.weight", &[8], &[1.0; 8])
+        .u32(&key("attention.key_length"), 8)
+        .u32(&key("attention.key_length_swa"), 4)
+        .u32(&key("attention.sliding_window"), 5);
+    let pattern = key("attention.sliding_window_pattern");
+    let without_rope = bare.clone().bools(&pattern, &[true, false]);
+    let rope = |factors: [f32; 4]| without_rope.clone().floats("rope_freqs.weight", &[4], &factors);
+    let good = rope([1.0, 1e30, 1e30, 1e30]).f32(&key("final_logit_softcapping"), 0.0);
+    let found = config(&good).unwrap();
+    assert_eq!(found.sliding_windows(), [Some(5), None]);
+    assert_eq!([0, 1].map(|index| found.head_dim_of(index)), [4, 8]);
+    assert_eq!(found.rope[0].partial_rotary_factor, 0.25);
+    assert_eq!((found.logit_softcap, found.per_layer_input, found.experts), (None, None, None));
+    let wrong = [
+        (bare.clone(), "sliding_window_pattern"),
+        (bare.bools(&pattern, &[true]), "sliding_window_pattern"),
+        (rope([1.0, 2.0, 3.0, 4.0]), "rope_freqs.weight"),
+        (rope([1e30; 4]), "rope_freqs.weight"),
+        (good.clone().u32(&key("rope.dimension_count"), 4), "rope.dimension_count"),
+        (good.clone().f32(&key("rope.scaling.factor"), 8.0), "rope.scaling"),
+        (good.clone().u32(&key("attention.value_length"), 4), "attention.value_length"),
+        (good.clone().u32(&key("attention.shared_kv_layers"), 2), "num_kv_shared_layers"),
+        (good.clone().u32(&key("expert_count"), 2), "expert_used_count"),
+        (good.f32(&key("attention.scale"), 2.0), "attention.scale"),
+    ];
+    for (writer, part) in wrong {
+        let error = config(&writer).unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
     }
 }
 
@@ -97,8 +134,6 @@ fn what_changes_the_mathematics_is_refused_by_name() {
         (model("llama").u32("llama.attention.key_length_swa", 2), "llama.attention.key_length_swa"),
         (model("llama").u32("llama.attention.shared_kv_layers", 1), "llama.attention.shared_kv_layers"),
         (model("llama").bools("llama.attention.sliding_window_pattern", &[true]), "sliding_window_pattern"),
-        (model("gemma4").f32("gemma4.attention.scale", 2.0), "gemma4.attention.scale"),
-        (model("gemma4"), "gemma4.attention.sliding_window_pattern"),
         (model("llama").bool("llama.use_parallel_residual", true), "llama.use_parallel_residual"),
         (model("llama").str("llama.rope.scaling.type", "longrope"), "longrope"),
         (model("llama").u32("llama.vocab_size", 5), "llama.vocab_size"),
