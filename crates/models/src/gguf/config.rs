@@ -176,7 +176,7 @@ pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
 pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
     let metadata = &file.metadata;
     let keys = Keys::new(metadata, &file.architecture);
-    // 0 is none: Phi-4's files say it so.
+    // 0 is none, as Phi-4's files say it.
     let window = metadata.usize(&keys.key("attention.sliding_window"))?.filter(|window| *window > 0);
     // The file's names fit the family that it was opened with; only the window can tell another one of that name.
     let opened = file.names.family;

@@ -65,7 +65,7 @@ fn windows_are_those_that_a_file_lists() {
     let windows = |writer: &Writer| config(writer).map(|config| config.sliding_windows());
     let [slides, sees] = [Some(5), None];
     assert_eq!(windows(&writer).unwrap(), [slides; 3]);
-    let none = model("phi3").u32("phi3.attention.sliding_window", 0);
+    let none = model("llama").u32("llama.attention.sliding_window", 0);
     assert_eq!(windows(&none).unwrap(), [None]);
     let key = "cohere2.attention.sliding_window_pattern";
     let listed = writer.clone().bools(key, &[false, true, false]);
