@@ -47,8 +47,7 @@ impl Outline {
             Ok(())
         });
         let Ok(()) = listed;
-        let dense = slots.iter().map(|(path, _)| path).filter(|path| model.stays_dense(path)).cloned();
-        Self { dense: dense.collect(), stacks: model.stacks(), slots, tables, parameters }
+        Self { dense: model.dense_slots(), stacks: model.stacks(), slots, tables, parameters }
     }
 }
 

@@ -1,6 +1,6 @@
 //! What calibrates a model: options, text, where it is kept.
 
-use std::{collections::BTreeSet, fmt, ops::ControlFlow, path::PathBuf};
+use std::{fmt, ops::ControlFlow, path::PathBuf};
 
 use kiln_adapters::{Adapted, LoraAttacher};
 use kiln_models::{Probe, ScaleSites, Slots, Tape, TensorSource, Windows};
@@ -135,9 +135,8 @@ impl<'a> Calibrator<'a> {
             let expected = "adapters: the method or the correction starts them";
             return Err(Error::argument("Calibrator::with_adapters", expected, "none"));
         }
-        let paths = || model.slots().into_iter().map(|(path, _)| path);
-        let dense: BTreeSet<String> = paths().filter(|path| model.stays_dense(path)).collect();
-        for path in paths().filter(|path| !dense.contains(path)) {
+        let dense = model.dense_slots();
+        for (path, _) in model.slot_shapes().into_iter().filter(|(path, _)| !dense.contains(path)) {
             self.config.method.check_scheme(&path, self.config.schemes.get(&path))?;
         }
         self.windows.check(&model)?;

@@ -257,8 +257,7 @@ impl<M: Slots<Slot = QuantLinear>> Tuned<M> {
         inputs: &mut dyn FnMut(&str) -> Option<Tensor<2>>,
     ) -> Result<Requantized<M>> {
         let mut errors = Vec::new();
-        let paths = self.model.slot_shapes().into_iter().map(|(path, _)| path);
-        let dense: BTreeSet<String> = paths.filter(|path| self.model.stays_dense(path)).collect();
+        let dense = self.model.dense_slots();
         let wanted = |path: &str| if dense.contains(path) { Scheme::Dense } else { *schemes.get(path) };
         let model = self.model.try_map(|path, slot| match wanted(path) {
             Scheme::Dense if slot.adapter.is_some() => Ok(QuantLinear::Dense(slot.merge_dense())),

@@ -1,6 +1,6 @@
 //! Cutting a model to what stays.
 
-use std::{collections::BTreeSet, fmt};
+use std::fmt;
 
 use burn::{
     module::{Param, ParamId},
@@ -278,12 +278,7 @@ pub(crate) fn add_biases(
     let everywhere = config.biases.qkv;
     let structure = Structure::of(&config);
     let linears = structure.by_path();
-    let without: BTreeSet<String> = model
-        .slot_shapes()
-        .into_iter()
-        .map(|(path, _)| path)
-        .filter(|path| model.stays_dense(path))
-        .collect();
+    let without = model.dense_slots();
     let model = model.try_map(|path, slot| {
         let [_, d_output] = slot.shape();
         let query = linears.get(path).is_some_and(|linear| linear.output.are_heads());

@@ -1,5 +1,7 @@
 //! A module and the slots in it.
 
+use std::collections::BTreeSet;
+
 use burn::{
     module::{Module, ModuleDisplay},
     tensor::Tensor,
@@ -44,6 +46,11 @@ pub trait Slots: Module + ModuleDisplay {
     /// adapted, but stays dense whatever becomes of the others.
     fn stays_dense(&self, _path: &str) -> bool {
         false
+    }
+
+    /// Paths of the slots that stay dense.
+    fn dense_slots(&self) -> BTreeSet<String> {
+        self.slots().into_iter().map(|(path, _)| path).filter(|path| self.stays_dense(path)).collect()
     }
 
     /// Parameters in which other programs hold several slots each, or one that is no linear there; of one module in the order

@@ -46,9 +46,7 @@ pub fn export_bitsandbytes(
     }
     // Linears too, where transformers has them; routers that are none there are passed over by it.
     let plain = model.matrices().into_iter().map(|(name, _)| name.trim_end_matches(".weight").to_owned());
-    dense.extend(
-        plain.chain(model.slots().into_iter().map(|(path, _)| path).filter(|path| model.stays_dense(path))),
-    );
+    dense.extend(plain.chain(model.dense_slots()));
     if let Some((codebook, _)) = schemes.first() {
         let double = schemes.iter().any(|(_, scheme)| scheme.scales == ScaleType::Double);
         config.insert("quantization_config".into(), quantization(*codebook, double, &dense, options.float));

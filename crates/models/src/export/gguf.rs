@@ -287,9 +287,8 @@ fn check_expressible(config: &ModelConfig, kind: usize) -> Result<()> {
     }
 }
 
-/// Whether keys say of each block what it is like.
 fn by_blocks(family: &Family) -> bool {
-    family.gguf.is_some_and(|gguf| gguf.all_parts.is_some())
+    family.gguf.is_some_and(GgufArchitecture::by_blocks)
 }
 
 /// A GGUF architecture's name.

@@ -730,6 +730,11 @@ pub struct GgufArchitecture {
 }
 
 impl GgufArchitecture {
+    /// Whether keys say of each block what it is like.
+    pub(crate) fn by_blocks(self) -> bool {
+        self.all_parts.is_some()
+    }
+
     /// An architecture whose tensors stand in files as in checkpoints.
     const fn plain(name: &'static str) -> Option<Self> {
         Some(Self { name, ..Self::PLAIN })

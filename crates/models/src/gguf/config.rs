@@ -126,7 +126,7 @@ impl<'a> Keys<'a> {
 
     fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
-            let by_block = family.gguf.is_some_and(|gguf| gguf.all_parts.is_some());
+            let by_block = family.gguf.is_some_and(GgufArchitecture::by_blocks);
             let experts = matches!(key, "expert_count" | "expert_used_count")
                 && (by_block || family.class.experts.is_some());
             let read = experts || read_by(family).contains(&key);
@@ -184,7 +184,7 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         .unwrap_or(opened);
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     keys.refuse_what_changes_the_model(family)?;
-    if gguf.all_parts.is_some() {
+    if gguf.by_blocks() {
         return by_blocks(file, &keys, family);
     }
     let parts = family.blocks[file.names.kind];
@@ -356,7 +356,7 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     // Where kinds of blocks tell it, the key says it once more, and isn't always right.
     add(gguf.parallel_key || !gguf.parallel_kinds.is_empty(), "use_parallel_residual");
-    let by_block = gguf.all_parts.is_some();
+    let by_block = gguf.by_blocks();
     let patterned = matches!(family.class.windows, Windows::Pattern { .. });
     add(by_block || patterned, "attention.sliding_window_pattern");
     add(by_block, "attention.shared_kv_layers");
