@@ -20,16 +20,19 @@ use kiln::{
     training::{BatchOptions, Event, Observer, ScheduleKind},
 };
 use kiln_examples::{
-    Bar, DeviceName, Questions, Result, check_outputs, embedded_model, model_folder, perplexity,
-    save_replacing, say, split_ids, write_json,
+    Bar, DeviceName, Questions, Result, check_outputs, model_folder, model_path, perplexity, save_replacing,
+    say, split_ids, write_json,
 };
 
 #[derive(Parser)]
 #[command(about)]
 struct Options {
-    /// A checkpoint folder or a .gguf file; the embedded model if left out.
+    /// A checkpoint folder, a .gguf file, or a name of the Hugging Face hub that is in its cache; the embedded model if left out.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Fetch a model of the hub that isn't in its cache.
+    #[arg(long)]
+    download: bool,
     /// Where to compute: flex, wgpu, vulkan, metal, cuda, rocm or cpu, of several one by its number, as cuda:1.
     #[arg(long, default_value = "flex")]
     device: DeviceName,
@@ -87,7 +90,7 @@ fn run(options: Options) -> Result<()> {
     check_outputs([&Some(options.out.join("front.json")), &options.json])?;
     let folder = model_folder(out.path(), options.model.as_deref())?;
     let questions = Questions::open(options.task.as_deref(), &options.task_data, options.limit)?;
-    let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?;
+    let base = Base::open(model_path(options.model.as_deref(), options.download)?)?;
     let base = base.with_device(options.device.open()?).load()?;
     let (train, held_out) = split_ids(options.data.as_deref(), base.tokenizer())?;
     let windows = Windows::leading(&train, options.length, 8)?;

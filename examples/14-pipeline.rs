@@ -19,16 +19,19 @@ use kiln::{
     training::{Event, Observer, ScheduleKind},
 };
 use kiln_examples::{
-    Bar, Questions, Result, check_outputs, embedded_model, model_folder, read_ids, save_replacing, say,
-    testdata, write_curve, write_json,
+    Bar, Questions, Result, check_outputs, model_folder, model_path, read_ids, save_replacing, say, testdata,
+    write_curve, write_json,
 };
 
 #[derive(Parser)]
 #[command(about)]
 struct Options {
-    /// A checkpoint folder or a .gguf file; the embedded model if left out.
+    /// A checkpoint folder, a .gguf file, or a name of the Hugging Face hub that is in its cache; the embedded model if left out.
     #[arg(long)]
     model: Option<PathBuf>,
+    /// Fetch a model of the hub that isn't in its cache.
+    #[arg(long)]
+    download: bool,
     /// A task of multiple choice: a name of the harness or a description file, with a training split.
     #[arg(long)]
     task: Option<String>,
@@ -116,7 +119,7 @@ fn run(options: Options) -> Result<()> {
     check_outputs([&Some(out.path().join("loss.svg")), &options.json])?;
     let (model, adapter) = (model_folder(out.path(), options.model.as_deref())?, out.path().join("adapter"));
     let questions = Questions::open(options.task.as_deref(), &options.data, options.limit)?;
-    let base = Base::open(options.model.clone().unwrap_or_else(embedded_model))?.load()?;
+    let base = Base::open(model_path(options.model.as_deref(), options.download)?)?.load()?;
     let text = options
         .text
         .clone()

@@ -6,6 +6,7 @@ mod devices;
 #[cfg(doctest)]
 mod documents;
 mod errors;
+mod hub;
 mod progress;
 mod questions;
 
@@ -34,6 +35,7 @@ use kiln::{
 pub use curve::write_curve;
 pub use devices::DeviceName;
 pub use errors::{Result, print_line, program};
+pub use hub::model_path;
 pub use progress::Bar;
 pub use questions::Questions;
 
@@ -45,9 +47,12 @@ pub const TEMPLATE: &str = "{% for message in messages %}{{ message.role }}\n{{ 
 /// Options of every program that loads a model.
 #[derive(Debug, Args)]
 pub struct ModelArgs {
-    /// A checkpoint folder or a .gguf file; the embedded model if left out.
+    /// A checkpoint folder, a .gguf file, or a name of the Hugging Face hub that is in its cache; the embedded model if left out.
     #[arg(long)]
     pub model: Option<PathBuf>,
+    /// Fetch a model of the hub that isn't in its cache.
+    #[arg(long)]
+    pub download: bool,
     /// An adapter folder, PEFT's or Kiln's own.
     #[arg(long)]
     pub adapter: Option<PathBuf>,
@@ -65,9 +70,13 @@ pub struct ModelArgs {
 /// Options of the programs that talk to a model.
 #[derive(Debug, Args)]
 pub struct BaseArgs {
-    /// A checkpoint folder or a .gguf file; the embedded model at 4 bits if left out.
+    /// A checkpoint folder, a .gguf file, or a name of the Hugging Face hub that is in its cache; the embedded model at 4 bits
+    /// if left out.
     #[arg(long)]
     pub model: Option<PathBuf>,
+    /// Fetch a model of the hub that isn't in its cache.
+    #[arg(long)]
+    pub download: bool,
     /// Scheme of the blocks' linears; as stored if left out.
     #[arg(long)]
     pub scheme: Option<Scheme>,
@@ -79,7 +88,7 @@ impl BaseArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn load(&self) -> Result<Base> {
-        let open = Base::open(self.model.clone().unwrap_or_else(embedded_model))?;
+        let open = Base::open(model_path(self.model.as_deref(), self.download)?)?;
         let open = match (self.scheme, &self.model) {
             (Some(scheme), _) => open.with_scheme(scheme),
             (None, None) => open.with_bits(4),
@@ -125,7 +134,7 @@ impl ModelArgs {
     /// # Errors
     /// Whatever the files refuse.
     pub fn checkpoint(&self) -> Result<Checkpoint> {
-        Ok(Checkpoint::open(self.model.clone().unwrap_or_else(embedded_model))?)
+        Ok(Checkpoint::open(model_path(self.model.as_deref(), self.download)?)?)
     }
 
     /// Loads the model, without adapters.

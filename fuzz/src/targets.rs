@@ -145,6 +145,7 @@ fn model_folders() -> Vec<Seed> {
         "forms/compressed-w8-channel",
         "forms/fp8-blocks",
         "forms/fp8-outputs",
+        "forms/hqq",
         "forms/no-prefix",
         "tiny/gemma3-text-f32",
         "arch/qwen3_5_text",
@@ -179,7 +180,7 @@ fn mixture() -> Decoder<QuantLinear> {
 
 /// A packed file, and files of architectures that lay out blocks, rows or experts differently.
 fn gguf_files() -> Vec<Seed> {
-    let families = ["gemma4_text-moe", "gpt_oss", "falcon", "qwen2_moe"];
+    let families = ["gemma4_text-moe", "gpt_oss", "falcon", "qwen2_moe", "qwen3_5_text"];
     let exports = families.into_iter().map(|family| {
         let (checkpoint, model) = dense(&format!("arch/{family}"));
         let folder = tempfile::tempdir().expect("a folder");

@@ -2,7 +2,7 @@
 
     python make_forms.py FOLDER
 
-Needs torch 2.15, transformers 5.24.0, safetensors, compressed-tensors 0.20.0, bitsandbytes 0.50.2."""
+Needs torch 2.15, transformers 5.24.0, safetensors, compressed-tensors 0.20.0, bitsandbytes 0.50.2, hqq 0.2.8."""
 
 import json
 import sys
@@ -13,6 +13,7 @@ from bitsandbytes.functional import int8_vectorwise_dequant, int8_vectorwise_qua
 from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import calculate_qparams
+from hqq.core.quantize import BaseQuantizeConfig, HQQBackend, HQQLinear
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -96,3 +97,18 @@ folder("fp8-outputs", tensors, expected, {"quant_method": "compressed-tensors", 
 
 # From the model without a head: no prefix.
 folder("no-prefix", {name.removeprefix("model."): value.half() for name, value in STATE.items()}, {name: value.half() for name, value in STATE.items()})
+
+# HQQ: as HQQLinear's state dict has it, a way of packing for each linear; axis 0 and groups over two outputs can't stay packed.
+SETTINGS = {"q_proj": (4, 16, 1), "k_proj": (8, 32, 1), "v_proj": (2, 16, 1), "o_proj": (3, 16, 1), "gate_proj": (4, 64, 1), "up_proj": (4, 16, 0), "down_proj": (1, 32, 1)}
+HQQLinear.set_backend(HQQBackend.PYTORCH)
+tensors, expected = others(), {}
+for name in LINEARS:
+    bits, group, axis = SETTINGS[name.split(".")[-2]]
+    linear = torch.nn.Linear(*reversed(STATE[name].shape), bias=False)
+    linear.weight.data = STATE[name].clone()
+    linear = HQQLinear(linear, BaseQuantizeConfig(nbits=bits, group_size=group, axis=axis), compute_dtype=torch.float32, device="cpu")
+    module = name.removesuffix(".weight")
+    tensors |= {f"{module}.{part}": value for part, value in linear.state_dict().items() if torch.is_tensor(value)}
+    expected[name] = linear.dequantize()
+settings = {"weight_quant_params": {"nbits": 4, "channel_wise": True, "group_size": 16, "optimize": True, "round_zero": True, "axis": 1, "view_as_float": False}, "scale_quant_params": None, "zero_quant_params": None, "offload_meta": False}
+folder("hqq", tensors, expected, {"quant_method": "hqq", "quant_config": settings, "skip_modules": ["lm_head"]})

@@ -284,36 +284,6 @@ fn weights_are_calibrated_by_gptq_and_apiq_and_norms_scaled() {
     }
 }
 
-#[cfg(feature = "pruning")]
-#[test]
-fn heads_and_channels_go_or_are_refused_by_name() {
-    use kiln::pruning::{BlockPruning, Criterion, CutOptions, LayerRange};
-    for folder in folders() {
-        let (_, dense) = load(&folder, "dense");
-        let config = dense.config().clone();
-        let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
-        pruning.layers = LayerRange::All;
-        let pruned = pruning.prune(dense, None, &CutOptions::default());
-        let has_experts = (0..config.num_hidden_layers).any(|layer| config.parts(layer).experts().is_some());
-        let refused = [
-            ("experts", has_experts),
-            ("all heads", folder.starts_with("olmo")),
-            (
-                "nothing but the residual stream",
-                folder.starts_with("gemma4") || folder.starts_with("qwen3_5"),
-            ),
-        ];
-        if let Some((reason, _)) = refused.into_iter().find(|(_, refused)| *refused) {
-            let message = pruned.unwrap_err().to_string();
-            assert!(message.contains(reason), "{folder}: {message}");
-            continue;
-        }
-        let pruned = pruned.unwrap();
-        assert!(pruned.model.config().parameters() < config.parameters(), "{folder}");
-        assert!(logits(&pruned.model, &folder).iter().all(|logit| logit.is_finite()), "{folder}");
-    }
-}
-
 #[test]
 fn adapters_made_by_peft_give_its_logits() {
     let adapters = std::fs::read_dir(testdata("peft/arch")).unwrap();
@@ -450,8 +420,9 @@ fn gguf_files_hold_the_families_that_they_have_an_architecture_for() {
         assert_close(&folder, &logits(&again, &folder), &logits(&model, &folder), 1e-5);
         seen.insert(config.family.model_type);
     }
-    let expected = "arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text gemma4_text glm4 gpt2 gpt_neox \
-                    gpt_oss granite granitemoe hunyuan_v1_dense ministral3 mixtral olmo2 olmo3 phi phi3 qwen2_moe qwen3_moe seed_oss smollm3 \
+    let expected = "apertus arcee bloom cohere2 ernie4_5 exaone4 falcon gemma gemma2 gemma3_text gemma4_text glm4 gpt2 gpt_neox \
+                    gpt_oss granite granitemoe hunyuan_v1_dense ministral3 mixtral olmo2 olmo3 phi phi3 qwen2_moe qwen3_5_text qwen3_moe \
+                    seed_oss smollm3 \
                     stablelm starcoder2";
     assert_eq!(seen.into_iter().collect::<Vec<_>>().join(" "), expected);
 }
@@ -482,6 +453,76 @@ fn experts_stay_packed_in_gguf_files() {
     assert!(relative_difference(&logits(&again, "qwen3_moe"), &logits(&model, "qwen3_moe")) < 1e-3);
 }
 
+/// Value heads of delta nets stand in another order in files, and with them the columns of what reads them: packed weights go there
+/// group by group and come back code by code, and from a file to a file as they are.
+#[test]
+fn delta_nets_stay_packed_in_gguf_files() {
+    use kiln::{
+        models::{
+            StoredWeight, TensorSource,
+            export::{Fallback, GgufOptions, export_gguf},
+            gguf::{BlockType, Gguf},
+        },
+        quant::{Plan, Scheme},
+    };
+    let (checkpoint, model) = load("qwen3_5_text", "affine4:8:f16");
+    let place = tempfile::tempdir().unwrap();
+    let path = |name: &str| place.path().join(name);
+    let options = GgufOptions { dense: BlockType::F32, tokenizer: false, ..GgufOptions::default() };
+    // Groups of 8 are no block type's; what is written dense is the same model.
+    let message = export_gguf(&model, &checkpoint, path("a.gguf"), &options).unwrap_err().to_string();
+    assert!(message.contains("multiple of 32"), "{message}");
+    let dense = GgufOptions { fallback: Fallback::Dense, ..options.clone() };
+    let report = export_gguf(&model, &checkpoint, path("a.gguf"), &dense).unwrap();
+    assert!(report.rows.iter().all(|row| row.max_difference < 1e-6), "{report}");
+    let read_back = |name: &str| {
+        let checkpoint = Checkpoint::open(path(name)).unwrap();
+        let (model, _) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        (checkpoint, model)
+    };
+    let expected = logits(&model, "qwen3_5_text");
+    assert_close("dense", &logits(&read_back("a.gguf").1, "qwen3_5_text"), &expected, 1e-5);
+    // The output's inputs are one group, within which they change places.
+    let plan: Plan<Scheme> = Plan::uniform("affine4:32:f16".parse().unwrap());
+    let mut load = LoadOptions::default().in_f32();
+    load.schemes = Some(plan.with_override("mlp.down_proj", Scheme::Dense).unwrap());
+    let (model, _) = checkpoint.load(&load, &Device::flex()).unwrap();
+    export_gguf(&model, &checkpoint, path("b.gguf"), &options).unwrap();
+    let (again, packed) = read_back("b.gguf");
+    for ((path, slot), (_, before)) in packed.slots().into_iter().zip(model.slots()) {
+        assert_eq!(slot.scheme() == Scheme::Dense, path.ends_with("mlp.down_proj"), "{path}");
+        assert!(max_difference(&read(slot.weight()), &read(before.weight())) < 1e-6, "{path}");
+    }
+    // From there to a file again: what was read with its inputs in the file's order is written as it was.
+    let report = export_gguf(&packed, &again, path("c.gguf"), &options).unwrap();
+    let exact = |name: &str| {
+        report.rows.iter().filter(move |row| row.name.contains(name)).all(|row| row.max_difference == 0.0)
+    };
+    assert!(exact("proj"), "{report}");
+    let stored = |name: &str| {
+        let file = Gguf::open(path(name)).unwrap();
+        match file.weight("model.layers.0.linear_attn.out_proj").unwrap() {
+            StoredWeight::Packed(weight) => weight,
+            StoredWeight::Dense(_) => panic!("a dense weight"),
+        }
+    };
+    let weight = stored("b.gguf");
+    // Two value heads use each key head; the file has one of each in turn.
+    let order: Vec<u32> = [0, 2, 1, 3].into_iter().flat_map(|head| head * 8..(head + 1) * 8).collect();
+    assert_eq!((weight.scheme.to_string().as_str(), &weight.input_order), ("affine4:32:f16", &Some(order)));
+    assert_eq!(weight, stored("c.gguf"));
+    // As Q8_0, dense weights change places before they are packed.
+    let q8 = GgufOptions { dense: BlockType::Q8_0, ..options };
+    let (checkpoint, model) = self::load("qwen3_5_text", "dense");
+    export_gguf(&model, &checkpoint, path("d.gguf"), &q8).unwrap();
+    assert_eq!(stored("d.gguf").input_order, weight.input_order);
+    for ((path, slot), (_, before)) in read_back("d.gguf").1.slots().into_iter().zip(model.slots()) {
+        let (found, expected) = (read(slot.weight()), read(before.weight()));
+        let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
+        assert!(max_difference(&found, &expected) <= 0.6 / 127.0 * largest, "{path}");
+    }
+}
+
 /// The same with biases of zero on queries, keys and values.
 fn with_biases(
     model: Decoder<QuantLinear>,
@@ -508,13 +549,13 @@ fn table() -> String {
         let parts = family.blocks[0];
         let over_all =
             parts.norms().any(|norm| matches!(norm.place.axis(), NormAxis::Queries | NormAxis::Keys));
-        let beside = family.blocks.iter().any(|parts| !parts.stands_alone());
-        let pruned = match (beside, parts.experts().is_some(), over_all) {
-            (true, _, _) if family.blocks.iter().any(|parts| parts.is_recurrent()) => "no: delta nets",
-            (true, _, _) => "no: shared keys",
-            (false, true, _) => "no: experts",
-            (false, false, true) => "channels",
-            (false, false, false) => "yes",
+        let any =
+            |is: fn(kiln::models::families::Parts) -> bool| family.blocks.iter().any(|parts| is(*parts));
+        let pruned = match over_all || family.gguf.is_some_and(|gguf| gguf.alibi) {
+            true => "channels",
+            false if any(|parts| !parts.has_keys()) => "channels; heads where no keys are shared",
+            false if any(|parts| parts.is_recurrent()) => "yes, but delta nets' heads",
+            false => "yes",
         };
         let before = parts.norms().any(|norm| {
             use kiln::models::families::NormPlace::{PreAttention, PreMlp};

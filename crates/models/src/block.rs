@@ -91,7 +91,8 @@ impl<P: Projection> Block<P> {
             let shape = match entry {
                 Part::Norm(norm) => PartShape::Norm(config.norm_width(norm.place, index)),
                 Part::Vector(vector) => {
-                    PartShape::Vector(config.vector_shape(vector.role).iter().product(), vector.role)
+                    let shape = config.vector_shape(vector.role, index);
+                    PartShape::Vector(shape.iter().product(), vector.role)
                 }
                 Part::Linear(part) if part.role.stays_dense() => {
                     PartShape::DenseLinear(config.linear_shape(part.role, index))
@@ -562,6 +563,14 @@ impl<P: Projection> Block<P> {
 
     fn find_vector(&self, role: VectorRole) -> Option<Tensor<1>> {
         self.vectors().find(|(part, _)| part.role == role).map(|(_, values)| values.val())
+    }
+
+    /// Numbers that the block may have, one a head or an expert; see [`VectorRole`].
+    pub fn vector_mut(&mut self, role: VectorRole) -> Option<&mut Param<Tensor<1>>> {
+        self.table.iter().zip(&mut self.parts).find_map(|(entry, part)| match (entry, part) {
+            (Part::Vector(vector), BlockPart::Vector(values)) if vector.role == role => Some(values),
+            _ => None,
+        })
     }
 
     /// The parameters that are neither a linear's nor a norm's.

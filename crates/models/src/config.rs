@@ -247,6 +247,17 @@ pub struct LayerShape {
     pub num_key_value_heads: usize,
     /// Channels of the MLP.
     pub intermediate_size: usize,
+    /// Channels of each expert; 0 in models without experts, as in files of before blocks' experts could differ.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub expert_width: usize,
+    /// Channels of the expert that all tokens go through; 0 where there is none.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub shared_expert_width: usize,
+}
+
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn is_zero(width: &usize) -> bool {
+    *width == 0
 }
 
 /// What a tensor is in a model.
@@ -402,22 +413,36 @@ impl ModelConfig {
             num_attention_heads: self.num_attention_heads,
             num_key_value_heads: self.num_key_value_heads,
             intermediate_size: self.intermediate_size,
+            expert_width: self.experts.map_or(0, |experts| experts.width),
+            shared_expert_width: self.experts.map_or(0, |experts| experts.shared_width),
         }
     }
 
-    /// Gives each block its widths; equal ones become the model's.
+    /// Gives each block its widths; those that all blocks share become the model's.
     pub fn set_layers(&mut self, shapes: Vec<LayerShape>) {
-        self.layer_shapes = shapes;
-        if let Some(shape) = uniform(&self.layer_shapes) {
-            self.layer_shapes.clear();
-            self.num_attention_heads = shape.num_attention_heads;
-            self.num_key_value_heads = shape.num_key_value_heads;
-            self.intermediate_size = shape.intermediate_size;
+        let shared = |width: fn(&LayerShape) -> usize, own: usize| match shapes.first().map(width) {
+            Some(first) if shapes.iter().all(|shape| width(shape) == first) => first,
+            _ => own,
+        };
+        let own = self.common_shape();
+        // One divides the other, so both are shared or neither.
+        let heads = |shape: &LayerShape| [shape.num_attention_heads, shape.num_key_value_heads];
+        if let Some(first) =
+            shapes.first().map(heads).filter(|first| shapes.iter().all(|s| heads(s) == *first))
+        {
+            [self.num_attention_heads, self.num_key_value_heads] = first;
         }
+        self.intermediate_size = shared(|shape| shape.intermediate_size, own.intermediate_size);
+        if let Some(experts) = &mut self.experts {
+            experts.width = shared(|shape| shape.expert_width, own.expert_width);
+            experts.shared_width = shared(|shape| shape.shared_expert_width, own.shared_expert_width);
+        }
+        let common = self.common_shape();
+        self.layer_shapes = if shapes.iter().all(|shape| *shape == common) { Vec::new() } else { shapes };
     }
 
     /// Gives each block's heads their width; equal ones become the model's.
-    pub(crate) fn set_head_dims(&mut self, head_dims: Vec<usize>) {
+    pub fn set_head_dims(&mut self, head_dims: Vec<usize>) {
         self.layer_head_dims.clear();
         match head_dims.windows(2).all(|pair| pair[0] == pair[1]) {
             true => self.head_dim = head_dims.first().copied().unwrap_or(self.head_dim),
@@ -437,8 +462,8 @@ impl ModelConfig {
             }
             Channels::Mlp => shape.intermediate_size,
             Channels::GateUp => 2 * shape.intermediate_size,
-            Channels::Expert => self.experts.map_or(0, |experts| experts.width),
-            Channels::SharedExpert => self.experts.map_or(0, |experts| experts.shared_width),
+            Channels::Expert => shape.expert_width,
+            Channels::SharedExpert => shape.shared_expert_width,
             Channels::PerLayer => self.per_layer_input.map_or(0, |inputs| inputs.width),
             Channels::Experts => self.experts.map_or(0, |experts| experts.count),
             Channels::One => 1,
@@ -495,8 +520,8 @@ impl ModelConfig {
         }
     }
 
-    /// The shape of a parameter of the blocks that is neither a linear's nor a norm's.
-    pub fn vector_shape(&self, role: VectorRole) -> Vec<usize> {
+    /// The shape of a parameter of block `index` that is neither a linear's nor a norm's.
+    pub fn vector_shape(&self, role: VectorRole, index: usize) -> Vec<usize> {
         match role {
             VectorRole::XieluPositive | VectorRole::XieluNegative | VectorRole::LayerScalar => vec![1],
             VectorRole::XieluBeta | VectorRole::XieluEps => Vec::new(),
@@ -506,11 +531,13 @@ impl ModelConfig {
             VectorRole::RouterScale => vec![self.hidden_size],
             VectorRole::DeltaConvolution => {
                 let width = self.delta_net.map_or(0, |delta| delta.convolution);
-                vec![self.width(Channels::DeltaMixed, 0), 1, width]
+                vec![self.width(Channels::DeltaMixed, index), 1, width]
             }
-            VectorRole::DeltaLogRate | VectorRole::DeltaTimeBias => vec![self.width(Channels::DeltaHeads, 0)],
+            VectorRole::DeltaLogRate | VectorRole::DeltaTimeBias => {
+                vec![self.width(Channels::DeltaHeads, index)]
+            }
             VectorRole::DeltaNorm => vec![self.delta_net.map_or(0, |delta| delta.value_dim)],
-            VectorRole::Sinks => vec![self.num_attention_heads],
+            VectorRole::Sinks => vec![self.layer(index).num_attention_heads],
         }
     }
 
@@ -580,7 +607,7 @@ impl ModelConfig {
                         }
                     }
                     Part::Vector(vector) => {
-                        list.add(path, self.vector_shape(vector.role), TensorRole::Plain);
+                        list.add(path, self.vector_shape(vector.role, index), TensorRole::Plain);
                     }
                 }
             }
@@ -627,12 +654,6 @@ impl TensorList {
             }
         }
     }
-}
-
-/// The widths of all blocks, if they are the same.
-fn uniform(shapes: &[LayerShape]) -> Option<LayerShape> {
-    let first = *shapes.first()?;
-    shapes.iter().all(|shape| *shape == first).then_some(first)
 }
 
 /// Rotary position embedding.

@@ -16,7 +16,7 @@ use crate::{
     ScaleSite, ScaleSites, ScaleSource, TokenBatch,
     block::Beside,
     config::{ModelConfig, RopeConfig, RopeScaling, TensorRole, TensorShape},
-    families::{Channels, FusedRows, LinearRole, NormAxis, NormKind, NormPlace, VectorRole},
+    families::{Channels, FusedRows, LinearRole, NormAxis, NormKind, NormPlace},
     placement::moved,
 };
 
@@ -214,8 +214,11 @@ impl<P: Projection> Decoder<P> {
         for (name, values) in self.matrices() {
             shapes.insert(name, values.lazy_shape().to_vec());
         }
-        for (name, _, values) in self.vectors() {
-            shapes.insert(name, values.lazy_shape().to_vec());
+        for (name, shape, values) in self.vectors() {
+            let found = values.lazy_shape().to_vec();
+            // All are held in one dimension.
+            let same = shape.len() > 1 && shape.iter().product::<usize>() == found[0];
+            shapes.insert(name, if same { shape } else { found });
         }
         shapes
     }
@@ -722,12 +725,14 @@ impl<P: Projection> Decoder<P> {
     }
 
     /// The blocks' parameters that are neither a linear's nor a norm's, with their names in checkpoints.
-    pub(crate) fn vectors(&self) -> Vec<(String, VectorRole, &Param<Tensor<1>>)> {
+    /// Shapes are those of the checkpoints.
+    pub(crate) fn vectors(&self) -> Vec<(String, Vec<usize>, &Param<Tensor<1>>)> {
         let blocks = self.blocks.iter().enumerate();
         let vectors = blocks.flat_map(|(index, block)| {
-            block
-                .vectors()
-                .map(move |(part, values)| (self.config.family.path(index, part.name), part.role, values))
+            block.vectors().map(move |(part, values)| {
+                let shape = self.config.vector_shape(part.role, index);
+                (self.config.family.path(index, part.name), shape, values)
+            })
         });
         vectors.collect()
     }

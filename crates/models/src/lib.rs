@@ -22,6 +22,9 @@ mod fingerprint;
 mod generate;
 pub mod gguf;
 pub mod hf;
+#[cfg(feature = "hub")]
+#[cfg_attr(docsrs, doc(cfg(feature = "hub")))]
+pub mod hub;
 #[doc(hidden)]
 pub mod jinja;
 mod load;

@@ -289,7 +289,7 @@ impl Loader<'_> {
                     PartShape::Linear(shape, bias) => self.linear(&path, shape, bias).map(BlockPart::Linear),
                     PartShape::DenseLinear(shape) => self.dense_linear(&path, shape).map(BlockPart::Linear),
                     PartShape::Vector(length, role) => {
-                        let values = self.dense(&path, &config.vector_shape(role))?.values;
+                        let values = self.dense(&path, &config.vector_shape(role, index))?.values;
                         Ok(BlockPart::Vector(frozen(self.tensor(&path, values, [length])?)))
                     }
                 }

@@ -6,11 +6,11 @@ use kiln_quant_core::{fused, to_host};
 use crate::{CausalLm, Error, Result, Targets, TokenBatch};
 
 /// Rows of logits held at once.
-const ROWS: usize = 128;
+const ROWS: usize = 64;
 
 /// Negative log-likelihoods, in nats, of the scored targets, in their order.
 ///
-/// Logits are made 128 rows at a time, of scored places only, and compared in f32. No gradient is recorded, whether
+/// Logits are made 64 rows at a time, of scored places only, and compared in f32. No gradient is recorded, whether
 /// or not `model` is being trained.
 ///
 /// ```no_run

@@ -178,7 +178,7 @@ impl TryFrom<StoredConfig> for ModelConfig {
             Family::by_model_type(name)
                 .ok_or_else(|| format!("model_type: expected a known one, found {name}"))
         };
-        let config = match stored {
+        let mut config = match stored {
             StoredConfig::Now(now) => Self {
                 family: family(&now.model_type)?,
                 block_kinds: now.block_kinds,
@@ -224,6 +224,12 @@ impl TryFrom<StoredConfig> for ModelConfig {
             },
             StoredConfig::Before(before) => before.now(family)?,
         };
+        if let Some(experts) = config.experts {
+            // Before blocks' experts could differ, they weren't listed.
+            for shape in config.layer_shapes.iter_mut().filter(|shape| shape.expert_width == 0) {
+                (shape.expert_width, shape.shared_expert_width) = (experts.width, experts.shared_width);
+            }
+        }
         let found = config.layer_attention.len();
         if found != config.num_hidden_layers {
             return Err(format!(

@@ -139,6 +139,11 @@ impl Windows {
         hex(hash.finalize())
     }
 
+    /// Windows of a batch: what [`with_rows`](Self::with_rows) said.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
     /// Batches of [`with_rows`](Self::with_rows) windows.
     pub fn batches(&self) -> Vec<TokenBatch> {
         self.batches_of(self.rows)

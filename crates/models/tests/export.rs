@@ -9,8 +9,9 @@ use burn::tensor::Device;
 use kiln_models::{
     Checkpoint, Decoder, Error, LoadOptions, Slots, StoredWeight, Tokenizer,
     export::{
-        ExportOptions, ExportReport, Fallback, FloatType, GgufOptions, LoraFactors, export_bitsandbytes,
-        export_gguf, export_gguf_lora, export_gptq, export_hf, export_mlx, save_model, verify_export,
+        ExportOptions, ExportReport, Fallback, FloatType, GgufOptions, LoraFactors, export_awq,
+        export_bitsandbytes, export_gguf, export_gguf_lora, export_gptq, export_hf, export_mlx, save_model,
+        verify_export,
     },
     gguf::{BlockType, Gguf},
 };
@@ -671,6 +672,67 @@ fn gptq_holds_integer_zero_points_exactly() {
             assert_eq!(found.dequantize(), weight.dequantize(), "{scheme} {path}");
         }
     }
+}
+
+/// The linears of a model whose groups differ, in AWQ's files of one group size, and what they can't hold.
+#[test]
+fn awq_folders_hold_integer_zeros_in_groups_of_one_size() {
+    let (source, model) = quantized("llama-untied-bf16", "affine4:32:sym:f16");
+    let (_folder, path) = place("awq");
+    let options = ExportOptions::new(FloatType::F32);
+    export_awq(&model, &source, &path, &options).unwrap();
+    let again = Checkpoint::open(&path).unwrap();
+    assert_eq!((again.config(), again.notes()), (source.config(), vec![]));
+    for (path, weight) in packed(&model) {
+        let found = stored(&again, &path);
+        assert_eq!((&found.codes, found.dequantize()), (&weight.codes, weight.dequantize()), "{path}");
+    }
+    // And once more from there, the words as they were.
+    let (_folder, second) = place("awq");
+    export_awq(&load(&again), &again, &second, &options).unwrap();
+    let files = [&path, &second].map(|path| SafetensorsFile::open(path.join("model.safetensors")).unwrap());
+    for part in ["qweight", "qzeros", "scales"] {
+        let name = format!("model.layers.1.mlp.down_proj.{part}");
+        assert_eq!(files[0].read(&name).unwrap(), files[1].read(&name).unwrap(), "{name}");
+    }
+    // Larger groups have their scales repeated; smaller ones, other bits and codebooks are named.
+    let mixed = |other: &str| {
+        let plan: Plan<Scheme> = Plan::uniform("affine4:32:sym:f16".parse().unwrap());
+        let plan = plan.with_override("down_proj", other.parse().unwrap()).unwrap();
+        let source = open("llama-untied-bf16");
+        let mut options = LoadOptions::default().in_f32();
+        options.schemes = Some(plan);
+        let (model, _) = source.load(&options, &Device::flex()).unwrap();
+        (source, model)
+    };
+    let (source, model) = mixed("affine4:64:sym:f16");
+    let (_folder, path) = place("awq");
+    let report = export_awq(&model, &source, &path, &options).unwrap();
+    assert!(
+        report.rows.iter().filter(|row| row.name.contains("down_proj")).all(|row| row.max_difference == 0.0)
+    );
+    for (other, part) in [("affine4:16:sym:f16", "16"), ("affine3:32:int", "4 bits"), ("nf4:32", "nf4:32")] {
+        let (source, model) = mixed(other);
+        let (_folder, path) = place("awq");
+        let refused = export_awq(&model, &source, &path, &options);
+        assert_error(refused, &["AWQ", "layers.0.mlp.down_proj.weight", part]);
+        let dense = options.clone().with_fallback(Fallback::Dense);
+        export_awq(&model, &source, &path, &dense).unwrap();
+        let text = std::fs::read_to_string(path.join("config.json")).unwrap();
+        let config: Value = serde_json::from_str(&text).unwrap();
+        let names = config["quantization_config"]["modules_to_not_convert"].as_array().unwrap();
+        assert_eq!(names, &["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]);
+        let again = load(&Checkpoint::open(&path).unwrap());
+        assert!(
+            again
+                .slots()
+                .iter()
+                .all(|(path, slot)| { (slot.scheme() == Scheme::Dense) == path.ends_with("down_proj") })
+        );
+    }
+    let (source, model) =
+        (open("llama-untied-gptq3-v2-actorder"), load(&open("llama-untied-gptq3-v2-actorder")));
+    assert_error(export_awq(&model, &source, &path, &options), &["AWQ", "4 bits"]);
 }
 
 #[test]

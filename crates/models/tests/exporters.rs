@@ -6,8 +6,8 @@ use burn::tensor::Device;
 use kiln_models::{
     Checkpoint, Decoder, Error, LoadOptions, Slots,
     export::{
-        ExportOptions, ExportReport, FloatType, GgufOptions, export_bitsandbytes, export_gguf, export_gptq,
-        export_hf, export_mlx, save_model, verify_export,
+        ExportOptions, ExportReport, FloatType, GgufOptions, export_awq, export_bitsandbytes, export_gguf,
+        export_gptq, export_hf, export_mlx, save_model, verify_export,
     },
 };
 use kiln_quant_core::{Projection, QuantLinear};
@@ -16,7 +16,7 @@ use kiln_testkit::{max_difference, read, testdata};
 type Export = fn(&Decoder<QuantLinear>, &Checkpoint, &Path) -> Result<ExportReport, Error>;
 
 /// Each with a scheme that it holds exactly.
-const EXPORTERS: [(&str, &str, Export); 6] = [
+const EXPORTERS: [(&str, &str, Export); 7] = [
     ("own", "nf4:64:double", |model, source, path| save_model(model, source, path)),
     ("Hugging Face", "nf4:64", |model, source, path| {
         export_hf(model, source, path, &ExportOptions::new(FloatType::F32))
@@ -30,13 +30,24 @@ const EXPORTERS: [(&str, &str, Export); 6] = [
     ("GPTQ", "affine8:32:sym:f16", |model, source, path| {
         export_gptq(model, source, path, &ExportOptions::new(FloatType::F32))
     }),
+    ("AWQ", "affine4:32:sym:f16", |model, source, path| {
+        export_awq(model, source, path, &ExportOptions::new(FloatType::F32))
+    }),
     ("bitsandbytes", "nf4:64:double", |model, source, path| {
         export_bitsandbytes(model, source, path, &ExportOptions::new(FloatType::F32))
     }),
 ];
 
-const SCHEMES: [&str; 7] =
-    ["dense", "affine4:64", "affine4:32:f16", "affine8:32:sym:f16", "affine2:8x4", "nf4:64", "nf4:64:double"];
+const SCHEMES: [&str; 8] = [
+    "dense",
+    "affine4:64",
+    "affine4:32:sym:f16",
+    "affine4:32:f16",
+    "affine8:32:sym:f16",
+    "affine2:8x4",
+    "nf4:64",
+    "nf4:64:double",
+];
 
 #[test]
 fn every_exporter_writes_what_it_reports_or_refuses_by_name() {

@@ -8,7 +8,7 @@ use kiln_quant_core::{QuantLinear, Slots, safetensors_file::SafetensorsFile};
 use kiln_testkit::testdata;
 
 /// Folder, and the scheme of a linear, which stays packed; dense where there is none.
-const FORMS: [(&str, &str); 9] = [
+const FORMS: [(&str, &str); 10] = [
     ("pytorch", ""),
     ("no-prefix", ""),
     ("bnb-int8", "affine8:col:sym"),
@@ -18,6 +18,8 @@ const FORMS: [(&str, &str); 9] = [
     ("compressed-w8-channel", "affine8:col:sym"),
     ("fp8-blocks", ""),
     ("fp8-outputs", ""),
+    // Each linear in another way; this one's single bits are two of two bits.
+    ("hqq", "affine2:32"),
 ];
 
 fn folder(name: &str) -> std::path::PathBuf {
@@ -36,7 +38,7 @@ fn every_form_has_the_values_that_its_program_reads() {
             let largest = expected.iter().fold(0.0f32, |largest, value| largest.max(value.abs()));
             // Scales times codes are rounded once here, there once or twice; under zero points and scales of 32 bits offsets
             // are rounded too, and may cancel.
-            let cancelled = if name.contains("asymmetric") { largest } else { 0.0 };
+            let cancelled = if name.contains("asymmetric") || name == "hqq" { 2.0 * largest } else { 0.0 };
             for (found, expected) in found.values.iter().zip(&expected) {
                 let close = (found - expected).abs() <= 2.0 * f32::EPSILON * (expected.abs() + cancelled);
                 assert!(close, "{name}: {tensor}: {found}, not {expected}");
@@ -50,7 +52,9 @@ fn every_form_has_the_values_that_its_program_reads() {
         let (model, report) = checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
         let packed =
             model.slots().into_iter().filter(|(_, slot)| matches!(slot, QuantLinear::Packed(_))).count();
-        assert_eq!(packed, if scheme.is_empty() { 0 } else { 7 }, "{name}");
+        // HQQ's groups across outputs are read to dense.
+        let all = if name == "hqq" { 5 } else { 7 };
+        assert_eq!(packed, if scheme.is_empty() { 0 } else { all }, "{name}");
         let prefix = report.notes.iter().filter(|note| note.contains("prefix")).count();
         let unused = report.notes.iter().any(|note| note.contains("not used"));
         assert_eq!((prefix, unused), (usize::from(name == "no-prefix"), false), "{name}: {:?}", report.notes);
@@ -109,7 +113,12 @@ fn what_does_not_fit_is_refused_by_name() {
         Some(raw)
     };
     type Change<'a> = &'a dyn Fn(RawTensor) -> Option<RawTensor>;
-    let cases: [(&str, String, Change, &str); 12] = [
+    let twos = |mut raw: RawTensor| {
+        raw.bytes.fill(0);
+        raw.bytes[0] = 2;
+        Some(raw)
+    };
+    let cases: [(&str, String, Change, &str); 23] = [
         ("bnb-int8", up("SCB"), &shorter, "up_proj.SCB"),
         ("bnb-int8", up("SCB"), &infinite, "up_proj.SCB"),
         ("bnb-int8", up("weight_format"), &ones, "up_proj.weight_format"),
@@ -122,6 +131,17 @@ fn what_does_not_fit_is_refused_by_name() {
         ("fp8-blocks", up("weight_scale_inv"), &shorter, "up_proj.weight_scale_inv"),
         ("fp8-blocks", up("weight"), &ones, "up_proj.weight"),
         ("fp8-outputs", up("weight_scale"), &infinite, "up_proj.weight_scale"),
+        ("hqq", up("W_q"), &shorter, "up_proj.W_q"),
+        ("hqq", up("scale"), &infinite, "up_proj.scale"),
+        ("hqq", up("scale"), &none, "up_proj.scale"),
+        ("hqq", "model.layers.0.self_attn.q_proj.zero".into(), &shorter, "q_proj.zero"),
+        ("hqq", up("shape"), &ones, "up_proj.shape"),
+        ("hqq", up("shape"), &none, "up_proj.shape"),
+        ("hqq", up("nbits"), &twos, "up_proj.nbits"),
+        ("hqq", up("axis"), &twos, "up_proj.axis"),
+        ("hqq", up("packing"), &ones, "up_proj.packing"),
+        ("hqq", up("quant_zero"), &ones, "up_proj.quant_zero"),
+        ("hqq", up("view_as_float"), &ones, "up_proj.view_as_float"),
     ];
     for (name, tensor, change, part) in cases {
         let copy = changed(name, &tensor, change);
@@ -133,6 +153,61 @@ fn what_does_not_fit_is_refused_by_name() {
             .to_string();
         assert!(error.contains(part), "{name}, {tensor}: {error}");
     }
+}
+
+/// Groups that don't follow the inputs, by the definition of a weight.
+#[test]
+fn groups_of_compressed_tensors_may_follow_activations() {
+    for name in ["compressed-w4-group", "compressed-w4-asymmetric"] {
+        let down = "model.layers.0.mlp.down_proj.";
+        let file = SafetensorsFile::open(folder(name).join("model.safetensors")).unwrap();
+        let copy = tempfile::tempdir().unwrap();
+        std::fs::copy(folder(name).join("config.json"), copy.path().join("config.json")).unwrap();
+        let mut tensors: Vec<(String, RawTensor)> =
+            file.names().map(|name| (name.to_owned(), file.read(name).unwrap())).collect();
+        let group = |input: usize| (input * 5 % 7 % 2) as u32;
+        let mut index = file.read(&format!("{down}weight_packed")).unwrap();
+        index.shape = vec![64];
+        index.bytes = (0..64).flat_map(|input| group(input).to_le_bytes()).collect();
+        tensors.push((format!("{down}weight_g_idx"), index));
+        write_raw(&copy.path().join("model.safetensors"), &tensors);
+        let plain = Checkpoint::open(folder(name)).unwrap();
+        let StoredWeight::Packed(plain) = plain.source().weight(down.trim_end_matches('.')).unwrap() else {
+            panic!("a dense weight")
+        };
+        let (scales, offsets) = (plain.effective_scales(), plain.effective_offsets());
+        let (values, outputs) = (plain.dequantize(), plain.d_output);
+        let grouped = Checkpoint::open(copy.path()).unwrap();
+        let found = grouped.source().dense(&format!("{down}weight")).unwrap().values;
+        for (place, found) in found.iter().enumerate() {
+            let (output, input) = (place / 64, place % 64);
+            let of = |values: &[f32], group: usize| values[group * outputs + output];
+            // What the code times its scale was, in steps of another.
+            let own = input / 32;
+            let offset = |group| offsets.as_ref().map_or(0.0, |offsets| of(offsets, group));
+            let code = (values[place] - offset(own)) / of(&scales, own);
+            let code = (code * 2.0).round() / 2.0;
+            let group = group(input) as usize;
+            let expected = code * of(&scales, group) + offset(group);
+            assert!((found - expected).abs() < 1e-6, "{name}, {output}, {input}: {found}, not {expected}");
+        }
+        let StoredWeight::Packed(packed) = grouped.source().weight(down.trim_end_matches('.')).unwrap()
+        else {
+            panic!("a dense weight")
+        };
+        assert!(packed.input_order.is_some());
+    }
+    let copy = changed("compressed-w4-group", "", Some);
+    let file = SafetensorsFile::open(copy.path().join("model.safetensors")).unwrap();
+    let mut tensors: Vec<(String, RawTensor)> =
+        file.names().map(|name| (name.to_owned(), file.read(name).unwrap())).collect();
+    let mut index = file.read(&up("weight_packed")).unwrap();
+    (index.shape, index.bytes) = (vec![32], vec![1; 128]);
+    tensors.push((up("weight_g_idx"), index));
+    write_raw(&copy.path().join("model.safetensors"), &tensors);
+    let message =
+        Checkpoint::open(copy.path()).unwrap().source().dense(&up("weight")).unwrap_err().to_string();
+    assert!(message.contains("weight_g_idx"), "{message}");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! Cutting a model to what stays.
 
-use std::fmt;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use burn::{
     module::{Param, ParamId},
@@ -10,7 +13,7 @@ use burn::{
 use kiln_models::{
     Block, CausalLm, Decoder, DenseEmbedding, Embedding, Norm, Slots,
     config::{Biases, ModelConfig},
-    families::{Channels, Family, NormAxis, NormKind},
+    families::{Family, NormAxis, NormKind, VectorRole},
 };
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, Projection, QuantError, QuantLinear, QuantScheme,
@@ -88,11 +91,10 @@ pub fn apply(
         let Some(place) = kept.layers.iter().position(|layer| layer.layer == linear.layer) else {
             return Ok(slot);
         };
-        let positions = |channels| kept.positions(&structure, place, channels);
+        let positions = |channels| kept.positions(&structure, place, linear, channels);
         cutter.linear(path, slot, positions(linear.input), positions(linear.output))
     })?;
-    let hidden = kept.positions(&structure, 0, Channels::Hidden);
-    let model = cutter.decoder(model, kept.config(&original), kept, hidden)?;
+    let model = cutter.decoder(model, kept.config(&original), kept, &structure)?;
     Ok((model, cutter.requantized))
 }
 
@@ -224,11 +226,18 @@ impl Cutter<'_> {
         mut model: Decoder<QuantLinear>,
         config: ModelConfig,
         kept: &Kept,
-        hidden: Positions,
+        structure: &Structure,
     ) -> Result<Decoder<QuantLinear>> {
-        let stays = |index: &usize| kept.layers.iter().any(|layer| layer.layer == *index);
-        let blocks = model.blocks.into_iter().enumerate().filter(|(index, _)| stays(index));
-        model.blocks = blocks.map(|(_, block)| block).collect();
+        let hidden = kept.hidden(structure);
+        let mut blocks: Vec<_> = model.blocks.into_iter().map(Some).collect();
+        model.blocks = kept.layers.iter().filter_map(|kept| blocks[kept.layer].take()).collect();
+        for (kept, block) in kept.layers.iter().zip(&mut model.blocks) {
+            let heads = kept.query_heads(&structure.layers[kept.layer]);
+            if let Some(sinks) = block.vector_mut(VectorRole::Sinks).filter(|_| heads.is_some()) {
+                let cut = self.param(sinks.clone(), 0, &heads);
+                *sinks = cut;
+            }
+        }
         if hidden.is_some() {
             let names = config.family.names;
             model.embed_tokens = self.embedding(names.embedding, model.embed_tokens, &hidden)?;
@@ -264,7 +273,7 @@ enum Cut {
 /// [`Error::Mismatch`] if a bias has another length than the outputs.
 pub(crate) fn add_biases(
     model: Decoder<QuantLinear>,
-    added: &std::collections::BTreeMap<String, Vec<f32>>,
+    added: &BTreeMap<String, Vec<f32>>,
 ) -> Result<Decoder<QuantLinear>> {
     if added.is_empty() {
         return Ok(model);
@@ -275,19 +284,21 @@ pub(crate) fn add_biases(
     config.biases = Biases { qkv: true, o: true, mlp: true, ..config.biases };
     // One key may stand for the biases of q, k, v and o.
     config.biases.qkv = had || Family::expressing(&config).own_biases(config.biases).qkv;
-    let everywhere = config.biases.qkv;
-    let structure = Structure::of(&config);
-    let linears = structure.by_path();
-    let without = model.dense_slots();
+    let blocks = 0..config.num_hidden_layers;
+    let linears = blocks.flat_map(|layer| {
+        let linears = config.linears(layer).into_iter();
+        linears.map(move |(name, role)| (config.family.path(layer, &name), role))
+    });
+    let biased: BTreeSet<String> =
+        linears.filter(|(_, role)| config.has_bias(*role)).map(|(path, _)| path).collect();
     let model = model.try_map(|path, slot| {
         let [_, d_output] = slot.shape();
-        let query = linears.get(path).is_some_and(|linear| linear.output.are_heads());
         let bias = match added.get(path) {
             Some(values) if values.len() != d_output => {
                 return Err(Error::mismatch(path, format!("a bias of {d_output} values"), values.len()));
             }
             Some(values) => Some(Tensor::<1>::from_floats(values.as_slice(), &device)),
-            None if query && !everywhere || without.contains(path) => None,
+            None if !biased.contains(path) => None,
             None => Some(Tensor::zeros([d_output], &device)),
         };
         let Some(bias) = bias else { return Ok(slot) };

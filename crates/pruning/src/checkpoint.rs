@@ -14,7 +14,12 @@ use kiln_models::{
 use kiln_quant_core::{QuantLinear, files::NewFolder, write_atomically};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, PruningReport, Result, kept::Kept, pad::pad, structure::Structure};
+use crate::{
+    Error, PruningReport, Result,
+    kept::Kept,
+    pad::pad,
+    structure::{Group, Structure},
+};
 
 /// Name of the file beside `config.json`.
 pub const RECORD_FILE: &str = "pruning.json";
@@ -192,14 +197,17 @@ pub fn load_pruned(
 /// What stays by the record must be what the model has.
 fn check_record(record: &PruningRecord, config: &ModelConfig) -> Result<()> {
     let (original, now) = (Structure::of(&record.original), Structure::of(config));
-    record.kept.validate(&original)?;
+    record.kept.check(&original)?;
     let expected = Structure::of(&record.kept.config(&record.original));
     if expected == now {
         return Ok(());
     }
-    let differs = |(a, b): &(&crate::structure::Layer, &crate::structure::Layer)| a != b;
-    let name = match expected.layers.iter().zip(&now.layers).find(differs) {
-        Some((layer, _)) => format!("record of {}", layer.attention),
+    let groups = |structure: &Structure| -> Vec<Group> {
+        structure.layers.iter().flat_map(|layer| layer.groups.clone()).collect()
+    };
+    let (groups, found) = (groups(&expected), groups(&now));
+    let name = match groups.iter().zip(&found).find(|(a, b)| a != b) {
+        Some((group, _)) => format!("record of {}", group.path),
         None => "record".into(),
     };
     let show = |s: &Structure| format!("{} blocks of width {}", s.layers.len(), s.hidden);

@@ -151,7 +151,7 @@ impl Matrix {
                 Criterion::FlapWifv => inputs.variance(j) * squares[j],
                 Criterion::FlapIfv => inputs.variance(j),
                 Criterion::FlapWifn => {
-                    let mean_square = inputs.square_sum(j) / inputs.count as f64;
+                    let mean_square = inputs.square_sum(j) / inputs.count.max(1) as f64;
                     magnitudes[j] / self.d_output as f64 * mean_square.sqrt()
                 }
                 other => panic!("{other:?} is no criterion of activations"),

@@ -70,16 +70,21 @@ struct Runner<'a> {
 }
 
 impl<'a> Runner<'a> {
-    fn new(model: &Decoder<QuantLinear>, structure: &'a Structure, calibration: &Windows) -> Result<Self> {
+    /// `rows` windows go through the model at a time.
+    fn new(
+        model: &Decoder<QuantLinear>,
+        structure: &'a Structure,
+        calibration: &Windows,
+        rows: usize,
+    ) -> Result<Self> {
         calibration.check(model)?;
         let tape = Tape::default();
         let model = model.valid().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
-        let batches = calibration.batches();
+        let batches = calibration.batches_of(rows);
         let contexts =
             batches.iter().map(|tokens| model.context(tokens, None)).collect::<kiln_models::Result<_>>()?;
         let linears = structure.by_path().into_iter();
-        let pruned_inputs =
-            linears.filter(|(_, linear)| linear.input != Channels::Hidden).map(|(path, _)| path);
+        let pruned_inputs = linears.filter(|(_, linear)| linear.loses_inputs()).map(|(path, _)| path);
         Ok(Self { model, tape, structure, pruned_inputs: pruned_inputs.collect(), batches, contexts })
     }
 
@@ -101,7 +106,12 @@ pub(crate) fn gradient_scores(
     scored: Scored,
     calibration: &Windows,
 ) -> Result<(MatrixScores, f64)> {
-    let runner = Runner::new(model, structure, calibration)?;
+    // Tokens of an expert don't tell which window they are of.
+    let rows = match criterion.needs_fisher() && structure.layers.iter().any(|layer| layer.experts > 0) {
+        true => 1,
+        false => calibration.rows(),
+    };
+    let runner = Runner::new(model, structure, calibration, rows)?;
     let blocks = runner.model.num_blocks();
     let mut inputs = vec![runner.embed()];
     for index in 0..blocks {
@@ -119,8 +129,13 @@ pub(crate) fn gradient_scores(
     let mut scores = MatrixScores::new();
     for index in (0..blocks).rev() {
         let inputs = inputs.pop().unwrap_or_default();
-        let mut sums =
-            BlockGradients { fisher: criterion.needs_fisher(), windows, targets, by_path: BTreeMap::new() };
+        let mut sums = BlockGradients {
+            fisher: criterion.needs_fisher(),
+            rows,
+            windows,
+            targets,
+            by_path: BTreeMap::new(),
+        };
         for (batch, input) in inputs.into_iter().enumerate() {
             gradients[batch] = runner.back(index, batch, input, gradients[batch].clone(), &mut sums)?;
         }
@@ -145,6 +160,8 @@ fn top_gradient(
 /// Gradients of one block's weights, summed over the batches.
 struct BlockGradients {
     fisher: bool,
+    /// Windows of a batch.
+    rows: usize,
     /// Windows of all batches.
     windows: usize,
     /// Targets of a window.
@@ -154,12 +171,14 @@ struct BlockGradients {
 }
 
 impl BlockGradients {
-    /// `input` `[rows · length, d_input]`, `d_output` `[rows · length, d_output]` of the summed loss.
+    /// `input` `[tokens, d_input]`, `d_output` `[tokens, d_output]` of the summed loss; the tokens are those of some windows, or
+    /// of one window that are an expert's.
     fn add(&mut self, path: String, input: Tensor<2>, d_output: Tensor<2>) {
         let (windows, targets, length) = (self.windows as f32, self.targets as f32, self.targets + 1);
         let fisher = self.fisher.then(|| {
-            let rows = input.dims()[0] / length;
-            let squares = (0..rows).map(|row| {
+            let tokens = input.dims()[0];
+            let length = if self.rows == 1 { tokens } else { length };
+            let squares = (0..tokens / length.max(1)).map(|row| {
                 let (x, dy) = (
                     input.clone().narrow(0, row * length, length),
                     d_output.clone().narrow(0, row * length, length),
@@ -171,7 +190,11 @@ impl BlockGradients {
         let gradient = input.transpose().matmul(d_output).div_scalar(targets * windows);
         let new = match self.by_path.remove(&path) {
             Some((sum, squares)) => {
-                (sum + gradient, squares.zip(fisher.flatten()).map(|(sum, square)| sum + square))
+                let both = match (squares, fisher.flatten()) {
+                    (Some(sum), Some(square)) => Some(sum + square),
+                    (one, other) => one.or(other),
+                };
+                (sum + gradient, both)
             }
             None => (gradient, fisher.flatten()),
         };
@@ -216,8 +239,15 @@ impl Runner<'_> {
             if linears.get(path.as_str()).is_none_or(|linear| linear.layer != index) {
                 continue;
             }
-            let Some((gradient, fisher)) = sums.by_path.remove(&path) else {
-                return Err(Error::mismatch(path, "a gradient", "none"));
+            let (gradient, fisher) = match sums.by_path.remove(&path) {
+                Some(found) => found,
+                // An expert that no token went to.
+                None if linears[path.as_str()].expert.is_some() => {
+                    let zeros = Tensor::zeros(slot.shape(), &self.model.device());
+                    let fisher = criterion.needs_fisher().then(|| Tensor::clone(&zeros));
+                    (zeros, fisher)
+                }
+                None => return Err(Error::mismatch(path, "a gradient", "none")),
             };
             let host = |tensor: Tensor<2>| to_host(&path, tensor);
             let matrix = Matrix {
@@ -256,7 +286,7 @@ pub(crate) fn statistics(
     calibration: &Windows,
     mut decide: Option<Decide>,
 ) -> Result<Statistics> {
-    let runner = Runner::new(model, structure, calibration)?;
+    let runner = Runner::new(model, structure, calibration, calibration.rows())?;
     let mut found = Statistics::default();
     let mut inputs = runner.embed();
     for index in 0..runner.model.num_blocks() {
@@ -271,6 +301,14 @@ pub(crate) fn statistics(
                 let [_, width] = call.input.dims();
                 let inputs = to_host(&call.path, call.input)?;
                 block.entry(call.path).or_default().add(&inputs, width);
+            }
+        }
+        for linear in structure.linears.iter().filter(|linear| linear.layer == index) {
+            // An expert that no token went to.
+            if linear.loses_inputs() && !block.contains_key(&linear.path) {
+                let width =
+                    structure.layers[index].along(linear.input).map_or(1, |(group, unit)| group.count * unit);
+                block.entry(linear.path.clone()).or_default().add(&[], width);
             }
         }
         if let Some(decide) = &mut decide {

@@ -31,4 +31,4 @@ pub use prune::{BlockPruning, HiddenPruning, LayerPruning, Pruned, PruningReport
 pub use selection::{
     Budget, HeadRounding, LayerRange, Normalise, Scope, removed_channels, removed_heads, removed_mlp_channels,
 };
-pub use structure::{Coupling, Layer, Structure};
+pub use structure::{Coupling, Group, Layer, Structure, Units};

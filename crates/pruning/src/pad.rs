@@ -5,7 +5,11 @@ use burn::{
     nn::Linear,
     tensor::{IndexingUpdateOp, Tensor},
 };
-use kiln_models::{CausalLm, Decoder, Slots, config::ModelConfig, families::Channels};
+use kiln_models::{
+    CausalLm, Decoder, Slots,
+    config::ModelConfig,
+    families::{Channels, VectorRole},
+};
 use kiln_quant_core::{Projection, QuantLinear};
 
 use crate::{
@@ -32,13 +36,18 @@ pub fn pad(model: Decoder<QuantLinear>, kept: &Kept, original: &ModelConfig) -> 
     }
     let shapes = structure.layers.iter().map(|layer| layer.shape).collect();
     let mut config = model.config().clone();
+    // What differs block by block is listed beside these.
+    config.num_attention_heads = original.num_attention_heads;
+    config.num_key_value_heads = original.num_key_value_heads;
+    config.intermediate_size = original.intermediate_size;
+    config.experts = original.experts;
     config.set_layers(shapes);
     let (linears, device) = (structure.by_path(), model.device());
-    let model = model.try_map(|path, slot| {
+    let mut model = model.try_map(|path, slot| {
         let linear = linears.get(path).ok_or_else(|| Error::mismatch(path, "a known linear", "another"))?;
         let place = |channels: Channels| -> Option<(Vec<usize>, usize)> {
             let total = original.width(channels, linear.layer);
-            kept.positions(&structure, linear.layer, channels).map(|positions| (positions, total))
+            kept.positions(&structure, linear.layer, linear, channels).map(|positions| (positions, total))
         };
         let (inputs, outputs) = (place(linear.input), place(linear.output));
         let [d_input, d_output] = slot.shape();
@@ -66,5 +75,17 @@ pub fn pad(model: Decoder<QuantLinear>, kept: &Kept, original: &ModelConfig) -> 
         let weight: Param<Tensor<2>> = frozen(weight);
         Ok(QuantLinear::Dense(Linear { weight, bias }))
     })?;
+    for (place, block) in model.blocks.iter_mut().enumerate() {
+        let groups = &structure.layers[place];
+        if let (Some(heads), Some(sinks)) =
+            (kept.layers[place].query_heads(groups), block.vector_mut(VectorRole::Sinks))
+        {
+            // What a head that adds nothing attends to is the same to all.
+            let zeros = Tensor::<1>::zeros([groups.shape.num_attention_heads], &device);
+            let values = sinks.val().without_autodiff();
+            *sinks =
+                frozen(zeros.select_assign(0, index_tensor(&heads, &device), values, IndexingUpdateOp::Add));
+        }
+    }
     Ok(model.with_config(config)?)
 }

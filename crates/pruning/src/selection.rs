@@ -4,7 +4,11 @@ use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result, aggregation::standardise, structure::Structure};
+use crate::{
+    Error, Result,
+    aggregation::{head_sums, standardise},
+    structure::{Group, Structure, Units},
+};
 
 /// Which blocks may lose heads and channels.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -101,6 +105,8 @@ pub(crate) struct UnitScores {
     pub units: Vec<f64>,
     /// Scores of single channels on the same scale, where heads average them: FLAP's standard deviations are theirs.
     pub channels: Vec<f64>,
+    /// The channels of each expert, the least first, where a unit is one of each.
+    pub orders: Vec<Vec<usize>>,
 }
 
 impl UnitScores {
@@ -114,12 +120,41 @@ impl UnitScores {
     }
 }
 
-/// Scores of one block.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub(crate) struct LayerScores {
-    pub attention: UnitScores,
-    pub mlp: UnitScores,
+impl UnitScores {
+    /// Of units that are what is scored.
+    pub(crate) fn of(units: Vec<f64>) -> Self {
+        Self { units, ..Self::default() }
+    }
+
+    /// Of the channels of experts, from the scores that each expert's have; `means` averages them. A unit is the channel of
+    /// one rank in every expert, the least of all experts first.
+    pub(crate) fn of_experts(experts: &[Vec<f64>], means: bool) -> Self {
+        let order = |scores: &Vec<f64>| lowest_first(scores);
+        let orders: Vec<Vec<usize>> = experts.iter().map(order).collect();
+        let count = experts.first().map_or(0, Vec::len);
+        let of_rank =
+            |rank: usize| experts.iter().zip(&orders).map(move |(scores, order)| scores[order[rank]]);
+        let channels: Vec<f64> = (0..count).flat_map(of_rank).collect();
+        let mut units = head_sums(&channels, experts.len());
+        if means {
+            units.iter_mut().for_each(|sum| *sum /= experts.len() as f64);
+        }
+        Self { units, channels: if means { channels } else { Vec::new() }, orders }
+    }
+
+    /// What stays of each expert's channels once the units `removed` went.
+    pub(crate) fn kept_of_experts(&self, removed: &[usize]) -> Vec<Vec<usize>> {
+        let kept = self.orders.iter().map(|order| {
+            let mut gone: Vec<usize> = removed.iter().map(|rank| order[*rank]).collect();
+            gone.sort_unstable();
+            without(order.len(), &gone)
+        });
+        kept.collect()
+    }
 }
+
+/// Scores of one block, in the order of its groups.
+pub(crate) type LayerScores = Vec<UnitScores>;
 
 /// Channels that go of `channels` at a ratio, by LLM-Pruner's arithmetic: `C - trunc(C (1 - ratio))` in f64.
 pub fn removed_channels(channels: usize, ratio: f64) -> usize {
@@ -140,10 +175,15 @@ pub fn removed_mlp_channels(channels: usize, ratio: f64, round_to: usize) -> usi
     channels - if kept == 0 { 0 } else { kept.next_multiple_of(round_to.max(1)).min(channels) }
 }
 
-/// Indices of the `count` lowest scores; of equal ones the lower index.
-pub(crate) fn lowest(scores: &[f64], count: usize) -> Vec<usize> {
+fn lowest_first(scores: &[f64]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     order.sort_by(|&a, &b| scores[a].total_cmp(&scores[b]));
+    order
+}
+
+/// Indices of the `count` lowest scores; of equal ones the lower index.
+pub(crate) fn lowest(scores: &[f64], count: usize) -> Vec<usize> {
+    let mut order = lowest_first(scores);
     order.truncate(count);
     order.sort_unstable();
     order
@@ -175,35 +215,35 @@ pub(crate) struct GlobalRanking<'a> {
 #[derive(Clone, Copy)]
 struct Unit {
     layer: usize,
-    attention: bool,
+    /// Of the layer's groups.
+    group: usize,
     index: usize,
     score: f64,
     cost: f64,
 }
 
 impl GlobalRanking<'_> {
-    /// Removed heads and channels of each block of `blocks`, rising.
-    pub(crate) fn select(&self, scores: &[LayerScores]) -> Vec<[Vec<usize>; 2]> {
+    /// Removed units of each group of each block of `blocks`, rising. Groups that stay don't compete.
+    pub(crate) fn select(&self, scores: &[LayerScores]) -> Vec<Vec<Vec<usize>>> {
         let mut units: Vec<Unit> = Vec::new();
         for layer in self.blocks.iter().copied() {
-            for (attention, group) in [(true, &scores[layer].attention), (false, &scores[layer].mlp)] {
-                let weights = self.weights(layer, attention);
+            for (group, scores) in scores[layer].iter().enumerate() {
+                let Group { units: kind, stays: None, .. } = self.structure.layers[layer].groups[group]
+                else {
+                    continue;
+                };
+                let weights = self.structure.unit_parameters(layer, kind) as f64;
                 let comparable: Vec<f64> = match self.normalise {
-                    Normalise::None => group.units.clone(),
-                    Normalise::PerParameter => group.units.iter().map(|score| score / weights).collect(),
-                    Normalise::Standardise => group.standardised(),
+                    Normalise::None => scores.units.clone(),
+                    Normalise::PerParameter => scores.units.iter().map(|score| score / weights).collect(),
+                    Normalise::Standardise => scores.standardised(),
                 };
                 let cost = match self.budget {
                     Budget::Units => 1.0,
                     Budget::Parameters => weights,
                 };
-                units.extend(comparable.into_iter().enumerate().map(|(index, score)| Unit {
-                    layer,
-                    attention,
-                    index,
-                    score,
-                    cost,
-                }));
+                let of_group = comparable.into_iter().enumerate();
+                units.extend(of_group.map(|(index, score)| Unit { layer, group, index, score, cost }));
             }
         }
         // Stable: of equal scores the earlier goes first.
@@ -224,46 +264,43 @@ impl GlobalRanking<'_> {
         self.with_floors(&units[..removed])
     }
 
-    fn weights(&self, layer: usize, attention: bool) -> f64 {
-        match attention {
-            true => self.structure.head_parameters(layer) as f64,
-            false => self.structure.channel_parameters(layer) as f64,
-        }
-    }
-
     fn initial_cost(&self) -> f64 {
         let cost = |layer: usize| {
-            let shape = self.initial.layers[layer].shape;
-            let (heads, channels) = (shape.num_key_value_heads as f64, shape.intermediate_size as f64);
-            match self.budget {
-                Budget::Units => heads + channels,
+            let groups = self.initial.layers[layer].groups.iter().filter(|group| group.stays.is_none());
+            let costs = groups.map(|group| match self.budget {
+                Budget::Units => group.count as f64,
                 Budget::Parameters => {
-                    heads * self.weights(layer, true) + channels * self.weights(layer, false)
+                    (group.count * self.structure.unit_parameters(layer, group.units)) as f64
                 }
-            }
+            });
+            costs.sum::<f64>()
         };
         self.blocks.iter().copied().map(cost).sum()
     }
 
     /// Gives back the best of what went where too little would stay, and up to whole multiples.
-    fn with_floors(&self, removed: &[Unit]) -> Vec<[Vec<usize>; 2]> {
-        let of = |layer: usize, attention: bool| {
-            let units = removed.iter().filter(move |unit| unit.layer == layer && unit.attention == attention);
-            units.map(|unit| unit.index).collect::<Vec<_>>()
+    fn with_floors(&self, removed: &[Unit]) -> Vec<Vec<Vec<usize>>> {
+        let of_group = |layer: usize, group: usize| {
+            let units = removed.iter().filter(|unit| unit.layer == layer && unit.group == group);
+            let mut units: Vec<usize> = units.map(|unit| unit.index).collect();
+            let now = self.structure.layers[layer].groups[group].count;
+            let first = &self.initial.layers[layer].groups[group];
+            let kept = match first.units {
+                Units::Heads => 1,
+                _ => {
+                    let floor = (first.count as f64 * CHANNEL_FLOOR).ceil() as usize;
+                    let kept = (now - units.len()).max(floor.max(1));
+                    kept.next_multiple_of(self.round_to.max(1)).min(now)
+                }
+            };
+            units.truncate(now - kept);
+            units.sort_unstable();
+            units
         };
-        let group = |layer: usize| {
-            let (now, first) = (self.structure.layers[layer].shape, self.initial.layers[layer].shape);
-            let (mut heads, mut channels) = (of(layer, true), of(layer, false));
-            heads.truncate(now.num_key_value_heads - 1);
-            let floor = (first.intermediate_size as f64 * CHANNEL_FLOOR).ceil() as usize;
-            let kept = (now.intermediate_size - channels.len()).max(floor.max(1));
-            let kept = kept.next_multiple_of(self.round_to.max(1)).min(now.intermediate_size);
-            channels.truncate(now.intermediate_size - kept);
-            heads.sort_unstable();
-            channels.sort_unstable();
-            [heads, channels]
+        let of_layer = |layer: usize| {
+            (0..self.structure.layers[layer].groups.len()).map(|group| of_group(layer, group)).collect()
         };
-        self.blocks.iter().copied().map(group).collect()
+        self.blocks.iter().copied().map(of_layer).collect()
     }
 }
 

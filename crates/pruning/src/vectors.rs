@@ -163,6 +163,7 @@ fn counts_are_the_published_ones() {
             num_attention_heads: kept * (heads / kv_heads),
             num_key_value_heads: kept,
             intermediate_size: channels - removed_mlp_channels(channels, ratio, 1),
+            ..config.layer(0)
         };
         assert_eq!(shape.num_attention_heads, size("heads_kept"), "{row}");
         assert_eq!(shape.num_key_value_heads, size("kv_heads_kept"), "{row}");

@@ -46,6 +46,28 @@ pub(crate) fn load(folder: &str) -> Decoder<QuantLinear> {
     checkpoint(folder).load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap().0
 }
 
+/// The checkpoints of `testdata/arch`.
+pub(crate) fn architectures() -> Vec<String> {
+    let entries = std::fs::read_dir(testdata("arch")).unwrap().map(|entry| entry.unwrap());
+    let folders = entries.filter(|entry| entry.path().join("config.json").exists());
+    let mut folders: Vec<String> = folders.map(|entry| entry.file_name().into_string().unwrap()).collect();
+    folders.sort();
+    assert!(folders.len() >= 46, "{folders:?}");
+    folders
+}
+
+pub(crate) fn architecture(folder: &str) -> Decoder<QuantLinear> {
+    let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+    checkpoint.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap().0
+}
+
+/// Its fixture's rows.
+pub(crate) fn rows_of(folder: &str) -> TokenBatch {
+    let ids = Golden::open(&format!("arch/{folder}/golden.safetensors")).ints("input_ids");
+    let rows: Vec<Vec<u32>> = ids.chunks(24).map(|row| row.iter().map(|&id| id as u32).collect()).collect();
+    TokenBatch::new(&rows).unwrap()
+}
+
 /// The model of the repository, and tokens it was not trained on.
 pub(crate) fn embedded() -> (Decoder<QuantLinear>, Vec<u32>) {
     let checkpoint = Checkpoint::open(testdata("models/tiny-llama")).unwrap();
@@ -77,7 +99,11 @@ pub(crate) fn edit(
     mut edit: impl FnMut(&str, [usize; 2], &mut [f32], Option<&mut Vec<f32>>),
 ) -> Decoder<QuantLinear> {
     let device = Device::flex();
+    let dense = model.dense_slots();
     let done = model.try_map(|path, slot| {
+        if dense.contains(path) {
+            return Ok(slot);
+        }
         let shape = slot.shape();
         let (mut weight, mut bias) = (read(slot.weight()), slot.bias().map(read));
         edit(path, shape, &mut weight, bias.as_mut());
@@ -108,11 +134,14 @@ pub(crate) fn masked(model: Decoder<QuantLinear>, kept: &Kept) -> Decoder<QuantL
             return;
         };
         let groups = &structure.layers[linear.layer];
+        let all_or = |list: &[usize], index: &usize| list.is_empty() || list.contains(index);
         let stays = |input: usize| match linear.input {
             Channels::Hidden | Channels::KeyValue | Channels::QueryKeyValue(_) | Channels::GateUp => true,
-            Channels::Expert
-            | Channels::SharedExpert
-            | Channels::PerLayer
+            Channels::Expert => {
+                layer.experts.is_empty() || layer.experts[linear.expert.unwrap()].contains(&input)
+            }
+            Channels::SharedExpert => all_or(&layer.shared_expert, &input),
+            Channels::PerLayer
             | Channels::Experts
             | Channels::One
             | Channels::GatedQuery
@@ -120,9 +149,7 @@ pub(crate) fn masked(model: Decoder<QuantLinear>, kept: &Kept) -> Decoder<QuantL
             | Channels::DeltaValue
             | Channels::DeltaHeads => true,
             Channels::Mlp => layer.channels.contains(&input),
-            Channels::Query => {
-                layer.heads.contains(&(input / structure.head_dim / groups.queries_per_group()))
-            }
+            Channels::Query => layer.heads.contains(&(input / groups.head_dim / groups.queries_per_group())),
         };
         for (input, row) in weight.chunks_mut(outputs).enumerate() {
             if !stays(input) {

@@ -5,7 +5,7 @@ use std::ops::Range;
 use kiln_models::{Targets, Windows, token_nll};
 use kiln_pruning::{
     BlockPruning, Budget, Criterion, CutOptions, HeadRounding, LayerPruning, LayerRange, Normalise, Pruned,
-    Scope,
+    Scope, Units,
 };
 use kiln_quant_core::Plan;
 
@@ -110,8 +110,8 @@ fn a_global_ratio_is_a_share_of_the_budget() {
     let structure = Structure::of(model.config());
     let weights = |kept: &Kept| -> f64 {
         let cost = |layer: &kiln_pruning::KeptLayer| {
-            layer.heads.len() * structure.head_parameters(layer.layer)
-                + layer.channels.len() * structure.channel_parameters(layer.layer)
+            layer.heads.len() * structure.unit_parameters(layer.layer, Units::Heads)
+                + layer.channels.len() * structure.unit_parameters(layer.layer, Units::Channels)
         };
         kept.layers.iter().map(cost).sum::<usize>() as f64
     };
@@ -122,7 +122,10 @@ fn a_global_ratio_is_a_share_of_the_budget() {
     let report = prune(&pruning, &model, &calibration).report;
     let share = weights(&report.kept) / before;
     // Within half a head of the target, floors permitting.
-    assert!((share - 0.7).abs() < 0.5 * structure.head_parameters(0) as f64 / before, "{share}");
+    assert!(
+        (share - 0.7).abs() < 0.5 * structure.unit_parameters(0, Units::Heads) as f64 / before,
+        "{share}"
+    );
     let widths: Vec<usize> = report.kept.layers.iter().map(|layer| layer.channels.len()).collect();
     assert!(widths.iter().any(|width| *width != widths[0]), "{widths:?}");
     // Raw sums of a head are far above those of a channel, so only channels go.

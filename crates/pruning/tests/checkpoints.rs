@@ -240,7 +240,7 @@ fn wrong_configurations_and_records_are_refused_by_field() {
     config("opt-f32", "1", json!({"intermediate_size": 8}), &["per_layer_config.1.intermediate_size"]);
     // Widths that are not those of the record, and tensors that are not those of the configuration.
     let widths = json!({"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 65});
-    config(llama, "1", widths, &["record of model.layers.1.self_attn"]);
+    config(llama, "1", widths, &["record of model.layers.1.mlp"]);
     let message = broken("config.json", llama, |json| json["kiln"] = json!({"q_bias": true}));
     assert!(message.contains("kiln.q_bias"), "{message}");
     let record = |change: &dyn Fn(&mut Value), part: &str| {
@@ -251,6 +251,21 @@ fn wrong_configurations_and_records_are_refused_by_field() {
     record(&|json| json["extra"] = json!(2), "extra");
     record(&|json| json["kept"]["layers"][1]["channels"] = json!([1, 0]), "model.layers.1.mlp");
     record(&|json| json["kept"]["layers"][1]["channels"] = json!([0, 1]), "record of model.layers.1");
+}
+
+/// Heads with sinks, padded with heads that add nothing whatever their sinks are.
+#[test]
+fn sinks_are_padded_too() {
+    let model = architecture("gpt_oss");
+    let original = model.config().clone();
+    let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+    pruning.layers = LayerRange::All;
+    let pruned = pruning.prune(model, None, &CutOptions::default()).unwrap();
+    assert!(pruned.model.config().layer(0).num_attention_heads < original.layer(0).num_attention_heads);
+    let padded = kiln_pruning::pad(pruned.model.clone(), &pruned.report.kept, &original).unwrap();
+    assert_eq!(padded.config().layer(0), original.layer(0));
+    let tokens = rows_of("gpt_oss");
+    assert_close("padded", &logits(&padded, &tokens), &logits(&pruned.model, &tokens), 1e-4);
 }
 
 /// Writes what scripts/check-pruned.py compares with transformers, where `KILN_PRUNED_OUT` names a folder.

@@ -1,10 +1,15 @@
 //! Cutting gives what masking gives.
 
+use kiln_models::export::{ExportOptions, FloatType};
 use kiln_models::{
     Block, Decoder, Embedding,
     families::{NormAxis, NormKind},
 };
-use kiln_pruning::{BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, Structure};
+use kiln_pruning::{
+    BlockPruning, Criterion, CutOptions, HiddenPruning, LayerPruning, LayerRange, PruningRecord, SaveFormat,
+    Structure, Units, load_pruned, save_pruned,
+};
+use kiln_quant_core::Plan;
 use kiln_testkit::{Golden, assert_close, read};
 
 use super::*;
@@ -74,6 +79,104 @@ fn blocks_cut_are_blocks_masked() {
         assert_eq!(pruned.report.kept.layers.len(), 1);
         let expected = logits(&masked(model, &pruned.report.kept), &tokens);
         assert_close(folder, &logits(&pruned.model, &tokens), &expected, TOLERANCE);
+    }
+}
+
+fn relative(folder: &str, what: &str, found: &[f32], expected: &[f32]) {
+    let largest = expected.iter().fold(0.0f32, |largest, logit| largest.max(logit.abs()));
+    assert_close(&format!("{folder}, {what}"), found, expected, 1e-5 * largest);
+}
+
+/// Half of everything that may go, of every architecture: heads of fused matrices and with sinks and gates, channels of experts,
+/// each its own, and of the one that all tokens go through. Whole blocks, too.
+#[test]
+fn what_every_architecture_loses_is_masked() {
+    let mut lost = std::collections::BTreeSet::new();
+    for folder in architectures() {
+        let (model, tokens) = (architecture(&folder), rows_of(&folder));
+        let structure = Structure::of(model.config());
+        let mut ratio = Plan::uniform(0.5);
+        for group in
+            structure.layers.iter().flat_map(|layer| &layer.groups).filter(|group| group.stays.is_some())
+        {
+            ratio = ratio.with_override(&group.path.replace('.', r"\."), 0.0).unwrap();
+        }
+        let all = logits(&model, &tokens);
+        for criterion in [Criterion::Random, Criterion::TaylorMixed, Criterion::FlapWifv] {
+            let mut pruning = BlockPruning::new(criterion, 0.0);
+            (pruning.ratio, pruning.layers) = (ratio.clone(), LayerRange::All);
+            pruning.rerun = criterion == Criterion::FlapWifv;
+            let pruned = pruning.prune(model.clone(), Some(&calibration()), &CutOptions::default()).unwrap();
+            let kept = &pruned.report.kept;
+            for (layer, groups) in kept.layers.iter().zip(&structure.layers) {
+                for group in &groups.groups {
+                    let found: Vec<usize> = match group.units {
+                        Units::Heads => vec![layer.heads.len()],
+                        Units::Channels => vec![layer.channels.len()],
+                        Units::ExpertChannels => layer.experts.iter().map(Vec::len).collect(),
+                        Units::SharedExpertChannels => vec![layer.shared_expert.len()],
+                    };
+                    let goes = group.stays.is_none();
+                    let left = if goes { group.count.div_ceil(2) } else { group.count };
+                    assert!(
+                        !found.is_empty() && found.iter().all(|found| *found == left),
+                        "{folder}: {group:?}, {found:?}"
+                    );
+                    if goes {
+                        lost.insert(format!("{:?}", group.units));
+                    }
+                }
+            }
+            let expected = logits(&masked(model.clone(), kept), &tokens);
+            relative(&folder, &format!("{criterion:?}"), &logits(&pruned.model, &tokens), &expected);
+            assert!(kiln_testkit::max_difference(&expected, &all) > 1e-4, "{folder}");
+            // Each expert has lost its own channels.
+            if let Some(experts) =
+                kept.layers.iter().map(|layer| &layer.experts).find(|experts| !experts.is_empty())
+            {
+                assert!(experts.iter().any(|channels| *channels != experts[0]), "{folder} {criterion:?}");
+            }
+        }
+        let cut = LayerPruning::new(1).prune(model.clone(), &calibration(), &CutOptions::default());
+        match (structure.layers_stay, folder.as_str()) {
+            (Some(why), _) => assert!(cut.unwrap_err().to_string().contains(why), "{folder}"),
+            // A norm over the residual stream behind each branch is lost with the block.
+            (None, "opt-post") => assert!(cut.is_ok()),
+            (None, _) => {
+                let cut = cut.unwrap();
+                let expected = logits(&masked(model, &cut.report.kept), &tokens);
+                relative(&folder, "blocks", &logits(&cut.model, &tokens), &expected);
+            }
+        }
+    }
+    assert_eq!(
+        lost.into_iter().collect::<Vec<_>>(),
+        ["Channels", "ExpertChannels", "Heads", "SharedExpertChannels"]
+    );
+}
+
+/// Experts that are narrower, and differently so block by block, come back from folders.
+#[test]
+fn pruned_mixtures_come_back_from_folders() {
+    for folder in ["mixtral", "qwen2_moe", "qwen3_moe-mixed", "gpt_oss", "gemma4_text-moe", "qwen3_5_text"] {
+        let (model, tokens) = (architecture(folder), rows_of(folder));
+        for layers in [LayerRange::All, LayerRange::Between { start: 1, end: 2 }] {
+            let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+            pruning.ratio = Plan::uniform(0.5).with_override("self_attn", 0.0).unwrap();
+            pruning.layers = layers;
+            let pruned = pruning.prune(model.clone(), None, &CutOptions::default()).unwrap();
+            let record = PruningRecord::new(model.config().clone(), &pruning, &pruned.report).unwrap();
+            let source = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+            for format in [SaveFormat::AsIs, SaveFormat::HuggingFace(ExportOptions::new(FloatType::F32))] {
+                let place = tempfile::tempdir().unwrap();
+                save_pruned(&pruned.model, &record, &source, &format, place.path()).unwrap();
+                let options = LoadOptions::default().in_f32();
+                let (again, _, read) = load_pruned(place.path(), &options, &Device::flex()).unwrap();
+                assert_eq!(read, record, "{folder}");
+                let expected = logits(&pruned.model, &tokens);
+                assert_eq!(logits(&again, &tokens), expected, "{folder}, {layers:?}, {format:?}");
+            }
+        }
     }
 }
 

@@ -2,8 +2,8 @@
 
 use kiln_models::Windows;
 use kiln_pruning::{
-    BlockPruning, Budget, Criterion, CutOptions, Error, HiddenPruning, LayerPruning, LayerRange, Normalise,
-    Pruned, Result, Scope,
+    BlockPruning, Budget, Criterion, CutOptions, Error, HiddenPruning, KeptLayer, LayerPruning, LayerRange,
+    Normalise, Pruned, Result, Scope, Units,
 };
 use kiln_quant_core::Plan;
 
@@ -133,8 +133,67 @@ fn indices_that_do_not_fit_are_refused_by_group() {
     assert_error(with(&|k| k.layers[0].layer = 2), &["layers", "2"]);
     assert_error(with(&|k| k.layers.clear()), &["layers", "none"]);
     assert_error(with(&|k| k.hidden = vec![64]), &["hidden", "below 64"]);
+    assert_error(with(&|k| k.layers[0].experts = vec![vec![0]]), &["experts", "none, as the block has none"]);
     let outer = Kept::everything(&structure);
     let mut inner = outer.clone();
     inner.layers[0].heads = vec![7];
     assert!(matches!(outer.then(&inner), Err(Error::Mismatch { .. })));
+}
+
+#[test]
+fn channels_of_experts_that_do_not_fit_are_refused() {
+    let model = architecture("qwen2_moe");
+    let structure = Structure::of(model.config());
+    let layer = &structure.layers[0];
+    let count = |units| layer.group(units).unwrap().count;
+    let (experts, channels) = (layer.experts, count(Units::ExpertChannels));
+    let with = |change: &dyn Fn(&mut KeptLayer)| {
+        let mut kept = Kept::everything(&structure);
+        change(&mut kept.layers[0]);
+        kiln_pruning::apply(model.clone(), &kept, &CutOptions::default())
+    };
+    let name = "model.layers.0.mlp.experts";
+    assert_error(with(&|k| k.experts = vec![vec![0]; experts - 1]), &[name, &format!("{experts} experts")]);
+    assert_error(with(&|k| k.experts = vec![vec![channels]; experts]), &[name, &format!("below {channels}")]);
+    let uneven = |k: &mut KeptLayer| {
+        k.experts = vec![vec![0, 1]; experts];
+        k.experts[1].pop();
+    };
+    assert_error(with(&uneven), &[name, "2 channels of each expert", "1"]);
+    let beyond = vec![count(Units::SharedExpertChannels)];
+    assert_error(with(&|k| k.shared_expert = beyond.clone()), &["model.layers.0.mlp.shared_expert", "below"]);
+}
+
+/// What other blocks or a norm read stays, and the reason is said.
+#[test]
+fn groups_that_must_stay_are_refused_with_the_reason() {
+    for (folder, reason) in [
+        ("olmo2", "a norm runs over"),
+        ("bloom", "by a head's place"),
+        ("gemma4_text-shared", "keys of earlier"),
+    ] {
+        let mut pruning = BlockPruning::new(Criterion::L2, 0.5);
+        pruning.layers = LayerRange::All;
+        let options = CutOptions::default();
+        let refused = pruning.prune(architecture(folder), None, &options);
+        assert_error(refused, &["BlockPruning.ratio", "a ratio of 0", "self_attn", reason]);
+        // A global ranking leaves them out.
+        pruning.scope = Scope::Global { normalise: Normalise::PerParameter, budget: Budget::Parameters };
+        let kept = pruning.prune(architecture(folder), None, &options).unwrap().report.kept;
+        let structure = Structure::of(architecture(folder).config());
+        for (kept, groups) in kept.layers.iter().zip(&structure.layers) {
+            assert_eq!(kept.heads.len(), groups.group(Units::Heads).unwrap().count, "{folder}");
+        }
+        assert!(
+            kept.layers
+                .iter()
+                .zip(&structure.layers)
+                .any(|(kept, groups)| kept.channels.len() < groups.shape.intermediate_size)
+        );
+    }
+    let hidden = HiddenPruning::new(Criterion::L2, 0.5);
+    for (folder, reason) in [("opt-post", "narrower"), ("gemma4_text", "inputs of their own")] {
+        let refused = hidden.prune(architecture(folder), None, &CutOptions::default());
+        assert_error(refused, &["hidden", "all channels", reason]);
+    }
 }

@@ -214,11 +214,13 @@ fn with_one_width(config: &ModelConfig, recompute: Recompute) -> ModelConfig {
         Recompute::Block => shapes.iter().map(part).max().unwrap_or(0),
         _ => shapes.iter().map(part).sum::<usize>().div_ceil(shapes.len()),
     };
-    ModelConfig {
+    let mut alike = config.clone();
+    alike.set_layers(vec![LayerShape {
         num_attention_heads: width(|shape| shape.num_attention_heads),
         num_key_value_heads: width(|shape| shape.num_key_value_heads),
         intermediate_size: width(|shape| shape.intermediate_size),
-        layer_shapes: Vec::new(),
-        ..config.clone()
-    }
+        expert_width: width(|shape| shape.expert_width),
+        shared_expert_width: width(|shape| shape.shared_expert_width),
+    }]);
+    alike
 }

@@ -128,6 +128,7 @@ pub(crate) fn extension(config: &ModelConfig, own: Biases, factor: f64, map: &mu
 /// `per_layer_config`: widths of the blocks that differ from the model's.
 pub(crate) fn layer_shapes(config: &ModelConfig, map: &mut Map<String, Value>) {
     let (keys, global) = (config.family.class.keys, config.common_shape());
+    let [expert, shared] = config.family.class.expert_widths();
     let mut blocks = Map::new();
     for index in 0..config.num_hidden_layers {
         let (shape, mut block) = (config.layer(index), Map::new());
@@ -136,6 +137,8 @@ pub(crate) fn layer_shapes(config: &ModelConfig, map: &mut Map<String, Value>) {
             (keys.heads, shape.num_attention_heads, global.num_attention_heads),
             (keys.key_value_heads, shape.num_key_value_heads, global.num_key_value_heads),
             (keys.channels, shape.intermediate_size, global.intermediate_size),
+            (&[expert][..], shape.expert_width, global.expert_width),
+            (&[shared][..], shape.shared_expert_width, global.shared_expert_width),
         ];
         for (keys, width, usual) in widths {
             if let Some(key) = keys.first()

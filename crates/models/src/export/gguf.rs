@@ -1,11 +1,11 @@
 //! GGUF files, as llama.cpp opens them.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{borrow::Cow, collections::BTreeMap, path::Path};
 
 use half::{bf16, f16};
 use kiln_quant_core::{
     Block, Grid, HostQuantizer, MinMax, PackedWeight, QuantLinear, QuantScheme, ScaleType, Scales, Value,
-    packing::unpack_column,
+    packing::{CodePacker, unpack_column},
 };
 use rayon::prelude::*;
 
@@ -17,10 +17,11 @@ use super::{
 use crate::{
     Checkpoint, Decoder, Result,
     config::{AttentionScale, ModelConfig, QueryTemperature, RopeScaling, TensorRole},
-    families::{Family, FusedRows, GgufArchitecture, Part},
+    families::{ByBlock, Family, FusedRows, GgufArchitecture, Part},
     gguf::{
-        BlockType, Blocks, Parts, Value as Key, gemma4, layers, llama3_factors,
+        Array, BlockType, Blocks, Parts, Value as Key, by_block, layers, llama3_factors,
         names::{Heads, Names, ROPE_FACTORS, RowOrder},
+        qwen3_5,
         writer::{self, NewTensor},
     },
 };
@@ -111,13 +112,27 @@ pub fn export_gguf(
     let writer = Exporter { config, names, options };
     let mut report = ExportReport { path: path.into(), rows: Vec::new(), bytes: 0, notes: Vec::new() };
     let (mut tensors, mut stacks, mut kinds) = (Vec::new(), Vec::new(), BTreeMap::new());
+    let mut numbers: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for item in &items {
         let host = item.host()?;
+        if let Some(key) = names.key_of(&item.name()) {
+            // In the order of the blocks.
+            numbers.entry(key).or_default().extend(host.dense().into_iter().map(f64::from));
+            let (stored, max_difference, relative_difference) = (format!("key {key}"), 0.0, 0.0);
+            report.rows.push(ExportRow {
+                name: item.name(),
+                stored,
+                bytes: 4,
+                max_difference,
+                relative_difference,
+            });
+            continue;
+        }
         let converted = writer.convert(item, &host)?;
         let (max_difference, relative_difference) = difference(&host, &converted.written);
         let mut shape = item.shape();
-        if names.is_flat(&item.name()) {
-            shape.remove(0);
+        if let Some(axis) = names.flat_axis(&item.name()) {
+            shape.remove(axis);
         }
         let tensor = NewTensor { name: gguf_name(names, item)?, shape, kind: converted.kind };
         let (name, stored) = (item.name(), converted.kind.name().to_owned());
@@ -131,7 +146,12 @@ pub fn export_gguf(
     }
     let usual = kinds.iter().max_by_key(|(_, count)| **count).map_or(0, |(id, _)| *id);
     let mut keys = keys(config, family, usual, options)?;
-    if by_blocks(family) && !gemma4::expresses(&keys, architecture(family), config)? {
+    let numbers =
+        numbers.into_iter().map(|(key, numbers)| (key.to_owned(), Key::Array(Array::Float(numbers))));
+    keys.extend(numbers);
+    if let Some(kind) = by_blocks(family)
+        && !by_block::expresses(kind, &keys, architecture(family), config)?
+    {
         let expected = "a model that the architecture's keys describe";
         return Err(refuse("config", expected, format!("{config:?}")));
     }
@@ -204,8 +224,22 @@ pub(super) fn names(config: &ModelConfig) -> Result<Names> {
     if own.gguf.is_none() {
         return Err(refuse("architecture", Family::gguf_names(), own.model_type));
     }
-    if let Some(kind) = own.gguf.and_then(|gguf| gguf.all_parts) {
-        return Ok(Names { family: own, kind });
+    let expert = config.common_shape().expert_width;
+    if let Some(found) =
+        config.layer_shapes.iter().map(|shape| shape.expert_width).find(|width| *width != expert)
+    {
+        return Err(refuse(
+            "config.layer_shapes",
+            format!("experts of {expert} channels"),
+            found.to_string(),
+        ));
+    }
+    if let Some(kind) = by_blocks(own) {
+        if kind == ByBlock::Qwen3_5 && !qwen3_5::is_readable(config) {
+            let found = format!("{:?}", config.delta_net);
+            return Err(refuse("config.delta_net", "values as wide as keys", found));
+        }
+        return Ok(Names { family: own, kind: 0 });
     }
     if !config.layer_shapes.is_empty() {
         return Err(refuse("config.layer_shapes", "blocks of one width", "blocks that differ"));
@@ -217,7 +251,10 @@ pub(super) fn names(config: &ModelConfig) -> Result<Names> {
     };
     let kind = config.block_kinds.first().copied().unwrap_or(0);
     let names = Names { family, kind };
-    let is_named = |part: &Part| !part.gguf().is_empty();
+    let is_named = |part: &Part| match part {
+        Part::Vector(vector) if vector.role.gguf_key().is_some() => true,
+        part => !part.gguf().is_empty(),
+    };
     if config.block_kinds.iter().any(|other| *other != kind) || !family.blocks[kind].iter().all(is_named) {
         let expected = "blocks of one kind, which the architecture has names for";
         return Err(refuse("config.block_kinds", expected, format!("{:?}", config.block_kinds)));
@@ -287,8 +324,8 @@ fn check_expressible(config: &ModelConfig, kind: usize) -> Result<()> {
     }
 }
 
-fn by_blocks(family: &Family) -> bool {
-    family.gguf.is_some_and(GgufArchitecture::by_blocks)
+fn by_blocks(family: &Family) -> Option<ByBlock> {
+    family.gguf.and_then(|gguf| gguf.by_block)
 }
 
 /// A GGUF architecture's name.
@@ -313,21 +350,37 @@ struct Exporter<'a> {
 impl Exporter<'_> {
     fn convert(&self, item: &Item, host: &Host) -> Result<Converted> {
         let order = row_order(self.names, self.config, &item.name());
-        match host {
-            Host::Dense(_) => self.dense(item, host, order),
-            Host::Packed(weight) => match packed(item, weight, order.as_deref()) {
-                Ok(converted) => Ok(converted),
-                Err(error) if self.options.fallback == Fallback::Refuse => Err(error),
-                Err(error) => {
-                    let mut converted = self.dense(item, host, order)?;
-                    converted.note = Some(format!("written {}: {error}", converted.kind.name()));
-                    Ok(converted)
+        let columns = column_order(self.names, self.config, &item.name());
+        let (order, columns) = (order.as_deref(), columns.as_deref());
+        let converted = match host {
+            Host::Dense(_) => self.dense(item, host, order, columns)?,
+            Host::Packed(weight) => {
+                let moved = in_columns(&item.name(), weight, columns);
+                match moved.and_then(|weight| packed(item, &weight, order)) {
+                    Ok(converted) => converted,
+                    Err(error) if self.options.fallback == Fallback::Refuse => return Err(error),
+                    Err(error) => {
+                        let mut converted = self.dense(item, host, order, columns)?;
+                        converted.note = Some(format!("written {}: {error}", converted.kind.name()));
+                        converted
+                    }
                 }
-            },
-        }
+            }
+        };
+        Ok(match columns {
+            Some(columns) => Converted { written: converted.written.with_columns(columns), ..converted },
+            None => converted,
+        })
     }
 
-    fn dense(&self, item: &Item, host: &Host, order: Option<Vec<usize>>) -> Result<Converted> {
+    /// `written` has the columns in the file's order.
+    fn dense(
+        &self,
+        item: &Item,
+        host: &Host,
+        order: Option<&[usize]>,
+        columns: Option<&[usize]>,
+    ) -> Result<Converted> {
         let (name, shape) = (item.name(), item.shape());
         let width = shape.last().copied().unwrap_or(1);
         let kind = match self.options.dense {
@@ -335,11 +388,18 @@ impl Exporter<'_> {
             BlockType::Q8_0 if !width.is_multiple_of(BLOCK) => BlockType::F16,
             kind => kind,
         };
-        let values = host.dense();
+        let mut values = host.dense();
+        if let Some(columns) = columns {
+            let rows = values.chunks_exact(width);
+            values = rows.flat_map(|row| columns.iter().map(|column| row[*column])).collect();
+        }
+        if self.names.is_less_exponential(&name) {
+            values.iter_mut().for_each(|value| *value = -value.exp());
+        }
         if kind == BlockType::Q8_0 {
             let scheme = QuantScheme { block: Block::group(BLOCK), ..symmetric(8) };
             let packed = MinMax.quantize(&name, &values, width, values.len() / width, &scheme)?;
-            return encoded(&name, packed, kind, order.as_deref());
+            return encoded(&name, packed, kind, order);
         }
         let float = match kind {
             BlockType::F16 => FloatType::F16,
@@ -363,6 +423,9 @@ impl Exporter<'_> {
             }
             None => floats(&values, kind),
         };
+        if self.names.is_less_exponential(&name) {
+            values.iter_mut().for_each(|value| *value = (-*value).ln());
+        }
         Ok(Converted { kind, bytes, written: Written::Dense(values), note: None })
     }
 }
@@ -382,12 +445,66 @@ pub(super) fn row_order(names: Names, config: &ModelConfig, name: &str) -> Optio
         RowOrder::Concatenated => {
             return Some(FusedRows::Grouped.rows(queries, keys, config.head_dim).concat());
         }
+        RowOrder::Tiled(tiles) => return qwen3_5::tiled(tiles, config.delta_net.as_ref()?),
         RowOrder::Interleaved(Heads::Query) => queries,
         RowOrder::Interleaved(Heads::Key) => keys,
     };
     let half = config.head_dim / 2;
     let within = |row: usize| row % 2 * half + row / 2;
     Some((0..heads * config.head_dim).map(|row| row - row % (2 * half) + within(row % (2 * half))).collect())
+}
+
+/// The checkpoint's column for each column of the file, where they differ.
+pub(super) fn column_order(names: Names, config: &ModelConfig, name: &str) -> Option<Vec<usize>> {
+    qwen3_5::tiled(names.column_order(name)?, config.delta_net.as_ref()?)
+}
+
+/// A packed weight with its inputs in the file's order, for which its groups are moved, if they must be, as a whole.
+fn in_columns<'a>(
+    name: &str,
+    weight: &'a PackedWeight,
+    columns: Option<&[usize]>,
+) -> Result<Cow<'a, PackedWeight>> {
+    match (columns, &weight.input_order) {
+        (None, None) => Ok(Cow::Borrowed(weight)),
+        (Some(columns), Some(own)) if columns.iter().zip(own).all(|(a, b)| *a == *b as usize) => {
+            Ok(Cow::Owned(PackedWeight { input_order: None, ..weight.clone() }))
+        }
+        (Some(columns), None) => {
+            let moved = moved(weight, columns);
+            let found = || refuse(name, "groups within a delta net's heads", weight.scheme.to_string());
+            moved.map(Cow::Owned).ok_or_else(found)
+        }
+        (_, Some(_)) => Err(refuse(name, "inputs in their own order", "act-order")),
+    }
+}
+
+/// `weight` with input `columns[j]` as its `j`-th; `None` if that would split a group, or groups that share a scale.
+fn moved(weight: &PackedWeight, columns: &[usize]) -> Option<PackedWeight> {
+    let PackedWeight { scheme, d_input, d_output, .. } = *weight;
+    let size = scheme.block.inputs_of(d_input);
+    let group = |chunk: &[usize]| {
+        let group = chunk[0] / size;
+        chunk.iter().all(|column| column / size == group).then_some(group)
+    };
+    let groups: Vec<usize> = columns.chunks(size).map(group).collect::<Option<_>>()?;
+    let Scales::Plain(scales) = &weight.scales else { return None };
+    let [_, width] = scheme.scale_shape(d_input, d_output);
+    let rows =
+        |values: &Vec<f32>| groups.iter().flat_map(|row| &values[row * width..][..width]).copied().collect();
+    let mut packer = CodePacker::new(d_input, d_output, scheme.bits());
+    let (mut codes, mut into) = (vec![0; d_input], vec![0; d_input]);
+    for output in 0..d_output {
+        unpack_column(&weight.codes, d_output, scheme.bits(), output, &mut codes);
+        into.iter_mut().zip(columns).for_each(|(into, column)| *into = codes[*column]);
+        packer.set_column(output, &into);
+    }
+    Some(PackedWeight {
+        codes: packer.into_words(),
+        scales: Scales::Plain(rows(scales)),
+        offsets: weight.offsets.as_ref().map(rows),
+        ..weight.clone()
+    })
 }
 
 /// A weight in blocks of `kind`, whose scales lie as the type's do.
@@ -403,9 +520,6 @@ fn packed(item: &Item, weight: &PackedWeight, order: Option<&[usize]>) -> Result
     let name = item.name();
     let PackedWeight { scheme, d_input, d_output, .. } = *weight;
     let inputs = scheme.block.inputs_of(d_input);
-    if item.is_permuted() {
-        return Err(refuse(&name, "inputs in their own order", "act-order"));
-    }
     let own = BlockType::of_scheme(&scheme).filter(|kind| d_input.is_multiple_of(kind.weights()));
     if let Some((kind, bytes)) = own.and_then(|kind| Some((kind, encode(weight, kind, order)?))) {
         return Ok(Converted { kind, bytes, written: Written::Packed(weight.clone()), note: None });
@@ -608,8 +722,8 @@ fn keys(
     if let AttentionScale::Factor(factor) = config.attention_scale {
         add(!multipliers.attention.is_empty(), "attention.scale", Some(factor));
     }
-    if by_blocks(family) {
-        let of_blocks = gemma4::keys(config);
+    if let Some(kind) = by_blocks(family) {
+        let of_blocks = by_block::keys(kind, config);
         own.retain(|(key, _)| of_blocks.iter().all(|(other, _)| other != key));
         own.extend(of_blocks);
     }
@@ -663,8 +777,8 @@ fn rope_keys(scaling: &RopeScaling, rounds_yarn: bool) -> Result<Vec<(&'static s
 
 /// What LLaMA 3's scaling divides the frequencies by: a tensor, not a weight.
 fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
-    if by_blocks(config.family) {
-        return gemma4::rope_factors(config);
+    if let Some(kind) = by_blocks(config.family) {
+        return by_block::rope_factors(kind, config);
     }
     let rope = config.rope.first()?;
     let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position_embeddings } =
@@ -674,4 +788,26 @@ fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
     };
     let frequencies = [factor, low_freq_factor, high_freq_factor];
     Some(llama3_factors(rope.theta, config.head_dim, original_max_position_embeddings, frequencies))
+}
+
+#[cfg(test)]
+mod tests {
+    use kiln_testkit::values;
+
+    use super::*;
+
+    #[test]
+    fn groups_of_inputs_move_as_a_whole() {
+        let weight = MinMax.quantize("w", &values(5, 64 * 3), 64, 3, &"affine4:16".parse().unwrap()).unwrap();
+        // Groups 2, 0, 3, 1, the inputs of one in another order.
+        let columns: Vec<usize> = (32..48).rev().chain(0..16).chain(48..64).chain(16..32).collect();
+        let found = moved(&weight, &columns).unwrap();
+        found.validate("w").unwrap();
+        let dense = weight.dequantize();
+        let rows = dense.chunks_exact(64).flat_map(|row| columns.iter().map(|column| row[*column]));
+        assert_eq!(found.dequantize(), rows.collect::<Vec<_>>());
+        // Parts of two groups can't have one scale.
+        let split: Vec<usize> = (8..64).chain(0..8).collect();
+        assert!(moved(&weight, &split).is_none());
+    }
 }

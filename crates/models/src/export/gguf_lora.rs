@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::{
     Format,
-    gguf::{architecture, names, row_order},
+    gguf::{architecture, column_order, names, row_order},
 };
 use crate::{
     Error, Result,
@@ -72,13 +72,21 @@ pub fn export_gguf_lora(path: impl AsRef<Path>, config: &ModelConfig, factors: &
             }
             rows = order.iter().map(|&row| rows[row]).collect();
         }
+        let mut a = a.to_vec();
+        if let Some(columns) = column_order(names, config, &weight) {
+            if columns.len() * rank != a.len() {
+                return refuse(path, format!("{} inputs", columns.len()), (a.len() / rank).to_string());
+            }
+            let rows = a.chunks_exact(columns.len());
+            a = rows.flat_map(|row| columns.iter().map(|column| row[*column])).collect();
+        }
         let scaled: Vec<f32> = rows.iter().flat_map(|row| row.iter().map(|value| scale * value)).collect();
         let mut add = |suffix: &str, shape: [usize; 2], values: Vec<f32>| {
             let name = format!("{name}.{suffix}");
             tensors.push(NewTensor { name, shape: shape.into(), kind: BlockType::F32 });
             data.push(values);
         };
-        add("lora_a", [*rank, a.len() / rank], a.to_vec());
+        add("lora_a", [*rank, a.len() / rank], a);
         add("lora_b", [b.len() / rank, *rank], scaled);
     }
     let Some(first) = factors.first() else {

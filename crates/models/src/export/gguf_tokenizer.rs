@@ -8,7 +8,7 @@ use super::Format;
 use crate::{
     Checkpoint, Error, Result, Tokenizer,
     config::SpecialTokens,
-    gguf::{Array, LLAMA3_WORDS, Metadata, QWEN2_WORDS, Value, build_tokenizer, token_kind},
+    gguf::{Array, Metadata, Step, Value, WORDS, Words, build_tokenizer, token_kind},
 };
 
 /// Texts on which two ways of splitting words differ: what is written must read them as the original does.
@@ -88,14 +88,7 @@ impl Description {
         if model["byte_fallback"] == true {
             return Ok(Self { json, model: "llama", pre: "default" });
         }
-        let pre = words(&json)?;
-        if (model["ignore_merges"] == true) != (pre == "llama-bpe") {
-            return Err(refuse(
-                "ignore_merges",
-                "true for LLaMA 3 alone",
-                model["ignore_merges"].to_string(),
-            ));
-        }
+        let pre = words(&json)?.names[0];
         Ok(Self { json, model: "gpt2", pre })
     }
 
@@ -222,7 +215,7 @@ fn metaspace(json: &Json) -> Option<&Json> {
 }
 
 /// The name of the way in which a byte-level tokenizer splits words.
-fn words(json: &Json) -> Result<&'static str> {
+fn words(json: &Json) -> Result<&'static Words> {
     let pre = &json["pre_tokenizer"];
     let steps: Vec<&Json> = match pre["pretokenizers"].as_array() {
         Some(steps) => steps.iter().collect(),
@@ -233,32 +226,43 @@ fn words(json: &Json) -> Result<&'static str> {
             && step["add_prefix_space"] == false
             && (step["use_regex"] != false) == split
     };
-    let regex = |step: &Json, pattern: &str| {
-        step["type"] == "Split"
-            && step["behavior"] == "Isolated"
-            && step["invert"] != true
-            && step["pattern"]["Regex"] == pattern
-    };
-    let name = match steps.as_slice() {
-        [one] if bytes(one, true) => "gpt-2",
-        [digits, last]
-            if digits["type"] == "Digits" && digits["individual_digits"] == true && bytes(last, true) =>
-        {
-            "smollm"
-        }
-        [first, last] if regex(first, LLAMA3_WORDS) && bytes(last, false) => "llama-bpe",
-        [first, last] if regex(first, QWEN2_WORDS) && bytes(last, false) => "qwen2",
-        _ => {
-            return Err(refuse("pre_tokenizer", "GPT-2's, SmolLM's, LLaMA 3's or Qwen 2's", pre.to_string()));
+    let is = |step: &Step, json: &Json| match *step {
+        Step::Digits => json["type"] == "Digits" && json["individual_digits"] == true,
+        Step::Pattern(pattern) => {
+            json["type"] == "Split"
+                && json["behavior"] == "Isolated"
+                && json["invert"] != true
+                && json["pattern"]["Regex"] == pattern
         }
     };
-    let normalizer = &json["normalizer"];
-    let expected = if name == "qwen2" { normalizer["type"] == "NFC" } else { normalizer.is_null() };
-    if expected {
-        Ok(name)
-    } else {
-        Err(refuse("normalizer", "NFC for Qwen 2, none else", normalizer.to_string()))
+    let (normalizer, ignores_merges) = (&json["normalizer"], json["model"]["ignore_merges"] == true);
+    let splits = |words: &&Words| {
+        steps.split_last().is_some_and(|(last, first)| {
+            bytes(last, words.as_gpt2)
+                && first.len() == words.steps.len()
+                && first.iter().zip(words.steps).all(|(json, step)| is(step, json))
+        })
+    };
+    let composes = |words: &&Words| match words.composes {
+        true => normalizer["type"] == "NFC",
+        false => normalizer.is_null(),
+    };
+    let known = || WORDS.iter().filter(splits);
+    let name = |words: &Words| words.names[0];
+    let names = |words: &[&Words]| words.iter().map(|words| name(words)).collect::<Vec<_>>().join(", ");
+    let alike: Vec<&Words> = known().collect();
+    if alike.is_empty() {
+        let expected = names(&WORDS.iter().collect::<Vec<_>>());
+        return Err(refuse("pre_tokenizer", &format!("one of {expected}"), pre.to_string()));
     }
+    let composed: Vec<&Words> = alike.iter().copied().filter(composes).collect();
+    if composed.is_empty() {
+        let expected = format!("that of {}", names(&alike));
+        return Err(refuse("normalizer", &expected, normalizer.to_string()));
+    }
+    composed.iter().copied().find(|words| words.ignores_merges == ignores_merges).ok_or_else(|| {
+        refuse("ignore_merges", &format!("that of {}", names(&composed)), ignores_merges.to_string())
+    })
 }
 
 /// Builds the tokenizer that a reader of the keys has, which must give the ids of the original; but one in the newer

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path};
 
 use kiln_quant_core::{
-    Block, Grid, PackedWeight, QuantLinear, QuantScheme, ScaleType, Scales, Scheme, Value,
+    Grid, PackedWeight, QuantLinear, Scheme, Value,
     packing::{CodePacker, unpack_column},
 };
 use serde_json::{Map, json};
@@ -12,7 +12,8 @@ use super::{
     ExportOptions, ExportReport, Fallback, FloatType, Format,
     config::config_json,
     folder::{Converted, Data, FolderExport, Part},
-    item::{self, Groups, Host, Item, rounded},
+    integers::Integers,
+    item::{self, Host, Item},
     report::Written,
 };
 use crate::{Checkpoint, Decoder, Result, config::TensorRole};
@@ -126,70 +127,10 @@ fn quantization(items: &[Item], fallback: Fallback) -> Result<Option<Map<String,
     Ok(config.as_object().cloned())
 }
 
-/// One linear as integers.
-struct Integers {
-    /// Kiln's words, with the codes of constant groups set to zero.
-    codes: Vec<u32>,
-    /// As f16 holds them, `[groups, d_output]`.
-    scales: Vec<f32>,
-    zeros: Vec<u8>,
-    /// Largest distance of an offset from its integer zero, in steps of the grid.
-    offset_error: f32,
-}
-
-impl Integers {
-    fn of(item: &Item, weight: &PackedWeight, group: usize) -> Result<Self> {
-        let (bits, d_output) = (weight.scheme.bits(), weight.d_output);
-        let groups = Groups::of(weight, group);
-        let most = ((1u32 << bits) - 1) as f32;
-        let (mut zeros, mut offset_error) = (Vec::with_capacity(groups.scales.len()), 0.0f32);
-        let (mut scales, mut constant) = (groups.scales, Vec::new());
-        for (i, scale) in scales.iter_mut().enumerate() {
-            zeros.push(match groups.offsets.as_ref().map(|offsets| offsets[i]) {
-                None => 1 << (bits - 1),
-                Some(offset) if *scale == 0.0 => {
-                    constant.push((i / d_output, i % d_output));
-                    *scale = -offset;
-                    1
-                }
-                Some(offset) => {
-                    let exact = -offset / *scale;
-                    let zero = exact.round().clamp(0.0, most);
-                    offset_error = offset_error.max((exact - zero).abs());
-                    zero as u8
-                }
-            });
-        }
-        let scales = rounded(Format::Gptq, &format!("{}.scales", item.path), &scales, FloatType::F16)?;
-        let codes = clear_groups(weight, group, constant);
-        Ok(Self { codes, scales, zeros, offset_error })
-    }
-}
-
-/// The codes with those of the given (group, output) pairs set to zero.
-fn clear_groups(weight: &PackedWeight, group: usize, constant: Vec<(usize, usize)>) -> Vec<u32> {
-    if constant.is_empty() {
-        return weight.codes.clone();
-    }
-    let (d_input, d_output, bits) = (weight.d_input, weight.d_output, weight.scheme.bits());
-    let mut packer = CodePacker::new(d_input, d_output, bits);
-    let mut column = vec![0; d_input];
-    let mut by_output: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
-    constant.into_iter().for_each(|(row, output)| by_output.entry(output).or_default().push(row));
-    for output in 0..d_output {
-        unpack_column(&weight.codes, d_output, bits, output, &mut column);
-        for row in by_output.get(&output).into_iter().flatten() {
-            column[row * group..].iter_mut().take(group).for_each(|code| *code = 0);
-        }
-        packer.set_column(output, &column);
-    }
-    packer.into_words()
-}
-
 fn packed(item: &Item, weight: &PackedWeight) -> Result<Converted> {
     let (d_input, d_output, bits) = (weight.d_input, weight.d_output, weight.scheme.bits());
     let group = weight.scheme.block.inputs_of(d_input).min(d_input);
-    let integers = Integers::of(item, weight, group)?;
+    let integers = Integers::of(Format::Gptq, item, weight, group)?;
     let rows = d_input.div_ceil(group);
     let words_of = |count: usize| count / 32 * bits as usize;
     let name = |part: &str| format!("{}.{part}", item.path);
@@ -216,34 +157,11 @@ fn packed(item: &Item, weight: &PackedWeight) -> Result<Converted> {
         },
         Part { name: name("g_idx"), shape: vec![d_input], data: Data::I32(g_idx) },
     ];
-    let note = (integers.offset_error > ZERO_ROUNDING).then(|| {
-        format!(
-            "{}: float offsets rounded to integer zero points, by up to {:.3} steps of the grid",
-            item.name(),
-            integers.offset_error
-        )
-    });
+    let note = integers.note(item);
     let stored = format!("{bits} bits, groups of {group}, integer zeros");
-    let offsets =
-        integers.scales.iter().zip(&integers.zeros).map(|(scale, &zero)| -(scale * f32::from(zero)));
-    let written = PackedWeight {
-        scheme: QuantScheme {
-            value: Value::Affine { bits, grid: Grid::Integer },
-            block: Block::group(group),
-            scales: ScaleType::F32,
-        },
-        d_input,
-        d_output,
-        codes: integers.codes,
-        offsets: Some(offsets.collect()),
-        scales: Scales::Plain(integers.scales),
-        input_order: weight.input_order.clone(),
-    };
+    let written = integers.into_weight(weight, group);
     Ok(Converted { parts, stored, written: Written::Packed(written), note })
 }
-
-/// Steps of the grid: what dividing an offset `-scale * zero` of f32 by its scale may be off a whole number.
-const ZERO_ROUNDING: f32 = 1e-4;
 
 /// The words with inputs in their own order.
 fn in_own_order(codes: &[u32], weight: &PackedWeight) -> Vec<u32> {

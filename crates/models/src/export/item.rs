@@ -144,8 +144,7 @@ pub(super) fn items_as(model: &Decoder<QuantLinear>, conv1d: bool) -> Result<Vec
     for (name, values) in model.matrices() {
         list.add(&name, TensorRole::Plain, Stored::Matrix(values.val(), false));
     }
-    for (name, role, values) in model.vectors() {
-        let shape = model.config().vector_shape(role);
+    for (name, shape, values) in model.vectors() {
         list.add(&name, TensorRole::Plain, Stored::Vector(values.val(), shape));
     }
     let transposed = !conv1d;

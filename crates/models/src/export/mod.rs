@@ -7,6 +7,7 @@
 //! | [`export_mlx`] | MLX's affine safetensors | affine row groups with scales and offsets that the float type holds | [`Checkpoint::open`](crate::Checkpoint::open), mlx-lm |
 //! | [`export_gguf`] | one GGUF file | affine row groups of 32 or more with f16 scales and offsets: Q4_0, Q4_1, Q8_0 | [`Checkpoint::open`](crate::Checkpoint::open), llama.cpp |
 //! | [`export_gptq`] | GPTQ, format 2 | affine with integer zero points and f16 scales | [`Checkpoint::open`](crate::Checkpoint::open), GPTQModel |
+//! | [`export_awq`] | AWQ, 4 bits | as GPTQ, of one group size | [`Checkpoint::open`](crate::Checkpoint::open), AutoAWQ, transformers |
 //! | [`export_bitsandbytes`] | bitsandbytes 4-bit | NF4 and FP4 | [`Checkpoint::open`](crate::Checkpoint::open), transformers |
 //! | [`export_gguf_lora`] | a LoRA adapter for llama.cpp | all, in f32 | llama.cpp |
 //!
@@ -17,6 +18,7 @@
 //! Tensors are brought to host memory one at a time and converted twice, first to learn sizes and differences, then to
 //! be written. A folder is filled beside its place and renamed; so is a file.
 
+mod awq;
 mod bnb;
 mod config;
 pub(crate) mod config_keys;
@@ -26,6 +28,7 @@ mod gguf;
 mod gguf_lora;
 mod gguf_tokenizer;
 mod gptq;
+mod integers;
 mod item;
 mod mlx;
 mod own;
@@ -39,6 +42,7 @@ use kiln_quant_core::{ScaleType, safetensors_file::Dtype};
 use serde::{Deserialize, Serialize};
 
 pub use self::{
+    awq::export_awq,
     bnb::export_bitsandbytes,
     dense::export_hf,
     gguf::{GgufOptions, export_gguf},
@@ -153,6 +157,7 @@ pub(super) enum Format {
     Mlx,
     Gguf,
     Gptq,
+    Awq,
     BitsAndBytes,
 }
 
@@ -164,6 +169,7 @@ impl Format {
             Self::Mlx => "MLX",
             Self::Gguf => "GGUF",
             Self::Gptq => "GPTQ",
+            Self::Awq => "AWQ",
             Self::BitsAndBytes => "bitsandbytes",
         }
     }

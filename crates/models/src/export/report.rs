@@ -92,6 +92,26 @@ pub(super) enum Written {
     Dense(Vec<f32>),
 }
 
+impl Written {
+    /// In the checkpoint's order, of a tensor that was written with these columns.
+    pub(crate) fn with_columns(self, columns: &[usize]) -> Self {
+        match self {
+            Self::Same => Self::Same,
+            Self::Packed(weight) => {
+                let order = columns.iter().map(|column| *column as u32).collect();
+                Self::Packed(PackedWeight { input_order: Some(order), ..weight })
+            }
+            Self::Dense(mut values) => {
+                for row in values.chunks_exact_mut(columns.len()) {
+                    let file = row.to_vec();
+                    columns.iter().zip(file).for_each(|(column, value)| row[*column] = value);
+                }
+                Self::Dense(values)
+            }
+        }
+    }
+}
+
 /// Largest absolute and relative difference between a tensor and what was written of it.
 pub(super) fn difference(host: &Host, written: &Written) -> (f32, f64) {
     let found = match (host, written) {

@@ -82,6 +82,8 @@ pub(crate) struct ExpertKeys {
     pub sparse_layers: bool,
     /// Channels of the shared expert; empty where there is none.
     pub shared_width: &'static str,
+    /// Whether models may have none: then the class itself reads and writes what there is beside these widths.
+    pub optional: bool,
 }
 
 /// Names of the number of experts and of those that a token goes through.
@@ -257,6 +259,11 @@ pub(crate) const LLAMA: Class = Class {
 };
 
 impl Class {
+    /// The keys of the channels of an expert, and of the one that all tokens go through; empty where there is none.
+    pub(crate) fn expert_widths(&self) -> [&'static str; 2] {
+        self.experts.map_or([""; 2], |keys| [keys.width, keys.shared_width])
+    }
+
     /// The biases that the keys express, nearest to those given: a key is set if its output's bias is wanted, or, where it
     /// covers none, any of the others.
     pub(crate) fn biases_nearest(&self, wanted: Biases) -> Biases {
@@ -314,7 +321,7 @@ impl Class {
             ..ModelConfig::bare(family)
         };
         self.read_multipliers(fields, &mut config)?;
-        if let Some(keys) = &self.experts {
+        if let Some(keys) = self.experts.as_ref().filter(|keys| !keys.optional) {
             keys.read(fields, &mut config)?;
         }
         let windows = self.read_windows(fields, num_hidden_layers)?;
@@ -495,7 +502,8 @@ impl Class {
             set(map, [(key.key, json!(key.covers.and(own) == key.covers))]);
         }
         self.write_multipliers(config, map);
-        if let (Some(keys), Some(experts)) = (&self.experts, &config.experts) {
+        let keys = self.experts.as_ref().filter(|keys| !keys.optional);
+        if let (Some(keys), Some(experts)) = (keys, &config.experts) {
             keys.write(config, experts, map);
         }
         self.write_windows(config, map);

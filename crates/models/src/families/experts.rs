@@ -62,6 +62,7 @@ const KEYS: ExpertKeys = ExpertKeys {
     normalise: Some(false),
     sparse_layers: false,
     shared_width: "",
+    optional: false,
 };
 
 const FAMILY: Family = LIKE_LLAMA;

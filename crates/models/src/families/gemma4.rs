@@ -4,8 +4,8 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    ExpertsPart, Family, GgufArchitecture, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind, NormPlace,
-    Part, Parts, PerLayerNames, StackedExperts, VectorRole,
+    ByBlock, ExpertsPart, Family, GgufArchitecture, LLAMA_NAMES, LinearRole, ModulePath, Names, NormKind,
+    NormPlace, Part, Parts, PerLayerNames, StackedExperts, VectorRole,
     class::{
         self, ATTENTION_BIAS, Class, ExpertKeys, GELU_TANH, HeadDim, Keys, LLAMA_KEYS, Multipliers, Rope,
         Windows,
@@ -142,11 +142,13 @@ macro_rules! blocks {
 
 const BLOCKS: &[Parts] = blocks![0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11];
 
-/// The kind that has every part.
-const EVERYTHING: usize = Kind { keys: Keyed::Both, experts: true, input: true }.index();
-
-const EXPERTS: ExpertKeys =
-    ExpertKeys { width: "moe_intermediate_size", normalise: None, sparse_layers: false, shared_width: "" };
+const EXPERTS: ExpertKeys = ExpertKeys {
+    width: "moe_intermediate_size",
+    normalise: None,
+    sparse_layers: false,
+    shared_width: "",
+    optional: true,
+};
 
 pub(super) static GEMMA4: Family = Family {
     model_type: "gemma4_text",
@@ -162,7 +164,11 @@ pub(super) static GEMMA4: Family = Family {
     },
     norm: NormKind::Rms,
     norms_values: true,
-    gguf: Some(GgufArchitecture { name: "gemma4", all_parts: Some(EVERYTHING), ..GgufArchitecture::PLAIN }),
+    gguf: Some(GgufArchitecture {
+        name: "gemma4",
+        by_block: Some(ByBlock::Gemma4),
+        ..GgufArchitecture::PLAIN
+    }),
     blocks: BLOCKS,
     special_tokens: || SpecialTokens { bos: Some(2), eos: vec![1], pad: Some(0) },
     module: ModulePath { root: "Gemma4", left_out: "" },
@@ -176,6 +182,7 @@ pub(super) static GEMMA4: Family = Family {
         bias_keys: &[ATTENTION_BIAS],
         windows: Windows::Pattern { window: Some(512), period: 6, keys: &[] },
         head_dims: true,
+        experts: Some(EXPERTS),
         rope: Rope::ByKind([
             RopeKeys {
                 theta: 1e6,

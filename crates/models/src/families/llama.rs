@@ -52,14 +52,14 @@ const ARCEE_BLOCK: [Part; 8] =
     [BLOCK[0], BLOCK[1], BLOCK[2], BLOCK[3], BLOCK[4], BLOCK[5], BLOCK[7], BLOCK[8]];
 
 const APERTUS_BLOCK: [Part; 14] = [
-    plain_norm("attention_layernorm", NormPlace::PreAttention),
+    norm("attention_layernorm", NormPlace::PreAttention, "attn_norm"),
     BLOCK[1],
     BLOCK[2],
     BLOCK[3],
     BLOCK[4],
-    plain_norm("self_attn.q_norm", NormPlace::QueryHead),
-    plain_norm("self_attn.k_norm", NormPlace::KeyHead),
-    plain_norm("feedforward_layernorm", NormPlace::PreMlp),
+    norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
+    norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
+    norm("feedforward_layernorm", NormPlace::PreMlp, "ffn_norm"),
     BLOCK[7],
     vector("mlp.act_fn.alpha_p", VectorRole::XieluPositive),
     vector("mlp.act_fn.alpha_n", VectorRole::XieluNegative),
@@ -515,6 +515,7 @@ pub(super) static ARCEE: Family = Family {
 pub(super) static APERTUS: Family = Family {
     model_type: "apertus",
     architecture: "ApertusForCausalLM",
+    gguf: GgufArchitecture::plain("apertus"),
     blocks: &[Parts(&APERTUS_BLOCK)],
     special_tokens: || SpecialTokens { bos: Some(1), eos: vec![2], pad: Some(3) },
     class: Class {

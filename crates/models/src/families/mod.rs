@@ -349,7 +349,21 @@ impl VectorRole {
             Self::ExpertScales => "ffn_down_exps.scale",
             Self::LayerScalar => "layer_output_scale.weight",
             Self::XieluPositive | Self::XieluNegative | Self::XieluBeta | Self::XieluEps => "",
-            Self::DeltaConvolution | Self::DeltaLogRate | Self::DeltaTimeBias | Self::DeltaNorm => "",
+            Self::DeltaConvolution => "ssm_conv1d.weight",
+            Self::DeltaLogRate => "ssm_a",
+            Self::DeltaTimeBias => "ssm_dt.bias",
+            Self::DeltaNorm => "ssm_norm.weight",
+        }
+    }
+
+    /// The key of GGUF files that has its numbers of all blocks, where no tensor has them.
+    pub(crate) fn gguf_key(self) -> Option<&'static str> {
+        match self {
+            Self::XieluPositive => Some("xielu.alpha_p"),
+            Self::XieluNegative => Some("xielu.alpha_n"),
+            Self::XieluBeta => Some("xielu.beta"),
+            Self::XieluEps => Some("xielu.eps"),
+            _ => None,
         }
     }
 
@@ -409,6 +423,11 @@ impl ExpertsPart {
         let (expert, linear) = name.strip_prefix(self.name)?.strip_prefix('.')?.split_once('.')?;
         let kind = self.linears.iter().position(|other| *other == linear)?;
         Some((expert.parse().ok()?, kind))
+    }
+
+    /// The expert that the linear belongs to whose path within the block is `name`.
+    pub fn expert_of(&self, name: &str) -> Option<usize> {
+        self.place(name).map(|(expert, _)| expert)
     }
 
     /// The path within the block of a linear of expert `index`; `kind` counts in [`EXPERT_ROLES`].
@@ -725,16 +744,20 @@ pub struct GgufArchitecture {
     pub rounds_yarn: bool,
     /// Blocks of the one size whose blocks slide; of others no block does.
     pub slides_with: Option<usize>,
-    /// The kind of blocks that has every part, where blocks are of several kinds, which the file's tensors and keys tell.
-    pub all_parts: Option<usize>,
+    /// How keys say of each block what it is like, where blocks are of several kinds.
+    pub by_block: Option<ByBlock>,
+}
+
+/// An architecture of GGUF files whose keys say of each block what it is like.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ByBlock {
+    /// Widths, windows and shared keys.
+    Gemma4,
+    /// Which blocks are recurrent.
+    Qwen3_5,
 }
 
 impl GgufArchitecture {
-    /// Whether keys say of each block what it is like.
-    pub(crate) fn by_blocks(self) -> bool {
-        self.all_parts.is_some()
-    }
-
     /// An architecture whose tensors stand in files as in checkpoints.
     const fn plain(name: &'static str) -> Option<Self> {
         Some(Self { name, ..Self::PLAIN })
@@ -754,7 +777,7 @@ impl GgufArchitecture {
         normalises: true,
         rounds_yarn: true,
         slides_with: None,
-        all_parts: None,
+        by_block: None,
     };
 }
 
@@ -911,6 +934,9 @@ mod tests {
                     parts.iter().map(Part::gguf).filter(|name| !name.is_empty()).collect();
                 let named = parts.iter().filter(|part| !part.gguf().is_empty()).count();
                 assert_eq!(gguf.len(), named, "{family:?}");
+                let keyed =
+                    |part: &&Part| matches!(part, Part::Vector(vector) if vector.role.gguf_key().is_some());
+                let named = named + parts.iter().filter(keyed).count();
                 let first = *parts == family.blocks[0];
                 assert!(family.gguf.is_none() || !first || named == parts.0.len(), "{family:?}");
                 let fused = parts.linears().any(|linear| matches!(linear.role, LinearRole::QueryKeyValue(_)));
@@ -947,6 +973,6 @@ mod tests {
         assert_eq!(Family::by_gguf("opt", false, false), None);
         assert_eq!(Family::by_gguf("llama", false, true), Some(&experts::MIXTRAL));
         assert_eq!(Family::by_gguf("llama", true, true), Some(&experts::MIXTRAL));
-        assert!(Family::gguf_names().starts_with("llama, qwen2, qwen3, gemma3, gemma, gemma2"));
+        assert!(Family::gguf_names().starts_with("llama, qwen2, qwen3, qwen35, gemma3, gemma, gemma2"));
     }
 }

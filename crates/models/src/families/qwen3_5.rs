@@ -3,10 +3,11 @@
 use serde_json::{Map, Value, json};
 
 use super::{
-    Family, LinearRole, ModulePath, NormKind, NormPlace, Part, Parts, VectorRole,
+    ByBlock, Family, GgufArchitecture, LinearRole, ModulePath, NormKind, NormPlace, Part, Parts, VectorRole,
     class::{self, ATTENTION_BIAS, Class, HeadDim, Rope},
+    linear,
     llama::{BLOCK, LIKE_LLAMA, NO_TOKENS},
-    plain_linear, plain_norm, vector,
+    norm, vector,
 };
 use crate::{
     Result,
@@ -20,19 +21,24 @@ use crate::{
 };
 
 /// LLaMA's MLP behind its norm.
-const MLP: [Part; 4] = [BLOCK[5], BLOCK[6], BLOCK[7], BLOCK[8]];
+const MLP: [Part; 4] = [
+    norm("post_attention_layernorm", NormPlace::PreMlp, "post_attention_norm"),
+    BLOCK[6],
+    BLOCK[7],
+    BLOCK[8],
+];
 
 const ATTENTION: [Part; 11] = {
-    let [norm, gate, up, down] = MLP;
+    let [pre_mlp, gate, up, down] = MLP;
     [
         BLOCK[0],
-        plain_linear("self_attn.q_proj", LinearRole::GatedQuery),
+        linear("self_attn.q_proj", LinearRole::GatedQuery, "attn_q"),
         BLOCK[2],
         BLOCK[3],
         BLOCK[4],
-        plain_norm("self_attn.q_norm", NormPlace::QueryHead),
-        plain_norm("self_attn.k_norm", NormPlace::KeyHead),
-        norm,
+        norm("self_attn.q_norm", NormPlace::QueryHead, "attn_q_norm"),
+        norm("self_attn.k_norm", NormPlace::KeyHead, "attn_k_norm"),
+        pre_mlp,
         gate,
         up,
         down,
@@ -40,19 +46,19 @@ const ATTENTION: [Part; 11] = {
 };
 
 const DELTA_NET: [Part; 14] = {
-    let [norm, gate, up, down] = MLP;
+    let [pre_mlp, gate, up, down] = MLP;
     [
         BLOCK[0],
-        plain_linear("linear_attn.in_proj_qkv", LinearRole::DeltaMixed),
-        plain_linear("linear_attn.in_proj_z", LinearRole::DeltaGate),
-        plain_linear("linear_attn.in_proj_b", LinearRole::DeltaStrength),
-        plain_linear("linear_attn.in_proj_a", LinearRole::DeltaDecay),
+        linear("linear_attn.in_proj_qkv", LinearRole::DeltaMixed, "attn_qkv"),
+        linear("linear_attn.in_proj_z", LinearRole::DeltaGate, "attn_gate"),
+        linear("linear_attn.in_proj_b", LinearRole::DeltaStrength, "ssm_beta"),
+        linear("linear_attn.in_proj_a", LinearRole::DeltaDecay, "ssm_alpha"),
         vector("linear_attn.conv1d.weight", VectorRole::DeltaConvolution),
         vector("linear_attn.A_log", VectorRole::DeltaLogRate),
         vector("linear_attn.dt_bias", VectorRole::DeltaTimeBias),
         vector("linear_attn.norm.weight", VectorRole::DeltaNorm),
-        plain_linear("linear_attn.out_proj", LinearRole::DeltaOutput),
-        norm,
+        linear("linear_attn.out_proj", LinearRole::DeltaOutput, "ssm_out"),
+        pre_mlp,
         gate,
         up,
         down,
@@ -66,6 +72,12 @@ pub(super) static QWEN3_5: Family = Family {
     model_type: "qwen3_5_text",
     architecture: "Qwen3_5ForCausalLM",
     norm: NormKind::RmsOnePlus,
+    gguf: Some(GgufArchitecture {
+        name: "qwen35",
+        norms_plus_one: true,
+        by_block: Some(ByBlock::Qwen3_5),
+        ..GgufArchitecture::PLAIN
+    }),
     blocks: &[Parts(&ATTENTION), Parts(&DELTA_NET)],
     special_tokens: NO_TOKENS,
     module: ModulePath { root: "Qwen35", left_out: "" },

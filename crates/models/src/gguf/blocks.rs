@@ -7,6 +7,8 @@
 use half::{bf16, f16};
 use kiln_quant_core::{Block, Codebook, Grid, QuantScheme, ScaleType, Value};
 
+use super::grids;
+
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
@@ -43,6 +45,24 @@ pub enum BlockType {
     Iq4Xs,
     /// 32 × 4-bit floats under a power of two.
     Mxfp4,
+    /// Vectors of eight of a table of 256, with signs, under 4-bit scales of 32.
+    Iq2Xxs,
+    /// Vectors of eight of 512, under scales of 16.
+    Iq2Xs,
+    /// Vectors of eight of 1024.
+    Iq2S,
+    /// Vectors of four of 256.
+    Iq3Xxs,
+    /// Vectors of four of 512.
+    Iq3S,
+    /// Vectors of eight of 2048, moved, under 3-bit scales of 32.
+    Iq1S,
+    /// The same under scales of 16.
+    Iq1M,
+    /// -1, 0 and 1 in base three.
+    Tq1_0,
+    /// -1, 0 and 1 in two bits.
+    Tq2_0,
 }
 
 /// Weights in a block of the simple types.
@@ -58,7 +78,7 @@ macro_rules! field {
 }
 
 impl BlockType {
-    const ALL: [Self; 16] = [
+    const ALL: [Self; 25] = [
         Self::F32,
         Self::F16,
         Self::Bf16,
@@ -75,6 +95,15 @@ impl BlockType {
         Self::Iq4Nl,
         Self::Iq4Xs,
         Self::Mxfp4,
+        Self::Iq2Xxs,
+        Self::Iq2Xs,
+        Self::Iq2S,
+        Self::Iq3Xxs,
+        Self::Iq3S,
+        Self::Iq1S,
+        Self::Iq1M,
+        Self::Tq1_0,
+        Self::Tq2_0,
     ];
 
     /// Number in the file, name, weights and bytes of a block.
@@ -96,6 +125,15 @@ impl BlockType {
             Self::Iq4Nl => (20, "IQ4_NL", SMALL, 18),
             Self::Iq4Xs => (23, "IQ4_XS", LARGE, 136),
             Self::Mxfp4 => (39, "MXFP4", SMALL, 17),
+            Self::Iq2Xxs => (16, "IQ2_XXS", LARGE, 66),
+            Self::Iq2Xs => (17, "IQ2_XS", LARGE, 74),
+            Self::Iq2S => (22, "IQ2_S", LARGE, 82),
+            Self::Iq3Xxs => (18, "IQ3_XXS", LARGE, 98),
+            Self::Iq3S => (21, "IQ3_S", LARGE, 110),
+            Self::Iq1S => (19, "IQ1_S", LARGE, 50),
+            Self::Iq1M => (29, "IQ1_M", LARGE, 56),
+            Self::Tq1_0 => (34, "TQ1_0", LARGE, 54),
+            Self::Tq2_0 => (35, "TQ2_0", LARGE, 66),
         }
     }
 
@@ -133,11 +171,21 @@ impl BlockType {
         (count / self.weights()).checked_mul(self.bytes())
     }
 
-    /// The packed format that holds this type exactly, code by code; `None` for float types.
+    /// The packed format that holds this type exactly, code by code; `None` for float types, and for those that are read to
+    /// dense values.
     pub fn packed_scheme(self) -> Option<QuantScheme> {
         let affine = |bits: u32, grid: Grid| Value::Affine { bits, grid };
         let (value, inputs, scales) = match self {
             Self::F32 | Self::F16 | Self::Bf16 => return None,
+            Self::Iq2Xxs
+            | Self::Iq2Xs
+            | Self::Iq2S
+            | Self::Iq3Xxs
+            | Self::Iq3S
+            | Self::Iq1S
+            | Self::Iq1M
+            | Self::Tq1_0
+            | Self::Tq2_0 => return None,
             Self::Q4_0 => (affine(4, Grid::Symmetric), SMALL, ScaleType::F16),
             Self::Q4_1 => (affine(4, Grid::Float), SMALL, ScaleType::F16),
             Self::Q5_0 => (affine(5, Grid::Symmetric), SMALL, ScaleType::F16),
@@ -155,6 +203,11 @@ impl BlockType {
         Some(QuantScheme { value, block: Block::group(inputs), scales })
     }
 
+    /// Whether weights are vectors of a table or the like, and read to dense values.
+    pub(super) fn is_of_table(self) -> bool {
+        self.weights() > 1 && self.packed_scheme().is_none()
+    }
+
     /// The type whose packed format this is.
     pub(crate) fn of_scheme(scheme: &QuantScheme) -> Option<Self> {
         Self::ALL.into_iter().find(|kind| kind.packed_scheme().as_ref() == Some(scheme))
@@ -167,7 +220,6 @@ impl BlockType {
         const SCALES_OF_12: &[Field] = &[field!(4, 4, 0, scale_low), field!(4, 2, 4, scale_high)];
         const MINIMA_OF_12: &[Field] = &[field!(4, 4, 0, minimum_low), field!(4, 2, 4, minimum_high)];
         match self {
-            Self::F32 | Self::F16 | Self::Bf16 => NONE,
             Self::Q4_0 | Self::Iq4Nl => Fields { codes: &[field!(2, 4, 0, nibbles)], ..NONE },
             Self::Q4_1 => Fields { offset: Some(2), codes: &[field!(4, 4, 0, nibbles)], ..NONE },
             Self::Q5_0 => Fields { codes: &[field!(6, 4, 0, nibbles), field!(2, 1, 4, bits)], ..NONE },
@@ -218,6 +270,8 @@ impl BlockType {
                 ..NONE
             },
             Self::Mxfp4 => Fields { codes: &[field!(1, 4, 0, nibbles)], ..NONE },
+            // Types without a packed scheme.
+            _ => NONE,
         }
     }
 }
@@ -480,6 +534,10 @@ impl BlockType {
             _ => |block| bf16::from_le_bytes([block[0], block[1]]).to_f32(),
         };
         let blocks = bytes.chunks_exact(self.bytes());
+        if self.is_of_table() {
+            let values = values.chunks_exact_mut(self.weights());
+            return blocks.zip(values).for_each(|(block, values)| grids::decode(self, block, values));
+        }
         let Some(parser) = Blocks::new(self) else {
             return values.iter_mut().zip(blocks).for_each(|(value, block)| *value = floats(block));
         };

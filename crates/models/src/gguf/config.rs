@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 
 use super::{
-    Gguf, gemma4, layers, rope,
+    Gguf, by_block, layers, qwen3_5, rope,
     value::{Array, Metadata, Value},
 };
 use crate::{
     Error, Result,
     config::{AttentionScale, Biases, ExpertsConfig, ModelConfig, QueryTemperature, RopeConfig, RopeScaling},
     families::{
-        Family, FusedRows, GgufArchitecture, LinearRole,
+        ByBlock, Family, FusedRows, GgufArchitecture, LinearRole,
         class::{Rope, Windows},
     },
     hf::{config::MAX_EXPERTS, rope::RopeKeys},
@@ -53,7 +53,7 @@ const KNOWN: [&str; 31] = [
 ];
 
 /// Keys that change what the model computes, with the values (as numbers, booleans being 0 and 1) that don't.
-const REFUSED: [(&str, &[f64]); 25] = [
+const REFUSED: [(&str, &[f64]); 26] = [
     ("attention.causal", &[1.0]),
     ("attention.clamp_kqv", &[0.0]),
     ("attention.max_alibi_bias", &[0.0]),
@@ -74,6 +74,7 @@ const REFUSED: [(&str, &[f64]); 25] = [
     ("expert_weights_scale", &[0.0, 1.0]),
     ("final_logit_softcapping", &[0.0]),
     ("logit_scale", &[0.0, 1.0]),
+    ("nextn_predict_layers", &[0.0]),
     ("residual_scale", &[0.0, 1.0]),
     ("rope.dimension_sections", &[]),
     ("rope.scaling.yarn_ext_factor", &[1.0]),
@@ -126,7 +127,7 @@ impl<'a> Keys<'a> {
 
     fn refuse_what_changes_the_model(&self, family: &Family) -> Result<()> {
         for (key, harmless) in REFUSED {
-            let by_block = family.gguf.is_some_and(GgufArchitecture::by_blocks);
+            let by_block = family.gguf.is_some_and(|gguf| gguf.by_block == Some(ByBlock::Gemma4));
             let experts = matches!(key, "expert_count" | "expert_used_count")
                 && (by_block || family.class.experts.is_some());
             let read = experts || read_by(family).contains(&key);
@@ -167,7 +168,11 @@ pub(super) fn head_counts(metadata: &Metadata, architecture: &str) -> Result<(us
 }
 
 pub(super) fn unknown_keys(file: &Gguf) -> Vec<&str> {
-    let known = |key: &str| KNOWN.contains(&key) || REFUSED.iter().any(|(refused, _)| *refused == key);
+    let by_block = file.names.family.gguf.and_then(|gguf| gguf.by_block);
+    let own = if by_block == Some(ByBlock::Qwen3_5) { &qwen3_5::KNOWN[..] } else { &[] };
+    let known = |key: &str| {
+        KNOWN.contains(&key) || own.contains(&key) || REFUSED.iter().any(|(refused, _)| *refused == key)
+    };
     let prefix = file.architecture.as_str();
     let rest = |key: &str| key.strip_prefix(prefix)?.strip_prefix('.').map(known);
     file.metadata.keys().filter(|key| rest(key) == Some(false)).collect()
@@ -184,8 +189,13 @@ pub(super) fn read(file: &Gguf) -> Result<ModelConfig> {
         .unwrap_or(opened);
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     keys.refuse_what_changes_the_model(family)?;
-    if gguf.by_blocks() {
-        return by_blocks(file, &keys, family);
+    let finetuned = keys.key("rope.scaling.finetuned");
+    // Of Granite it says whether queries and keys are rotated at all.
+    if gguf.name.starts_with("granite") && metadata.bool(&finetuned)? == Some(false) {
+        return Err(metadata.unsupported_value(&finetuned, "true, or none"));
+    }
+    if let Some(kind) = gguf.by_block {
+        return by_blocks(file, &keys, family, kind);
     }
     let parts = family.blocks[file.names.kind];
     let hidden_size = keys.required_size("embedding_length")?;
@@ -327,21 +337,25 @@ fn same_for_sliding(keys: &Keys, head_dim: usize, rotated: Option<usize>) -> Res
 }
 
 /// Of an architecture whose blocks differ.
-fn by_blocks(file: &Gguf, keys: &Keys, family: &Family) -> Result<ModelConfig> {
-    let layers = keys.required_size("block_count")?;
+fn by_blocks(file: &Gguf, keys: &Keys, family: &Family, kind: ByBlock) -> Result<ModelConfig> {
+    let layers = match kind {
+        ByBlock::Gemma4 => keys.required_size("block_count")?,
+        ByBlock::Qwen3_5 => qwen3_5::layers(keys)?,
+    };
     check_layer_count(file, keys, layers)?;
     let has = |index: usize, name: &str| file.contains(&format!("{}.weight", family.path(index, name)));
     let table = family.names.per_layer.map(|paths| format!("{}.weight", paths.embedding));
     let table = table.and_then(|name| file.tensors.get(&name));
     let factors = file.rope_factors.as_ref().map(|tensor| file.decode(&tensor.name, tensor)).transpose()?;
-    let facts = gemma4::Facts {
+    let facts = by_block::Facts {
         vocab_size: vocab_size(file, keys)?,
         vocab_size_per_layer: table.and_then(|table| table.shape.first().copied()),
         tied: !file.contains(&format!("{}.weight", family.names.head)),
         keys_only: (0..layers).any(|index| has(index, "self_attn.k_proj") && !has(index, "self_attn.v_proj")),
+        biased: (0..layers).any(|index| file.contains(&family.path(index, "self_attn.q_proj.bias"))),
         factors: factors.map(|factors| factors.values),
     };
-    gemma4::config(keys, &facts)
+    by_block::config(kind, keys, &facts)
 }
 
 /// Keys that change the model and that a family reads.
@@ -356,7 +370,10 @@ fn read_by(family: &Family) -> Vec<&'static str> {
     let gguf = family.gguf.unwrap_or(GgufArchitecture::PLAIN);
     // Where kinds of blocks tell it, the key says it once more, and isn't always right.
     add(gguf.parallel_key || !gguf.parallel_kinds.is_empty(), "use_parallel_residual");
-    let by_block = gguf.by_blocks();
+    let by_block = gguf.by_block == Some(ByBlock::Gemma4);
+    let recurrent = gguf.by_block == Some(ByBlock::Qwen3_5);
+    add(recurrent, "rope.dimension_sections");
+    add(recurrent, qwen3_5::PREDICTORS);
     let patterned = matches!(family.class.windows, Windows::Pattern { .. });
     add(by_block || patterned, "attention.sliding_window_pattern");
     add(by_block, "attention.shared_kv_layers");

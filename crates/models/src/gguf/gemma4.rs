@@ -6,6 +6,7 @@
 use serde_json::{Map, Value as Json, json};
 
 use super::{
+    by_block::{Facts, Own},
     config::Keys,
     rope,
     value::{Array, Metadata, Value},
@@ -13,24 +14,12 @@ use super::{
 use crate::{
     Result,
     config::{ModelConfig, RopeConfig, RopeScaling},
-    families::{Channels, LinearRole},
+    families::Channels,
     hf::{config::MAX_LAYERS, parse_config},
 };
 
 /// What divides the frequencies of channels that aren't rotated.
 const UNROTATED: f32 = 1e30;
-
-/// What a file's tensors say of the model.
-pub(super) struct Facts {
-    pub vocab_size: usize,
-    /// Rows of the table of what blocks hear of tokens by themselves.
-    pub vocab_size_per_layer: Option<usize>,
-    pub tied: bool,
-    /// Whether some blocks have keys and no values.
-    pub keys_only: bool,
-    /// `rope_freqs.weight`.
-    pub factors: Option<Vec<f32>>,
-}
 
 /// The model's shape.
 pub(super) fn config(keys: &Keys, facts: &Facts) -> Result<ModelConfig> {
@@ -168,11 +157,8 @@ fn rotated_share(metadata: &Metadata, factors: Option<&[f32]>, head_dim: usize) 
     Ok(rotated as f64 / factors.len() as f64)
 }
 
-/// A key without the architecture, and its value.
-pub(crate) type Own = (&'static str, Value);
-
 /// The keys of `config` beside those that all architectures have, some of which these replace.
-pub(crate) fn keys(config: &ModelConfig) -> Vec<Own> {
+pub(super) fn keys(config: &ModelConfig) -> Vec<Own> {
     let layers = 0..config.num_hidden_layers;
     let count = |count: usize| Value::Uint(count as u64);
     let list = |of: &dyn Fn(usize) -> usize| {
@@ -208,7 +194,7 @@ pub(crate) fn keys(config: &ModelConfig) -> Vec<Own> {
 }
 
 /// `rope_freqs.weight`: which channels full attention rotates.
-pub(crate) fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
+pub(super) fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
     let full = config.layer_attention.iter().position(|layer| layer.sliding_window.is_none())?;
     let half = config.head_dim_of(full) / 2;
     let RopeConfig { scaling: RopeScaling::Proportional { .. }, partial_rotary_factor, .. } =
@@ -218,29 +204,4 @@ pub(crate) fn rope_factors(config: &ModelConfig) -> Option<Vec<f32>> {
     };
     let rotated = (half as f64 * partial_rotary_factor) as usize;
     Some((0..half).map(|pair| if pair < rotated { 1.0 } else { UNROTATED }).collect())
-}
-
-/// Whether what `config`'s keys say is `config` again: these files have no key for the rest.
-pub(crate) fn expresses(keys: &[(String, Value)], architecture: &str, config: &ModelConfig) -> Result<bool> {
-    let mut metadata = Metadata::new("config".as_ref());
-    for (key, value) in keys {
-        metadata.insert(key.clone(), value.clone());
-    }
-    let has = |index: usize, role| config.parts(index).linear(role).is_some();
-    let facts = Facts {
-        vocab_size: config.vocab_size,
-        vocab_size_per_layer: config.per_layer_input.map(|inputs| inputs.vocab_size),
-        tied: config.tie_word_embeddings,
-        keys_only: (0..config.num_hidden_layers)
-            .any(|index| has(index, LinearRole::Key) && !has(index, LinearRole::Value)),
-        factors: rope_factors(config),
-    };
-    let found = self::config(&Keys::new(&metadata, architecture), &facts)?;
-    // Numbers that went through 32 bits.
-    let close = |a: f64, b: f64| (a - b).abs() <= 1e-6 * a.abs();
-    let rounded = ModelConfig {
-        norm_eps: if close(found.norm_eps, config.norm_eps) { config.norm_eps } else { found.norm_eps },
-        ..found
-    };
-    Ok(rounded == *config)
 }

@@ -6,13 +6,16 @@
 //! result plus a small buffer.
 
 mod blocks;
+pub(crate) mod by_block;
 mod config;
-pub(crate) mod gemma4;
+mod gemma4;
+mod grids;
 mod header;
 pub(crate) mod layers;
 pub(crate) mod names;
 mod numbers;
 pub(crate) mod parts;
+pub(crate) mod qwen3_5;
 mod rope;
 #[cfg(test)]
 pub(crate) mod test_writer;
@@ -20,10 +23,11 @@ pub(crate) mod test_writer;
 mod tests;
 mod tokenizer;
 mod value;
+mod words;
 pub(crate) mod writer;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::File,
     io::{Read, Seek, SeekFrom},
     path::{Path, PathBuf},
@@ -41,19 +45,18 @@ pub use self::{
 pub(crate) use self::{
     blocks::{Blocks, Parts},
     rope::llama3_factors,
-    tokenizer::{
-        LLAMA3_WORDS, QWEN2_WORDS, add_tokens, build as build_tokenizer, kind as token_kind, write_spaces,
-    },
+    tokenizer::{add_tokens, build as build_tokenizer, kind as token_kind, write_spaces},
+    words::{Step, WORDS, Words},
 };
 use self::{
-    names::{Heads, Names, RowOrder},
+    names::{Heads, Names, RowOrder, Tiles},
     numbers::Numbers,
 };
 use crate::{
     Error, Result,
     config::{ModelConfig, SpecialTokens},
-    families::{Family, FusedRows},
-    hf::config::MAX_EXPERTS,
+    families::{ByBlock, Family, FusedRows, VectorRole},
+    hf::config::{MAX_EXPERTS, MAX_LAYERS},
     source::{DenseTensor, Described, StoredWeight, TensorSource},
     tokenizer::Tokenizer,
 };
@@ -82,6 +85,10 @@ pub struct Gguf {
     names: Names,
     tensors: BTreeMap<String, TensorInfo>,
     rope_factors: Option<TensorInfo>,
+    /// Numbers of blocks that keys hold, by the names of the tensors that they are in checkpoints.
+    numbers: BTreeMap<String, DenseTensor>,
+    /// Blocks that predict tokens beyond the next, which are left out.
+    predictors: usize,
 }
 
 impl Gguf {
@@ -106,13 +113,24 @@ impl Gguf {
             return Err(metadata.unsupported_value("general.type", "model"));
         }
         metadata.str(CHAT_TEMPLATE)?;
+        let keys = config::Keys::new(&metadata, &architecture);
+        let (blocks, predictors) = match family.gguf.and_then(|gguf| gguf.by_block) {
+            Some(ByBlock::Qwen3_5) => {
+                let predictors = metadata.usize(&keys.key(qwen3_5::PREDICTORS))?.unwrap_or(0);
+                (qwen3_5::layers(&keys)?, predictors)
+            }
+            _ => (usize::MAX, 0),
+        };
         let (mut tensors, mut rope_factors, mut slices) = (BTreeMap::new(), None, 0);
         for mut tensor in parts.tensors {
+            if names::block(&tensor.name).is_some_and(|block| block >= blocks) {
+                continue;
+            }
             if tensor.name == names::ROPE_FACTORS {
                 rope_factors = Some(tensor);
             } else if let Some(name) = names.hugging_face(&tensor.name) {
-                if names.is_flat(&name) && tensor.shape.len() == 1 {
-                    tensor.shape.insert(0, 1);
+                if let Some(axis) = names.flat_axis(&name).filter(|axis| tensor.shape.len() == axis + 1) {
+                    tensor.shape.insert(axis, 1);
                 }
                 tensors.insert(name, tensor);
             } else if let (&[count, ref one @ ..], 2 | 3) = (tensor.shape.as_slice(), tensor.shape.len())
@@ -151,6 +169,7 @@ impl Gguf {
                 return Err(metadata.unsupported(&tensor.name, "this tensor", &supported));
             }
         }
+        let numbers = numbers(&metadata, &architecture, names)?;
         Ok(Self {
             path: path.into(),
             files: parts.files.into_iter().map(|(path, file)| (path, Mutex::new(file))).collect(),
@@ -159,6 +178,8 @@ impl Gguf {
             names,
             tensors,
             rope_factors,
+            numbers,
+            predictors,
         })
     }
 
@@ -204,6 +225,15 @@ impl Gguf {
         let mut notes = Vec::new();
         // What can't be read at all is an error elsewhere.
         let _ = tokenizer::special_tokens(&self.metadata, &mut notes);
+        let of_tables = self.tensors.values().filter(|tensor| tensor.kind.is_of_table());
+        let kinds: BTreeSet<&str> = of_tables.clone().map(|tensor| tensor.kind.name()).collect();
+        if !kinds.is_empty() {
+            let kinds = kinds.into_iter().collect::<Vec<_>>().join(", ");
+            notes.push(format!("{} tensors of {kinds} are read to dense values", of_tables.count()));
+        }
+        if self.predictors > 0 {
+            notes.push(format!("{} blocks that predict further tokens were left out", self.predictors));
+        }
         notes
     }
 
@@ -262,6 +292,10 @@ impl Gguf {
                 head_dim = Some(self.head_dim(&tensor.name, heads, count)?)
             }
             Some(RowOrder::Concatenated) => places = Some(self.places(&tensor.name, count)?),
+            Some(RowOrder::Tiled(tiles)) => {
+                let order = self.tiled(&tensor.name, tiles, count)?;
+                places = order.map(|order| inverse(&order));
+            }
             None => {}
         }
         let bytes = width / tensor.kind.weights() * tensor.kind.bytes();
@@ -287,10 +321,28 @@ impl Gguf {
         if !rows.is_multiple_of(all) {
             return Err(self.metadata.error(name, &format!("rows for {all} heads"), rows.to_string()));
         }
-        let order = FusedRows::Grouped.rows(heads, groups, rows / all).concat();
-        let mut places = vec![0; rows];
-        order.into_iter().enumerate().for_each(|(place, row)| places[row] = place);
-        Ok(places)
+        Ok(inverse(&FusedRows::Grouped.rows(heads, groups, rows / all).concat()))
+    }
+
+    /// The checkpoint's row, or column, for each of `count` in the file, which value heads of delta nets are in.
+    fn tiled(&self, name: &str, tiles: Tiles, count: usize) -> Result<Option<Vec<usize>>> {
+        let keys = config::Keys::new(&self.metadata, &self.architecture);
+        let delta = qwen3_5::delta_net(&keys)?;
+        // Before anything of that size is made.
+        let expected = qwen3_5::rows(tiles, &delta);
+        if expected != count {
+            let expected = format!("{expected} for a delta net's heads");
+            return Err(self.metadata.error(name, &expected, count.to_string()));
+        }
+        Ok(qwen3_5::tiled(tiles, &delta))
+    }
+
+    /// The checkpoint's column for each column of the file, if they differ.
+    fn columns(&self, name: &str, tensor: &TensorInfo) -> Result<Option<Vec<usize>>> {
+        match self.names.column_order(name) {
+            Some(tiles) => self.tiled(&tensor.name, tiles, tensor.width()),
+            None => Ok(None),
+        }
     }
 
     /// Calls `visit` with the index of the first row and the bytes of some rows, for all rows in turn.
@@ -335,6 +387,19 @@ impl Gguf {
         })?;
         if self.names.has_one_added(name) {
             values.iter_mut().for_each(|value| *value -= 1.0);
+        }
+        if let Some(columns) = self.columns(name, tensor)? {
+            let mut file = vec![0.0; rows.width];
+            for row in values.chunks_exact_mut(rows.width) {
+                file.copy_from_slice(row);
+                columns.iter().zip(&file).for_each(|(column, value)| row[*column] = *value);
+            }
+        }
+        if self.names.is_less_exponential(name) {
+            if let Some(value) = values.iter().find(|value| **value >= 0.0) {
+                return Err(self.metadata.error(&tensor.name, "numbers below 0", value.to_string()));
+            }
+            values.iter_mut().for_each(|value| *value = (-*value).ln());
         }
         Ok(DenseTensor { shape: tensor.shape.clone(), values })
     }
@@ -381,7 +446,9 @@ impl Gguf {
             codes: packer.into_words(),
             scales,
             offsets,
-            input_order: None,
+            input_order: self
+                .columns(name, tensor)?
+                .map(|columns| columns.into_iter().map(|column| column as u32).collect()),
         })
     }
 
@@ -395,14 +462,17 @@ impl Gguf {
 
 impl TensorSource for Gguf {
     fn contains(&self, name: &str) -> bool {
-        self.tensors.contains_key(name)
+        self.tensors.contains_key(name) || self.numbers.contains_key(name)
     }
 
     fn names(&self) -> Vec<String> {
-        self.tensors.keys().cloned().collect()
+        self.tensors.keys().chain(self.numbers.keys()).cloned().collect()
     }
 
     fn describe(&self, name: &str) -> Result<Described> {
+        if let Some(numbers) = self.numbers.get(name) {
+            return Ok(Described { shape: Some(numbers.shape.clone()), bytes: 4, dense: true });
+        }
         let tensor = self.find(name)?;
         let bytes = tensor.len() / tensor.kind.weights() * tensor.kind.bytes();
         let dense = tensor.kind.packed_scheme().is_none();
@@ -410,6 +480,9 @@ impl TensorSource for Gguf {
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {
+        if let Some(numbers) = self.numbers.get(name) {
+            return Ok(numbers.clone());
+        }
         self.decode(name, self.find(name)?)
     }
 
@@ -427,6 +500,40 @@ impl TensorSource for Gguf {
             _ => self.decode(&name, tensor).map(StoredWeight::Dense),
         }
     }
+}
+
+/// What keys hold of blocks: a number for each, or one for all.
+fn numbers(metadata: &Metadata, architecture: &str, names: Names) -> Result<BTreeMap<String, DenseTensor>> {
+    let mut numbers = BTreeMap::new();
+    for (key, vector) in names.keyed() {
+        let blocks = metadata.usize(&format!("{architecture}.block_count"))?.unwrap_or(0).min(MAX_LAYERS);
+        let values: Vec<f64> = match metadata.get(key) {
+            None => continue,
+            Some(Value::Array(_)) => metadata.floats(key)?.unwrap_or_default().to_vec(),
+            Some(_) => vec![metadata.require(key, metadata.f64(key)?)?; blocks],
+        };
+        if values.len() != blocks {
+            let expected = format!("a number for each of {blocks} blocks");
+            return Err(metadata.error(key, &expected, format!("{} numbers", values.len())));
+        }
+        if let Some(value) = values.iter().find(|value| !(**value as f32).is_finite()) {
+            return Err(metadata.error(key, "numbers of 32 bits", value.to_string()));
+        }
+        let is_scalar = matches!(vector.role, VectorRole::XieluBeta | VectorRole::XieluEps);
+        for (index, value) in values.into_iter().enumerate() {
+            let shape = if is_scalar { Vec::new() } else { vec![1] };
+            let tensor = DenseTensor { shape, values: vec![value as f32] };
+            numbers.insert(names.family.path(index, vector.name), tensor);
+        }
+    }
+    Ok(numbers)
+}
+
+/// For each row its place, given the row of each place.
+fn inverse(order: &[usize]) -> Vec<usize> {
+    let mut places = vec![0; order.len()];
+    order.iter().enumerate().for_each(|(place, &row)| places[row] = place);
+    places
 }
 
 /// A tensor as rows of whole blocks.

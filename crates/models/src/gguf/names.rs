@@ -1,6 +1,8 @@
 //! Tensor names: GGUF's and those of Hugging Face checkpoints, by a family's tables.
 
-use crate::families::{Family, FusedRows, LinearRole, NormKind, Part, Parts};
+use crate::families::{
+    ExpertsPart, Family, FusedRows, LinearRole, NormKind, Part, Parts, VectorPart, VectorRole,
+};
 
 /// The factors by which LLaMA 3 divides its rotary frequencies; not a weight.
 pub(crate) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -12,6 +14,11 @@ pub(crate) struct Names {
     pub family: &'static Family,
     /// Which of its kinds of blocks.
     pub kind: usize,
+}
+
+/// The block that the tensor `name` belongs to.
+pub(super) fn block(name: &str) -> Option<usize> {
+    parts("blk", name).map(|(index, ..)| index as usize)
 }
 
 /// Index of the block, module and `weight` or `bias` of a name that begins with `prefix` and a dot; a tensor that is no
@@ -40,8 +47,8 @@ pub(super) fn kind_of<'a>(family: &Family, tensors: impl Iterator<Item = &'a str
             part => !part.gguf().is_empty() && modules.contains(&part.gguf()),
         })
     };
-    if let Some(kind) = family.gguf.and_then(|gguf| gguf.all_parts) {
-        return kind;
+    if family.gguf.is_some_and(|gguf| gguf.by_block.is_some()) {
+        return 0;
     }
     let kinds: Vec<(usize, &Parts)> = family.blocks.iter().enumerate().collect();
     let most = |best: Option<(usize, usize)>, (kind, parts): &(usize, &Parts)| match best {
@@ -52,8 +59,42 @@ pub(super) fn kind_of<'a>(family: &Family, tensors: impl Iterator<Item = &'a str
 }
 
 impl Names {
-    fn table(self) -> Parts {
-        self.family.blocks[self.kind]
+    /// The parts that a block may have: where keys say which kind each is of, those of all kinds.
+    fn parts(self) -> impl Iterator<Item = &'static Part> {
+        let of_kind = &self.family.blocks[self.kind..=self.kind];
+        let blocks = match self.family.gguf.and_then(|gguf| gguf.by_block) {
+            Some(_) => self.family.blocks,
+            None => of_kind,
+        };
+        blocks.iter().flat_map(|parts| parts.iter())
+    }
+
+    fn experts(self) -> Option<&'static ExpertsPart> {
+        self.parts().find_map(|part| match part {
+            Part::Experts(experts) => Some(experts),
+            _ => None,
+        })
+    }
+
+    /// The part whose tensor has this Hugging Face name.
+    fn part_of(self, name: &str) -> Option<&'static Part> {
+        let (_, module, part) = parts(self.family.names.blocks, name)?;
+        let whole = whole(module, part);
+        self.parts().find(|entry| entry.name() == whole || entry.name() == module)
+    }
+
+    fn role(self, name: &str) -> Option<LinearRole> {
+        match self.part_of(name)? {
+            Part::Linear(linear) => Some(linear.role),
+            _ => None,
+        }
+    }
+
+    fn vector(self, name: &str) -> Option<VectorRole> {
+        match self.part_of(name)? {
+            Part::Vector(vector) => Some(vector.role),
+            _ => None,
+        }
     }
 
     /// Modules outside the blocks: GGUF's name and the path in checkpoints.
@@ -77,7 +118,7 @@ impl Names {
     /// way in. `None` if it stacks none.
     pub(super) fn stacked(self, name: &str, count: usize) -> Option<Vec<Vec<String>>> {
         let (index, module, part) = parts("blk", name)?;
-        let experts = self.table().experts().filter(|_| matches!(part, "weight" | "bias"))?;
+        let experts = self.experts().filter(|_| matches!(part, "weight" | "bias"))?;
         let kinds = match experts.gguf.iter().position(|gguf| *gguf == module) {
             Some(kind) => kind..kind + 1,
             None if module == "ffn_gate_up_exps" => 0..2,
@@ -101,10 +142,10 @@ impl Names {
             let path = |name: &str| family.path(index as usize, name);
             let whole = whole(module, part);
             let is_vector = |entry: &&Part| matches!(entry, Part::Vector(_)) && entry.gguf() == whole;
-            if let Some(vector) = self.table().iter().find(is_vector) {
+            if let Some(vector) = self.parts().find(is_vector) {
                 return Some(path(vector.name()));
             }
-            let entry = self.table().iter().find(|entry| entry.gguf() == module)?;
+            let entry = self.parts().find(|entry| entry.gguf() == module)?;
             let known = match entry {
                 Part::Norm(_) => known(true, part),
                 Part::Linear(linear) => part == "weight" || known(false, part) && !linear.role.stays_dense(),
@@ -125,14 +166,13 @@ impl Names {
     /// GGUF's name of the tensor with this Hugging Face name; all experts have one.
     pub(crate) fn gguf(self, name: &str) -> Option<String> {
         if let Some((index, module, part)) = parts(self.family.names.blocks, name) {
-            let experts = self.table().experts();
+            let experts = self.experts();
             let expert = experts.and_then(|experts| Some(experts.gguf[experts.place(module)?.1]));
             let gguf = match expert {
                 Some(gguf) => format!("{gguf}.{part}"),
                 None => {
                     let whole = whole(module, part);
-                    let entry =
-                        self.table().iter().find(|entry| entry.name() == whole || entry.name() == module)?;
+                    let entry = self.parts().find(|entry| entry.name() == whole || entry.name() == module)?;
                     if entry.name() == whole {
                         entry.gguf().to_owned()
                     } else {
@@ -150,38 +190,72 @@ impl Names {
     /// Whether the tensor with this Hugging Face name is an expert's, which files have in one with those of all.
     pub(crate) fn is_stacked(self, name: &str) -> bool {
         parts(self.family.names.blocks, name).is_some_and(|(_, module, _)| {
-            self.table().experts().is_some_and(|experts| experts.place(module).is_some())
+            self.experts().is_some_and(|experts| experts.place(module).is_some())
         })
     }
 
     /// Whether the tensor with this Hugging Face name is a norm's weight that stands in the file with 1 added.
     pub(crate) fn has_one_added(self, name: &str) -> bool {
         let is_norm = |path: &str| match parts(self.family.names.blocks, name) {
-            Some((_, module, _)) => self.table().norms().any(|norm| norm.name == module),
+            Some(_) => matches!(self.part_of(name), Some(Part::Norm(_))),
             None => path == self.family.names.final_norm,
         };
         let path = name.strip_suffix(".weight");
         self.family.gguf.is_some_and(|gguf| gguf.norms_plus_one) && path.is_some_and(is_norm)
     }
 
+    /// The vectors whose numbers of all blocks stand under a key, which no architecture precedes.
+    pub(super) fn keyed(self) -> impl Iterator<Item = (&'static str, &'static VectorPart)> {
+        self.parts().filter_map(|part| match part {
+            Part::Vector(vector) => Some((vector.role.gguf_key()?, vector)),
+            _ => None,
+        })
+    }
+
+    /// The key that has the numbers of the tensor with this Hugging Face name.
+    pub(crate) fn key_of(self, name: &str) -> Option<&'static str> {
+        self.vector(name)?.gguf_key()
+    }
+
     /// How the rows of the tensor with this Hugging Face name lie in the file, if otherwise than in checkpoints.
     pub(crate) fn order(self, name: &str) -> Option<RowOrder> {
-        let (_, module, _) = parts(self.family.names.blocks, name)?;
         let interleaved = self.family.gguf.is_some_and(|gguf| gguf.interleaved);
-        match self.table().linears().find(|linear| linear.name == module)?.role {
+        let tiles = match self.vector(name) {
+            Some(VectorRole::DeltaConvolution) => Some(Tiles::Mixed),
+            Some(VectorRole::DeltaLogRate | VectorRole::DeltaTimeBias) => Some(Tiles::Heads),
+            _ => None,
+        };
+        if let Some(tiles) = tiles {
+            return Some(RowOrder::Tiled(tiles));
+        }
+        match self.role(name)? {
             LinearRole::Query if interleaved => Some(RowOrder::Interleaved(Heads::Query)),
             LinearRole::Key if interleaved => Some(RowOrder::Interleaved(Heads::Key)),
             LinearRole::QueryKeyValue(FusedRows::Grouped) => Some(RowOrder::Concatenated),
+            LinearRole::DeltaMixed => Some(RowOrder::Tiled(Tiles::Mixed)),
+            LinearRole::DeltaGate => Some(RowOrder::Tiled(Tiles::Values)),
+            LinearRole::DeltaStrength | LinearRole::DeltaDecay => Some(RowOrder::Tiled(Tiles::Heads)),
             _ => None,
         }
     }
 
-    /// Whether the tensor with this Hugging Face name, one row, has one dimension in the file.
-    pub(crate) fn is_flat(self, name: &str) -> bool {
-        parts(self.family.names.blocks, name).is_some_and(|(_, module, part)| {
-            let linear = self.table().linears().find(|linear| linear.name == module);
-            part == "weight" && linear.is_some_and(|linear| linear.role == LinearRole::SharedExpertGate)
-        })
+    /// How the columns do.
+    pub(crate) fn column_order(self, name: &str) -> Option<Tiles> {
+        (self.role(name)? == LinearRole::DeltaOutput).then_some(Tiles::Values)
+    }
+
+    /// The dimension of size one that the tensor with this Hugging Face name lacks in the file.
+    pub(crate) fn flat_axis(self, name: &str) -> Option<usize> {
+        match (self.role(name), self.vector(name)) {
+            (Some(LinearRole::SharedExpertGate), _) if name.ends_with(".weight") => Some(0),
+            (_, Some(VectorRole::DeltaConvolution)) => Some(1),
+            _ => None,
+        }
+    }
+
+    /// Whether the file has, for each number of the tensor with this Hugging Face name, less its exponential.
+    pub(crate) fn is_less_exponential(self, name: &str) -> bool {
+        self.vector(name) == Some(VectorRole::DeltaLogRate)
     }
 }
 
@@ -192,6 +266,19 @@ pub(crate) enum RowOrder {
     Interleaved(Heads),
     /// Queries, keys and values follow each other, which stand group by group in checkpoints.
     Concatenated,
+    /// Value heads of delta nets follow each other in another order.
+    Tiled(Tiles),
+}
+
+/// What has value heads of delta nets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Tiles {
+    /// Queries, keys and values, of which the values.
+    Mixed,
+    /// The channels of values.
+    Values,
+    /// One number a head.
+    Heads,
 }
 
 /// Whose heads the rows of a tensor belong to.

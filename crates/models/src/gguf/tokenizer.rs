@@ -6,22 +6,20 @@
 use std::collections::HashMap;
 
 use tokenizers::{
-    AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior, Tokenizer,
+    AddedToken, DecoderWrapper, NormalizerWrapper, Tokenizer,
     decoders::{
         byte_fallback::ByteFallback, fuse::Fuse, sequence::Sequence as DecoderSequence, strip::Strip,
     },
     models::bpe::{BPE, BpeBuilder, Merges, Vocab},
     normalizers::{Prepend, Replace, Sequence as NormalizerSequence, unicode::NFC},
-    pre_tokenizers::{
-        byte_level::ByteLevel,
-        digits::Digits,
-        sequence::Sequence as PreTokenizerSequence,
-        split::{Split, SplitPattern},
-    },
+    pre_tokenizers::byte_level::ByteLevel,
     processors::template::{SpecialToken, TemplateProcessing},
 };
 
-use super::value::Metadata;
+use super::{
+    value::Metadata,
+    words::{WORDS, Words},
+};
 use crate::{Error, Result, config::SpecialTokens};
 
 const MODEL: &str = "tokenizer.ggml.model";
@@ -45,47 +43,6 @@ pub(crate) mod kind {
     pub(crate) const USER_DEFINED: i64 = 4;
     pub(crate) const UNUSED: i64 = 5;
     pub(crate) const BYTE: i64 = 6;
-}
-
-/// Words of LLaMA 3: contractions, letters with one leading sign, up to three digits, signs, line ends, spaces.
-pub(crate) const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// Words of Qwen 2: as LLaMA 3's, but each digit alone.
-pub(crate) const QWEN2_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-
-/// How text becomes words before BPE.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Words {
-    Gpt2,
-    Smollm,
-    Llama3,
-    Qwen2,
-}
-
-impl Words {
-    fn parse(name: &str) -> Option<Self> {
-        match name {
-            "gpt-2" | "default" => Some(Self::Gpt2),
-            "smollm" => Some(Self::Smollm),
-            "llama-bpe" | "llama3" | "llama-v3" => Some(Self::Llama3),
-            "qwen2" => Some(Self::Qwen2),
-            _ => None,
-        }
-    }
-
-    fn pre_tokenizer(self) -> Result<PreTokenizerWrapper> {
-        let bytes = |split: bool| ByteLevel::new(false, true, split).into();
-        let words = |pattern: &str| {
-            let pattern = SplitPattern::Regex(pattern.into());
-            Split::new(pattern, SplitDelimiterBehavior::Isolated, false).map_err(error)
-        };
-        let parts = match self {
-            Self::Gpt2 => vec![bytes(true)],
-            Self::Smollm => vec![Digits::new(true).into(), bytes(true)],
-            Self::Llama3 => vec![words(LLAMA3_WORDS)?.into(), bytes(false)],
-            Self::Qwen2 => vec![words(QWEN2_WORDS)?.into(), bytes(false)],
-        };
-        Ok(PreTokenizerSequence::new(parts).into())
-    }
 }
 
 fn error(error: impl std::fmt::Display) -> Error {
@@ -232,18 +189,17 @@ impl Vocabulary {
 /// BPE over bytes; also says whether a begin-of-sequence token is customary.
 fn byte_level(metadata: &Metadata, vocabulary: &Vocabulary) -> Result<(Tokenizer, bool)> {
     let name = metadata.str(PRE)?.unwrap_or("default");
-    let words = Words::parse(name)
-        .ok_or_else(|| metadata.unsupported_value(PRE, "gpt-2, default, smollm, llama-bpe, qwen2"))?;
+    let names = || WORDS.iter().flat_map(|words| words.names).copied().collect::<Vec<_>>().join(", ");
+    let words = Words::named(name).ok_or_else(|| metadata.unsupported_value(PRE, &names()))?;
     let merges = merges(metadata, vocabulary)?;
-    let llama3 = words == Words::Llama3;
-    let model = build_model(BPE::builder().vocab_and_merges(vocabulary.map(), merges).ignore_merges(llama3))?;
-    let mut tokenizer = Tokenizer::new(model);
-    if words == Words::Qwen2 {
+    let builder = BPE::builder().vocab_and_merges(vocabulary.map(), merges);
+    let mut tokenizer = Tokenizer::new(build_model(builder.ignore_merges(words.ignores_merges))?);
+    if words.composes {
         tokenizer.with_normalizer(Some(NFC)).map_err(error)?;
     }
-    tokenizer.with_pre_tokenizer(Some(words.pre_tokenizer()?));
+    tokenizer.with_pre_tokenizer(Some(words.pre_tokenizer().map_err(error)?));
     tokenizer.with_decoder(Some(ByteLevel::default()));
-    Ok((tokenizer, llama3))
+    Ok((tokenizer, words.begins))
 }
 
 fn build_model(builder: BpeBuilder) -> Result<BPE> {

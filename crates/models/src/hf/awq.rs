@@ -105,6 +105,15 @@ pub(super) fn weight(tensors: &SafetensorsSet, module: &str, config: &AwqConfig)
     Ok(packed)
 }
 
+/// Words of eight codes each, which [`unpack`] reads.
+pub(crate) fn pack(codes: &[u8]) -> Vec<u32> {
+    let word = |codes: &[u8; LANES]| {
+        let nibbles = ORDER.into_iter().enumerate();
+        nibbles.map(|(nibble, output)| u32::from(codes[output]) << (BITS * nibble as u32)).sum()
+    };
+    codes.as_chunks::<LANES>().0.iter().map(word).collect()
+}
+
 /// The codes of words that hold eight outputs each, outputs in their own order.
 fn unpack(words: &[u32]) -> Vec<u8> {
     let mut codes = vec![0; words.len() * LANES];

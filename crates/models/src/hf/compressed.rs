@@ -2,7 +2,8 @@
 //!
 //! A linear `P` is `P.weight_packed` (codes of one output in one bit stream, low bits first, so many words an output as its
 //! inputs need), `P.weight_scale` `[out, groups]` (or one of an output, or one in all), `P.weight_shape`, and for
-//! asymmetric grids `P.weight_zero_point`, packed along the outputs. Codes and zero points are stored plus `2^(bits - 1)`.
+//! asymmetric grids `P.weight_zero_point`, packed along the outputs, and where groups follow activations `P.weight_g_idx`, the
+//! group of each input. Codes and zero points are stored plus `2^(bits - 1)`.
 //! Source: compressed-tensors' layout.
 
 use kiln_quant_core::{
@@ -13,7 +14,7 @@ use kiln_quant_core::{
 use super::{
     Quantization,
     fp8::Fp8Config,
-    gptq::{matrix, read_words},
+    gptq::{Grouping, matrix, read_words, sorted_codes},
     json::Fields,
     shards::SafetensorsSet,
 };
@@ -105,9 +106,6 @@ pub(super) fn weight(
     let name = |part: &str| format!("{module}{part}");
     let (codes_name, scales_name, zeros_name) = (name(CODES), name(COMPANIONS[0]), name(COMPANIONS[2]));
     let [d_output, words] = matrix(tensors, &codes_name)?;
-    if tensors.contains(&name(COMPANIONS[3])) {
-        return Err(tensors.wrong(&name(COMPANIONS[3]), "groups in the inputs' order", "act-order"));
-    }
     let shape = shape(tensors, &name(COMPANIONS[1]))?;
     let d_input = shape[1];
     let fits =
@@ -148,11 +146,29 @@ pub(super) fn weight(
     };
     let mut codes = transposed(&read_words(tensors, &codes_name)?, d_output, words);
     codes.resize(code_rows(d_input, bits) * d_output, 0);
+    let mut inputs = (groups > 1).then_some(d_input / groups);
+    let (mut scales, mut offsets, mut input_order) = (scales, offsets, None);
+    let index_name = name(COMPANIONS[3]);
+    if tensors.contains(&index_name) {
+        let index = read_words(tensors, &index_name)?;
+        if index.len() != d_input || index.iter().any(|group| *group as usize >= groups) {
+            let expected = format!("for each of {d_input} inputs a group of {groups}");
+            return Err(tensors.wrong(&index_name, expected, "others"));
+        }
+        let grouping = Grouping::new(&index, groups);
+        let of_blocks = |values: &[f32]| -> Vec<f32> {
+            let rows = grouping.block_groups.iter();
+            rows.flat_map(|group| &values[group * d_output..][..d_output]).copied().collect()
+        };
+        (scales, offsets) = (of_blocks(&scales), offsets.as_deref().map(of_blocks));
+        codes = sorted_codes(&codes, [d_input, d_output], bits, grouping.input_order.as_deref());
+        (inputs, input_order) = (grouping.block_inputs, grouping.input_order);
+    }
     let grid = if offsets.is_some() { Grid::Integer } else { Grid::Symmetric };
     let packed = PackedWeight {
         scheme: QuantScheme {
             value: Value::Affine { bits, grid },
-            block: Block { outputs: 1, inputs: (groups > 1).then_some(d_input / groups) },
+            block: Block { outputs: 1, inputs },
             scales: scale_type,
         },
         d_input,
@@ -160,7 +176,7 @@ pub(super) fn weight(
         codes,
         scales: Scales::Plain(scales),
         offsets,
-        input_order: None,
+        input_order,
     };
     packed.validate(module)?;
     Ok(packed)

@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path};
 use serde_json::{Map, Value};
 
 use super::{
-    Quantization, awq, bnb, compressed, fp8, gptq,
+    Quantization, awq, bnb, compressed, fp8, gptq, hqq,
     json::{Fields, MAX_CONFIG_BYTES, read_object},
     mlx, packed, wrapper,
 };
@@ -186,6 +186,8 @@ pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) ->
     let keys = class.keys;
     let first = |keys: &[&'static str]| keys.first().copied();
     let [heads, key_value_heads, channels] = [keys.heads, keys.key_value_heads, keys.channels].map(first);
+    let has_experts = config.experts.is_some();
+    let of_experts = class.expert_widths().map(|key| (has_experts && !key.is_empty()).then_some(key));
     let mut shapes: Vec<_> = (0..layers).map(|index| config.layer(index)).collect();
     let mut head_dims: Vec<_> = (0..layers).map(|index| config.head_dim_of(index)).collect();
     let mut seen = BTreeSet::new();
@@ -211,11 +213,13 @@ pub(crate) fn set_layer_shapes(fields: &Fields<'_>, config: &mut ModelConfig) ->
             num_attention_heads,
             num_key_value_heads: width(key_value_heads, MAX_HEADS, as_many)?,
             intermediate_size: width(channels, MAX_WIDTH, global.intermediate_size)?,
+            expert_width: width(of_experts[0], MAX_WIDTH, global.expert_width)?,
+            shared_expert_width: width(of_experts[1], MAX_WIDTH, global.shared_expert_width)?,
         };
         let of_heads = class.head_dims.then_some("head_dim");
         *head_dim = width(of_heads, MAX_WIDTH, *head_dim)?;
-        let known = [heads, key_value_heads, channels, of_heads].into_iter().flatten().collect::<Vec<_>>();
-        refuse_unknown(&block, &known.join(", "))?;
+        let known = [heads, key_value_heads, channels, of_heads].into_iter().chain(of_experts).flatten();
+        refuse_unknown(&block, &known.collect::<Vec<_>>().join(", "))?;
         if !shape.num_attention_heads.is_multiple_of(shape.num_key_value_heads) {
             let expected = format!("a divisor of num_attention_heads, {}", shape.num_attention_heads);
             return Err(block.wrong("num_key_value_heads", &expected));
@@ -299,7 +303,7 @@ fn token_ids(fields: &Fields<'_>, key: &str) -> Result<Vec<u32>> {
 
 /// `quantization_config`, or else the file `quantize_config.json` of older GPTQ folders.
 fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
-    const SUPPORTED: &str = "bitsandbytes, gptq, awq, fp8, compressed-tensors, mxfp4, kiln";
+    const SUPPORTED: &str = "bitsandbytes, gptq, awq, hqq, fp8, compressed-tensors, mxfp4, kiln";
     if let Some(inner) = fields.object("quantization")? {
         // A copy, for other tools.
         fields.know(&["quantization_config"]);
@@ -324,6 +328,10 @@ fn quantization(fields: &Fields<'_>, folder: &Path) -> Result<Quantization> {
         Some("bitsandbytes") => bnb::config(&inner)?,
         Some("gptq") => Quantization::Gptq(gptq::config(&inner)?),
         Some("awq") => Quantization::Awq(awq::config(&inner)?),
+        Some("hqq") => {
+            hqq::config(&inner);
+            Quantization::Hqq
+        }
         Some("fp8") => Quantization::Fp8(fp8::config(&inner)?),
         Some("compressed-tensors") => compressed::config(&inner)?,
         Some("kiln") => packed::config(&inner)?,

@@ -2,13 +2,16 @@
 
 use std::{collections::BTreeMap, ops::Range};
 
-use kiln_quant_core::{Codebook, safetensors_file::Dtype};
+use kiln_quant_core::{
+    Block, Codebook, PackedWeight, QuantScheme, ScaleType, Scales, Value, packing::CodePacker,
+    safetensors_file::Dtype,
+};
 
 use super::shards::SafetensorsSet;
 use crate::{
     Result,
     config::ModelConfig,
-    families::{ExpertsPart, StackedExperts},
+    families::{Channels, ExpertsPart, StackedExperts},
     source::{DenseTensor, transposed},
 };
 
@@ -37,14 +40,14 @@ pub(super) struct Slice {
 /// The slices of all stacked experts that `tensors` hold, by the names of the tensors of single experts.
 pub(super) fn slices(tensors: &SafetensorsSet, model: &ModelConfig) -> Result<BTreeMap<String, Slice>> {
     let mut slices = BTreeMap::new();
-    let Some(experts) = &model.experts else { return Ok(slices) };
     for index in 0..model.num_hidden_layers {
         let Some(part) = model.parts(index).experts() else { continue };
         let usual = [format!("{}.gate_up_proj", part.name), format!("{}.down_proj", part.name)];
         let own = part.stacked.map(|stacked| stacked.tensors.map(str::to_owned));
         let interleaved = part.stacked.is_some_and(|stacked| stacked.interleaved);
-        let inner = [2 * experts.width, model.hidden_size];
-        let outer = [model.hidden_size, experts.width];
+        let width = model.width(Channels::Expert, index);
+        let inner = [2 * width, model.hidden_size];
+        let outer = [model.hidden_size, width];
         // As transformers has them in memory, whatever the family's own files are.
         let usual = (own.as_ref() != Some(&usual)).then_some((usual, false));
         for (names, transposed) in own.map(|names| (names, interleaved)).into_iter().chain(usual) {
@@ -86,7 +89,7 @@ impl Stack<'_> {
     ) -> Result<()> {
         let count = self.model.experts.map_or(0, |experts| experts.count);
         let blocks = format!("{name}{MXFP4_BLOCKS}");
-        let mxfp4 = tensors.contains(&blocks);
+        let mxfp4 = shape.len() == 2 && tensors.contains(&blocks);
         if !mxfp4 && !tensors.contains(name) {
             return Ok(());
         }
@@ -96,6 +99,10 @@ impl Stack<'_> {
         expected.extend(shape);
         if transposed {
             expected[1..].reverse();
+        }
+        if mxfp4 && !shape[1].is_multiple_of(MXFP4_BLOCK) {
+            let expected = format!("rows of a multiple of {MXFP4_BLOCK}");
+            return Err(tensors.wrong(&blocks, expected, shape[1].to_string()));
         }
         if mxfp4 {
             let scales = [&expected[..2], &[shape[1] / MXFP4_BLOCK]].concat();
@@ -142,13 +149,15 @@ impl Slice {
         }
     }
 
-    /// The expert's tensor; only its part of the file is read.
+    /// Bytes of it in MXFP4; none if it is dense.
+    pub(super) fn packed_bytes(&self) -> Option<u64> {
+        let block = MXFP4_BLOCK / 2 + 1;
+        self.mxfp4.then(|| (self.rows * self.shape[1] / MXFP4_BLOCK * block) as u64)
+    }
+
+    /// The expert's dense tensor; only its part of the file is read.
     pub(super) fn read(&self, tensors: &SafetensorsSet) -> Result<DenseTensor> {
-        let mut values = if self.mxfp4 {
-            self.read_mxfp4(tensors)?
-        } else {
-            tensors.read_f32_part(&self.tensor, self.expert)?.values
-        };
+        let mut values = tensors.read_f32_part(&self.tensor, self.expert)?.values;
         if self.transposed {
             values = transposed(&values, self.shape[1], self.shape[0]);
         }
@@ -159,7 +168,48 @@ impl Slice {
         Ok(DenseTensor { shape, values })
     }
 
-    fn read_mxfp4(&self, tensors: &SafetensorsSet) -> Result<Vec<f32>> {
+    /// The expert's linear, code by code, where it is stored in MXFP4.
+    pub(super) fn packed(&self, tensors: &SafetensorsSet) -> Result<Option<PackedWeight>> {
+        if !self.mxfp4 {
+            return Ok(None);
+        }
+        let [blocks, scales] = self.mxfp4(tensors)?;
+        let (d_input, d_output) = (self.shape[1], self.rows);
+        let groups = d_input / MXFP4_BLOCK;
+        let mut packer = CodePacker::new(d_input, d_output, 4);
+        let mut of_blocks = vec![0.0; groups * d_output];
+        let mut codes = Vec::with_capacity(d_input);
+        for output in 0..d_output {
+            let row = self.first + output * self.step;
+            codes.clear();
+            codes.extend(
+                blocks[row * d_input / 2..][..d_input / 2].iter().flat_map(|byte| [byte & 15, byte >> 4]),
+            );
+            packer.set_column(output, &codes);
+            for (group, scale) in scales[row * groups..][..groups].iter().enumerate() {
+                of_blocks[group * d_output + output] = power_of_two(*scale);
+            }
+        }
+        tensors.check_finite(&format!("{}{MXFP4_SCALES}", self.tensor), &of_blocks)?;
+        let weight = PackedWeight {
+            scheme: QuantScheme {
+                value: Value::Codebook(Codebook::Mxfp4),
+                block: Block::group(MXFP4_BLOCK),
+                scales: ScaleType::Bf16,
+            },
+            d_input,
+            d_output,
+            codes: packer.into_words(),
+            scales: Scales::Plain(of_blocks),
+            offsets: None,
+            input_order: None,
+        };
+        weight.validate(&self.tensor)?;
+        Ok(Some(weight))
+    }
+
+    /// Codes and scales of all that is stacked for the expert.
+    fn mxfp4(&self, tensors: &SafetensorsSet) -> Result<[Vec<u8>; 2]> {
         let [blocks, scales] = [MXFP4_BLOCKS, MXFP4_SCALES].map(|ending| {
             let name = format!("{}{ending}", self.tensor);
             let raw = tensors.read_part(&name, self.expert)?;
@@ -168,13 +218,14 @@ impl Slice {
                 other => Err(tensors.wrong(&name, "type U8", other.to_string())),
             }
         });
-        let (blocks, scales) = (blocks?, scales?);
-        let value = |code: u8, scale: f32| Codebook::Mxfp4.levels()[usize::from(code)] * scale;
-        let both = blocks.chunks_exact(MXFP4_BLOCK / 2).zip(scales);
-        let values = both.flat_map(|(codes, scale)| {
-            let scale = (f32::from(scale) - 127.0).exp2();
-            codes.iter().flat_map(move |byte| [value(byte & 15, scale), value(byte >> 4, scale)])
-        });
-        Ok(values.collect())
+        Ok([blocks?, scales?])
+    }
+}
+
+/// An 8-bit exponent; the last one stands for no number.
+fn power_of_two(exponent: u8) -> f32 {
+    match exponent {
+        u8::MAX => f32::NAN,
+        exponent => (f32::from(exponent) - 127.0).exp2(),
     }
 }

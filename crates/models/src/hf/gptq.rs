@@ -329,36 +329,46 @@ impl Layout {
         if order.is_none() && whole {
             return words;
         }
-        let mut packer = CodePacker::new(self.d_input, self.d_output, self.bits);
-        let (mut column, mut sorted) = (vec![0; self.d_input], vec![0; self.d_input]);
-        for output in 0..self.d_output {
-            unpack_column(&words, self.d_output, self.bits, output, &mut column);
-            match order {
-                None => sorted.copy_from_slice(&column),
-                Some(order) => {
-                    sorted.iter_mut().zip(order).for_each(|(code, &input)| *code = column[input as usize]);
-                }
-            }
-            packer.set_column(output, &sorted);
-        }
-        packer.into_words()
+        sorted_codes(&words, [self.d_input, self.d_output], self.bits, order)
     }
+}
+
+/// Codes with their inputs in another order, packed again.
+pub(super) fn sorted_codes(
+    words: &[u32],
+    [d_input, d_output]: [usize; 2],
+    bits: u32,
+    order: Option<&[u32]>,
+) -> Vec<u32> {
+    let mut packer = CodePacker::new(d_input, d_output, bits);
+    let (mut column, mut sorted) = (vec![0; d_input], vec![0; d_input]);
+    for output in 0..d_output {
+        unpack_column(words, d_output, bits, output, &mut column);
+        match order {
+            None => sorted.copy_from_slice(&column),
+            Some(order) => {
+                sorted.iter_mut().zip(order).for_each(|(code, &input)| *code = column[input as usize]);
+            }
+        }
+        packer.set_column(output, &sorted);
+    }
+    packer.into_words()
 }
 
 /// How inputs are cut into blocks.
 #[derive(Debug, PartialEq)]
-struct Grouping {
+pub(super) struct Grouping {
     /// Inputs of a block; `None` is the whole column.
-    block_inputs: Option<usize>,
+    pub block_inputs: Option<usize>,
     /// The group of each block.
-    block_groups: Vec<usize>,
+    pub block_groups: Vec<usize>,
     /// The inputs sorted by group, unless they are already.
-    input_order: Option<Vec<u32>>,
+    pub input_order: Option<Vec<u32>>,
 }
 
 impl Grouping {
     /// From the group of each input; every one is below `groups`.
-    fn new(index: &[u32], groups: usize) -> Self {
+    pub(crate) fn new(index: &[u32], groups: usize) -> Self {
         let mut order: Vec<u32> = (0..index.len() as u32).collect();
         order.sort_by_key(|&input| index[input as usize]);
         let mut counts = vec![0usize; groups];

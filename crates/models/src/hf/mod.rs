@@ -23,6 +23,7 @@ pub(crate) mod config;
 mod experts;
 mod fp8;
 mod gptq;
+mod hqq;
 mod json;
 mod mlx;
 mod packed;
@@ -41,12 +42,13 @@ pub use self::{
     mlx::{MlxConfig, MlxLayout},
     packed::PackedFolder,
 };
-use self::{config::FolderConfig, shards::SafetensorsSet};
 pub(crate) use self::{
+    awq::pack as pack_awq,
     config::parse as parse_config,
     json::Fields,
     packed::{FINGERPRINT, PACKED_WEIGHTS},
 };
+use self::{config::FolderConfig, shards::SafetensorsSet};
 
 /// How the linears of a folder are stored, as its configuration says; single modules may be dense all the same.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -71,6 +73,8 @@ pub enum Quantization {
     Gptq(GptqConfig),
     /// AWQ.
     Awq(AwqConfig),
+    /// HQQ; what a linear is like its tensors say.
+    Hqq,
     /// MLX, affine.
     Mlx(MlxConfig),
     /// Kiln's own: see [`PackedFolder`].
@@ -87,6 +91,7 @@ enum Stored {
     Fp8,
     Gptq,
     Awq,
+    Hqq,
     Mlx,
     /// In a tensor of all experts.
     Sliced,
@@ -206,7 +211,11 @@ impl HfFolder {
 
     fn packed(&self, name: &str, stored: Stored) -> Result<Option<PackedWeight>> {
         match (stored, &self.config.quantization) {
-            (Stored::Dense | Stored::Sliced | Stored::Fp8, _) => Ok(None),
+            (Stored::Sliced, _) => match self.slices.get(name) {
+                Some(slice) => slice.packed(&self.tensors),
+                None => Ok(None),
+            },
+            (Stored::Dense | Stored::Fp8 | Stored::Hqq, _) => Ok(None),
             (Stored::BitsAndBytesInt8, _) => bnb::int8_weight(&self.tensors, module_of(name)).map(Some),
             (Stored::CompressedTensors, Quantization::CompressedTensors(config)) => {
                 compressed::weight(&self.tensors, module_of(name), config).map(Some)
@@ -221,6 +230,18 @@ impl HfFolder {
                 mlx::weight(&self.tensors, module_of(name), config).map(Some)
             }
             _ => bnb::weight(&self.tensors, name).map(Some),
+        }
+    }
+
+    fn read(&self, name: &str) -> Result<StoredWeight> {
+        let stored = self.stored(name)?;
+        if stored == Stored::Hqq {
+            // Its tensors say whether it stays packed.
+            return hqq::weight(&self.tensors, module_of(name));
+        }
+        match self.packed(name, stored)? {
+            Some(packed) => Ok(StoredWeight::Packed(packed)),
+            None => self.read_dense(name).map(StoredWeight::Dense),
         }
     }
 
@@ -261,7 +282,10 @@ impl TensorSource for HfFolder {
                 Ok(Described { shape: Some(shape), bytes: self.tensors.bytes(name)?, dense: true })
             }
             // A part of a tensor, which is read alone.
-            Stored::Sliced => Ok(Described { shape: None, bytes: 0, dense: true }),
+            Stored::Sliced => {
+                let packed = self.slices.get(name).and_then(experts::Slice::packed_bytes);
+                Ok(Described { shape: None, bytes: packed.unwrap_or(0), dense: packed.is_none() })
+            }
             _ => {
                 let bytes = self.tensors.bytes_of_all(&format!("{}.", module_of(name)))?;
                 Ok(Described { shape: None, bytes, dense: false })
@@ -270,20 +294,16 @@ impl TensorSource for HfFolder {
     }
 
     fn dense(&self, name: &str) -> Result<DenseTensor> {
-        match self.packed(name, self.stored(name)?)? {
-            Some(packed) => {
+        match self.read(name)? {
+            StoredWeight::Packed(packed) => {
                 Ok(DenseTensor { shape: vec![packed.d_output, packed.d_input], values: packed.dequantize() })
             }
-            None => self.read_dense(name),
+            StoredWeight::Dense(dense) => Ok(dense),
         }
     }
 
     fn weight(&self, module: &str) -> Result<StoredWeight> {
-        let name = format!("{module}.weight");
-        match self.packed(&name, self.stored(&name)?)? {
-            Some(packed) => Ok(StoredWeight::Packed(packed)),
-            None => self.read_dense(&name).map(StoredWeight::Dense),
-        }
+        self.read(&format!("{module}.weight"))
     }
 }
 
@@ -374,6 +394,11 @@ fn public_names(tensors: &SafetensorsSet, quantization: &Quantization) -> Result
                             weight(module),
                             Stored::CompressedTensors,
                         );
+                    }
+                }
+                Quantization::Hqq => {
+                    if let Some(module) = module(hqq::CODES) {
+                        gather(name, module, &hqq::COMPANIONS, weight(module), Stored::Hqq);
                     }
                 }
                 Quantization::BitsAndBytesInt8 => {

@@ -7,7 +7,7 @@ use kiln_testkit::testdata;
 use super::*;
 use crate::{
     export::describe_tokenizer,
-    gguf::{Metadata, test_writer::Writer},
+    gguf::{Array, Metadata, Value as Key, WORDS, Words, build_tokenizer, test_writer::Writer},
 };
 
 const TESTDATA: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata");
@@ -111,6 +111,67 @@ fn gguf_tokenizers_give_the_ids_of_the_original_libraries() {
     }
 }
 
+/// Every way of splitting words, by llama.cpp's ids of the embedded model's vocabulary; and its keys are written again.
+#[test]
+fn words_are_split_as_llama_cpp_splits_them() {
+    let (fixture, json) = (fixture("tokenizer/words.json"), fixture("models/tiny-llama/tokenizer.json"));
+    let vocabulary = json["model"]["vocab"].as_object().unwrap();
+    let mut tokens = vec![String::new(); vocabulary.len()];
+    for (token, id) in vocabulary {
+        tokens[id.as_u64().unwrap() as usize] = token.clone();
+    }
+    let merges = json["model"]["merges"].as_array().unwrap().iter().map(|merge| match merge.as_array() {
+        Some(pair) => format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()),
+        None => merge.as_str().unwrap().to_owned(),
+    });
+    let merges: Vec<String> = merges.collect();
+    let names = fixture["ids"].as_object().unwrap();
+    let ways = WORDS.iter().filter(|way| way.names.iter().any(|name| names.contains_key(*name)));
+    assert_eq!(ways.count(), WORDS.len());
+    for (name, ids) in names {
+        let metadata = |name: &str| {
+            let mut metadata = Metadata::new("words".as_ref());
+            let list = |texts: &[String]| Key::Array(Array::String(texts.to_vec()));
+            for (key, value) in [
+                ("model", Key::String("gpt2".into())),
+                ("pre", Key::String(name.into())),
+                ("tokens", list(&tokens)),
+                ("merges", list(&merges)),
+                ("add_bos_token", Key::Bool(false)),
+            ] {
+                metadata.insert(format!("tokenizer.ggml.{key}"), value);
+            }
+            metadata
+        };
+        let tokenizer = |name: &str| {
+            let inner = build_tokenizer(&metadata(name)).unwrap();
+            Tokenizer { inner, special: SpecialTokens::default(), chat_template: None }
+        };
+        let found = tokenizer(name);
+        let composes = Words::named(name).unwrap().composes;
+        for (text, ids) in fixture["texts"].as_array().unwrap().iter().zip(ids.as_array().unwrap()) {
+            let (text, ids) =
+                (text.as_str().unwrap(), serde_json::from_value::<Vec<u32>>(ids.clone()).unwrap());
+            // llama.cpp doesn't compose where these models' own tokenizers do.
+            if !(composes && text.contains('\u{301}')) {
+                assert_eq!(found.encode(text, false).unwrap(), ids, "{name}: {text:?}");
+            }
+        }
+        let keys = describe_tokenizer(&found, found.special(), tokens.len(), &mut Vec::new()).unwrap();
+        let (_, written) = keys.iter().find(|(key, _)| key == "tokenizer.ggml.pre").unwrap();
+        let Key::String(written) = written else { panic!("{written:?}") };
+        let (again, way) = (tokenizer(written), Words::named(written).unwrap());
+        assert_eq!(way.steps, Words::named(name).unwrap().steps);
+        for text in fixture["texts"].as_array().unwrap().iter().map(|text| text.as_str().unwrap()) {
+            assert_eq!(
+                again.encode(text, false).unwrap(),
+                found.encode(text, false).unwrap(),
+                "{name}: {text:?}"
+            );
+        }
+    }
+}
+
 /// GGUF to folder to GGUF's keys again, with three rows of the embedding that have no token.
 #[test]
 fn tokenizers_survive_folders_and_gguf_keys() {
@@ -133,7 +194,7 @@ fn tokenizers_survive_folders_and_gguf_keys() {
             (strings.len(), strings[rows - 1].as_str()),
             (rows, format!("[PAD{}]", rows - 1).as_str())
         );
-        let inner = crate::gguf::build_tokenizer(&metadata).unwrap();
+        let inner = build_tokenizer(&metadata).unwrap();
         let rebuilt = Tokenizer { inner, special: tokenizer.special.clone(), chat_template: None };
         check_cases(&rebuilt, &expected["cases"]);
         for text in ["the whale", ""] {
@@ -209,7 +270,7 @@ fn gguf_tokenizers_that_do_not_fit_are_errors() {
     for (writer, part) in [
         (base("bert", &["a"]), "\"bert\""),
         (base("gpt2", &["a"]), merges),
-        (gpt2().str("tokenizer.ggml.pre", "tekken"), "tekken"),
+        (gpt2().str("tokenizer.ggml.pre", "kimi-k2"), "kimi-k2"),
         (base("gpt2", &["a", "a"]), "twice"),
         (base("gpt2", &["a", "b"]).strings(merges, &strings(&["a b"])), "a b"),
         (base("gpt2", &["a", "b"]).strings(merges, &strings(&["ab"])), "space between"),

@@ -15,20 +15,21 @@ use crate::{
     apply::{CutOptions, add_biases},
     criterion::{Criterion, InputStatistics},
     importance::{MatrixScores, Scored, Statistics, gradient_scores, statistics, weight_scores},
-    kept::Kept,
+    kept::{Kept, KeptLayer},
     selection::{
         GlobalRanking, HeadRounding, LayerRange, LayerScores, Scope, UnitScores, lowest, removed_heads,
         removed_mlp_channels, without,
     },
-    structure::Structure,
+    structure::{Coupling, Group, Layer, Structure, Units},
 };
 
-/// Prunes attention heads and MLP channels block by block.
+/// Prunes attention heads and MLP channels block by block; of a mixture the channels of its experts, of each its own but of all
+/// equally many. Blocks without attention lose no heads.
 ///
 /// | option | default | meaning |
 /// | --- | --- | --- |
 /// | `criterion` | | what is measured |
-/// | `ratio` | | share of heads and channels to remove, 0..1; a plan over `model.layers.3.self_attn` and `model.layers.3.mlp` |
+/// | `ratio` | | share of each group's heads or channels to remove, 0..1; a plan over [`Group::path`](crate::Group), such as `model.layers.3.self_attn`, `model.layers.3.mlp` and `model.layers.3.mlp.experts` |
 /// | `aggregation` | sum; mean for L1 and L2 | how the matrices of a group add up |
 /// | `gqa_fold` | grouped | where query heads' scores go |
 /// | `scope` | local | within each group or in the whole model |
@@ -135,24 +136,14 @@ impl BlockPruning {
         model.check_one_device("pruning")?;
         self.check(calibration)?;
         let initial = Structure::of(model.config());
-        if let Some(layer) = initial.layers.iter().find(|layer| layer.has_experts) {
-            return Err(Error::mismatch(&layer.mlp, "an MLP without experts", "experts"));
-        }
-        initial.check_goes()?;
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
         let mut run = Run::start(model, &initial, calibration);
         for step in 1..=self.steps {
             let share = step as f64 / self.steps as f64;
             let structure = Structure::of(run.model.config());
-            let (removed, statistics) =
+            let (kept, statistics) =
                 self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
-            let mut kept = Kept::everything(&structure);
-            for (layer, [heads, channels]) in range.iter().zip(&removed) {
-                let shape = structure.layers[*layer].shape;
-                kept.layers[*layer].heads = without(shape.num_key_value_heads, heads);
-                kept.layers[*layer].channels = without(shape.intermediate_size, channels);
-            }
             let biases = match self.bias_compensation {
                 true => compensation(&run.model, &structure, &kept, &statistics)?,
                 false => BTreeMap::new(),
@@ -209,42 +200,41 @@ impl BlockPruning {
         Ok(blocks)
     }
 
-    /// Fails before anything is computed if a ratio removes a whole group.
+    /// Fails before anything is computed if a ratio removes a whole group, or something of one that must stay.
     fn check_ratios(&self, structure: &Structure, blocks: &[usize]) -> Result<()> {
+        // A global ranking leaves something of each group; only a ratio of 1 asks it for everything.
+        let local = self.scope == Scope::Local;
         for &layer in blocks {
-            let groups = &structure.layers[layer];
-            let [heads, channels] = self.targets(structure, layer, 1.0);
-            let (head_count, channel_count) =
-                (groups.shape.num_key_value_heads, groups.shape.intermediate_size);
-            let all = |path: &str, count: usize, units: &str| {
-                let (group, units) = (path.to_string(), units.to_string());
-                Err(Error::RemovesAll { group, ratio: *self.ratio.get(path), count, units })
-            };
-            // A global ranking leaves something of each group; only a ratio of 1 asks it for everything.
-            let local = self.scope == Scope::Local;
-            if (local && heads >= head_count) || *self.ratio.get(&groups.attention) >= 1.0 {
-                return all(&groups.attention, head_count, "key-value heads");
-            }
-            if (local && channels >= channel_count) || *self.ratio.get(&groups.mlp) >= 1.0 {
-                return all(&groups.mlp, channel_count, "channels");
+            let groups = &structure.layers[layer].groups;
+            for (group, target) in groups.iter().zip(self.targets(structure, layer, 1.0)) {
+                let ratio = *self.ratio.get(&group.path);
+                if let Some(why) = group.stays.filter(|_| local && target > 0) {
+                    let expected = format!("a ratio of 0 for {}, as {why}", group.path);
+                    return Err(Error::option("BlockPruning.ratio", expected, ratio));
+                }
+                if (local && target >= group.count) || ratio >= 1.0 {
+                    let (path, units) = (group.path.clone(), group.units.name().into());
+                    return Err(Error::RemovesAll { group: path, ratio, count: group.count, units });
+                }
             }
         }
         Ok(())
     }
 
-    /// Heads and channels that are to have gone of `layer` once `share` of the ratio is reached.
-    fn targets(&self, initial: &Structure, layer: usize, share: f64) -> [usize; 2] {
-        let groups = &initial.layers[layer];
-        let (attention, mlp) =
-            (self.ratio.get(&groups.attention) * share, self.ratio.get(&groups.mlp) * share);
-        let heads = groups.shape.num_key_value_heads;
-        [
-            removed_heads(heads, initial.head_dim, attention, self.head_rounding),
-            removed_mlp_channels(groups.shape.intermediate_size, mlp, self.round_to),
-        ]
+    /// Units that are to have gone of each group of `layer` once `share` of the ratio is reached.
+    fn targets(&self, initial: &Structure, layer: usize, share: f64) -> Vec<usize> {
+        let layer = &initial.layers[layer];
+        let target = |group: &Group| {
+            let ratio = self.ratio.get(&group.path) * share;
+            match group.units {
+                Units::Heads => removed_heads(group.count, layer.head_dim, ratio, self.head_rounding),
+                _ => removed_mlp_channels(group.count, ratio, self.round_to),
+            }
+        };
+        layer.groups.iter().map(target).collect()
     }
 
-    /// Heads and channels to go now from each block of `blocks`, and the statistics that were taken on the way.
+    /// What stays once the blocks `blocks` have lost what is to go now, and the statistics that were taken on the way.
     fn choose(
         &self,
         run: &mut Run,
@@ -253,18 +243,14 @@ impl BlockPruning {
         blocks: &[usize],
         share: f64,
         calibration: Option<&Windows>,
-    ) -> Result<(Vec<[Vec<usize>; 2]>, Statistics)> {
-        let local = |layer: usize, scores: &LayerScores| {
-            let (first, now) = (initial.layers[layer].shape, structure.layers[layer].shape);
-            let [heads, channels] = self.targets(initial, layer, share);
-            let gone = |first: usize, now: usize, target: usize| target.saturating_sub(first - now);
-            [
-                lowest(
-                    &scores.attention.units,
-                    gone(first.num_key_value_heads, now.num_key_value_heads, heads),
-                ),
-                lowest(&scores.mlp.units, gone(first.intermediate_size, now.intermediate_size, channels)),
-            ]
+    ) -> Result<(Kept, Statistics)> {
+        let local = |layer: usize, scores: &LayerScores| -> Vec<Vec<usize>> {
+            let targets = self.targets(initial, layer, share).into_iter();
+            let both = initial.layers[layer].groups.iter().zip(&structure.layers[layer].groups);
+            let gone = targets
+                .zip(both)
+                .map(|(target, (first, now))| target.saturating_sub(first.count - now.count));
+            gone.zip(scores).map(|(gone, scores)| lowest(&scores.units, gone)).collect()
         };
         let mut found = Statistics::default();
         if let (true, Some(calibration)) =
@@ -276,12 +262,13 @@ impl BlockPruning {
                     return Ok(Vec::new());
                 }
                 let scores = self.input_scores(model, structure, layer, inputs)?;
-                Ok(stays(structure, layer, &local(layer, &scores)))
+                let kept = kept_layer(structure, layer, &scores, &local(layer, &scores));
+                Ok(stays(structure, &kept))
             };
             found = statistics(model, structure, calibration, self.rerun.then_some(&mut decide as _))?;
         }
         let scores = self.layer_scores(run, structure, &found, calibration)?;
-        let removed = match self.scope {
+        let removed: Vec<_> = match self.scope {
             Scope::Local => blocks.iter().map(|&layer| local(layer, &scores[layer])).collect(),
             Scope::Global { normalise, budget } => GlobalRanking {
                 initial,
@@ -294,7 +281,11 @@ impl BlockPruning {
             }
             .select(&scores),
         };
-        Ok((removed, found))
+        let mut kept = Kept::everything(structure);
+        for (&layer, removed) in blocks.iter().zip(&removed) {
+            kept.layers[layer] = kept_layer(structure, layer, &scores[layer], removed);
+        }
+        Ok((kept, found))
     }
 
     fn layer_scores(
@@ -336,35 +327,53 @@ impl BlockPruning {
             Criterion::L1 | Criterion::L2 => Aggregation::Mean,
             _ => Aggregation::Sum,
         });
-        let heads = structure.layers[layer].shape.num_key_value_heads;
-        let group = |attention: bool| -> Result<Vec<f64>> {
+        let groups = &structure.layers[layer];
+        let of_linears = |linears: Vec<&Coupling>| -> Result<Vec<f64>> {
             let mut lists = Vec::new();
-            for linear in structure.group(layer, attention) {
+            for linear in linears {
                 let scores = matrices.get(&linear.path);
                 let scores = scores.ok_or_else(|| Error::mismatch(&linear.path, "scores", "none"))?;
-                let folded = |scores: &[f64]| self.gqa_fold.apply(scores, heads, structure.head_dim);
-                match (linear.input, linear.output) {
-                    (Channels::Query, _) | (_, Channels::Query) => lists.push(folded(scores)),
-                    (_, Channels::QueryKeyValue(rows)) => {
-                        let query_heads = structure.layers[layer].shape.num_attention_heads;
-                        let rows = rows.rows(query_heads, heads, structure.head_dim);
-                        let [queries, keys, values] =
-                            rows.map(|rows| rows.into_iter().map(|i| scores[i]).collect::<Vec<_>>());
-                        lists.extend([folded(&queries), keys, values]);
-                    }
-                    (_, Channels::GateUp) => {
-                        lists.extend(scores.chunks_exact(scores.len() / 2).map(<[f64]>::to_vec));
-                    }
-                    _ => lists.push(scores.clone()),
-                }
+                self.lists(groups, linear, scores, &mut lists);
             }
             Ok(aggregation.apply(&lists))
         };
-        let units = |units: Vec<f64>| UnitScores { units, channels: Vec::new() };
-        Ok(LayerScores {
-            attention: units(head_sums(&group(true)?, structure.head_dim)),
-            mlp: units(group(false)?),
-        })
+        let of_group = |group: &Group| {
+            let linears: Vec<&Coupling> = structure.linears_of(layer, group.units).collect();
+            Ok(match group.units {
+                Units::Heads => UnitScores::of(head_sums(&of_linears(linears)?, groups.head_dim)),
+                Units::Channels | Units::SharedExpertChannels => UnitScores::of(of_linears(linears)?),
+                Units::ExpertChannels => {
+                    let of_expert =
+                        |expert| linears.iter().copied().filter(move |l| l.expert == Some(expert));
+                    let scores = (0..groups.experts).map(|expert| of_linears(of_expert(expert).collect()));
+                    UnitScores::of_experts(&scores.collect::<Result<Vec<_>>>()?, false)
+                }
+            })
+        };
+        groups.groups.iter().map(of_group).collect()
+    }
+
+    /// Adds the scores of one linear, one list for each thing that its channels are: of queries folded to their key heads.
+    fn lists(&self, groups: &Layer, linear: &Coupling, scores: &[f64], lists: &mut Vec<Vec<f64>>) {
+        let (shape, head_dim) = (groups.shape, groups.head_dim);
+        let folded = |scores: &[f64]| self.gqa_fold.apply(scores, shape.num_key_value_heads, head_dim);
+        match (linear.input, linear.output) {
+            (Channels::Query, _) | (_, Channels::Query) => lists.push(folded(scores)),
+            (_, Channels::QueryKeyValue(rows)) => {
+                let rows = rows.rows(shape.num_attention_heads, shape.num_key_value_heads, head_dim);
+                let [queries, keys, values] =
+                    rows.map(|rows| rows.into_iter().map(|i| scores[i]).collect::<Vec<_>>());
+                lists.extend([folded(&queries), keys, values]);
+            }
+            (_, Channels::GatedQuery) => lists.extend([0, 1].map(|half| {
+                let of_half = scores.chunks_exact(head_dim).skip(half).step_by(2);
+                folded(&of_half.flatten().copied().collect::<Vec<_>>())
+            })),
+            (_, Channels::GateUp) => {
+                lists.extend(scores.chunks_exact(scores.len() / 2).map(<[f64]>::to_vec));
+            }
+            _ => lists.push(scores.to_vec()),
+        }
     }
 
     /// Scores by what reaches o and down.
@@ -375,56 +384,93 @@ impl BlockPruning {
         layer: usize,
         inputs: &BTreeMap<String, InputStatistics>,
     ) -> Result<LayerScores> {
-        let score = |attention: bool| -> Result<Vec<f64>> {
-            let group = structure.group(layer, attention);
-            let path = group.last().map_or("", |linear| linear.path.as_str());
+        let (groups, flap) = (&structure.layers[layer], self.criterion.is_flap());
+        let of_linear = |linear: &Coupling| -> Result<Vec<f64>> {
+            let path = linear.path.as_str();
             let statistics = inputs.get(path).ok_or_else(|| Error::mismatch(path, "statistics", "none"))?;
             Ok(matrix(model, path)?.input_scores(self.criterion, statistics))
         };
-        let (mut attention, mlp) = (score(true)?, score(false)?);
-        let per_group = structure.head_dim * structure.layers[layer].queries_per_group();
-        if !self.criterion.is_flap() {
-            let attention = UnitScores { units: head_sums(&attention, per_group), channels: Vec::new() };
-            return Ok(LayerScores { attention, mlp: UnitScores { units: mlp, channels: Vec::new() } });
-        }
-        attention.iter_mut().for_each(|score| *score *= *score);
-        let units = head_sums(&attention, per_group).iter().map(|sum| sum / per_group as f64).collect();
-        Ok(LayerScores {
-            attention: UnitScores { units, channels: attention },
-            mlp: UnitScores { units: mlp.clone(), channels: mlp },
-        })
+        let of_group = |group: &Group| {
+            let ways_out = structure.linears_of(layer, group.units).filter(|linear| linear.loses_inputs());
+            let mut scores = ways_out.map(of_linear).collect::<Result<Vec<_>>>()?;
+            if group.units == Units::ExpertChannels {
+                return Ok(UnitScores::of_experts(&scores, flap));
+            }
+            let mut scores = scores.pop().ok_or_else(|| Error::mismatch(&group.path, "a way out", "none"))?;
+            if group.units != Units::Heads {
+                let channels = if flap { scores.clone() } else { Vec::new() };
+                return Ok(UnitScores { channels, ..UnitScores::of(scores) });
+            }
+            let per_group = groups.head_dim * groups.queries_per_group();
+            if !flap {
+                return Ok(UnitScores::of(head_sums(&scores, per_group)));
+            }
+            scores.iter_mut().for_each(|score| *score *= *score);
+            let units = head_sums(&scores, per_group).iter().map(|sum| sum / per_group as f64).collect();
+            Ok(UnitScores { channels: scores, ..UnitScores::of(units) })
+        };
+        groups.groups.iter().map(of_group).collect()
     }
 }
 
 /// Uniform scores; a function of seed and group.
 fn random_scores(structure: &Structure, layer: usize, seed: u64) -> LayerScores {
     let groups = &structure.layers[layer];
-    let scores = |attention: u64, count: usize| {
+    let scores = |of: u64, count: usize| -> Vec<f64> {
         let mut rng = ChaCha8Rng::seed_from_u64(seed);
-        rng.set_stream(2 * layer as u64 + attention);
-        let units = (0..count).map(|_| f64::from(rng.next_u32())).collect();
-        UnitScores { units, channels: Vec::new() }
+        // Streams are numbered so that heads and channels keep those that they have always had.
+        rng.set_stream(((of / 2) << 32) + 2 * layer as u64 + of % 2);
+        (0..count).map(|_| f64::from(rng.next_u32())).collect()
     };
-    LayerScores {
-        attention: scores(1, groups.shape.num_key_value_heads),
-        mlp: scores(0, groups.shape.intermediate_size),
-    }
+    let of_group = |group: &Group| match group.units {
+        Units::Heads => UnitScores::of(scores(1, group.count)),
+        Units::Channels => UnitScores::of(scores(0, group.count)),
+        Units::SharedExpertChannels => UnitScores::of(scores(2, group.count)),
+        Units::ExpertChannels => {
+            let experts = (0..groups.experts).map(|expert| scores(3 + expert as u64, group.count));
+            UnitScores::of_experts(&experts.collect::<Vec<_>>(), false)
+        }
+    };
+    groups.groups.iter().map(of_group).collect()
 }
 
-/// Which inputs of a block's o and down stay.
-fn stays(structure: &Structure, layer: usize, removed: &[Vec<usize>; 2]) -> Vec<(String, Vec<bool>)> {
-    let groups = &structure.layers[layer];
-    let per_head = structure.head_dim * groups.queries_per_group();
-    let flags = |count: usize, unit: usize, removed: &[usize]| {
-        (0..count * unit).map(|position| !removed.contains(&(position / unit))).collect::<Vec<_>>()
+/// What stays of a block without the units `removed` of each of its groups.
+fn kept_layer(
+    structure: &Structure,
+    layer: usize,
+    scores: &LayerScores,
+    removed: &[Vec<usize>],
+) -> KeptLayer {
+    let mut kept = KeptLayer {
+        layer,
+        heads: Vec::new(),
+        channels: Vec::new(),
+        experts: Vec::new(),
+        shared_expert: Vec::new(),
     };
-    let path = |attention: bool| structure.group(layer, attention).last().map(|linear| linear.path.clone());
-    let shape = groups.shape;
-    [
-        (path(true), flags(shape.num_key_value_heads, per_head, &removed[0])),
-        (path(false), flags(shape.intermediate_size, 1, &removed[1])),
-    ]
-    .into_iter()
-    .filter_map(|(path, flags)| Some((path?, flags)))
-    .collect()
+    for ((group, scores), removed) in structure.layers[layer].groups.iter().zip(scores).zip(removed) {
+        let units = || without(group.count, removed);
+        match group.units {
+            Units::Heads => kept.heads = units(),
+            Units::Channels => kept.channels = units(),
+            // All of them stay where nothing is listed.
+            Units::SharedExpertChannels | Units::ExpertChannels if removed.is_empty() => {}
+            Units::SharedExpertChannels => kept.shared_expert = units(),
+            Units::ExpertChannels => kept.experts = scores.kept_of_experts(removed),
+        }
+    }
+    kept
+}
+
+/// Which inputs stay of the linears that lose some.
+fn stays(structure: &Structure, kept: &KeptLayer) -> Vec<(String, Vec<bool>)> {
+    let groups = &structure.layers[kept.layer];
+    let linears = structure.linears.iter().filter(|linear| linear.layer == kept.layer);
+    let lost = linears.filter_map(|linear| {
+        let (group, per_unit) = groups.along(linear.input)?;
+        let stays = kept.positions(groups, linear.input, linear.expert)?;
+        let flags = (0..group.count * per_unit).map(|position| stays.binary_search(&position).is_ok());
+        Some((linear.path.clone(), flags.collect()))
+    });
+    lost.collect()
 }

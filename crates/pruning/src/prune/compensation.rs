@@ -3,7 +3,6 @@
 use std::collections::BTreeMap;
 
 use kiln_models::Decoder;
-use kiln_models::families::Channels;
 use kiln_quant_core::QuantLinear;
 
 use super::matrix;
@@ -19,8 +18,8 @@ pub(super) fn compensation(
     statistics: &Statistics,
 ) -> Result<BTreeMap<String, Vec<f32>>> {
     let mut biases = BTreeMap::new();
-    for linear in structure.linears.iter().filter(|linear| linear.input != Channels::Hidden) {
-        let Some(stays) = kept.positions(structure, linear.layer, linear.input) else { continue };
+    for linear in structure.linears.iter().filter(|linear| linear.loses_inputs()) {
+        let Some(stays) = kept.positions(structure, linear.layer, linear, linear.input) else { continue };
         let Some(inputs) = statistics.inputs.get(&linear.path) else { continue };
         let matrix = matrix(model, &linear.path)?;
         let removed = without(inputs.mean.len(), &stays);

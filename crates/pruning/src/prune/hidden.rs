@@ -66,6 +66,9 @@ impl HiddenPruning {
             ));
         }
         let structure = Structure::of(model.config());
+        if let Some(why) = structure.hidden_stays {
+            return Err(Error::mismatch("hidden", format!("all channels, as {why}"), "fewer"));
+        }
         let removed = removed_mlp_channels(structure.hidden, self.ratio, self.round_to);
         if removed >= structure.hidden {
             return Err(Error::RemovesAll {

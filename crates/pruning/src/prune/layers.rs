@@ -41,7 +41,9 @@ impl LayerPruning {
     ) -> Result<Pruned> {
         model.check_one_device("pruning")?;
         let structure = Structure::of(model.config());
-        structure.check_goes()?;
+        if let Some(why) = structure.layers_stay {
+            return Err(Error::mismatch("layers", format!("all blocks, as {why}"), "fewer"));
+        }
         let count = structure.layers.len();
         if self.remove >= count {
             let ratio = self.remove as f64 / count as f64;

@@ -115,6 +115,54 @@ fn blocks_of_gemma_4_are_what_its_keys_say_of_each() {
 }
 
 #[test]
+fn blocks_of_qwen_3_5_are_what_its_keys_say_of_each() {
+    let key = |key: &str| format!("qwen35.{key}");
+    let model = |blocks: u32| {
+        let sizes = [
+            ("conv_kernel", 4),
+            ("state_size", 8),
+            ("group_count", 2),
+            ("time_step_rank", 4),
+            ("inner_size", 24),
+        ];
+        let model = model_of("qwen35", blocks)
+            .u32(&key("attention.key_length"), 8)
+            .u32(&key("rope.dimension_count"), 2)
+            .i32s(&key("rope.dimension_sections"), &[11, 11, 10, 0]);
+        let model =
+            sizes.iter().fold(model, |model, (size, value)| model.u32(&key(&format!("ssm.{size}")), *value));
+        (1..blocks).fold(model, |model, block| {
+            model.floats(&format!("blk.{block}.attn_norm.weight"), &[8], &[1.0; 8])
+        })
+    };
+    let kinds = |writer: &Writer| config(writer).map(|config| config.block_kinds);
+    let found = config(&model(5)).unwrap();
+    assert_eq!(found.block_kinds, [1, 1, 1, 0, 1]);
+    let expected = DeltaNetConfig { key_heads: 2, value_heads: 4, key_dim: 8, value_dim: 6, convolution: 4 };
+    assert_eq!((found.delta_net, found.rope[0].partial_rotary_factor), (Some(expected), 0.25));
+    assert_eq!(kinds(&model(3).u32(&key("full_attention_interval"), 2)).unwrap(), [1, 0, 1]);
+    let listed = key("attention.recurrent_layers");
+    assert_eq!(kinds(&model(3).bools(&listed, &[false, true, true])).unwrap(), [0, 1, 1]);
+    // The last of the blocks predict further tokens and are left out, whatever tensors they have.
+    let further = model(3).u32(&key("nextn_predict_layers"), 1).bools(&listed, &[true, false, false]);
+    let further = further.floats("blk.2.nextn.eh_proj.weight", &[8, 16], &[0.5; 128]);
+    assert_eq!(kinds(&further).unwrap(), [1, 0]);
+    assert_eq!(open(&further).unwrap().notes(), ["1 blocks that predict further tokens were left out"]);
+    let wrong = [
+        (model(3).bools(&listed, &[true]), "recurrent_layers"),
+        (model(3).u32(&key("nextn_predict_layers"), 3), "nextn_predict_layers"),
+        (model(3).u32(&key("attention.value_length"), 4), "attention.value_length"),
+        (model(3).f32(&key("rope.scaling.factor"), 8.0), "rope.scaling"),
+        (model(3).u32(&key("expert_count"), 2), "expert_count"),
+        (super::model("qwen3").u32("qwen3.nextn_predict_layers", 1), "qwen3.nextn_predict_layers"),
+    ];
+    for (writer, part) in wrong {
+        let error = config(&writer).unwrap_err().to_string();
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
+
+#[test]
 fn what_changes_the_mathematics_is_refused_by_name() {
     let experts = |count: u32, used: u32| {
         model("llama").u32("llama.expert_count", count).u32("llama.expert_used_count", used)
@@ -122,6 +170,7 @@ fn what_changes_the_mathematics_is_refused_by_name() {
     let cases = [
         (model("llama").u32("llama.rope.dimension_count", 2), "llama.rope.dimension_count"),
         (model("qwen3").u32("qwen3.expert_count", 8), "qwen3.expert_count"),
+        (model("granite").bool("granite.rope.scaling.finetuned", false), "rope.scaling.finetuned"),
         (model("llama").u32("llama.expert_count", 8), "llama.expert_used_count"),
         (experts(2, 3), "llama.expert_used_count"),
         (experts(1 << 20, 1), "llama.expert_count"),

@@ -13,7 +13,7 @@ fn files_that_are_not_whole_models_of_known_kinds_are_refused() {
         (llama().str("general.type", "adapter"), "general.type"),
         (llama().u32("split.count", 2), "split.no"),
         (llama().floats("blk.0.ffn_gate_exps.weight", &[1], &[0.0]), "blk.0.ffn_gate_exps.weight"),
-        (llama().entry("output.weight", &[256], 16, 0), "tensor type 16"),
+        (llama().entry("output.weight", &[256], 24, 0), "tensor type 24"),
     ] {
         let error = message(&writer);
         assert!(error.contains(part), "{part}: {error}");

@@ -6,7 +6,7 @@ mod header;
 use safetensors::SafeTensors;
 
 use super::{test_writer::Writer, *};
-use crate::config::{LayerAttention, RopeScaling};
+use crate::config::{DeltaNetConfig, LayerAttention, RopeScaling};
 
 /// Relative to a row's largest value: two orders of f32 operations on one weight.
 const ROUNDING: f32 = 3e-7;
@@ -23,6 +23,19 @@ fn with_block_fixture(visit: impl FnMut(BlockType, &[u8], &[f32])) {
 /// Likewise of `[4, 512]` weights whose codes and integers are random bits.
 fn with_random_blocks(visit: impl FnMut(BlockType, &[u8], &[f32])) {
     with_fixture("random_blocks_4x512", 13, visit);
+}
+
+#[test]
+fn types_of_tables_decode_to_the_reference() {
+    with_fixture("iq_blocks_1x256", 9, |kind, data, expected| {
+        let writer = Writer::default().str("general.architecture", "qwen2");
+        let file = open(&writer.tensor("blk.0.ffn_down.weight", &[1, 256], kind, data)).unwrap();
+        let name = "model.layers.0.mlp.down_proj";
+        assert_eq!(file.dense(&format!("{name}.weight")).unwrap().values, expected, "{}", kind.name());
+        assert!(matches!(file.weight(name).unwrap(), StoredWeight::Dense(_)));
+        let note = format!("1 tensors of {} are read to dense values", kind.name());
+        assert_eq!(file.notes(), [note]);
+    });
 }
 
 fn with_fixture(name: &str, types: usize, mut visit: impl FnMut(BlockType, &[u8], &[f32])) {

@@ -256,6 +256,9 @@ fn experts_in_mxfp4_are_what_transformers_makes_of_them() {
         ] {
             let found =
                 folder.dense(&format!("model.layers.0.mlp.experts.{expert}.{linear}.weight")).unwrap();
+            let stored = folder.weight(&format!("model.layers.0.mlp.experts.{expert}.{linear}")).unwrap();
+            let StoredWeight::Packed(packed) = stored else { panic!("a dense expert") };
+            assert_eq!(packed.scheme.to_string(), "mxfp4:32:bf16");
             let [rows, inputs] = found.shape.as_slice().try_into().unwrap();
             for row in [0, 1, rows / 2, rows - 1] {
                 for input in 0..inputs {

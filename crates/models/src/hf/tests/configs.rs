@@ -217,8 +217,8 @@ fn what_changes_the_mathematics_is_refused_by_name() {
             &["quantization_config.extra"],
         ),
         (
-            json!({"quantization_config": {"quant_method": "hqq", "bits": 4}}),
-            &["quantization_config.quant_method", "hqq"],
+            json!({"quantization_config": {"quant_method": "quanto", "bits": 4}}),
+            &["quantization_config.quant_method", "quanto"],
         ),
         (
             json!({"quantization_config": {"bits": 4, "group_size": 64}}),

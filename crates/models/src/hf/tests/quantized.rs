@@ -564,6 +564,38 @@ fn awq_fixture_decodes_exactly() {
     assert_eq!(folder.dense("m.weight").unwrap().shape, [32, 64]);
 }
 
+/// The words that AutoAWQ's packing gives, from the codes that they hold.
+#[test]
+fn awq_words_are_those_of_the_fixture() {
+    for part in ["awq.qweight", "awq.qzeros"] {
+        let words = fixture_words(AWQ, part);
+        let codes: Vec<u8> = match part {
+            "awq.qzeros" => {
+                // A zero is an offset by its scale.
+                let scales = fixture_f32(AWQ, "awq.scales");
+                let config = awq_config(json!({"group_size": awq_group()}));
+                let weight = packed(&open_parts(&config, &awq_parts()).unwrap(), "m");
+                let offsets = weight.offsets.unwrap();
+                offsets.iter().zip(&scales).map(|(offset, scale)| (-offset / scale).round() as u8).collect()
+            }
+            _ => {
+                let config = awq_config(json!({"group_size": awq_group()}));
+                let weight = packed(&open_parts(&config, &awq_parts()).unwrap(), "m");
+                let mut column = vec![0; 64];
+                let mut by_input = vec![0; 64 * 32];
+                for output in 0..32 {
+                    unpack_column(&weight.codes, 32, 4, output, &mut column);
+                    for (input, code) in column.iter().enumerate() {
+                        by_input[input * 32 + output] = *code;
+                    }
+                }
+                by_input
+            }
+        };
+        assert_eq!(crate::hf::pack_awq(&codes), words, "{part}");
+    }
+}
+
 #[test]
 fn damaged_awq_layers_are_refused_by_name() {
     let config = awq_config(json!({"group_size": awq_group()}));
