@@ -61,6 +61,15 @@ pub trait TensorSource: Send + Sync {
     fn weight(&self, module: &str) -> Result<StoredWeight>;
 }
 
+/// `2^(exponent - 127)`: the scales of the OCP's Microscaling formats. The last exponent, which stands for no number, gives
+/// infinity.
+pub(crate) fn power_of_two(exponent: u8) -> f32 {
+    match exponent {
+        0 => f32::from_bits(1 << 22),
+        _ => f32::from_bits(u32::from(exponent) << 23),
+    }
+}
+
 /// A row-major matrix `[rows, columns]`, transposed in squares that fit the cache.
 pub(crate) fn transposed<T: Copy + Default>(values: &[T], rows: usize, columns: usize) -> Vec<T> {
     const SQUARE: usize = 32;

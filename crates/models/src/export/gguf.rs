@@ -5,7 +5,7 @@ use std::{borrow::Cow, collections::BTreeMap, path::Path};
 use half::{bf16, f16};
 use kiln_quant_core::{
     Block, Grid, HostQuantizer, MinMax, PackedWeight, QuantLinear, QuantScheme, ScaleType, Scales, Value,
-    packing::{CodePacker, unpack_column},
+    packing::unpack_column,
 };
 use rayon::prelude::*;
 
@@ -24,6 +24,7 @@ use crate::{
         qwen3_5,
         writer::{self, NewTensor},
     },
+    hf::sorted_codes,
 };
 
 /// Weights in a block of the simple types.
@@ -492,15 +493,9 @@ fn moved(weight: &PackedWeight, columns: &[usize]) -> Option<PackedWeight> {
     let [_, width] = scheme.scale_shape(d_input, d_output);
     let rows =
         |values: &Vec<f32>| groups.iter().flat_map(|row| &values[row * width..][..width]).copied().collect();
-    let mut packer = CodePacker::new(d_input, d_output, scheme.bits());
-    let (mut codes, mut into) = (vec![0; d_input], vec![0; d_input]);
-    for output in 0..d_output {
-        unpack_column(&weight.codes, d_output, scheme.bits(), output, &mut codes);
-        into.iter_mut().zip(columns).for_each(|(into, column)| *into = codes[*column]);
-        packer.set_column(output, &into);
-    }
+    let order: Vec<u32> = columns.iter().map(|column| *column as u32).collect();
     Some(PackedWeight {
-        codes: packer.into_words(),
+        codes: sorted_codes(&weight.codes, [d_input, d_output], scheme.bits(), Some(&order)),
         scales: Scales::Plain(rows(scales)),
         offsets: weight.offsets.as_ref().map(rows),
         ..weight.clone()

@@ -8,6 +8,7 @@ use half::{bf16, f16};
 use kiln_quant_core::{Block, Codebook, Grid, QuantScheme, ScaleType, Value};
 
 use super::grids;
+use crate::source::power_of_two;
 
 /// How the values of a tensor are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -514,14 +515,6 @@ impl Blocks {
                 };
             }
         }
-    }
-}
-
-/// `2^(exponent - 127)`: the scales of the OCP's Microscaling formats.
-fn power_of_two(exponent: u8) -> f32 {
-    match exponent {
-        0 => f32::from_bits(1 << 22),
-        _ => f32::from_bits(u32::from(exponent) << 23),
     }
 }
 

@@ -36,6 +36,7 @@ pub(super) const KNOWN: [&str; 7] = [
     "ssm.state_size",
     "ssm.time_step_rank",
 ];
+
 /// The heads of delta nets.
 pub(super) fn delta_net(keys: &Keys) -> Result<DeltaNetConfig> {
     let size = |key: &str, most: usize| {

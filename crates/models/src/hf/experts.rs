@@ -12,7 +12,7 @@ use crate::{
     Result,
     config::ModelConfig,
     families::{Channels, ExpertsPart, StackedExperts},
-    source::{DenseTensor, transposed},
+    source::{DenseTensor, power_of_two, transposed},
 };
 
 /// Values to a scale of MXFP4.
@@ -219,13 +219,5 @@ impl Slice {
             }
         });
         Ok([blocks?, scales?])
-    }
-}
-
-/// An 8-bit exponent; the last one stands for no number.
-fn power_of_two(exponent: u8) -> f32 {
-    match exponent {
-        u8::MAX => f32::NAN,
-        exponent => (f32::from(exponent) - 127.0).exp2(),
     }
 }

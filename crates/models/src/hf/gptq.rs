@@ -334,7 +334,7 @@ impl Layout {
 }
 
 /// Codes with their inputs in another order, packed again.
-pub(super) fn sorted_codes(
+pub(crate) fn sorted_codes(
     words: &[u32],
     [d_input, d_output]: [usize; 2],
     bits: u32,

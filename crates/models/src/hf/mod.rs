@@ -45,6 +45,7 @@ pub use self::{
 pub(crate) use self::{
     awq::pack as pack_awq,
     config::parse as parse_config,
+    gptq::sorted_codes,
     json::Fields,
     packed::{FINGERPRINT, PACKED_WEIGHTS},
 };

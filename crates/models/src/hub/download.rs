@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use kiln_quant_core::hash::hex;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use ureq::{
@@ -298,7 +299,7 @@ fn check(file: &mut File, expected: &Remote, path: &Path) -> Result<(), String> 
         }
         hash.update(&buffer[..count]);
     }
-    let found: String = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    let found = hex(hash.finalize());
     if found == *sha256 {
         return Ok(());
     }

@@ -99,7 +99,7 @@ struct Server {
 
 fn sha256(content: &[u8]) -> String {
     use sha2::{Digest, Sha256};
-    Sha256::digest(content).iter().map(|byte| format!("{byte:02x}")).collect()
+    kiln_quant_core::hash::hex(Sha256::digest(content))
 }
 
 /// Answers as the hub does: a list of files, and ranges of files.
