@@ -5,6 +5,8 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
+#[cfg(feature = "flex")]
+use crate::ops::few_rows::StoredScales;
 use crate::{
     Compute, DoubleScales, HostQuantizer, PackedWeight, QuantError, QuantScheme, Result, ScaleType, Scales,
     SuperBlocks, SuperLayout, SuperScales,
@@ -319,8 +321,44 @@ impl PackedTensor {
             }
             None => x,
         };
+        #[cfg(feature = "flex")]
+        if let Some(y) = self.few_rows(&x, false) {
+            return y;
+        }
         let (codes, scales, offsets) = self.parts();
         ops::packed_linear(x, codes, scales, offsets, self.spec())
+    }
+
+    /// [`Self::forward`] or [`Self::backward`], inputs in packed order, where they read scales as they are stored.
+    #[cfg(feature = "flex")]
+    fn few_rows<const D: usize>(&self, x: &Tensor<D>, transposed: bool) -> Option<Tensor<D>> {
+        let mut sizes = x.dims();
+        let rows = sizes[..D - 1].iter().product();
+        if !ops::few_rows::taken(x, rows) || self.scheme.block.outputs > 1 {
+            return None;
+        }
+        let codes = self.scale_codes.as_ref()?;
+        let (form, offsets) = match (&self.scale_offset, self.scheme.super_layout(self.size[0], self.size[1]))
+        {
+            (Some(offset), _) => (StoredScales::Double, Some(offset.val().unsqueeze())),
+            (None, layout) => (StoredScales::Integers(layout?), self.offsets.as_ref().map(Param::val)),
+        };
+        let scales = self.scales.val();
+        let offsets = offsets.unwrap_or_else(|| scales.clone());
+        let offset_codes = self.offset_codes.as_ref().unwrap_or(codes).val();
+        let [from, to] = if transposed { [1, 0] } else { [0, 1] };
+        assert_eq!(sizes[D - 1], self.size[from], "the last size of a packed product's operand");
+        let y = ops::few_rows::few_rows(
+            x.clone().reshape([rows, sizes[D - 1]]),
+            self.codes.val(),
+            [scales, offsets],
+            [codes.val(), offset_codes],
+            self.spec(),
+            form,
+            transposed,
+        );
+        sizes[D - 1] = self.size[to];
+        Some(y.reshape(sizes))
     }
 
     /// [`forward`](Self::forward) with a [`low_rank`](fused::low_rank) update of its result, on a GPU in one operation.
@@ -359,12 +397,21 @@ impl PackedTensor {
     /// # Panics
     /// If the last size of `dy` is not `d_output`.
     pub fn backward(&self, dy: Tensor<2>) -> Tensor<2> {
-        let (codes, scales, offsets) = self.parts();
-        let dx = ops::packed_linear_dx(dy, codes, scales, offsets, self.spec());
+        let dx = self.backward_packed(dy);
         match self.order() {
             Some([_, places]) => dx.select(1, places),
             None => dx,
         }
+    }
+
+    /// [`Self::backward`], inputs in packed order.
+    fn backward_packed(&self, dy: Tensor<2>) -> Tensor<2> {
+        #[cfg(feature = "flex")]
+        if let Some(dx) = self.few_rows(&dy, true) {
+            return dx;
+        }
+        let (codes, scales, offsets) = self.parts();
+        ops::packed_linear_dx(dy, codes, scales, offsets, self.spec())
     }
 
     /// The dense weight `[d_input, d_output]`, inputs in their own order.

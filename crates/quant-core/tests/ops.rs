@@ -46,6 +46,11 @@ pub(crate) const CASES: &[Case] = &[
     ("affine6:40", 130, 18),
     ("affine4:16", 80, 37),
     ("affine8:16:sym", 112, 20),
+    ("affine4:8", 100, 37),
+    ("affine3:4:sym", 70, 33),
+    ("affine4:3x16", 80, 50),
+    ("affine8:24x32:sym", 64, 70),
+    ("nf2:16x8:double", 72, 50),
     ("affine2:16:super4", 512, 40),
     ("affine3:16:sym:super8", 304, 33),
     ("affine4:32:super8", 300, 37),
@@ -397,6 +402,21 @@ fn one_row_walks_the_edges_of_runs_and_vectors() {
         "affine6:32:sym",
         "affine2:16",
         "affine6:16:sym",
+        // Several blocks in a run, scales that outputs share, scales that aren't floats.
+        "affine3:8",
+        "affine5:4:sym",
+        "nf4:4",
+        "affine2:8x4",
+        "affine4:3x16",
+        "affine8:24x32:sym",
+        "affine4:16x32",
+        "affine2:16:super4",
+        "affine4:32:super8",
+        "affine5:8:super8",
+        "affine6:16:sym:super8",
+        "iq4nl:32:super8",
+        "nf4:8:double",
+        "nf4:32:double",
     ];
     let inputs = [1, 15, 16, 17, 31, 32, 33, 48, 64];
     let outputs = [1, 15, 16, 17, 63, 64, 65, 80, 129, 257];

@@ -8,6 +8,8 @@ mod autodiff;
 #[cfg(feature = "cube")]
 pub(crate) mod cube;
 #[cfg(feature = "flex")]
+pub(crate) mod few_rows;
+#[cfg(feature = "flex")]
 pub(crate) mod flex;
 pub(crate) mod reference;
 

@@ -17,19 +17,11 @@ use super::{
     autodiff::low, philox, sinks,
 };
 use crate::ops::flex::{
-    Matrix, Out, contiguous, floats, matmul, multiplies, multiply, product,
+    Matrix, Out, Stored, contiguous, floats, matmul, multiplies, multiply, product,
     simd::{exp, vectorize},
     tensor, words,
 };
-use crate::{Compute, SuperLayout, dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK, weight::integer};
-
-/// Writes the integers in `words` times their factors.
-#[inline(always)]
-fn scaled(values: &mut [f32], words: &[u32], factors: &[f32], integer: impl Fn(u32) -> i8) {
-    for ((value, word), factor) in values.iter_mut().zip(words).zip(factors) {
-        *value = factor * f32::from(integer(*word));
-    }
-}
+use crate::{Compute, SuperLayout};
 
 /// Values of a task that drops some, a multiple of four.
 const DROPPED: usize = 1 << 14;
@@ -39,12 +31,6 @@ const NARROW: usize = 64;
 
 /// Rows of a task.
 const ROWS: usize = 32;
-
-/// Columns of double-quantized scales that are unpacked together: their codes stay in the first-level cache while rows are
-/// written from them.
-const SCALE_COLUMNS: usize = 64;
-/// Double-quantized scales that are worth another thread.
-const SCALES_PER_TASK: usize = 1 << 15;
 
 /// The sizes of a tensor seen as rows of its last axis: `[rows, width]`.
 fn rows_of(x: &FlexTensor) -> [usize; 2] {
@@ -563,59 +549,18 @@ impl FusedOps for Flex {
         layout: SuperLayout,
     ) -> FloatTensor<Self> {
         let (codes, factors) = (words.to_contiguous(), contiguous(factors));
-        let (codes, factors) = (self::words(&codes), floats(&factors));
-        let SuperLayout { bits, rows, columns, blocks } = layout;
-        let mut scales = vec![0.0; rows * columns];
-        let unpack = |row: usize, scales: &mut [f32]| {
-            let (word, shift) = layout.place(row);
-            let codes = &codes[word * columns..][..columns];
-            let factors = &factors[row / blocks * columns..][..columns];
-            // A width of its own each, so that both loops become vectors.
-            vectorize(|| match bits {
-                8 => scaled(scales, codes, factors, |word| integer(word >> shift, 8)),
-                _ => scaled(scales, codes, factors, |word| integer(word >> shift, 4)),
-            });
-        };
-        let task = SCALES_PER_TASK.div_ceil(columns.max(1));
-        if rows <= task {
-            scales.chunks_exact_mut(columns.max(1)).enumerate().for_each(|(row, part)| unpack(row, part));
-        } else {
-            let parts = scales.par_chunks_exact_mut(columns).with_min_len(task).enumerate();
-            parts.for_each(|(row, part)| unpack(row, part));
-        }
-        tensor(scales, [rows, columns], DType::F32)
+        let scales = Stored::integers(self::words(&codes), floats(&factors), layout).unpack();
+        tensor(scales, [layout.rows, layout.columns], DType::F32)
     }
 
     fn double_scales(
         codes: IntTensor<Self>,
         nested: FloatTensor<Self>,
         offset: FloatTensor<Self>,
-        [rows, columns]: [usize; 2],
+        shape: [usize; 2],
     ) -> FloatTensor<Self> {
         let (codes, nested, offset) = (codes.to_contiguous(), contiguous(nested), contiguous(offset));
-        let (codes, nested, offset) = (words(&codes), floats(&nested), floats(&offset)[0]);
-        let mut scales = vec![0.0; rows * columns];
-        let unpack = |first: usize, part: &mut [f32]| {
-            vectorize(|| {
-                for start in (0..columns).step_by(SCALE_COLUMNS) {
-                    for (row, part) in (first..).zip(part.chunks_exact_mut(columns)) {
-                        let part = &mut part[start..columns.min(start + SCALE_COLUMNS)];
-                        for (column, scale) in (start..).zip(part) {
-                            let place = column * rows + row;
-                            let code = codes[place / 4] >> (8 * (place % 4)) & 255;
-                            *scale = DYNAMIC_MAP[code as usize] * nested[place / DOUBLE_BLOCK] + offset;
-                        }
-                    }
-                }
-            });
-        };
-        let task = SCALES_PER_TASK.div_ceil(columns.max(1));
-        if rows <= task {
-            unpack(0, &mut scales);
-        } else {
-            let parts = scales.par_chunks_mut(task * columns).enumerate();
-            parts.for_each(|(index, part)| unpack(index * task, part));
-        }
-        tensor(scales, [rows, columns], DType::F32)
+        let scales = Stored::double(words(&codes), floats(&nested), floats(&offset)[0], shape).unpack();
+        tensor(scales, shape, DType::F32)
     }
 }

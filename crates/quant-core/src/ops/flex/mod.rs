@@ -6,7 +6,9 @@ mod buffers;
 mod integer_dot;
 mod kernels;
 mod product;
+mod share;
 pub(crate) mod simd;
+mod stored;
 mod view;
 
 use burn::{
@@ -21,8 +23,12 @@ use self::view::View;
 pub(crate) use self::{
     buffers::{contiguous, floats, tensor, words},
     product::{Matrix, Out, SharedMut, matmul, multiplies, multiply, product},
+    stored::Stored,
 };
-use super::{PackedKernels, PackedOps, PackedSpec};
+use super::{
+    PackedKernels, PackedOps, PackedSpec,
+    few_rows::{FewRows, StoredScales},
+};
 
 /// Makes the parts contiguous and runs `f` on a view of them.
 fn with_view<R>(
@@ -33,8 +39,9 @@ fn with_view<R>(
     f: impl FnOnce(&View) -> R,
 ) -> R {
     let (codes, scales) = (codes.to_contiguous(), contiguous(scales));
-    let offsets = if spec.has_offsets() { contiguous(offsets) } else { scales.clone() };
-    f(&View::new(&codes, &scales, &offsets, spec))
+    let offsets = spec.has_offsets().then(|| contiguous(offsets));
+    let stored = |values| Stored::floats(floats(values), spec.scale_shape(), spec.outputs);
+    f(&View::new(&codes, stored(&scales), offsets.as_ref().map(stored), spec))
 }
 
 impl PackedOps for Flex {
@@ -117,5 +124,41 @@ impl PackedKernels for Flex {
         });
         let shape = spec.scale_shape();
         (tensor(d_scales, shape, scale_type), tensor(d_offsets, shape, offset_type))
+    }
+}
+
+impl FewRows for Flex {
+    fn few_rows(
+        x: FloatTensor<Self>,
+        codes: IntTensor<Self>,
+        scales: FloatTensor<Self>,
+        scale_codes: IntTensor<Self>,
+        offsets: FloatTensor<Self>,
+        offset_codes: IntTensor<Self>,
+        spec: PackedSpec,
+        form: StoredScales,
+        transposed: bool,
+    ) -> FloatTensor<Self> {
+        let (dtype, rows) = (x.dtype(), x.layout().shape()[0]);
+        let (codes, x) = (codes.to_contiguous(), contiguous(x));
+        let (scales, offsets) = (contiguous(scales), contiguous(offsets));
+        let (scale_codes, offset_codes) = (scale_codes.to_contiguous(), offset_codes.to_contiguous());
+        let (scale_codes, offset_codes) = (words(&scale_codes), words(&offset_codes));
+        let (scales, offsets) = (floats(&scales), floats(&offsets));
+        let (scales, offsets) = match form {
+            StoredScales::Integers(layout) => (
+                Stored::integers(scale_codes, scales, layout),
+                spec.has_offsets().then(|| Stored::integers(offset_codes, offsets, layout)),
+            ),
+            StoredScales::Double => {
+                (Stored::double(scale_codes, scales, offsets[0], spec.scale_shape()), None)
+            }
+        };
+        let view = View::new(&codes, scales, offsets, spec);
+        if transposed {
+            tensor(view.backward(floats(&x), rows), [rows, spec.d_input], dtype)
+        } else {
+            tensor(view.forward(floats(&x), rows), [rows, spec.d_output], dtype)
+        }
     }
 }

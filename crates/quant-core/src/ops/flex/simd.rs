@@ -3,6 +3,8 @@
 //! Kernels are written once, generic over [`Lanes`] and always inlined, and instantiated by [`dispatch!`] inside
 //! a function with the matching `target_feature`.
 
+use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
+
 /// Lanes per vector.
 pub(crate) const LANES: usize = 16;
 
@@ -32,6 +34,23 @@ pub(crate) trait Lanes: Copy {
     fn code(words: Self::Words, shift: u32, mask: u32) -> Self;
     /// `words & mask`, as floats.
     fn masked(words: Self::Words, mask: u32) -> Self;
+    /// `1 + code / 2^bits` of the codes of `bits` bits at `words >> shift`; `shift + bits` is at most 32.
+    fn fraction(words: Self::Words, shift: u32, bits: u32) -> Self;
+    /// [`Self::fraction`] of codes that begin in the first words and end in the second.
+    fn straddling_fraction(words: [Self::Words; 2], shift: u32, bits: u32) -> Self;
+    /// The signed byte at `words >> shift`, as floats; `shift` is at most 24.
+    fn signed_byte(words: Self::Words, shift: u32) -> Self;
+    /// `16 / times` values, each so many times; `times` divides 16.
+    ///
+    /// # Safety
+    /// `at` must be readable for `16 / times` values.
+    unsafe fn spread(at: *const f32, times: usize) -> Self;
+    /// Levels of bitsandbytes' dynamic map at the codes of the places `first`, `first + step`, .., and their nested scales.
+    ///
+    /// # Safety
+    /// `words` must be readable for the bytes at these places, `nested` for a value for each 256 of them; the places must
+    /// fit an i32.
+    unsafe fn double_scales(words: *const u32, nested: *const f32, first: usize, step: usize) -> [Self; 2];
     /// `low >> shift | high << (32 - shift)`, for `0 < shift < 32`.
     fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words;
     /// `self + other`.
@@ -97,6 +116,32 @@ impl Lanes for Portable {
         Self(std::array::from_fn(|i| (words[i] & mask) as f32))
     }
     #[inline(always)]
+    fn fraction(words: Self::Words, shift: u32, bits: u32) -> Self {
+        Self(words.map(|word| fraction(word >> shift, bits)))
+    }
+    #[inline(always)]
+    fn straddling_fraction([low, high]: [Self::Words; 2], shift: u32, bits: u32) -> Self {
+        Self(Self::straddle(low, high, shift).map(|word| fraction(word, bits)))
+    }
+    #[inline(always)]
+    fn signed_byte(words: Self::Words, shift: u32) -> Self {
+        Self(std::array::from_fn(|i| f32::from((words[i] >> shift) as i8)))
+    }
+    #[inline(always)]
+    unsafe fn spread(at: *const f32, times: usize) -> Self {
+        // SAFETY: readable for as many values by this function's contract.
+        Self(std::array::from_fn(|i| unsafe { *at.add(i / times) }))
+    }
+    #[inline(always)]
+    unsafe fn double_scales(words: *const u32, nested: *const f32, first: usize, step: usize) -> [Self; 2] {
+        // SAFETY: readable at these places by this function's contract.
+        let code = |place: usize| unsafe { *words.add(place / 4) } >> (8 * (place % 4)) & 255;
+        let levels = std::array::from_fn(|i| DYNAMIC_MAP[code(first + i * step) as usize]);
+        // SAFETY: the same.
+        let nested = std::array::from_fn(|i| unsafe { *nested.add((first + i * step) / DOUBLE_BLOCK) });
+        [Self(levels), Self(nested)]
+    }
+    #[inline(always)]
     fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {
         std::array::from_fn(|i| low[i] >> shift | high[i] << (32 - shift))
     }
@@ -122,21 +167,61 @@ impl Lanes for Portable {
     }
 }
 
+/// `1 + code / 2^bits`, the code being the lowest bits of `word`.
+#[inline(always)]
+fn fraction(word: u32, bits: u32) -> f32 {
+    f32::from_bits((word << (FRACTION_BITS - bits)) & FRACTION | ONE)
+}
+
+/// The bits of 1.
+const ONE: u32 = 1f32.to_bits();
+/// Width of a float's fraction.
+const FRACTION_BITS: u32 = f32::MANTISSA_DIGITS - 1;
+/// The bits of a float's fraction.
+const FRACTION: u32 = (1 << FRACTION_BITS) - 1;
+
 #[cfg(target_arch = "x86_64")]
 mod avx512 {
     use std::arch::x86_64::*;
 
-    use super::{LANES, Lanes};
+    use super::{FRACTION, FRACTION_BITS, LANES, Lanes, ONE};
+    use crate::{dynamic_map::DYNAMIC_MAP, scheme::DOUBLE_BLOCK};
 
     /// One 512-bit register. Only made inside functions that [`super::dispatch!`] guards.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Avx512(pub(crate) __m512);
 
     /// A shift that folds to an immediate once inlined.
     #[inline(always)]
     unsafe fn shr(words: __m512i, shift: u32) -> __m512i {
         // SAFETY: called only from the methods below.
         unsafe { _mm512_srl_epi32(words, _mm_cvtsi32_si128(shift as i32)) }
+    }
+
+    /// A shift that folds to an immediate once inlined.
+    #[inline(always)]
+    unsafe fn shl(words: __m512i, shift: u32) -> __m512i {
+        // SAFETY: called only from the methods below.
+        unsafe { _mm512_sll_epi32(words, _mm_cvtsi32_si128(shift as i32)) }
+    }
+
+    /// 1 and a fraction of which the highest `bits` bits are those of `words`.
+    #[inline(always)]
+    unsafe fn in_fraction(words: __m512i, bits: u32) -> __m512 {
+        let mask = FRACTION & !(FRACTION >> bits);
+        // SAFETY: called only from the methods below.
+        unsafe {
+            let (mask, one) = (_mm512_set1_epi32(mask as i32), _mm512_set1_epi32(ONE as i32));
+            // words & mask | one
+            _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xea>(words, mask, one))
+        }
+    }
+
+    /// 0, 1, .. 15.
+    #[inline(always)]
+    unsafe fn ascending() -> __m512i {
+        // SAFETY: called only from the methods below.
+        unsafe { _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0) }
     }
 
     // SAFETY (every block below): values of this type exist only in code that runs after AVX-512F was
@@ -181,6 +266,58 @@ mod avx512 {
         #[inline(always)]
         fn masked(words: Self::Words, mask: u32) -> Self {
             Self(unsafe { _mm512_cvtepu32_ps(_mm512_and_si512(words, _mm512_set1_epi32(mask as i32))) })
+        }
+        #[inline(always)]
+        fn fraction(words: Self::Words, shift: u32, bits: u32) -> Self {
+            let place = FRACTION_BITS - bits;
+            Self(unsafe {
+                in_fraction(
+                    if shift < place { shl(words, place - shift) } else { shr(words, shift - place) },
+                    bits,
+                )
+            })
+        }
+        #[inline(always)]
+        fn straddling_fraction([low, high]: [Self::Words; 2], shift: u32, bits: u32) -> Self {
+            // Begins above its place: a width of up to 8 bits leaves 15 of the fraction below it.
+            let place = FRACTION_BITS - bits;
+            Self(unsafe {
+                let words = _mm512_or_si512(shr(low, shift - place), shl(high, place + 32 - shift));
+                in_fraction(words, bits)
+            })
+        }
+        #[inline(always)]
+        fn signed_byte(words: Self::Words, shift: u32) -> Self {
+            Self(unsafe {
+                let top = _mm512_sll_epi32(words, _mm_cvtsi32_si128(24 - shift as i32));
+                _mm512_cvtepi32_ps(_mm512_srai_epi32::<24>(top))
+            })
+        }
+        #[inline(always)]
+        unsafe fn spread(at: *const f32, times: usize) -> Self {
+            Self(unsafe {
+                let values = _mm512_maskz_loadu_ps(u16::MAX >> (LANES - LANES / times), at);
+                _mm512_permutexvar_ps(shr(ascending(), times.trailing_zeros()), values)
+            })
+        }
+        #[inline(always)]
+        unsafe fn double_scales(
+            words: *const u32,
+            nested: *const f32,
+            first: usize,
+            step: usize,
+        ) -> [Self; 2] {
+            unsafe {
+                let steps = _mm512_mullo_epi32(ascending(), _mm512_set1_epi32(step as i32));
+                let places = _mm512_add_epi32(steps, _mm512_set1_epi32(first as i32));
+                let words = _mm512_i32gather_epi32::<4>(shr(places, 2), words.cast());
+                let byte = _mm512_and_si512(places, _mm512_set1_epi32(3));
+                let codes = _mm512_srlv_epi32(words, _mm512_slli_epi32::<3>(byte));
+                let codes = _mm512_and_si512(codes, _mm512_set1_epi32(255));
+                let levels = _mm512_i32gather_ps::<4>(codes, DYNAMIC_MAP.as_ptr());
+                let blocks = shr(places, const { DOUBLE_BLOCK.trailing_zeros() });
+                [Self(levels), Self(_mm512_i32gather_ps::<4>(blocks, nested))]
+            }
         }
         #[inline(always)]
         fn straddle(low: Self::Words, high: Self::Words, shift: u32) -> Self::Words {
@@ -305,7 +442,52 @@ pub(crate) use dispatch;
 
 #[cfg(test)]
 mod tests {
+    use kiln_testkit::values;
+
     use super::*;
+
+    /// The lanes of what `L` makes of the same words.
+    fn lanes<L: Lanes>(found: &mut Vec<[f32; LANES]>) {
+        let keep = |lanes: L| {
+            let mut values = [0.0; LANES];
+            // SAFETY: an array of sixteen values.
+            unsafe { lanes.store(values.as_mut_ptr()) };
+            values
+        };
+        let nested = values(1, LANES);
+        let words: Vec<u32> = (0..512u32).map(|i| i.wrapping_mul(2_654_435_761)).collect();
+        // SAFETY: 16 words; up to 16 values; bytes of 512 words, and a value for each 256 of these.
+        unsafe {
+            for shift in 0..=24 {
+                found.push(keep(L::signed_byte(L::words(words.as_ptr()), shift)));
+            }
+            for bits in [5, 6] {
+                for shift in 0..=32 - bits {
+                    found.push(keep(L::fraction(L::words(words.as_ptr()), shift, bits)));
+                }
+                for shift in 33 - bits..32 {
+                    let [low, high] = [0, 1].map(|i| L::words(words[i..].as_ptr()));
+                    found.push(keep(L::straddling_fraction([low, high], shift, bits)));
+                }
+            }
+            for times in [1, 2, 4, 8, 16] {
+                found.push(keep(L::spread(nested.as_ptr(), times)));
+            }
+            for (first, step) in [(0, 1), (3, 9), (100, 128), (2047, 0)] {
+                found.extend(L::double_scales(words.as_ptr(), nested.as_ptr(), first, step).map(keep));
+            }
+        }
+    }
+
+    #[test]
+    fn vectors_hold_what_arrays_do() {
+        let (mut portable, mut wide) = (Vec::new(), Vec::new());
+        lanes::<Portable>(&mut portable);
+        let found = &mut wide;
+        dispatch!(lanes(found: &mut Vec<[f32; LANES]>));
+        assert_eq!(wide, portable);
+        assert_eq!(portable.len(), 25 + 28 + 27 + 4 + 5 + 5 + 8);
+    }
 
     #[test]
     fn exp_agrees_with_the_standard_library() {

@@ -1,9 +1,6 @@
 //! A packed weight in host memory: unpacked tile by tile.
 
-use std::{
-    cell::RefCell,
-    sync::atomic::{AtomicUsize, Ordering},
-};
+use std::cell::RefCell;
 
 use burn::backend::flex::FlexTensor;
 use rayon::prelude::*;
@@ -11,9 +8,11 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::integer_dot;
 use super::{
-    buffers::{floats, words},
-    kernels::{HALF, Levels, Tile, decode, row_times, row_times_transposed},
+    buffers::words,
+    kernels::{Levels, Scratch, Tile, blocks_of_run, decode, fits_runs, row_times, row_times_transposed},
     product::{Matrix, SharedMut, Tiles, product},
+    share::share,
+    stored::Stored,
 };
 use crate::{
     Value,
@@ -25,118 +24,78 @@ use crate::{
 const GRADIENT_INPUTS: usize = 256;
 /// Words of codes up to which integer products of one row stay on one thread: they are done before another one has
 /// woken up and fetched its half into its own cache.
-const SERIAL_WORDS: usize = 1 << 17;
+const SERIAL_WORDS: usize = 1 << 15;
 
 thread_local! {
-    /// One tile and its spread scales per thread, kept to save page faults.
-    static SCRATCH: RefCell<[Vec<f32>; 3]> = const { RefCell::new([const { Vec::new() }; 3]) };
+    /// One tile, and its scales and offsets, per thread, kept to save page faults.
+    static SCRATCH: RefCell<(Vec<f32>, Scratch)> = const { RefCell::new((Vec::new(), [const { Vec::new() }; 2])) };
+}
+
+/// Runs `f` on `size` values that this thread keeps, whatever they hold, and on room for scales and offsets.
+fn with_scratch(size: usize, f: impl FnOnce(&mut [f32], &mut Scratch)) {
+    SCRATCH.with_borrow_mut(|(values, scratch)| {
+        if values.len() < size {
+            values.resize(size, 0.0);
+        }
+        f(&mut values[..size], scratch);
+    });
 }
 
 /// Host view of a packed weight's parts.
 pub(super) struct View<'a> {
     codes: &'a [u32],
-    scales: &'a [f32],
-    offsets: Option<&'a [f32]>,
+    scales: Stored<'a>,
+    offsets: Option<Stored<'a>>,
     levels: Levels,
     spec: PackedSpec,
 }
 
 impl<'a> View<'a> {
+    /// # Panics
+    /// If the words are not as many as `spec` says.
     pub(super) fn new(
         codes: &'a FlexTensor,
-        scales: &'a FlexTensor,
-        offsets: &'a FlexTensor,
+        scales: Stored<'a>,
+        offsets: Option<Stored<'a>>,
         spec: PackedSpec,
     ) -> Self {
-        let [rows, columns] = spec.scale_shape();
-        let view = Self {
-            codes: words(codes),
-            scales: floats(scales),
-            offsets: spec.has_offsets().then(|| floats(offsets)),
-            levels: Levels::new(spec.value),
-            spec,
-        };
-        // The kernels read through pointers: these lengths are what makes that sound.
+        let codes = words(codes);
+        // The kernels read through pointers: this length is what makes that sound, with those that `Stored` checked.
         let expected = crate::packing::code_rows(spec.d_input, spec.value.bits()) * spec.d_output;
-        assert_eq!(view.codes.len(), expected, "words of a packed weight {spec:?}");
-        assert_eq!(view.scales.len(), rows * columns, "scales of a packed weight {spec:?}");
-        assert_eq!(view.offsets.map_or(rows * columns, <[f32]>::len), rows * columns, "offsets of {spec:?}");
-        view
+        assert_eq!(codes.len(), expected, "words of a packed weight {spec:?}");
+        Self { codes, scales, offsets, levels: Levels::new(spec.value), spec }
     }
 
-    /// Runs `f` on the rectangle `k0..k1` × `n0..n1`; scales shared by several outputs are spread into scratch first.
-    fn tile<R>(
-        &self,
-        (k0, k1): (usize, usize),
-        (n0, n1): (usize, usize),
-        scratch: &mut [Vec<f32>],
-        f: impl FnOnce(&Tile) -> R,
-    ) -> R {
+    /// The rectangle `k0..k1` × `n0..n1`.
+    fn tile(&self, (k0, k1): (usize, usize), (n0, n1): (usize, usize)) -> Tile<'_> {
         let spec = &self.spec;
-        let [_, columns] = spec.scale_shape();
-        let (first, last) = (k0 / spec.inputs, (k1 - 1) / spec.inputs);
-        let mut tile = Tile {
+        Tile {
             words: self.codes[k0 / RUN * spec.value.bits() as usize * spec.d_output + n0..].as_ptr(),
             word_stride: spec.d_output,
-            scales: self.scales[first * columns + n0 / spec.outputs..].as_ptr(),
-            offsets: self
-                .offsets
-                .map_or(std::ptr::null(), |offsets| offsets[first * columns + n0 / spec.outputs..].as_ptr()),
-            scale_stride: columns,
+            scales: &self.scales,
+            offsets: self.offsets.as_ref(),
+            n0,
             k0,
             k1,
             columns: n1 - n0,
             inputs: spec.inputs,
             levels: self.levels,
-        };
-        if spec.outputs > 1 {
-            let spread = |values: &[f32], into: &mut Vec<f32>| {
-                into.clear();
-                for block in first..=last {
-                    let row = &values[block * columns..][..columns];
-                    for (block, &value) in
-                        row.iter().enumerate().take(n1.div_ceil(spec.outputs)).skip(n0 / spec.outputs)
-                    {
-                        let end = n1.min((block + 1) * spec.outputs);
-                        into.resize(into.len() + end - n0.max(block * spec.outputs), value);
-                    }
-                }
-            };
-            let [scales, offsets] = scratch else { unreachable!("two scratch buffers") };
-            spread(self.scales, scales);
-            tile.scales = scales.as_ptr();
-            if let Some(values) = self.offsets {
-                spread(values, offsets);
-                tile.offsets = offsets.as_ptr();
-            }
-            tile.scale_stride = n1 - n0;
         }
-        f(&tile)
     }
 
     /// Unpacks the rectangle and hands it to `f`, row-major with `n1 - n0` columns.
     fn dense_tile(&self, k: (usize, usize), n: (usize, usize), f: impl FnOnce(&[f32])) {
-        SCRATCH.with_borrow_mut(|[dense, scratch @ ..]| {
-            let columns = n.1 - n.0;
-            let size = (k.1 - k.0) * columns;
-            if dense.len() < size {
-                dense.resize(size, 0.0);
-            }
-            self.tile(k, n, scratch, |tile| {
-                // SAFETY: `new` checked the parts against the spec; the rectangle lies inside it; `dense` holds it.
-                unsafe { decode(tile, dense.as_mut_ptr(), columns) }
-            });
-            f(&dense[..size]);
+        let columns = n.1 - n.0;
+        with_scratch((k.1 - k.0) * columns, |dense, scratch| {
+            // SAFETY: the parts were checked against the spec; the rectangle lies inside it; `dense` holds it.
+            unsafe { decode(&self.tile(k, n), dense.as_mut_ptr(), columns, scratch) }
+            f(dense);
         });
     }
 
-    /// Whether blocks begin and end with runs, or with halves of them, as the fused kernels need.
-    fn fits_runs(&self) -> bool {
-        self.whole_runs() || self.spec.inputs == HALF
-    }
-
-    fn whole_runs(&self) -> bool {
-        self.spec.inputs.is_multiple_of(RUN) || self.spec.inputs >= self.spec.d_input
+    /// Whether so few rows are multiplied by kernels that unpack on the way.
+    fn on_the_way(&self, rows: usize) -> bool {
+        rows <= FEW_ROWS && fits_runs(self.spec.inputs, self.spec.d_input)
     }
 
     /// One row times the weight.
@@ -150,8 +109,8 @@ impl<'a> View<'a> {
         padded.resize(spec.d_input.next_multiple_of(RUN), 0.0);
         let sums: Vec<f32> = x.chunks(spec.inputs).map(|block| block.iter().sum()).collect();
         // Each task takes some blocks of inputs, whose words lie one after the other, and has sums of its own.
-        let (blocks, threads) = (spec.d_input.div_ceil(spec.inputs), rayon::current_num_threads());
-        let step = blocks.div_ceil(threads).next_multiple_of(RUN.div_ceil(spec.inputs));
+        let (blocks, tasks) = (spec.d_input.div_ceil(spec.inputs), 2 * rayon::current_num_threads());
+        let step = blocks.div_ceil(tasks).next_multiple_of(blocks_of_run(spec.inputs));
         let mut partial = vec![0.0; (blocks.div_ceil(step) - 1) * spec.d_output];
         let (out, others) = (SharedMut(y.as_mut_ptr()), SharedMut(partial.as_mut_ptr()));
         share(blocks, step, |(first, last)| {
@@ -161,16 +120,12 @@ impl<'a> View<'a> {
             let y = unsafe { std::slice::from_raw_parts_mut(into.at(0), spec.d_output) };
             y.fill(0.0);
             let k = (first * spec.inputs, spec.d_input.min(last * spec.inputs));
-            SCRATCH.with_borrow_mut(|[raw, scratch @ ..]| {
-                if raw.len() < y.len() {
-                    raw.resize(y.len(), 0.0);
-                }
-                self.tile(k, (0, spec.d_output), scratch, |tile| {
-                    let (x, sums) = (padded[k.0..].as_ptr(), sums[first..].as_ptr());
-                    // SAFETY: parts were checked in `new`; `padded` holds whole runs from the tile's first input on,
-                    // `sums` its blocks, `y` and `raw` its columns; the caller made sure of `fits_runs`.
-                    unsafe { row_times(tile, x, sums, y.as_mut_ptr(), raw.as_mut_ptr()) }
-                });
+            with_scratch(spec.d_output, |raw, scratch| {
+                let (tile, x, sums) =
+                    (self.tile(k, (0, spec.d_output)), padded[k.0..].as_ptr(), sums[first..].as_ptr());
+                // SAFETY: parts were checked; `padded` holds whole runs from the tile's first input on, `sums` its blocks,
+                // `y` and `raw` its columns; the caller made sure of `fits_runs`.
+                unsafe { row_times(&tile, x, sums, y.as_mut_ptr(), raw.as_mut_ptr(), scratch) }
             });
         });
         for part in partial.chunks_exact(spec.d_output) {
@@ -184,20 +139,18 @@ impl<'a> View<'a> {
         let (spec, Levels { bits, center, .. }) = (&self.spec, self.levels);
         let inputs = spec.inputs.min(spec.d_input);
         if !matches!(spec.value, Value::Affine { .. })
-            || !self.whole_runs()
-            || !integer_dot::supported(bits, inputs)
+            || !integer_dot::supported(bits, spec.inputs, spec.d_input)
         {
             return false;
         }
         let Some(row) = integer_dot::DigitRow::new(x, inputs, bits, center) else { return false };
         let out = SharedMut(y.as_mut_ptr());
         let part = |n: (usize, usize)| {
-            SCRATCH.with_borrow_mut(|[_, scratch @ ..]| {
-                self.tile((0, spec.d_input), n, scratch, |tile| {
-                    // SAFETY: `supported` was asked; parts were checked in `new`; parts are disjoint, inside `y`;
-                    // `row` was made from this weight's inputs, blocks and width, which are whole runs.
-                    unsafe { integer_dot::row_times(tile, &row, out.at(n.0)) }
-                });
+            with_scratch(0, |_, scratch| {
+                let tile = self.tile((0, spec.d_input), n);
+                // SAFETY: `supported` was asked; the weight's parts were checked; those of `y` are disjoint; `row` was made
+                // from this weight's inputs, blocks and width, which are whole runs.
+                unsafe { integer_dot::row_times(&tile, &row, out.at(n.0), scratch) }
             });
         };
         if self.codes.len() <= SERIAL_WORDS {
@@ -214,25 +167,20 @@ impl<'a> View<'a> {
         share(dx.len(), self.spec.inputs.max(RUN), |k| {
             // SAFETY: parts are disjoint and lie inside `dx`.
             let dx = unsafe { std::slice::from_raw_parts_mut(out.at(k.0), k.1 - k.0) };
-            SCRATCH.with_borrow_mut(|[scaled, scratch @ ..]| {
-                // Of each block in a run.
-                if scaled.len() < 2 * dy.len() {
-                    scaled.resize(2 * dy.len(), 0.0);
+            with_scratch(blocks_of_run(self.spec.inputs) * dy.len(), |scaled, scratch| {
+                let tile = self.tile(k, (0, dy.len()));
+                // SAFETY: parts were checked; the tile is one block row, or one run of several; `dx` holds its inputs and
+                // `scaled` the columns of all; the caller made sure of `fits_runs`.
+                unsafe {
+                    row_times_transposed(&tile, dy.as_ptr(), dx.as_mut_ptr(), scaled.as_mut_ptr(), scratch);
                 }
-                self.tile(k, (0, dy.len()), scratch, |tile| {
-                    // SAFETY: parts were checked in `new`; the tile is one block row, or one run of two; `dx` holds its
-                    // inputs and `scaled` the columns of both; the caller made sure of `fits_runs`.
-                    unsafe {
-                        row_times_transposed(tile, dy.as_ptr(), dx.as_mut_ptr(), scaled.as_mut_ptr());
-                    }
-                });
             });
         });
     }
 
     pub(super) fn forward(&self, x: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        if rows <= FEW_ROWS && self.fits_runs() {
+        if self.on_the_way(rows) {
             let mut y = vec![0.0; rows * d_output];
             for (x, y) in x.chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
                 self.row_forward(x, y);
@@ -245,7 +193,7 @@ impl<'a> View<'a> {
 
     pub(super) fn backward(&self, dy: &[f32], rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
-        if rows <= FEW_ROWS && self.fits_runs() {
+        if self.on_the_way(rows) {
             let mut dx = vec![0.0; rows * d_input];
             for (dy, dx) in dy.chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
                 self.row_backward(dy, dx);
@@ -261,11 +209,9 @@ impl<'a> View<'a> {
         let mut dense = vec![0.0; d_input * d_output];
         dense.par_chunks_mut(RUN * d_output).enumerate().for_each(|(i, rows)| {
             let k = (i * RUN, d_input.min((i + 1) * RUN));
-            SCRATCH.with_borrow_mut(|[_, scratch @ ..]| {
-                self.tile(k, (0, d_output), scratch, |tile| {
-                    // SAFETY: parts were checked in `new`; `rows` holds these inputs of every output.
-                    unsafe { decode(tile, rows.as_mut_ptr(), d_output) }
-                });
+            with_scratch(0, |_, scratch| {
+                // SAFETY: parts were checked; `rows` holds these inputs of every output.
+                unsafe { decode(&self.tile(k, (0, d_output)), rows.as_mut_ptr(), d_output, scratch) }
             });
         });
         dense
@@ -338,28 +284,7 @@ impl Tiles for Turned<'_> {
     }
 }
 
-/// Outputs of a task of one row: a part for each thread, in whole vectors.
+/// Outputs of a task of one row, whole vectors: several tasks for each thread, since another one takes its time to wake up.
 fn row_part(d_output: usize) -> usize {
-    d_output.div_ceil(rayon::current_num_threads()).next_multiple_of(64)
-}
-
-/// Runs `f` on `0..size` in parts of `step`, on this thread and the pool's: for work so short that waking another
-/// thread must not delay its beginning.
-fn share(size: usize, step: usize, f: impl Fn((usize, usize)) + Sync) {
-    let next = AtomicUsize::new(0);
-    let work = || {
-        loop {
-            let start = next.fetch_add(step, Ordering::Relaxed);
-            if start >= size {
-                break;
-            }
-            f((start, size.min(start + step)));
-        }
-    };
-    rayon::in_place_scope(|scope| {
-        for _ in 1..rayon::current_num_threads().min(size.div_ceil(step)) {
-            scope.spawn(|_| work());
-        }
-        work();
-    });
+    d_output.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64)
 }
