@@ -38,8 +38,8 @@ pub(crate) trait FewRows: burn::backend::Backend {
 
 /// `x · W`, or `x · Wᵀ` if `transposed`, where it is [`taken`].
 ///
-/// `factors` and `words` are those of scales and of offsets, as [`PackedTensor`](crate::PackedTensor) holds them; in the
-/// place of offsets that aren't there stand others, and with [`StoredScales::Double`] the offset of all scales.
+/// Scales and offsets, and the integers of both, are as [`PackedTensor`](crate::PackedTensor) holds them. Where there are no
+/// offsets other tensors stand in their place, with [`StoredScales::Double`] the offset of all scales.
 ///
 /// # Shapes
 /// `[rows, d_input]` → `[rows, d_output]`; transposed the other way.
