@@ -123,9 +123,9 @@ mod tests {
                         let done: Vec<AtomicUsize> = (0..size).map(|_| AtomicUsize::new(0)).collect();
                         share(size, step, |(start, end)| {
                             assert!(start % step == 0 && end - start <= step);
-                            done[start..end]
-                                .iter()
-                                .for_each(|count| drop(count.fetch_add(1, Ordering::Relaxed)));
+                            for count in &done[start..end] {
+                                count.fetch_add(1, Ordering::Relaxed);
+                            }
                         });
                         assert!(
                             done.iter().all(|count| count.load(Ordering::Relaxed) == 1),
