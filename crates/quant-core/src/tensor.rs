@@ -334,16 +334,18 @@ impl PackedTensor {
     fn few_rows<const D: usize>(&self, x: &Tensor<D>, transposed: bool) -> Option<Tensor<D>> {
         let mut sizes = x.dims();
         let rows = sizes[..D - 1].iter().product();
-        if !ops::few_rows::taken(x, rows) || self.scheme.block.outputs > 1 {
-            return None;
-        }
         let codes = self.scale_codes.as_ref()?;
+        let scales = self.scales.val();
         let (form, offsets) = match (&self.scale_offset, self.scheme.super_layout(self.size[0], self.size[1]))
         {
             (Some(offset), _) => (StoredScales::Double, Some(offset.val().unsqueeze())),
             (None, layout) => (StoredScales::Integers(layout?), self.offsets.as_ref().map(Param::val)),
         };
-        let scales = self.scales.val();
+        // After `train` a weight's device is one with a graph, though nothing of it is trained.
+        let devices = [&x.device(), &scales.device()];
+        if self.scheme.block.outputs > 1 || !ops::few_rows::taken(devices, rows, form) {
+            return None;
+        }
         let offsets = offsets.unwrap_or_else(|| scales.clone());
         let offset_codes = self.offset_codes.as_ref().unwrap_or(codes).val();
         let [from, to] = if transposed { [1, 0] } else { [0, 1] };

@@ -3,7 +3,7 @@
 //! with what the CPU computes without kernels.
 
 use burn::{
-    module::Param,
+    module::{Module, Param},
     tensor::{Device, FloatDType, Tensor, TensorData},
 };
 use kiln_quant_core::{
@@ -427,6 +427,48 @@ fn one_row_walks_the_edges_of_runs_and_vectors() {
         }
     }
     check_one_row(&Device::flex(), &cases, &[[0, 0]], 1e-6);
+}
+
+#[test]
+fn few_rows_of_wide_weights_equal_dense_products() {
+    // So many words that threads share the outputs; blocks that fit no run; scales in every form.
+    let cases = [
+        ("affine5:32:super8", 512, 530),
+        ("affine3:16:sym:super8", 512, 700),
+        ("affine6:64", 256, 1100),
+        ("affine4:3x16", 512, 530),
+        ("affine2:8x4", 64, 1100),
+        ("affine4:2:super8", 70, 300),
+        ("nf4:24:double", 100, 300),
+        ("nf4:64:double", 320, 530),
+    ];
+    check_forward(&Device::flex(), &cases, &[1, 2, 4], 2e-6);
+    check_one_row(&Device::flex(), &cases, &[[0, 0]], 1e-6);
+}
+
+#[test]
+fn few_rows_take_input_orders_other_types_and_weights_of_a_model_in_training() {
+    let device = Device::flex();
+    for scheme in ["affine4:32:super8", "affine2:16:super4", "nf4:64:double"] {
+        for rows in [1, 2, 4] {
+            let mut host = random_weight(scheme, 128, 40, 9);
+            host.input_order = Some((0..128).rev().collect());
+            let packed = PackedTensor::new(&host, &device);
+            let dense = packed.dequantize_reference();
+            let (x, dy) = (tensor::<2>(3, [rows, 128], &device), tensor::<2>(4, [rows, 40], &device));
+            let close = |what: &str, found: Tensor<2>, expected: Tensor<2>, tolerance: f64| {
+                let difference = relative_difference(&read(found), &read(expected));
+                assert!(difference < tolerance, "{scheme}, {rows} rows, {what}: {difference:e}");
+            };
+            let expected = x.clone().matmul(dense.clone());
+            close("forward", packed.forward(x.clone()), expected.clone(), 2e-6);
+            close("gradient", packed.backward(dy.clone()), dy.matmul(dense.transpose()), 2e-6);
+            let rounded = packed.forward(x.clone().cast(FloatDType::BF16));
+            assert_eq!(rounded.dtype(), burn::tensor::DType::BF16);
+            close("bf16", rounded.cast(FloatDType::F32), expected.clone(), 1e-2);
+            close("in training", packed.train().forward(x), expected, 2e-6);
+        }
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@ use burn::backend::{
     Dispatch, DispatchDevice, backend_extension,
     tensor::{FloatTensor, IntTensor},
 };
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 
 use super::{FEW_ROWS, PackedSpec};
 use crate::SuperLayout;
@@ -65,7 +65,10 @@ pub(crate) fn few_rows(
     ))
 }
 
-/// Whether [`few_rows`] is for so many rows on the device of `x`: Flex, without a graph.
-pub(crate) fn taken<const D: usize>(x: &Tensor<D>, rows: usize) -> bool {
-    (1..=FEW_ROWS).contains(&rows) && matches!(x.device().as_dispatch(), DispatchDevice::Flex(_))
+/// Whether [`few_rows`] is for so many rows with scales in this form, on devices of `x` and of the weight: Flex, without a
+/// graph. Double-quantized scales take longer to unpack than to read, so that they are for one row alone.
+pub(crate) fn taken(devices: [&Device; 2], rows: usize, form: StoredScales) -> bool {
+    let most = if form == StoredScales::Double { 1 } else { FEW_ROWS };
+    let plain = |device: &Device| matches!(device.as_dispatch(), DispatchDevice::Flex(_));
+    (1..=most).contains(&rows) && devices.into_iter().all(plain)
 }

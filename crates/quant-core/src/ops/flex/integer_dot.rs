@@ -24,6 +24,8 @@ const MAX_BLOCK: usize = 1 << 15;
 const AHEAD: usize = 6;
 /// Outputs of one vector.
 const LANES: usize = 16;
+/// Inputs of the smallest blocks: the codes of a word at 2 bits.
+const SMALLEST_BLOCK: usize = 16;
 /// Codes that are picked at once.
 const GROUP: usize = 8;
 
@@ -51,9 +53,10 @@ struct DigitBlock {
     start: [i32; DIGITS],
 }
 
-/// Whether this processor and these codes take this path.
+/// Whether this processor and these codes take this path: blocks must be whole words, or whole groups of codes, or one in
+/// all.
 pub(super) fn supported(bits: u32, inputs: usize, d_input: usize) -> bool {
-    (inputs.is_multiple_of(LANES) || inputs >= d_input)
+    (inputs.is_multiple_of(SMALLEST_BLOCK) || inputs >= d_input)
         && inputs.min(d_input) <= MAX_BLOCK
         && super::simd::avx512()
         && is_x86_feature_detected!("avx512vnni")
@@ -225,7 +228,8 @@ unsafe fn words_times_columns<const BITS: u32, const VECTORS: usize>(
 ) {
     let parts = 8 / BITS as usize;
     let low_bits = _mm512_set1_epi32(((1u32 << BITS) - 1).wrapping_mul(0x0101_0101) as i32);
-    let words_per_block = (tile.inputs * BITS as usize).div_ceil(RUN);
+    // The tile has all inputs.
+    let words_per_block = (tile.inputs.min(tile.k1) * BITS as usize).div_ceil(u32::BITS as usize);
     let mut sums = [_mm512_setzero_ps(); VECTORS];
     for (index, block) in blocks.iter().enumerate() {
         let mut counts = [block.start.map(|start| _mm512_set1_epi32(start)); VECTORS];

@@ -9,14 +9,9 @@ use crate::{Grid, Value, packing::RUN};
 /// Inputs of the smallest blocks that the kernels of one row take.
 const SMALLEST: usize = 4;
 
-/// Whether blocks of so many inputs begin and end with runs.
-pub(super) fn whole_runs(inputs: usize, d_input: usize) -> bool {
-    inputs.is_multiple_of(RUN) || inputs >= d_input
-}
-
-/// Whether blocks begin and end with runs, or runs with blocks, as the kernels of one row need.
+/// Whether blocks of so many inputs begin and end with runs, or runs with blocks, as the kernels of one row need.
 pub(super) fn fits_runs(inputs: usize, d_input: usize) -> bool {
-    whole_runs(inputs, d_input) || (inputs >= SMALLEST && RUN.is_multiple_of(inputs))
+    inputs.is_multiple_of(RUN) || inputs >= d_input || (inputs >= SMALLEST && RUN.is_multiple_of(inputs))
 }
 
 /// How codes become levels: a table of up to 4 bits, a subtraction beyond.
@@ -545,7 +540,7 @@ mod by {
     /// levels less a constant and straddle no word. Values of `dy * scale` from 2^96 on overflow.
     pub(super) const MASK: u8 = 1;
     /// By putting codes into the fraction of a float behind a one, whose share is taken off the sums: for codes that are
-    /// levels less a constant and straddle words. It costs two bits of the precision.
+    /// levels less a constant and straddle words. It costs two or three bits of the precision.
     pub(super) const FRACTION: u8 = 2;
 }
 

@@ -167,4 +167,35 @@ mod tests {
             assert!(result.is_err(), "part {panicking}");
         }
     }
+
+    /// Two parts that begin together, so that a helper has one; `f` is told whether it is the caller's.
+    fn beside_a_helper(f: impl Fn(bool) + Sync + std::panic::UnwindSafe + std::panic::RefUnwindSafe) -> bool {
+        let result = catch_unwind(|| {
+            pool(2).install(|| {
+                let (caller, both) = (std::thread::current().id(), std::sync::Barrier::new(2));
+                share(2, 1, |_| {
+                    both.wait();
+                    f(std::thread::current().id() == caller);
+                });
+            });
+        });
+        result.is_err()
+    }
+
+    #[test]
+    fn a_helper_that_panics_is_told_of() {
+        assert!(beside_a_helper(|caller| assert!(caller)));
+        assert!(!beside_a_helper(|_| {}));
+    }
+
+    #[test]
+    fn a_caller_that_panics_waits_for_the_helper() {
+        let done = AtomicUsize::new(0);
+        assert!(beside_a_helper(|caller| {
+            assert!(!caller);
+            std::thread::sleep(std::time::Duration::from_millis(50));
+            done.fetch_add(1, Ordering::Relaxed);
+        }));
+        assert_eq!(done.into_inner(), 1);
+    }
 }

@@ -279,7 +279,7 @@ mod avx512 {
         }
         #[inline(always)]
         fn straddling_fraction([low, high]: [Self::Words; 2], shift: u32, bits: u32) -> Self {
-            // Begins above its place: a width of up to 8 bits leaves 15 of the fraction below it.
+            // A code that straddles begins at `33 - bits` or later, which is beyond its place in the fraction.
             let place = FRACTION_BITS - bits;
             Self(unsafe {
                 let words = _mm512_or_si512(shr(low, shift - place), shl(high, place + 32 - shift));
@@ -481,10 +481,13 @@ mod tests {
 
     #[test]
     fn vectors_hold_what_arrays_do() {
+        // The macro returns from the function that it stands in.
+        fn widest(found: &mut Vec<[f32; LANES]>) {
+            dispatch!(lanes(found: &mut Vec<[f32; LANES]>))
+        }
         let (mut portable, mut wide) = (Vec::new(), Vec::new());
         lanes::<Portable>(&mut portable);
-        let found = &mut wide;
-        dispatch!(lanes(found: &mut Vec<[f32; LANES]>));
+        widest(&mut wide);
         assert_eq!(wide, portable);
         assert_eq!(portable.len(), 25 + 28 + 27 + 4 + 5 + 5 + 8);
     }

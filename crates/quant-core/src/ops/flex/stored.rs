@@ -31,7 +31,7 @@ enum Form<'a> {
     Double { words: &'a [u32], nested: &'a [f32], offset: f32 },
 }
 
-// Kernels read through pointers: the lengths that these functions check are what makes that sound.
+// The gathers of double-quantized scales read through pointers: the lengths that are checked here are what makes that sound.
 impl<'a> Stored<'a> {
     /// A value for each block; a block has so many `outputs`.
     ///
@@ -109,17 +109,19 @@ impl<'a> Stored<'a> {
 
     /// Writes a rectangle row by row.
     fn write(&self, [block, output]: [usize; 2], [blocks, outputs]: [usize; 2], into: &mut [f32]) {
-        fn lanes<L: Lanes>(stored: &Stored, at: [usize; 2], [blocks, outputs]: [usize; 2], into: &mut [f32]) {
+        #[inline(always)]
+        fn lanes<L: Lanes>(stored: &Stored, at: [usize; 2], outputs: usize, into: &mut [f32]) {
             let step = if matches!(stored.form, Form::Double { .. }) { COLUMNS } else { outputs };
             for start in (0..outputs).step_by(step.max(1)) {
                 let end = outputs.min(start + step);
-                for (block, into) in into.chunks_exact_mut(outputs).enumerate().take(blocks) {
+                for (block, into) in into.chunks_exact_mut(outputs).enumerate() {
                     stored.write_row::<L>(at[0] + block, at[1] + start, &mut into[start..end]);
                 }
             }
         }
-        let (stored, at, size) = (self, [block, output], [blocks, outputs]);
-        dispatch!(lanes(stored: &Stored, at: [usize; 2], size: [usize; 2], into: &mut [f32]))
+        assert_eq!(into.len(), blocks * outputs, "room for scales");
+        let (stored, at) = (self, [block, output]);
+        dispatch!(lanes(stored: &Stored, at: [usize; 2], outputs: usize, into: &mut [f32]))
     }
 
     /// Writes those of neighbouring outputs.
@@ -184,9 +186,16 @@ impl<'a> Stored<'a> {
 }
 
 /// Writes the values of outputs from `output` on, of which `outputs` neighbours share one.
-fn repeat(row: &[f32], outputs: usize, output: usize, into: &mut [f32]) {
-    for (c, value) in (output..).zip(into) {
-        *value = row[c / outputs];
+fn repeat(row: &[f32], outputs: usize, output: usize, mut into: &mut [f32]) {
+    let first = output / outputs;
+    let mut count = (first + 1) * outputs - output;
+    for value in &row[first..] {
+        let (now, later) = into.split_at_mut(count.min(into.len()));
+        now.fill(*value);
+        (into, count) = (later, outputs);
+        if into.is_empty() {
+            break;
+        }
     }
 }
 

@@ -149,14 +149,14 @@ impl<'a> View<'a> {
             with_scratch(0, |_, scratch| {
                 let tile = self.tile((0, spec.d_input), n);
                 // SAFETY: `supported` was asked; the weight's parts were checked; those of `y` are disjoint; `row` was made
-                // from this weight's inputs, blocks and width, which are whole runs.
+                // from this weight's inputs, blocks and width.
                 unsafe { integer_dot::row_times(&tile, &row, out.at(n.0), scratch) }
             });
         };
         if self.codes.len() <= SERIAL_WORDS {
             part((0, spec.d_output));
         } else {
-            share(spec.d_output, row_part(spec.d_output), part);
+            share(spec.d_output, row_part(spec.d_output, spec.scale_shape()[0]), part);
         }
         true
     }
@@ -284,7 +284,11 @@ impl Tiles for Turned<'_> {
     }
 }
 
+/// Scales of a task of one row, and as many offsets: at most 128 KiB.
+const ROW_SCALES: usize = 1 << 15;
+
 /// Outputs of a task of one row, whole vectors: several tasks for each thread, since another one takes its time to wake up.
-fn row_part(d_output: usize) -> usize {
-    d_output.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64)
+fn row_part(d_output: usize, blocks: usize) -> usize {
+    let even = d_output.div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64);
+    even.min((ROW_SCALES / blocks.max(1) / 64 * 64).max(64))
 }
