@@ -2,7 +2,7 @@
 
 use minijinja::{
     Environment, Error, State, Value, filters,
-    value::{Kwargs, Rest},
+    value::{Kwargs, Rest, ValueOrKwargs},
 };
 
 use super::{
@@ -117,7 +117,9 @@ macro_rules! guard {
         $({
             const PLAIN: &str = concat!("__kiln_", stringify!($name));
             $environment.add_filter(PLAIN, filters::$name);
-            $environment.add_filter(stringify!($name), |state: &mut State, args: Rest<Value>| {
+            // Values alone would refuse named arguments.
+            $environment.add_filter(stringify!($name), |state: &mut State, args: Rest<ValueOrKwargs>| {
+                let args = args.into_values();
                 if let Some((value, args)) = args.split_first() {
                     measured(stringify!($name), value, args)?;
                 }

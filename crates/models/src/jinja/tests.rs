@@ -9,6 +9,27 @@ fn outcome(source: &str) -> Result<String, String> {
     render().map_err(|error| error.to_string())
 }
 
+/// Filters are given their named arguments; what is expected is jinja2's.
+#[test]
+fn filters_take_named_arguments() {
+    let people = "{% set people = [{'n': 'b', 'g': 1}, {'n': 'A', 'g': 2}, {'n': 'c', 'g': 1}] %}";
+    for (source, expected) in [
+        ("{{ people | map(attribute='n') | join(d='-') }}", "b-A-c"),
+        ("{{ people | map(attribute='x', default='?') | join }}", "???"),
+        ("{{ people | sort(attribute='n') | map(attribute='n') | join }}", "Abc"),
+        ("{{ [2, 3, 1] | sort(reverse=true) | join }}", "321"),
+        ("{{ people | unique(attribute='g') | map(attribute='n') | join }}", "bA"),
+        ("{{ people | sum(attribute='g') }}", "4"),
+        ("{{ people | selectattr('g', 'equalto', 1) | map(attribute='n') | join }}", "bc"),
+        ("{% for g, all in people | groupby(attribute='g') %}{{ g }}{{ all | length }}{% endfor %}", "1221"),
+        ("{% for k, v in {'b': 1, 'a': 2} | dictsort(by='value') %}{{ k }}{% endfor %}", "ba"),
+        ("{{ 'x\ny' | indent(width=2) }}", "x\n  y"),
+        ("{{ 'x\ny' | indent(width=1, first=true) }}", " x\n y"),
+    ] {
+        assert_eq!(outcome(&format!("{people}{source}")).as_deref(), Ok(expected), "{source}");
+    }
+}
+
 /// Templates that ask for memory, time or stack without end, by the resource.
 fn hostile() -> Vec<(&'static str, String)> {
     let mut all = Vec::new();
