@@ -66,7 +66,7 @@ pub(crate) fn few_rows(
 }
 
 /// Whether [`few_rows`] is for so many rows with scales in this form, on devices of `x` and of the weight: Flex, without a
-/// graph. Double-quantized scales take longer to unpack than to read, so that they are for one row alone.
+/// graph. Scales are unpacked once for each row; double-quantized ones are slow to unpack, and read so for one row alone.
 pub(crate) fn taken(devices: [&Device; 2], rows: usize, form: StoredScales) -> bool {
     let most = if form == StoredScales::Double { 1 } else { FEW_ROWS };
     let plain = |device: &Device| matches!(device.as_dispatch(), DispatchDevice::Flex(_));

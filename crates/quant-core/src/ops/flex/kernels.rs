@@ -486,33 +486,22 @@ pub(super) unsafe fn row_times_transposed(
 ) {
     #[inline(always)]
     fn any<L: Lanes>(tile: &Tile, dy: *const f32, dx: *mut f32, scaled: *mut f32, scratch: &mut Scratch) {
+        macro_rules! lanes {
+            ($bits:literal, $by:ident, $narrow:literal) => {
+                row_times_transposed_lanes::<L, $bits, { by::$by }, $narrow>(tile, dy, dx, scaled, scratch)
+            };
+        }
         macro_rules! by_value {
             ($narrow:literal) => {
                 match (tile.levels.bits, tile.levels.affine) {
-                    (2, true) => row_times_transposed_lanes::<L, 2, { by::MASK }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (4, true) => row_times_transposed_lanes::<L, 4, { by::MASK }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (8, true) => row_times_transposed_lanes::<L, 8, { by::MASK }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (2, false) => row_times_transposed_lanes::<L, 2, { by::LEVEL }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (5, _) => row_times_transposed_lanes::<L, 5, { by::FRACTION }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (6, _) => row_times_transposed_lanes::<L, 6, { by::FRACTION }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    (3, _) => row_times_transposed_lanes::<L, 3, { by::LEVEL }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
-                    _ => row_times_transposed_lanes::<L, 4, { by::LEVEL }, $narrow>(
-                        tile, dy, dx, scaled, scratch,
-                    ),
+                    (2, true) => lanes!(2, MASK, $narrow),
+                    (4, true) => lanes!(4, MASK, $narrow),
+                    (8, true) => lanes!(8, MASK, $narrow),
+                    (2, false) => lanes!(2, LEVEL, $narrow),
+                    (5, _) => lanes!(5, FRACTION, $narrow),
+                    (6, _) => lanes!(6, FRACTION, $narrow),
+                    (3, _) => lanes!(3, LEVEL, $narrow),
+                    _ => lanes!(4, LEVEL, $narrow),
                 }
             };
         }
