@@ -10,11 +10,11 @@ use clap::Parser;
 use kiln::{
     Tuned,
     adapters::AdapterConfig,
-    models::{CausalLm, Recompute},
+    models::{CausalLm, DriverOptions, Recompute},
     quant::{Scheme, files::OutputFolder, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
-        memory::{Method, ProcessConstants, Step, estimate},
+        memory::{Halves, Method, ProcessConstants, Step, estimate},
     },
     training::{Dataset, RunOptions, Trainer, TrainerConfig},
 };
@@ -88,8 +88,16 @@ fn run(mut options: Options) -> Result<()> {
     held_out.truncate(16 * options.seq_len);
 
     let bytes = report.storage.total_bytes();
-    let step =
-        Step { batch: options.batch, seq_len: options.seq_len, recompute: Recompute::None, logit_rows: 256 };
+    let step = Step {
+        batch: options.batch,
+        seq_len: options.seq_len,
+        recompute: Recompute::None,
+        logit_rows: DriverOptions::default().logit_rows,
+        halves: match backbone.compute().keeps_rounded(&backbone.device()) {
+            true => Halves::Operands,
+            false => Halves::None,
+        },
+    };
     let predict = |method| estimate(checkpoint.config(), bytes, &method, &step);
     let side = SideConfig::qst().with_reduction(options.reduction);
     let predicted = [predict(Method::Lora { rank: RANK })?, predict(Method::Side(side.clone()))?]

@@ -81,6 +81,10 @@ impl<P: Projection, A: Adapter> Projection for Adapted<P, A> {
         self.base.set_compute(compute);
     }
 
+    fn takes_operands(&self) -> bool {
+        self.base.takes_operands() && self.adapter.as_ref().is_none_or(Adapter::takes_operands)
+    }
+
     fn at(&self, place: Place) {
         self.base.at(place);
         if let Some(adapter) = &self.adapter {

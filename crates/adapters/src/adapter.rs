@@ -54,6 +54,12 @@ pub trait Adapter: Module + ModuleDisplay + 'static {
         self.adapt(base, x, y)
     }
 
+    /// Whether it takes an input rounded by [`fused::operand`](kiln_quant_core::fused::operand) for f32, beside a base that
+    /// does.
+    fn takes_operands(&self) -> bool {
+        false
+    }
+
     /// Hears where training stands before every forward pass; adapters with dropout need it.
     fn at(&self, _place: Place) {}
 }

@@ -103,6 +103,10 @@ impl Adapter for AnyAdapter {
         either!(self, adapter => adapter.merged_weight(base))
     }
 
+    fn takes_operands(&self) -> bool {
+        either!(self, adapter => adapter.takes_operands())
+    }
+
     fn at(&self, place: Place) {
         either!(self, adapter => adapter.at(place));
     }

@@ -2,7 +2,7 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{DType, Tensor},
+    tensor::Tensor,
 };
 use kiln_quant_core::{
     Place, Projection,
@@ -82,13 +82,13 @@ impl Lora {
         Self::new(a, b, self.scaling, self.dropout.clone())
     }
 
-    /// A and B in the type of the input, and what is to be done with them now.
-    fn update<P: Projection>(&self, base: &P, dtype: DType) -> ([Tensor<2>; 2], LowRankSpec) {
+    /// A and B, and what is to be done with them now.
+    fn update<P: Projection>(&self, base: &P) -> ([Tensor<2>; 2], LowRankSpec) {
         let drops = self.dropout.drops();
         let compensation = if drops.is_some() { self.dropout.compensation() } else { 1.0 };
         let factor = (self.scaling * compensation) as f32;
         let update = LowRankSpec { factor, drops, compute: base.compute() };
-        ([&self.lora_a, &self.lora_b].map(|factor| factor.val().cast(dtype)), update)
+        ([self.lora_a.val(), self.lora_b.val()], update)
     }
 
     /// `[d_input, r]`, also known while the parameter is not initialised yet.
@@ -99,12 +99,12 @@ impl Lora {
 
 impl Adapter for Lora {
     fn adapt<P: Projection>(&self, base: &P, x: Tensor<2>, y: Tensor<2>) -> Tensor<2> {
-        let ([a, b], update) = self.update(base, x.dtype());
+        let ([a, b], update) = self.update(base);
         fused::low_rank(y, x, a, b, update)
     }
 
     fn forward_rows<P: Projection>(&self, base: &P, x: Tensor<2>) -> Tensor<2> {
-        let ([a, b], update) = self.update(base, x.dtype());
+        let ([a, b], update) = self.update(base);
         base.forward_low_rank(x, a, b, update)
     }
 
@@ -113,6 +113,10 @@ impl Adapter for Lora {
         let update = self.lora_a.val().mul_scalar(self.scaling).matmul(self.lora_b.val());
         let dtype = weight.dtype();
         weight + update.cast(dtype)
+    }
+
+    fn takes_operands(&self) -> bool {
+        true
     }
 
     fn at(&self, place: Place) {

@@ -19,10 +19,10 @@ use kiln_models::{
     chat::Message,
     config::{ModelConfig, TensorRole, TensorShape},
     export::{ExportReport, LoraFactors, export_gguf_lora},
-    memory::{ProcessConstants, Step, Work, estimate},
+    memory::{Halves, ProcessConstants, Step, Work, estimate},
 };
 use kiln_quant_core::{
-    DeviceLimits, QuantLinear, Slots, TableUpdates,
+    DeviceLimits, Projection, QuantLinear, Slots, TableUpdates,
     files::{OutputFolder, whole_folder},
     trained_values,
 };
@@ -366,6 +366,15 @@ struct Prepared {
     language: Arc<Language>,
 }
 
+/// What graphs of `model` keep in 16 bits.
+fn halves(model: &AdaptedModel) -> Halves {
+    match model.compute().keeps_rounded(&model.device()) {
+        true if model.slots().iter().all(|(_, slot)| slot.takes_operands()) => Halves::Operands,
+        true => Halves::Attention,
+        false => Halves::None,
+    }
+}
+
 /// Whether a step is expected to fit into `limit` bytes.
 fn check_memory(
     limit: u64,
@@ -397,6 +406,7 @@ fn check_memory(
         seq_len,
         recompute: config.recompute,
         logit_rows: config.logit_rows,
+        halves: halves(tuned.model()),
     };
     let needed = |step: Step| {
         let work = Work::lora(model, rank, &step);

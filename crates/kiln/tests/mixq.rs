@@ -22,7 +22,7 @@ use kiln::{
     models::{
         CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, Targets, TokenBatch, Windows,
         families::NormPlace,
-        memory::{ProcessConstants, Step},
+        memory::{Halves, ProcessConstants, Step},
         token_nll,
     },
     pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
@@ -112,7 +112,8 @@ fn a_pruned_model_is_counted_by_its_own_shapes() {
 #[test]
 fn ranks_and_adapters_are_counted_and_attached() {
     let (_, model) = load(EMBEDDED);
-    let step = Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256 };
+    let step =
+        Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256, halves: Halves::None };
     let mut choices = choices(&["affine4:64"])
         .with_granularity(Granularity::Kind)
         .with_training(TrainingShape { rank: 4, step, process: ProcessConstants::CPU }, MemoryAxis::Static);
@@ -293,7 +294,8 @@ fn what_can_not_be_searched_says_why() {
     bad = choices(&["dense"]);
     bad.adapters = vec!["lora".into()];
     assert!(fail(&bad).contains("Choices.axis"));
-    let step = Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256 };
+    let step =
+        Step { batch: 1, seq_len: 32, recompute: Recompute::None, logit_rows: 256, halves: Halves::None };
     let shape = TrainingShape { rank: 4, step, process: ProcessConstants::CPU };
     bad = bad.with_training(shape, MemoryAxis::Peak);
     bad.adapters = vec!["houlsby".into()];
@@ -594,7 +596,7 @@ fn proxies_rank_bits() {
 /// pruned model keeps its first block whole.
 #[cfg(target_os = "linux")]
 fn training_peak(recompute: Recompute, pruned: bool) -> (f64, f64) {
-    let step = Step { batch: 4, seq_len: 512, recompute, logit_rows: 256 };
+    let step = Step { batch: 4, seq_len: 512, recompute, logit_rows: 256, halves: Halves::None };
     let (checkpoint, model) = load(EMBEDDED);
     let folder = tempfile::tempdir().unwrap();
     let model = match pruned {

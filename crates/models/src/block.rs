@@ -10,8 +10,9 @@ use burn::{
     },
 };
 use kiln_quant_core::{
-    Projection,
+    Compute, Projection,
     fused::{self, AttentionSpec},
+    operand_of,
 };
 
 use crate::{
@@ -272,7 +273,7 @@ impl<P: Projection> Block<P> {
         let mut x = self.normed(NormPlace::StreamAfterMlp, x + behind(NormPlace::PostMlp, y));
         if let Some(gate) = self.linear(LinearRole::PerLayerGate) {
             let input = beside.input.take().unwrap_or_else(|| panic!("block {index} without its own input"));
-            let y = self.gated(gate.forward(x.clone()), input, config);
+            let y = self.gated(gate.forward(x.clone()), input, Compute::F32, config);
             let y = self.project(LinearRole::PerLayerProjection, y);
             x = x + self.normed(NormPlace::PostPerLayerInput, y);
         }
@@ -292,6 +293,17 @@ impl<P: Projection> Block<P> {
     /// The output of a linear that every family has.
     fn project(&self, role: LinearRole, x: Tensor<3>) -> Tensor<3> {
         self.linear(role).unwrap_or_else(|| panic!("a block without {role:?}")).forward(x)
+    }
+
+    /// [`Self::project`] of what nothing else reads.
+    fn project_kept(&self, role: LinearRole, x: Tensor<3>) -> Tensor<3> {
+        self.project(role, self.kept_for(&[role], x))
+    }
+
+    /// `x` as a graph keeps it for the linears of `roles`, as far as there are such, which alone read it.
+    fn kept_for(&self, roles: &[LinearRole], x: Tensor<3>) -> Tensor<3> {
+        let readers: Vec<&P> = roles.iter().filter_map(|role| self.linear(*role)).collect();
+        operand_of(x, &readers)
     }
 
     /// What tokens take from each other: attention or a delta net.
@@ -388,7 +400,7 @@ impl<P: Projection> Block<P> {
             Some(gate) => y * sigmoid(gate),
             None => y,
         };
-        self.project(LinearRole::Output, y.reshape([batch, length, heads * head_dim]))
+        self.project_kept(LinearRole::Output, y.reshape([batch, length, heads * head_dim]))
     }
 
     /// Queries, the gates of what their heads say where there are some, and keys and values where the block has some, `[batch, length, heads, head_dim]`, from their linears.
@@ -407,6 +419,8 @@ impl<P: Projection> Block<P> {
             .find_map(|rows| self.linear(LinearRole::QueryKeyValue(rows)).map(|linear| (rows, linear)));
         match fused {
             None => {
+                let roles = [LinearRole::Query, LinearRole::GatedQuery, LinearRole::Key, LinearRole::Value];
+                let x = self.kept_for(&roles, x);
                 let (q, gate) = match self.linear(LinearRole::GatedQuery) {
                     Some(linear) => {
                         let both = linear.forward(x.clone()).reshape([batch, length, heads, 2 * head_dim]);
@@ -429,13 +443,14 @@ impl<P: Projection> Block<P> {
                 (q, gate, both)
             }
             Some((FusedRows::Concatenated, linear)) => {
-                let all = split(linear.forward(x), heads + 2 * groups);
+                let all = split(linear.forward(operand_of(x, &[linear])), heads + 2 * groups);
                 let part = |first, count| all.clone().narrow(2, first, count);
                 (part(0, heads), None, Some([part(heads, groups), part(heads + groups, groups)]))
             }
             Some((FusedRows::Grouped, linear)) => {
                 let queries = heads / groups;
-                let all = linear.forward(x).reshape([batch, length, groups, queries + 2, head_dim]);
+                let all = linear.forward(operand_of(x, &[linear]));
+                let all = all.reshape([batch, length, groups, queries + 2, head_dim]);
                 let part = |first, count, heads| {
                     all.clone().narrow(3, first, count).reshape([batch, length, heads, head_dim])
                 };
@@ -467,7 +482,7 @@ impl<P: Projection> Block<P> {
         let routed = self.routed(fused::rms_norm(rows(x.clone()), scale, config.norm_eps));
         let factors = self.find_vector(VectorRole::ExpertScales);
         let x = rows(self.normed(NormPlace::PreExperts, x));
-        let gated = |gate, up| self.gated(gate, up, config);
+        let gated = |gate, up, compute| self.gated(gate, up, compute, config);
         let y = mixture(all, x, routed, factors, context.routers.as_ref(), experts, gated);
         self.normed(NormPlace::PostExperts, y.reshape(sizes))
     }
@@ -492,9 +507,9 @@ impl<P: Projection> Block<P> {
     ) -> Tensor<3> {
         let sizes = x.dims();
         let x = x.reshape([sizes[0] * sizes[1], sizes[2]]);
-        let gated = |gate, up| match experts.clamped {
+        let gated = |gate, up, compute| match experts.clamped {
             Some(by) => clamped_swiglu(gate, up, by),
-            None => self.gated(gate, up, config),
+            None => self.gated(gate, up, compute, config),
         };
         let (routed, log) = (self.routed(x.clone()), context.routers.as_ref());
         let mut y = mixture(all, x.clone(), routed, None, log, experts, gated);
@@ -514,24 +529,33 @@ impl<P: Projection> Block<P> {
         {
             return self.mixture(all, x, experts, context, config);
         }
+        let x = self.kept_for(&[LinearRole::GateUp, LinearRole::Gate, LinearRole::Up], x);
+        let compute = self.linear(LinearRole::Down).map_or(Compute::F32, Projection::compute);
         let inner = match (self.linear(LinearRole::GateUp), self.linear(LinearRole::Gate)) {
             (Some(linear), _) => {
                 let both = linear.forward(x);
                 let width = both.dims()[2] / 2;
-                self.gated(both.clone().narrow(2, 0, width), both.narrow(2, width, width), config)
+                self.gated(both.clone().narrow(2, 0, width), both.narrow(2, width, width), compute, config)
             }
             (None, Some(gate)) => {
-                self.gated(gate.forward(x.clone()), self.project(LinearRole::Up, x), config)
+                self.gated(gate.forward(x.clone()), self.project(LinearRole::Up, x), compute, config)
             }
             (None, None) => self.activated(self.project(LinearRole::Up, x), config),
         };
-        self.project(LinearRole::Down, inner)
+        self.project_kept(LinearRole::Down, inner)
     }
 
-    fn gated<const D: usize>(&self, gate: Tensor<D>, up: Tensor<D>, config: &ModelConfig) -> Tensor<D> {
+    /// `compute` is that of the linear that reads the result.
+    fn gated<const D: usize>(
+        &self,
+        gate: Tensor<D>,
+        up: Tensor<D>,
+        compute: Compute,
+        config: &ModelConfig,
+    ) -> Tensor<D> {
         match config.activation {
-            Activation::Silu => fused::swiglu(gate, up),
-            Activation::GeluTanh => fused::geglu(gate, up),
+            Activation::Silu => fused::swiglu(gate, up, compute),
+            Activation::GeluTanh => fused::geglu(gate, up, compute),
             _ => self.activated(gate, config) * up,
         }
     }

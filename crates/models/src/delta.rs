@@ -12,7 +12,7 @@ use burn::tensor::{
     Tensor, TensorData,
     activation::{sigmoid, silu, softplus},
 };
-use kiln_quant_core::{Projection, fused};
+use kiln_quant_core::{Projection, fused, operand_of};
 
 use crate::{Context, config::DeltaNetConfig};
 
@@ -117,7 +117,9 @@ impl<P: Projection> DeltaNet<'_, P> {
         let segments = Segments::new(context);
         let before = state.as_ref().and_then(|state| state.as_ref().cloned());
 
-        let mixed = self.mixed.forward(x.clone());
+        // Strength and decay are of linears that are never packed.
+        let kept = operand_of(x.clone(), &[self.mixed, self.gate]);
+        let mixed = self.mixed.forward(kept.clone());
         let (mixed, tail) = self.convolved(mixed, before.as_ref().map(|state| state.tail.clone()), &segments);
         let part = |first: usize, heads: usize, dim: usize| {
             mixed.clone().narrow(2, first, heads * dim).reshape([batch, length, heads, dim])
@@ -139,8 +141,7 @@ impl<P: Projection> DeltaNet<'_, P> {
         let v = part(2 * keys, value_heads, value_dim);
         let strength = sigmoid(self.strength.forward(x.clone()));
         let rate = self.log_rate.clone().exp().neg().unsqueeze();
-        let log_decay =
-            rate * softplus(self.decay.forward(x.clone()) + self.time_bias.clone().unsqueeze(), 1.0);
+        let log_decay = rate * softplus(self.decay.forward(x) + self.time_bias.clone().unsqueeze(), 1.0);
 
         let memory = before.map(|state| state.memory);
         let (said, memory) = delta_rule([q, k, v], log_decay, strength, memory, &segments);
@@ -149,8 +150,8 @@ impl<P: Projection> DeltaNet<'_, P> {
         }
         let rows = batch * length * value_heads;
         let said = fused::rms_norm(said.reshape([rows, value_dim]), self.norm.clone(), self.norm_eps);
-        let gate = silu(self.gate.forward(x));
-        self.output.forward(said.reshape([batch, length, value_heads * value_dim]) * gate)
+        let gated = said.reshape([batch, length, value_heads * value_dim]) * silu(self.gate.forward(kept));
+        self.output.forward(operand_of(gated, &[self.output]))
     }
 
     /// Each channel's sum over the latest tokens of a document, through SiLU; and what further tokens see of them.

@@ -44,7 +44,7 @@ impl Default for DriverOptions {
     fn default() -> Self {
         Self {
             recompute: Recompute::None,
-            logit_rows: 256,
+            logit_rows: 128,
             loss: TokenLoss::default(),
             noise: None,
             router_loss: None,

@@ -5,7 +5,7 @@ use burn::tensor::{
     Int, Tensor, TensorData,
     activation::{sigmoid, softmax},
 };
-use kiln_quant_core::{Projection, fused, to_host};
+use kiln_quant_core::{Compute, Projection, fused, operand_of, to_host};
 
 use crate::{
     balance::{Routed, RouterLog},
@@ -59,7 +59,7 @@ pub(crate) fn mixture<P: Projection>(
     factors: Option<Tensor<1>>,
     log: Option<&RouterLog>,
     config: &ExpertsConfig,
-    gated: impl Fn(Tensor<2>, Tensor<2>) -> Tensor<2>,
+    gated: impl Fn(Tensor<2>, Tensor<2>, Compute) -> Tensor<2>,
 ) -> Tensor<2> {
     let [tokens, width] = x.dims();
     let device = x.device().without_autodiff();
@@ -93,8 +93,9 @@ pub(crate) fn mixture<P: Projection>(
     let mut first = 0;
     for ([gate, up, down], count) in all.iter().zip(counts) {
         if count > 0 {
-            let x = gathered.clone().narrow(0, first, count);
-            results.push(down.forward(gated(gate.forward(x.clone()), up.forward(x))));
+            let x = operand_of(gathered.clone().narrow(0, first, count), &[gate, up]);
+            let inner = gated(gate.forward(x.clone()), up.forward(x), down.compute());
+            results.push(down.forward(operand_of(inner, &[down])));
             first += count;
         }
     }
@@ -115,5 +116,7 @@ pub(crate) fn clamped_swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, by:
 
 /// What the shared expert gives is multiplied by the sigmoid of `score` `[tokens, 1]`.
 pub(crate) fn shared<P: Projection>([gate, up, down]: [&P; 3], x: Tensor<2>, score: Tensor<2>) -> Tensor<2> {
-    down.forward(fused::swiglu(gate.forward(x.clone()), up.forward(x))) * sigmoid(score)
+    let x = operand_of(x, &[gate, up]);
+    let inner = fused::swiglu(gate.forward(x.clone()), up.forward(x), down.compute());
+    down.forward(operand_of(inner, &[down])) * sigmoid(score)
 }

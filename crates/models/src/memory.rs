@@ -1,5 +1,5 @@
-//! What a training step holds, as a function of its configuration: the tensors of Kiln's own steps, in f32, with fused
-//! attention (no stored scores) and logits a few rows at a time.
+//! What a training step holds, as a function of its configuration: the tensors of Kiln's own steps, with fused attention (no
+//! stored scores) and logits a few rows at a time.
 //!
 //! With n tokens in a batch, a LLaMA block keeps for each token, in values (d width, q and v query and key channels, f
 //! MLP channels, a heads, r LoRA rank):
@@ -9,10 +9,15 @@
 //! | full | `4 d + 2 q + 2 v + 3 f + a` |
 //! | LoRA, QLoRA | the same and `7 r` |
 //!
+//! These are f32; [`Halves`] says which are 16-bit instead: `2 d + 2 q + 2 v + 3 f`, or `q + 2 v`.
+//!
 //! With recomputation a block keeps its input only, `n d`, and one block's values exist at a time. Beside them: weights;
 //! 8 bytes of optimizer state and 4 of gradient for each trained value; the logits of one chunk.
 
 use std::collections::BTreeMap;
+
+#[cfg(doc)]
+use kiln_quant_core::Compute;
 
 use crate::{
     Recompute,
@@ -34,6 +39,19 @@ pub struct Step {
     pub recompute: Recompute,
     /// Rows of logits held at once.
     pub logit_rows: usize,
+    /// What of a block is kept in 16 bits.
+    pub halves: Halves,
+}
+
+/// What of a block is kept in 16 bits. Without a graph that [keeps operands rounded](Compute::keeps_rounded) it is nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Halves {
+    /// Nothing.
+    None,
+    /// Attention's operands: of a model whose linears multiply f32.
+    Attention,
+    /// Also what linears read, and the MLP's gates: of one whose linears [take operands](kiln_quant_core::Projection::takes_operands).
+    Operands,
 }
 
 /// Bytes that a step holds at its peak.
@@ -190,16 +208,23 @@ impl BlockSizes {
         self.width + self.carried
     }
 
-    /// Values that a token keeps when the inputs of all linears are needed. `norms` says whether norms are trained: layer
-    /// norms, made of several operations, keep more then.
-    pub fn kept(&self, norms: bool) -> f64 {
+    /// Values that a token keeps when the inputs of all linears are needed, 16-bit ones counted half. `norms` says whether
+    /// norms are trained: layer norms, made of several operations, keep more then.
+    pub fn kept(&self, norms: bool, halves: Halves) -> f64 {
         let Self { width, query, key, inner, heads, .. } = *self;
         let [recurrent, of_recurrent] = self.recurrent;
-        let attention = (2.0 * query + 2.0 * key + heads) * (1.0 - recurrent) + of_recurrent * recurrent;
+        // Queries, keys and values; the result, which a linear reads; what linears read of the stream.
+        let [operands, result, normed] = match halves {
+            Halves::None => [1.0, 1.0, 1.0],
+            Halves::Attention => [0.5, 1.0, 1.0],
+            Halves::Operands => [0.5, 0.5, 0.5],
+        };
+        let attention = operands * (query + 2.0 * key) + result * query + heads;
+        let attention = attention * (1.0 - recurrent) + of_recurrent * recurrent;
         let stream = match self.norms.kind {
             // What goes in; before a linear also what comes out.
             NormKind::Rms | NormKind::RmsOnePlus | NormKind::Identity => {
-                2.0 * self.norms.before + self.norms.behind
+                (1.0 + normed) * self.norms.before + self.norms.behind
             }
             // Centred and normed state, the scaled one where gains are trained.
             NormKind::Layer | NormKind::LayerGain => {
@@ -208,7 +233,7 @@ impl BlockSizes {
         };
         let heads = if self.norms.over_heads { (query + key) * (1.0 - recurrent) } else { 0.0 };
         // Gate, up and their product; or the activation.
-        stream * width + attention + heads + if self.gated { 3.0 } else { 1.0 } * inner
+        stream * width + attention + heads + if self.gated { 3.0 * normed } else { 1.0 } * inner
     }
 
     /// Values of a token that exist at once in a pass through the MLP, forwards without a graph or backwards: residual,
@@ -245,7 +270,7 @@ impl Work {
             added: 0.0,
             trained_weights: weight_bytes as f64 / VALUE,
             largest: model.vocab_size as f64 * block.width,
-            kept: block.kept(true),
+            kept: block.kept(true, step.halves.min(Halves::Attention)),
             ..Self::through(&block, step)
         }
     }
@@ -255,7 +280,7 @@ impl Work {
         let (block, rank) = (BlockSizes::of(model), rank as f64);
         Self {
             added: model.num_hidden_layers as f64 * rank * block.low_rank,
-            kept: block.kept(false) + rank * block.slots,
+            kept: block.kept(false, step.halves) + rank * block.slots,
             ..Self::through(&block, step)
         }
     }

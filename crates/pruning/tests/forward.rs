@@ -9,7 +9,10 @@ use kiln_models::{
     families::{LinearRole, NormKind},
 };
 use kiln_pruning::CutOptions;
-use kiln_quant_core::fused::{self, RotaryPairs};
+use kiln_quant_core::{
+    Compute,
+    fused::{self, RotaryPairs},
+};
 use kiln_testkit::assert_close;
 use serde_json::{Value, json};
 
@@ -94,7 +97,7 @@ fn attention(model: &Decoder<QuantLinear>, x: Tensor<2>) -> Tensor<2> {
 
 fn mlp(model: &Decoder<QuantLinear>, x: Tensor<2>) -> Tensor<2> {
     let project = |role, x| model.blocks[0].linear(role).unwrap().forward(x);
-    let inner = fused::swiglu(project(LinearRole::Gate, x.clone()), project(LinearRole::Up, x));
+    let inner = fused::swiglu(project(LinearRole::Gate, x.clone()), project(LinearRole::Up, x), Compute::F32);
     project(LinearRole::Down, inner)
 }
 

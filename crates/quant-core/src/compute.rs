@@ -56,6 +56,16 @@ impl Compute {
         }
     }
 
+    /// Whether graphs on `device` keep operands of such products [rounded](crate::fused::operand).
+    pub fn keeps_rounded(self, device: &Device) -> bool {
+        #[cfg(feature = "flex")]
+        if matches!(device.clone().without_autodiff().as_dispatch(), burn::backend::DispatchDevice::Flex(_)) {
+            return self != Self::F32 && crate::ops::flex::multiplies(self);
+        }
+        let _ = device;
+        false
+    }
+
     /// `self`, if `device` multiplies such operands.
     ///
     /// # Errors

@@ -39,7 +39,7 @@ pub use host::{ints_to_host, to_host, to_host_together};
 pub use linear::{PackedLinear, QuantLinear};
 pub use parameters::{HostValues, Parameter, for_each_parameter, is_variant, trained_values};
 pub use plan::{PathPattern, Plan};
-pub use projection::{Place, Projection};
+pub use projection::{Place, Projection, operand_of};
 pub use quantizers::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, QuantError};
 pub use scheme::{
     Block, DOUBLE_BLOCK, Grid, QuantScheme, SUPER_BLOCK, ScaleType, Scheme, SuperLayout, Value,

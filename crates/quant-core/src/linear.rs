@@ -154,6 +154,14 @@ impl Projection for QuantLinear {
         }
     }
 
+    fn takes_operands(&self) -> bool {
+        match self {
+            Self::Packed(linear) => linear.weight.takes_operands(),
+            // A weight that is f32 may be in training, by Burn's own operations.
+            Self::Dense(_) => self.compute() != Compute::F32,
+        }
+    }
+
     fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
         match self {
             Self::Packed(linear) => {

@@ -53,8 +53,26 @@ pub trait Projection: Module + ModuleDisplay + 'static {
     /// Rounds operands of its products so from now on, where its weight allows it; a model tells all its slots.
     fn set_compute(&mut self, _compute: Compute) {}
 
+    /// Whether [`forward`](Self::forward) takes an input rounded by [`fused::operand`] for f32 and answers in f32.
+    fn takes_operands(&self) -> bool {
+        false
+    }
+
     /// Hears where training stands before every forward pass; seeded dropout needs it, most projections don't.
     fn at(&self, _place: Place) {}
+}
+
+/// `x`, which all of `readers` read and nothing else, as a graph should keep it for them; see [`fused::operand`].
+pub fn operand_of<P: Projection, const D: usize>(x: Tensor<D>, readers: &[&P]) -> Tensor<D> {
+    match readers {
+        [first, others @ ..]
+            if first.takes_operands()
+                && others.iter().all(|one| one.takes_operands() && one.compute() == first.compute()) =>
+        {
+            fused::operand(x, first.compute())
+        }
+        _ => x,
+    }
 }
 
 /// Where a forward pass stands in a training run; masks drawn at random depend on nothing else.

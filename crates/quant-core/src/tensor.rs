@@ -232,6 +232,11 @@ impl PackedTensor {
         self.compute
     }
 
+    /// Whether the product is of `x` itself, in whatever form products read: not where inputs are put in order first.
+    pub(crate) fn takes_operands(&self) -> bool {
+        self.input_order.is_none()
+    }
+
     fn spec(&self) -> PackedSpec {
         PackedSpec { compute: self.compute, ..PackedSpec::new(&self.scheme, self.size[0], self.size[1]) }
     }

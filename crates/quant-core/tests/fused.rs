@@ -1,6 +1,6 @@
 //! The fused operations against their plain versions, values and gradients (Burn's own autodiff).
 
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use kiln_quant_core::{
     Compute,
     fused::{self, AttentionSpec, Drops, LowRankSpec, RotaryPairs, plain},
@@ -75,14 +75,14 @@ pub(crate) fn check_elementwise(on: On) {
             on,
             "swiglu",
             &[[rows, width]; 2],
-            |x| fused::swiglu(wide(x).0, wide(x).1),
+            |x| fused::swiglu(wide(x).0, wide(x).1, Compute::F32),
             |x| plain::swiglu(wide(x).0, wide(x).1),
         );
         compare(
             on,
             "geglu",
             &[[rows, width]; 2],
-            |x| fused::geglu(wide(x).0, wide(x).1),
+            |x| fused::geglu(wide(x).0, wide(x).1, Compute::F32),
             |x| plain::geglu(wide(x).0, wide(x).1),
         );
     }
@@ -99,6 +99,77 @@ pub(crate) fn check_elementwise(on: On) {
             );
         }
     }
+}
+
+#[test]
+fn gates_kept_rounded_give_the_gradients_of_rounded_gates() {
+    let device = Device::flex();
+    if !Compute::Bf16.keeps_rounded(&device) {
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
+        return;
+    }
+    let shapes = [[70, 96]; 2];
+    let rounded = |x: &Tensor<2>| x.clone().cast(FloatDType::BF16).cast(FloatDType::F32);
+    let gradients = |f: &dyn Fn(Tensor<2>, Tensor<2>) -> Tensor<2>, round: bool| {
+        let device = device.clone().autodiff();
+        let leaf = |seed, shape| {
+            let values = tensor::<2>(seed, shape, &device.clone().without_autodiff()).mul_scalar(4.0);
+            Tensor::from_inner(if round { rounded(&values) } else { values }).require_grad()
+        };
+        let [gate, up] = [leaf(1, shapes[0]), leaf(2, shapes[1])];
+        let y = f(gate.clone(), up.clone());
+        let gradients = (y.clone() * tensor(3, shapes[0], &device)).sum().backward();
+        (read(y), [gate, up].map(|leaf| read(leaf.grad(&gradients).unwrap())))
+    };
+    type Gated = fn(Tensor<2>, Tensor<2>, Compute) -> Tensor<2>;
+    type Plain = fn(Tensor<2>, Tensor<2>) -> Tensor<2>;
+    let pairs: [(Gated, Plain); 2] = [(fused::swiglu, plain::swiglu), (fused::geglu, plain::geglu)];
+    for (gated, plain) in pairs {
+        let (y, found) = gradients(&|gate, up| gated(gate, up, Compute::Bf16), false);
+        let (exact, unrounded) = gradients(&|gate, up| gated(gate, up, Compute::F32), false);
+        assert_eq!(y, exact);
+        let (_, expected) = gradients(&|gate, up| plain(gate, up), true);
+        for ((found, unrounded), expected) in found.iter().zip(&unrounded).zip(&expected) {
+            assert!(relative_difference(found, expected) < TOLERANCE);
+            assert!(relative_difference(found, unrounded) > 1e-4, "nothing was rounded");
+        }
+    }
+}
+
+#[test]
+fn attention_of_rounded_operands_is_near_the_plain_version() {
+    let device = Device::flex();
+    if !Compute::Bf16.is_native(&device) {
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
+        return;
+    }
+    // Rounded weights are off by up to 2^-9 of their size, as are gradients of scores.
+    let on = On { device: &device, tolerance: 4e-3 };
+    let spec = |compute, device: &Device| AttentionSpec {
+        scale: 0.2,
+        alibi: 0.0,
+        softcap: None,
+        window: None,
+        compute,
+        query_segments: fused::segments(&[0; 140], [2, 70], device),
+        key_segments: fused::segments(&[0; 140], [2, 70], device),
+    };
+    let run = |x: &[Tensor<4>], compute| {
+        let rounded = |x: &Tensor<4>| x.clone().cast(FloatDType::BF16).cast(FloatDType::F32);
+        let [q, k, v] = [&x[0], &x[1], &x[2]].map(rounded);
+        let device = q.device().without_autodiff();
+        match compute {
+            Compute::F32 => plain::attention(q, k, v, &spec(compute, &device)),
+            _ => fused::attention(q, k, v, &spec(compute, &device)),
+        }
+    };
+    compare(
+        on,
+        "attention in bf16",
+        &[[2, 70, 6, 24], [2, 70, 2, 24], [2, 70, 2, 24]],
+        |x| run(x, Compute::Bf16),
+        |x| run(x, Compute::F32),
+    );
 }
 
 #[test]

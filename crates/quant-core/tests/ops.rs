@@ -4,11 +4,11 @@
 
 use burn::{
     module::{Module, Param},
-    tensor::{Device, FloatDType, Tensor, TensorData},
+    tensor::{DType, Device, FloatDType, Tensor, TensorData},
 };
 use kiln_quant_core::{
     Compute, PackedTensor, PackedWeight, QuantScheme, Scales, SuperBlocks, SuperScales,
-    fused::{Drops, LowRankSpec, plain},
+    fused::{self, Drops, LowRankSpec, plain},
     ops,
     packing::CodePacker,
 };
@@ -584,6 +584,82 @@ fn bf16_products_of_packed_weights_are_those_of_rounded_operands() {
                 assert!(agrees || (rows <= 4 && found == exact), "{scheme}, {rows} rows");
             }
         }
+    }
+}
+
+#[test]
+fn products_of_what_a_graph_keeps_rounded_are_the_same_to_the_last_bit() {
+    let device = Device::flex();
+    if !Compute::Bf16.is_native(&device) {
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
+        return;
+    }
+    let drops = Drops { key: [3, 9], threshold: 1 << 30 };
+    for (scheme, rows, drops) in [
+        ("affine4:64", 37, None),
+        ("nf4:32", 5, Some(drops)),
+        ("affine3:24", 40, None),
+        ("affine4:64", 4, None),
+    ] {
+        let (d_input, d_output, rank) = (96, 50, 8);
+        let mut packed = PackedTensor::new(&random_weight(scheme, d_input, d_output, 61), &device);
+        packed.set_compute(Compute::Bf16);
+        let dense = tensor::<2>(62, [d_input, d_output], &device).cast(FloatDType::BF16);
+        let update = LowRankSpec { factor: 1.3, drops, compute: Compute::Bf16 };
+        let run = |kept: bool| {
+            let graph = device.clone().autodiff();
+            let leaf = |seed, shape| tensor::<2>(seed, shape, &graph).require_grad();
+            let [x, a, b] = [leaf(1, [rows, d_input]), leaf(2, [d_input, rank]), leaf(3, [rank, d_output])];
+            let input = if kept { fused::operand(x.clone(), Compute::Bf16) } else { x.clone() };
+            let rounded = if kept && rows > 4 { DType::BF16 } else { DType::F32 };
+            assert_eq!(input.dtype(), rounded, "{scheme}, {rows} rows");
+            let y = packed.forward_low_rank(input.clone(), a.clone(), b.clone(), update);
+            let y = y + fused::matmul(input, dense.clone(), Compute::Bf16);
+            assert_eq!(y.dtype(), DType::F32);
+            let gradients = (y.clone() * tensor(4, y.dims(), &graph)).sum().backward();
+            let mut all = vec![read(y)];
+            all.extend([x, a, b].map(|leaf| {
+                let gradient = leaf.grad(&gradients).unwrap();
+                assert_eq!(gradient.dtype(), DType::F32);
+                read(gradient)
+            }));
+            all
+        };
+        assert_eq!(run(true), run(false), "{scheme}, {rows} rows");
+    }
+}
+
+#[test]
+fn a_graph_rounds_what_it_keeps_to_the_nearest() {
+    let device = Device::flex();
+    let ties =
+        [0x3f80_8000u32, 0x3f81_8000, 0x3f80_8001, 0x3f80_7fff, 0x7f7f_ffff, 1, 0x0000_8000, 0x8000_0000];
+    let mut values: Vec<f32> = ties.map(f32::from_bits).to_vec();
+    values.extend([
+        f32::INFINITY,
+        f32::NEG_INFINITY,
+        f32::from_bits(0x7f80_0001),
+        f32::from_bits(0xffff_ffff),
+    ]);
+    values.extend((0..5000u32).map(|i| f32::from_bits(i.wrapping_mul(2_654_435_761))));
+    let rows = values.len();
+    let on = |device: &Device| Tensor::<2>::from_data(TensorData::new(values.clone(), [rows, 1]), device);
+    for same in [
+        fused::operand(on(&device), Compute::Bf16),
+        fused::operand(on(&device.clone().autodiff()), Compute::Bf16),
+        fused::operand(on(&device.clone().autodiff()).require_grad(), Compute::F32),
+    ] {
+        assert_eq!(same.dtype(), DType::F32);
+    }
+    if !Compute::Bf16.keeps_rounded(&device) {
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
+        return;
+    }
+    let kept = fused::operand(on(&device.autodiff()).require_grad(), Compute::Bf16);
+    let found = kept.into_data().try_into_vec::<half::bf16>().unwrap();
+    for (value, found) in values.iter().zip(found) {
+        let expected = half::bf16::from_f32(*value);
+        assert_eq!(found.to_bits(), expected.to_bits(), "{value:e} ({:#x})", value.to_bits());
     }
 }
 

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use burn::{module::Module, tensor::Device};
 use kiln_adapters::{AdapterConfig, LoraAttacher};
 use kiln_models::{CausalLm, Checkpoint, Decoder, LoadOptions, Recompute, Slots, config::ModelConfig};
-use kiln_quant_core::{QuantLinear, Scheme};
+use kiln_quant_core::{Compute, QuantLinear, Scheme};
 use kiln_side_tuning::{
     SideConfig, SideTuned,
-    memory::{Method, ProcessConstants, Step, estimate},
+    memory::{Halves, Method, ProcessConstants, Step, estimate},
 };
 use kiln_testkit::{figures_of, peak, report, smollm2, task, tiny};
 use kiln_training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig};
@@ -23,6 +23,7 @@ struct Case {
     recompute: Recompute,
     batch: usize,
     seq_len: usize,
+    compute: Compute,
 }
 
 impl Case {
@@ -30,7 +31,8 @@ impl Case {
         let parts: Vec<&str> = text.split(' ').collect();
         let recompute = if parts[1] == "block" { Recompute::Block } else { Recompute::None };
         let size = |index: usize| parts[index].parse().unwrap();
-        Self { method: parts[0].into(), recompute, batch: size(2), seq_len: size(3) }
+        let compute = parts.get(4).map_or(Compute::F32, |compute| compute.parse().unwrap());
+        Self { method: parts[0].into(), recompute, batch: size(2), seq_len: size(3), compute }
     }
 
     fn method(&self) -> Method {
@@ -50,7 +52,7 @@ impl Case {
 /// The model, its shape and the bytes of its weights; the checkpoint, whose header may be large, is gone.
 fn load(path: &str, case: &Case) -> (Decoder<QuantLinear>, ModelConfig, usize) {
     let scheme: Scheme = case.scheme().parse().unwrap();
-    let options = LoadOptions::uniform(scheme).in_f32();
+    let options = LoadOptions::uniform(scheme).with_compute(Some(case.compute));
     let checkpoint = Checkpoint::open(path).unwrap();
     let (model, report) = checkpoint.load(&options, &Device::flex()).unwrap();
     (model, checkpoint.config().clone(), report.storage.total_bytes())
@@ -59,8 +61,13 @@ fn load(path: &str, case: &Case) -> (Decoder<QuantLinear>, ModelConfig, usize) {
 /// Peak resident memory after two steps, and the prediction.
 fn measure(model_path: &str, case: &Case) -> (f64, f64) {
     let (model, shape, weight_bytes) = load(model_path, case);
-    let step =
-        Step { batch: case.batch, seq_len: case.seq_len, recompute: case.recompute, logit_rows: LOGIT_ROWS };
+    let Case { batch, seq_len, recompute, compute, .. } = *case;
+    let halves = match (compute.keeps_rounded(&Device::flex()), case.scheme()) {
+        (true, "dense") => Halves::Attention,
+        (true, _) => Halves::Operands,
+        (false, _) => Halves::None,
+    };
+    let step = Step { batch, seq_len, recompute, logit_rows: LOGIT_ROWS, halves };
     let predicted = estimate(&shape, weight_bytes, &case.method(), &step).unwrap();
     let run = |case: &Case| match case.method() {
         Method::Full => steps(model.unfreeze(), case),
@@ -145,6 +152,17 @@ fn peaks_on_the_embedded_model_are_as_predicted() {
         "qst none 16 256",
         "qst block 16 256",
     ];
+    let in_bf16 = [
+        "full none 4 256 bf16",
+        "lora none 16 256 bf16",
+        "qlora none 16 256 bf16",
+        "qlora block 16 256 bf16",
+        "qst none 16 256 bf16",
+    ];
+    let cases = match Compute::Bf16.is_native(&Device::flex()) {
+        true => [&cases[..], &in_bf16].concat(),
+        false => cases.to_vec(),
+    };
     let test = "memory::peaks_on_the_embedded_model_are_as_predicted";
     within(&compare(test, &model.display().to_string(), &cases), 0.15);
 }

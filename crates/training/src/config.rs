@@ -1,6 +1,6 @@
 //! The options of a run.
 
-use kiln_models::{Recompute, TokenLoss};
+use kiln_models::{DriverOptions, Recompute, TokenLoss};
 use kiln_quant_core::PathPattern;
 use serde::{Deserialize, Serialize};
 
@@ -96,7 +96,7 @@ impl ParameterGroup {
 /// | `betas` | 0.9, 0.999 | averages of AdamW and Lion | 0 to 1 |
 /// | `eps` | 1e-8 | AdamW's division | above 0 |
 /// | `recompute` | none | what the backward pass computes again | |
-/// | `logit_rows` | 256 | rows of logits held at once | at least 1 |
+/// | `logit_rows` | 128 | rows of logits held at once | at least 1 |
 /// | `loss` | cross-entropy | the loss of a token: label smoothing, z-loss, distillation from a teacher ([`Trainer::with_reference`](crate::Trainer::with_reference)) | |
 /// | `preference` | none | the loss of whole answers, in place of `loss` | |
 /// | `neftune` | none | α of the noise on embeddings ([`EmbeddingNoise`](kiln_models::EmbeddingNoise)) | above 0 |
@@ -169,7 +169,7 @@ impl TrainerConfig {
             betas: [0.9, 0.999],
             eps: 1e-8,
             recompute: Recompute::None,
-            logit_rows: 256,
+            logit_rows: DriverOptions::default().logit_rows,
             loss: TokenLoss::default(),
             preference: None,
             neftune: None,

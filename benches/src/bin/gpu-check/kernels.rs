@@ -117,7 +117,9 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
     bench.row("rms_norm 4096x2048", moved(2, width), 0.0, || {
         fused::rms_norm(x.clone(), weight.clone(), 1e-5)
     })?;
-    bench.row("swiglu 4096x8192", moved(3, inner), 0.0, || fused::swiglu(y.clone(), y.clone()))?;
+    bench.row("swiglu 4096x8192", moved(3, inner), 0.0, || {
+        fused::swiglu(y.clone(), y.clone(), Compute::F32)
+    })?;
     let drops = Drops { key: [1, 2], threshold: 1 << 28 };
     bench.row("dropout 4096x8192", moved(2, inner), 0.0, || fused::dropout(y.clone(), drops))?;
     let heads = random([2, 2048, 32, 64], device);

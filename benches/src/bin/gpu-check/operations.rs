@@ -103,8 +103,8 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
         fused::layer_norm(x[0].clone() + 3.0, x[1].clone().reshape([2048]), 1e-5)
     });
     let pair = [[70, 2048]; 2];
-    compare(device, "swiglu", &pair, |x| fused::swiglu(x[0].clone() * 8.0, x[1].clone()));
-    compare(device, "geglu", &pair, |x| fused::geglu(x[0].clone() * 8.0, x[1].clone()));
+    compare(device, "swiglu", &pair, |x| fused::swiglu(x[0].clone() * 8.0, x[1].clone(), Compute::F32));
+    compare(device, "geglu", &pair, |x| fused::geglu(x[0].clone() * 8.0, x[1].clone(), Compute::F32));
     for (half, pairs) in [(32, RotaryPairs::Halves), (12, RotaryPairs::Neighbours)] {
         compare(device, &format!("rotate {half} pairs of 64, {pairs:?}"), &[[2, 35, 8, 64]], |x| {
             let table = |seed| tensor::<2>(seed, [70, half], &x[0].device().without_autodiff());

@@ -1,7 +1,7 @@
 //! Against traces of other programs: torch's AdamW for a layer, an f64 autodiff for a stack of blocks.
 
 use kiln_adapters::Dropout;
-use kiln_quant_core::{Projection, fused, packing::unpack_column};
+use kiln_quant_core::{Compute, Projection, fused, packing::unpack_column};
 use kiln_testkit::{assert_close, max_difference, read, relative_difference, testdata};
 use serde_json::Value as Json;
 
@@ -125,7 +125,7 @@ struct Residual {
 
 fn residual<P: Projection>(slots: &[P], x: Tensor<2>) -> Tensor<2> {
     let (gate, up) = (slots[0].forward(x.clone()), slots[1].forward(x.clone()));
-    x + slots[2].forward(fused::swiglu(gate, up))
+    x + slots[2].forward(fused::swiglu(gate, up, Compute::F32))
 }
 
 impl Objective for Residual {

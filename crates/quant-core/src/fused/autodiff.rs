@@ -76,7 +76,25 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         }
     }
 
-    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
+    fn operand(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        backward!(Operand, 1, (), |parents, (), dy, grads| {
+            let [node] = parents;
+            if let Some(node) = node {
+                grads.register::<B>(node.id, dy);
+            }
+        });
+        match Operand.prepare::<C>([x.node()]).compute_bound().stateful() {
+            OpsKind::Tracked(prep) => prep.finish((), B::kept(x.into_primitive(), compute)),
+            OpsKind::UnTracked(prep) => prep.finish(x.into_primitive()),
+        }
+    }
+
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        compute: Compute,
+    ) -> FloatTensor<Self> {
         backward!(
             Gated,
             2,
@@ -93,10 +111,11 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         match Gated.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (gate, up) = (gate.into_primitive(), up.into_primitive());
-                prep.finish((gate.clone(), up.clone(), gating), B::gated(gate, up, gating))
+                let state = (B::kept(gate.clone(), compute), B::kept(up.clone(), compute), gating);
+                prep.finish(state, B::gated(gate, up, gating, compute))
             }
             OpsKind::UnTracked(prep) => {
-                prep.finish(B::gated(gate.into_primitive(), up.into_primitive(), gating))
+                prep.finish(B::gated(gate.into_primitive(), up.into_primitive(), gating, compute))
             }
         }
     }
@@ -163,7 +182,9 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
                     key_segments,
                     scores,
                 );
-                prep.finish(([q, k, v, out.clone(), log_sums], segments, scores), out)
+                let [q, k, v] = [q, k, v].map(|operand| B::kept(operand, scores.compute));
+                let state = ([q, k, v, B::kept_result(out.clone()), log_sums], segments, scores);
+                prep.finish(state, out)
             }
             OpsKind::UnTracked(prep) => prep.finish(<B as FusedOps>::attention(
                 q.into_primitive(),
@@ -214,6 +235,7 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         match AttentionWithSinks.prepare::<C>(nodes).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let [q, k, v, sinks] = inputs;
+                let [q, k, v] = [q, k, v].map(|operand| B::kept(operand, scores.compute));
                 prep.finish(([q, k, v, sinks, out.clone(), log_sums], segments, scores), out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),

@@ -29,6 +29,8 @@ use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 
 #[cfg(feature = "cube")]
 pub(crate) use self::packed::packed_low_rank;
+#[cfg(any(feature = "flex", feature = "cube"))]
+use crate::ops::FEW_ROWS;
 use crate::{Compute, SuperLayout};
 
 /// Which keys a query sees, those at or before its own place, of its own segment, and inside the window; and how scores
@@ -235,6 +237,14 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
         dy: FloatTensor<Self>,
         spec: NormSpec,
     ) -> FloatTensor<Self>;
+    /// What a graph keeps of an operand of products by `compute`: the operand as they round it, where that takes less memory
+    /// and loses nothing they would not lose themselves, or the operand itself.
+    #[fusion(dtype = x, shape = x)]
+    fn kept(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
+    /// Of the result of [`attention`], what its backward pass is given: the result itself, or nothing (an empty tensor) where
+    /// that pass does without.
+    #[fusion(dtype = out, shape = out)]
+    fn kept_result(out: FloatTensor<Self>) -> FloatTensor<Self>;
     /// Gradients of both inputs of [`swiglu`] and [`geglu`].
     #[fusion(meta = |gate, up, _dy, _gating| (gate.clone(), up.clone()))]
     fn gated_backward(
@@ -257,7 +267,8 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
         key_segments: IntTensor<Self>,
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
-    /// Gradients of q, k and v; `out` and `log_sums` are what [`Self::attention_with_log_sums`] gave.
+    /// Gradients of q, k and v; `out` is [`Self::kept_result`] and `log_sums` the other of what
+    /// [`Self::attention_with_log_sums`] gave.
     #[fusion(meta = |q, k, v, _out, _log_sums, _d_out, _query_segments, _key_segments, _scores| {
         (q.clone(), k.clone(), v.clone())
     })]
@@ -328,9 +339,17 @@ pub(crate) trait FusedOps: burn::backend::Backend {
     /// See [`rms_norm`] and [`layer_norm`].
     #[fusion(dtype = x, shape = x)]
     fn norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, spec: NormSpec) -> FloatTensor<Self>;
+    /// See [`operand`].
+    #[fusion(dtype = x, shape = x)]
+    fn operand(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self>;
     /// See [`swiglu`] and [`geglu`].
     #[fusion(dtype = gate, shape = gate)]
-    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self>;
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        compute: Compute,
+    ) -> FloatTensor<Self>;
     /// See [`rotate`]; `sign` is -1 for the inverse rotation.
     #[fusion(dtype = x, shape = x)]
     fn rotate(
@@ -479,26 +498,46 @@ pub fn layer_norm<const D: usize>(x: Tensor<D>, weight: Tensor<1>, eps: f64) -> 
     )
 }
 
-/// `silu(gate) * up`.
+/// `x`, which products by `compute` are about to read, as a graph should keep it: on the CPU, where these round to bf16
+/// anyway, in bf16, which is half the memory and the same product; else `x` itself. Its gradient stays f32. Where several
+/// products read `x`, this is to be called once, so that they keep one tensor.
+///
+/// Only for what takes it for f32 that was rounded: [`matmul`], [`low_rank`] and the products of packed weights, or a
+/// [`Projection`](crate::Projection) that [says so](crate::Projection::takes_operands).
+///
+/// # Shapes
+/// `[.., width]` → the same.
+pub fn operand<const D: usize>(x: Tensor<D>, compute: Compute) -> Tensor<D> {
+    // Kernels of few rows don't round, and have little to keep.
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    if x.dims()[..D - 1].iter().product::<usize>() <= FEW_ROWS {
+        return x;
+    }
+    fused_or_plain!(x, Dispatch::operand(x.into_dispatch(), compute), x)
+}
+
+/// `silu(gate) * up`. Operands of products around it are rounded as `compute` says, and so is what the graph keeps of gate
+/// and up on the CPU: gradients are off by as much as those products make them.
 ///
 /// # Shapes
 /// Both and the result alike.
-pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+pub fn swiglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, compute: Compute) -> Tensor<D> {
     fused_or_plain!(
         gate,
-        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::Silu),
+        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::Silu, compute),
         plain::swiglu(gate, up)
     )
 }
 
-/// `gelu(gate) * up`, with GELU's tanh form: `x / 2 * (1 + tanh(sqrt(2 / π) * (x + 0.044715 x³)))`.
+/// `gelu(gate) * up`, with GELU's tanh form: `x / 2 * (1 + tanh(sqrt(2 / π) * (x + 0.044715 x³)))`. Kept as [`swiglu`]
+/// keeps it.
 ///
 /// # Shapes
 /// Both and the result alike.
-pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>) -> Tensor<D> {
+pub fn geglu<const D: usize>(gate: Tensor<D>, up: Tensor<D>, compute: Compute) -> Tensor<D> {
     fused_or_plain!(
         gate,
-        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::GeluTanh),
+        Dispatch::gated(gate.into_dispatch(), up.into_dispatch(), Gating::GeluTanh, compute),
         plain::geglu(gate, up)
     )
 }
@@ -665,10 +704,20 @@ pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<2>, compute: Compute) -> T
 }
 
 fn rows_matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
+    #[cfg(feature = "flex")]
+    if on_flex(&a) && crate::ops::flex::is_operand(a.dtype(), compute) {
+        return Tensor::from_dispatch(Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute));
+    }
     fused_or_plain!(a, Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute), a.matmul(b))
 }
 
-/// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers.
+#[cfg(feature = "flex")]
+fn on_flex<const D: usize>(x: &Tensor<D>) -> bool {
+    matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Flex(_))
+}
+
+/// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers. Factors that are f32
+/// beside a `y` that isn't are cast to its type.
 ///
 /// # Shapes
 /// `y` `[rows, columns]`, `x` `[rows, inputs]`, `a` `[inputs, rank]`, `b` `[rank, columns]`.
@@ -676,7 +725,10 @@ pub fn low_rank(y: Tensor<2>, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, spec: Lo
     fused_or_plain!(
         y,
         Dispatch::low_rank(y.into_dispatch(), x.into_dispatch(), a.into_dispatch(), b.into_dispatch(), spec),
-        plain::low_rank(y, x, a, b, spec)
+        {
+            let dtype = y.dtype();
+            plain::low_rank(y, x, a.cast(dtype), b.cast(dtype), spec)
+        }
     )
 }
 

@@ -26,7 +26,7 @@ use crate::{Block, Compute, QuantScheme, Value, scheme::Grid};
 /// Up to this many rows are multiplied by kernels that unpack on the way; more, by a matrix product over an unpacked
 /// tile or weight.
 #[cfg(any(feature = "flex", feature = "cube"))]
-const FEW_ROWS: usize = 4;
+pub(crate) const FEW_ROWS: usize = 4;
 
 /// What the arithmetic needs to know about a packed weight.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,7 +41,8 @@ pub struct PackedSpec {
     pub d_input: usize,
     /// Outputs of the weight.
     pub d_output: usize,
-    /// What operands of products of many rows are rounded to.
+    /// What operands of products of many rows are rounded to. On the CPU an `x` that [is](crate::fused::operand) rounded so
+    /// counts as f32: results and gradients are f32.
     pub compute: Compute,
 }
 

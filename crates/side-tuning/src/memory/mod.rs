@@ -11,7 +11,7 @@ mod flops;
 pub mod paper;
 
 pub use flops::step_macs;
-pub use kiln_models::memory::{MemoryEstimate, ProcessConstants, Step};
+pub use kiln_models::memory::{Halves, MemoryEstimate, ProcessConstants, Step};
 use kiln_models::{
     config::ModelConfig,
     memory::{self, BlockSizes, Work},
@@ -55,7 +55,8 @@ pub fn estimate(
                 added: config.parameter_counts(model)?.total() as f64,
                 trained_weights: 0.0,
                 largest: 0.0,
-                kept: side.kept(true) + downsampling(config, &block, &side),
+                kept: side.kept(true, step.halves.min(Halves::Attention))
+                    + downsampling(config, &block, &side),
                 input,
                 forward: block.passing(),
                 backward: side.passing() + 2.0 * input,

@@ -118,6 +118,14 @@ impl FusedKernels for CubeBackend {
         d_weight
     }
 
+    fn kept(x: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
+        x
+    }
+
+    fn kept_result(out: FloatTensor<Self>) -> FloatTensor<Self> {
+        out
+    }
+
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -221,7 +229,16 @@ impl FusedOps for CubeBackend {
         y
     }
 
-    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
+    fn operand(x: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
+        x
+    }
+
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        _: Compute,
+    ) -> FloatTensor<Self> {
         let (gate, up) = (into_contiguous(gate), into_contiguous(up));
         assert_eq!(count_of(&up), count_of(&gate), "gated: gate and up");
         let y = empty_like(&gate);

@@ -287,15 +287,11 @@ fn softmax(scores: &mut [f32], visible: Range<usize>, scoring: Scoring) -> f32 {
 }
 
 /// Gradients with respect to q, k and v.
-pub(super) fn backward(
-    [q, k, v, out, d_out]: [FlexTensor; 5],
-    lse: &[f32],
-    spec: Visible,
-) -> [FlexTensor; 3] {
+pub(super) fn backward([q, k, v, d_out]: [FlexTensor; 4], lse: &[f32], spec: Visible) -> [FlexTensor; 3] {
     let (sizes, q_shape, k_shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q), shape_of(&k));
     let (q, k, v) = (contiguous(q), contiguous(k), contiguous(v));
-    let (out, d_out) = (contiguous(out), contiguous(d_out));
-    let (q, k, v, out, d_out) = (floats(&q), floats(&k), floats(&v), floats(&out), floats(&d_out));
+    let d_out = contiguous(d_out);
+    let (q, k, v, d_out) = (floats(&q), floats(&k), floats(&v), floats(&d_out));
     let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
     let shared = [&mut dq, &mut dk, &mut dv].map(|values| SharedMut(values.as_mut_ptr()));
     let group = sizes.heads / sizes.kv_heads;
@@ -309,7 +305,7 @@ pub(super) fn backward(
             let (k, v) = (&k[k_at..], &v[k_at..]);
             for head in kv_head * group..(kv_head + 1) * group {
                 let q_at = block.q_at(head);
-                let (q, out, d_out) = (&q[q_at..], &out[q_at..], &d_out[q_at..]);
+                let (q, d_out) = (&q[q_at..], &d_out[q_at..]);
                 let (weights, d_scores) = (&mut weights[..count * width], &mut d_scores[..count * width]);
                 block.scores(q, k, weights);
                 let d_rows = Matrix::rows(d_out, q_stride);
@@ -324,15 +320,11 @@ pub(super) fn backward(
                 {
                     let query = block.queries.start + i;
                     let visible = block.visible(query);
-                    let along: f32 = out[i * q_stride..][..head_dim]
-                        .iter()
-                        .zip(&d_out[i * q_stride..][..head_dim])
-                        .map(|(o, d)| o * d)
-                        .sum();
                     let log_sum = lse[block.lse_at(head) + i];
                     block.hide(query, visible.clone(), weights, f32::NEG_INFINITY);
+                    block.hide(query, visible.clone(), d_scores, 0.0);
                     let scoring = block.scoring(head, query);
-                    softmax_backward(weights, d_scores, visible.clone(), scoring, log_sum, along);
+                    softmax_backward(weights, d_scores, visible.clone(), scoring, log_sum);
                     block.hide(query, visible.clone(), weights, 0.0);
                     block.hide(query, visible, d_scores, 0.0);
                 }
@@ -360,14 +352,13 @@ pub(super) fn backward(
     ]
 }
 
-/// Scores to weights, and gradients of weights to gradients of unscaled scores; zero outside `visible`.
+/// Products to weights, and gradients of weights to gradients of products; zero outside `visible`.
 fn softmax_backward(
     weights: &mut [f32],
     d_scores: &mut [f32],
     visible: Range<usize>,
     scoring: Scoring,
     log_sum: f32,
-    along: f32,
 ) {
     vectorize(|| {
         for values in [&mut *weights, &mut *d_scores] {
@@ -375,18 +366,31 @@ fn softmax_backward(
             values[visible.end..].fill(0.0);
         }
         let first = visible.start;
-        let pairs = weights[visible.clone()].iter_mut().zip(&mut d_scores[visible]);
-        if scoring.is_plain() {
-            for (weight, d) in pairs {
-                *weight = exp(*weight * scoring.scale - log_sum);
-                *d = *weight * (*d - along) * scoring.scale;
+        let (weights, d_scores) = (&mut weights[visible.clone()], &mut d_scores[visible]);
+        let mut scale = scoring.scale;
+        if !scoring.is_plain() {
+            scale = 1.0;
+            for (key, weight) in weights.iter_mut().enumerate() {
+                *weight = scoring.score(*weight, first + key);
             }
-        } else {
-            for (key, (weight, d)) in pairs.enumerate() {
-                let z = scoring.score(*weight, first + key);
-                *weight = exp(z - log_sum);
-                *d = *weight * (*d - along) * scoring.slope_at(z);
+        }
+        // The result times its gradient, as a sum over keys: what normalising takes from each gradient.
+        let mut lanes = [0.0; 16];
+        for (weights, d_scores) in weights.chunks_mut(16).zip(d_scores.chunks(16)) {
+            for ((weight, d), lane) in weights.iter_mut().zip(d_scores).zip(&mut lanes) {
+                let found = exp(*weight * scale - log_sum);
+                *lane += found * d;
+                // With a soft cap the score is needed once more.
+                *weight = if scoring.softcap == 0.0 { found } else { *weight };
             }
+        }
+        let along: f32 = lanes.iter().sum();
+        for (weight, d) in weights.iter_mut().zip(d_scores) {
+            let slope = scoring.slope_at(*weight);
+            if scoring.softcap != 0.0 {
+                *weight = exp(*weight - log_sum);
+            }
+            *d = *weight * (*d - along) * slope;
         }
     });
 }

@@ -9,6 +9,7 @@ use burn::backend::{
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, Shape};
+use half::bf16;
 use rayon::prelude::*;
 
 use self::attention::Visible;
@@ -17,7 +18,8 @@ use super::{
     autodiff::low, philox, sinks,
 };
 use crate::ops::flex::{
-    Matrix, Out, Stored, contiguous, floats, matmul, multiplies, multiply, product,
+    Matrix, Out, Stored, contiguous, floats, halves, matmul, multiply, operand, product, result_type,
+    rounded, rounds,
     simd::{exp, vectorize},
     tensor, words,
 };
@@ -136,7 +138,7 @@ impl Gating {
     }
 
     /// Turns the result's gradient `dy` into the gate's; returns that of `up`.
-    fn backward(self, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+    fn backward<T: Kept>(self, gate: &[T], up: &[T], dy: &mut [f32]) -> Vec<f32> {
         match self {
             Self::Silu => gate_backward(|x| (x, 1.0), gate, up, dy),
             Self::GeluTanh => {
@@ -147,6 +149,25 @@ impl Gating {
                 gate_backward(s, gate, up, dy)
             }
         }
+    }
+}
+
+/// A value as a graph keeps it.
+trait Kept: Copy + Sync {
+    fn widened(self) -> f32;
+}
+
+impl Kept for f32 {
+    #[inline(always)]
+    fn widened(self) -> f32 {
+        self
+    }
+}
+
+impl Kept for bf16 {
+    #[inline(always)]
+    fn widened(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
     }
 }
 
@@ -164,7 +185,12 @@ fn gate_by(s: impl Fn(f32) -> f32 + Sync, y: &mut [f32], up: &[f32]) {
 }
 
 /// `s` gives its value and its slope.
-fn gate_backward(s: impl Fn(f32) -> (f32, f32) + Sync, gate: &[f32], up: &[f32], dy: &mut [f32]) -> Vec<f32> {
+fn gate_backward<T: Kept>(
+    s: impl Fn(f32) -> (f32, f32) + Sync,
+    gate: &[T],
+    up: &[T],
+    dy: &mut [f32],
+) -> Vec<f32> {
     let mut d_up = vec![0.0; dy.len()];
     dy.par_chunks_mut(GATED)
         .zip(d_up.par_chunks_mut(GATED))
@@ -172,7 +198,8 @@ fn gate_backward(s: impl Fn(f32) -> (f32, f32) + Sync, gate: &[f32], up: &[f32],
         .for_each(|((dy, d_up), (gate, up))| {
             vectorize(|| {
                 for (((dy, d_up), gate), up) in dy.iter_mut().zip(d_up).zip(gate).zip(up) {
-                    let (argument, slope) = s(*gate);
+                    let (gate, up) = (gate.widened(), up.widened());
+                    let (argument, slope) = s(gate);
                     let sigmoid = 1.0 / (1.0 + exp(-argument));
                     *d_up = *dy * gate * sigmoid;
                     *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * slope);
@@ -283,6 +310,15 @@ impl FusedKernels for Flex {
         tensor(norm_dweight(floats(&x), floats(&dy), width, spec), shape_of(&weight), DType::F32)
     }
 
+    fn kept(x: FloatTensor<Self>, compute: Compute) -> FloatTensor<Self> {
+        if x.dtype() == DType::F32 && rounds(compute) { rounded(&contiguous(x)) } else { x }
+    }
+
+    /// Weights and their gradients are made again row by row, and the products of both sum to those of the result.
+    fn kept_result(_: FloatTensor<Self>) -> FloatTensor<Self> {
+        tensor(Vec::new(), [0], DType::F32)
+    }
+
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -290,8 +326,18 @@ impl FusedKernels for Flex {
         gating: Gating,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         let shape = shape_of(&gate);
-        let (gate, up, mut d_gate) = (contiguous(gate), contiguous(up), contiguous(dy));
-        let d_up = gating.backward(floats(&gate), floats(&up), values_mut(&mut d_gate));
+        let mut d_gate = contiguous(dy);
+        let d_gate_values = values_mut(&mut d_gate);
+        let d_up = match (gate.dtype(), up.dtype()) {
+            (DType::BF16, DType::BF16) => {
+                let (gate, up) = (gate.to_contiguous(), up.to_contiguous());
+                gating.backward(halves(&gate), halves(&up), d_gate_values)
+            }
+            _ => {
+                let (gate, up) = (contiguous(gate), contiguous(up));
+                gating.backward(floats(&gate), floats(&up), d_gate_values)
+            }
+        };
         (d_gate, tensor(d_up, shape, DType::F32))
     }
 
@@ -314,7 +360,7 @@ impl FusedKernels for Flex {
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
-        out: FloatTensor<Self>,
+        _: FloatTensor<Self>,
         log_sums: FloatTensor<Self>,
         d_out: FloatTensor<Self>,
         query_segments: IntTensor<Self>,
@@ -322,7 +368,7 @@ impl FusedKernels for Flex {
         scores: Scores,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let [dq, dk, dv] = with_visible(&query_segments, &key_segments, scores, |visible| {
-            attention::backward([q, k, v, out, d_out], floats(&log_sums), visible)
+            attention::backward([q, k, v, d_out], floats(&log_sums), visible)
         });
         (dq, dk, dv)
     }
@@ -355,17 +401,6 @@ impl FusedKernels for Flex {
         }
         x
     }
-}
-
-/// Whether operands are rounded, and not only widened.
-fn rounds(compute: Compute) -> bool {
-    compute != Compute::F32 && multiplies(compute)
-}
-
-/// A tensor whose memory a product reads: as it is where it can be, copied or widened where not.
-fn operand(x: FlexTensor, compute: Compute) -> FlexTensor {
-    let read = Matrix::of(&x).is_some() && (x.dtype() == DType::F32 || rounds(compute));
-    if read { x } else { contiguous(x) }
 }
 
 /// Calls `f` with the sizes of a product and its operands.
@@ -402,7 +437,17 @@ impl FusedOps for Flex {
         tensor(y, shape, DType::F32)
     }
 
-    fn gated(gate: FloatTensor<Self>, up: FloatTensor<Self>, gating: Gating) -> FloatTensor<Self> {
+    /// Without a graph nothing is kept.
+    fn operand(x: FloatTensor<Self>, _: Compute) -> FloatTensor<Self> {
+        x
+    }
+
+    fn gated(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        _: Compute,
+    ) -> FloatTensor<Self> {
         let (mut out, up) = (contiguous(gate), contiguous(up));
         let (y, up) = (values_mut(&mut out), floats(&up));
         assert_eq!(up.len(), y.len(), "gated: gate and up");
@@ -485,7 +530,7 @@ impl FusedOps for Flex {
         if !rounds(compute) && a.dtype() == DType::F32 && b.dtype() == DType::F32 {
             return Self::float_matmul(a, b);
         }
-        let dtype = a.dtype();
+        let dtype = result_type(a.dtype(), compute);
         let (rows, columns) = (shape_of(&a)[0], shape_of(&b)[1]);
         // The gradient of a narrow factor: what is packed row by row then lies in rows.
         if columns < rows && columns <= NARROW && Matrix::of(&a).is_some_and(|a| a.is_turned()) {

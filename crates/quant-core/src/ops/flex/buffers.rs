@@ -1,14 +1,17 @@
 //! Tensors' memory.
 
-use half::{bf16, f16, slice::HalfFloatSliceExt};
-
 use burn::{
     backend::{
-        flex::{Flex, FlexTensor},
+        flex::{Flex, FlexTensor, Layout},
         ops::FloatTensorOps,
     },
-    tensor::{DType, FloatDType, Shape, TensorData},
+    tensor::{Bytes, DType, FloatDType, Shape, TensorData},
 };
+use half::{bf16, f16, slice::HalfFloatSliceExt};
+use rayon::prelude::*;
+
+use super::{Matrix, multiplies, simd::vectorize};
+use crate::Compute;
 
 /// Contiguous f32, whatever the strides and float type.
 pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
@@ -26,6 +29,55 @@ pub(crate) fn contiguous(tensor: FlexTensor) -> FlexTensor {
 /// The values of a tensor made by [`contiguous`].
 pub(crate) fn floats(tensor: &FlexTensor) -> &[f32] {
     tensor.as_slice().expect("a contiguous f32 tensor")
+}
+
+/// The values of a contiguous bf16 tensor.
+pub(crate) fn halves(tensor: &FlexTensor) -> &[bf16] {
+    tensor.as_slice().expect("a contiguous bf16 tensor")
+}
+
+/// A tensor made by [`contiguous`] in bf16, to the nearest, of two equally near to the even one, as products round.
+pub(crate) fn rounded(tensor: &FlexTensor) -> FlexTensor {
+    let values = floats(tensor);
+    let mut halves = vec![0u16; values.len()];
+    halves.par_chunks_mut(ROUNDED).zip(values.par_chunks(ROUNDED)).for_each(|(halves, values)| {
+        vectorize(|| halves.iter_mut().zip(values).for_each(|(half, value)| *half = round(*value)));
+    });
+    let layout = Layout::contiguous(tensor.layout().shape().clone());
+    FlexTensor::new(Bytes::from_elems(halves), layout, DType::BF16)
+}
+
+/// Values of a task that rounds them.
+const ROUNDED: usize = 1 << 14;
+
+/// The bits of the nearest bf16; written without a branch, for vectors.
+#[inline(always)]
+fn round(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
+    let quiet_nan = (bits >> 16) | 0x40;
+    (if value.is_nan() { quiet_nan } else { nearest }) as u16
+}
+
+/// Whether operands are rounded, and not only widened.
+pub(crate) fn rounds(compute: Compute) -> bool {
+    compute != Compute::F32 && multiplies(compute)
+}
+
+/// Whether a tensor of `dtype` is an operand that products by `compute` read as it is, and that counts as f32.
+pub(crate) fn is_operand(dtype: DType, compute: Compute) -> bool {
+    dtype == DType::BF16 && compute == Compute::Bf16 && multiplies(compute)
+}
+
+/// The type of what products by `compute` make of an operand.
+pub(crate) fn result_type(operand: DType, compute: Compute) -> DType {
+    if is_operand(operand, compute) { DType::F32 } else { operand }
+}
+
+/// A tensor whose memory a product reads: as it is where it can be, copied or widened where not.
+pub(crate) fn operand(x: FlexTensor, compute: Compute) -> FlexTensor {
+    let read = Matrix::of(&x).is_some() && (x.dtype() == DType::F32 || rounds(compute));
+    if read { x } else { contiguous(x) }
 }
 
 /// The words of a contiguous integer tensor; U32 and I32 hold the same bits.

@@ -21,7 +21,7 @@ use burn::{
 
 use self::view::View;
 pub(crate) use self::{
-    buffers::{contiguous, floats, tensor, words},
+    buffers::{contiguous, floats, halves, is_operand, operand, result_type, rounded, rounds, tensor, words},
     product::{Matrix, Out, SharedMut, matmul, multiplies, multiply, product},
     stored::Stored,
 };
@@ -52,9 +52,8 @@ impl PackedOps for Flex {
         offsets: FloatTensor<Self>,
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
-        let (dtype, rows) = (x.dtype(), x.layout().shape()[0]);
-        let x = contiguous(x);
-        let y = with_view(codes, scales, offsets, spec, |view| view.forward(floats(&x), rows));
+        let (dtype, rows) = (result_type(x.dtype(), spec.compute), x.layout().shape()[0]);
+        let y = with_view(codes, scales, offsets, spec, |view| view.forward(x, rows));
         tensor(y, [rows, spec.d_output], dtype)
     }
 
@@ -78,8 +77,7 @@ impl PackedKernels for Flex {
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
         let (dtype, rows) = (dy.dtype(), dy.layout().shape()[0]);
-        let dy = contiguous(dy);
-        let dx = with_view(codes, scales, offsets, spec, |view| view.backward(floats(&dy), rows));
+        let dx = with_view(codes, scales, offsets, spec, |view| view.backward(dy, rows));
         tensor(dx, [rows, spec.d_input], dtype)
     }
 
@@ -140,7 +138,7 @@ impl FewRows for Flex {
         transposed: bool,
     ) -> FloatTensor<Self> {
         let (dtype, rows) = (x.dtype(), x.layout().shape()[0]);
-        let (codes, x) = (codes.to_contiguous(), contiguous(x));
+        let codes = codes.to_contiguous();
         let (scales, offsets) = (contiguous(scales), contiguous(offsets));
         let (scale_codes, offset_codes) = (scale_codes.to_contiguous(), offset_codes.to_contiguous());
         let (scale_codes, offset_codes) = (words(&scale_codes), words(&offset_codes));
@@ -156,9 +154,9 @@ impl FewRows for Flex {
         };
         let view = View::new(&codes, scales, offsets, spec);
         if transposed {
-            tensor(view.backward(floats(&x), rows), [rows, spec.d_input], dtype)
+            tensor(view.backward(x, rows), [rows, spec.d_input], dtype)
         } else {
-            tensor(view.forward(floats(&x), rows), [rows, spec.d_output], dtype)
+            tensor(view.forward(x, rows), [rows, spec.d_output], dtype)
         }
     }
 }

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 #[cfg(target_arch = "x86_64")]
 use super::integer_dot;
 use super::{
-    buffers::words,
+    buffers::{contiguous, floats, operand, words},
     kernels::{Levels, Scratch, Tile, blocks_of_run, decode, fits_runs, row_times, row_times_transposed},
     product::{Matrix, SharedMut, Tiles, product},
     share::share,
@@ -178,30 +178,32 @@ impl<'a> View<'a> {
         });
     }
 
-    pub(super) fn forward(&self, x: &[f32], rows: usize) -> Vec<f32> {
+    pub(super) fn forward(&self, x: FlexTensor, rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
         if self.on_the_way(rows) {
-            let mut y = vec![0.0; rows * d_output];
-            for (x, y) in x.chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
+            let (x, mut y) = (contiguous(x), vec![0.0; rows * d_output]);
+            for (x, y) in floats(&x).chunks_exact(d_input).zip(y.chunks_exact_mut(d_output)) {
                 self.row_forward(x, y);
             }
             return y;
         }
-        let x = Matrix::rows(x, d_input);
-        product([rows, d_output, d_input], x, &Unpacked(self), self.spec.compute)
+        let x = operand(x, self.spec.compute);
+        let sizes = [rows, d_output, d_input];
+        product(sizes, Matrix::of(&x).expect("an operand"), &Unpacked(self), self.spec.compute)
     }
 
-    pub(super) fn backward(&self, dy: &[f32], rows: usize) -> Vec<f32> {
+    pub(super) fn backward(&self, dy: FlexTensor, rows: usize) -> Vec<f32> {
         let (d_input, d_output) = (self.spec.d_input, self.spec.d_output);
         if self.on_the_way(rows) {
-            let mut dx = vec![0.0; rows * d_input];
-            for (dy, dx) in dy.chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
+            let (dy, mut dx) = (contiguous(dy), vec![0.0; rows * d_input]);
+            for (dy, dx) in floats(&dy).chunks_exact(d_output).zip(dx.chunks_exact_mut(d_input)) {
                 self.row_backward(dy, dx);
             }
             return dx;
         }
-        let dy = Matrix::rows(dy, d_output);
-        product([rows, d_input, d_output], dy, &Turned(self), self.spec.compute)
+        let dy = operand(dy, self.spec.compute);
+        let sizes = [rows, d_input, d_output];
+        product(sizes, Matrix::of(&dy).expect("an operand"), &Turned(self), self.spec.compute)
     }
 
     pub(super) fn dense(&self) -> Vec<f32> {
