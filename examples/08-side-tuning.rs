@@ -93,10 +93,7 @@ fn run(mut options: Options) -> Result<()> {
         seq_len: options.seq_len,
         recompute: Recompute::None,
         logit_rows: DriverOptions::default().logit_rows,
-        halves: match backbone.compute().keeps_rounded(&backbone.device()) {
-            true => Halves::Operands,
-            false => Halves::None,
-        },
+        halves: Halves::of(&backbone),
     };
     let predict = |method| estimate(checkpoint.config(), bytes, &method, &step);
     let side = SideConfig::qst().with_reduction(options.reduction);

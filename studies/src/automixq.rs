@@ -24,8 +24,8 @@ use kiln::{
         Outcome, SearchMethod, SearchSettings, SearchSpace, Session, TrialLog, hypervolume, method, search,
     },
     models::{
-        CausalLm, Decoder, Recompute, Windows,
-        memory::{ProcessConstants, Step},
+        CausalLm, Decoder, DriverOptions, Recompute, Windows,
+        memory::{Halves, ProcessConstants, Step},
     },
     pruning::{BlockPruning, Criterion, CutOptions, HeadRounding},
     quant::{QuantLinear, Scheme, write_atomically},
@@ -350,7 +350,13 @@ impl Tuning<'_> {
         start: Option<Method>,
     ) -> Result<Row> {
         let (rank, seq_len) = (self.options.rank as u32, self.options.length);
-        let step = Step { batch: BATCH, seq_len, recompute: Recompute::None, logit_rows: 256 };
+        let logit_rows = DriverOptions::default().logit_rows;
+        // The linears of the model that is tuned are packed.
+        let halves = match Halves::of(self.variants.original()) {
+            Halves::None => Halves::None,
+            _ => Halves::Operands,
+        };
+        let step = Step { batch: BATCH, seq_len, recompute: Recompute::None, logit_rows, halves };
         let shape = TrainingShape { rank, step, process: ProcessConstants::CPU };
         let choices = choices.clone().with_training(shape, MemoryAxis::Storage);
         let space = space_of(self.variants.original(), &choices)?;

@@ -19,7 +19,7 @@ use kiln::{
     quant::{Scheme, trained_values},
     side_tuning::{
         SideConfig, SideTuned,
-        memory::{Method, ProcessConstants, Step, estimate, step_macs},
+        memory::{Halves, Method, ProcessConstants, Step, estimate, step_macs},
     },
     training::{BatchOptions, DataOptions, Dataset, Order, Trainer, TrainerConfig},
 };
@@ -168,8 +168,13 @@ fn measure(options: &mut Options, name: &str, recompute: Recompute) -> Result<Ro
     let dataset = Arc::new(Dataset::from_ids(Ids::read(&ids, "train")?, &data)?);
     let held_out = Ids::read(&ids, "test")?;
     let (method, config) = (options.method(name), options.trainer(name, recompute));
-    let step =
-        Step { batch: options.batch, seq_len: options.seq_len, recompute, logit_rows: config.logit_rows };
+    let step = Step {
+        batch: options.batch,
+        seq_len: options.seq_len,
+        recompute,
+        logit_rows: config.logit_rows,
+        halves: Halves::of(&base),
+    };
     // Predicted before anything is measured.
     let predicted = estimate(&shape, report.storage.total_bytes(), &method, &step)?;
     let macs = step_macs(&shape, &method, recompute, options.seq_len)?;

@@ -22,7 +22,7 @@ use kiln_models::{
     memory::{Halves, ProcessConstants, Step, Work, estimate},
 };
 use kiln_quant_core::{
-    DeviceLimits, Projection, QuantLinear, Slots, TableUpdates,
+    DeviceLimits, QuantLinear, Slots, TableUpdates,
     files::{OutputFolder, whole_folder},
     trained_values,
 };
@@ -366,15 +366,6 @@ struct Prepared {
     language: Arc<Language>,
 }
 
-/// What graphs of `model` keep in 16 bits.
-fn halves(model: &AdaptedModel) -> Halves {
-    match model.compute().keeps_rounded(&model.device()) {
-        true if model.slots().iter().all(|(_, slot)| slot.takes_operands()) => Halves::Operands,
-        true => Halves::Attention,
-        false => Halves::None,
-    }
-}
-
 /// Whether a step is expected to fit into `limit` bytes.
 fn check_memory(
     limit: u64,
@@ -406,7 +397,7 @@ fn check_memory(
         seq_len,
         recompute: config.recompute,
         logit_rows: config.logit_rows,
-        halves: halves(tuned.model()),
+        halves: Halves::of(tuned.model()),
     };
     let needed = |step: Step| {
         let work = Work::lora(model, rank, &step);

@@ -18,9 +18,10 @@ use std::collections::BTreeMap;
 
 #[cfg(doc)]
 use kiln_quant_core::Compute;
+use kiln_quant_core::{Projection, Slots};
 
 use crate::{
-    Recompute,
+    CausalLm, Decoder, Recompute,
     config::ModelConfig,
     families::{Channels, NormAxis, NormKind, NormPlace},
 };
@@ -50,8 +51,19 @@ pub enum Halves {
     None,
     /// Attention's operands: of a model whose linears multiply f32.
     Attention,
-    /// Also what linears read, and the MLP's gates: of one whose linears [take operands](kiln_quant_core::Projection::takes_operands).
+    /// Also what linears read, and the MLP's gates: of one whose linears [take operands](Projection::takes_operands).
     Operands,
+}
+
+impl Halves {
+    /// Of a step of `model`, with the adapters that it has.
+    pub fn of<P: Projection>(model: &Decoder<P>) -> Self {
+        match model.compute().keeps_rounded(&model.device()) {
+            true if model.slots().iter().all(|(_, slot)| slot.takes_operands()) => Self::Operands,
+            true => Self::Attention,
+            false => Self::None,
+        }
+    }
 }
 
 /// Bytes that a step holds at its peak.

@@ -368,7 +368,7 @@ impl PackedTensor {
         Some(y.reshape(sizes))
     }
 
-    /// [`forward`](Self::forward) with a [`low_rank`](fused::low_rank) update of its result, on a GPU in one operation.
+    /// [`forward`](Self::forward) with a [`low_rank`](fused::low_rank) update of its result, of many rows in one operation.
     ///
     /// # Shapes
     /// `x` `[rows, d_input]`, `a` `[d_input, rank]`, `b` `[rank, d_output]` → `[rows, d_output]`.
@@ -382,8 +382,8 @@ impl PackedTensor {
         b: Tensor<2>,
         update: LowRankSpec,
     ) -> Tensor<2> {
-        #[cfg(feature = "cube")]
-        if self.input_order.is_none() && fused::on_cube(&x) {
+        #[cfg(any(feature = "flex", feature = "cube"))]
+        if self.input_order.is_none() && fused::updates_in_one(&x, self.compute) {
             let ([d_input, d_output], rank) = (self.shape(), a.dims()[1]);
             let found = [x.dims()[1], a.dims()[0], b.dims()[0], b.dims()[1]];
             assert_eq!(

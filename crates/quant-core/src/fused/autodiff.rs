@@ -111,8 +111,8 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
         match Gated.prepare::<C>([gate.node(), up.node()]).compute_bound().stateful() {
             OpsKind::Tracked(prep) => {
                 let (gate, up) = (gate.into_primitive(), up.into_primitive());
-                let state = (B::kept(gate.clone(), compute), B::kept(up.clone(), compute), gating);
-                prep.finish(state, B::gated(gate, up, gating, compute))
+                let (y, gate, up) = B::gated_with_kept(gate, up, gating, compute);
+                prep.finish((gate, up, gating), y)
             }
             OpsKind::UnTracked(prep) => {
                 prep.finish(B::gated(gate.into_primitive(), up.into_primitive(), gating, compute))

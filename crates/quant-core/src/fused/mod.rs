@@ -11,7 +11,7 @@ mod autodiff;
 mod cube;
 #[cfg(feature = "flex")]
 mod flex;
-#[cfg(feature = "cube")]
+#[cfg(any(feature = "flex", feature = "cube"))]
 mod packed;
 mod philox;
 pub mod plain;
@@ -27,7 +27,7 @@ use burn::backend::{
 use burn::tensor::Shape;
 use burn::tensor::{DType, Device, FloatDType, Int, Tensor, TensorData};
 
-#[cfg(feature = "cube")]
+#[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) use self::packed::packed_low_rank;
 #[cfg(any(feature = "flex", feature = "cube"))]
 use crate::ops::FEW_ROWS;
@@ -245,7 +245,15 @@ pub(crate) trait FusedKernels: burn::backend::Backend {
     /// that pass does without.
     #[fusion(dtype = out, shape = out)]
     fn kept_result(out: FloatTensor<Self>) -> FloatTensor<Self>;
-    /// Gradients of both inputs of [`swiglu`] and [`geglu`].
+    /// [`swiglu`] or [`geglu`], and of both inputs what [`Self::kept`] keeps.
+    #[fusion(meta = |gate, up, _gating, _compute| (gate.clone(), gate.clone(), up.clone()))]
+    fn gated_with_kept(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+    /// Gradients of both inputs of [`swiglu`] and [`geglu`], given these or what is kept of them.
     #[fusion(meta = |gate, up, _dy, _gating| (gate.clone(), up.clone()))]
     fn gated_backward(
         gate: FloatTensor<Self>,
@@ -704,16 +712,35 @@ pub fn matmul<const D: usize>(a: Tensor<D>, b: Tensor<2>, compute: Compute) -> T
 }
 
 fn rows_matmul(a: Tensor<2>, b: Tensor<2>, compute: Compute) -> Tensor<2> {
-    #[cfg(feature = "flex")]
-    if on_flex(&a) && crate::ops::flex::is_operand(a.dtype(), compute) {
+    #[cfg(any(feature = "flex", feature = "cube"))]
+    if multiplied(&a, compute) {
         return Tensor::from_dispatch(Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute));
     }
-    fused_or_plain!(a, Dispatch::matmul(a.into_dispatch(), b.into_dispatch(), compute), a.matmul(b))
+    a.matmul(b)
 }
 
-#[cfg(feature = "flex")]
-fn on_flex<const D: usize>(x: &Tensor<D>) -> bool {
-    matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Flex(_))
+/// Whether a packed product of this tensor and its low-rank update are one operation: on the CPU few rows have kernels of their
+/// own.
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) fn updates_in_one(x: &Tensor<2>, compute: Compute) -> bool {
+    #[cfg(feature = "cube")]
+    if on_cube(x) {
+        return true;
+    }
+    multiplied(x, compute) && x.dims()[0] > FEW_ROWS
+}
+
+/// Whether the fused products by `compute` take this tensor: f32, or on the CPU what [`operand`] makes of it.
+#[cfg(any(feature = "flex", feature = "cube"))]
+pub(crate) fn multiplied<const D: usize>(x: &Tensor<D>, compute: Compute) -> bool {
+    #[cfg(feature = "flex")]
+    if matches!(x.device().without_autodiff().as_dispatch(), DispatchDevice::Flex(_))
+        && crate::ops::flex::is_operand(x.dtype(), compute)
+    {
+        return true;
+    }
+    let _ = compute;
+    fused(x)
 }
 
 /// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers. Factors that are f32

@@ -1,5 +1,5 @@
-//! A product with a packed weight and a low-rank update of it as one operation, for GPUs: where a product can go on with
-//! the factors of the update, the result, and in the backward pass the gradient, goes through memory once.
+//! A product with a packed weight and a low-rank update of it as one operation: the input has one gradient, not two to be
+//! summed, and where a product can go on with the factors of the update, result and gradient go through memory once.
 
 use burn::backend::{
     Dispatch,
@@ -20,7 +20,7 @@ use super::{
     FusedKernels, FusedOps, LowRankSpec,
     autodiff::{dropped, low},
 };
-use crate::ops::{PackedKernels, PackedSpec};
+use crate::ops::{PackedKernels, PackedOps, PackedSpec};
 
 /// A packed weight's tensors.
 type Parts<F, I> = (I, F, F);
@@ -31,7 +31,11 @@ fn result_of(x: &Shape, spec: &PackedSpec, transposed: bool) -> Shape {
 }
 
 /// Not differentiable.
-#[backend_extension(Cube, Fusion: cfg(feature = "fusion"))]
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Fusion: cfg(feature = "fusion")
+)]
 pub(crate) trait PackedUpdate: burn::backend::Backend {
     /// `x · W + left · right`; `x · Wᵀ + left · right` if `transposed`.
     #[fusion(dtype = x, shape = result_of(x, spec, *transposed))]
@@ -49,7 +53,12 @@ pub(crate) trait PackedUpdate: burn::backend::Backend {
 }
 
 /// Differentiable with respect to `x`, `scales`, `offsets`, `a` and `b`.
-#[backend_extension(Cube, Autodiff, Fusion: cfg(feature = "fusion"))]
+#[backend_extension(
+    Cube: cfg(feature = "cube"),
+    Flex: cfg(feature = "flex"),
+    Autodiff,
+    Fusion: cfg(feature = "fusion")
+)]
 pub(crate) trait PackedLowRank: burn::backend::Backend {
     /// See [`packed_low_rank`].
     #[fusion(dtype = x, shape = { let _ = update; result_of(x, spec, false) })]
@@ -67,7 +76,7 @@ pub(crate) trait PackedLowRank: burn::backend::Backend {
 }
 
 /// `x · W + factor · drop(x) · a · b`: [`packed_linear`](crate::ops::packed_linear) with a
-/// [`low_rank`](super::low_rank) update, of f32 on a GPU.
+/// [`low_rank`](super::low_rank) update, of f32 or what counts as it.
 ///
 /// # Shapes
 /// `x` `[rows, d_input]`, `a` `[d_input, rank]`, `b` `[rank, d_output]` → `[rows, d_output]`.
@@ -88,6 +97,22 @@ pub(crate) fn packed_low_rank(
         spec,
         update,
     ))
+}
+
+/// [`PackedUpdate::packed_update`] as one product after the other.
+#[allow(clippy::too_many_arguments)] // as there
+pub(super) fn one_after_the_other<B: FusedOps + PackedOps + PackedKernels>(
+    x: FloatTensor<B>,
+    (codes, scales, offsets): Parts<FloatTensor<B>, IntTensor<B>>,
+    [left, right]: [FloatTensor<B>; 2],
+    spec: PackedSpec,
+    transposed: bool,
+) -> FloatTensor<B> {
+    let y = match transposed {
+        true => B::packed_linear_dx(x, codes, scales, offsets, spec),
+        false => B::packed_linear(x, codes, scales, offsets, spec),
+    };
+    B::add_matmul(y, left, right, spec.compute)
 }
 
 #[derive(Debug, Clone)]

@@ -126,6 +126,15 @@ impl FusedKernels for CubeBackend {
         out
     }
 
+    fn gated_with_kept(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        (Self::gated(gate.clone(), up.clone(), gating, compute), gate, up)
+    }
+
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,

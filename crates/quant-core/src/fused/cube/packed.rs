@@ -5,11 +5,11 @@ use burn_cubecl::CubeBackend;
 
 use crate::{
     fused::{
-        FusedOps, LowRankSpec,
+        LowRankSpec,
         autodiff::low,
-        packed::{PackedLowRank, PackedUpdate},
+        packed::{PackedLowRank, PackedUpdate, one_after_the_other},
     },
-    ops::{PackedKernels, PackedOps, PackedSpec, cube::packed_product_and_update},
+    ops::{PackedSpec, cube::packed_product_and_update},
 };
 
 impl PackedUpdate for CubeBackend {
@@ -27,12 +27,7 @@ impl PackedUpdate for CubeBackend {
         if let Some(y) = packed_product_and_update(&x, parts(), [&left, &right], spec, transposed) {
             return y;
         }
-        let y = if transposed {
-            Self::packed_linear_dx(x, codes, scales, offsets, spec)
-        } else {
-            Self::packed_linear(x, codes, scales, offsets, spec)
-        };
-        Self::add_matmul(y, left, right, spec.compute)
+        one_after_the_other::<Self>(x, (codes, scales, offsets), [left, right], spec, transposed)
     }
 }
 

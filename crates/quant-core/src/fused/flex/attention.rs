@@ -14,7 +14,7 @@ use super::{
 use crate::ops::flex::{
     Matrix, Out, SharedMut, contiguous, floats, matmul,
     simd::{exp, vectorize},
-    tensor,
+    tensor, written,
 };
 
 /// Which keys queries see; segments `[batch, length]` and `[batch, keys]`, row-major.
@@ -224,7 +224,7 @@ pub(super) fn forward(q: FlexTensor, k: FlexTensor, v: FlexTensor, spec: Visible
         None => [q, k, v].map(contiguous),
     };
     let (q, k, v) = (floats(&q), k.storage::<f32>(), v.storage::<f32>());
-    let mut out = vec![0.0; q.len()];
+    let mut out = zeros(q.len());
     let mut lse = vec![0.0; sizes.batch * sizes.heads * sizes.length];
     let (shared_out, shared_lse) = (SharedMut(out.as_mut_ptr()), SharedMut(lse.as_mut_ptr()));
     let group = sizes.heads / sizes.kv_heads;
@@ -286,13 +286,17 @@ fn softmax(scores: &mut [f32], visible: Range<usize>, scoring: Scoring) -> f32 {
     })
 }
 
+fn zeros(len: usize) -> Vec<f32> {
+    written(len, 1 << 14, |_, _| {})
+}
+
 /// Gradients with respect to q, k and v.
 pub(super) fn backward([q, k, v, d_out]: [FlexTensor; 4], lse: &[f32], spec: Visible) -> [FlexTensor; 3] {
     let (sizes, q_shape, k_shape) = (Sizes::new(&q, &k, &v, spec), shape_of(&q), shape_of(&k));
     let (q, k, v) = (contiguous(q), contiguous(k), contiguous(v));
     let d_out = contiguous(d_out);
     let (q, k, v, d_out) = (floats(&q), floats(&k), floats(&v), floats(&d_out));
-    let (mut dq, mut dk, mut dv) = (vec![0.0; q.len()], vec![0.0; k.len()], vec![0.0; v.len()]);
+    let (mut dq, mut dk, mut dv) = (zeros(q.len()), zeros(k.len()), zeros(v.len()));
     let shared = [&mut dq, &mut dk, &mut dv].map(|values| SharedMut(values.as_mut_ptr()));
     let group = sizes.heads / sizes.kv_heads;
     let (q_stride, k_stride, head_dim) = (sizes.q_stride(), sizes.k_stride(), sizes.head_dim);

@@ -2,6 +2,7 @@
 
 mod attention;
 mod groups;
+mod packed;
 
 use burn::backend::{
     flex::{Flex, FlexTensor},
@@ -18,10 +19,10 @@ use super::{
     autodiff::low, philox, sinks,
 };
 use crate::ops::flex::{
-    Matrix, Out, Stored, contiguous, floats, halves, matmul, multiply, operand, product, result_type,
-    rounded, rounds,
+    Matrix, Out, SharedMut, Stored, both_written, contiguous, floats, half_tensor, halves, matmul, multiply,
+    operand, product, result_type, round, rounded, rounds,
     simd::{exp, vectorize},
-    tensor, words,
+    tensor, words, written,
 };
 use crate::{Compute, SuperLayout};
 
@@ -75,33 +76,30 @@ fn lanes_sum(x: &[f32], f: impl Fn(f32) -> f32) -> f32 {
 
 fn norm_dx(x: &[f32], weight: &[f32], dy: &[f32], spec: NormSpec) -> Vec<f32> {
     let width = weight.len();
-    let mut dx = vec![0.0; x.len()];
-    dx.par_chunks_mut(ROWS * width)
-        .zip(x.par_chunks(ROWS * width).zip(dy.par_chunks(ROWS * width)))
-        .for_each(|(dx, (x, dy))| {
-            vectorize(|| {
-                for ((dx, x), dy) in
-                    dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width))
-                {
-                    let (mean, inverse) = moments(x, spec);
-                    let mut d_mean = 0.0;
-                    if spec.centred {
-                        for (dx, (dy, w)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
-                            *dx = dy * w;
-                        }
-                        d_mean = lanes_sum(dx, |d| d) / width as f32;
+    written(x.len(), ROWS * width, |first, dx: &mut [f32]| {
+        let (x, dy) = (&x[first..], &dy[first..]);
+        vectorize(|| {
+            for ((dx, x), dy) in
+                dx.chunks_exact_mut(width).zip(x.chunks_exact(width)).zip(dy.chunks_exact(width))
+            {
+                let (mean, inverse) = moments(x, spec);
+                let mut d_mean = 0.0;
+                if spec.centred {
+                    for (dx, (dy, w)) in dx.iter_mut().zip(dy.iter().zip(weight)) {
+                        *dx = dy * w;
                     }
-                    for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
-                        *dx = dy * w * (x - mean);
-                    }
-                    let along = lanes_sum(dx, |d| d) * inverse * inverse / width as f32;
-                    for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
-                        *dx = inverse * (dy * w - d_mean - (x - mean) * along);
-                    }
+                    d_mean = lanes_sum(dx, |d| d) / width as f32;
                 }
-            });
+                for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
+                    *dx = dy * w * (x - mean);
+                }
+                let along = lanes_sum(dx, |d| d) * inverse * inverse / width as f32;
+                for ((dx, (x, dy)), w) in dx.iter_mut().zip(x.iter().zip(dy)).zip(weight) {
+                    *dx = inverse * (dy * w - d_mean - (x - mean) * along);
+                }
+            }
         });
-    dx
+    })
 }
 
 fn norm_dweight(x: &[f32], dy: &[f32], width: usize, spec: NormSpec) -> Vec<f32> {
@@ -131,10 +129,32 @@ fn norm_dweight(x: &[f32], dy: &[f32], width: usize, spec: NormSpec) -> Vec<f32>
 impl Gating {
     /// `y *= up * sigmoid(s(y))`.
     fn forward(self, y: &mut [f32], up: &[f32]) {
+        assert_eq!(up.len(), y.len(), "gated: gate and up");
+        y.par_chunks_mut(GATED).zip(up.par_chunks(GATED)).for_each(|(y, up)| self.forward_part(y, up));
+    }
+
+    /// [`Self::forward`] on one thread.
+    fn forward_part(self, y: &mut [f32], up: &[f32]) {
         match self {
             Self::Silu => gate_by(|x| x, y, up),
             Self::GeluTanh => gate_by(|x| GELU_SCALE * (x + GELU_CUBE * x * x * x), y, up),
         }
+    }
+
+    /// [`Self::forward`], and the bits of gate and up rounded, each part while it is in the cache.
+    fn forward_rounding(self, y: &mut [f32], up: &[f32]) -> [Vec<u16>; 2] {
+        assert_eq!(up.len(), y.len(), "gated: gate and up");
+        let result = SharedMut(y.as_mut_ptr());
+        both_written(up.len(), GATED, |first, [gate_bits, up_bits]: [&mut [u16]; 2]| {
+            // SAFETY: parts are disjoint and lie inside `y`, which is as long as what is written.
+            let y = unsafe { std::slice::from_raw_parts_mut(result.at(first), gate_bits.len()) };
+            let up = &up[first..][..up_bits.len()];
+            vectorize(|| {
+                gate_bits.iter_mut().zip(&*y).for_each(|(bits, gate)| *bits = round(*gate));
+                up_bits.iter_mut().zip(up).for_each(|(bits, up)| *bits = round(*up));
+            });
+            self.forward_part(y, up);
+        })
     }
 
     /// Turns the result's gradient `dy` into the gate's; returns that of `up`.
@@ -174,13 +194,11 @@ impl Kept for bf16 {
 /// Values that one task takes.
 const GATED: usize = 1 << 14;
 
-fn gate_by(s: impl Fn(f32) -> f32 + Sync, y: &mut [f32], up: &[f32]) {
-    y.par_chunks_mut(GATED).zip(up.par_chunks(GATED)).for_each(|(y, up)| {
-        vectorize(|| {
-            for (y, up) in y.iter_mut().zip(up) {
-                *y = *y * up / (1.0 + exp(-s(*y)));
-            }
-        });
+fn gate_by(s: impl Fn(f32) -> f32, y: &mut [f32], up: &[f32]) {
+    vectorize(|| {
+        for (y, up) in y.iter_mut().zip(up) {
+            *y = *y * up / (1.0 + exp(-s(*y)));
+        }
     });
 }
 
@@ -191,22 +209,21 @@ fn gate_backward<T: Kept>(
     up: &[T],
     dy: &mut [f32],
 ) -> Vec<f32> {
-    let mut d_up = vec![0.0; dy.len()];
-    dy.par_chunks_mut(GATED)
-        .zip(d_up.par_chunks_mut(GATED))
-        .zip(gate.par_chunks(GATED).zip(up.par_chunks(GATED)))
-        .for_each(|((dy, d_up), (gate, up))| {
-            vectorize(|| {
-                for (((dy, d_up), gate), up) in dy.iter_mut().zip(d_up).zip(gate).zip(up) {
-                    let (gate, up) = (gate.widened(), up.widened());
-                    let (argument, slope) = s(gate);
-                    let sigmoid = 1.0 / (1.0 + exp(-argument));
-                    *d_up = *dy * gate * sigmoid;
-                    *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * slope);
-                }
-            });
+    let d_gate = SharedMut(dy.as_mut_ptr());
+    written(dy.len(), GATED, |first, d_up: &mut [f32]| {
+        // SAFETY: parts are disjoint and lie inside `dy`, which is as long as what is written.
+        let dy = unsafe { std::slice::from_raw_parts_mut(d_gate.at(first), d_up.len()) };
+        let (gate, up) = (&gate[first..], &up[first..]);
+        vectorize(|| {
+            for (((dy, d_up), gate), up) in dy.iter_mut().zip(d_up).zip(gate).zip(up) {
+                let (gate, up) = (gate.widened(), up.widened());
+                let (argument, slope) = s(gate);
+                let sigmoid = 1.0 / (1.0 + exp(-argument));
+                *d_up = *dy * gate * sigmoid;
+                *dy = *dy * up * sigmoid * (1.0 + gate * (1.0 - sigmoid) * slope);
+            }
         });
-    d_up
+    })
 }
 
 fn rotate_rows(
@@ -319,6 +336,22 @@ impl FusedKernels for Flex {
         tensor(Vec::new(), [0], DType::F32)
     }
 
+    fn gated_with_kept(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gating: Gating,
+        compute: Compute,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        if !rounds(compute) {
+            return (Self::gated(gate.clone(), up.clone(), gating, compute), gate, up);
+        }
+        let (mut y, up) = (contiguous(gate), contiguous(up));
+        let shape = shape_of(&y);
+        let [gate, up] = gating.forward_rounding(values_mut(&mut y), floats(&up));
+        let [gate, up] = [gate, up].map(|values| half_tensor(values, shape.clone()));
+        (y, gate, up)
+    }
+
     fn gated_backward(
         gate: FloatTensor<Self>,
         up: FloatTensor<Self>,
@@ -423,10 +456,9 @@ impl FusedOps for Flex {
         let (x, weight) = (contiguous(x), contiguous(weight));
         let (x, weight) = (floats(&x), floats(&weight));
         assert_eq!(weight.len(), width, "norm: weights for rows of {width}");
-        let mut y = vec![0.0; x.len()];
-        y.par_chunks_mut(ROWS * width).zip(x.par_chunks(ROWS * width)).for_each(|(y, x)| {
+        let y = written(x.len(), ROWS * width, |first, y: &mut [f32]| {
             vectorize(|| {
-                for (y, x) in y.chunks_exact_mut(width).zip(x.chunks_exact(width)) {
+                for (y, x) in y.chunks_exact_mut(width).zip(x[first..].chunks_exact(width)) {
                     let (mean, inverse) = moments(x, spec);
                     for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
                         *y = (x - mean) * inverse * w;
@@ -449,9 +481,7 @@ impl FusedOps for Flex {
         _: Compute,
     ) -> FloatTensor<Self> {
         let (mut out, up) = (contiguous(gate), contiguous(up));
-        let (y, up) = (values_mut(&mut out), floats(&up));
-        assert_eq!(up.len(), y.len(), "gated: gate and up");
-        gating.forward(y, up);
+        gating.forward(values_mut(&mut out), floats(&up));
         out
     }
 

@@ -1,5 +1,7 @@
 //! Tensors' memory.
 
+use std::{mem::MaybeUninit, ptr};
+
 use burn::{
     backend::{
         flex::{Flex, FlexTensor, Layout},
@@ -39,12 +41,15 @@ pub(crate) fn halves(tensor: &FlexTensor) -> &[bf16] {
 /// A tensor made by [`contiguous`] in bf16, to the nearest, of two equally near to the even one, as products round.
 pub(crate) fn rounded(tensor: &FlexTensor) -> FlexTensor {
     let values = floats(tensor);
-    let mut halves = vec![0u16; values.len()];
-    halves.par_chunks_mut(ROUNDED).zip(values.par_chunks(ROUNDED)).for_each(|(halves, values)| {
-        vectorize(|| halves.iter_mut().zip(values).for_each(|(half, value)| *half = round(*value)));
+    let halves: Vec<u16> = written(values.len(), ROUNDED, |first, halves| {
+        vectorize(|| halves.iter_mut().zip(&values[first..]).for_each(|(half, value)| *half = round(*value)));
     });
-    let layout = Layout::contiguous(tensor.layout().shape().clone());
-    FlexTensor::new(Bytes::from_elems(halves), layout, DType::BF16)
+    half_tensor(halves, tensor.layout().shape().clone())
+}
+
+/// A bf16 tensor of such bits.
+pub(crate) fn half_tensor(bits: Vec<u16>, shape: Shape) -> FlexTensor {
+    FlexTensor::new(Bytes::from_elems(bits), Layout::contiguous(shape), DType::BF16)
 }
 
 /// Values of a task that rounds them.
@@ -52,7 +57,7 @@ const ROUNDED: usize = 1 << 14;
 
 /// The bits of the nearest bf16; written without a branch, for vectors.
 #[inline(always)]
-fn round(value: f32) -> u16 {
+pub(crate) fn round(value: f32) -> u16 {
     let bits = value.to_bits();
     let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet_nan = (bits >> 16) | 0x40;
@@ -78,6 +83,45 @@ pub(crate) fn result_type(operand: DType, compute: Compute) -> DType {
 pub(crate) fn operand(x: FlexTensor, compute: Compute) -> FlexTensor {
     let read = Matrix::of(&x).is_some() && (x.dtype() == DType::F32 || rounds(compute));
     if read { x } else { contiguous(x) }
+}
+
+/// `len` values of which `f` writes `step` at a time, in parallel: it is given the place of the first one, and zeros. A large
+/// vector of zeros is else written by one thread, which takes as long as a small product.
+pub(crate) fn written<T: Copy + Default + Send>(
+    len: usize,
+    step: usize,
+    f: impl Fn(usize, &mut [T]) + Sync,
+) -> Vec<T> {
+    let mut values = Vec::with_capacity(len);
+    let room: &mut [MaybeUninit<T>] = &mut values.spare_capacity_mut()[..len];
+    room.par_chunks_mut(step).enumerate().for_each(|(index, part)| f(index * step, filled(part)));
+    // SAFETY: the parts are all of the vector's first `len` places, each filled.
+    unsafe { values.set_len(len) };
+    values
+}
+
+/// [`written`] of two vectors at once.
+pub(crate) fn both_written<T: Copy + Default + Send>(
+    len: usize,
+    step: usize,
+    f: impl Fn(usize, [&mut [T]; 2]) + Sync,
+) -> [Vec<T>; 2] {
+    let mut both = [(); 2].map(|()| Vec::with_capacity(len));
+    let [one, other] = both.each_mut().map(|values| &mut values.spare_capacity_mut()[..len]);
+    let parts = one.par_chunks_mut(step).zip(other.par_chunks_mut(step)).enumerate();
+    parts.for_each(|(index, (one, other))| f(index * step, [filled(one), filled(other)]));
+    for values in &mut both {
+        // SAFETY: as in `written`.
+        unsafe { values.set_len(len) };
+    }
+    both
+}
+
+/// Zeros.
+fn filled<T: Copy + Default>(part: &mut [MaybeUninit<T>]) -> &mut [T] {
+    part.fill(MaybeUninit::new(T::default()));
+    // SAFETY: all of it has just been filled; the types have the same layout.
+    unsafe { &mut *(ptr::from_mut(part) as *mut [T]) }
 }
 
 /// The words of a contiguous integer tensor; U32 and I32 hold the same bits.

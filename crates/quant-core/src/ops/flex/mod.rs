@@ -21,7 +21,10 @@ use burn::{
 
 use self::view::View;
 pub(crate) use self::{
-    buffers::{contiguous, floats, halves, is_operand, operand, result_type, rounded, rounds, tensor, words},
+    buffers::{
+        both_written, contiguous, floats, half_tensor, halves, is_operand, operand, result_type, round,
+        rounded, rounds, tensor, words, written,
+    },
     product::{Matrix, Out, SharedMut, matmul, multiplies, multiply, product},
     stored::Stored,
 };

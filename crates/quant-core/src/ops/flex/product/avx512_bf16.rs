@@ -65,6 +65,45 @@ trait Element: Copy {
     /// # Safety
     /// The named values must be readable; AVX-512.
     unsafe fn load(at: *const Self, mask: u16) -> __m512;
+
+    /// Words of 16 pairs of neighbours: of 32 values those that `mask` names, the others zero.
+    ///
+    /// # Safety
+    /// The named values must be readable; AVX512-BF16.
+    #[inline(always)]
+    unsafe fn neighbours(at: *const Self, mask: u32) -> __m512i {
+        // SAFETY: this function's contract; the types are 512 bits of data.
+        unsafe {
+            let low = Self::load(at, mask as u16);
+            let high = Self::load(at.wrapping_add(LANES), (mask >> LANES) as u16);
+            transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
+        }
+    }
+
+    /// Words of 16 pairs: of 16 values each at `at` and at `other` those that the masks name, the others zero; `at` in the lower
+    /// halves.
+    ///
+    /// # Safety
+    /// The named values must be readable; AVX512-BF16.
+    #[inline(always)]
+    unsafe fn pairs([at, other]: [*const Self; 2], [mask, other_mask]: [u16; 2]) -> __m512i {
+        // SAFETY: this function's contract; both types are 256 bits of data.
+        unsafe {
+            let [low, high] = [Self::load(at, mask), Self::load(other, other_mask)]
+                .map(|x| transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x)));
+            interleaved(low, high)
+        }
+    }
+}
+
+/// Words of 16 pairs of 16-bit values.
+///
+/// # Safety
+/// AVX-512.
+#[inline(always)]
+unsafe fn interleaved(low: __m256i, high: __m256i) -> __m512i {
+    // SAFETY: this function's contract.
+    unsafe { _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)) }
 }
 
 impl Element for f32 {
@@ -84,6 +123,21 @@ impl Element for bf16 {
             _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16))
         }
     }
+
+    #[inline(always)]
+    unsafe fn neighbours(at: *const Self, mask: u32) -> __m512i {
+        // SAFETY: this function's contract; values that aren't named are not read.
+        unsafe { _mm512_maskz_loadu_epi16(mask, at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs([at, other]: [*const Self; 2], [mask, other_mask]: [u16; 2]) -> __m512i {
+        // SAFETY: this function's contract; values that aren't named are not read.
+        unsafe {
+            let low = _mm256_maskz_loadu_epi16(mask, at.cast());
+            interleaved(low, _mm256_maskz_loadu_epi16(other_mask, other.cast()))
+        }
+    }
 }
 
 impl Element for f16 {
@@ -100,27 +154,10 @@ fn first(count: usize) -> u16 {
     if count >= LANES { u16::MAX } else { (1 << count) - 1 }
 }
 
-/// Words of 16 pairs: `low` in the lower halves, `high` in the upper ones.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-fn pairs_of(low: __m512, high: __m512) -> __m512i {
-    // SAFETY: both types are 256 bits of data.
-    let [low, high]: [__m256i; 2] =
-        unsafe { [low, high].map(|x| transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(x))) };
-    _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16))
-}
-
-/// Words of 16 pairs of neighbours: 32 values at `at`, of which the first `count` exist.
-///
-/// # Safety
-/// `count` values must be readable; AVX512-BF16.
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")]
-unsafe fn neighbours<T: Element>(at: *const T, count: usize) -> __m512i {
-    // SAFETY: this function's contract; the types are 512 bits of data.
-    unsafe {
-        let low = T::load(at, first(count));
-        let high = T::load(at.wrapping_add(LANES), first(count.saturating_sub(LANES)));
-        transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(high, low))
-    }
+/// The first `count` of 32.
+#[inline(always)]
+fn first_of_32(count: usize) -> u32 {
+    if count >= 2 * LANES { u32::MAX } else { (1 << count) - 1 }
 }
 
 /// Rows to columns.
@@ -183,14 +220,13 @@ impl<T: Element> Side<T> {
         unsafe {
             if self.depth == 1 {
                 for (i, vector) in vectors[..lines].iter_mut().enumerate() {
-                    *vector = neighbours(at.wrapping_add(i * self.line), depth);
+                    *vector = T::neighbours(at.wrapping_add(i * self.line), first_of_32(depth));
                 }
             } else {
                 for (i, vector) in vectors[..depth.div_ceil(2)].iter_mut().enumerate() {
                     let at = at.wrapping_add(2 * i * self.depth);
-                    let low = T::load(at, first(lines));
                     let exists = if 2 * i + 1 < depth { first(lines) } else { 0 };
-                    *vector = pairs_of(low, T::load(at.wrapping_add(self.depth), exists));
+                    *vector = T::pairs([at, at.wrapping_add(self.depth)], [first(lines), exists]);
                 }
             }
         }
@@ -216,7 +252,7 @@ impl<T: Element> Side<T> {
                 for j in (0..depth).step_by(2 * LANES) {
                     // SAFETY: this function's contract; 16 words from pair `j / 2` on lie inside a row of `ROW` words.
                     unsafe {
-                        let words = neighbours(from.wrapping_add(j), depth - j);
+                        let words = T::neighbours(from.wrapping_add(j), first_of_32(depth - j));
                         _mm512_storeu_si512(into.wrapping_add(j / 2).cast(), words);
                     }
                 }
