@@ -576,7 +576,7 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<2>, sin: Tensor<2>, pairs: RotaryPairs) 
 }
 
 /// Grouped-query attention: `softmax(q kᵀ · scale) v` over the keys that [`AttentionSpec`] lets a query see. The graph
-/// keeps q, k, v, the result and one number per query and head; no scores.
+/// keeps q, k, v, on GPUs the result, and one number per query and head; no scores.
 ///
 /// # Shapes
 /// `q` `[batch, length, heads, head_dim]`; `k`, `v` `[batch, past + length, kv_heads, head_dim]`; result as `q`.
