@@ -236,7 +236,7 @@ impl Base {
 
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
-        &self.language.tokenizer
+        self.language.tokenizer()
     }
 
     /// What was loaded: bytes by tensor, and notes that a person may want to see. Empty for a model that was made of
@@ -536,6 +536,10 @@ impl Language {
             ("tokenizer".to_owned(), self.tokenizer.fingerprint()?),
             ("chat template".to_owned(), template.to_owned()),
         ]))
+    }
+
+    pub(crate) fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
     }
 
     fn text(&self) -> ModelTokenizer<'_> {

@@ -14,6 +14,7 @@ use burn::{
 };
 use kiln_adapters::{AdapterConfig, AnyAdapter};
 use kiln_distributed::{Alone, agreed};
+use kiln_eval::{Report, Task, TaskData};
 use kiln_models::{
     CausalLm, Decoder, GenerateOptions, Recompute,
     chat::Message,
@@ -27,11 +28,15 @@ use kiln_quant_core::{
     trained_values,
 };
 use kiln_training::{
-    BatchOptions, Communicator, Dataset, DatasetLoss, Evaluation, Event, Observer, RunOptions, RunReport,
-    ScheduleKind, Trainer, TrainerConfig,
+    BatchOptions, Communicator, Dataset, DatasetLoss, Evaluation, Event, Figure, Observer, RunOptions,
+    RunReport, ScheduleKind, Trainer, TrainerConfig,
 };
 
-use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
+use crate::{
+    AdaptedModel, Base, Error, Result, Tuned,
+    base::Language,
+    task_score::{self, TaskScore},
+};
 
 /// A fine-tune that is still to be run: new adapters on a [`Base`] ([`Base::finetune`]) or those that are there already
 /// ([`FineTuned::finetune`]), and how they are trained.
@@ -44,6 +49,7 @@ use crate::{AdaptedModel, Base, Error, Result, Tuned, base::Language};
 /// | `recompute` | none on the CPU, blocks elsewhere | memory for time |
 /// | `trainer` | as these say | every option of the trainer at once |
 /// | `held_out`, `patience` | none | data whose loss is measured on the way, and how long it may fail to fall |
+/// | `tasks` | none | questions that the model is asked on the way; their answers are the score where nothing is held out |
 /// | `checkpoints`, `resume` | none | a folder for `last` and `best`, and whether to go on from `last` if it is there |
 /// | `keep` | 0 | so many of the newest checkpoints stay beside `last` |
 /// | `metrics` | none | a folder for the figures of every step: JSON lines, and TensorBoard's event files |
@@ -94,6 +100,7 @@ pub struct FineTune<'a> {
     memory_limit: Option<u64>,
     ranks: Option<Arc<dyn Communicator>>,
     devices: Vec<Device>,
+    tasks: Option<TaskScore>,
     samples: Vec<String>,
     sampling: GenerateOptions,
     on_event: OnEvent<'a>,
@@ -142,6 +149,7 @@ impl<'a> FineTune<'a> {
             memory_limit: None,
             ranks: None,
             devices: Vec::new(),
+            tasks: None,
             samples: Vec::new(),
             sampling: GenerateOptions::new(32),
             on_event: Box::new(|_| ControlFlow::Continue(())),
@@ -200,6 +208,39 @@ impl<'a> FineTune<'a> {
     /// Measures the loss on `held_out` after every `every` steps and at the end; the model that comes back is the best.
     pub fn with_held_out(mut self, held_out: impl Into<Arc<Dataset>>, every: u64) -> Self {
         self.options = self.options.with_held_out(held_out, every);
+        self
+    }
+
+    /// Asks the model `tasks` after every `every` steps and at the end, as `how` says; [`Event::Figure`] tells what was found, and
+    /// it is written with the other figures. Without held-out data it is the score that decides which model comes back: the mean over
+    /// tasks of what their first metric lacks of 1 (an accuracy's rate of errors), or of that metric where less is better. With held-out
+    /// data the loss decides; of two numbers of steps the one set last counts. Each of several ranks asks for itself.
+    ///
+    /// ```
+    /// use kiln::{eval::{Evaluation, Task, TaskData}, prelude::*, training::Event};
+    /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
+    /// # let text = format!("{folder}/text/shift_test_moby.u16le");
+    /// # let base = Base::open(folder)?.with_bits(4).load()?;
+    /// # let ids = std::fs::read(&text).unwrap()[..1024].chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect();
+    /// # let data = kiln::training::Dataset::from_ids(ids, &base.data_options(32))?;
+    /// let question = r#"{"goal": "To make ice,", "sol1": "freeze water", "sol2": "burn wood", "label": 0}"#;
+    /// let data_of_task = TaskData { evaluated: vec![question.parse::<serde_json::Value>().unwrap().as_object().unwrap().clone()], fewshot: vec![] };
+    /// let tuned = base
+    ///     .finetune(AdapterConfig::lora(4, 8.0), data)
+    ///     .with_steps(2)
+    ///     .with_tasks([(Task::builtin("piqa")?, data_of_task)], Evaluation::new(), 2)
+    ///     .run()?;
+    /// assert!([0.0, 1.0].contains(&tuned.report().unwrap().evaluations[0].score));
+    /// # Ok::<(), kiln::Error>(())
+    /// ```
+    pub fn with_tasks(
+        mut self,
+        tasks: impl Into<Arc<[(Task, TaskData)]>>,
+        how: kiln_eval::Evaluation,
+        every: u64,
+    ) -> Self {
+        self.tasks = Some(TaskScore::new(tasks.into(), how));
+        self.options = self.options.with_evaluations(every);
         self
     }
 
@@ -297,7 +338,8 @@ impl<'a> FineTune<'a> {
     pub fn run(mut self) -> Result<FineTuned> {
         let ranks = self.ranks.take().unwrap_or_else(|| Arc::new(Alone));
         let Prepared { mut trainer, adapters, language } = agreed(&*ranks, self.prepare(ranks.size()))?;
-        let Self { options, resume, devices, samples, sampling, on_event, .. } = self;
+        let rows = self.trainer.batch.batch;
+        let Self { options, resume, devices, tasks, samples, sampling, on_event, .. } = self;
         let last = options.folder.as_ref().map(|folder| folder.join("last"));
         let mut goes_on = last.as_ref().is_some_and(|last| resume && whole_folder(last).exists());
         if ranks.size() > 1 {
@@ -311,7 +353,8 @@ impl<'a> FineTune<'a> {
         if let Some(last) = last.filter(|_| goes_on) {
             trainer = trainer.resumed(last)?;
         }
-        let mut listener = Listener { language: language.clone(), samples, sampling, on_event };
+        let mut listener =
+            Listener { language: language.clone(), tasks, rows, asked: None, samples, sampling, on_event };
         let report = trainer.run_with(&options, &mut listener)?;
         let tuned = Tuned::from_parts(trainer.into_best_model(), adapters);
         Ok(FineTuned::new(tuned, language, Some(report)))
@@ -322,6 +365,12 @@ impl<'a> FineTune<'a> {
         if ranks > 1 && !self.devices.is_empty() {
             let expected = format!("none, beside {ranks} ranks: a rank for each device");
             return Err(Error::argument("devices", expected, self.devices.len()));
+        }
+        if let Some(tasks) = &self.tasks {
+            tasks.check()?;
+            if self.options.evaluate_every == 0 {
+                return Err(Error::argument("evaluate_every", "at least 1, for the tasks", 0));
+            }
         }
         let config = self.trainer.clone();
         let config = match self.length {
@@ -423,9 +472,14 @@ fn check_memory(
     Err(Error::argument("memory_limit", expected, format!("{} MB", mega(limit))))
 }
 
-/// Hears of a run, and continues prompts after measurements.
+/// Hears of a run, asks the model tasks, and continues prompts after measurements.
 struct Listener<'a> {
     language: Arc<Language>,
+    tasks: Option<TaskScore>,
+    /// Rows of a forward pass of tasks.
+    rows: usize,
+    /// What the model said when it was scored.
+    asked: Option<Report>,
     samples: Vec<String>,
     sampling: GenerateOptions,
     on_event: OnEvent<'a>,
@@ -434,6 +488,31 @@ struct Listener<'a> {
 impl Observer<AdaptedModel> for Listener<'_> {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         (self.on_event)(event)
+    }
+
+    fn score(
+        &mut self,
+        model: &AdaptedModel,
+        _: u64,
+    ) -> std::result::Result<Option<f64>, Box<dyn std::error::Error + Send + Sync>> {
+        let Some(tasks) = &self.tasks else { return Ok(None) };
+        let report = tasks.report(model, self.language.tokenizer(), self.rows)?;
+        let score = tasks.mean_miss(&report);
+        self.asked = Some(report);
+        Ok(Some(score))
+    }
+
+    fn figures(
+        &mut self,
+        model: &AdaptedModel,
+        _: &Evaluation,
+    ) -> std::result::Result<Vec<Figure>, Box<dyn std::error::Error + Send + Sync>> {
+        let Some(tasks) = &self.tasks else { return Ok(Vec::new()) };
+        let report = match self.asked.take() {
+            Some(report) => report,
+            None => tasks.report(model, self.language.tokenizer(), self.rows)?,
+        };
+        Ok(task_score::figures(&report))
     }
 
     fn inspect(

@@ -38,6 +38,7 @@ pub mod prelude;
 #[cfg(any(feature = "calibration", feature = "pruning"))]
 mod stages;
 mod stop_texts;
+mod task_score;
 mod tuned;
 
 pub use adapter_set::{AdapterSetLinear, load_adapter_set};

@@ -355,3 +355,70 @@ fn a_module_of_ones_own_is_packed_adapted_and_merged() {
         assert!(largest < 1e-4, "{path}: {largest}");
     }
 }
+
+#[test]
+fn tasks_score_a_run_as_they_score_its_model_afterwards() {
+    use kiln::eval::{DataFolder, Evaluation, Metric, ModelScorer, Task};
+    let base = base(4);
+    let how = Evaluation::new().with_limit(24).with_resamples(0);
+    let quiz = || {
+        ["quiz_letters", "quiz_words"].map(|name| {
+            let task = Task::from_file(testdata("eval/quiz").join(name).with_extension("json")).unwrap();
+            let data = DataFolder::new(testdata("eval")).load(&task, how.shots_of(&task)).unwrap();
+            (task, data)
+        })
+    };
+    let (train, held_out) = text(&base).split(0.2, 0).unwrap();
+    let run = |train: Dataset| base.finetune(lora(0.0), train).with_steps(4).with_lr(2e-2);
+    let folder = tempfile::tempdir().unwrap();
+    let mut told = Vec::new();
+    let tuned = run(train.clone())
+        .with_tasks(quiz(), how.clone(), 2)
+        .with_checkpoints(folder.path(), 0)
+        .on_event(|event| {
+            if let Event::Figure { steps, name, value } = event {
+                told.push((*steps, (*name).to_owned(), *value));
+            }
+            ControlFlow::Continue(())
+        })
+        .run()
+        .unwrap();
+    // The model that comes back is the best one, and asked on its own it says the same.
+    let evaluations = &tuned.report().unwrap().evaluations;
+    let best = evaluations.iter().rev().find(|evaluation| evaluation.is_best).unwrap();
+    let scorer = ModelScorer::new(tuned.model(), base.tokenizer()).unwrap();
+    let report = how.evaluate(&scorer, &quiz()).unwrap();
+    let misses = report.tasks.iter().map(|task| 1.0 - task.metric(Metric::Acc).unwrap().value);
+    assert!((best.score - misses.sum::<f64>() / 2.0).abs() < 1e-12, "{best:?}, {report}");
+    assert!(folder.path().join("best").is_dir());
+    for task in &report.tasks {
+        for found in &task.metrics {
+            let expected = (best.steps, format!("{} {}", task.task, found.metric), found.value);
+            assert!(told.contains(&expected), "{expected:?} among {told:?}");
+        }
+    }
+    assert_eq!(evaluations.iter().map(|evaluation| evaluation.steps).collect::<Vec<_>>(), [2, 4]);
+
+    // Beside held-out data the loss decides, and tasks are only told.
+    let mut figures = 0;
+    let with_loss = run(train.clone())
+        .with_held_out(held_out, 4)
+        .with_tasks(quiz(), how.clone(), 4)
+        .on_event(|event| {
+            figures += usize::from(matches!(event, Event::Figure { .. }));
+            ControlFlow::Continue(())
+        })
+        .run()
+        .unwrap();
+    assert!(figures > 0 && with_loss.report().unwrap().evaluations[0].score > 1.0);
+
+    let refused = |how: Evaluation, every| {
+        run(train.clone()).with_tasks(quiz(), how, every).run().err().unwrap().to_string()
+    };
+    let log = folder.path().join("log.jsonl");
+    assert!(refused(how.clone().with_samples(log), 2).contains("a log is of one model"));
+    assert!(refused(how.clone(), 0).contains("evaluate_every"));
+    assert!(refused(how.clone().with_shots(100_000), 2).contains("quiz_letters"));
+    let none = run(train.clone()).with_tasks([], how.clone(), 2).run().err().unwrap().to_string();
+    assert!(none.contains("tasks: expected at least one"), "{none}");
+}

@@ -34,7 +34,7 @@ pub use kiln_models::{Distillation, Place, TokenLoss, chat::Message};
 pub use optim::OptimizerKind;
 pub use predict::{Predictions, predict};
 pub use preference::{PreferenceLoss, PreferenceReport};
-pub use run::{Evaluation, Event, Observer, RunEnd, RunOptions, RunReport};
+pub use run::{Evaluation, Event, Figure, Observer, RunEnd, RunOptions, RunReport};
 pub use schedule::{Decay, Schedule, ScheduleKind};
 pub use tokenize::ModelTokenizer;
 pub use trainable::with_trained;

@@ -23,7 +23,7 @@ use crate::{Dataset, PreferenceReport, Result, StepReport, error::Problem};
 /// | `save_every` | 0 | steps between checkpoints; 0 saves only at the end | |
 /// | `folder` | none | where checkpoints go: `last` and, with evaluations, `best` below it; made and claimed before the first step | |
 /// | `keep` | 0 | so many of the newest checkpoints stay beside `last`, as `step-<steps>`; older ones are deleted | |
-/// | `metrics` | none | a folder for `metrics.jsonl` (a line for each step and evaluation) and an event file of the same figures for TensorBoard; where it can't be written, the run goes on without it and says so | |
+/// | `metrics` | none | a folder for `metrics.jsonl` (a line for each step, evaluation and further figure) and an event file of the same figures for TensorBoard; where it can't be written, the run goes on without it and says so | |
 /// | `claimed` | none | the folder, if the caller has claimed it already | |
 #[derive(Debug, Clone, Default)]
 #[non_exhaustive]
@@ -166,6 +166,15 @@ pub struct Evaluation {
     pub preference: Option<PreferenceReport>,
 }
 
+/// Something that an observer measured of the model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Figure {
+    /// What it is, as metrics name it.
+    pub name: String,
+    /// The value.
+    pub value: f64,
+}
+
 /// Something that happened in a run. Its text is a line for a person.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
@@ -178,6 +187,15 @@ pub enum Event<'a> {
     Checkpoint(&'a Path),
     /// Something of the run failed that it can go on without.
     Warning(&'a str),
+    /// Something else was measured, after an evaluation; see [`Observer::figures`].
+    Figure {
+        /// Steps done before it.
+        steps: u64,
+        /// What it is.
+        name: &'a str,
+        /// The value.
+        value: f64,
+    },
     /// What the model made of a prompt, after an evaluation; from observers that generate.
     Sample {
         /// The prompt.
@@ -197,6 +215,7 @@ impl fmt::Display for Event<'_> {
             }
             Self::Checkpoint(folder) => write!(f, "checkpoint written to {}", folder.display()),
             Self::Warning(text) => f.write_str(text),
+            Self::Figure { steps, name, value } => write!(f, "after {steps} steps: {name} {value:.4}"),
             Self::Sample { prompt, text } => write!(f, "{prompt} ⟶ {text}"),
         }
     }
@@ -224,8 +243,20 @@ pub trait Observer<M> {
         Ok(None)
     }
 
-    /// After every evaluation: a look at the model, to generate from it or to measure more. [`ControlFlow::Break`] ends the
-    /// run.
+    /// After every evaluation: further figures of the model, which all observers are told as [`Event::Figure`], and which are
+    /// written with the others.
+    ///
+    /// # Errors
+    /// Whatever measuring meets; it ends the run.
+    fn figures(
+        &mut self,
+        _model: &M,
+        _evaluation: &Evaluation,
+    ) -> std::result::Result<Vec<Figure>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(Vec::new())
+    }
+
+    /// After every evaluation: a look at the model, to generate from it. [`ControlFlow::Break`] ends the run.
     ///
     /// # Errors
     /// Whatever that meets; it ends the run.
@@ -240,7 +271,7 @@ pub trait Observer<M> {
 
 impl<M> Observer<M> for () {}
 
-/// Both hear of everything; a score is the first one's that has one, and either may end the run.
+/// Both hear of everything; a score is the first one's that has one, figures are those of both, and either may end the run.
 impl<M, A: Observer<M>, B: Observer<M>> Observer<M> for (A, B) {
     fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
         let (first, second) = (self.0.on_event(event), self.1.on_event(event));
@@ -256,6 +287,16 @@ impl<M, A: Observer<M>, B: Observer<M>> Observer<M> for (A, B) {
             Some(score) => Ok(Some(score)),
             None => self.1.score(model, steps),
         }
+    }
+
+    fn figures(
+        &mut self,
+        model: &M,
+        evaluation: &Evaluation,
+    ) -> std::result::Result<Vec<Figure>, Box<dyn std::error::Error + Send + Sync>> {
+        let mut figures = self.0.figures(model, evaluation)?;
+        figures.extend(self.1.figures(model, evaluation)?);
+        Ok(figures)
     }
 
     fn inspect(

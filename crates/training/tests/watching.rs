@@ -2,7 +2,7 @@
 
 use std::{fs, ops::ControlFlow, path::Path};
 
-use kiln_training::{Evaluation, Event, Observer, RunOptions};
+use kiln_training::{Evaluation, Event, Figure, Observer, RunOptions};
 use serde_json::Value;
 
 use crate::trainer::{LoraModel, config, documents, trainer};
@@ -129,4 +129,53 @@ fn two_observers_are_one() {
     };
     let report = trainer(config(2, 1)).run_with(&RunOptions::new(), &mut (first, second)).unwrap();
     assert_eq!((report.steps.len(), a, b), (3, 3, 3));
+}
+
+/// Measures something of its own.
+struct Measures(Vec<(u64, String, f64)>);
+
+impl Observer<LoraModel> for Measures {
+    fn on_event(&mut self, event: &Event<'_>) -> ControlFlow<()> {
+        if let Event::Figure { steps, name, value } = event {
+            self.0.push((*steps, (*name).into(), *value));
+        }
+        ControlFlow::Continue(())
+    }
+
+    fn figures(
+        &mut self,
+        _: &LoraModel,
+        evaluation: &Evaluation,
+    ) -> Result<Vec<Figure>, Box<dyn std::error::Error + Send + Sync>> {
+        Ok(vec![Figure { name: "quiz acc".into(), value: evaluation.steps as f64 / 8.0 }])
+    }
+}
+
+#[test]
+fn further_figures_are_told_to_all_and_written_with_the_others() {
+    let folder = tempfile::tempdir().unwrap();
+    let options = RunOptions::new().with_held_out(documents(), 2).with_metrics(folder.path());
+    let mut both = (Measures(Vec::new()), Measures(Vec::new()));
+    let report = trainer(config(2, 1)).run_with(&options, &mut both).unwrap();
+    let steps = report.evaluations.iter().map(|evaluation| evaluation.steps);
+    // Each of the two measured, and each heard of both.
+    let expected: Vec<_> = steps
+        .flat_map(|steps| [(); 2].map(|()| (steps, "quiz acc".to_owned(), steps as f64 / 8.0)))
+        .collect();
+    assert!(!expected.is_empty() && both.0.0 == expected && both.1.0 == expected, "{:?}", both.0.0);
+    let lines = lines(folder.path());
+    let figures = lines.iter().filter(|line| line["event"] == "figure");
+    let found: Vec<_> = figures
+        .map(|line| {
+            (
+                line["steps"].as_u64().unwrap(),
+                line["name"].as_str().unwrap().to_owned(),
+                line["value"].as_f64().unwrap(),
+            )
+        })
+        .collect();
+    assert_eq!(found, expected);
+    let events = names(folder.path(), "events").pop().unwrap();
+    let bytes = fs::read(folder.path().join(events)).unwrap();
+    assert!(bytes.windows(8).any(|window| window == b"quiz acc"));
 }

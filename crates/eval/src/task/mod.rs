@@ -11,7 +11,10 @@ mod prepare;
 mod score;
 mod template;
 
-use std::path::{Path, PathBuf};
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+};
 
 pub use data::{DataFolder, TaskData, read_documents};
 pub use description::{
@@ -247,6 +250,13 @@ fn check(description: &TaskDescription) -> Result<(), Problem> {
 /// As descriptions spell it.
 pub(crate) fn name(value: &impl serde::Serialize) -> String {
     serde_json::to_value(value).ok().and_then(|value| value.as_str().map(str::to_owned)).unwrap_or_default()
+}
+
+/// As descriptions spell it.
+impl fmt::Display for Metric {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&name(self))
+    }
 }
 
 impl Metric {

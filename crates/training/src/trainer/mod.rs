@@ -21,7 +21,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    Batch, Batches, Dataset, Error, Evaluation, Event, Observer, ParameterGroup, PreferenceLoss,
+    Batch, Batches, Dataset, Error, Evaluation, Event, Figure, Observer, ParameterGroup, PreferenceLoss,
     PreferenceReport, Result, RunEnd, RunOptions, RunReport, Schedule, TrainerConfig, checkpoint,
     error::Problem,
     evaluate::{check_values, evaluate_on},
@@ -593,6 +593,10 @@ impl<M: CausalLm> Trainer<M> {
             let mut tired = false;
             if is_due && let Some(evaluation) = self.evaluate(options, told.observer)? {
                 told.tell(&Event::Evaluation(&evaluation));
+                let figures = told.observer.figures(self.model(), &evaluation).map_err(Error::Observer);
+                for Figure { name, value } in agreed(&*self.ranks, figures)? {
+                    told.tell(&Event::Figure { steps: self.step, name: &name, value });
+                }
                 let inspected = told.observer.inspect(self.model(), &evaluation).map_err(Error::Observer);
                 told.stopped |= agreed(&*self.ranks, inspected)?.is_break();
                 report.evaluations.push(evaluation);

@@ -21,8 +21,8 @@ const LINES: &str = "metrics.jsonl";
 /// Writes what happens in a run into a folder.
 ///
 /// `metrics.jsonl` has a line for each step and each evaluation: a [`StepReport`] or an [`Evaluation`] with the key `event`
-/// (`step`, `evaluation`). An event file has the same figures for TensorBoard, under `train/` and `held_out/`, by the number
-/// of steps done. A run that goes on goes on in the same lines; of steps that it does again, the earlier lines are taken out.
+/// (`step`, `evaluation`); and for each further figure (`figure`: `steps`, `name`, `value`). An event file has the same figures
+/// for TensorBoard, under `train/` and `held_out/`, further ones under their names, by the number of steps done. A run that goes on goes on in the same lines; of steps that it does again, the earlier lines are taken out.
 /// The lines of another run are kept beside, as `metrics-<number>.jsonl`.
 #[derive(Debug)]
 pub(crate) struct Metrics {
@@ -51,6 +51,10 @@ impl Metrics {
             Event::Step(report) => self.line("step", report).and_then(|()| self.step(report)),
             Event::Evaluation(evaluation) => {
                 self.line("evaluation", evaluation).and_then(|()| self.evaluation(evaluation))
+            }
+            Event::Figure { steps, name, value } => {
+                let line = json!({ "steps": steps, "name": name, "value": value });
+                self.line("figure", &line).and_then(|()| self.events.scalars(*steps, &[(name, *value)]))
             }
             _ => Ok(()),
         };
