@@ -4,8 +4,8 @@
 use std::{ops::ControlFlow, path::PathBuf, process::ExitCode};
 
 use clap::Parser;
-use kiln::eval::{DataFolder, Evaluation, ModelScorer, Probe, Report, Scorer, Task, TaskData, disk_bytes};
-use kiln_examples::{ModelArgs, Result, check_outputs, say, testdata, write_json};
+use kiln::eval::{Evaluation, ModelScorer, Probe, Report, Scorer, Task, TaskData, disk_bytes};
+use kiln_examples::{ModelArgs, Result, check_outputs, open_tasks, quiz, say, write_json};
 
 #[derive(Parser)]
 #[command(about)]
@@ -45,30 +45,8 @@ struct Options {
 impl Options {
     /// The tasks with their documents.
     fn tasks(&self, evaluation: &Evaluation) -> Result<Vec<(Task, TaskData)>> {
-        let mut tasks = Vec::new();
-        for name in &self.tasks {
-            match name.as_str() {
-                "mmlu" => {
-                    let subjects = Task::builtin_names().into_iter().filter(|name| name.starts_with("mmlu_"));
-                    tasks.extend(
-                        subjects.map(|name| Task::builtin(&name)).collect::<kiln::eval::Result<Vec<_>>>()?,
-                    );
-                }
-                file if file.ends_with(".json") => tasks.push(Task::from_file(file)?),
-                name => tasks.push(Task::builtin(name)?),
-            }
-        }
-        if tasks.is_empty() {
-            for name in ["quiz_letters", "quiz_words"] {
-                tasks.push(Task::from_file(testdata("eval/quiz").join(name).with_extension("json"))?);
-            }
-        }
-        let folder = DataFolder::new(&self.data);
-        let load = |task: Task| {
-            let data = folder.load(&task, evaluation.shots_of(&task))?;
-            Ok((task, data))
-        };
-        tasks.into_iter().map(load).collect()
+        let quiz = ["quiz_letters", "quiz_words"].map(quiz);
+        open_tasks(if self.tasks.is_empty() { &quiz } else { &self.tasks }, &self.data, evaluation)
     }
 
     fn samples(&self) -> Option<PathBuf> {

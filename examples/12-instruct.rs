@@ -3,15 +3,18 @@
 //! Without arguments: the embedded model at 4 bits on rows that come with the repository.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
-use std::{path::PathBuf, process::ExitCode, sync::Arc};
+use std::{collections::BTreeMap, path::PathBuf, process::ExitCode, sync::Arc};
 
 use clap::Parser;
 use kiln::{
     adapters::AdapterConfig,
+    eval::Evaluation,
     quant::files::OutputFolder,
     training::{Event, Message, Observer, ScheduleKind},
 };
-use kiln_examples::{Bar, BaseArgs, Result, check_outputs, say, testdata, write_curve, write_json};
+use kiln_examples::{
+    Bar, BaseArgs, Result, check_outputs, open_tasks, say, testdata, write_curve, write_json,
+};
 
 #[derive(Parser)]
 #[command(about)]
@@ -37,6 +40,15 @@ struct Options {
     /// Steps between validations.
     #[arg(long, default_value_t = 20)]
     every: u64,
+    /// Tasks that the model is asked at each validation, as 09-evaluate has them; the loss decides which model is kept.
+    #[arg(long, value_delimiter = ',')]
+    tasks: Vec<String>,
+    /// A folder with the tasks' data as JSON lines; tasks that name their own files need none.
+    #[arg(long, default_value = "data")]
+    task_data: PathBuf,
+    /// Documents of each task.
+    #[arg(long, default_value_t = 200)]
+    task_limit: usize,
     /// Ends the run after so many validations without a lower loss.
     #[arg(long, default_value_t = 3)]
     patience: u64,
@@ -71,6 +83,9 @@ fn run(options: Options) -> Result<()> {
         untuned.push(base.chat(messages, 16)?);
     }
 
+    let asked = Evaluation::new().with_limit(options.task_limit);
+    let tasks = open_tasks(&options.tasks, &options.task_data, &asked)?;
+    let mut answers = BTreeMap::new();
     let mut bar = Bar::new(options.steps)?;
     let adapters = AdapterConfig::lora(options.rank, options.alpha).with_seed(options.seed);
     let mut tuning = base
@@ -84,7 +99,15 @@ fn run(options: Options) -> Result<()> {
         .with_patience(options.patience)
         .with_claimed(out, options.every)
         .with_metrics(options.out.join("figures"))
-        .on_event(|event: &Event<'_>| Observer::<()>::on_event(&mut bar, event));
+        .on_event(|event: &Event<'_>| {
+            if let Event::Figure { steps, name, value } = event {
+                answers.entry((*name).to_owned()).or_insert_with(Vec::new).push((*steps, *value));
+            }
+            Observer::<()>::on_event(&mut bar, event)
+        });
+    if !tasks.is_empty() {
+        tuning = tuning.with_tasks(tasks, asked, options.every);
+    }
     if options.resume {
         tuning = tuning.with_resume();
     }
@@ -103,12 +126,17 @@ fn run(options: Options) -> Result<()> {
     if !report.steps.is_empty() {
         write_curve(&options.out.join("loss.svg"), report)?;
     }
+    for (name, values) in &answers {
+        let values = values.iter().map(|(steps, value)| format!("{value:.3} after {steps}"));
+        say!("{name}: {}", values.collect::<Vec<_>>().join(", "));
+    }
     say!("adapter written to {}", adapter.display());
     write_json(
         options.json.as_deref(),
         &serde_json::json!({
             "validation_before": before,
             "validation_after": after,
+            "tasks": answers,
             "best_step": best.map(|evaluation| evaluation.steps),
             "steps": report.steps.last().map(|step| step.step + 1),
         }),

@@ -63,6 +63,9 @@ struct Options {
     patience: u64,
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    /// Goes on from the last checkpoint below --out.
+    #[arg(long)]
+    resume: bool,
     /// Gets the adapter folder (adapter/), the loss curve (loss.svg), figures (figures/) and checkpoints.
     #[arg(long, default_value = "target/kiln-preferences")]
     out: PathBuf,
@@ -110,16 +113,19 @@ fn run(options: Options) -> Result<()> {
         .with_warmup(options.steps / 20)
         .with_schedule(ScheduleKind::Linear { final_ratio: 0.1 })
         .with_preference(options.loss());
-    let tuned = base
+    let mut tuning = base
         .finetune(adapters, train)
         .with_trainer(trainer)
         .with_held_out(validation, options.every)
         .with_patience(options.patience)
         .with_claimed(out, options.every)
         .with_metrics(options.out.join("figures"))
-        .on_event(|event: &Event<'_>| Observer::<()>::on_event(&mut bar, event))
-        .run()?;
-    bar.finish(&format!("the last checkpoint is in {}", options.out.join("last").display()))?;
+        .on_event(|event: &Event<'_>| Observer::<()>::on_event(&mut bar, event));
+    if options.resume {
+        tuning = tuning.with_resume();
+    }
+    let tuned = tuning.run()?;
+    bar.finish(&format!("--resume goes on from {}", options.out.join("last").display()))?;
 
     let report = tuned.report().ok_or("a run has a report")?;
     for evaluation in &report.evaluations {
@@ -130,7 +136,9 @@ fn run(options: Options) -> Result<()> {
     let adapter = options.out.join("adapter");
     tuned.save_peft(&adapter)?;
     say!("before: {}\nafter: {}", before.trim(), tuned.chat(&question, 24)?.trim());
-    write_curve(&options.out.join("loss.svg"), report)?;
+    if !report.steps.is_empty() {
+        write_curve(&options.out.join("loss.svg"), report)?;
+    }
     say!("adapter written to {}", adapter.display());
     let best = report.evaluations.iter().rev().find(|evaluation| evaluation.is_best);
     write_json(

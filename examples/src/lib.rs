@@ -9,6 +9,7 @@ mod errors;
 mod hub;
 mod progress;
 mod questions;
+mod tasks;
 
 use std::{
     path::{Path, PathBuf},
@@ -38,6 +39,7 @@ pub use errors::{Result, print_line, program};
 pub use hub::model_path;
 pub use progress::Bar;
 pub use questions::Questions;
+pub use tasks::{open_tasks, quiz};
 
 /// How conversations become text where a model has no template of its own. What opens an answer ends in a line break, not in
 /// a space: most tokenizers join that with the word behind it, which the model would then see in training only.

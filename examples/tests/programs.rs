@@ -131,8 +131,15 @@ fn the_other_programs_run_without_arguments() {
 fn instructions_and_preferences_are_learned_and_curves_drawn() {
     let folder = folder();
     let out = folder.path().join("instruct");
-    let found = figures(&folder, "12-instruct", &["--out", text(&out)]);
-    assert!(number(&found, "validation_after") < 0.5 * number(&found, "validation_before"), "{found}");
+    let letters = kiln_examples::testdata("eval/quiz/quiz_letters.json");
+    let asked = ["--tasks", text(&letters), "--task-limit", "40"];
+    let found = figures(&folder, "12-instruct", &[&["--out", text(&out)][..], &asked].concat());
+    let answers = found["tasks"]["quiz_letters acc"].as_array().expect("accuracies");
+    assert!(answers.iter().all(|pair| pair[1].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share))));
+    assert!(
+        answers.len() > 1 && number(&found, "validation_after") < 0.5 * number(&found, "validation_before"),
+        "{found}"
+    );
     let adapter = out.join("adapter");
     run("02-perplexity", &["--adapter", text(&adapter), "--max-windows", "4"]);
     let metrics = std::fs::read_to_string(out.join("figures/metrics.jsonl")).expect("figures");
@@ -142,6 +149,12 @@ fn instructions_and_preferences_are_learned_and_curves_drawn() {
     let found = figures(&folder, "13-preferences", &["--out", text(&preferences)]);
     assert!(number(&found, "accuracy_after") >= 0.9, "{found}");
     assert!(number(&found, "validation_after") < 0.5 * number(&found, "loss_first"), "{found}");
+    // A run that is done has nothing left to do, and writes the same adapter.
+    let adapter = preferences.join("adapter/adapter_model.safetensors");
+    let before = std::fs::read(&adapter).expect("an adapter");
+    let again = figures(&self::folder(), "13-preferences", &["--out", text(&preferences), "--resume"]);
+    assert!(again["steps"].is_null(), "{again}");
+    assert!(std::fs::read(&adapter).expect("an adapter") == before, "another adapter");
     for out in [out, preferences] {
         let curve = std::fs::read_to_string(out.join("loss.svg")).expect("a curve");
         assert!(curve.starts_with("<svg") && curve.contains("held out"));
