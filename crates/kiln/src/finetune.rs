@@ -213,8 +213,8 @@ impl<'a> FineTune<'a> {
 
     /// Asks the model `tasks` after every `every` steps and at the end, as `how` says; [`Event::Figure`] tells what was found, and
     /// it is written with the other figures. Without held-out data it is the score that decides which model comes back: the mean over
-    /// tasks of what their first metric lacks of 1 (an accuracy's rate of errors), or of that metric where less is better. With held-out
-    /// data the loss decides; of two numbers of steps the one set last counts. Each of several ranks asks for itself.
+    /// tasks of what their first metric lacks of 1 (an accuracy's rate of errors), or of that metric where less is better. A run
+    /// that goes on needs the same tasks. With held-out data the loss decides; of two numbers of steps the one set last counts. Each of several ranks asks for itself.
     ///
     /// ```
     /// use kiln::{eval::{Evaluation, Task, TaskData}, prelude::*, training::Event};
@@ -366,12 +366,6 @@ impl<'a> FineTune<'a> {
             let expected = format!("none, beside {ranks} ranks: a rank for each device");
             return Err(Error::argument("devices", expected, self.devices.len()));
         }
-        if let Some(tasks) = &self.tasks {
-            tasks.check()?;
-            if self.options.evaluate_every == 0 {
-                return Err(Error::argument("evaluate_every", "at least 1, for the tasks", 0));
-            }
-        }
         let config = self.trainer.clone();
         let config = match self.length {
             Length::Steps(steps) => config.with_steps(steps),
@@ -393,6 +387,15 @@ impl<'a> FineTune<'a> {
             check_memory(limit, &tuned, tuned.model().config(), &config, &self.data, self.reference)?;
         }
         let mut identity = tuned.identity();
+        if let Some(tasks) = &self.tasks {
+            tasks.check(tuned.model(), language.tokenizer())?;
+            if self.options.evaluate_every == 0 {
+                return Err(Error::argument("evaluate_every", "at least 1, for the tasks", 0));
+            }
+            if self.options.held_out.is_none() {
+                identity.insert("tasks".to_owned(), tasks.identity());
+            }
+        }
         if self.options.folder.is_some() || ranks > 1 {
             identity.extend(language.identity()?);
         }

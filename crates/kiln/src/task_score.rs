@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use kiln_eval::{Evaluation, ModelScorer, Report, Task, TaskData, TaskReport};
 use kiln_models::{CausalLm, Tokenizer};
+use kiln_quant_core::hash::Fnv1a;
 use kiln_training::Figure;
 
 use crate::{Error, Result};
@@ -16,21 +17,28 @@ pub(crate) struct TaskScore {
 
 impl TaskScore {
     pub(crate) fn new(tasks: Arc<[(Task, TaskData)]>, how: Evaluation) -> Self {
-        Self { tasks, how }
+        // Standard errors aren't told.
+        Self { tasks, how: how.with_resamples(0) }
     }
 
-    /// Whether there is something to be asked: before the first step, not after an hour.
-    pub(crate) fn check(&self) -> Result<()> {
+    /// What must be the same for two scores to be compared.
+    pub(crate) fn identity(&self) -> String {
+        let Evaluation { limit, seed, .. } = &self.how;
+        let tasks = self.tasks.iter().map(|(task, data)| {
+            let documents = Fnv1a::of(format!("{data:?}").bytes()).text();
+            format!("{} with {} shots of {documents}", task.name(), self.how.shots_of(task))
+        });
+        format!("{}; at most {limit:?} documents, seed {seed}", tasks.collect::<Vec<_>>().join(", "))
+    }
+
+    /// Whether there is something to be asked, and `model` can be: before the first step, not after an hour.
+    pub(crate) fn check<M: CausalLm>(&self, model: &M, tokenizer: &Tokenizer) -> Result<()> {
         if let Some(log) = &self.how.samples {
             let expected = "none: a log is of one model, and here it changes";
             return Err(Error::argument("samples", expected, log.display()));
         }
-        if self.tasks.is_empty() {
-            return Err(Error::argument("tasks", "at least one", 0));
-        }
-        for (task, data) in &*self.tasks {
-            task.prepare(data, self.how.shots_of(task), self.how.limit, self.how.seed)?;
-        }
+        self.how.check(&self.tasks)?;
+        ModelScorer::new(model, tokenizer)?;
         Ok(())
     }
 

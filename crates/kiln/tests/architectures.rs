@@ -6,19 +6,24 @@ use std::{convert::Infallible, sync::Arc};
 use burn::{
     module::{Module, Param, ParamId},
     nn::Linear,
+    optim::GradientsAccumulator,
     tensor::{Device, Tensor, TensorData, activation::log_softmax},
 };
 use kiln::{
     Tuned,
-    adapters::AdapterConfig,
+    adapters::{AdapterConfig, InitLoraWeights, Method},
     models::{
-        CausalLm, Checkpoint, Decoder, Embedding, LoadOptions, Recompute, Slots, TokenBatch, Windows,
+        CausalLm, Checkpoint, Decoder, DriverOptions, Embedding, LoadOptions, Recompute, Slots, Targets,
+        TokenBatch, Windows,
         export::{ExportOptions, FloatType, export_hf, save_model, verify_export},
+        loss_and_gradients,
     },
-    quant::{Projection, QuantLinear},
+    quant::{Compute, Projection, QuantLinear},
     training::{BatchOptions, DataOptions, Dataset, RunOptions, Trainer, TrainerConfig},
 };
 use kiln_testkit::{Golden, assert_close, max_difference, read, relative_difference, testdata};
+
+use crate::gradients;
 
 /// All folders of `testdata/arch`.
 fn folders() -> Vec<String> {
@@ -637,5 +642,95 @@ fn routers_are_adapted_and_stay_dense() {
         let plan = kiln::quant::Plan::uniform("affine2:16".parse().unwrap());
         let (again, _) = tuned.requantize(&plan, &kiln::quant::MinMax).unwrap();
         assert_eq!(dense(&again), routers, "{folder}");
+    }
+}
+
+/// A slot that says whether it takes rounded operands, and counts those that it hears.
+#[derive(Module, Debug)]
+struct Hears<P: Projection> {
+    inner: P,
+    #[module(skip)]
+    takes: bool,
+    #[module(skip)]
+    heard: Heard,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Heard(Arc<std::sync::atomic::AtomicUsize>);
+
+impl<P: Projection> Projection for Hears<P> {
+    fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let rounded = x.dtype() == burn::tensor::DType::BF16;
+        self.heard.0.fetch_add(usize::from(rounded), std::sync::atomic::Ordering::Relaxed);
+        self.inner.forward(x)
+    }
+
+    fn takes_operands(&self) -> bool {
+        self.takes && self.inner.takes_operands()
+    }
+
+    fn weight(&self) -> Tensor<2> {
+        self.inner.weight()
+    }
+
+    fn bias(&self) -> Option<Tensor<1>> {
+        self.inner.bias()
+    }
+
+    fn shape(&self) -> [usize; 2] {
+        self.inner.shape()
+    }
+
+    fn compute(&self) -> Compute {
+        self.inner.compute()
+    }
+
+    fn set_compute(&mut self, compute: Compute) {
+        self.inner.set_compute(compute);
+    }
+}
+
+#[test]
+fn operands_that_are_kept_rounded_change_no_gradient_of_any_family() {
+    if !Compute::Bf16.keeps_rounded(&Device::flex()) {
+        kiln_testkit::skipped("this processor doesn't multiply bf16");
+        return;
+    }
+    for folder in folders() {
+        let checkpoint = Checkpoint::open(testdata(&format!("arch/{folder}"))).unwrap();
+        let options = LoadOptions::uniform("affine4:32".parse().unwrap()).with_compute(Some(Compute::Bf16));
+        let (model, _) = checkpoint.load(&options, &Device::flex()).unwrap();
+        let config = AdapterConfig::lora(4, 8.0).with_method(Method::Lora { init: InitLoraWeights::Random });
+        let adapted = Tuned::attach(model, &config).unwrap().into_model();
+        let rows = rows(&folder);
+        let tokens = TokenBatch::new(&rows).unwrap();
+        let ids: Vec<u32> = rows.iter().flat_map(|row| row[1..].iter().chain(&row[..1])).copied().collect();
+        let scored = vec![true; ids.len()];
+        let run = |takes: bool| {
+            let heard = Heard::default();
+            let wrapped = adapted
+                .clone()
+                .try_map(|_, inner| Ok::<_, Infallible>(Hears { inner, takes, heard: heard.clone() }));
+            let model = wrapped.unwrap().train();
+            let mut sums = GradientsAccumulator::new();
+            let targets = Targets { ids: &ids, scored: &scored };
+            let loss =
+                loss_and_gradients(&model, &tokens, targets, &DriverOptions::default(), &mut sums).unwrap();
+            (loss, gradients::of(&model, &sums.grads()), heard.0.load(std::sync::atomic::Ordering::Relaxed))
+        };
+        let ((loss, found, rounded), (expected_loss, expected, none)) = (run(true), run(false));
+        assert!(rounded > 0 && none == 0, "{folder}: {rounded} operands rounded, and {none}");
+        assert!(loss.is_finite() && loss == expected_loss, "{folder}: {loss}, expected {expected_loss}");
+        assert_eq!(found.keys().collect::<Vec<_>>(), expected.keys().collect::<Vec<_>>(), "{folder}");
+        // Where routers read the state too, its gradient is summed in another order, and its last bits decide how it is rounded
+        // further down.
+        let exact = checkpoint.config().experts.is_none();
+        for (name, (shape, gradient)) in &found {
+            let (expected_shape, expected) = &expected[name];
+            let difference = relative_difference(gradient, expected);
+            assert_eq!(shape, expected_shape);
+            let same = if exact { gradient == expected } else { difference < 1e-3 };
+            assert!(same, "{folder}: {name}, {difference:e}");
+        }
     }
 }

@@ -85,6 +85,91 @@ fn scores_losses_and_gradients_are_those_of_transformers_and_peft() {
     }
 }
 
+/// A folder as transformers writes a classifier: the language model of testdata under the class's name, and `score`.
+fn written_classifier(folder: &std::path::Path, class: &str, score: Option<(Vec<usize>, Vec<u8>)>) {
+    use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+    let from = testdata("arch/gemma2");
+    let config = std::fs::read_to_string(from.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["architectures"] = serde_json::json!([class]);
+    config["id2label"] = serde_json::json!({"0": "a", "1": "b", "2": "c"});
+    std::fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let bytes = std::fs::read(from.join("model.safetensors")).unwrap();
+    let mut tensors = SafeTensors::deserialize(&bytes).unwrap().tensors();
+    if let Some((shape, values)) = &score {
+        tensors.push(("score.weight".into(), TensorView::new(Dtype::F32, shape.clone(), values).unwrap()));
+    }
+    safetensors::serialize_to_file(tensors, None, &folder.join("model.safetensors")).unwrap();
+}
+
+#[test]
+fn classifiers_of_transformers_are_read_with_their_heads() {
+    let load = |folder: &std::path::Path| {
+        Checkpoint::open(folder).unwrap().load_classifier(&LoadOptions::default().in_f32(), &Device::flex())
+    };
+    for (name, labels) in [("classes", 3), ("number", 1)] {
+        // The head that PEFT saved stands in the folder, and the adapter beside it has factors only.
+        let peft = testdata(&format!("peft/classifiers/{name}"));
+        let file = SafetensorsFile::open(peft.join("adapter_model.safetensors")).unwrap();
+        let names: Vec<String> = file.names().map(str::to_owned).collect();
+        let (heads, factors): (Vec<String>, Vec<String>) =
+            names.into_iter().partition(|name| name.contains("score"));
+        let [head] = heads.as_slice() else { panic!("{heads:?}") };
+        let bytes = |name: &str| -> (Vec<usize>, Vec<u8>) {
+            let (shape, values) = file.read_f32(name).unwrap();
+            (shape, values.iter().flat_map(|value| value.to_le_bytes()).collect())
+        };
+        let (folder, adapter) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        written_classifier(folder.path(), "Gemma2ForSequenceClassification", Some(bytes(head)));
+        let config = std::fs::read_to_string(peft.join("adapter_config.json")).unwrap();
+        let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+        config["modules_to_save"] = serde_json::Value::Null;
+        std::fs::write(adapter.path().join("adapter_config.json"), config.to_string()).unwrap();
+        let factors: Vec<_> = factors.into_iter().map(|name| (bytes(&name), name)).collect();
+        let views = factors.iter().map(|((shape, bytes), name)| {
+            let view = safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+            (name.as_str(), view.unwrap())
+        });
+        safetensors::serialize_to_file(views, None, &adapter.path().join("adapter_model.safetensors"))
+            .unwrap();
+
+        let (model, report) = load(folder.path()).unwrap();
+        assert_eq!((model.outputs(), report.notes.as_slice()), (labels, &[][..]));
+        let tuned = Tuned::<Model>::load(model, adapter.path()).unwrap();
+        let golden = Golden::open(&format!("peft/classifiers/{name}/golden.safetensors"));
+        let ids: Vec<u32> = golden.ints("input_ids").into_iter().map(|id| id as u32).collect();
+        let lengths = golden.ints("lengths");
+        let mask = lengths.iter().flat_map(|length| (0..12).map(move |place| u32::from(place < *length)));
+        let tokens = TokenBatch::masked(ids, mask.collect(), 3, 12).unwrap();
+        assert_close(name, &read(tuned.model().scores(&tokens).unwrap()), &golden.floats("scores"), 1e-5);
+
+        // As a language model it has no head, and says so.
+        let open = Checkpoint::open(folder.path()).unwrap();
+        assert_eq!(open.classifier(), Some("Gemma2ForSequenceClassification"));
+        let refused = open.load(&LoadOptions::default(), &Device::flex()).unwrap_err().to_string();
+        assert!(refused.contains("Gemma2ForSequenceClassification") && refused.contains("load_classifier"));
+    }
+    let refused = load(&testdata("arch/gemma2")).unwrap_err().to_string();
+    assert!(
+        refused.contains("Gemma2ForCausalLM") && refused.contains("sequence classification"),
+        "{refused}"
+    );
+    let folder = tempfile::tempdir().unwrap();
+    for (score, part) in [
+        (None, "score.weight"),
+        (Some((vec![3, 5], vec![0; 60])), "shape"),
+        (Some((vec![0, 32], vec![])), "shape"),
+        (Some((vec![2], vec![0; 8])), "shape"),
+    ] {
+        written_classifier(folder.path(), "Gemma2ForSequenceClassification", score);
+        let refused = load(folder.path()).unwrap_err().to_string();
+        assert!(refused.contains("score.weight") && refused.contains(part), "{refused}");
+    }
+    written_classifier(folder.path(), "GemmaXForSequenceClassification", None);
+    let refused = Checkpoint::open(folder.path()).unwrap_err().to_string();
+    assert!(refused.contains("GemmaXForSequenceClassification") && refused.contains("nearest"), "{refused}");
+}
+
 fn base() -> Base {
     Base::open(testdata("models/tiny-llama")).unwrap().with_bits(4).with_compute(Compute::F32).load().unwrap()
 }

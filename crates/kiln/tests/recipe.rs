@@ -163,7 +163,7 @@ fn a_chat_is_tuned_stopped_saved_reloaded_merged_and_exported() {
         })
         .run()
         .unwrap();
-    assert!(lines.iter().any(|line| line.contains("held-out loss")), "{lines:?}");
+    assert!(lines.iter().any(|line| line.contains("steps: score")), "{lines:?}");
     let after = tuned.evaluate(&held_out).unwrap();
     assert!(after.nll < before.nll - 0.5, "{before:?} {after:?}");
     let best = tuned.report().unwrap().evaluations.iter().map(|e| e.score).fold(f64::INFINITY, f64::min);

@@ -48,6 +48,17 @@ pub enum BlockPart<P: Projection> {
     Experts(Vec<Expert<P>>),
 }
 
+/// Linears that read attention's input, and the MLP's.
+const READ_BY_ATTENTION: &[LinearRole] = &[
+    LinearRole::Query,
+    LinearRole::GatedQuery,
+    LinearRole::Key,
+    LinearRole::Value,
+    LinearRole::QueryKeyValue(FusedRows::Concatenated),
+    LinearRole::QueryKeyValue(FusedRows::Grouped),
+];
+const READ_BY_MLP: &[LinearRole] = &[LinearRole::GateUp, LinearRole::Gate, LinearRole::Up];
+
 /// What [`Block::build`] asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum PartShape {
@@ -254,6 +265,11 @@ impl<P: Projection> Block<P> {
         let behind = |place, y| added(self.normed(place, y));
         let normed = self.normed(NormPlace::PreAttention, x.clone());
         if config.parallel {
+            let normed = match self.norm(NormPlace::PreMlp) {
+                Some(_) => normed,
+                // Both sides read it.
+                None => self.kept_for(&[READ_BY_ATTENTION, READ_BY_MLP].concat(), normed),
+            };
             let attended = self.mixer(index, normed.clone(), beside, context, cache, config);
             let normed = match self.norm(NormPlace::PreMlp) {
                 Some(norm) => norm.forward(x.clone()),
@@ -419,8 +435,7 @@ impl<P: Projection> Block<P> {
             .find_map(|rows| self.linear(LinearRole::QueryKeyValue(rows)).map(|linear| (rows, linear)));
         match fused {
             None => {
-                let roles = [LinearRole::Query, LinearRole::GatedQuery, LinearRole::Key, LinearRole::Value];
-                let x = self.kept_for(&roles, x);
+                let x = self.kept_for(READ_BY_ATTENTION, x);
                 let (q, gate) = match self.linear(LinearRole::GatedQuery) {
                     Some(linear) => {
                         let both = linear.forward(x.clone()).reshape([batch, length, heads, 2 * head_dim]);
@@ -443,13 +458,13 @@ impl<P: Projection> Block<P> {
                 (q, gate, both)
             }
             Some((FusedRows::Concatenated, linear)) => {
-                let all = split(linear.forward(operand_of(x, &[linear])), heads + 2 * groups);
+                let all = split(linear.forward(self.kept_for(READ_BY_ATTENTION, x)), heads + 2 * groups);
                 let part = |first, count| all.clone().narrow(2, first, count);
                 (part(0, heads), None, Some([part(heads, groups), part(heads + groups, groups)]))
             }
             Some((FusedRows::Grouped, linear)) => {
                 let queries = heads / groups;
-                let all = linear.forward(operand_of(x, &[linear]));
+                let all = linear.forward(self.kept_for(READ_BY_ATTENTION, x));
                 let all = all.reshape([batch, length, groups, queries + 2, head_dim]);
                 let part = |first, count, heads| {
                     all.clone().narrow(3, first, count).reshape([batch, length, heads, head_dim])
@@ -529,7 +544,7 @@ impl<P: Projection> Block<P> {
         {
             return self.mixture(all, x, experts, context, config);
         }
-        let x = self.kept_for(&[LinearRole::GateUp, LinearRole::Gate, LinearRole::Up], x);
+        let x = self.kept_for(READ_BY_MLP, x);
         let compute = self.linear(LinearRole::Down).map_or(Compute::F32, Projection::compute);
         let inner = match (self.linear(LinearRole::GateUp), self.linear(LinearRole::Gate)) {
             (Some(linear), _) => {

@@ -96,6 +96,15 @@ impl Checkpoint {
         }
     }
 
+    /// The class of the model, if it is one for sequence classification, which has a score head in the place of a language
+    /// model's: [`load_classifier`](Self::load_classifier) loads it.
+    pub fn classifier(&self) -> Option<&str> {
+        match &self.files {
+            Files::Folder(folder) => folder.classifier(),
+            Files::Packed(_) | Files::Gguf(_) => None,
+        }
+    }
+
     /// The model's shape.
     pub fn config(&self) -> &ModelConfig {
         &self.config

@@ -13,7 +13,8 @@ use kiln_quant_core::{
 use crate::{CausalLm, Context, Error, KvCache, Result, TokenBatch, nll::check_tokens};
 
 /// A language model that says of a whole text what class it is of, or a number: a linear without bias on the state of the
-/// text's last token, as transformers' models for sequence classification.
+/// text's last token, as transformers' models for sequence classification, which
+/// [`Checkpoint::load_classifier`](crate::Checkpoint::load_classifier) reads.
 ///
 /// To trainers it is a language model whose head has as many outputs as there are labels: with one label it is a regression,
 /// whose loss is the squared error; with more its loss is the cross-entropy of the classes.
@@ -37,7 +38,7 @@ pub struct Classifier<M: Module> {
 }
 
 /// The score head's name in checkpoints.
-const SCORE: &str = "score";
+pub(crate) const SCORE: &str = "score";
 /// The field before the names of what reads.
 const MODEL: &str = "model.";
 

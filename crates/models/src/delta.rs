@@ -117,9 +117,8 @@ impl<P: Projection> DeltaNet<'_, P> {
         let segments = Segments::new(context);
         let before = state.as_ref().and_then(|state| state.as_ref().cloned());
 
-        // Strength and decay are of linears that are never packed.
-        let kept = operand_of(x.clone(), &[self.mixed, self.gate]);
-        let mixed = self.mixed.forward(kept.clone());
+        let x = operand_of(x, &[self.mixed, self.gate, self.strength, self.decay]);
+        let mixed = self.mixed.forward(x.clone());
         let (mixed, tail) = self.convolved(mixed, before.as_ref().map(|state| state.tail.clone()), &segments);
         let part = |first: usize, heads: usize, dim: usize| {
             mixed.clone().narrow(2, first, heads * dim).reshape([batch, length, heads, dim])
@@ -141,7 +140,8 @@ impl<P: Projection> DeltaNet<'_, P> {
         let v = part(2 * keys, value_heads, value_dim);
         let strength = sigmoid(self.strength.forward(x.clone()));
         let rate = self.log_rate.clone().exp().neg().unsqueeze();
-        let log_decay = rate * softplus(self.decay.forward(x) + self.time_bias.clone().unsqueeze(), 1.0);
+        let log_decay =
+            rate * softplus(self.decay.forward(x.clone()) + self.time_bias.clone().unsqueeze(), 1.0);
 
         let memory = before.map(|state| state.memory);
         let (said, memory) = delta_rule([q, k, v], log_decay, strength, memory, &segments);
@@ -150,7 +150,7 @@ impl<P: Projection> DeltaNet<'_, P> {
         }
         let rows = batch * length * value_heads;
         let said = fused::rms_norm(said.reshape([rows, value_dim]), self.norm.clone(), self.norm_eps);
-        let gated = said.reshape([batch, length, value_heads * value_dim]) * silu(self.gate.forward(kept));
+        let gated = said.reshape([batch, length, value_heads * value_dim]) * silu(self.gate.forward(x));
         self.output.forward(operand_of(gated, &[self.output]))
     }
 

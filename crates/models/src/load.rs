@@ -12,8 +12,9 @@ use kiln_quant_core::{
 };
 
 use crate::{
-    Block, BlockPart, Checkpoint, Decoder, Embedding, Error, Norm, PartShape, PerLayerInputs, Placement,
-    Result,
+    Block, BlockPart, Checkpoint, Classifier, Decoder, Embedding, Error, Norm, PartShape, PerLayerInputs,
+    Placement, Result,
+    classifier::SCORE,
     config::ModelConfig,
     embedding::DenseEmbedding,
     families::NormKind,
@@ -213,6 +214,60 @@ impl Checkpoint {
         options: &LoadOptions,
         placement: &Placement,
     ) -> Result<(Decoder<QuantLinear>, LoadReport)> {
+        if let Some(class) = self.classifier() {
+            return Err(
+                self.other_class(class, "a class of language models here; load_classifier loads this one")
+            );
+        }
+        let mut loader = self.loader(options, placement)?;
+        let model = loader.decoder(self.config(), placement)?;
+        loader.note_unused();
+        Ok((model, loader.report))
+    }
+
+    /// As [`load`](Self::load), a model for sequence classification with the score head that its folder holds, frozen like the
+    /// rest: transformers' `…ForSequenceClassification`, reward models among them.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load), and a folder of another class.
+    ///
+    /// # Example
+    /// ```no_run
+    /// use burn::tensor::Device;
+    /// use kiln_models::{Checkpoint, LoadOptions, TokenBatch};
+    /// let checkpoint = Checkpoint::open("Skywork-Reward-V2-Qwen3-0.6B")?;
+    /// let (model, _) = checkpoint.load_classifier(&LoadOptions::default(), &Device::flex())?;
+    /// let ids = checkpoint.tokenizer()?.encode("The answer is 4.", true)?;
+    /// println!("{}", model.scores(&TokenBatch::new(&[ids])?)?);
+    /// # Ok::<(), kiln_models::Error>(())
+    /// ```
+    pub fn load_classifier(
+        &self,
+        options: &LoadOptions,
+        device: &Device,
+    ) -> Result<(Classifier<Decoder<QuantLinear>>, LoadReport)> {
+        if self.classifier().is_none() {
+            let class = self.config().family.architecture;
+            return Err(self.other_class(class, "a class for sequence classification; load loads this one"));
+        }
+        let placement = Placement::on_one(device, self.config().num_hidden_layers);
+        let mut loader = self.loader(options, &placement)?;
+        let model = loader.decoder(self.config(), &placement)?;
+        let score = loader.score(self.config().hidden_size)?;
+        loader.note_unused();
+        Ok((Classifier { model, score }, loader.report))
+    }
+
+    fn other_class(&self, class: &str, supported: &str) -> Error {
+        Error::Unsupported {
+            path: self.path().join("config.json"),
+            field: "architectures".into(),
+            found: class.into(),
+            supported: supported.into(),
+        }
+    }
+
+    fn loader<'a>(&'a self, options: &'a LoadOptions<'a>, placement: &Placement) -> Result<Loader<'a>> {
         placement.check(self.config())?;
         let devices = placement.devices();
         let compute = self.compute_on(options, &devices);
@@ -222,7 +277,7 @@ impl Checkpoint {
         if options.verify {
             self.verify()?;
         }
-        let mut loader = Loader {
+        Ok(Loader {
             checkpoint: self,
             compute,
             source: self.source(),
@@ -231,10 +286,7 @@ impl Checkpoint {
             device: placement.embedding().clone(),
             report: LoadReport { notes: self.notes(), ..LoadReport::default() },
             used: Vec::new(),
-        };
-        let model = loader.decoder(self.config(), placement)?;
-        loader.note_unused();
-        Ok((model, loader.report))
+        })
     }
 }
 
@@ -320,6 +372,15 @@ impl Loader<'_> {
             placement,
         };
         decoder.with_compute(self.compute)
+    }
+
+    /// The score head of a classifier of this width; how many labels there are its own header says.
+    fn score(&mut self, width: usize) -> Result<Linear> {
+        let name = format!("{SCORE}.weight");
+        let labels = self.source.describe(&name)?.shape.and_then(|shape| shape.first().copied());
+        let shape = [labels.unwrap_or(0).max(1), width];
+        let values = transposed(&self.dense(&name, &shape)?.values, shape[0], shape[1]);
+        Ok(Linear { weight: frozen(self.tensor(&name, values, [shape[1], shape[0]])?), bias: None })
     }
 
     /// A matrix that is neither slot nor table.

@@ -211,7 +211,7 @@ impl fmt::Display for Event<'_> {
             Self::Step(report) => write!(f, "step {}: loss {:.4}", report.step + 1, report.loss),
             Self::Evaluation(Evaluation { steps, score, is_best, .. }) => {
                 let best = if *is_best { ", the best so far" } else { "" };
-                write!(f, "after {steps} steps: held-out loss {score:.4}{best}")
+                write!(f, "after {steps} steps: score {score:.4}{best}")
             }
             Self::Checkpoint(folder) => write!(f, "checkpoint written to {}", folder.display()),
             Self::Warning(text) => f.write_str(text),
@@ -344,7 +344,7 @@ impl fmt::Display for RunEnd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Completed => "all steps are done",
-            Self::Patience => "the held-out loss stopped falling",
+            Self::Patience => "the score stopped falling",
             Self::Stopped => "it was stopped",
         })
     }

@@ -168,11 +168,8 @@ impl Evaluation {
         tasks: &[(Task, TaskData)],
         on_progress: OnTaskProgress,
     ) -> Result<Report> {
-        self.check(tasks)?;
         let start = Instant::now();
-        let prepared =
-            tasks.iter().map(|(task, data)| task.prepare(data, self.shots_of(task), self.limit, self.seed));
-        let prepared: Vec<Vec<PreparedDocument>> = prepared.collect::<Result<_>>()?;
+        let prepared = self.prepare(tasks)?;
         let header = Header {
             protocol: super::PROTOCOL.into(),
             model: self.model.clone(),
@@ -230,7 +227,23 @@ impl Evaluation {
         Ok(Report::new(self, header.settings, reports.collect(), fresh as f64 / seconds.max(1e-9)))
     }
 
-    fn check(&self, tasks: &[(Task, TaskData)]) -> Result<()> {
+    /// Whether options and tasks make sense, before anything is asked.
+    ///
+    /// # Errors
+    /// As [`evaluate`](Self::evaluate), but for the scorer's and a log's.
+    pub fn check(&self, tasks: &[(Task, TaskData)]) -> Result<()> {
+        self.prepare(tasks).map(|_| ())
+    }
+
+    /// The documents of each task.
+    fn prepare(&self, tasks: &[(Task, TaskData)]) -> Result<Vec<Vec<PreparedDocument>>> {
+        self.check_options(tasks)?;
+        let prepared =
+            tasks.iter().map(|(task, data)| task.prepare(data, self.shots_of(task), self.limit, self.seed));
+        prepared.collect()
+    }
+
+    fn check_options(&self, tasks: &[(Task, TaskData)]) -> Result<()> {
         if self.limit == Some(0) {
             return Err(Error::option("Evaluation.limit", "at least 1", 0));
         }

@@ -230,7 +230,8 @@ mod tests {
     /// As `TrainerConfig`'s `Debug` was before it had losses, optimizers and groups.
     #[test]
     fn descriptions_are_those_of_earlier_logs() {
-        let found = without_later_options(format!("{:?}", TrainerConfig::new(7, 2)));
+        let config = TrainerConfig::new(7, 2).with_logit_rows(256);
+        let found = without_later_options(format!("{config:?}"));
         let expected = "TrainerConfig { steps: 7, batch: BatchOptions { batch: 2, packing: false, order: Shuffled, seed: 0, \
                         pad_id: 0 }, accumulate: 1, lr: 0.0003, warmup: 0, schedule: Constant, clip: Some(1.0), \
                         weight_decay: 0.0, betas: [0.9, 0.999], eps: 1e-8, recompute: None, logit_rows: 256, \

@@ -6,7 +6,7 @@ use kiln_mixq_search::{
 use kiln_models::{
     Decoder, Recompute, Slots,
     config::{LayerShape, ModelConfig},
-    memory::{ProcessConstants, Step, Work, estimate},
+    memory::{Halves, ProcessConstants, Step, Work, estimate},
 };
 use kiln_quant_core::{PathPattern, Projection, QuantLinear, Scheme};
 
@@ -51,7 +51,7 @@ pub struct Choices {
 pub struct TrainingShape {
     /// Rank of the adapters where it isn't searched.
     pub rank: u32,
-    /// Rows, tokens and what is computed again.
+    /// Rows, tokens, what is computed again, and what is kept in 16 bits ([`Halves::of`] a model like those that are searched).
     pub step: Step,
     /// What the process holds beside a step's tensors, part of the peak: [`ProcessConstants::CPU`], or a base of 0 and a
     /// slack of 1 for live bytes alone.
@@ -196,7 +196,11 @@ fn memory_model(config: &ModelConfig, fixed: u64, choices: &Choices) -> Result<M
     let Some(training) = &choices.training else { return Ok(memory) };
     // Where ranks are searched, the largest: what moves depends little on it.
     let rank = choices.ranks.iter().copied().max().unwrap_or(training.rank);
-    let (step, model) = (&training.step, with_one_width(config, training.step.recompute));
+    // DoRA's inputs stay f32.
+    let most =
+        if choices.adapters.iter().any(|kind| kind == "dora") { Halves::Attention } else { Halves::Operands };
+    let step = &Step { halves: training.step.halves.min(most), ..training.step };
+    let model = with_one_width(config, training.step.recompute);
     let work = Work::lora(&model, rank as usize, step);
     let moving = estimate(&model, 0, &work, step).moving();
     let beside = training.process.base + training.process.slack * moving;

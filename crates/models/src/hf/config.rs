@@ -36,6 +36,7 @@ const IGNORED: &[&str] = &[
     "embedding_dropout",
     "hidden_dropout",
     "hidden_dropout_prob",
+    "id2label",
     "is_decoder",
     "num_nextn_predict_layers",
     "resid_pdrop",
@@ -46,12 +47,19 @@ const IGNORED: &[&str] = &[
     "init_std",
     "initializer_range",
     "is_llama_config",
+    "label2id",
     "layerdrop",
+    "num_labels",
     "pretraining_tp",
+    "problem_type",
     "torch_dtype",
     "transformers_version",
     "use_cache",
 ];
+
+/// How classes of models for sequence classification end, and those of language models.
+const CLASSIFIER: &str = "ForSequenceClassification";
+const LANGUAGE_MODEL: &str = "ForCausalLM";
 
 /// What the JSON files of a folder say.
 #[derive(Debug, Clone, PartialEq)]
@@ -62,6 +70,8 @@ pub(super) struct FolderConfig {
     pub unknown_keys: Vec<String>,
     /// The class that this is the text part of.
     pub text_part_of: Option<&'static str>,
+    /// The class, if it is one for sequence classification.
+    pub classifier: Option<String>,
 }
 
 /// Reads `config.json`, and `generation_config.json` and `quantize_config.json` where they exist.
@@ -76,7 +86,11 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
         None => outer,
     };
     let family = family(&fields)?;
-    let model = family.class.read(&fields, family)?;
+    let mut model = family.class.read(&fields, family)?;
+    let class = fields.strings("architectures")?.unwrap_or_default().first().copied();
+    let classifier = class.filter(|class| class.ends_with(CLASSIFIER)).map(str::to_owned);
+    // A score head is in the place of the language model's, whether that was the embedding or not.
+    model.tie_word_embeddings |= classifier.is_some();
     let mut special_tokens = special_tokens(&fields, (family.special_tokens)())?;
     let generation = folder.join("generation_config.json");
     if generation.exists() {
@@ -85,7 +99,8 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     }
     let quantization = quantization(&fields, folder)?;
     fields.know(IGNORED);
-    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys: fields.unknown(), text_part_of })
+    let unknown_keys = fields.unknown();
+    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys, text_part_of, classifier })
 }
 
 /// The shape that the object of a `config.json` describes.
@@ -101,7 +116,10 @@ fn family(fields: &Fields<'_>) -> Result<&'static Family> {
     let by_architecture = match architectures.first() {
         None => None,
         Some(&name) => {
-            let found = Family::by_architecture(name);
+            let found = match name.strip_suffix(CLASSIFIER) {
+                Some(stem) => Family::by_architecture(&format!("{stem}{LANGUAGE_MODEL}")),
+                None => Family::by_architecture(name),
+            };
             Some(found.ok_or_else(|| Error::Unsupported {
                 path: fields.path(),
                 field: "architectures".into(),

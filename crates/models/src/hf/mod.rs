@@ -191,6 +191,11 @@ impl HfFolder {
         &self.config.unknown_keys
     }
 
+    /// The class in `architectures`, if it is one for sequence classification.
+    pub fn classifier(&self) -> Option<&str> {
+        self.config.classifier.as_deref()
+    }
+
     /// How the linears are stored.
     pub fn storage(&self) -> &Quantization {
         &self.config.quantization

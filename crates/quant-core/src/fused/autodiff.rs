@@ -229,6 +229,7 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
             }
         );
         let segments = [query_segments, key_segments];
+        let trained = sinks.is_tracked();
         let nodes = [q.node(), k.node(), v.node(), sinks.node()];
         let inputs = [q, k, v, sinks].map(|tensor| tensor.into_primitive());
         let (out, log_sums) = sinks::forward::<B>(inputs.clone(), segments.clone(), scores);
@@ -236,7 +237,9 @@ impl<B: FusedOps + FusedKernels, C: CheckpointStrategy> FusedOps for Autodiff<B,
             OpsKind::Tracked(prep) => {
                 let [q, k, v, sinks] = inputs;
                 let [q, k, v] = [q, k, v].map(|operand| B::kept(operand, scores.compute));
-                prep.finish(([q, k, v, sinks, out.clone(), log_sums], segments, scores), out)
+                // The sinks' gradient is of the result.
+                let kept = if trained { out.clone() } else { B::kept_result(out.clone()) };
+                prep.finish(([q, k, v, sinks, kept, log_sums], segments, scores), out)
             }
             OpsKind::UnTracked(prep) => prep.finish(out),
         }

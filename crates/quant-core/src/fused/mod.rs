@@ -743,19 +743,17 @@ pub(crate) fn multiplied<const D: usize>(x: &Tensor<D>, compute: Compute) -> boo
     fused(x)
 }
 
-/// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers. Factors that are f32
-/// beside a `y` that isn't are cast to its type.
+/// `y + factor · drop(x) · a · b`: a low-rank update. The graph keeps x, a, b and `rows · rank` numbers. Factors of another type
+/// than `y` are cast to its type.
 ///
 /// # Shapes
 /// `y` `[rows, columns]`, `x` `[rows, inputs]`, `a` `[inputs, rank]`, `b` `[rank, columns]`.
 pub fn low_rank(y: Tensor<2>, x: Tensor<2>, a: Tensor<2>, b: Tensor<2>, spec: LowRankSpec) -> Tensor<2> {
+    let [a, b] = [a, b].map(|factor| factor.cast(y.dtype()));
     fused_or_plain!(
         y,
         Dispatch::low_rank(y.into_dispatch(), x.into_dispatch(), a.into_dispatch(), b.into_dispatch(), spec),
-        {
-            let dtype = y.dtype();
-            plain::low_rank(y, x, a.cast(dtype), b.cast(dtype), spec)
-        }
+        plain::low_rank(y, x, a, b, spec)
     )
 }
 

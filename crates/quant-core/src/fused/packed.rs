@@ -14,7 +14,7 @@ use burn::backend::{
 };
 #[cfg(feature = "fusion")]
 use burn::tensor::Shape;
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use super::{
     FusedKernels, FusedOps, LowRankSpec,
@@ -87,6 +87,7 @@ pub(crate) fn packed_low_rank(
     spec: PackedSpec,
     update: LowRankSpec,
 ) -> Tensor<2> {
+    let [a, b] = [a, b].map(|factor| factor.cast(DType::F32));
     Tensor::from_dispatch(Dispatch::packed_low_rank(
         x.into_dispatch(),
         codes.into_dispatch(),

@@ -579,7 +579,7 @@ impl<M: CausalLm> Trainer<M> {
         let _claim = by_first(&*self.ranks, || options.claim())?;
         let mut told = Told { metrics: None, observer, stopped: false };
         if let Some(folder) = options.metrics.as_ref().filter(|_| self.ranks.rank() == 0) {
-            told.metrics = told.or_without(Metrics::open(folder, self.step));
+            told.metrics = told.or_without(Metrics::open(folder, self.step, options.held_out.is_some()));
         }
         let mut report = RunReport { steps: Vec::new(), evaluations: Vec::new(), end: RunEnd::Completed };
         let every = |steps: u64, every: u64| every != 0 && steps.is_multiple_of(every);

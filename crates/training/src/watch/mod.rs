@@ -22,18 +22,20 @@ const LINES: &str = "metrics.jsonl";
 ///
 /// `metrics.jsonl` has a line for each step and each evaluation: a [`StepReport`] or an [`Evaluation`] with the key `event`
 /// (`step`, `evaluation`); and for each further figure (`figure`: `steps`, `name`, `value`). An event file has the same figures
-/// for TensorBoard, under `train/` and `held_out/`, further ones under their names, by the number of steps done. A run that goes on goes on in the same lines; of steps that it does again, the earlier lines are taken out.
+/// for TensorBoard, under `train/` and `held_out/`, an observer's score as `score`, further ones under their names, by the number of steps done. A run that goes on goes on in the same lines; of steps that it does again, the earlier lines are taken out.
 /// The lines of another run are kept beside, as `metrics-<number>.jsonl`.
 #[derive(Debug)]
 pub(crate) struct Metrics {
     lines: File,
     events: EventFile,
     folder: PathBuf,
+    /// The tag of scores.
+    score: &'static str,
 }
 
 impl Metrics {
-    /// Opens the files of a run of which `steps` are done.
-    pub(crate) fn open(folder: &Path, steps: u64) -> Result<Self> {
+    /// Opens the files of a run of which `steps` are done; its score is the loss on what is `held_out`, or its observer's.
+    pub(crate) fn open(folder: &Path, steps: u64, held_out: bool) -> Result<Self> {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
         let path = folder.join(LINES);
         match steps {
@@ -42,7 +44,8 @@ impl Metrics {
         }
         let lines = OpenOptions::new().create(true).append(true).open(&path).map_err(Error::io(&path))?;
         let events = EventFile::create(folder, steps).map_err(Error::io(folder))?;
-        Ok(Self { lines, events, folder: folder.into() })
+        let score = if held_out { "held_out/loss" } else { "score" };
+        Ok(Self { lines, events, folder: folder.into(), score })
     }
 
     /// Writes an event down.
@@ -83,7 +86,7 @@ impl Metrics {
     }
 
     fn evaluation(&mut self, evaluation: &Evaluation) -> std::io::Result<()> {
-        let mut scalars = vec![("held_out/loss", evaluation.score)];
+        let mut scalars = vec![(self.score, evaluation.score)];
         let tags = ["held_out/reward_chosen", "held_out/reward_rejected", "held_out/accuracy"];
         scalars.extend(of_preference(tags, evaluation.preference));
         self.events.scalars(evaluation.steps, &scalars)

@@ -55,13 +55,21 @@ pub(crate) fn half_tensor(bits: Vec<u16>, shape: Shape) -> FlexTensor {
 /// Values of a task that rounds them.
 const ROUNDED: usize = 1 << 14;
 
-/// The bits of the nearest bf16; written without a branch, for vectors.
+/// The bits of the nearest bf16, of values below the normal numbers those of zero, as products round; written without a
+/// branch, for vectors.
 #[inline(always)]
 pub(crate) fn round(value: f32) -> u16 {
     let bits = value.to_bits();
     let nearest = bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16;
     let quiet_nan = (bits >> 16) | 0x40;
-    (if value.is_nan() { quiet_nan } else { nearest }) as u16
+    let zero = (bits >> 16) & 0x8000;
+    (if value.is_nan() {
+        quiet_nan
+    } else if value.abs() < f32::MIN_POSITIVE {
+        zero
+    } else {
+        nearest
+    }) as u16
 }
 
 /// Whether operands are rounded, and not only widened.

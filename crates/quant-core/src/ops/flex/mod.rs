@@ -79,7 +79,7 @@ impl PackedKernels for Flex {
         offsets: FloatTensor<Self>,
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
-        let (dtype, rows) = (dy.dtype(), dy.layout().shape()[0]);
+        let (dtype, rows) = (result_type(dy.dtype(), spec.compute), dy.layout().shape()[0]);
         let dx = with_view(codes, scales, offsets, spec, |view| view.backward(dy, rows));
         tensor(dx, [rows, spec.d_input], dtype)
     }
@@ -140,7 +140,7 @@ impl FewRows for Flex {
         form: StoredScales,
         transposed: bool,
     ) -> FloatTensor<Self> {
-        let (dtype, rows) = (x.dtype(), x.layout().shape()[0]);
+        let (dtype, rows) = (result_type(x.dtype(), spec.compute), x.layout().shape()[0]);
         let codes = codes.to_contiguous();
         let (scales, offsets) = (contiguous(scales), contiguous(offsets));
         let (scale_codes, offset_codes) = (scale_codes.to_contiguous(), offset_codes.to_contiguous());
