@@ -59,7 +59,7 @@ const IGNORED: &[&str] = &[
 
 /// How classes of models for sequence classification end, and those of language models.
 const CLASSIFIER: &str = "ForSequenceClassification";
-const LANGUAGE_MODEL: &str = "ForCausalLM";
+const LANGUAGE_MODELS: [&str; 2] = ["ForCausalLM", "LMHeadModel"];
 
 /// What the JSON files of a folder say.
 #[derive(Debug, Clone, PartialEq)]
@@ -117,7 +117,10 @@ fn family(fields: &Fields<'_>) -> Result<&'static Family> {
         None => None,
         Some(&name) => {
             let found = match name.strip_suffix(CLASSIFIER) {
-                Some(stem) => Family::by_architecture(&format!("{stem}{LANGUAGE_MODEL}")),
+                Some(stem) => {
+                    let mut classes = LANGUAGE_MODELS.iter().map(|suffix| format!("{stem}{suffix}"));
+                    classes.find_map(|class| Family::by_architecture(&class))
+                }
                 None => Family::by_architecture(name),
             };
             Some(found.ok_or_else(|| Error::Unsupported {
