@@ -67,15 +67,11 @@ impl Options {
 fn results(report: &Report) -> serde_json::Value {
     let mut results = serde_json::Map::new();
     for task in &report.tasks {
-        let figures = task.metrics.iter().map(|found| {
-            let metric = serde_json::to_value(found.metric)?;
-            let metric = metric.as_str().unwrap_or_default();
-            let key =
-                if found.filter == "none" { metric.into() } else { format!("{metric},{}", found.filter) };
-            Ok((key, serde_json::json!({"value": found.value, "stderr": found.stderr})))
-        });
-        let figures: serde_json::Result<_> = figures.collect();
-        results.insert(task.task.clone(), serde_json::Value::Object(figures.unwrap_or_default()));
+        let figures = task
+            .metrics
+            .iter()
+            .map(|found| (found.key(), serde_json::json!({"value": found.value, "stderr": found.stderr})));
+        results.insert(task.task.clone(), serde_json::Value::Object(figures.collect()));
     }
     for group in &report.groups {
         let figures = serde_json::json!({

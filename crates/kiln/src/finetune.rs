@@ -214,17 +214,19 @@ impl<'a> FineTune<'a> {
     /// Asks the model `tasks` after every `every` steps and at the end, as `how` says; [`Event::Figure`] tells what was found, and
     /// it is written with the other figures. Without held-out data it is the score that decides which model comes back: the mean over
     /// tasks of what their first metric lacks of 1 (an accuracy's rate of errors), or of that metric where less is better. A run
-    /// that goes on needs the same tasks. With held-out data the loss decides; of two numbers of steps the one set last counts. Each of several ranks asks for itself.
+    /// that goes on needs the same tasks. With held-out data the loss decides; of two numbers of steps the one set last counts. Each
+    /// of several ranks asks for itself.
     ///
     /// ```
-    /// use kiln::{eval::{Evaluation, Task, TaskData}, prelude::*, training::Event};
+    /// use kiln::{eval::{Evaluation, Task, TaskData}, prelude::*};
     /// # let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../testdata/models/tiny-llama");
     /// # let text = format!("{folder}/text/shift_test_moby.u16le");
     /// # let base = Base::open(folder)?.with_bits(4).load()?;
     /// # let ids = std::fs::read(&text).unwrap()[..1024].chunks(2).map(|b| u16::from_le_bytes([b[0], b[1]]).into()).collect();
     /// # let data = kiln::training::Dataset::from_ids(ids, &base.data_options(32))?;
     /// let question = r#"{"goal": "To make ice,", "sol1": "freeze water", "sol2": "burn wood", "label": 0}"#;
-    /// let data_of_task = TaskData { evaluated: vec![question.parse::<serde_json::Value>().unwrap().as_object().unwrap().clone()], fewshot: vec![] };
+    /// let row = serde_json::from_str(question).unwrap();
+    /// let data_of_task = TaskData { evaluated: vec![row], fewshot: vec![] };
     /// let tuned = base
     ///     .finetune(AdapterConfig::lora(4, 8.0), data)
     ///     .with_steps(2)

@@ -65,11 +65,10 @@ impl TaskScore {
 /// All figures, as `task metric`.
 pub(crate) fn figures(report: &Report) -> Vec<Figure> {
     let of_task = |task: &TaskReport| -> Vec<Figure> {
-        let figures = task.metrics.iter().map(|found| {
-            let filter = if found.filter == "none" { String::new() } else { format!(",{}", found.filter) };
-            Figure { name: format!("{} {}{filter}", task.task, found.metric), value: found.value }
-        });
-        figures.collect()
+        let figures = task.metrics.iter();
+        figures
+            .map(|found| Figure { name: format!("{} {}", task.task, found.key()), value: found.value })
+            .collect()
     };
     report.tasks.iter().flat_map(of_task).collect()
 }

@@ -60,7 +60,7 @@ impl Compute {
     pub fn keeps_rounded(self, device: &Device) -> bool {
         #[cfg(feature = "flex")]
         if matches!(device.clone().without_autodiff().as_dispatch(), burn::backend::DispatchDevice::Flex(_)) {
-            return self != Self::F32 && crate::ops::flex::multiplies(self);
+            return crate::ops::flex::rounds(self);
         }
         let _ = device;
         false

@@ -91,6 +91,16 @@ pub struct GroupReport {
     pub macro_stderr: Option<f64>,
 }
 
+impl MetricReport {
+    /// The metric, and behind a comma the filter, if there is one: `acc`, `exact_match,strict-match`.
+    pub fn key(&self) -> String {
+        match self.filter.as_str() {
+            "none" => self.metric.to_string(),
+            filter => format!("{},{filter}", self.metric),
+        }
+    }
+}
+
 impl TaskReport {
     pub(super) fn new(
         task: &Task,

@@ -101,7 +101,6 @@ pub(crate) fn packed_low_rank(
 }
 
 /// [`PackedUpdate::packed_update`] as one product after the other.
-#[allow(clippy::too_many_arguments)] // as there
 pub(super) fn one_after_the_other<B: FusedOps + PackedOps + PackedKernels>(
     x: FloatTensor<B>,
     (codes, scales, offsets): Parts<FloatTensor<B>, IntTensor<B>>,

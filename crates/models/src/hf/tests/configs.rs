@@ -97,6 +97,27 @@ fn absent_keys_take_the_defaults_of_the_class() {
 }
 
 #[test]
+fn classes_for_sequence_classification_are_of_the_language_models_family() {
+    let mut renamed = 0;
+    for entry in std::fs::read_dir(testdata("arch")).unwrap() {
+        let Ok(text) = std::fs::read(entry.unwrap().path().join("config.json")) else { continue };
+        let mut config: Value = serde_json::from_slice(&text).unwrap();
+        let class = config["architectures"][0].as_str().unwrap_or_default().to_owned();
+        let suffixes = ["ForCausalLM", "LMHeadModel"];
+        let Some(stem) = suffixes.iter().find_map(|suffix| class.strip_suffix(suffix)) else { continue };
+        let language_model = read(&config).unwrap();
+        assert_eq!(language_model.classifier, None);
+        let class = format!("{stem}ForSequenceClassification");
+        config["architectures"] = json!([class]);
+        let found = read(&config).unwrap();
+        assert_eq!(found.model.family, language_model.model.family, "{class}");
+        assert_eq!((found.classifier, found.model.tie_word_embeddings), (Some(class), true));
+        renamed += 1;
+    }
+    assert!(renamed >= 40, "{renamed}");
+}
+
+#[test]
 fn qwen_windows_follow_layer_types_or_max_window_layers() {
     let qwen = |extra| {
         let qwen =
