@@ -8,7 +8,9 @@ use kiln::{
     adapters::AdapterConfig,
     models::{
         Checkpoint, Classifier, Decoder, DriverOptions, LoadOptions, Objective, Recompute, Targets,
-        TokenBatch, loss_and_gradients,
+        TokenBatch,
+        export::{ExportOptions, FloatType, export_hf_classifier, save_classifier},
+        loss_and_gradients,
     },
     quant::{Compute, QuantLinear, safetensors_file::SafetensorsFile},
     training::{BatchOptions, Dataset, Form, RunOptions, TokenLoss, Trainer, TrainerConfig, predict},
@@ -143,8 +145,16 @@ fn classifiers_of_transformers_are_read_with_their_heads() {
         let tokens = TokenBatch::masked(ids, mask.collect(), 3, 12).unwrap();
         assert_close(name, &read(tuned.model().scores(&tokens).unwrap()), &golden.floats("scores"), 1e-5);
 
-        // As a language model it has no head, and says so.
+        // Merged and written whole, it says the same.
         let open = Checkpoint::open(folder.path()).unwrap();
+        let merged = tuned.clone().merge_dense();
+        for again in written(&merged, &["kind", "cruel", "neither"].map(str::to_owned)[..labels], &open) {
+            assert_eq!(again.0, &["kind", "cruel", "neither"][..labels], "{name}");
+            let scores = read(again.1.scores(&tokens).unwrap());
+            assert_close(name, &scores, &golden.floats("scores"), 1e-5);
+        }
+
+        // As a language model it has no head, and says so.
         assert_eq!(open.classifier(), Some("Gemma2ForSequenceClassification"));
         let refused = open.load(&LoadOptions::default(), &Device::flex()).unwrap_err().to_string();
         assert!(refused.contains("Gemma2ForSequenceClassification") && refused.contains("load_classifier"));
@@ -168,6 +178,77 @@ fn classifiers_of_transformers_are_read_with_their_heads() {
     written_classifier(folder.path(), "GemmaXForSequenceClassification", None);
     let refused = Checkpoint::open(folder.path()).unwrap_err().to_string();
     assert!(refused.contains("GemmaXForSequenceClassification") && refused.contains("nearest"), "{refused}");
+}
+
+/// A classifier as the two kinds of folders keep it: the names of its outputs, and itself.
+fn written(model: &Model, labels: &[String], source: &Checkpoint) -> [(Vec<String>, Model); 2] {
+    let folder = tempfile::tempdir().unwrap();
+    let [dense, own] = ["dense", "own"].map(|name| folder.path().join(name));
+    export_hf_classifier(model, labels, source, &dense, &ExportOptions::new(FloatType::F32)).unwrap();
+    save_classifier(model, labels, source, &own).unwrap();
+    [dense, own].map(|folder| {
+        let open = Checkpoint::open(folder).unwrap();
+        let (model, report) =
+            open.load_classifier(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        assert_eq!(report.notes.as_slice(), &[] as &[String]);
+        (open.labels().to_vec(), model)
+    })
+}
+
+#[test]
+fn classifiers_of_all_families_are_written_and_read() {
+    let folders = std::fs::read_dir(testdata("arch")).unwrap().map(|entry| entry.unwrap().path());
+    let folders: Vec<_> = folders.filter(|path| path.join("config.json").is_file()).collect();
+    assert!(folders.len() > 40, "{folders:?}");
+    for folder in folders {
+        let source = Checkpoint::open(&folder).unwrap();
+        let (model, _) = source.load(&LoadOptions::default().in_f32(), &Device::flex()).unwrap();
+        let classifier = Classifier::new(model, 2, 3).unwrap();
+        let tokens = TokenBatch::new(&[vec![5, 7, 9, 11], vec![8, 6, 4, 2]]).unwrap();
+        let expected = read(classifier.scores(&tokens).unwrap());
+        {
+            let out = std::path::Path::new("/tmp/clsout").join(folder.file_name().unwrap());
+            std::fs::create_dir_all(&out).unwrap();
+            export_hf_classifier(
+                &classifier,
+                &[],
+                &source,
+                out.join("m"),
+                &ExportOptions::new(FloatType::F32),
+            )
+            .unwrap();
+            std::fs::write(out.join("scores.json"), format!("{expected:?}")).unwrap();
+        }
+        for (labels, again) in written(&classifier, &[], &source) {
+            assert_eq!(labels, ["LABEL_0", "LABEL_1"]);
+            assert_eq!(read(again.scores(&tokens).unwrap()), expected, "{}", folder.display());
+        }
+    }
+}
+
+#[test]
+fn names_of_outputs_are_as_many_and_different() {
+    let (model, source) = (model(2), Checkpoint::open(testdata("arch/gemma2")).unwrap());
+    let folder = tempfile::tempdir().unwrap();
+    for labels in [&["a"][..], &["a", "a"], &["a", "b", "c"]] {
+        let labels: Vec<String> = labels.iter().map(|label| (*label).to_owned()).collect();
+        let refused = save_classifier(&model, &labels, &source, folder.path().join("model")).unwrap_err();
+        let refused = refused.to_string();
+        assert!(refused.contains("labels") && refused.contains("2 different names"), "{refused}");
+    }
+    // Names that have gaps or aren't texts are passed over: there is nothing to call the outputs by.
+    let score = Some((vec![2, 32], vec![0; 256]));
+    written_classifier(folder.path(), "Gemma2ForSequenceClassification", score);
+    let path = folder.path().join("config.json");
+    let config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for names in
+        [serde_json::json!({"0": "a", "2": "b"}), serde_json::json!({"0": 7}), serde_json::json!("a")]
+    {
+        let mut config = config.clone();
+        config["id2label"] = names;
+        std::fs::write(&path, config.to_string()).unwrap();
+        assert!(Checkpoint::open(folder.path()).unwrap().labels().is_empty(), "{config}");
+    }
 }
 
 fn base() -> Base {

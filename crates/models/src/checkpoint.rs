@@ -101,7 +101,17 @@ impl Checkpoint {
     pub fn classifier(&self) -> Option<&str> {
         match &self.files {
             Files::Folder(folder) => folder.classifier(),
-            Files::Packed(_) | Files::Gguf(_) => None,
+            Files::Packed(folder) => folder.classifier(),
+            Files::Gguf(_) => None,
+        }
+    }
+
+    /// What the outputs of a [`classifier`](Self::classifier) are called, in their order; none if the files don't say.
+    pub fn labels(&self) -> &[String] {
+        match &self.files {
+            Files::Folder(folder) => folder.labels(),
+            Files::Packed(folder) => folder.labels(),
+            Files::Gguf(_) => &[],
         }
     }
 

@@ -253,7 +253,8 @@ impl Checkpoint {
         let placement = Placement::on_one(device, self.config().num_hidden_layers);
         let mut loader = self.loader(options, &placement)?;
         let model = loader.decoder(self.config(), &placement)?;
-        let score = loader.score(self.config().hidden_size)?;
+        let ModelConfig { hidden_size, embedding_width, .. } = self.config();
+        let score = loader.score(embedding_width.unwrap_or(*hidden_size))?;
         loader.note_unused();
         Ok((Classifier { model, score }, loader.report))
     }

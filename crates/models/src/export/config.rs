@@ -1,10 +1,13 @@
 //! `config.json` from a model's shape.
 
+use std::collections::BTreeSet;
+
+use kiln_quant_core::QuantLinear;
 use serde_json::{Map, Value, json};
 
 use super::{FloatType, Format, config_keys::set};
 use crate::{
-    Result,
+    Classifier, Decoder, Error, Result,
     config::{ModelConfig, SpecialTokens},
     families::Family,
     hf,
@@ -49,4 +52,37 @@ pub(super) fn config_json(
         Ok(_) => Err(refuse(format!("{config:?}"))),
         Err(error) => Err(refuse(error.to_string())),
     }
+}
+
+/// As [`config_json`], of a classifier with the names of its outputs; with transformers' own if there are none.
+pub(super) fn classifier_json(
+    model: &Classifier<Decoder<QuantLinear>>,
+    labels: &[String],
+    special: &SpecialTokens,
+    float: FloatType,
+) -> Result<Map<String, Value>> {
+    let outputs = model.outputs();
+    let labels = match labels {
+        [] => (0..outputs).map(|index| format!("LABEL_{index}")).collect(),
+        labels => labels.to_vec(),
+    };
+    if labels.len() != outputs || labels.iter().collect::<BTreeSet<_>>().len() != outputs {
+        let expected = format!("{outputs} different names, one of each output");
+        return Err(Error::Argument { name: "labels".into(), expected, found: format!("{labels:?}") });
+    }
+    let mut map = config_json(model.model.config(), special, float)?;
+    let class = hf::classifier_of(Family::expressing(model.model.config()).architecture);
+    let names: Map<String, Value> =
+        labels.iter().enumerate().map(|(index, label)| (index.to_string(), json!(label))).collect();
+    let numbers: Map<String, Value> =
+        labels.iter().enumerate().map(|(index, label)| (label.clone(), json!(index))).collect();
+    set(
+        &mut map,
+        [
+            ("architectures", json!([class])),
+            ("id2label", Value::Object(names)),
+            ("label2id", Value::Object(numbers)),
+        ],
+    );
+    Ok(map)
 }

@@ -7,7 +7,8 @@ use kiln_quant_core::{PackedTensor, PackedWeight, QuantLinear, Scheme, to_host};
 
 use super::{FloatType, Format};
 use crate::{
-    Decoder, Embedding, Error, Result, Slots,
+    Classifier, Decoder, Embedding, Error, Result, Slots,
+    classifier::SCORE,
     config::{ModelConfig, TensorRole},
     families::StackedExperts,
     source::{DenseTensor, transposed},
@@ -115,6 +116,16 @@ impl Host {
 /// Updates of embedding or head, for which no format has a place.
 pub(super) fn items(model: &Decoder<QuantLinear>) -> Result<Vec<Item>> {
     items_as(model, model.config().family.conv1d)
+}
+
+/// A classifier's: `items` of its model, with the score head in the place of the language model's.
+pub(super) fn of_classifier(items: Vec<Item>, model: &Classifier<Decoder<QuantLinear>>) -> Vec<Item> {
+    let mut list = List(items);
+    let head = format!("{}.", model.model.config().family.names.head);
+    list.0.retain(|item| !item.name().starts_with(&head));
+    let score = Stored::Matrix(model.score.weight.val(), true);
+    list.add(&format!("{SCORE}.weight"), TensorRole::Plain, score);
+    list.0
 }
 
 /// As [`items`]; `conv1d` says whether dense linears stand as `[d_input, d_output]`.

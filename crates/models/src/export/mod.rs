@@ -4,6 +4,7 @@
 //! | --- | --- | --- | --- |
 //! | [`save_model`] | Kiln's own folder | all | [`Checkpoint::open`](crate::Checkpoint::open) |
 //! | [`export_hf`] | dense safetensors | what the float type holds | [`Checkpoint::open`](crate::Checkpoint::open), transformers |
+//! | [`save_classifier`], [`export_hf_classifier`] | the same of a classifier | the same | the same |
 //! | [`export_mlx`] | MLX's affine safetensors | affine row groups with scales and offsets that the float type holds | [`Checkpoint::open`](crate::Checkpoint::open), mlx-lm |
 //! | [`export_gguf`] | one GGUF file | affine row groups of 32 or more with f16 scales and offsets: Q4_0, Q4_1, Q8_0 | [`Checkpoint::open`](crate::Checkpoint::open), llama.cpp |
 //! | [`export_gptq`] | GPTQ, format 2 | affine with integer zero points and f16 scales | [`Checkpoint::open`](crate::Checkpoint::open), GPTQModel |
@@ -44,12 +45,12 @@ use serde::{Deserialize, Serialize};
 pub use self::{
     awq::export_awq,
     bnb::export_bitsandbytes,
-    dense::export_hf,
+    dense::{export_hf, export_hf_classifier},
     gguf::{GgufOptions, export_gguf},
     gguf_lora::{LoraFactors, export_gguf_lora},
     gptq::export_gptq,
     mlx::export_mlx,
-    own::save_model,
+    own::{save_classifier, save_model},
     report::{ExportReport, ExportRow},
     verify::{LogitDifference, verify_export},
 };

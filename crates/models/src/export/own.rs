@@ -3,17 +3,17 @@
 use std::{collections::BTreeMap, fs, path::Path};
 
 use kiln_quant_core::{QuantLinear, Scheme, files::NewFolder, packed_file::PackedFile};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{
     ExportReport, ExportRow, FloatType, Format,
-    config::config_json,
+    config::{classifier_json, config_json},
     folder::write_json,
     item::{self, Host, Item},
     tokenizer_files,
 };
 use crate::{
-    Checkpoint, Decoder, Error, Result,
+    Checkpoint, Classifier, Decoder, Error, Result,
     hf::{FINGERPRINT, PACKED_WEIGHTS},
 };
 
@@ -47,11 +47,35 @@ pub fn save_model(
     source: &Checkpoint,
     folder: impl AsRef<Path>,
 ) -> Result<ExportReport> {
-    let mut config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
-    let fresh = NewFolder::at_new_place(folder.as_ref())?;
-    let items = item::items(model)?;
+    let config = config_json(model.config(), source.special_tokens(), FloatType::F32)?;
+    save(&item::items_as(model, false)?, config, source, folder.as_ref())
+}
+
+/// As [`save_model`], a classifier with its score head; `labels` as in
+/// [`export_hf_classifier`](super::export_hf_classifier). [`Checkpoint::load_classifier`] reads it.
+///
+/// # Errors
+/// As [`save_model`], and another number of names than of outputs, or two equal ones.
+pub fn save_classifier(
+    model: &Classifier<Decoder<QuantLinear>>,
+    labels: &[String],
+    source: &Checkpoint,
+    folder: impl AsRef<Path>,
+) -> Result<ExportReport> {
+    let config = classifier_json(model, labels, source.special_tokens(), FloatType::F32)?;
+    let items = item::of_classifier(item::items_as(&model.model, false)?, model);
+    save(&items, config, source, folder.as_ref())
+}
+
+fn save(
+    items: &[Item],
+    mut config: Map<String, Value>,
+    source: &Checkpoint,
+    folder: &Path,
+) -> Result<ExportReport> {
+    let fresh = NewFolder::at_new_place(folder)?;
     let path = fresh.path().join(PACKED_WEIGHTS);
-    write_weights(&path, &items)?;
+    write_weights(&path, items)?;
     let fingerprint = PackedFile::open(&path)?.whole_fingerprint();
     let quantization = json!({"quant_method": "kiln", "version": 1, (FINGERPRINT): fingerprint});
     config.insert("quantization_config".into(), quantization);
@@ -59,7 +83,7 @@ pub fn save_model(
     let notes = tokenizer_files::write(source, fresh.path())?;
     let bytes = fs::metadata(&path).map_err(Error::io(&path))?.len();
     fresh.commit()?;
-    Ok(ExportReport { path: folder.as_ref().into(), rows: items.iter().map(row).collect(), bytes, notes })
+    Ok(ExportReport { path: folder.into(), rows: items.iter().map(row).collect(), bytes, notes })
 }
 
 fn write_weights(path: &Path, items: &[Item]) -> Result<()> {

@@ -72,6 +72,24 @@ pub(super) struct FolderConfig {
     pub text_part_of: Option<&'static str>,
     /// The class, if it is one for sequence classification.
     pub classifier: Option<String>,
+    /// What its outputs are called, if the file says so.
+    pub labels: Vec<String>,
+}
+
+/// The class for sequence classification beside this one of language models.
+pub(crate) fn classifier_of(architecture: &str) -> String {
+    let stem = LANGUAGE_MODELS.iter().find_map(|suffix| architecture.strip_suffix(suffix));
+    format!("{}{CLASSIFIER}", stem.unwrap_or(architecture))
+}
+
+/// The values of `id2label` in the order of their numbers; none where a number is missing or a name is no text.
+fn labels(fields: &Fields<'_>) -> Vec<String> {
+    let names = fields.get("id2label").and_then(Value::as_object);
+    let names = names.and_then(|names| {
+        let name = |index: usize| Some(names.get(&index.to_string())?.as_str()?.to_owned());
+        (0..names.len()).map(name).collect()
+    });
+    names.unwrap_or_default()
 }
 
 /// Reads `config.json`, and `generation_config.json` and `quantize_config.json` where they exist.
@@ -89,6 +107,7 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let mut model = family.class.read(&fields, family)?;
     let class = fields.strings("architectures")?.unwrap_or_default().first().copied();
     let classifier = class.filter(|class| class.ends_with(CLASSIFIER)).map(str::to_owned);
+    let labels = classifier.as_ref().map(|_| labels(&fields)).unwrap_or_default();
     // A score head is in the place of the language model's, whether that was the embedding or not.
     model.tie_word_embeddings |= classifier.is_some();
     let mut special_tokens = special_tokens(&fields, (family.special_tokens)())?;
@@ -100,7 +119,7 @@ pub(super) fn read_folder(folder: &Path) -> Result<FolderConfig> {
     let quantization = quantization(&fields, folder)?;
     fields.know(IGNORED);
     let unknown_keys = fields.unknown();
-    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys, text_part_of, classifier })
+    Ok(FolderConfig { model, special_tokens, quantization, unknown_keys, text_part_of, classifier, labels })
 }
 
 /// The shape that the object of a `config.json` describes.

@@ -44,7 +44,7 @@ pub use self::{
 };
 pub(crate) use self::{
     awq::pack as pack_awq,
-    config::parse as parse_config,
+    config::{classifier_of, parse as parse_config},
     gptq::sorted_codes,
     json::Fields,
     packed::{FINGERPRINT, PACKED_WEIGHTS},
@@ -194,6 +194,11 @@ impl HfFolder {
     /// The class in `architectures`, if it is one for sequence classification.
     pub fn classifier(&self) -> Option<&str> {
         self.config.classifier.as_deref()
+    }
+
+    /// What a classifier's outputs are called.
+    pub fn labels(&self) -> &[String] {
+        &self.config.labels
     }
 
     /// How the linears are stored.

@@ -108,6 +108,16 @@ impl PackedFolder {
         &self.config.special_tokens
     }
 
+    /// The class in `architectures`, if it is one for sequence classification.
+    pub fn classifier(&self) -> Option<&str> {
+        self.config.classifier.as_deref()
+    }
+
+    /// What a classifier's outputs are called.
+    pub fn labels(&self) -> &[String] {
+        &self.config.labels
+    }
+
     /// Keys of the configuration that Kiln doesn't know.
     pub fn unknown_keys(&self) -> &[String] {
         &self.config.unknown_keys
