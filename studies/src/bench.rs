@@ -159,7 +159,8 @@ impl Cell<'_> {
         run.model == self.model && run.bits == self.bits && run.method == self.method
     }
 
-    /// Runs every rate with seed 0, and the one of the least loss on the text for choices with the other seeds.
+    /// Runs every rate with seed 0, and the one of the least loss on the text for choices with the other seeds. What another
+    /// process is at is waited for when there is nothing else to do, so that several share a cell's runs.
     pub(crate) fn study(
         &self,
         log: &Log,
@@ -167,28 +168,29 @@ impl Cell<'_> {
         seeds: u64,
         mut run: impl FnMut(f64, u64) -> Result<Line>,
     ) -> Result<()> {
-        let mut once = |lr: f64, seed: u64| -> Result<Run> {
-            let Self { model, bits, method } = *self;
-            let wanted = json!({ "model": model, "bits": bits, "method": method, "lr": lr, "seed": seed });
-            let line = log.once(wanted, || match run(lr, seed) {
-                Err(error) if error.downcast_ref().is_some_and(kiln::Error::is_not_finite) => {
-                    Ok(line_of(json!({ "diverged": error.to_string() })))
-                }
-                other => other,
-            })?;
-            Ok(serde_json::from_value(line.into())?)
+        let Self { model, bits, method } = *self;
+        let wanted = |lr: f64, seed: u64| json!({ "model": model, "bits": bits, "method": method, "lr": lr, "seed": seed });
+        let mut run = |lr: f64, seed: u64| match run(lr, seed) {
+            Err(error) if error.downcast_ref().is_some_and(kiln::Error::is_not_finite) => {
+                Ok(line_of(json!({ "diverged": error.to_string() })))
+            }
+            other => other,
         };
-        let mut tried = Vec::new();
-        for lr in rates {
-            tried.push(once(*lr, 0)?);
-        }
+        let mut all = |runs: &[(f64, u64)]| -> Result<Vec<Run>> {
+            for &(lr, seed) in runs {
+                log.unless_taken(wanted(lr, seed), || run(lr, seed))?;
+            }
+            let once = |&(lr, seed): &(f64, u64)| {
+                let line = log.once(wanted(lr, seed), || run(lr, seed))?;
+                Ok(serde_json::from_value(line.into())?)
+            };
+            runs.iter().map(once).collect()
+        };
+        let tried = all(&rates.iter().map(|lr| (*lr, 0)).collect::<Vec<_>>())?;
         let Some(best) = tried.into_iter().min_by(|a, b| a.choice().total_cmp(&b.choice())) else {
             return Ok(());
         };
-        for seed in 1..seeds {
-            once(best.lr, seed)?;
-        }
-        Ok(())
+        all(&(1..seeds).map(|seed| (best.lr, seed)).collect::<Vec<_>>()).map(drop)
     }
 
     /// The runs of the rate that was best on the text for choices; none if the log has none.
@@ -265,7 +267,45 @@ pub(crate) fn line_of(found: Value) -> Line {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        sync::atomic::{AtomicUsize, Ordering},
+        time::{Duration, Instant},
+    };
+
     use super::*;
+
+    #[test]
+    fn processes_share_the_runs_of_a_cell() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("log.jsonl");
+        let cell = Cell { model: EMBEDDED, bits: 2, method: "method" };
+        let rates: Vec<f64> = (1..=6).map(f64::from).collect();
+        let begun = AtomicUsize::new(0);
+        let made: Vec<usize> = std::thread::scope(|scope| {
+            let work = || {
+                let log = Log::open(Some(&path), "test", 1).unwrap();
+                let mut made = 0;
+                let run = |lr: f64, _| {
+                    made += 1;
+                    begun.fetch_add(1, Ordering::SeqCst);
+                    // The other process is at a run too, unless processes wait for each other's.
+                    let from = Instant::now();
+                    while begun.load(Ordering::SeqCst) < 2 * made {
+                        if from.elapsed() > Duration::from_secs(20) {
+                            return Err("nobody else is at a run".into());
+                        }
+                        std::thread::yield_now();
+                    }
+                    Ok(line_of(json!({ "before": 2.0, "validation": lr, "test": lr })))
+                };
+                cell.study(&log, &rates, 1, run).unwrap();
+                made
+            };
+            let threads = [scope.spawn(work), scope.spawn(work)];
+            threads.map(|thread| thread.join().unwrap()).to_vec()
+        });
+        assert_eq!(made, [3, 3]);
+    }
 
     #[test]
     fn the_text_for_choices_chooses_and_what_diverged_is_said() {

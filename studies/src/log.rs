@@ -1,7 +1,7 @@
 //! A log of one JSON line a run, which lets a study go on where it stopped.
 
 use std::{
-    fs::File,
+    fs::{File, TryLockError},
     io::{ErrorKind, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -75,36 +75,60 @@ impl Log {
     /// The line that has all values of `wanted`; without one, `run` is called and its figures are added. Of several processes
     /// one calls it, and the others wait for its line; if it is killed, the next one calls it.
     pub(crate) fn once(&self, wanted: Value, run: impl FnOnce() -> Result<Line>) -> Result<Line> {
+        let line = self.found_or_made(wanted, run, |claim| claim.lock().map(|()| true))?;
+        line.ok_or_else(|| "a run that was waited for".into())
+    }
+
+    /// As [`once`](Self::once), without waiting: nothing if another process is at this run.
+    pub(crate) fn unless_taken(
+        &self,
+        wanted: Value,
+        run: impl FnOnce() -> Result<Line>,
+    ) -> Result<Option<Line>> {
+        self.found_or_made(wanted, run, |claim| match claim.try_lock() {
+            Ok(()) => Ok(true),
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(error),
+        })
+    }
+
+    /// The line of `wanted`, made if `lock` says that it may be.
+    fn found_or_made(
+        &self,
+        wanted: Value,
+        run: impl FnOnce() -> Result<Line>,
+        lock: impl FnOnce(&File) -> std::io::Result<bool>,
+    ) -> Result<Option<Line>> {
         let Value::Object(wanted) = wanted else { return Err("a run is named by an object".into()) };
         let same = |line: &Line| {
             wanted.iter().all(|(key, value)| line.get(key).is_some_and(|found| equal(found, value)))
         };
         if let Some(line) = self.lines()?.into_iter().find(same) {
-            return Ok(line);
+            return Ok(Some(line));
         }
-        let _claim = self.claim(&wanted)?;
+        // The right to make it, until the file is closed.
+        let claim = self.claim(&wanted)?;
+        if !lock(&claim)? {
+            return Ok(None);
+        }
         // Somebody else's by now.
         if let Some(line) = self.lines()?.into_iter().find(same) {
-            return Ok(line);
+            return Ok(Some(line));
         }
         let mut line = wanted.clone();
         line.extend(run()?);
         let text = serde_json::to_string(&line)?;
         self.append(&text)?;
         println!("{text}");
-        Ok(line)
+        Ok(Some(line))
     }
-}
 
-impl Log {
-    /// The right to make a run, until the file is closed.
+    /// The file whose lock is the right to make a run.
     fn claim(&self, wanted: &Line) -> Result<File> {
         let folder = self.path.with_extension("claims");
         std::fs::create_dir_all(&folder)?;
         let path = folder.join(Fnv1a::of(serde_json::to_string(wanted)?.bytes()).text());
-        let file = File::options().create(true).append(true).open(&path)?;
-        file.lock()?;
-        Ok(file)
+        Ok(File::options().create(true).append(true).open(&path)?)
     }
 
     fn append(&self, text: &str) -> Result<()> {
