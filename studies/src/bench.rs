@@ -168,8 +168,10 @@ impl Cell<'_> {
         seeds: u64,
         mut run: impl FnMut(f64, u64) -> Result<Line>,
     ) -> Result<()> {
-        let Self { model, bits, method } = *self;
-        let wanted = |lr: f64, seed: u64| json!({ "model": model, "bits": bits, "method": method, "lr": lr, "seed": seed });
+        let wanted = |lr: f64, seed: u64| {
+            let Self { model, bits, method } = *self;
+            json!({ "model": model, "bits": bits, "method": method, "lr": lr, "seed": seed })
+        };
         let mut run = |lr: f64, seed: u64| match run(lr, seed) {
             Err(error) if error.downcast_ref().is_some_and(kiln::Error::is_not_finite) => {
                 Ok(line_of(json!({ "diverged": error.to_string() })))

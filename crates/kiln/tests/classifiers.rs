@@ -206,19 +206,6 @@ fn classifiers_of_all_families_are_written_and_read() {
         let classifier = Classifier::new(model, 2, 3).unwrap();
         let tokens = TokenBatch::new(&[vec![5, 7, 9, 11], vec![8, 6, 4, 2]]).unwrap();
         let expected = read(classifier.scores(&tokens).unwrap());
-        {
-            let out = std::path::Path::new("/tmp/clsout").join(folder.file_name().unwrap());
-            std::fs::create_dir_all(&out).unwrap();
-            export_hf_classifier(
-                &classifier,
-                &[],
-                &source,
-                out.join("m"),
-                &ExportOptions::new(FloatType::F32),
-            )
-            .unwrap();
-            std::fs::write(out.join("scores.json"), format!("{expected:?}")).unwrap();
-        }
         for (labels, again) in written(&classifier, &[], &source) {
             assert_eq!(labels, ["LABEL_0", "LABEL_1"]);
             assert_eq!(read(again.scores(&tokens).unwrap()), expected, "{}", folder.display());
