@@ -8,7 +8,7 @@ use crate::{Error, Result};
 const AT_ONCE: usize = 1 << 28;
 
 /// One rank's side of a group of ranks that run the same program: threads of a process ([`threads`](crate::threads)), or
-/// processes of MPI (`Mpi`, feature `mpi`).
+/// processes of MPI (`Mpi`, feature `mpi`); on cards, `Nccl` (feature `nccl`) over either.
 ///
 /// Every operation is collective: all ranks call the same ones in the same order, and each returns when it has what it
 /// asked for. Ranks count from 0. After an error the group is of no more use: every further call fails at once.

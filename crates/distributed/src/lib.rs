@@ -2,8 +2,12 @@
 
 mod communicator;
 mod error;
+#[cfg(any(feature = "mpi", feature = "nccl"))]
+mod link;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod pairwise;
 mod threads;
 
@@ -11,5 +15,7 @@ mod threads;
 pub use crate::mpi::Mpi;
 pub use communicator::{Alone, Communicator, agreed, gathered, share};
 pub use error::{Error, Result};
+#[cfg(feature = "nccl")]
+pub use nccl::Nccl;
 pub use pairwise::{PairwiseSum, sum};
 pub use threads::{Thread, threads};

@@ -1,11 +1,7 @@
 //! Ranks that are processes of MPI.
 
 use std::{
-    fmt,
-    sync::{
-        Mutex, PoisonError,
-        mpsc::{Receiver, RecvTimeoutError, Sender, channel},
-    },
+    sync::mpsc::{Receiver, Sender, channel},
     thread,
     time::{Duration, Instant},
 };
@@ -19,7 +15,11 @@ use mpi::{
     traits::{Communicator as _, CommunicatorCollectives as _},
 };
 
-use crate::{Communicator, Error, Result, communicator::check_parts};
+use crate::{
+    Communicator, Error, Result,
+    communicator::check_parts,
+    link::{Answer, Link},
+};
 
 /// A rank that is a process, started by `mpirun`, `srun` or the like; a process that was started alone is the only rank.
 ///
@@ -35,19 +35,9 @@ use crate::{Communicator, Error, Result, communicator::check_parts};
 /// println!("rank {} of {}", ranks.rank(), ranks.size());
 /// # Ok::<(), kiln_distributed::Error>(())
 /// ```
+#[derive(Debug)]
 pub struct Mpi {
-    rank: usize,
-    size: usize,
-    patience: Duration,
-    link: Mutex<Link>,
-}
-
-/// The way to the thread that talks to MPI.
-struct Link {
-    commands: Sender<Command>,
-    answers: Receiver<Result<Vec<Vec<u8>>>>,
-    /// Whether an operation has failed, after which nothing can be relied on.
-    failed: bool,
+    link: Link<Command>,
 }
 
 enum Command {
@@ -80,69 +70,34 @@ impl Mpi {
         thread::Builder::new().name("mpi".into()).spawn(serve).map_err(|error| fail(&error.to_string()))?;
         let place = begun.recv().map_err(|_| fail("the library can't be started"))?;
         let (rank, size) = place.ok_or_else(|| fail("it was started in this process before"))?;
-        Ok(Self { rank, size, patience, link: Mutex::new(Link { commands, answers, failed: false }) })
-    }
-
-    fn ask(&self, command: Command) -> Result<Vec<Vec<u8>>> {
-        let mut link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
-        let started = Instant::now();
-        let lost = || {
-            let (rank, size) = (self.rank, self.size);
-            Error::Lost { rank, size, lost: None, waited: started.elapsed() }
-        };
-        if link.failed || link.commands.send(command).is_err() {
-            link.failed = true;
-            return Err(lost());
-        }
-        match link.answers.recv_timeout(self.patience) {
-            Ok(answer) => {
-                link.failed |= answer.is_err();
-                answer
-            }
-            Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
-                link.failed = true;
-                Err(lost())
-            }
-        }
+        Ok(Self { link: Link::new([rank, size], patience, commands, answers) })
     }
 }
 
 impl Communicator for Mpi {
     fn rank(&self) -> usize {
-        self.rank
+        self.link.rank()
     }
 
     fn size(&self) -> usize {
-        self.size
+        self.link.size()
     }
 
     fn all_to_all(&self, parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
-        check_parts(parts.len(), self.size)?;
-        self.ask(Command::AllToAll(parts))
+        check_parts(parts.len(), self.size())?;
+        self.link.ask(Command::AllToAll(parts))
     }
 
     fn all_gather(&self, bytes: Vec<u8>) -> Result<Vec<Vec<u8>>> {
-        self.ask(Command::AllGather(bytes))
-    }
-}
-
-impl fmt::Debug for Mpi {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { rank, size, patience, .. } = self;
-        f.debug_struct("Mpi")
-            .field("rank", rank)
-            .field("size", size)
-            .field("patience", patience)
-            .finish_non_exhaustive()
+        self.link.ask(Command::AllGather(bytes))
     }
 }
 
 /// Takes leave of the other ranks, unless something has failed: then the process ends without, which tells the launcher.
 impl Drop for Mpi {
     fn drop(&mut self) {
-        let failed = self.link.get_mut().is_ok_and(|link| link.failed);
-        if !failed && !thread::panicking() {
-            let _ = self.ask(Command::Finish);
+        if !self.link.has_failed() && !thread::panicking() {
+            let _ = self.link.ask(Command::Finish);
         }
     }
 }
@@ -152,7 +107,7 @@ fn serve(
     universe: Universe,
     world: &SimpleCommunicator,
     commands: &Receiver<Command>,
-    answer: &Sender<Result<Vec<Vec<u8>>>>,
+    answer: &Sender<Answer>,
 ) {
     while let Ok(command) = commands.recv() {
         let found = match command {
