@@ -52,13 +52,9 @@ impl<C> Link<C> {
     pub(crate) fn ask(&self, command: C) -> Answer {
         let mut ends = self.ends.lock().unwrap_or_else(PoisonError::into_inner);
         let started = Instant::now();
-        let lost = || {
-            let (rank, size) = (self.rank, self.size);
-            Error::Lost { rank, size, lost: None, waited: started.elapsed() }
-        };
         if ends.failed || ends.commands.send(command).is_err() {
             ends.failed = true;
-            return Err(lost());
+            return Err(self.lost(started.elapsed()));
         }
         match ends.answers.recv_timeout(self.patience) {
             Ok(answer) => {
@@ -67,9 +63,22 @@ impl<C> Link<C> {
             }
             Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => {
                 ends.failed = true;
-                Err(lost())
+                Err(self.lost(started.elapsed()))
             }
         }
+    }
+
+    /// Fails if an operation has.
+    #[cfg(feature = "nccl")]
+    pub(crate) fn check(&self) -> Result<()> {
+        match self.ends.lock().unwrap_or_else(PoisonError::into_inner).failed {
+            true => Err(self.lost(Duration::ZERO)),
+            false => Ok(()),
+        }
+    }
+
+    fn lost(&self, waited: Duration) -> Error {
+        Error::Lost { rank: self.rank, size: self.size, lost: None, waited }
     }
 
     /// Whether an operation has failed.

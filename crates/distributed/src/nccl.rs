@@ -105,6 +105,7 @@ impl Communicator for Nccl {
 
     fn all_to_all(&self, mut parts: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>> {
         check_parts(parts.len(), self.size())?;
+        self.link.check()?;
         let own = std::mem::take(&mut parts[self.rank()]);
         // Of each message its length, and what it says if it is small.
         let message = |part: &mut Vec<u8>| {
@@ -243,6 +244,20 @@ mod tests {
             Nccl { ranks: Arc::new(rank), link: link.unwrap() }
         })
         .collect()
+    }
+
+    #[test]
+    fn after_a_failure_small_messages_fail_too() {
+        let patience = Duration::from_secs(60);
+        // A card that ends at the first message.
+        let link = link([0, 1], patience, |commands, _, started| {
+            let _ = started.send(Ok(()));
+            let _ = commands.recv();
+        });
+        let ranks = Nccl { ranks: Arc::new(Alone), link: link.unwrap() };
+        assert_eq!(ranks.all_gather(vec![1]).unwrap(), [[1]]);
+        assert!(ranks.link.ask(Transfer { parts: Vec::new(), lengths: Vec::new() }).is_err());
+        assert!(matches!(ranks.all_gather(vec![1]), Err(Error::Lost { .. })));
     }
 
     #[test]
