@@ -164,9 +164,6 @@ fn study(log: &Log, case: &Case) -> Result<()> {
 }
 
 fn table(runs: &[Run], model: &str) {
-    if !runs.iter().any(|run| run.model == model) {
-        return;
-    }
     println!("\n{model}\n\n| bits | method | trained values | before | after | rate |");
     println!("| --- | --- | --- | --- | --- | --- |");
     for bits in WIDTHS {
@@ -186,15 +183,5 @@ fn table(runs: &[Run], model: &str) {
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "balanced-rank", 1)?;
-    for case in Case::all(options.smollm2.as_ref()) {
-        if !options.table {
-            study(&log, &case)?;
-        }
-    }
-    let runs = log.runs()?;
-    for model in [EMBEDDED, SMOLLM2] {
-        table(&runs, model);
-    }
-    Ok(())
+    options.run("balanced-rank", 1, study, table)
 }

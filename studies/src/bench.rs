@@ -32,6 +32,31 @@ pub(crate) struct StudyOptions {
     pub(crate) table: bool,
 }
 
+impl StudyOptions {
+    /// Makes the runs of a study on each model, unless only its tables are wanted, and prints these.
+    pub(crate) fn run(
+        &self,
+        name: &str,
+        version: u32,
+        study: impl Fn(&Log, &Case) -> Result<()>,
+        table: impl Fn(&[Run], &str),
+    ) -> Result<()> {
+        let log = Log::open(self.log.as_deref(), name, version)?;
+        for case in Case::all(self.smollm2.as_ref()) {
+            if !self.table {
+                study(&log, &case)?;
+            }
+        }
+        let runs: Vec<Run> = log.runs()?;
+        for model in [EMBEDDED, SMOLLM2] {
+            if runs.iter().any(|run| run.model == model) {
+                table(&runs, model);
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A model that things are tried on.
 pub(crate) struct Case {
     pub(crate) name: &'static str,

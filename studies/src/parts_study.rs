@@ -193,9 +193,6 @@ fn study(log: &Log, case: &Case) -> Result<()> {
 }
 
 fn table(runs: &[Run], model: &str) {
-    if !runs.iter().any(|run| run.model == model) {
-        return;
-    }
     println!("\n{model}\n\n| bits | trained | values | before | after | rate |");
     println!("| --- | --- | --- | --- | --- | --- |");
     for bits in WIDTHS {
@@ -215,15 +212,5 @@ fn table(runs: &[Run], model: &str) {
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "trained-parts", 2)?;
-    for case in Case::all(options.smollm2.as_ref()) {
-        if !options.table {
-            study(&log, &case)?;
-        }
-    }
-    let runs = log.runs()?;
-    for model in [EMBEDDED, SMOLLM2] {
-        table(&runs, model);
-    }
-    Ok(())
+    options.run("trained-parts", 2, study, table)
 }

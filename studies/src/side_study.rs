@@ -13,7 +13,7 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, line_of},
     log::{Line, Log},
 };
 
@@ -157,9 +157,6 @@ fn curve(runs: &[Run]) -> String {
 }
 
 fn table(runs: &[Run], model: &str) {
-    if !runs.iter().any(|run| run.model == model) {
-        return;
-    }
     println!("\n{model}\n\n| method | trained values | before | after | rate | curve |");
     println!("| --- | --- | --- | --- | --- | --- |");
     for Method { name, .. } in Method::main().into_iter().chain(Method::more()) {
@@ -177,15 +174,5 @@ fn table(runs: &[Run], model: &str) {
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "side-tuning", 1)?;
-    for case in Case::all(options.smollm2.as_ref()) {
-        if !options.table {
-            study(&log, &case)?;
-        }
-    }
-    let runs = log.runs()?;
-    for model in [EMBEDDED, SMOLLM2] {
-        table(&runs, model);
-    }
-    Ok(())
+    options.run("side-tuning", 1, study, table)
 }

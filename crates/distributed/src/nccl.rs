@@ -29,8 +29,8 @@ const ID: usize = 128;
 /// InfiniBand between machines, wherever there is one. Small ones go as they did, by the ranks that it stands on: threads of a
 /// process, or processes of MPI. What is exchanged comes from host memory and returns there.
 ///
-/// A thread of its own talks to NCCL, so that a rank that waits in vain gets an error after its patience; that thread, its
-/// group and its card's memory stay until the process ends.
+/// A thread of its own talks to NCCL, so that a rank that waits in vain gets an error after its patience; the thread then
+/// stays, with its group and its card's memory, until the process ends.
 ///
 /// **Untried**: the way over cards compiles and has never run, for no machine with two cards was at hand.
 ///
