@@ -55,6 +55,13 @@ fn loftqs() -> Vec<(String, LoftqConfig)> {
             }
         }
     }
+    for rounding in [Rounding::LeastSquares, Rounding::MseClipped] {
+        let name = ROUNDINGS.iter().find(|(_, other)| *other == rounding).map_or("", |(name, _)| name);
+        for iterations in [1, 5] {
+            let config = LoftqConfig { iterations, rounding, ..LoftqConfig::default() };
+            all.push((format!("LoftQ, {iterations} steps, 4 subspace iterations, {name}, best"), config));
+        }
+    }
     all
 }
 

@@ -12,6 +12,8 @@ mod automixq;
 mod automixq_study;
 mod balanced_rank_study;
 mod bench;
+mod composed_study;
+mod compress;
 mod finetune;
 mod formats_study;
 mod log;
@@ -58,6 +60,8 @@ enum Command {
     StudyFormats(bench::StudyOptions),
     /// Bits by layer: objectives against tuned losses, and tasks on pruned models.
     StudyMixedBits(bench::StudyOptions),
+    /// Pruned, searched, started and tuned within one limit of bytes; and with one of these left out.
+    StudyComposed(bench::StudyOptions),
     /// LoRA beside scales, at equal numbers of trained values; a teacher beside the text.
     StudyTrainedParts(bench::StudyOptions),
 }
@@ -75,6 +79,7 @@ fn main() -> ExitCode {
         Command::StudySideTuning(options) => side_study::run(&options),
         Command::StudyFormats(options) => formats_study::run(&options),
         Command::StudyMixedBits(options) => mixed_study::run(&options),
+        Command::StudyComposed(options) => composed_study::run(&options),
         Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
 }

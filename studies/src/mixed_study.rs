@@ -4,17 +4,12 @@
 use std::{cell::OnceCell, path::Path};
 
 use kiln::{
-    Base, FineTuned,
-    adapters::AdapterConfig,
-    calibration::{ApiqConfig, CalibrationConfig, LoftqConfig, Method as Calibration, Rounding},
+    Base,
+    calibration::{ApiqConfig, Method as Calibration},
     eval::{PythonRandom, Sample},
     mixq::{Choices, KlOptions, ModelObjective, Variants, schemes, space_of},
-    mixq_search::{
-        Config, Fidelity, Granularity, KlMix, Measure, Objective, Plan, Request, SearchSettings, SearchSpace,
-        TrialLog, search,
-    },
+    mixq_search::{Config, Fidelity, Measure, Objective, Plan, Request, SearchSpace},
     models::Windows,
-    pruning::{BlockPruning, Criterion, HeadRounding},
     quant::{Plan as Schemes, Scheme},
 };
 use kiln_examples::{Questions, Result, testdata};
@@ -22,11 +17,11 @@ use serde_json::{Value, json};
 
 use crate::{
     bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of, with_deviation},
+    compress::{bytes_of, loftq, lora, pruned, rounding, searched, space_by_block, started_by},
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
 
-const RANK: usize = 16;
 const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
 /// Whose bytes are the limit.
 const WITHIN: &str = "affine3:64:int:f16";
@@ -74,24 +69,6 @@ impl Budget {
     }
 }
 
-fn lora(seed: u64) -> AdapterConfig {
-    AdapterConfig::lora(RANK, RANK as f64).with_seed(seed)
-}
-
-fn loftq() -> Calibration {
-    Calibration::Loftq(LoftqConfig::default())
-}
-
-fn space(base: &Base) -> Result<SearchSpace> {
-    let schemes: std::result::Result<Vec<Scheme>, _> = SCHEMES.iter().map(|text| text.parse()).collect();
-    Ok(space_of(base.model(), &Choices::new(schemes?).with_granularity(Granularity::Block))?)
-}
-
-/// Bytes of the model with every linear in `scheme`.
-fn bytes_of(base: &Base, scheme: &str) -> Result<u64> {
-    Ok(space_of(base.model(), &Choices::new([scheme.parse()?]))?.smallest())
-}
-
 /// A plan of at most `limit` bytes and at least 99 % of them, drawn by `seed`.
 fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
     let mut random = PythonRandom::new(seed);
@@ -109,7 +86,7 @@ fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
 fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
     let base = case.open(Scheme::Dense)?;
     let texts = Texts::of(&base, case)?;
-    let (space, limit) = (space(&base)?, bytes_of(&base, WITHIN)?);
+    let (space, limit) = (space_by_block(&base, &SCHEMES)?, bytes_of(&base, WITHIN)?);
     let windows = texts.windows(case.length, budget.windows, 0)?;
     let new = || ModelObjective::new(Variants::new(base.model().clone()), &windows, &KlOptions::default());
     let (mut rounded, mut started) = (new()?, new()?.with_start(loftq(), lora(0))?);
@@ -130,7 +107,7 @@ fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
                 score(&mut rounded, Measure::Fisher)?,
             ];
             let of_start = score(&mut started, Measure::Kl)?;
-            let start = start(&base, &plan, loftq(), &windows, 0)?;
+            let start = started_by(&base, schemes(&plan)?, loftq(), lora(0), &windows)?;
             let trainer = case.trainer(budget.ranked_steps, 0, 1e-2 * case.rate);
             let tuned = match start.finetune(texts.train.clone()).with_trainer(trainer).run() {
                 Err(error) if error.is_not_finite() => {
@@ -146,12 +123,6 @@ fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
         })?;
     }
     Ok(())
-}
-
-fn start(base: &Base, plan: &Plan, method: Calibration, windows: &Windows, seed: u64) -> Result<FineTuned> {
-    let mut config = CalibrationConfig::new(method, schemes(plan)?);
-    config.measured_windows = 0;
-    Ok(base.calibrate(lora(seed), &config, windows)?)
 }
 
 /// A model on a task.
@@ -219,13 +190,7 @@ impl Pruned<'_> {
                 if let Some(plan) = self.searched.get() {
                     return Ok(Some(plan.clone()));
                 }
-                let variants = Variants::new(self.base.model().clone());
-                let mut objective = ModelObjective::new(variants, &self.windows, &KlOptions::default())?
-                    .with_start(loftq(), lora(0))?;
-                let settings = SearchSettings::new(self.budget.evaluations, Fidelity::kl(objective.tokens()));
-                let mut log = TrialLog::in_memory(&self.space);
-                let found = search(&self.space, &mut objective, &mut log, &KlMix::default(), &settings)?;
-                let best = found.front.select(limit)?.plan.clone();
+                let best = searched(&self.base, &self.space, &self.windows, self.budget.evaluations, limit)?;
                 Some(self.searched.get_or_init(|| best).clone())
             }
         })
@@ -233,21 +198,17 @@ impl Pruned<'_> {
 
     fn run(&self, case: &Case, questions: &Questions, method: Method, lr: f64, seed: u64) -> Result<Line> {
         let plan = self.plan(method)?;
-        let start = match (&plan, method) {
+        let (schemes, by) = match (&plan, method) {
             (Some(plan), Method::Apiq(_) | Method::SearchedApiq) => {
                 // One set of values for all widths: those of the limit's.
                 let config = ApiqConfig::for_budget(3, self.budget.windows, EPOCHS);
-                start(&self.base, plan, Calibration::ApiqBlock(config), &self.windows, seed)?
+                (schemes(plan)?, Calibration::ApiqBlock(config))
             }
-            (Some(plan), _) => start(&self.base, plan, loftq(), &self.windows, seed)?,
-            (None, Method::Lora(scheme)) => {
-                let method = Calibration::Rtn(Rounding::MinMax);
-                let mut config = CalibrationConfig::new(method, Schemes::uniform(scheme.parse()?));
-                config.measured_windows = 0;
-                self.base.calibrate(lora(seed), &config, &self.windows)?
-            }
+            (Some(plan), _) => (schemes(plan)?, loftq()),
+            (None, Method::Lora(scheme)) => (Schemes::uniform(scheme.parse()?), rounding()),
             (None, _) => return Err("a plan".into()),
         };
+        let start = started_by(&self.base, schemes, by, lora(seed), &self.windows)?;
         let bytes = match (&plan, method) {
             (None, Method::Lora(scheme)) | (_, Method::Loftq(scheme) | Method::Apiq(scheme)) => {
                 bytes_of(&self.base, scheme)?
@@ -290,10 +251,14 @@ fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
             let base = case.open(Scheme::Dense)?;
             let texts = Texts::of(&base, case)?;
             let windows = texts.windows(case.length, budget.windows, 0)?;
-            let mut pruning = BlockPruning::new(Criterion::TaylorFirst, ratio);
-            (pruning.round_to, pruning.head_rounding) = (64, HeadRounding::Nearest);
-            let (base, _) = base.prune(&pruning, Some(&windows))?;
-            let pruned = Pruned { space: space(&base)?, base, windows, budget, searched: OnceCell::new() };
+            let base = pruned(&base, ratio, &windows)?;
+            let pruned = Pruned {
+                space: space_by_block(&base, &SCHEMES)?,
+                base,
+                windows,
+                budget,
+                searched: OnceCell::new(),
+            };
             for method in Method::ALL {
                 let name = named(questions.name(), ratio, method);
                 let cell = Cell { model: case.name, bits: 0, method: &name };

@@ -30,11 +30,13 @@ struct Method {
     side: Option<SideConfig>,
     /// What the rate of alpha is multiplied by.
     alpha: f64,
+    /// What the steps are multiplied by.
+    longer: u64,
 }
 
 impl Method {
     fn new(name: &'static str, side: impl Into<Option<SideConfig>>) -> Self {
-        Self { name, scheme: "nf4:64:double", side: side.into(), alpha: 1.0 }
+        Self { name, scheme: "nf4:64:double", side: side.into(), alpha: 1.0, longer: 1 }
     }
 
     /// What both models are tried with.
@@ -61,6 +63,12 @@ impl Method {
             Self::new("QST, added, reduction 8", additive().with_reduction(8)),
             Self::new("QST, added, reduction 4", additive().with_reduction(4)),
             Self { scheme: "fp4:64:double", ..Self::new("QST, added, FP4", additive()) },
+            Self { longer: 4, ..Self::new("QLoRA, four times as long", None) },
+            Self { longer: 4, ..Self::new("QST, as published, four times as long", SideConfig::qst()) },
+            Self {
+                longer: 4,
+                ..Self::new("QST, added, reduction 4, four times as long", additive().with_reduction(4))
+            },
         ]
     }
 }
@@ -139,7 +147,7 @@ fn study(log: &Log, case: &Case) -> Result<()> {
                 opened = Some((base, texts));
             }
             let Some((base, texts)) = &opened else { return Err("a base that was opened".into()) };
-            run_one(case, base, texts, &method, steps, lr, seed)
+            run_one(case, base, texts, &method, method.longer * steps, lr, seed)
         })?;
     }
     Ok(())

@@ -1,0 +1,77 @@
+//! The stages of compression that studies of whole models share: pruning, a search for bits, and starts of adapters.
+
+use kiln::{
+    Base, FineTuned,
+    adapters::AdapterConfig,
+    calibration::{CalibrationConfig, LoftqConfig, Method, Rounding},
+    mixq::{Choices, KlOptions, ModelObjective, Variants, space_of},
+    mixq_search::{Fidelity, Granularity, KlMix, Plan, SearchSettings, SearchSpace, TrialLog, search},
+    models::Windows,
+    pruning::{BlockPruning, Criterion, HeadRounding},
+    quant::{Plan as Schemes, Scheme},
+};
+use kiln_examples::Result;
+
+const RANK: usize = 16;
+
+/// LoRA as all of these studies have it.
+pub(crate) fn lora(seed: u64) -> AdapterConfig {
+    AdapterConfig::lora(RANK, RANK as f64).with_seed(seed)
+}
+
+pub(crate) fn loftq() -> Method {
+    Method::Loftq(LoftqConfig::default())
+}
+
+/// The model without `ratio` of the heads and channels of its inner blocks, by first-order Taylor scores.
+pub(crate) fn pruned(base: &Base, ratio: f64, windows: &Windows) -> Result<Base> {
+    let mut pruning = BlockPruning::new(Criterion::TaylorFirst, ratio);
+    (pruning.round_to, pruning.head_rounding) = (64, HeadRounding::Nearest);
+    Ok(base.prune(&pruning, Some(windows))?.0)
+}
+
+/// One of `schemes` for each block's attention and MLP.
+pub(crate) fn space_by_block(base: &Base, schemes: &[&str]) -> Result<SearchSpace> {
+    let schemes: std::result::Result<Vec<Scheme>, _> = schemes.iter().map(|text| text.parse()).collect();
+    Ok(space_of(base.model(), &Choices::new(schemes?).with_granularity(Granularity::Block))?)
+}
+
+/// Bytes of the model with every linear in `scheme`.
+pub(crate) fn bytes_of(base: &Base, scheme: &str) -> Result<u64> {
+    Ok(space_of(base.model(), &Choices::new([scheme.parse()?]))?.smallest())
+}
+
+/// The best plan within `limit` bytes, by the divergence of models that LoftQ starts.
+pub(crate) fn searched(
+    base: &Base,
+    space: &SearchSpace,
+    windows: &Windows,
+    evaluations: usize,
+    limit: u64,
+) -> Result<Plan> {
+    let variants = Variants::new(base.model().clone());
+    let mut objective =
+        ModelObjective::new(variants, windows, &KlOptions::default())?.with_start(loftq(), lora(0))?;
+    let settings = SearchSettings::new(evaluations, Fidelity::kl(objective.tokens()));
+    let mut log = TrialLog::in_memory(space);
+    let found = search(space, &mut objective, &mut log, &KlMix::default(), &settings)?;
+    Ok(found.front.select(limit)?.plan.clone())
+}
+
+/// The model in `schemes`, with `adapters`, which start as `method` has it.
+pub(crate) fn started_by(
+    base: &Base,
+    schemes: Schemes<Scheme>,
+    method: Method,
+    adapters: AdapterConfig,
+    windows: &Windows,
+) -> Result<FineTuned> {
+    let mut config = CalibrationConfig::new(method, schemes);
+    config.measured_windows = 0;
+    Ok(base.calibrate(adapters, &config, windows)?)
+}
+
+/// Rounded to nearest, with LoRA's own start.
+pub(crate) fn rounding() -> Method {
+    Method::Rtn(Rounding::MinMax)
+}
