@@ -218,7 +218,7 @@ impl<'a> Bench<'a> {
         let beside = if beside.exists() { disk_bytes(&beside)? } else { 0 };
         Ok(line_of(json!({
             "before": before, "validation": validation, "test": test, "trained": trained,
-            "model_bytes": disk_bytes(&model)?, BESIDE: beside, "reloaded_equal": again.nll == validation,
+            "model_bytes": disk_bytes(&model)?, BESIDE: beside, "reloaded": again.nll,
             "steps": self.budget.steps,
         })))
     }

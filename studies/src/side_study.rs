@@ -21,6 +21,8 @@ const RANK: usize = 16;
 /// Losses on the text for choices that a curve has.
 const POINTS: u64 = 8;
 const BITS: u32 = 4;
+/// Windows that say which of the backbone's weights a side network starts from.
+const WINDOWS: usize = 64;
 
 /// What is trained on which base.
 struct Method {
@@ -32,11 +34,13 @@ struct Method {
     alpha: f64,
     /// What the steps are multiplied by.
     longer: u64,
+    /// Whether side blocks start from the backbone's weights.
+    pruned: bool,
 }
 
 impl Method {
     fn new(name: &'static str, side: impl Into<Option<SideConfig>>) -> Self {
-        Self { name, scheme: "nf4:64:double", side: side.into(), alpha: 1.0, longer: 1 }
+        Self { name, scheme: "nf4:64:double", side: side.into(), alpha: 1.0, longer: 1, pruned: false }
     }
 
     /// What both models are tried with.
@@ -48,6 +52,7 @@ impl Method {
             Self { alpha: 10.0, ..Self::new("QST, alpha at ten times the rate", SideConfig::qst()) },
             Self::new("QST, as published", SideConfig::qst()),
             Self::new("LST", SideConfig::lst()),
+            Self { pruned: true, ..Self::new("LST, from the backbone's weights", SideConfig::lst()) },
         ]
     }
 
@@ -63,6 +68,10 @@ impl Method {
             Self::new("QST, added, reduction 8", additive().with_reduction(8)),
             Self::new("QST, added, reduction 4", additive().with_reduction(4)),
             Self { scheme: "fp4:64:double", ..Self::new("QST, added, FP4", additive()) },
+            Self {
+                pruned: true,
+                ..Self::new("LST, from there, without the first block", SideConfig::lst().with_dropped([0]))
+            },
             Self { longer: 4, ..Self::new("QLoRA, four times as long", None) },
             Self { longer: 4, ..Self::new("QST, as published, four times as long", SideConfig::qst()) },
             Self {
@@ -122,7 +131,10 @@ fn run_one(
     };
     let group = ParameterGroup::new(r"mix\.alpha$")?.with_lr_factor(method.alpha);
     let config = if method.alpha == 1.0 { config } else { config.with_group(group) };
-    let model = SideTuned::new(base.model().clone(), side, seed)?;
+    let mut model = SideTuned::new(base.model().clone(), side, seed)?;
+    if method.pruned {
+        model = model.with_pruned_start(&texts.windows(case.length, WINDOWS, 0)?)?;
+    }
     trained(model, config, texts, |model| {
         let alpha = model.side.mix.alpha.as_ref()?.val().inner();
         alpha.into_data().try_to_vec::<f32>().ok()?.first().copied()

@@ -115,6 +115,7 @@ pub enum HeadMix {
 /// | `gate` | scalar, 0, 1 | scalar, 0, 0.1 | shape, initial gamma, temperature | finite; temperature above 0 |
 /// | `mix` | raw, 1 | side only | what the head sees | finite |
 /// | `mix_shape` | scalar | – | numbers of alpha | |
+/// | `dropped` | none | none | the backbone's blocks that have no side block | at least one is left |
 ///
 /// The defaults are the paper's where it and the released code differ: scalar gates from 0 (the code: vectors from 0.5
 /// or 1), alpha itself from 1 (the code: a sigmoid of a vector from 1). Only the paper's form starts at the backbone.
@@ -143,6 +144,9 @@ pub struct SideConfig {
     pub mix: HeadMix,
     /// Numbers of alpha.
     pub mix_shape: GateShape,
+    /// The backbone's blocks, from 0, that have no side block: the side's state passes them as it is.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub dropped: Vec<usize>,
 }
 
 impl Default for SideConfig {
@@ -165,12 +169,14 @@ impl SideConfig {
             gate: GateConfig { shape: GateShape::Scalar, init: 0.0, temperature: 1.0 },
             mix: HeadMix::Raw { init: 1.0 },
             mix_shape: GateShape::Scalar,
+            dropped: Vec::new(),
         }
     }
 
     /// [Ladder side tuning](https://arxiv.org/abs/2206.06522), on decoders: linear downsampling, gates of temperature
-    /// 0.1, logits from the side network alone. Weights start at random, where the original prunes the backbone by
-    /// Fisher information; no side layer is left out.
+    /// 0.1, logits from the side network alone. Weights start at random, and no side block is left out; as published they start
+    /// from the backbone's ([`SideTuned::with_pruned_start`](crate::SideTuned::with_pruned_start)), and of T5-base's 12
+    /// blocks 0, 4 and 8 have none ([`with_dropped`](Self::with_dropped)).
     pub fn lst() -> Self {
         Self {
             reduction: 8,
@@ -226,6 +232,31 @@ impl SideConfig {
         self
     }
 
+    /// Sets `dropped`, in any order.
+    #[must_use]
+    pub fn with_dropped(mut self, blocks: impl IntoIterator<Item = usize>) -> Self {
+        self.dropped = blocks.into_iter().collect();
+        self
+    }
+
+    /// The backbone's blocks that have a side block, ascending.
+    ///
+    /// # Errors
+    /// Blocks that a backbone of so many blocks doesn't have, that are named twice, or that are all it has.
+    pub fn kept(&self, blocks: usize) -> Result<Vec<usize>> {
+        let mut dropped = self.dropped.clone();
+        dropped.sort_unstable();
+        let fits = dropped.windows(2).all(|pair| pair[0] < pair[1])
+            && dropped.last().is_none_or(|last| *last < blocks)
+            && (dropped.len() < blocks || dropped.is_empty());
+        if !fits {
+            let expected =
+                format!("some but not all of the blocks 0 to {}, each once", blocks.saturating_sub(1));
+            return Err(Error::argument("dropped", expected, format!("{:?}", self.dropped)));
+        }
+        Ok((0..blocks).filter(|block| !dropped.contains(block)).collect())
+    }
+
     /// The side network's blocks as a model of their own: the backbone's architecture, narrower.
     ///
     /// The MLP has `floor(channels / reduction)` channels, as in the released code. All side blocks are alike, also
@@ -234,6 +265,7 @@ impl SideConfig {
     /// # Errors
     /// An option out of its range, with the reductions that this backbone allows.
     pub fn side_model(&self, backbone: &ModelConfig) -> Result<ModelConfig> {
+        self.kept(backbone.num_hidden_layers)?;
         let not_finite = |value: f64| !value.is_finite();
         if not_finite(self.gate.init) || not_finite(self.gate.temperature) || self.gate.temperature <= 0.0 {
             let found = format!("init {} and temperature {}", self.gate.init, self.gate.temperature);

@@ -12,6 +12,7 @@ mod init;
 pub mod memory;
 mod mixing;
 mod network;
+mod pruned_start;
 mod side_tuned;
 #[cfg(test)]
 mod vectors;

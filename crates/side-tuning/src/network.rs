@@ -18,7 +18,7 @@ pub struct SideNetwork {
     pub downsample: Vec<Downsampler>,
     /// One for each block.
     pub gates: Vec<Gate>,
-    /// As many as the backbone has.
+    /// As many as the backbone has, less those that are dropped.
     pub blocks: Vec<Block<Linear>>,
     /// After the last block.
     pub norm: Norm,
@@ -30,19 +30,25 @@ pub struct SideNetwork {
     model: ModelConfig,
     #[module(skip)]
     side_width: usize,
+    /// For each block of the backbone the place of its side block.
+    #[module(skip)]
+    places: Vec<Option<usize>>,
 }
 
 impl SideNetwork {
     pub(crate) fn new(config: &SideConfig, backbone: &ModelConfig, init: &Init) -> Result<Self> {
         let model = config.side_model(backbone)?;
         let (width, layers, side) = (backbone.hidden_size, backbone.num_hidden_layers, model.hidden_size);
-        let modules = layers + usize::from(!config.shared_embedding);
+        let kept = config.kept(layers)?;
+        let own = usize::from(!config.shared_embedding);
+        // Named as where no block is dropped, which initial values depend on.
+        let modules = (0..own).chain(kept.iter().map(|index| index + own));
         Ok(Self {
-            downsample: (0..modules)
+            downsample: modules
                 .map(|index| Downsampler::new(config, [width, side], &format!("downsample.{index}"), init))
                 .collect(),
-            gates: (0..layers).map(|_| Gate::new(&config.gate, side, init)).collect(),
-            blocks: (0..layers).map(|index| block(&model, index, init)).collect(),
+            gates: kept.iter().map(|_| Gate::new(&config.gate, side, init)).collect(),
+            blocks: kept.iter().map(|index| block(&model, *index, init)).collect(),
             norm: init.norm(model.family.norm, side, model.norm_eps, model.norm_affine),
             upsample: match config.mix {
                 crate::HeadMix::Additive => init.zero_linear([side, width]),
@@ -51,6 +57,7 @@ impl SideNetwork {
             mix: Mixer::new(config.mix, config.mix_shape, width, init),
             model,
             side_width: side,
+            places: (0..layers).map(|index| kept.binary_search(&index).ok()).collect(),
         })
     }
 
@@ -77,23 +84,35 @@ impl SideNetwork {
         context
     }
 
-    /// The module that takes state `state`: 0 is the embedding, `i + 1` the output of block `i`.
-    fn downsampler(&self, state: usize) -> &Downsampler {
-        let own = self.downsample.len() > self.blocks.len();
-        &self.downsample[if own { state } else { state.saturating_sub(1) }]
+    /// The module of the embedding.
+    fn first_downsampler(&self) -> &Downsampler {
+        &self.downsample[0]
     }
 
-    /// What is kept of the backbone's state `state`.
+    /// The module of side block `place`.
+    fn downsampler(&self, place: usize) -> &Downsampler {
+        &self.downsample[place + self.downsample.len() - self.blocks.len()]
+    }
+
+    /// The side blocks, with the places of those of the backbone beside which they stand.
+    pub(crate) fn sides_mut(&mut self) -> impl Iterator<Item = (usize, &mut Block<Linear>)> {
+        let beside = self.places.iter().enumerate().filter_map(|(index, place)| place.map(|_| index));
+        beside.zip(&mut self.blocks)
+    }
+
+    /// What is kept of the backbone's state `state`: 0 is the embedding, `i + 1` the output of block `i`.
     pub(crate) fn features(&self, state: usize, x: Tensor<3>) -> Tensor<3> {
-        self.downsampler(state).features(x)
+        let place = state.checked_sub(1).and_then(|index| self.places[index]);
+        place.map_or(self.first_downsampler(), |place| self.downsampler(place)).features(x)
     }
 
     /// The side's state before its first block.
     pub(crate) fn start(&self, features: Tensor<3>) -> Tensor<3> {
-        self.downsampler(0).forward(features)
+        self.first_downsampler().forward(features)
     }
 
-    /// Side block `index`: from the features of the backbone's block `index` and the side's state before.
+    /// From the features of the backbone's block `index` and the side's state before to the side's state behind, which is the
+    /// same where that block has no side block.
     pub(crate) fn step(
         &self,
         index: usize,
@@ -102,9 +121,10 @@ impl SideNetwork {
         context: &Context,
         cache: Option<&mut KvCache>,
     ) -> Tensor<3> {
-        let x = self.gates[index].forward(self.downsampler(index + 1).forward(features), side);
+        let Some(place) = self.places[index] else { return side };
+        let x = self.gates[place].forward(self.downsampler(place).forward(features), side);
         let context = context.beside.as_deref().unwrap_or(context);
-        self.blocks[index].forward(index, x, context, cache, &self.model)
+        self.blocks[place].forward(index, x, context, cache, &self.model)
     }
 
     /// What the head sees, from the backbone's normed state and the side's last one.
@@ -118,7 +138,7 @@ impl SideNetwork {
 
     /// Whether the embedding's downsampling has parameters that require gradients.
     pub(crate) fn trains_start(&self) -> bool {
-        let first = self.downsampler(0);
+        let first = self.first_downsampler();
         let weights = first.down.iter().map(|linear| linear.weight.val().is_require_grad());
         let norm = first.norm.iter().filter_map(|norm| norm.weight.as_ref());
         weights
@@ -176,7 +196,8 @@ impl SideConfig {
     /// As [`side_model`](Self::side_model).
     pub fn parameter_counts(&self, backbone: &ModelConfig) -> Result<ParameterCounts> {
         let model = self.side_model(backbone)?;
-        let (width, layers, side) = (backbone.hidden_size, backbone.num_hidden_layers, model.hidden_size);
+        let (width, side) = (backbone.hidden_size, model.hidden_size);
+        let kept = self.kept(backbone.num_hidden_layers)?;
         let bias = |size: usize, there: bool| if there { size } else { 0 };
         let linear = |a: usize, b: usize| a * b + bias(b, self.downsample_bias);
         let module = match self.downsample {
@@ -185,7 +206,7 @@ impl SideConfig {
             _ => 0,
         } + bias(2 * side, self.downsample_norm);
         let tensors = model.tensors();
-        let constants = (0..layers).flat_map(|index| {
+        let constants = kept.iter().flat_map(|&index| {
             let constants = model.parts(index).iter().filter(|part| part.is_constant());
             constants.map(move |part| (index, part.name()))
         });
@@ -195,7 +216,7 @@ impl SideConfig {
             let under = trained.filter(|tensor| tensor.name.starts_with(prefix));
             under.map(|tensor| tensor.shape.iter().product::<usize>()).sum()
         };
-        let blocks = count(&format!("{}.", model.family.names.blocks));
+        let blocks = kept.iter().map(|index| count(&format!("{}.{index}.", model.family.names.blocks))).sum();
         let norm = count(&format!("{}.", model.family.names.final_norm));
         let alpha = match self.mix {
             crate::HeadMix::Raw { .. } | crate::HeadMix::Sigmoid { .. } => self.mix_shape.size(width),
@@ -203,9 +224,9 @@ impl SideConfig {
         };
         Ok(ParameterCounts {
             blocks,
-            downsample: (layers + usize::from(!self.shared_embedding)) * module,
+            downsample: (kept.len() + usize::from(!self.shared_embedding)) * module,
             upsample: side * width + width,
-            gates: layers * GateShape::size(self.gate.shape, side) + alpha,
+            gates: kept.len() * GateShape::size(self.gate.shape, side) + alpha,
             norm,
         })
     }

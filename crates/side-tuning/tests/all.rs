@@ -11,5 +11,6 @@ mod counts;
 mod files;
 mod hidden_cache;
 mod memory;
+mod starts;
 mod tiny;
 mod training;

@@ -2,15 +2,8 @@
 
 use std::collections::HashMap;
 
-use burn::{
-    module::{Module, Param},
-    nn::Linear,
-    optim::{GradientsAccumulator, GradientsParams},
-    tensor::Tensor,
-};
-use kiln_models::{
-    Decoder, DriverOptions, Recompute, Slots, Targets, TokenBatch, Windows, loss_and_gradients,
-};
+use burn::tensor::Tensor;
+use kiln_models::{Decoder, Windows, squared_gradients};
 use kiln_quant_core::{Projection, QuantLinear, to_host};
 
 use super::{Error, Result};
@@ -32,33 +25,7 @@ impl Fisher {
     /// # Errors
     /// [`Error::is_argument`] for windows that don't fit the model.
     pub fn measure(original: &Decoder<QuantLinear>, windows: &Windows) -> Result<Self> {
-        windows.check(original)?;
-        let trained = original.clone().try_map(|_, slot| {
-            let bias = slot.bias_parameter().cloned();
-            Ok::<_, Error>(Linear { weight: Param::from_tensor(slot.weight()), bias })
-        })?;
-        let trained = trained.train();
-        let options = DriverOptions { recompute: Recompute::Block, ..DriverOptions::default() };
-        let mut squares: HashMap<String, Tensor<2>> = HashMap::new();
-        for window in windows.as_slice() {
-            let mut gradients = GradientsAccumulator::new();
-            let ids: Vec<u32> = window[1..].iter().copied().chain([0]).collect();
-            let scored: Vec<bool> = (0..ids.len()).map(|place| place + 1 < ids.len()).collect();
-            let tokens = TokenBatch::new(std::slice::from_ref(window))?;
-            let targets = Targets { ids: &ids, scored: &scored };
-            loss_and_gradients(&trained, &tokens, targets, &options, &mut gradients)?;
-            let gradients: GradientsParams = gradients.grads();
-            for (path, linear) in trained.slots() {
-                if let Some(gradient) = gradients.get::<2>(linear.weight.id) {
-                    let square = gradient.powi_scalar(2) / windows.count() as f64;
-                    let sum = match squares.remove(&path) {
-                        Some(sum) => sum + square,
-                        None => square,
-                    };
-                    squares.insert(path, sum);
-                }
-            }
-        }
+        let squares = squared_gradients(original, windows)?;
         Ok(Self { squares, tokens: windows.length() - 1 })
     }
 

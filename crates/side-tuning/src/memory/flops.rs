@@ -37,7 +37,8 @@ pub fn step_macs(model: &ModelConfig, method: &Method, recompute: Recompute, seq
             let side = BlockSizes::of(&config.side_model(model)?);
             let counts = config.parameter_counts(model)?;
             let added = (counts.blocks + counts.downsample + counts.upsample) as f64;
-            let attention = attention(&side);
+            let kept = config.kept(model.num_hidden_layers)?.len() as f64;
+            let attention = kept * side.query * length;
             let side = (3.0 + again) * added + (1.0 + ATTENTION_BACKWARD + again) * attention;
             forward + 2.0 * head + side
         }

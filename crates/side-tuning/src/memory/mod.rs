@@ -50,13 +50,15 @@ pub fn estimate(
         Method::Lora { rank } => Work::lora(model, *rank, step),
         Method::Side(config) => {
             let (block, side) = (BlockSizes::of(model), BlockSizes::of(&config.side_model(model)?));
+            let share = config.kept(model.num_hidden_layers)?.len() as f64 / model.num_hidden_layers as f64;
             let input = block.input() + side.width;
             Work {
                 added: config.parameter_counts(model)?.total() as f64,
                 trained_weights: 0.0,
                 largest: 0.0,
-                kept: side.kept(true, step.halves.min(Halves::Attention))
-                    + downsampling(config, &block, &side),
+                kept: share
+                    * (side.kept(true, step.halves.min(Halves::Attention))
+                        + downsampling(config, &block, &side)),
                 input,
                 forward: block.passing(),
                 backward: side.passing() + 2.0 * input,
