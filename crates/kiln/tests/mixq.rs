@@ -1,6 +1,9 @@
 //! Searches over real models: bytes, scores, resuming, memory.
 
-use std::{collections::BTreeSet, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use burn::{
     module::Param,
@@ -9,11 +12,11 @@ use burn::{
 use kiln::{
     Tuned,
     adapters::{AdapterConfig, LoraAttacher},
-    calibration::{CalibrationConfig, Calibrator, GptqConfig, LoftqConfig, Method},
+    calibration::{CalibrationConfig, Calibrator, GptqConfig, LoftqConfig, Method, Rounding},
     eval::{DataFolder, ModelScorer, Task},
     mixq::{
-        Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, TaskScore, TrainingShape,
-        Variants, adapters, attach, load_options, schemes, space_of,
+        Choices, FineTune, Fisher, KlOptions, LogitKl, ModelObjective, Moments, Prunings, TaskScore,
+        TrainingShape, Variants, adapters, attach, load_options, schemes, space_of,
     },
     mixq_search::{
         Config, Divergence, Evaluation, Fidelity, Finalists, Granularity, KeepGoing, KlMix, Measure,
@@ -25,7 +28,9 @@ use kiln::{
         memory::{Halves, ProcessConstants, Step},
         token_nll,
     },
-    pruning::{BlockPruning, Criterion, CutOptions, PruningRecord, SaveFormat, load_pruned, save_pruned},
+    pruning::{
+        BlockPruning, Criterion, CutOptions, LayerRange, PruningRecord, SaveFormat, load_pruned, save_pruned,
+    },
     quant::{Projection, QuantLinear, Scheme},
     training::{BatchOptions, DataOptions, Dataset, Trainer, TrainerConfig},
 };
@@ -649,4 +654,173 @@ fn the_predicted_training_peak_is_measured() {
         println!("{task}: measured {:.1} MB, predicted {:.1} MB", figures[0] / 1e6, figures[1] / 1e6);
         assert!((figures[1] / figures[0] - 1.0).abs() < 0.15, "{task}: {figures:?}");
     }
+}
+
+fn half_of_the_heads() -> BlockPruning {
+    let mut pruning = BlockPruning::new(Criterion::L2, 0.0);
+    pruning.round_to = 64;
+    pruning
+}
+
+/// Plans over everything that a space with ratios may choose, and the model that each stands for, by other ways.
+#[test]
+fn pruning_ratios_are_searched_beside_formats() {
+    let (_, model) = load(EMBEDDED);
+    let windows = windows(2, 48);
+    let ratios = [0.5, 0.25];
+    let prunings = || Prunings::new(&model, &half_of_the_heads(), ratios, None).unwrap();
+    assert_eq!(prunings().ratios().collect::<Vec<_>>(), [0.0, 0.25, 0.5]);
+    let choices =
+        choices(&["affine2:64", "affine4:64"]).with_granularity(Granularity::Block).with_prunings(prunings());
+    let space = space_of(&model, &choices).unwrap();
+    // A fourth of two key heads is none, which is no choice of its own; outer blocks lose nothing.
+    let counts: Vec<usize> = (0..space.units().len()).map(|unit| space.choices(unit)).collect();
+    assert_eq!(counts, [2, 2, 4, 6, 4, 6, 2, 2]);
+
+    let original = model.clone();
+    let mut variants = Variants::new(model.clone()).with_prunings(prunings()).unwrap();
+    let objective = || {
+        let variants = Variants::new(model.clone()).with_prunings(prunings()).unwrap();
+        ModelObjective::new(variants, &windows, &KlOptions::default()).unwrap()
+    };
+    let (loftq, lora) = (Method::Loftq(LoftqConfig::default()), AdapterConfig::lora(8, 8.0));
+    let mut measured = objective();
+    let mut started = objective().with_start(loftq.clone(), lora.clone()).unwrap();
+    let tokens = measured.tokens();
+    for config in some_configs(&space, 5) {
+        let plan = space.plan(&config);
+        let text: BTreeMap<&str, String> =
+            plan.iter().map(|(path, setting)| (path, setting.to_string())).collect();
+        // Pruned group by group, then quantized linear by linear.
+        let mut pruning = half_of_the_heads();
+        let mut schemes = kiln::quant::Plan::uniform(Scheme::Dense);
+        for (path, setting) in plan.iter() {
+            let group = Granularity::Block.unit(path);
+            pruning.ratio = pruning.ratio.with_path(group, setting.prune.unwrap_or(0.0));
+            schemes = schemes.with_path(path, scheme(&setting.scheme));
+        }
+        let cut = pruning.prune(model.clone(), None, &CutOptions::default()).unwrap().model;
+        let calibrated = |method: Method| {
+            let mut config = CalibrationConfig::new(method, schemes.clone());
+            config.measured_windows = 0;
+            let attacher = LoraAttacher::new(&lora, &cut.slot_shapes()).unwrap();
+            Calibrator::new(&config, &windows).with_adapters(&attacher).run(cut.clone()).unwrap().0
+        };
+        let quantized = variants.model(&plan).unwrap();
+        let expected = calibrated(Method::Rtn(Rounding::MinMax));
+        let ids = TokenBatch::new(&[text_of(&windows)]).unwrap();
+        let logits = |model: &dyn Fn() -> Tensor<3>| read(model());
+        assert_eq!(
+            logits(&|| quantized.forward(&quantized.context(&ids, None).unwrap())),
+            logits(&|| expected.forward(&expected.context(&ids, None).unwrap())),
+            "{text:?}"
+        );
+        assert_eq!(quantized.stored_bytes() as u64, space.bytes(&config), "{text:?}");
+        for (objective, model) in
+            [(&mut measured, expected), (&mut started, calibrated(Method::Loftq(LoftqConfig::default())))]
+        {
+            let found = objective.kl(&plan, tokens, &mut |_, _| true).unwrap().score;
+            let expected = direct_kl(&original, &model, &windows);
+            assert!((found - expected).abs() <= 1e-4 * expected + 1e-7, "{found}, directly {expected}");
+        }
+        let (again, plain) = prunings().apply(&plan).unwrap();
+        assert_eq!(again.config(), cut.config());
+        assert!(load_options(&plain).is_ok() && load_options(&plan).is_err());
+    }
+    assert_ne!(measured.fingerprint(), started.fingerprint());
+    let without = ModelObjective::new(Variants::new(model.clone()), &windows, &KlOptions::default()).unwrap();
+    assert_ne!(measured.fingerprint(), without.fingerprint());
+
+    // A search over all of it finds plans that a search for bits alone can't.
+    let mut log = TrialLog::in_memory(&space);
+    let settings = SearchSettings::new(60, Fidelity::kl(tokens));
+    let found = search(&space, &mut measured, &mut log, &KlMix::default(), &settings).unwrap();
+    let pruned = |plan: &Plan| plan.iter().any(|(_, setting)| setting.prune.is_some_and(|ratio| ratio > 0.0));
+    assert!(found.front.points.iter().any(|point| pruned(&point.plan)), "{:?}", found.front);
+}
+
+fn text_of(windows: &Windows) -> Vec<u32> {
+    windows.as_slice()[0].clone()
+}
+
+fn everywhere() -> BlockPruning {
+    BlockPruning { round_to: 1, layers: LayerRange::All, ..half_of_the_heads() }
+}
+
+#[test]
+fn biases_and_experts_are_counted_as_they_are_cut() {
+    for folder in ["tiny/qwen2-tied-f32", "arch/mixtral"] {
+        let (_, model) = load(folder);
+        let prunings = Prunings::new(&model, &everywhere(), [0.25, 0.5], None).unwrap();
+        let choices = choices(&["affine2:8", "affine4:8"]).with_prunings(prunings.clone());
+        let space = space_of(&model, &choices).unwrap();
+        let mut variants = Variants::new(model).with_prunings(prunings).unwrap();
+        let mut pruned = 0;
+        for config in some_configs(&space, 8) {
+            let plan = space.plan(&config);
+            let found = variants.model(&plan).unwrap();
+            assert_eq!(found.stored_bytes() as u64, space.bytes(&config), "{folder}: {plan:?}");
+            pruned += usize::from(found.config().parameters() < variants.original().config().parameters());
+        }
+        assert!(pruned > 3, "{folder}: {pruned}");
+    }
+}
+
+#[test]
+fn ratios_that_cannot_be_searched_say_why() {
+    let (_, model) = load(EMBEDDED);
+    let refused = |pruning: &BlockPruning, ratios: &[f64]| {
+        Prunings::new(&model, pruning, ratios.iter().copied(), None).unwrap_err().to_string()
+    };
+    assert!(refused(&half_of_the_heads(), &[1.0]).contains("not, 1"));
+    assert!(refused(&half_of_the_heads(), &[f64::NAN]).contains("not, 1"));
+    for change in [
+        (|pruning: &mut BlockPruning| pruning.steps = 2) as fn(&mut BlockPruning),
+        |pruning| pruning.bias_compensation = true,
+        |pruning| pruning.rerun = true,
+    ] {
+        let mut pruning = half_of_the_heads();
+        change(&mut pruning);
+        assert!(refused(&pruning, &[0.5]).contains("one step"), "{pruning:?}");
+    }
+    // Sinks go with heads.
+    let sinks = load("arch/gpt_oss").1;
+    let error = Prunings::new(&sinks, &everywhere(), [0.5], None).unwrap_err().to_string();
+    assert!(error.contains("linears alone"), "{error}");
+    let prunings = Prunings::new(&model, &half_of_the_heads(), [0.5], None).unwrap();
+    let space = |choices: Choices| space_of(&model, &choices.with_prunings(prunings.clone()));
+    let four = || choices(&["affine4:64"]);
+    for granularity in [Granularity::Projection, Granularity::Kind] {
+        let error = space(four().with_granularity(granularity)).unwrap_err().to_string();
+        assert!(error.contains("granularity"), "{error}");
+    }
+    let mut frozen = four();
+    frozen.frozen = vec![(r".*\.v_proj".parse().unwrap(), scheme("affine8:64"))];
+    assert!(space(frozen).unwrap_err().to_string().contains("frozen"));
+    let layers = space(four()).unwrap();
+    let plan = layers.plan(&layers.lowest());
+    let path = model.slots()[7].0.clone();
+    let with = |ratio: f64, changes: &dyn Fn(&str) -> bool| {
+        let plan =
+            plan.map(|path, old| if changes(path) { old.clone().with_prune(ratio) } else { old.clone() });
+        prunings.apply(&plan).unwrap_err().to_string()
+    };
+    assert!(with(0.3, &|_| true).contains("0, 0.5"), "{}", with(0.3, &|_| true));
+    let one = with(0.0, &|at| at == path);
+    assert!(one.contains("the pruning ratio of"), "{one}");
+    let other = load("tiny/qwen2-tied-f32").1;
+    let error = Variants::new(other).with_prunings(prunings.clone()).unwrap_err().to_string();
+    assert!(error.contains("prunings"), "{error}");
+    // Errors of activations and of squared gradients compare weights of one shape.
+    let mut objective = ModelObjective::new(
+        Variants::new(model.clone()).with_prunings(prunings.clone()).unwrap(),
+        &windows(1, 16),
+        &KlOptions::default(),
+    )
+    .unwrap();
+    let fidelity = Fidelity { measure: Measure::Fisher, amount: 16 };
+    let config = layers.lowest();
+    let request = Request::new(&config, &plan, fidelity, 0);
+    let error = objective.evaluate(&request, &mut |_, _| true).unwrap_err().to_string();
+    assert!(error.contains("pruning ratio"), "{error}");
 }

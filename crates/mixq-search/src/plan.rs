@@ -40,6 +40,12 @@ impl Plan {
         self.settings.iter().map(|(path, setting)| (path.as_str(), setting))
     }
 
+    /// The same paths with other settings.
+    #[must_use]
+    pub fn map(&self, mut setting: impl FnMut(&str, &Setting) -> Setting) -> Self {
+        Self { settings: self.iter().map(|(path, old)| (path.to_owned(), setting(path, old))).collect() }
+    }
+
     /// Number of paths.
     pub fn len(&self) -> usize {
         self.settings.len()

@@ -15,7 +15,7 @@ use kiln_models::{
 /// | channels | gate and up, or the matrix of both (`fc1`) | down (`fc2`) |
 /// | channels of experts | gate and up of every expert | down of every expert |
 /// | channels of the shared expert | its gate and up | its down |
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Units {
     /// A key-value head with its query heads (without grouped queries: one head).
     Heads,

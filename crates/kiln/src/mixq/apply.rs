@@ -7,10 +7,14 @@ use kiln_quant_core::{PathPattern, Plan as Schemes, QuantLinear, Scheme};
 
 use crate::{AdaptedModel, Error, Result};
 
-/// The weight format of a setting. A pruning ratio is not for this model to follow: it was built with its shapes.
+/// The weight format of a setting. A pruning ratio is [`Prunings`](super::Prunings)' to follow: a model has its shapes.
 pub(super) fn scheme_of(path: &str, setting: &Setting) -> Result<Scheme> {
     match setting.prune {
-        Some(ratio) => Err(Error::argument(path, "no pruning ratio: prune first", format!("prune={ratio}"))),
+        Some(ratio) => Err(Error::argument(
+            path,
+            "no pruning ratio, which Prunings::apply follows",
+            format!("prune={ratio}"),
+        )),
         None => Ok(setting.scheme.parse()?),
     }
 }

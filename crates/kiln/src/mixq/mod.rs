@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`space_of`], [`Choices`], [`TrainingShape`] | a model's search space, with the bytes that loading it takes |
 //! | [`ModelObjective`] | KL, activation error, Fisher, short fine-tunes and tasks as one objective |
+//! | [`Prunings`] | a model cut by several ratios, from which plans choose one for each block's heads and channels |
 //! | [`Variants`] | a model's quantized projections, each made once; a plan's model in no time |
 //! | [`LogitKl`], [`Moments`], [`Fisher`], [`FineTune`], [`TaskScore`] | the single measures |
 //! | [`load_options`], [`schemes`], [`adapters`], [`attach`] | a plan for loading, calibration and training |
@@ -47,6 +48,7 @@ mod fisher;
 mod kl;
 mod moments;
 mod objective;
+mod prunings;
 mod space;
 mod starts;
 mod task_score;
@@ -59,6 +61,7 @@ pub use fisher::Fisher;
 pub use kl::{KlOptions, LogitKl};
 pub use moments::Moments;
 pub use objective::ModelObjective;
+pub use prunings::Prunings;
 pub use space::{Choices, TrainingShape, space_of};
 pub use task_score::TaskScore;
 pub use variants::Variants;

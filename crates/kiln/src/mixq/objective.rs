@@ -136,6 +136,9 @@ impl ModelObjective {
         let mut hash = Sha256::new();
         hash.update(&self.model_hash);
         hash.update(format!("{:?} {} {:?}", self.variants.rounding(), self.batch_tokens, self.windows));
+        if let Some(prunings) = self.variants.prunings() {
+            hash.update(prunings.describe());
+        }
         if let Some(fine_tune) = &self.fine_tune {
             hash.update(fine_tune.describe());
         }
@@ -156,12 +159,12 @@ impl ModelObjective {
         let mut keys = vec![String::new(); self.variants.original().num_blocks()];
         for (path, block) in &self.blocks {
             if let Some(setting) = plan.get(path) {
-                keys[*block] += &format!("{} {:?} ", setting.scheme, setting.rank);
+                keys[*block] += &format!("{} {:?} {:?} ", setting.scheme, setting.rank, setting.prune);
             }
         }
         let (score, seen) = match &mut self.starts {
             Some(starts) => {
-                let model = starts.model(self.variants.original(), plan)?;
+                let model = starts.model(&self.variants, plan)?;
                 self.kl.measure(&model, &keys, tokens, keep_going)?
             }
             None => self.kl.measure(&self.variants.model(plan)?, &keys, tokens, keep_going)?,
@@ -206,9 +209,8 @@ impl ModelObjective {
     fn tuned(&mut self, request: &Request<'_>, keep_going: &mut KeepGoing<'_>) -> Result<Measurement> {
         let Some(fine_tune) = &self.fine_tune else { return Err(unmeasurable(Measure::Finetune)) };
         let quantized = self.variants.model(request.plan)?;
-        let (plan, steps) = (request.plan, request.fidelity.amount);
-        let tuned =
-            fine_tune.run(self.variants.original(), quantized, plan, steps, request.seed, keep_going)?;
+        let ((original, plan), steps) = (self.variants.cut(request.plan)?, request.fidelity.amount);
+        let tuned = fine_tune.run(&original, quantized, &plan, steps, request.seed, keep_going)?;
         let mut measured = Measurement::new(tuned.loss);
         measured.figures.insert("perplexity".into(), tuned.loss.exp());
         measured.figures.insert("train_loss".into(), tuned.train_loss);
@@ -222,12 +224,12 @@ impl ModelObjective {
         let Some(task) = &self.task else { return Err(unmeasurable(Measure::Task)) };
         let (plan, documents) = (request.plan, request.fidelity.amount);
         let value = match (task.steps(), &self.fine_tune, &mut self.starts) {
-            (0, _, Some(starts)) => task.of(&starts.model(self.variants.original(), plan)?, documents)?,
+            (0, _, Some(starts)) => task.of(&starts.model(&self.variants, plan)?, documents)?,
             (0, _, None) | (_, None, _) => task.of(&self.variants.model(plan)?, documents)?,
             (steps, Some(fine_tune), _) => {
                 let quantized = self.variants.model(plan)?;
-                let original = self.variants.original();
-                match fine_tune.tuned(original, quantized, plan, steps, request.seed, keep_going)?.0 {
+                let (original, plan) = self.variants.cut(plan)?;
+                match fine_tune.tuned(&original, quantized, &plan, steps, request.seed, keep_going)?.0 {
                     Some(trainer) => task.of(&trainer.model().valid(), documents)?,
                     None => f64::NAN,
                 }

@@ -10,7 +10,7 @@ use kiln_models::{
 };
 use kiln_quant_core::{PathPattern, Projection, QuantLinear, Scheme};
 
-use super::{Error, Result};
+use super::{Error, Prunings, Result, prunings::ratio_of};
 
 /// Bytes of an adapter's value at rest in training: itself and AdamW's two averages. Its gradient exists for a part of
 /// the step only and is in the estimate of what moves.
@@ -24,10 +24,11 @@ const TRAINED_BYTES: u64 = 12;
 /// | `granularity` | layer | projections that decide together |
 /// | `ranks` | not searched | ranks of the adapters |
 /// | `adapters` | not searched | `lora`, `dora` |
+/// | `prunings` | not searched | the model cut by several ratios, of which each block's heads and channels choose one; storage only |
 /// | `frozen` | none | projections with a fixed scheme: of several patterns that match the first counts |
 /// | `training` | none | the training step whose memory counts on the axes but storage |
 /// | `axis` | storage | which memory is traded against quality |
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 #[non_exhaustive]
 pub struct Choices {
     /// Weight formats.
@@ -38,6 +39,8 @@ pub struct Choices {
     pub ranks: Vec<u32>,
     /// Kinds of adapters; empty leaves them to the training.
     pub adapters: Vec<String>,
+    /// The model cut by several ratios.
+    pub prunings: Option<Prunings>,
     /// Projections with a fixed scheme.
     pub frozen: Vec<(PathPattern, Scheme)>,
     /// The training step.
@@ -66,6 +69,7 @@ impl Choices {
             granularity: Granularity::default(),
             ranks: Vec::new(),
             adapters: Vec::new(),
+            prunings: None,
             frozen: Vec::new(),
             training: None,
             axis: MemoryAxis::Storage,
@@ -86,7 +90,18 @@ impl Choices {
         self
     }
 
+    /// The same with a pruning ratio for each block's heads and channels, of those that `prunings` were made with.
+    #[must_use]
+    pub fn with_prunings(mut self, prunings: Prunings) -> Self {
+        self.prunings = Some(prunings);
+        self
+    }
+
     fn check(&self) -> Result<()> {
+        if self.prunings.is_some() && self.axis != MemoryAxis::Storage {
+            let found = format!("{:?}", self.axis);
+            return Err(Error::argument("Choices.axis", "storage, where pruning ratios are searched", found));
+        }
         if self.axis != MemoryAxis::Storage && self.training.is_none() {
             let found = format!("none for the axis {:?}", self.axis);
             return Err(Error::argument("Choices.training", "a training step", found));
@@ -112,11 +127,23 @@ impl Choices {
     fn cost(&self, slot: &Slot, setting: &Setting) -> Result<Cost> {
         let rank = setting.rank.or(self.training.map(|training| training.rank)).unwrap_or(0) as u64;
         let magnitudes = if setting.adapter.as_deref() == Some("dora") { slot.d_output as u64 } else { 0 };
+        let ([d_input, d_output], bias) = match &self.prunings {
+            Some(prunings) => {
+                let linear = prunings.linear(&slot.path, setting)?;
+                (linear.shape(), bias_bytes(linear))
+            }
+            None => ([slot.d_input, slot.d_output], 0),
+        };
         Ok(Cost {
-            storage: weight_bytes(setting.scheme.parse()?, slot.d_input, slot.d_output) as u64,
+            storage: (weight_bytes(setting.scheme.parse()?, d_input, d_output) + bias) as u64,
             trained: rank * (slot.d_input + slot.d_output) as u64 + magnitudes,
         })
     }
+}
+
+/// Bytes of a bias, which narrows with the outputs.
+fn bias_bytes(linear: &QuantLinear) -> usize {
+    linear.bias().map_or(0, |bias| 4 * bias.dims()[0])
 }
 
 fn weight_bytes(scheme: Scheme, d_input: usize, d_output: usize) -> usize {
@@ -142,6 +169,9 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
         let path = path.as_str();
         let [d_input, d_output] = linear.shape();
         weights += linear.storage_bytes();
+        if choices.prunings.is_some() {
+            weights += bias_bytes(linear);
+        }
         let slot = Slot::new(path, d_input, d_output);
         let frozen = if model.stays_dense(path) { Some(Scheme::Dense) } else { choices.frozen(path) };
         match frozen {
@@ -168,7 +198,30 @@ pub fn space_of(model: &Decoder<QuantLinear>, choices: &Choices) -> Result<Searc
         let (name, paths) = (slot.path.clone(), vec![slot.path]);
         units.push(Unit { name, paths, choices: vec![Choice { setting, cost }] });
     }
+    if let Some(prunings) = &choices.prunings {
+        decide_together(prunings, &units)?;
+        for unit in &mut units {
+            let Unit { paths, choices, .. } = unit;
+            choices.retain(|choice| prunings.tells_apart(paths, ratio_of(&choice.setting)));
+        }
+    }
     Ok(SearchSpace::new(units, memory)?)
+}
+
+/// Fails where linears that lose heads or channels together could be told to lose different ones.
+fn decide_together(prunings: &Prunings, units: &[Unit]) -> Result<()> {
+    for paths in prunings.groups().into_values() {
+        let holds = |unit: &&Unit| unit.paths.iter().any(|path| path == paths[0]);
+        let unit = units.iter().find(holds);
+        if let Some(other) =
+            paths.iter().find(|path| !unit.is_some_and(|unit| unit.paths.iter().any(|known| known == *path)))
+        {
+            let expected =
+                format!("a granularity, and nothing frozen, with which {} decides for it", paths[0]);
+            return Err(Error::argument(*other, expected, "a unit of its own"));
+        }
+    }
+    Ok(())
 }
 
 fn open_units(slots: Vec<Slot>, memory: &MemoryModel, choices: &Choices) -> Result<Vec<Unit>> {
@@ -181,6 +234,10 @@ fn open_units(slots: Vec<Slot>, memory: &MemoryModel, choices: &Choices) -> Resu
         builder
     } else {
         builder.adapters(choices.adapters.iter().cloned())
+    };
+    let builder = match &choices.prunings {
+        Some(prunings) => builder.prune_ratios(prunings.ratios()),
+        None => builder,
     };
     let space = builder.build(*memory, |slot, setting| {
         choices.cost(slot, setting).map_err(|error| kiln_mixq_search::Error::Setting {

@@ -9,8 +9,9 @@ use kiln_models::{Decoder, Slots, Windows};
 use kiln_quant_core::{Plan as Schemes, QuantLinear, Scheme};
 
 use super::{
-    Error, Result,
+    Error, Result, Variants,
     apply::{alpha_of, check_kinds, kind_of, scheme_of},
+    prunings::ratio_of,
 };
 use crate::{AdaptedLinear, AdaptedModel, stages::calibrated};
 
@@ -20,9 +21,11 @@ pub(super) struct Starts {
     method: Method,
     adapters: AdapterConfig,
     windows: Windows,
-    /// By scheme and by the plan's rank, where it has one.
-    made: HashMap<(Scheme, Option<u32>), HashMap<String, AdaptedLinear>>,
+    made: HashMap<Key, HashMap<String, AdaptedLinear>>,
 }
+
+/// A scheme, the plan's rank, where it has one, and the bits of a pruning ratio.
+type Key = (Scheme, Option<u32>, u64);
 
 impl Starts {
     /// # Errors
@@ -46,17 +49,18 @@ impl Starts {
         format!("{:?} {:?}", self.method, self.adapters)
     }
 
-    /// `original` quantized by a plan, with the factors that make up for it.
-    pub(super) fn model(&mut self, original: &Decoder<QuantLinear>, plan: &Plan) -> Result<AdaptedModel> {
+    /// The original cut and quantized by a plan, with the factors that make up for the latter.
+    pub(super) fn model(&mut self, variants: &Variants, plan: &Plan) -> Result<AdaptedModel> {
         check_kinds(plan, &self.adapters)?;
+        let (model, plain) = variants.cut(plan)?;
         let mut settings = HashMap::new();
-        for (path, setting) in plan.iter() {
-            let key = (scheme_of(path, setting)?, setting.rank);
-            self.make(original, key)?;
+        for ((path, plain), (_, setting)) in plain.iter().zip(plan.iter()) {
+            let key = (scheme_of(path, plain)?, setting.rank, ratio_of(setting).to_bits());
+            self.make(variants.model_of(path, setting)?, key)?;
             settings.insert(path, key);
         }
         let mut known = 0;
-        let model = original.clone().try_map(|path, _| {
+        let model = model.try_map(|path, _| {
             known += 1;
             let made = settings.get(path).and_then(|key| self.made.get(key)?.get(path));
             made.cloned().ok_or_else(|| Error::argument(path, "a setting", "none"))
@@ -67,11 +71,11 @@ impl Starts {
         }
     }
 
-    fn make(&mut self, original: &Decoder<QuantLinear>, key: (Scheme, Option<u32>)) -> Result<()> {
+    fn make(&mut self, original: &Decoder<QuantLinear>, key: Key) -> Result<()> {
         if self.made.contains_key(&key) {
             return Ok(());
         }
-        let (scheme, rank) = key;
+        let (scheme, rank, _) = key;
         let mut adapters = self.adapters.clone();
         if let Some(rank) = rank {
             (adapters.rank, adapters.alpha) = (rank as usize, alpha_of(&self.adapters, rank));
