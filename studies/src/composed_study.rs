@@ -9,7 +9,7 @@ use kiln::{
     adapters::{AdapterConfig, Method as AdapterMethod, QaHira},
     calibration::{ApiqConfig, GptqConfig, Method as Calibration},
     eval::disk_bytes,
-    mixq::schemes,
+    mixq::{Prunings, schemes},
     mixq_search::Plan,
     models::Windows,
     quant::{Plan as Schemes, Scheme, trained_values},
@@ -21,11 +21,13 @@ use serde_json::json;
 
 use crate::{
     bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, line_of},
-    compress::{bytes_of, loftq, lora, pruned, rounding, searched, space_by_block, started_by},
+    compress::{bytes_of, loftq, lora, pruned, prunings, rounding, searched, space_by_block, started_by},
     log::{Line, Log},
 };
 
 const RATIO: f64 = 0.2;
+/// Ratios of which a search chooses one for each block's heads and channels.
+const RATIOS: [f64; 2] = [0.25, 0.5];
 const GROUP: usize = 64;
 const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
 /// Scales and offsets in f32, which take what is merged.
@@ -41,6 +43,8 @@ enum Method {
     Qlora,
     Everything,
     Unpruned,
+    /// With the ratio of each block's heads and channels searched beside its bits.
+    Ratios,
     Unsearched,
     FromLoftq,
     FromRounding,
@@ -49,11 +53,12 @@ enum Method {
 }
 
 impl Method {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Dense,
         Self::Qlora,
         Self::Everything,
         Self::Unpruned,
+        Self::Ratios,
         Self::Unsearched,
         Self::FromLoftq,
         Self::FromRounding,
@@ -67,6 +72,7 @@ impl Method {
             Self::Qlora => "QLoRA (`nf4:64:double`)",
             Self::Everything => "pruned, searched, ApiQ, LoRA",
             Self::Unpruned => "not pruned",
+            Self::Ratios => "ratios searched too",
             Self::Unsearched => "3 bits throughout",
             Self::FromLoftq => "LoftQ for ApiQ",
             Self::FromRounding => "rounding for ApiQ",
@@ -76,7 +82,7 @@ impl Method {
     }
 
     fn is_pruned(self) -> bool {
-        !matches!(self, Self::Dense | Self::Qlora | Self::Unpruned)
+        !matches!(self, Self::Dense | Self::Qlora | Self::Unpruned | Self::Ratios)
     }
 
     fn adapters(self, seed: u64) -> AdapterConfig {
@@ -133,11 +139,32 @@ impl<'a> Bench<'a> {
         if let Some((_, _, plan)) = self.plans.iter().find(of) {
             return Ok(plan.clone());
         }
-        let base = self.base(method);
-        let space = space_by_block(base, formats)?;
-        let plan = searched(base, &space, &self.windows, self.budget.evaluations, self.limit)?;
+        let plan = self.search(self.base(method), formats, None)?;
         self.plans.push((method.is_pruned(), formats, plan.clone()));
         Ok(plan)
+    }
+
+    fn search(&self, base: &Base, formats: &[&str], prunings: Option<&Prunings>) -> Result<Plan> {
+        let space = space_by_block(base, formats, prunings)?;
+        searched(base, &space, &self.windows, self.budget.evaluations, self.limit, prunings)
+    }
+
+    /// The model before quantization, and its formats.
+    fn compressed(&mut self, method: Method) -> Result<(Base, Schemes<Scheme>)> {
+        let formats = match method {
+            Method::Dense => Schemes::uniform(Scheme::Dense),
+            Method::Qlora => Schemes::uniform("nf4:64:double".parse()?),
+            Method::Unsearched => Schemes::uniform(WITHIN.parse()?),
+            Method::Ratios => {
+                let prunings = prunings(&self.dense, &RATIOS, &self.windows)?;
+                let (model, plan) =
+                    prunings.apply(&self.search(&self.dense, &SCHEMES, Some(&prunings))?)?;
+                return Ok((self.dense.with_model(model), schemes(&plan)?));
+            }
+            _ => schemes(&self.plan(method)?)?,
+        };
+        let base = self.base(method);
+        Ok((base.with_model(base.model().clone()), formats))
     }
 
     /// The compressed model with adapters as they start.
@@ -147,22 +174,17 @@ impl<'a> Bench<'a> {
         {
             return Ok(start.clone());
         }
-        let plan = match method {
-            Method::Dense => Schemes::uniform(Scheme::Dense),
-            Method::Qlora => Schemes::uniform("nf4:64:double".parse()?),
-            Method::Unsearched => Schemes::uniform(WITHIN.parse()?),
-            _ => schemes(&self.plan(method)?)?,
-        };
+        let (base, plan) = self.compressed(method)?;
         let by = match method {
             Method::Dense | Method::Qlora | Method::FromRounding => rounding(),
             Method::FromLoftq => loftq(),
             Method::Merged | Method::Side => Calibration::Gptq(GptqConfig::default()),
             // One set of values for all widths: those of the limit's.
-            Method::Everything | Method::Unpruned | Method::Unsearched => {
+            Method::Everything | Method::Unpruned | Method::Ratios | Method::Unsearched => {
                 Calibration::ApiqBlock(ApiqConfig::for_budget(3, self.budget.windows, self.budget.epochs))
             }
         };
-        let start = started_by(self.base(method), plan, by, method.adapters(seed), &self.windows)?;
+        let start = started_by(&base, plan, by, method.adapters(seed), &self.windows)?;
         let start = Rc::new(start);
         self.start = Some((method, seed, start.clone()));
         Ok(start)

@@ -4,7 +4,7 @@ use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
     calibration::{CalibrationConfig, LoftqConfig, Method, Rounding},
-    mixq::{Choices, KlOptions, ModelObjective, Variants, space_of},
+    mixq::{Choices, KlOptions, ModelObjective, Prunings, Variants, space_of},
     mixq_search::{Fidelity, Granularity, KlMix, Plan, SearchSettings, SearchSpace, TrialLog, search},
     models::Windows,
     pruning::{BlockPruning, Criterion, HeadRounding},
@@ -23,17 +23,36 @@ pub(crate) fn loftq() -> Method {
     Method::Loftq(LoftqConfig::default())
 }
 
-/// The model without `ratio` of the heads and channels of its inner blocks, by first-order Taylor scores.
-pub(crate) fn pruned(base: &Base, ratio: f64, windows: &Windows) -> Result<Base> {
+/// First-order Taylor scores, inner blocks, widths in multiples of 64.
+fn pruning(ratio: f64) -> BlockPruning {
     let mut pruning = BlockPruning::new(Criterion::TaylorFirst, ratio);
     (pruning.round_to, pruning.head_rounding) = (64, HeadRounding::Nearest);
-    Ok(base.prune(&pruning, Some(windows))?.0)
+    pruning
 }
 
-/// One of `schemes` for each block's attention and MLP.
-pub(crate) fn space_by_block(base: &Base, schemes: &[&str]) -> Result<SearchSpace> {
+/// The model without `ratio` of the heads and channels of its inner blocks.
+pub(crate) fn pruned(base: &Base, ratio: f64, windows: &Windows) -> Result<Base> {
+    Ok(base.prune(&pruning(ratio), Some(windows))?.0)
+}
+
+/// The model without each of these shares.
+pub(crate) fn prunings(base: &Base, ratios: &[f64], windows: &Windows) -> Result<Prunings> {
+    Ok(Prunings::new(base.model(), &pruning(0.0), ratios.iter().copied(), Some(windows))?)
+}
+
+/// One of `schemes` for each block's attention and MLP, and one of `prunings`, if there are any.
+pub(crate) fn space_by_block(
+    base: &Base,
+    schemes: &[&str],
+    prunings: Option<&Prunings>,
+) -> Result<SearchSpace> {
     let schemes: std::result::Result<Vec<Scheme>, _> = schemes.iter().map(|text| text.parse()).collect();
-    Ok(space_of(base.model(), &Choices::new(schemes?).with_granularity(Granularity::Block))?)
+    let choices = Choices::new(schemes?).with_granularity(Granularity::Block);
+    let choices = match prunings {
+        Some(prunings) => choices.with_prunings(prunings.clone()),
+        None => choices,
+    };
+    Ok(space_of(base.model(), &choices)?)
 }
 
 /// Bytes of the model with every linear in `scheme`.
@@ -48,8 +67,13 @@ pub(crate) fn searched(
     windows: &Windows,
     evaluations: usize,
     limit: u64,
+    prunings: Option<&Prunings>,
 ) -> Result<Plan> {
     let variants = Variants::new(base.model().clone());
+    let variants = match prunings {
+        Some(prunings) => variants.with_prunings(prunings.clone())?,
+        None => variants,
+    };
     let mut objective =
         ModelObjective::new(variants, windows, &KlOptions::default())?.with_start(loftq(), lora(0))?;
     let settings = SearchSettings::new(evaluations, Fidelity::kl(objective.tokens()));

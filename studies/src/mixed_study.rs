@@ -86,7 +86,7 @@ fn random_plan(space: &SearchSpace, limit: u64, seed: u64) -> Result<Config> {
 fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
     let base = case.open(Scheme::Dense)?;
     let texts = Texts::of(&base, case)?;
-    let (space, limit) = (space_by_block(&base, &SCHEMES)?, bytes_of(&base, WITHIN)?);
+    let (space, limit) = (space_by_block(&base, &SCHEMES, None)?, bytes_of(&base, WITHIN)?);
     let windows = texts.windows(case.length, budget.windows, 0)?;
     let new = || ModelObjective::new(Variants::new(base.model().clone()), &windows, &KlOptions::default());
     let (mut rounded, mut started) = (new()?, new()?.with_start(loftq(), lora(0))?);
@@ -190,7 +190,8 @@ impl Pruned<'_> {
                 if let Some(plan) = self.searched.get() {
                     return Ok(Some(plan.clone()));
                 }
-                let best = searched(&self.base, &self.space, &self.windows, self.budget.evaluations, limit)?;
+                let best =
+                    searched(&self.base, &self.space, &self.windows, self.budget.evaluations, limit, None)?;
                 Some(self.searched.get_or_init(|| best).clone())
             }
         })
@@ -253,7 +254,7 @@ fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
             let windows = texts.windows(case.length, budget.windows, 0)?;
             let base = pruned(&base, ratio, &windows)?;
             let pruned = Pruned {
-                space: space_by_block(&base, &SCHEMES)?,
+                space: space_by_block(&base, &SCHEMES, None)?,
                 base,
                 windows,
                 budget,
