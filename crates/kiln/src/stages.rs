@@ -91,7 +91,10 @@ impl Base {
         evaluations: usize,
     ) -> Result<Outcome> {
         let space = crate::mixq::space_of(self.model(), choices)?;
-        let variants = crate::mixq::Variants::new(self.model().clone());
+        let mut variants = crate::mixq::Variants::new(self.model().clone());
+        if let Some(prunings) = &choices.prunings {
+            variants = variants.with_prunings(prunings.clone())?;
+        }
         let mut objective = crate::mixq::ModelObjective::new(variants, windows, &Default::default())?;
         let settings = SearchSettings::new(evaluations, Fidelity::kl(objective.tokens()));
         let mut log = TrialLog::in_memory(&space);
@@ -101,7 +104,7 @@ impl Base {
     /// The model quantized by a plan of a search.
     ///
     /// # Errors
-    /// A plan of another model.
+    /// A plan of another model, or one with pruning ratios, which [`Prunings::apply`](crate::mixq::Prunings::apply) follows.
     #[cfg(feature = "mixq-search")]
     pub fn with_plan(&self, plan: &Plan) -> Result<Self> {
         Ok(self.with_model(crate::mixq::Variants::new(self.model().clone()).model(plan)?))
