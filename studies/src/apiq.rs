@@ -23,8 +23,9 @@ use kiln::{
     training::{BatchOptions, Order, RunOptions, ScheduleKind, Trainer, TrainerConfig},
 };
 use kiln_examples::{ModelArgs, Result, open_data, perplexity, read_ids, testdata, write_json};
-use plotters::prelude::*;
 use serde::Serialize;
+
+use crate::plot::Plot;
 
 /// Windows on which errors are measured.
 const MEASURED: usize = 4;
@@ -313,28 +314,12 @@ impl Study<'_> {
 
 /// Errors by block, a line a method.
 fn plot(path: &Path, rows: &[Row]) -> Result<()> {
-    let largest = rows.iter().flat_map(|row| &row.activation_error).fold(0f64, |max, error| max.max(*error));
-    let blocks = rows.iter().map(|row| row.activation_error.len()).max().unwrap_or(0);
-    let area = SVGBackend::new(path, (800, 480)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let mut chart = ChartBuilder::on(&area)
-        .caption("Relative error of the residual stream", ("sans-serif", 18))
-        .margin(12)
-        .x_label_area_size(36)
-        .y_label_area_size(56)
-        .build_cartesian_2d(0f64..blocks.saturating_sub(1).max(1) as f64, 0f64..largest.max(1e-6) * 1.05)?;
-    chart.configure_mesh().x_desc("after block").y_desc("norm of error / norm").draw()?;
-    for (index, row) in rows.iter().enumerate() {
-        let color = Palette99::pick(index).to_rgba();
+    let series = rows.iter().map(|row| {
         let points = row.activation_error.iter().enumerate().map(|(block, error)| (block as f64, *error));
-        chart
-            .draw_series(LineSeries::new(points, color.stroke_width(2)))?
-            .label(row.method.as_str())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
-    }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
-    area.present()?;
-    Ok(())
+        (row.method.clone(), points.collect())
+    });
+    let caption = "Residual stream: norm of the error over norm";
+    Plot { caption, x: "after block", logarithmic: false }.draw(path, &series.collect::<Vec<_>>())
 }
 
 fn print(rows: &[Row]) {

@@ -4,13 +4,13 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use kiln_examples::{Result, testdata};
-use plotters::prelude::*;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
 use crate::{
     log::{Line, Log, equal, figures, words},
     numbers::{deviation, mean, significant},
+    plot::Plot,
 };
 
 const METHODS: [&str; 8] = ["dense", "rtn", "nf", "awq", "gptq", "loftq", "apiq-lw", "apiq-bw"];
@@ -272,36 +272,13 @@ fn plot(path: &Path, model: Model, runs: &[Run]) -> Result<()> {
     let mine = |run: &&Run| {
         run.model == model.name() && run.bits == 2 && run.seed == 0 && run.has_common_budget(model)
     };
-    let runs: Vec<&Run> = runs.iter().filter(mine).collect();
-    let errors = || runs.iter().flat_map(|run| run.activation_error.iter().copied());
-    let (low, high) = (errors().fold(f64::INFINITY, f64::min), errors().fold(0.0, f64::max));
-    let blocks = runs.iter().map(|run| run.activation_error.len()).max().unwrap_or(0);
-    if blocks == 0 {
-        return Err(format!("the log has no runs of {} at 2 bits", model.name()).into());
-    }
-    let (low, high) = (10f64.powf(low.log10().floor()), 10f64.powf(high.log10().ceil()));
-    let area = SVGBackend::new(path, (800, 480)).into_drawing_area();
-    area.fill(&WHITE)?;
-    let caption = format!("{}, 2 bits: norm of the error over norm of the residual stream", model.name());
-    let mut chart = ChartBuilder::on(&area)
-        .caption(caption, ("sans-serif", 16))
-        .margin(12)
-        .x_label_area_size(36)
-        .y_label_area_size(56)
-        .build_cartesian_2d(1f64..blocks as f64, (low..high).log_scale())?;
-    chart.configure_mesh().x_desc("after block").draw()?;
-    for (index, run) in runs.iter().enumerate() {
-        let color = Palette99::pick(index).to_rgba();
+    let series = runs.iter().filter(mine).map(|run| {
         let points =
             run.activation_error.iter().enumerate().map(|(block, error)| (block as f64 + 1.0, *error));
-        chart
-            .draw_series(LineSeries::new(points, color.stroke_width(2)))?
-            .label(run.method.as_str())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], color.stroke_width(2)));
-    }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
-    area.present()?;
-    Ok(())
+        (run.method.clone(), points.collect())
+    });
+    let caption = format!("{}, 2 bits: norm of the error over norm of the residual stream", model.name());
+    Plot { caption: &caption, x: "after block", logarithmic: true }.draw(path, &series.collect::<Vec<_>>())
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {

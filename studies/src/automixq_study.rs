@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use clap::Args;
+use kiln::mixq_search::METHODS;
 use kiln_examples::Result;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -13,13 +14,15 @@ use crate::{
     numbers::{deviation, mean},
 };
 
+pub(crate) const NAME: &str = "automixq";
+pub(crate) const VERSION: u32 = 1;
 const EVALUATIONS: [u64; 3] = [40, 120, 328];
 const SEEDS: std::ops::Range<u64> = 0..10;
 
 #[derive(Debug, Args)]
 pub(crate) struct Options {
     /// Methods of searching.
-    #[arg(long, value_delimiter = ',', default_value = "klmix,paper,random,nsga2,bo,amq,released")]
+    #[arg(long, value_delimiter = ',', default_values = METHODS)]
     methods: Vec<String>,
     /// Keeps the scores of all plans.
     #[arg(long, default_value = "target/kiln-automixq")]
@@ -56,7 +59,7 @@ fn search(options: &Options, method: &str, evaluations: u64, seed: u64) -> Resul
     ]))
 }
 
-fn table(log: &Log) -> Result<String> {
+pub(crate) fn table(log: &Log) -> Result<String> {
     let runs: Vec<Run> = log.runs()?;
     let heads = EVALUATIONS.map(|evaluations| format!("{evaluations} evaluations"));
     let mut table = format!("| method | {} |\n| --- | --- | --- | --- |\n", heads.join(" | "));
@@ -88,7 +91,7 @@ fn table(log: &Log) -> Result<String> {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "automixq", 1)?;
+    let log = Log::open(options.log.as_deref(), NAME, VERSION)?;
     if !options.table {
         for method in &options.methods {
             for evaluations in EVALUATIONS {
@@ -101,17 +104,4 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     print!("{}", table(&log)?);
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_table_of_accuracy_md_is_the_logs() {
-        let table = table(&Log::open(None, "automixq", 1).unwrap()).unwrap();
-        for cell in ["| klmix | 0.9817 ± 0.0012, least 0.9796", "| random | 0.8221 ± 0.0277"] {
-            assert!(table.contains(cell), "{cell}\n{table}");
-        }
-    }
 }

@@ -1,7 +1,10 @@
 //! Adapters that trade resolution for rank, at about equal numbers of trained values on one GPTQ base, and what is left of
 //! them in a model of N bits: merged without loss, or LoRA merged and quantized again.
 
-use std::rc::Rc;
+use std::{
+    collections::{BTreeMap, btree_map::Entry},
+    rc::Rc,
+};
 
 use burn::module::Module;
 use kiln::{
@@ -15,10 +18,12 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of},
     log::{Line, Log},
 };
 
+pub(crate) const NAME: &str = "balanced-rank";
+pub(crate) const VERSION: u32 = 1;
 const GROUP: usize = 32;
 const WINDOWS: usize = 32;
 /// Rates that every method is tried with at every width, times the case's.
@@ -147,31 +152,30 @@ fn study(log: &Log, case: &Case) -> Result<()> {
     };
     let windows = texts.windows(case.length, WINDOWS, 0)?;
     let mut bench = Bench { case, steps, dense, nf4, texts, windows, qlora: Vec::new() };
-    for bits in widths {
-        let mut base: Option<Base> = None;
-        for method in Method::ALL {
-            let cell = Cell { model: case.name, bits: *bits, method: method.name() };
+    let mut bases: BTreeMap<u32, Base> = BTreeMap::new();
+    for method in Method::ALL {
+        for &bits in widths {
+            let cell = Cell { model: case.name, bits, method: method.name() };
             cell.study(log, &RATES.map(|rate| rate * case.rate), seeds, |lr, seed| {
-                let base = match base.take() {
-                    Some(found) => base.insert(found),
-                    None => base.insert(bench.gptq(&bench.dense, *bits)?),
+                let base = match bases.entry(bits) {
+                    Entry::Occupied(found) => found.into_mut(),
+                    Entry::Vacant(place) => place.insert(bench.gptq(&bench.dense, bits)?),
                 };
-                bench.run(base, method, *bits, lr, seed)
+                bench.run(base, method, bits, lr, seed)
             })?;
         }
     }
     Ok(())
 }
 
-fn table(runs: &[Run], model: &str) {
-    println!("\n{model}\n\n| bits | method | trained values | before | after | rate |");
-    println!("| --- | --- | --- | --- | --- | --- |");
+pub(crate) fn table(runs: &[Run], model: &str) -> String {
+    let mut text = head("bits | method | trained values | before | after | rate");
     for bits in WIDTHS {
         for method in Method::ALL {
             let Some(chosen) = (Cell { model, bits, method: method.name() }).chosen(runs) else { continue };
             let trained = chosen.values(|run| run.more.get("trained")?.as_f64());
-            println!(
-                "| {bits} | {} | {} | {} | {} | {} |",
+            text += &format!(
+                "| {bits} | {} | {} | {} | {} | {} |\n",
                 method.name(),
                 trained.first().copied().unwrap_or_default(),
                 chosen.nats(|run| run.before),
@@ -180,8 +184,9 @@ fn table(runs: &[Run], model: &str) {
             );
         }
     }
+    text
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    options.run("balanced-rank", 1, study, table)
+    options.run(NAME, VERSION, study, table)
 }

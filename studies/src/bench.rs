@@ -39,22 +39,29 @@ impl StudyOptions {
         name: &str,
         version: u32,
         study: impl Fn(&Log, &Case) -> Result<()>,
-        table: impl Fn(&[Run], &str),
+        table: impl Fn(&[Run], &str) -> String,
     ) -> Result<()> {
         let log = Log::open(self.log.as_deref(), name, version)?;
-        for case in Case::all(self.smollm2.as_ref()) {
-            if !self.table {
-                study(&log, &case)?;
-            }
+        if !self.table {
+            Case::all(self.smollm2.as_ref()).iter().try_for_each(|case| study(&log, case))?;
         }
-        let runs: Vec<Run> = log.runs()?;
-        for model in [EMBEDDED, SMOLLM2] {
-            if runs.iter().any(|run| run.model == model) {
-                table(&runs, model);
-            }
-        }
+        print!("{}", tables(&log, table)?);
         Ok(())
     }
+}
+
+/// The tables of a log, one of each model that it has runs of.
+pub(crate) fn tables(log: &Log, table: impl Fn(&[Run], &str) -> String) -> Result<String> {
+    let runs: Vec<Run> = log.runs()?;
+    let there = |model: &&str| runs.iter().any(|run| run.model == **model);
+    let of = |model| format!("\n{model}\n\n{}", table(&runs, model));
+    Ok([EMBEDDED, SMOLLM2].into_iter().filter(there).map(of).collect())
+}
+
+/// The head of a table.
+pub(crate) fn head(columns: &str) -> String {
+    let line = columns.split('|').map(|_| "---").collect::<Vec<_>>().join(" | ");
+    format!("| {columns} |\n| {line} |\n")
 }
 
 /// A model that things are tried on.
@@ -276,12 +283,14 @@ impl Chosen {
     }
 }
 
-/// A mean with the deviation of two values or more; `-` of none.
+/// A mean with the deviation of two values or more that differ; `-` of none.
 pub(crate) fn with_deviation(values: &[f64], write: impl Fn(f64) -> String) -> String {
     match (values, deviation(values)) {
         ([], _) => "-".into(),
-        (_, Some(spread)) => format!("{} ± {}", write(mean(values)), significant(spread, 2)),
-        (_, None) => write(mean(values)),
+        (_, Some(spread)) if spread > 1e-9 * mean(values).abs() => {
+            format!("{} ± {}", write(mean(values)), significant(spread, 2))
+        }
+        _ => write(mean(values)),
     }
 }
 
@@ -359,7 +368,7 @@ mod tests {
         assert_eq!(made, [(0.1, 0), (0.2, 0), (0.3, 0), (0.3, 1), (0.3, 2)]);
         let found = cell.chosen(&log.runs().unwrap()).unwrap();
         assert_eq!(found.rate(), "0.3, the highest");
-        assert_eq!(found.nats(|run| run.test), "1.3000 ± 0, 1 of 3 diverged");
+        assert_eq!(found.nats(|run| run.test), "1.3000, 1 of 3 diverged");
         assert!(Cell { bits: 3, ..cell }.chosen(&log.runs().unwrap()).is_none());
     }
 }

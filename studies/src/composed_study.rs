@@ -20,11 +20,13 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, head, line_of},
     compress::{bytes_of, loftq, lora, pruned, prunings, rounding, searched, space_by_block, started_by},
     log::{Line, Log},
 };
 
+pub(crate) const NAME: &str = "composed";
+pub(crate) const VERSION: u32 = 1;
 const RATIO: f64 = 0.2;
 /// Ratios of which a search chooses one for each block's heads and channels.
 const RATIOS: [f64; 2] = [0.25, 0.5];
@@ -260,15 +262,14 @@ fn study(log: &Log, case: &Case) -> Result<()> {
     Ok(())
 }
 
-fn table(runs: &[Run], model: &str) {
-    println!("\n{model}\n\n| what | MB: model | beside it | trained values | before | after | rate |");
-    println!("| --- | --- | --- | --- | --- | --- | --- |");
+pub(crate) fn table(runs: &[Run], model: &str) -> String {
+    let mut text = head("what | MB: model | beside it | trained values | before | after | rate");
     for method in Method::ALL {
         let Some(chosen) = (Cell { model, bits: 0, method: method.name() }).chosen(runs) else { continue };
         let first = |key: &str| chosen.values(|run| run.more.get(key)?.as_f64()).first().copied();
         let megabytes = |key: &str| first(key).map_or("-".into(), |bytes| format!("{:.3}", bytes / 1e6));
-        println!(
-            "| {} | {} | {} | {} | {} | {} | {} |",
+        text += &format!(
+            "| {} | {} | {} | {} | {} | {} | {} |\n",
             method.name(),
             megabytes("model_bytes"),
             megabytes(BESIDE),
@@ -278,8 +279,9 @@ fn table(runs: &[Run], model: &str) {
             chosen.rate(),
         );
     }
+    text
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    options.run("composed", 1, study, table)
+    options.run(NAME, VERSION, study, table)
 }

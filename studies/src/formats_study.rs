@@ -12,11 +12,13 @@ use serde::Deserialize;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, EMBEDDED, SMOLLM2, StudyOptions, Texts, line_of},
+    bench::{Case, EMBEDDED, SMOLLM2, StudyOptions, Texts, head, line_of},
     log::{Line, Log},
     numbers::significant,
 };
 
+pub(crate) const NAME: &str = "formats";
+pub(crate) const VERSION: u32 = 1;
 const ROUNDINGS: [(&str, Rounding); 4] = [
     ("min-max", Rounding::MinMax),
     ("least squares", Rounding::LeastSquares),
@@ -24,6 +26,8 @@ const ROUNDINGS: [(&str, Rounding); 4] = [
     ("half-quadratic", Rounding::Hqq),
 ];
 const RANK: usize = 16;
+/// Where LoftQ and another program differed.
+const LOFTQ: &str = "affine2:64:int:f16";
 
 #[derive(Debug, Deserialize)]
 struct Run {
@@ -99,15 +103,9 @@ impl Bench<'_> {
     }
 }
 
-fn table(runs: &[Run], model: &str) {
-    if !runs.iter().any(|run| run.model == model) {
-        return;
-    }
+fn quantizers(runs: &[Run], model: &str) -> String {
     let names: Vec<&str> = ROUNDINGS.iter().map(|(name, _)| *name).collect();
-    println!(
-        "\n{model}\n\n| format | bits a weight | {} |\n| --- | --- | --- | --- | --- | --- |",
-        names.join(" | ")
-    );
+    let mut text = head(&format!("format | bits a weight | {}", names.join(" | ")));
     for scheme in schemes() {
         let of =
             |how: &str| runs.iter().find(|run| run.model == model && run.scheme == scheme && run.how == how);
@@ -116,22 +114,39 @@ fn table(runs: &[Run], model: &str) {
             .iter()
             .map(|how| of(how).map_or("-".into(), |run| significant(run.test.exp(), 4)))
             .collect();
-        println!("| `{scheme}` | {:.3} | {} |", any.bits_per_weight, cells.join(" | "));
+        text += &format!("| `{scheme}` | {:.3} | {} |\n", any.bits_per_weight, cells.join(" | "));
     }
-    println!("\n| LoftQ on `affine2:64:int:f16` | before tuning |\n| --- | --- |");
+    text
+}
+
+/// What decides LoftQ's figure at 2 bits, on both models.
+fn loftq(runs: &[Run]) -> String {
+    let mut text = head(&format!("LoftQ on `{LOFTQ}` | embedded model | SmolLM2"));
     for (how, _) in loftqs() {
-        if let Some(run) = runs.iter().find(|run| run.model == model && run.how == how) {
-            println!("| {how} | {} |", significant(run.test.exp(), 4));
-        }
+        let of = |model: &str| runs.iter().find(|run| run.model == model && run.how == how);
+        let cells = [EMBEDDED, SMOLLM2]
+            .map(|model| of(model).map_or("-".into(), |run| significant(run.test.exp(), 4)));
+        text += &format!(
+            "| {} | {} |\n",
+            how.trim_start_matches("LoftQ, ").replace("1 steps", "1 step"),
+            cells.join(" | ")
+        );
     }
+    text
+}
+
+pub(crate) fn tables(log: &Log) -> Result<String> {
+    let runs: Vec<Run> = log.runs()?;
+    let there = |model: &&str| runs.iter().any(|run| run.model == **model);
+    let of = |model| format!("\n{model}\n\n{}", quantizers(&runs, model));
+    let quantizers: String = [EMBEDDED, SMOLLM2].into_iter().filter(there).map(of).collect();
+    Ok(format!("{quantizers}\n{}", loftq(&runs)))
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "formats", 1)?;
-    for case in Case::all(options.smollm2.as_ref()) {
-        if options.table {
-            break;
-        }
+    let log = Log::open(options.log.as_deref(), NAME, VERSION)?;
+    let cases = if options.table { Vec::new() } else { Case::all(options.smollm2.as_ref()) };
+    for case in cases {
         let base = case.open(Scheme::Dense)?;
         let texts = Texts::of(&base, &case)?;
         let bench = Bench { case: &case, base, texts };
@@ -144,12 +159,9 @@ pub(crate) fn run(options: &StudyOptions) -> Result<()> {
             }
         }
         for (how, config) in loftqs() {
-            bench.once(&log, "affine2:64:int:f16", &how, &Calibration::Loftq(config))?;
+            bench.once(&log, LOFTQ, &how, &Calibration::Loftq(config))?;
         }
     }
-    let runs = log.runs()?;
-    for model in [EMBEDDED, SMOLLM2] {
-        table(&runs, model);
-    }
+    print!("{}", tables(&log)?);
     Ok(())
 }

@@ -20,6 +20,7 @@ mod log;
 mod mixed_study;
 mod numbers;
 mod parts_study;
+mod plot;
 mod quantization_study;
 mod side_study;
 mod side_tuning;
@@ -55,7 +56,7 @@ enum Command {
     /// LoRA, Q-BaRA, QA-LoRA and QA-HiRA at equal numbers of trained values, merged, beside LoRA quantized again.
     StudyBalancedRank(bench::StudyOptions),
     /// Side networks beside LoRA on the same base, at equal tokens.
-    StudySideTuning(bench::StudyOptions),
+    StudySideTuning(side_study::Options),
     /// What formats and quantizers lose by themselves.
     StudyFormats(bench::StudyOptions),
     /// Bits by layer: objectives against tuned losses, and tasks on pruned models.
@@ -82,4 +83,46 @@ fn main() -> ExitCode {
         Command::StudyComposed(options) => composed_study::run(&options),
         Command::StudyTrainedParts(options) => parts_study::run(&options),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{bench::Run, log::Log};
+
+    /// Every row of a study's tables is on the page.
+    #[test]
+    fn the_tables_of_accuracy_md_are_the_logs() {
+        let page = include_str!("../../docs/accuracy.md");
+        type Table = fn(&[Run], &str) -> String;
+        let by_model: [(&str, u32, Table); 5] = [
+            (quantization_study::NAME, quantization_study::VERSION, quantization_study::table),
+            (balanced_rank_study::NAME, balanced_rank_study::VERSION, balanced_rank_study::table),
+            (side_study::NAME, side_study::VERSION, side_study::table),
+            (parts_study::NAME, parts_study::VERSION, parts_study::table),
+            (composed_study::NAME, composed_study::VERSION, composed_study::table),
+        ];
+        let open = |name: &str, version: u32| Log::open(None, name, version).unwrap();
+        let mut all: Vec<(&str, String)> = by_model
+            .into_iter()
+            .map(|(name, version, table)| (name, bench::tables(&open(name, version), table).unwrap()))
+            .collect();
+        let log = open(formats_study::NAME, formats_study::VERSION);
+        all.push((formats_study::NAME, formats_study::tables(&log).unwrap()));
+        let log = open(mixed_study::NAME, mixed_study::VERSION);
+        all.push((mixed_study::NAME, mixed_study::tables(&log).unwrap()));
+        let log = open(automixq_study::NAME, automixq_study::VERSION);
+        all.push((automixq_study::NAME, automixq_study::table(&log).unwrap()));
+        let lines: std::collections::HashSet<&str> = page.lines().collect();
+        for (name, tables) in all {
+            let rows: Vec<&str> = tables.lines().filter(|line| line.starts_with('|')).collect();
+            assert!(rows.len() > 4, "{name} without a table");
+            let missing: Vec<&str> = rows.into_iter().filter(|row| !lines.contains(row)).collect();
+            assert!(
+                missing.is_empty(),
+                "docs/accuracy.md lacks what `study study-{name} --table` prints:\n{}",
+                missing.join("\n")
+            );
+        }
+    }
 }

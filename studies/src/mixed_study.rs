@@ -1,7 +1,10 @@
 //! Bits by layer: which objective ranks plans of equal bytes as they end up after tuning, and what a plan that was searched is
 //! worth on a task beside uniform ones, on models pruned by different ratios.
 
-use std::{cell::OnceCell, path::Path};
+use std::{
+    cell::OnceCell,
+    path::{Path, PathBuf},
+};
 
 use kiln::{
     Base,
@@ -16,12 +19,14 @@ use kiln_examples::{Questions, Result, testdata};
 use serde_json::{Value, json};
 
 use crate::{
-    bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of, with_deviation},
+    bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of, with_deviation},
     compress::{bytes_of, loftq, lora, pruned, rounding, searched, space_by_block, started_by},
     log::{Line, Log},
-    numbers::{deviation, mean, significant},
+    numbers::{mean, significant},
 };
 
+pub(crate) const NAME: &str = "mixed-bits";
+pub(crate) const VERSION: u32 = 1;
 const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
 /// Whose bytes are the limit.
 const WITHIN: &str = "affine3:64:int:f16";
@@ -291,27 +296,32 @@ fn spearman(a: &[f64], b: &[f64]) -> f64 {
     products / (squares(&a, of_a) * squares(&b, of_b)).sqrt()
 }
 
-fn ranks_table(lines: &[Line], model: &str) {
+fn ranks_table(lines: &[Line], model: &str) -> String {
     let mine: Vec<&Line> = lines
         .iter()
         .filter(|line| line.contains_key("ranked") && line.get("model").is_some_and(|name| name == model))
         .collect();
     if mine.len() < 3 {
-        return;
+        return String::new();
     }
     let figure = |line: &Line, key: &str| line.get(key).and_then(Value::as_f64);
-    let test: Vec<f64> = mine.iter().filter_map(|line| figure(line, "test")).collect();
-    println!(
-        "\n{model}: {} plans, loss after tuning {:.4} ± {}\n\n| objective | rank correlation with it |\n| --- | --- |",
-        test.len(),
-        mean(&test),
-        deviation(&test).map_or(String::new(), |spread| significant(spread, 2)),
-    );
-    for key in ["kl", "kl_loftq", "activation_error", "fisher", "bytes"] {
-        let (scores, losses): (Vec<f64>, Vec<f64>) =
-            mine.iter().filter_map(|line| Some((figure(line, key)?, figure(line, "test")?))).unzip();
-        println!("| {key} | {:.2} |", spearman(&scores, &losses));
+    let mut text = format!("\n{model}, {} plans\n\n", mine.len());
+    text += &head("objective | text for choices | test");
+    for (key, name) in [
+        ("kl", "divergence of the rounded model (`kl`)"),
+        ("kl_loftq", "divergence with LoftQ's factors (`kl_loftq`)"),
+        ("activation_error", "activations' error"),
+        ("fisher", "Fisher"),
+        ("bytes", "bytes"),
+    ] {
+        let correlation = |of: &str| {
+            let both = |line: &&Line| Some((figure(line, key)?, figure(line, of)?));
+            let (scores, losses): (Vec<f64>, Vec<f64>) = mine.iter().filter_map(both).unzip();
+            spearman(&scores, &losses)
+        };
+        text += &format!("| {name} | {:.2} | {:.2} |\n", correlation("validation"), correlation("test"));
     }
+    text
 }
 
 /// Two-sided p of the exact sign test: of `n` documents on which two models differ, `k` for one of them. McNemar's, where each
@@ -339,7 +349,8 @@ fn differences(first: &[(u64, String)], second: &[(u64, String)]) -> Vec<i32> {
     found
 }
 
-fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
+fn tasks_table(runs: &[Run], case: &Case) -> Result<String> {
+    let mut text = String::new();
     for task in Budget::of(case).tasks {
         let name = Questions::open(testdata(task).to_str(), Path::new("data"), 1000)?.name().to_owned();
         for ratio in RATIOS {
@@ -355,11 +366,8 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
             if Method::ALL.iter().all(|method| chosen(*method).is_none()) {
                 continue;
             }
-            println!(
-                "\n{}, {name}, pruned by {ratio}\n\n| plan | bytes | accuracy | rate | p against searched |\n\
-                 | --- | --- | --- | --- | --- |",
-                case.name
-            );
+            text += &format!("\n{}, {name}, pruned by {ratio}\n\n", case.name);
+            text += &head("plan | bytes | accuracy | rate | p against searched");
             for method in Method::ALL {
                 let Some(found) = chosen(method) else { continue };
                 let bytes = found.values(|run| run.more.get("bytes")?.as_f64());
@@ -371,8 +379,8 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
                     true => String::new(),
                     false => significant(sign_test(better, better + worse), 2),
                 };
-                println!(
-                    "| {} | {} | {} | {} | {p} |",
+                text += &format!(
+                    "| {} | {} | {} | {} | {p} |\n",
                     method.name(),
                     bytes.first().copied().unwrap_or_default(),
                     with_deviation(&accuracy, |value| format!("{value:.3}")),
@@ -381,11 +389,24 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<()> {
             }
         }
     }
-    Ok(())
+    Ok(text)
+}
+
+pub(crate) fn tables(log: &Log) -> Result<String> {
+    let (ranked, tuned): (Vec<Line>, Vec<Line>) =
+        log.lines()?.into_iter().partition(|line| line.contains_key("ranked"));
+    let tuned: serde_json::Result<Vec<Run>> =
+        tuned.into_iter().map(|line| serde_json::from_value(line.into())).collect();
+    let tuned = tuned?;
+    let ranks = [EMBEDDED, SMOLLM2].map(|model| ranks_table(&ranked, model)).concat();
+    // The tables need a case's name and tasks only.
+    let cases = Case::all(Some(&PathBuf::new()));
+    let tasks = cases.iter().map(|case| tasks_table(&tuned, case)).collect::<Result<String>>()?;
+    Ok(ranks + &tasks)
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "mixed-bits", 1)?;
+    let log = Log::open(options.log.as_deref(), NAME, VERSION)?;
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {
             let budget = Budget::of(&case);
@@ -393,17 +414,8 @@ pub(crate) fn run(options: &StudyOptions) -> Result<()> {
             tune(&log, &case, &budget)?;
         }
     }
-    let (ranked, tuned): (Vec<Line>, Vec<Line>) =
-        log.lines()?.into_iter().partition(|line| line.contains_key("ranked"));
-    let tuned: serde_json::Result<Vec<Run>> =
-        tuned.into_iter().map(|line| serde_json::from_value(line.into())).collect();
-    let tuned = tuned?;
-    for model in [EMBEDDED, SMOLLM2] {
-        ranks_table(&ranked, model);
-    }
-    // The tables need a case's name and tasks only.
-    let smollm2 = options.smollm2.clone().unwrap_or_default();
-    Case::all(Some(&smollm2)).iter().try_for_each(|case| tasks_table(&tuned, case))
+    print!("{}", tables(&log)?);
+    Ok(())
 }
 
 #[cfg(test)]

@@ -14,10 +14,12 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of},
     log::{Line, Log},
 };
 
+pub(crate) const NAME: &str = "trained-parts";
+pub(crate) const VERSION: u32 = 2;
 const GROUP: usize = 64;
 const WINDOWS: usize = 32;
 const WIDTHS: [u32; 2] = [3, 2];
@@ -192,15 +194,14 @@ fn study(log: &Log, case: &Case) -> Result<()> {
     Ok(())
 }
 
-fn table(runs: &[Run], model: &str) {
-    println!("\n{model}\n\n| bits | trained | values | before | after | rate |");
-    println!("| --- | --- | --- | --- | --- | --- |");
+pub(crate) fn table(runs: &[Run], model: &str) -> String {
+    let mut text = head("bits | trained | values | before | after | rate");
     for bits in WIDTHS {
         for method in Method::ALL {
             let Some(chosen) = (Cell { model, bits, method: method.name() }).chosen(runs) else { continue };
             let trained = chosen.values(|run| run.more.get("trained")?.as_f64());
-            println!(
-                "| {bits} | {} | {} | {} | {} | {} |",
+            text += &format!(
+                "| {bits} | {} | {} | {} | {} | {} |\n",
                 method.name(),
                 trained.first().copied().unwrap_or_default(),
                 chosen.perplexity(|run| run.before),
@@ -209,8 +210,9 @@ fn table(runs: &[Run], model: &str) {
             );
         }
     }
+    text
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    options.run("trained-parts", 2, study, table)
+    options.run(NAME, VERSION, study, table)
 }

@@ -14,12 +14,16 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, head, line_of},
     log::{Line, Log},
     numbers::{mean, significant},
 };
 
+pub(crate) const NAME: &str = "quantization";
+pub(crate) const VERSION: u32 = 1;
 const GROUP: usize = 64;
+/// Bits of what isn't quantized, in the log.
+const DENSE: u32 = 32;
 const RANK: usize = 16;
 /// Windows of the text that calibrates, others than those by chance, on which the error of the residual stream is measured.
 const MEASURED: usize = 4;
@@ -34,6 +38,8 @@ enum Method {
     Nf,
     Awq,
     Gptq,
+    /// OmniQuant's.
+    Clipping,
     Loftq,
     NfLoftq,
     ApiqLayer,
@@ -43,11 +49,12 @@ enum Method {
 }
 
 impl Method {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Rtn,
         Self::Nf,
         Self::Awq,
         Self::Gptq,
+        Self::Clipping,
         Self::Loftq,
         Self::NfLoftq,
         Self::ApiqLayer,
@@ -62,6 +69,7 @@ impl Method {
             Self::Nf => "NF (QLoRA)",
             Self::Awq => "AWQ",
             Self::Gptq => "GPTQ",
+            Self::Clipping => "learned clipping (OmniQuant)",
             Self::Loftq => "LoftQ",
             Self::NfLoftq => "NF, LoftQ",
             Self::ApiqLayer => "ApiQ-lw",
@@ -94,6 +102,10 @@ impl Method {
         let method = match self {
             Self::Dense | Self::Rtn | Self::Nf | Self::Awq => Calibration::Rtn(Rounding::MinMax),
             Self::Gptq => Calibration::Gptq(GptqConfig::default()),
+            Self::Clipping => {
+                let config = ApiqConfig { epochs: budget.epochs, ..ApiqConfig::omniquant(bits) };
+                Calibration::Clipping(config)
+            }
             Self::Loftq | Self::NfLoftq => Calibration::Loftq(LoftqConfig::default()),
             Self::ApiqLayer => Calibration::ApiqLayer(apiq(budget.epochs)),
             Self::ApiqBlock => Calibration::ApiqBlock(apiq(budget.epochs)),
@@ -135,7 +147,7 @@ impl Budget {
                 epochs: 7,
                 steps: 60,
                 seeds: 1,
-                methods: &Method::ALL[..8],
+                methods: &Method::ALL[..9],
                 widths: &[2, 3, 4],
             },
         }
@@ -195,16 +207,14 @@ impl Bench<'_> {
     }
 }
 
-fn table(runs: &[Run], model: &str) {
-    if !runs.iter().any(|run| run.model == model) {
-        return;
-    }
-    println!(
-        "\n{model}\n\n| bits | method | stored bits | before | after | rate | error behind the first, last block | seconds |"
+pub(crate) fn table(runs: &[Run], model: &str) -> String {
+    let mut text = head(
+        "bits | method | stored bits | before | after | rate | error behind the first, last block | seconds",
     );
-    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
-    let line = |bits: u32, method: Method| {
-        let Some(chosen) = (Cell { model, bits, method: method.name() }).chosen(runs) else { return };
+    let line = |bits: &str, of: u32, method: Method| {
+        let Some(chosen) = (Cell { model, bits: of, method: method.name() }).chosen(runs) else {
+            return String::new();
+        };
         let error = |last: bool| {
             let values = chosen.values(|run| {
                 let errors = run.more.get("errors")?.as_array()?;
@@ -213,44 +223,39 @@ fn table(runs: &[Run], model: &str) {
             significant(mean(&values), 3)
         };
         let seconds = mean(&chosen.values(|run| run.more.get("seconds")?.as_f64()));
-        println!(
-            "| {bits} | {} | {} | {} | {} | {} | {}, {} | {seconds:.0} |",
+        format!(
+            "| {bits} | {} | {} | {} | {} | {} | {}, {} | {seconds:.0} |\n",
             method.name(),
-            method.stored(bits),
+            if of == DENSE { "-".into() } else { method.stored(of).to_string() },
             chosen.perplexity(|run| run.before),
             chosen.perplexity(|run| run.test),
             chosen.rate(),
             error(false),
             error(true),
-        );
+        )
     };
-    line(32, Method::Dense);
+    text += &line("dense", DENSE, Method::Dense);
     for bits in WIDTHS {
         for method in Method::ALL {
-            line(bits, method);
+            text += &line(&bits.to_string(), bits, method);
         }
     }
+    text
+}
+
+fn study(log: &Log, case: &Case) -> Result<()> {
+    let base = case.open(Scheme::Dense)?;
+    let texts = Texts::of(&base, case)?;
+    let bench = Bench { case, budget: Budget::of(case), base, texts };
+    bench.method(log, Method::Dense, DENSE)?;
+    for bits in bench.budget.widths {
+        for method in bench.budget.methods {
+            bench.method(log, *method, *bits)?;
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    let log = Log::open(options.log.as_deref(), "quantization", 1)?;
-    for case in Case::all(options.smollm2.as_ref()) {
-        if options.table {
-            break;
-        }
-        let base = case.open(Scheme::Dense)?;
-        let texts = Texts::of(&base, &case)?;
-        let bench = Bench { case: &case, budget: Budget::of(&case), base, texts };
-        bench.method(&log, Method::Dense, 32)?;
-        for bits in bench.budget.widths {
-            for method in bench.budget.methods {
-                bench.method(&log, *method, *bits)?;
-            }
-        }
-    }
-    let runs = log.runs()?;
-    for model in [EMBEDDED, SMOLLM2] {
-        table(&runs, model);
-    }
-    Ok(())
+    options.run(NAME, VERSION, study, table)
 }

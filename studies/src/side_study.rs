@@ -1,6 +1,9 @@
 //! Side networks beside LoRA on the same 4-bit base, at equal tokens: loss after every few steps, alpha, and every way of
 //! downsampling.
 
+use std::path::{Path, PathBuf};
+
+use clap::Args;
 use kiln::{
     Base, Tuned,
     adapters::AdapterConfig,
@@ -13,10 +16,13 @@ use kiln_examples::Result;
 use serde_json::json;
 
 use crate::{
-    bench::{Case, Cell, EMBEDDED, Run, StudyOptions, Texts, line_of},
+    bench::{Case, Cell, Chosen, EMBEDDED, Run, StudyOptions, Texts, head, line_of},
     log::{Line, Log},
+    plot::{Plot, Series},
 };
 
+pub(crate) const NAME: &str = "side-tuning";
+pub(crate) const VERSION: u32 = 1;
 const RANK: usize = 16;
 /// Losses on the text for choices that a curve has.
 const POINTS: u64 = 8;
@@ -165,34 +171,71 @@ fn study(log: &Log, case: &Case) -> Result<()> {
     Ok(())
 }
 
-/// Losses on the text for choices, mean over seeds, at each point of the curve.
-fn curve(runs: &[Run]) -> String {
-    let points = |run: &Run| -> Option<Vec<f64>> {
-        run.more.get("curve")?.as_array()?.iter().map(|point| point.get(1)?.as_f64()).collect()
+/// Steps, and losses on the text for choices, mean over seeds, at each point of the curve.
+fn curve(runs: &[Run]) -> Vec<(f64, f64)> {
+    let points = |run: &Run| -> Option<Vec<(f64, f64)>> {
+        let point = |point: &serde_json::Value| Some((point.get(0)?.as_f64()?, point.get(1)?.as_f64()?));
+        run.more.get("curve")?.as_array()?.iter().map(point).collect()
     };
-    let curves: Vec<Vec<f64>> = runs.iter().filter_map(points).collect();
+    let curves: Vec<Vec<(f64, f64)>> = runs.iter().filter_map(points).collect();
     let count = curves.iter().map(Vec::len).min().unwrap_or(0);
-    let mean = |at: usize| curves.iter().map(|curve| curve[at]).sum::<f64>() / curves.len() as f64;
-    (0..count).map(|at| format!("{:.3}", mean(at))).collect::<Vec<_>>().join(", ")
+    let mean = |at: usize| curves.iter().map(|curve| curve[at].1).sum::<f64>() / curves.len() as f64;
+    (0..count).map(|at| (curves[0][at].0, mean(at))).collect()
 }
 
-fn table(runs: &[Run], model: &str) {
-    println!("\n{model}\n\n| method | trained values | before | after | rate | curve |");
-    println!("| --- | --- | --- | --- | --- | --- |");
+fn chosen(runs: &[Run], model: &str, method: &str) -> Option<Chosen> {
+    (Cell { model, bits: BITS, method }).chosen(runs)
+}
+
+pub(crate) fn table(runs: &[Run], model: &str) -> String {
+    let mut text = head("method | trained values | before | after | rate | curve");
     for Method { name, .. } in Method::main().into_iter().chain(Method::more()) {
-        let Some(chosen) = (Cell { model, bits: BITS, method: name }).chosen(runs) else { continue };
+        let Some(chosen) = chosen(runs, model, name) else { continue };
         let trained = chosen.values(|run| run.more.get("trained")?.as_f64());
-        println!(
-            "| {name} | {} | {} | {} | {} | {} |",
+        text += &format!(
+            "| {name} | {} | {} | {} | {} | {} |\n",
             trained.first().copied().unwrap_or_default(),
             chosen.nats(|run| run.before),
             chosen.nats(|run| run.test),
             chosen.rate(),
-            curve(&chosen.runs),
+            curve(&chosen.runs).iter().map(|(_, loss)| format!("{loss:.3}")).collect::<Vec<_>>().join(", "),
         );
     }
+    text
 }
 
-pub(crate) fn run(options: &StudyOptions) -> Result<()> {
-    options.run("side-tuning", 1, study, table)
+#[derive(Debug, Args)]
+pub(crate) struct Options {
+    #[command(flatten)]
+    study: StudyOptions,
+    /// Draws the curves of the embedded model as SVG.
+    #[arg(long)]
+    plot: Option<PathBuf>,
+}
+
+/// The curves of the published methods, and of longer runs.
+fn plot(path: &Path, log: &Log) -> Result<()> {
+    let runs = log.runs()?;
+    let names =
+        ["QLoRA", "QST, as published", "QST, added, reduction 4", "LST", "LST, from the backbone's weights"];
+    let longer = names.map(|name| format!("{name}, four times as long"));
+    let series: Vec<Series> = names
+        .into_iter()
+        .map(str::to_owned)
+        .chain(longer)
+        .filter_map(|name| {
+            let points = curve(&chosen(&runs, EMBEDDED, &name)?.runs);
+            Some((name, points.into_iter().skip(1).collect()))
+        })
+        .collect();
+    let caption = "Side tuning beside QLoRA, the embedded model: nats a token on the text for choices";
+    Plot { caption, x: "step of 512 tokens", logarithmic: false }.draw(path, &series)
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    options.study.run(NAME, VERSION, study, table)?;
+    match &options.plot {
+        Some(path) => plot(path, &Log::open(options.study.log.as_deref(), NAME, VERSION)?),
+        None => Ok(()),
+    }
 }
