@@ -45,8 +45,9 @@ struct Budget {
     tasks: &'static [&'static str],
     steps: u64,
     lr: f64,
-    /// Steps after which plans are ranked.
+    /// Steps after which plans are ranked, and seeds of them.
     ranked_steps: u64,
+    ranked_seeds: u64,
 }
 
 impl Budget {
@@ -60,6 +61,7 @@ impl Budget {
                 steps: 200,
                 lr: 3e-3,
                 ranked_steps: 120,
+                ranked_seeds: 5,
             },
             _ => Self {
                 windows: 8,
@@ -69,6 +71,7 @@ impl Budget {
                 steps: 100,
                 lr: 1e-3,
                 ranked_steps: 60,
+                ranked_seeds: 1,
             },
         }
     }
@@ -95,11 +98,21 @@ fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
     let windows = texts.windows(case.length, budget.windows, 0)?;
     let new = || ModelObjective::new(Variants::new(base.model().clone()), &windows, &KlOptions::default());
     let (mut rounded, mut started) = (new()?, new()?.with_start(loftq(), lora(0))?);
-    for seed in 0..RANKED {
-        let wanted = json!({ "model": case.name, "ranked": seed });
-        log.once(wanted, || {
-            let config = random_plan(&space, limit, seed)?;
-            let plan = space.plan(&config);
+    let tuned = |plan: &Plan, seed: u64| -> Result<Option<[f64; 2]>> {
+        let start = started_by(&base, schemes(plan)?, loftq(), lora(seed), &windows)?;
+        let trainer = case.trainer(budget.ranked_steps, seed, 1e-2 * case.rate);
+        match start.finetune(texts.train.clone()).with_trainer(trainer).run() {
+            Err(error) if error.is_not_finite() => Ok(None),
+            tuned => {
+                let tuned = tuned?;
+                texts.losses(|data| tuned.evaluate(data)).map(Some)
+            }
+        }
+    };
+    for ranked in 0..RANKED {
+        let config = random_plan(&space, limit, ranked)?;
+        let plan = space.plan(&config);
+        log.once(json!({ "model": case.name, "ranked": ranked }), || {
             let tokens = rounded.tokens();
             let score = |objective: &mut ModelObjective, measure: Measure| -> Result<f64> {
                 let fidelity = Fidelity { measure, amount: tokens };
@@ -112,20 +125,18 @@ fn rank(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
                 score(&mut rounded, Measure::Fisher)?,
             ];
             let of_start = score(&mut started, Measure::Kl)?;
-            let start = started_by(&base, schemes(&plan)?, loftq(), lora(0), &windows)?;
-            let trainer = case.trainer(budget.ranked_steps, 0, 1e-2 * case.rate);
-            let tuned = match start.finetune(texts.train.clone()).with_trainer(trainer).run() {
-                Err(error) if error.is_not_finite() => {
-                    return Ok(line_of(json!({ "diverged": error.to_string() })));
-                }
-                tuned => tuned?,
-            };
-            let [validation, test] = texts.losses(|data| tuned.evaluate(data))?;
+            let [validation, test] = tuned(&plan, 0)?.map_or([None; 2], |losses| losses.map(Some));
             Ok(line_of(json!({
                 "bytes": space.bytes(&config), "limit": limit, "plan": plan, "kl": kl, "kl_loftq": of_start,
                 "activation_error": error, "fisher": fisher, "validation": validation, "test": test,
             })))
         })?;
+        for seed in 1..budget.ranked_seeds {
+            log.once(json!({ "model": case.name, "ranked": ranked, "again": seed }), || {
+                let [validation, test] = tuned(&plan, seed)?.map_or([None; 2], |losses| losses.map(Some));
+                Ok(line_of(json!({ "validation": validation, "test": test })))
+            })?;
+        }
     }
     Ok(())
 }
@@ -297,15 +308,20 @@ fn spearman(a: &[f64], b: &[f64]) -> f64 {
 }
 
 fn ranks_table(lines: &[Line], model: &str) -> String {
-    let mine: Vec<&Line> = lines
-        .iter()
-        .filter(|line| line.contains_key("ranked") && line.get("model").is_some_and(|name| name == model))
-        .collect();
-    if mine.len() < 3 {
+    let figure = |line: &Line, key: &str| line.get(key).and_then(Value::as_f64);
+    let of_model = |line: &&Line| line.get("model").is_some_and(|name| name == model);
+    let mine: Vec<&Line> = lines.iter().filter(of_model).collect();
+    let plans: Vec<&Line> = mine.iter().copied().filter(|line| line.contains_key("kl")).collect();
+    if plans.len() < 3 {
         return String::new();
     }
-    let figure = |line: &Line, key: &str| line.get(key).and_then(Value::as_f64);
-    let mut text = format!("\n{model}, {} plans\n\n", mine.len());
+    // The mean over seeds; nothing of a plan that diverged under one.
+    let loss = |plan: &Line, key: &str| -> Option<f64> {
+        let same = mine.iter().filter(|line| line.get("ranked") == plan.get("ranked"));
+        let losses: Option<Vec<f64>> = same.map(|line| figure(line, key)).collect();
+        losses.map(|losses| mean(&losses))
+    };
+    let mut text = format!("\n{model}, {} plans, {} runs\n\n", plans.len(), mine.len());
     text += &head("objective | text for choices | test");
     for (key, name) in [
         ("kl", "divergence of the rounded model (`kl`)"),
@@ -315,12 +331,15 @@ fn ranks_table(lines: &[Line], model: &str) -> String {
         ("bytes", "bytes"),
     ] {
         let correlation = |of: &str| {
-            let both = |line: &&Line| Some((figure(line, key)?, figure(line, of)?));
-            let (scores, losses): (Vec<f64>, Vec<f64>) = mine.iter().filter_map(both).unzip();
+            let both = |line: &&Line| Some((figure(line, key)?, loss(line, of)?));
+            let (scores, losses): (Vec<f64>, Vec<f64>) = plans.iter().filter_map(both).unzip();
             spearman(&scores, &losses)
         };
         text += &format!("| {name} | {:.2} | {:.2} |\n", correlation("validation"), correlation("test"));
     }
+    let (one, other): (Vec<f64>, Vec<f64>) =
+        plans.iter().filter_map(|line| Some((loss(line, "validation")?, loss(line, "test")?))).unzip();
+    text += &format!("| the other text's loss | {:.2} | |\n", spearman(&one, &other));
     text
 }
 
