@@ -8,12 +8,16 @@ use std::{
 
 use kiln_distributed::{Communicator, Mpi, PairwiseSum, share, sum};
 
+/// By the program that `KILN_MPIRUN` names with its options; by Open MPI's without it.
 fn mpirun(ranks: usize, test: &str) -> Output {
     let program = std::env::current_exe().unwrap();
-    let mut command = Command::new("mpirun");
-    command.args(["--allow-run-as-root", "--oversubscribe", "-n", &ranks.to_string()]);
+    let start = std::env::var("KILN_MPIRUN");
+    let start = start.as_deref().unwrap_or("mpirun --allow-run-as-root --oversubscribe");
+    let mut words = start.split_whitespace();
+    let mut command = Command::new(words.next().expect("a program that starts ranks"));
+    command.args(words).args(["-n", &ranks.to_string()]);
     command.arg(program).args([test, "--exact", "--ignored", "--nocapture"]);
-    command.output().expect("mpirun, of Open MPI")
+    command.output().unwrap_or_else(|error| panic!("{start}: {error}"))
 }
 
 fn text(output: &Output) -> String {
