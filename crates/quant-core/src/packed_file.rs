@@ -12,7 +12,7 @@
 //! | `P.offsets` | as `P.scales` | where the scheme has offsets |
 //! | `P.input_order` | U32 `[d_input]` | where the inputs are permuted |
 //!
-//! Dense tensors stand under their own names as F32. The metadata hold `kiln.version` ("1"), `kiln.schemes` (a JSON
+//! Dense tensors stand under their own names, as BF16 or F16 where that loses nothing of any value, as F32 otherwise. The metadata hold `kiln.version` ("1"), `kiln.schemes` (a JSON
 //! object from path to `{"scheme", "d_input", "d_output"}`) and `kiln.fingerprint` ([`fingerprint`]); every other key is
 //! the writer's own and must not begin with `kiln.`. What a reader of version 1 doesn't know is an error, never skipped.
 
@@ -537,8 +537,8 @@ fn check_tensors(file: &SafetensorsFile, packed: &BTreeMap<String, Entry>) -> Re
             return Err(file.wrong(name, "no tensor under the path of a packed weight", "one"));
         }
         let (dtype, _) = file.describe(name)?;
-        if dtype != Dtype::F32 {
-            return Err(file.wrong(name, "F32 in a dense tensor", dtype.to_string()));
+        if ![Dtype::F32, Dtype::BF16, Dtype::F16].contains(&dtype) {
+            return Err(file.wrong(name, "F32, BF16 or F16 in a dense tensor", dtype.to_string()));
         }
     }
     Ok(dense)
@@ -578,12 +578,13 @@ fn write<'a, E: From<Error>>(
     }
     let mut dense_hasher = Sha256::new();
     for (&name, shape) in &dense {
-        update_dense(&mut dense_hasher, name, shape, &read_dense(name)?);
+        let values = read_dense(name)?;
+        update_dense(&mut dense_hasher, name, shape, &values);
         if let Some(path) = owner(name, |path| entries.contains_key(path)) {
             return Err(clash(name, &format!("the packed weight {path}")).into());
         }
         origin.insert(name.to_owned(), (name, None));
-        plan.push(TensorPlan { name: name.into(), dtype: Dtype::F32, shape: shape.clone() });
+        plan.push(TensorPlan { name: name.into(), dtype: smallest(&values), shape: shape.clone() });
     }
     let fingerprints = [hasher, dense_hasher].map(|hasher| hex(hasher.finalize()));
     let metadata = metadata(&entries, fingerprints, extra)?;
@@ -595,9 +596,20 @@ fn write<'a, E: From<Error>>(
         (name, None) => {
             let values = read_dense(name)?;
             check_finite(name, &values)?;
-            put(&Values::F32(&values))
+            put(&match tensor.dtype {
+                Dtype::BF16 => Values::Bf16(&values),
+                Dtype::F16 => Values::F16(&values),
+                _ => Values::F32(&values),
+            })
         }
     })
+}
+
+/// The smallest type that holds all of these values as they are.
+fn smallest(values: &[f32]) -> Dtype {
+    let holds = |scale: ScaleType| values.iter().all(|x| scale.round(*x).to_bits() == x.to_bits());
+    let types = [(ScaleType::Bf16, Dtype::BF16), (ScaleType::F16, Dtype::F16)];
+    types.into_iter().find(|(scale, _)| holds(*scale)).map_or(Dtype::F32, |(_, dtype)| dtype)
 }
 
 /// The packed weight whose name, or a part's, is `name`.

@@ -220,7 +220,10 @@ fn what_version_1_does_not_know_is_an_error() {
     assert_error(metadata("kiln.fingerprint", Some("ABC")), &["kiln.fingerprint", "ABC"]);
     assert_error(metadata("kiln.rotation", Some("hadamard")), &["kiln.rotation", "unknown"]);
     assert_error(metadata("kiln.schemes", Some("[]")), &["kiln.schemes"]);
-    assert_error(metadata("kiln.schemes", Some("{}")), &["a.codes", "F32 in a dense tensor", "U32"]);
+    assert_error(
+        metadata("kiln.schemes", Some("{}")),
+        &["a.codes", "F32, BF16 or F16 in a dense tensor", "U32"],
+    );
     let schemes = |from: &'static str, to: &'static str| {
         rewritten(move |metadata, _| {
             let schemes = metadata.get_mut("kiln.schemes").unwrap();
@@ -248,7 +251,7 @@ fn missing_and_stray_tensors_are_errors() {
     }
     let insert =
         |name: &'static str| rewritten(move |_, words| drop(words.insert(name.into(), (vec![1], vec![7]))));
-    assert_error(insert("extra"), &["extra", "F32 in a dense tensor"]);
+    assert_error(insert("extra"), &["extra", "F32, BF16 or F16 in a dense tensor"]);
     assert_error(insert("a"), &["a", "path of a packed weight"]);
     assert_error(insert("a.offsets"), &["a.offsets", "none under the scheme nf4:2:double"]);
 }
@@ -316,5 +319,34 @@ proptest! {
                 prop_assert_eq!(weights, small());
             }
         }
+    }
+}
+
+#[test]
+fn dense_values_take_the_smallest_type_that_holds_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("dense.safetensors");
+    let subnormal_f16 = 2f32.powi(-24);
+    let tensors: [(&str, Dtype, Vec<f32>); 7] = [
+        ("bf16", Dtype::BF16, vec![1.0, -0.0, 2f32.powi(127), -2f32.powi(-120)]),
+        ("f16", Dtype::F16, vec![1.0, 1.0 + 2f32.powi(-10), subnormal_f16, 65504.0]),
+        ("one too fine", Dtype::F32, vec![1.0, 1.0 + 2f32.powi(-11)]),
+        ("one too large", Dtype::F32, vec![1.0 + 2f32.powi(-10), 65536.0]),
+        ("one too small", Dtype::F32, vec![1.0 + 2f32.powi(-10), 2f32.powi(-25)]),
+        ("any", Dtype::F32, vec![0.1]),
+        ("none", Dtype::BF16, vec![]),
+    ];
+    let shapes: Vec<[usize; 1]> = tensors.iter().map(|(.., values)| [values.len()]).collect();
+    let dense =
+        tensors.iter().zip(&shapes).map(|((name, _, values), shape)| (*name, &shape[..], &values[..]));
+    PackedFile::save(&path, [], dense, &BTreeMap::new()).unwrap();
+    let (written, raw) = (PackedFile::open(&path).unwrap(), SafetensorsFile::open(&path).unwrap());
+    written.verify().unwrap();
+    for (name, dtype, values) in &tensors {
+        assert_eq!(raw.describe(name).unwrap().0, *dtype, "{name}");
+        let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(bits(&written.dense(name).unwrap().1), bits(values), "{name}");
+        let bytes = values.len() * if *dtype == Dtype::F32 { 4 } else { 2 };
+        assert_eq!(written.describe(name).unwrap().1, bytes as u64);
     }
 }
