@@ -99,7 +99,7 @@ impl Prunings {
     /// Fails where something beside the linears was cut.
     fn check(&self) -> Result<()> {
         let own = self.cuts[0].config();
-        let linears = |config: &ModelConfig| -> Vec<String> {
+        let beside_linears = |config: &ModelConfig| -> Vec<String> {
             let of_slot = |name: &str| {
                 name.rsplit_once('.').is_some_and(|(path, _)| self.cuts[0].slots.contains_key(path))
             };
@@ -109,7 +109,7 @@ impl Prunings {
         for cut in &self.cuts {
             let mut like_own = cut.config().clone();
             like_own.set_layers((0..own.num_hidden_layers).map(|index| own.layer(index)).collect());
-            if like_own != *own || linears(cut.config()) != linears(own) {
+            if like_own != *own || beside_linears(cut.config()) != beside_linears(own) {
                 let expected = "a family whose linears alone lose something with heads and channels";
                 return Err(Error::argument("Prunings.model", expected, own.family.model_type));
             }
