@@ -340,6 +340,9 @@ impl<'a> FineTune<'a> {
     pub fn run(mut self) -> Result<FineTuned> {
         let ranks = self.ranks.take().unwrap_or_else(|| Arc::new(Alone));
         let Prepared { mut trainer, adapters, language } = agreed(&*ranks, self.prepare(ranks.size()))?;
+        if let Some(file) = &self.known_answers {
+            trainer = trainer.with_known_answers_on(&*ranks, file)?;
+        }
         let rows = self.trainer.batch.batch;
         let Self { options, resume, devices, tasks, samples, sampling, on_event, .. } = self;
         let last = options.folder.as_ref().map(|folder| folder.join("last"));
@@ -405,9 +408,6 @@ impl<'a> FineTune<'a> {
         let mut trainer = Trainer::new(model, self.data.clone(), config)?.with_identity(identity);
         if let Some(reference) = self.reference {
             trainer = trainer.with_reference(reference.model().clone())?;
-        }
-        if let Some(file) = &self.known_answers {
-            trainer = trainer.with_known_answers(file)?;
         }
         Ok(Prepared { trainer, adapters, language })
     }

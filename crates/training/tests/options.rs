@@ -11,6 +11,7 @@ use kiln_training::{
     RunOptions, ScheduleKind, TokenLoss, Trainer, TrainerConfig, with_trained,
 };
 
+use crate::ranks::on_ranks;
 use crate::trainer::{LoraModel, base, documents, losses, parameters};
 
 /// Of rank 64, so that factors are large enough for 8-bit averages.
@@ -115,6 +116,50 @@ fn mixtures_and_sorted_rows_resume_bit_for_bit() {
     check("mixture", &mixture(), &config());
     let sorted = BatchOptions::new(2).with_seed(9).with_group_by_length(true);
     check("sorted", &documents(), &config().with_batch(sorted));
+}
+
+/// Nine pairs in batches of two: the last is short, and ranks have unequally many.
+#[test]
+fn ranks_share_what_a_reference_is_asked() {
+    let folder = tempfile::tempdir().unwrap();
+    let dpo = || config().with_preference(PreferenceLoss::dpo());
+    let fresh = || Trainer::new(model(), pairs(), dpo()).unwrap();
+    let alone = folder.path().join("alone.json");
+    let mut expected = fresh().with_known_answers(&alone).unwrap();
+    let expected = losses(&expected.run(&RunOptions::new()).unwrap().steps);
+    for count in [1, 2, 3] {
+        // A folder that the first rank alone has.
+        let own = folder.path().join(count.to_string());
+        std::fs::create_dir(&own).unwrap();
+        let place =
+            |rank: usize| if rank == 0 { own.join("known.json") } else { own.join("none/known.json") };
+        for _ in ["asked", "read"] {
+            let found = on_ranks(count, |ranks| {
+                let known = fresh().with_known_answers_on(&*ranks, place(ranks.rank())).unwrap();
+                // Steps have two micro-batches.
+                (count < 3)
+                    .then(|| losses(&known.with_ranks(ranks).unwrap().run(&RunOptions::new()).unwrap().steps))
+            });
+            assert!(found.into_iter().flatten().all(|found| found == expected), "{count} ranks");
+            assert_eq!(std::fs::read(place(0)).unwrap(), std::fs::read(&alone).unwrap(), "{count} ranks");
+            assert!(!own.join("none").exists());
+        }
+    }
+    // A rank with other data, and a file of other data, are errors of all.
+    let fewer = || Dataset::from_pairs((0..8).map(answers), &options()).unwrap();
+    let refused = |data: &(dyn Fn(usize) -> Arc<Dataset> + Sync), file: &str| {
+        let path = folder.path().join(file);
+        let found = on_ranks(2, |ranks| {
+            let trainer = Trainer::new(model(), data(ranks.rank()), dpo()).unwrap();
+            trainer.with_known_answers_on(&*ranks, &path).err().map(|error| error.to_string())
+        });
+        found.into_iter().map(|error| error.expect("an error")).collect::<Vec<_>>()
+    };
+    let other = |rank: usize| if rank == 1 { fewer().into() } else { pairs() };
+    let errors = refused(&other, "new.json");
+    assert!(errors.iter().all(|error| error.contains("data")), "{errors:?}");
+    let errors = refused(&|_| fewer().into(), "alone.json");
+    assert!(errors.iter().all(|error| error.contains("fingerprints")), "{errors:?}");
 }
 
 /// What decides a run and isn't among the trainer's options is in the checkpoint all the same.

@@ -34,7 +34,7 @@ fn devices(count: usize) -> Vec<Device> {
 }
 
 /// What each of `count` ranks finds that makes everything by itself, as processes do.
-fn on_ranks<T: Send>(count: usize, work: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
+pub(crate) fn on_ranks<T: Send>(count: usize, work: impl Fn(Arc<dyn Communicator>) -> T + Sync) -> Vec<T> {
     let work = &work;
     thread::scope(|scope| {
         let ranks = threads(count, Duration::from_secs(120)).into_iter();

@@ -211,17 +211,34 @@ impl<M: CausalLm> Trainer<M> {
     /// # Errors
     /// A loss without a reference, or one that compares answers to other prompts (KTO); a file of other data, or of another
     /// reference; files that can't be read or written.
-    pub fn with_known_answers(mut self, path: impl AsRef<Path>) -> Result<Self> {
-        self.check_unshared("known answers")?;
-        let wanted = self.config.preference.filter(|loss| loss.has_reference() && !loss.is_of_labels());
-        let (Some(reference), Some(_)) = (self.reference.as_deref(), wanted) else {
-            let expected = "a loss of pairs with a reference";
-            let found = format!("{:?}", self.config.preference);
-            return Err(Problem::new("preference", expected, found).argument());
+    pub fn with_known_answers(self, path: impl AsRef<Path>) -> Result<Self> {
+        self.with_known_answers_on(&Alone, path)
+    }
+
+    /// As [`with_known_answers`](Self::with_known_answers), the batches that the reference is asked about dealt to `ranks`, which
+    /// all have the same reference and data: the same answers on all of them, to the last bit those of one. The file is
+    /// rank 0's, and the others need see no such place.
+    ///
+    /// To be called before [`with_ranks`](Self::with_ranks).
+    ///
+    /// # Errors
+    /// As [`with_known_answers`](Self::with_known_answers), of any of the ranks; another reference or data set on one of them.
+    pub fn with_known_answers_on(mut self, ranks: &dyn Communicator, path: impl AsRef<Path>) -> Result<Self> {
+        let asked = || {
+            self.check_unshared("known answers")?;
+            let wanted = self.config.preference.filter(|loss| loss.has_reference() && !loss.is_of_labels());
+            let (Some(reference), Some(_)) = (self.reference.as_deref(), wanted) else {
+                let expected = "a loss of pairs with a reference";
+                let found = format!("{:?}", self.config.preference);
+                return Err(Problem::new("preference", expected, found).argument());
+            };
+            Ok(reference)
         };
+        let reference = agreed(ranks, asked())?;
         let rows = self.config.batch.batch;
         let compute = self.identity.get("compute").map_or("unknown", String::as_str);
-        self.known_answers = Some(reference::cached(reference, &self.dataset, rows, compute, path.as_ref())?);
+        let known = reference::cached(ranks, reference, &self.dataset, rows, compute, path.as_ref())?;
+        self.known_answers = Some(known);
         Ok(self)
     }
 
