@@ -22,7 +22,7 @@ use crate::{
     bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of, with_deviation},
     compress::{bytes_of, loftq, lora, pruned, rounding, searched, space_by_block, started_by},
     log::{Line, Log},
-    numbers::{mean, significant},
+    numbers::{deviation, mean, significant},
 };
 
 pub(crate) const NAME: &str = "mixed-bits";
@@ -321,7 +321,19 @@ fn ranks_table(lines: &[Line], model: &str) -> String {
         let losses: Option<Vec<f64>> = same.map(|line| figure(line, key)).collect();
         losses.map(|losses| mean(&losses))
     };
-    let mut text = format!("\n{model}, {} plans, {} runs\n\n", plans.len(), mine.len());
+    let mut text = format!("\n{model}, {} plans, {} runs", plans.len(), mine.len());
+    for key in ["validation", "test"] {
+        let of_plan = |plan: &&Line| -> Vec<f64> {
+            let same = mine.iter().filter(|line| line.get("ranked") == plan.get("ranked"));
+            same.filter_map(|line| figure(line, key)).collect()
+        };
+        let losses: Vec<Vec<f64>> = plans.iter().map(of_plan).collect();
+        let means: Vec<f64> = losses.iter().map(|losses| mean(losses)).collect();
+        let within: Vec<f64> = losses.iter().filter_map(|losses| deviation(losses)).collect();
+        let between = deviation(&means).unwrap_or_default();
+        text += &format!("; {key}: plans {between:.4} apart, seeds {:.4}", mean(&within));
+    }
+    text += "\n\n";
     text += &head("objective | text for choices | test");
     for (key, name) in [
         ("kl", "divergence of the rounded model (`kl`)"),

@@ -12,8 +12,8 @@
 //! | `P.offsets` | as `P.scales` | where the scheme has offsets |
 //! | `P.input_order` | U32 `[d_input]` | where the inputs are permuted |
 //!
-//! Dense tensors stand under their own names, as BF16 or F16 where that loses nothing of any value, as F32 otherwise. The metadata hold `kiln.version` ("1"), `kiln.schemes` (a JSON
-//! object from path to `{"scheme", "d_input", "d_output"}`) and `kiln.fingerprint` ([`fingerprint`]); every other key is
+//! Dense tensors stand under their own names, as BF16 or F16 where that loses nothing of any value, as F32 otherwise. The
+//! metadata hold `kiln.version` ("1"), `kiln.schemes` (a JSON object from path to `{"scheme", "d_input", "d_output"}`) and `kiln.fingerprint` ([`fingerprint`]); every other key is
 //! the writer's own and must not begin with `kiln.`. What a reader of version 1 doesn't know is an error, never skipped.
 
 use std::{

@@ -12,7 +12,7 @@ use crate::{
     Batch, Dataset, Error, Result,
     error::Problem,
     in_order, preference,
-    ranks::{by_first, gathered, same},
+    ranks::{by_first, gathered},
     trainable::fingerprint,
 };
 
@@ -90,7 +90,7 @@ pub(crate) fn cached(
         ]))
     };
     let fingerprints = agreed(ranks, fingerprints())?;
-    same(ranks, Ok(fingerprints.clone()))?;
+    ranks.same(&fingerprints)?;
     let found = by_first(ranks, || read(path, &fingerprints, dataset.len()))?.flatten();
     let (_, found) = gathered(ranks, Ok(found.unwrap_or_default()), Vec::clone)?;
     if let Some(found) = found.into_iter().next().filter(|found| !found.is_empty()) {

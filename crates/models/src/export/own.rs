@@ -22,8 +22,8 @@ use crate::{
 /// ([`PackedFile`], which carries a version, the schemes and a fingerprint), and the tokenizer files of `source`.
 /// [`Checkpoint::open`] opens it.
 ///
-/// Dense tensors are stored in 16 bits where that loses nothing, as of a model whose checkpoint had 16. Memory needed beside the model is one tensor. `folder` must be new or empty; it
-/// appears only when all is written.
+/// Dense tensors are stored in 16 bits where that loses nothing, as of a model whose checkpoint had 16. Memory needed
+/// beside the model is one tensor. `folder` must be new or empty; it appears only when all is written.
 ///
 /// # Errors
 /// [`Error::Argument`] for a folder that holds files or values that are not finite; [`Error::Export`] for a
