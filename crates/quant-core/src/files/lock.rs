@@ -58,7 +58,7 @@ fn is_at(_: &File, path: &Path) -> io::Result<bool> {
 #[derive(Debug)]
 pub(super) struct Lock {
     path: PathBuf,
-    _file: File,
+    file: File,
 }
 
 impl Lock {
@@ -85,7 +85,7 @@ impl Lock {
             file.write_all(std::process::id().to_string().as_bytes())
         };
         write(&mut file).map_err(Error::io(&path))?;
-        Ok(Self { path, _file: file })
+        Ok(Self { path, file })
     }
 }
 
@@ -105,6 +105,8 @@ impl Drop for Lock {
             // Removed while it is held; a file that is left only takes up space.
             let _ = fs::remove_file(&self.path);
         }
+        // A program that another thread is just starting has the file too, until it is its own: closing wouldn't do.
+        let _ = self.file.unlock();
     }
 }
 
@@ -142,5 +144,28 @@ impl OutputFolder {
     /// The folder.
     pub fn path(&self) -> &Path {
         &self.path
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::interruption::killed_at;
+
+    #[test]
+    fn a_lock_is_given_back_though_a_child_still_has_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("lock");
+        let take = || Lock::take(path.clone(), folder.path());
+        let mut of_child = None;
+        let killed = killed_at(2, || {
+            let lock = take().unwrap();
+            of_child = Some(lock.file.try_clone().unwrap());
+            assert!(take().is_err());
+            interruption::step();
+        });
+        assert!(killed.is_none() && path.exists() && of_child.is_some());
+        assert!(take().is_ok());
+        assert!(!path.exists());
     }
 }
