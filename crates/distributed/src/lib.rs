@@ -9,6 +9,7 @@ mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
 mod pairwise;
+mod shares;
 mod threads;
 
 #[cfg(feature = "mpi")]
@@ -17,5 +18,6 @@ pub use communicator::{Alone, Communicator, agreed, gathered, share};
 pub use error::{Error, Result};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
-pub use pairwise::{PairwiseSum, sum};
+pub use pairwise::{Number, PairwiseSum, sum};
+pub use shares::Shares;
 pub use threads::{Thread, threads};

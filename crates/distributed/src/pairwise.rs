@@ -82,6 +82,12 @@ fn node_sizes(numbers: std::ops::Range<usize>) -> Vec<usize> {
     sum.nodes.iter().map(|node| node.size).collect()
 }
 
+/// A number that ranks add up: `f32` or `f64`.
+pub trait Number: bytemuck::Pod + std::ops::AddAssign {}
+
+impl Number for f32 {}
+impl Number for f64 {}
+
 /// Values of a partial sum that are on their way at once, for each rank.
 const AT_ONCE: usize = 1 << 22;
 
@@ -101,17 +107,20 @@ const MOST_BYTES: usize = 1 << 30;
 /// # Errors
 /// As [`Communicator::all_to_all`]; [`Error::Argument`] for partial sums of other lengths, or of other terms, of which the
 /// other ranks hear nothing.
-pub fn sum(
+pub fn sum<T: Number>(
     ranks: &dyn Communicator,
-    own: PairwiseSum<Vec<f32>>,
+    own: PairwiseSum<Vec<T>>,
     terms: usize,
     length: usize,
-) -> Result<Vec<f32>> {
+) -> Result<Vec<T>> {
     let size = ranks.size();
     let sizes: Vec<Vec<usize>> = (0..size).map(|rank| node_sizes(share(terms, rank, size))).collect();
     check(&own, &sizes[ranks.rank()], length)?;
+    if size == 1 {
+        return Ok(own.finish(added).unwrap_or_else(|| vec![T::zeroed(); length]));
+    }
     let partial_sums = sizes.iter().map(Vec::len).max().unwrap_or(1).max(1);
-    let at_once = (AT_ONCE * size).min(MOST_BYTES / 4 / partial_sums).max(1);
+    let at_once = (AT_ONCE * size).min(MOST_BYTES / size_of::<T>() / partial_sums).max(1);
     let mut all = Vec::with_capacity(length);
     for start in (0..length).step_by(at_once) {
         let count = at_once.min(length - start);
@@ -127,26 +136,26 @@ pub fn sum(
         let width = slice(ranks.rank()).len();
         let mut sum = PairwiseSum::new(0);
         for (rank, bytes) in found.iter().enumerate() {
-            let values = floats(bytes, width * sizes[rank].len(), rank)?;
+            let values = numbers(bytes, width * sizes[rank].len(), rank)?;
             for (index, size) in sizes[rank].iter().enumerate() {
                 sum.push_node(*size, values[index * width..][..width].to_vec(), added);
             }
         }
-        let sum = sum.finish(added).unwrap_or_else(|| vec![0.0; width]);
+        let sum = sum.finish(added).unwrap_or_else(|| vec![T::zeroed(); width]);
         for (rank, bytes) in ranks.all_gather(bytemuck::cast_slice(&sum).to_vec())?.iter().enumerate() {
-            all.extend(floats(bytes, slice(rank).len(), rank)?);
+            all.extend(numbers::<T>(bytes, slice(rank).len(), rank)?);
         }
     }
     Ok(all)
 }
 
 /// `a + b`, value by value.
-fn added(mut a: Vec<f32>, b: Vec<f32>) -> Vec<f32> {
+fn added<T: Number>(mut a: Vec<T>, b: Vec<T>) -> Vec<T> {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
     a
 }
 
-fn check(own: &PairwiseSum<Vec<f32>>, sizes: &[usize], length: usize) -> Result<()> {
+fn check<T>(own: &PairwiseSum<Vec<T>>, sizes: &[usize], length: usize) -> Result<()> {
     let found: Vec<usize> = own.nodes.iter().map(|node| node.size).collect();
     if found != sizes {
         return Err(Error::Argument {
@@ -165,15 +174,14 @@ fn check(own: &PairwiseSum<Vec<f32>>, sizes: &[usize], length: usize) -> Result<
     }
 }
 
-fn floats(bytes: &[u8], count: usize, rank: usize) -> Result<Vec<f32>> {
-    if bytes.len() != 4 * count {
+fn numbers<T: Number>(bytes: &[u8], count: usize, rank: usize) -> Result<Vec<T>> {
+    if bytes.len() != size_of::<T>() * count {
         return Err(Error::Different {
             rank,
             name: "length of the sum".into(),
-            expected: format!("{} bytes", 4 * count),
+            expected: format!("{} bytes", size_of::<T>() * count),
             found: bytes.len().to_string(),
         });
     }
-    let values = bytes.chunks_exact(4).map(|b| f32::from_ne_bytes([b[0], b[1], b[2], b[3]]));
-    Ok(values.collect())
+    Ok(bytes.chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect())
 }

@@ -1,0 +1,122 @@
+//! Numbered things that ranks share, with sums whose bits don't depend on the number of ranks.
+
+use std::{fmt, ops::Range, sync::Arc};
+
+use crate::{Alone, Communicator, Error, Number, PairwiseSum, Result, gathered, share, sum};
+
+/// Numbered things, such as calibration windows, of which each rank has consecutive ones.
+///
+/// Sums over all of them are made in `parts`: one thing after another within each of as many consecutive parts, and the
+/// parts' sums in pairs. So the bits depend on the number of parts, not on that of the ranks, each of which has whole parts.
+///
+/// ```
+/// use std::sync::Arc;
+/// use kiln_distributed::{Alone, Error, Shares};
+///
+/// let things = [0.5, 1.5, 2.0, 4.0, 8.0];
+/// let shares = Shares::new(Arc::new(Alone), things.len(), 2)?;
+/// assert_eq!(shares.own(), 0..5);
+/// let own = shares.partial_sums(|part| Ok::<_, Error>(vec![things[part].iter().sum::<f64>()]), |mut a, b| {
+///     a[0] += b[0];
+///     a
+/// });
+/// assert_eq!(shares.sum(own, 1)?, [16.0]);
+/// # Ok::<(), Error>(())
+/// ```
+#[derive(Debug, Clone)]
+pub struct Shares {
+    ranks: Arc<dyn Communicator>,
+    count: usize,
+    parts: usize,
+}
+
+impl Shares {
+    /// `count` things in `parts` parts.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] for fewer parts than ranks, or more than things. All ranks must give the same.
+    pub fn new(ranks: Arc<dyn Communicator>, count: usize, parts: usize) -> Result<Self> {
+        let size = ranks.size();
+        if (size..=count).contains(&parts) && parts > 0 {
+            return Ok(Self { ranks, count, parts });
+        }
+        Err(Error::Argument {
+            name: "parts".into(),
+            expected: format!("from {size}, the number of ranks, to {count}, the number of things to share"),
+            found: parts.to_string(),
+        })
+    }
+
+    /// `count` things of the only rank there is, summed one after another.
+    pub fn alone(count: usize) -> Self {
+        Self { ranks: Arc::new(Alone), count, parts: 1 }
+    }
+
+    /// The ranks.
+    pub fn ranks(&self) -> &dyn Communicator {
+        &*self.ranks
+    }
+
+    /// How many things there are.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// The things of a rank.
+    ///
+    /// # Panics
+    /// If there is no such rank.
+    pub fn of(&self, rank: usize) -> Range<usize> {
+        let parts = share(self.parts, rank, self.ranks.size());
+        share(self.count, parts.start, self.parts).start..share(self.count, parts.end - 1, self.parts).end
+    }
+
+    /// The things of this rank.
+    pub fn own(&self) -> Range<usize> {
+        self.of(self.ranks.rank())
+    }
+
+    /// What `of_part` makes of each of this rank's parts, added up as far as it goes here.
+    ///
+    /// # Errors
+    /// The first of `of_part`.
+    pub fn partial_sums<T, E>(
+        &self,
+        mut of_part: impl FnMut(Range<usize>) -> std::result::Result<T, E>,
+        mut add: impl FnMut(T, T) -> T,
+    ) -> std::result::Result<PairwiseSum<T>, E> {
+        let parts = share(self.parts, self.ranks.rank(), self.ranks.size());
+        let mut sums = PairwiseSum::new(parts.start);
+        for part in parts {
+            sums.push(of_part(share(self.count, part, self.parts))?, &mut add);
+        }
+        Ok(sums)
+    }
+
+    /// The sum of all ranks' parts, each of `length` values, at all ranks; an error of one is an error of all.
+    ///
+    /// # Errors
+    /// As [`sum`] and [`gathered`].
+    pub fn sum<T: Number, E: fmt::Display + From<Error>>(
+        &self,
+        own: std::result::Result<PairwiseSum<Vec<T>>, E>,
+        length: usize,
+    ) -> std::result::Result<Vec<T>, E> {
+        let (own, _) = gathered(&*self.ranks, own, |_| Vec::new())?;
+        Ok(sum(&*self.ranks, own, self.parts, length)?)
+    }
+
+    /// The numbers that ranks found of their things, in the things' order; an error of one is an error of all.
+    ///
+    /// # Errors
+    /// As [`gathered`].
+    pub fn in_order<E: fmt::Display + From<Error>>(
+        &self,
+        own: std::result::Result<Vec<f64>, E>,
+    ) -> std::result::Result<Vec<f64>, E> {
+        let (_, all) = gathered(&*self.ranks, own, |found| bytemuck::cast_slice(found).to_vec())?;
+        let numbers =
+            |bytes: Vec<u8>| bytes.chunks_exact(8).map(bytemuck::pod_read_unaligned).collect::<Vec<f64>>();
+        Ok(all.into_iter().flat_map(numbers).collect())
+    }
+}
