@@ -19,5 +19,5 @@ pub use error::{Error, Result};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
 pub use pairwise::{Number, PairwiseSum, sum};
-pub use shares::Shares;
+pub use shares::{Shares, Sharing};
 pub use threads::{Thread, threads};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kiln_distributed::{Alone, Communicator, Error, PairwiseSum, Shares, share, sum};
+use kiln_distributed::{Alone, Communicator, Error, PairwiseSum, Sharing, share, sum};
 use proptest::prelude::*;
 
 use crate::{on_ranks, on_threads};
@@ -101,7 +101,7 @@ fn shares_are_consecutive_and_even() {
 /// Sums of numbered things by ranks that are threads: what each rank has, the sum in f64, and the things' numbers.
 fn shared(values: &[f64], parts: usize, size: usize) -> Vec<(Vec<usize>, u64, Vec<f64>)> {
     on_ranks(size, |ranks| {
-        let shares = Shares::new(ranks, values.len(), parts).unwrap();
+        let shares = Sharing::new(ranks, parts).of(values.len()).unwrap();
         let of_part = |part: std::ops::Range<usize>| Ok(vec![values[part].iter().sum::<f64>()]);
         let add = |a: Vec<f64>, b: Vec<f64>| vec![a[0] + b[0]];
         let sum = shares.sum::<_, Error>(shares.partial_sums(of_part, add), 1).unwrap();
@@ -133,13 +133,13 @@ proptest! {
 
 #[test]
 fn shares_that_do_not_go_are_refused_and_an_error_of_one_is_an_error_of_all() {
-    for (count, parts) in [(4, 5), (4, 0), (0, 0), (0, 1)] {
-        let message = Shares::new(Arc::new(Alone), count, parts).unwrap_err().to_string();
+    for (count, parts) in [(4, 5), (4, 0), (0, 0), (0, 2)] {
+        let message = Sharing::new(Arc::new(Alone), parts).of(count).unwrap_err().to_string();
         assert!(message.starts_with("parts: expected from 1, the number of ranks, to "), "{message}");
     }
     let found = on_ranks(2, |ranks| {
-        let few = Shares::new(ranks.clone(), 4, 1).unwrap_err().to_string();
-        let shares = Shares::new(ranks.clone(), 4, 2).unwrap();
+        let few = Sharing::new(ranks.clone(), 1).of(4).unwrap_err().to_string();
+        let shares = Sharing::new(ranks.clone(), 2).of(4).unwrap();
         let failed = ranks.rank() == 1;
         let own = shares.partial_sums(
             |_| {
