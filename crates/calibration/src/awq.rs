@@ -1,6 +1,9 @@
 //! AWQ's scaling: larger weights, and so finer steps, for inputs with large activations.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor};
+use kiln_distributed::Shares;
 use kiln_models::{Context, Probe, ScaleSites, ScaleSource, Tape};
 use kiln_quant_core::{HostQuantizer, MinMax, QuantScheme, Scheme, to_host};
 use rayon::prelude::*;
@@ -12,7 +15,7 @@ use crate::{
     loftq::difference,
     station::Station,
     stream::Stream,
-    values::{ratio, tensor},
+    values::{added, ratio, tensor},
 };
 
 /// Smallest factor before they are normalised, as published.
@@ -78,7 +81,8 @@ struct Found {
 /// Scales the original weights of block `index` and the norms before them. Sites with a projection that stays as it is
 /// are left alone.
 ///
-/// `x` is the original residual stream before the block; the stations of `places` are those of `model`, on `tape`.
+/// `x` is the original residual stream of this rank's windows before the block; the stations of `places` are those of
+/// `model`, on `tape`.
 pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
     config: &AwqConfig,
     model: &mut W,
@@ -86,6 +90,7 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
     index: usize,
     places: &mut [Place],
     context: &Context,
+    shares: &Shares,
     x: &Stream,
 ) -> Result<Vec<ScalingReport>> {
     let device = model.device();
@@ -108,11 +113,11 @@ pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
         }
         let Some(first) = readers.first().map(|&reader| &places[reader]) else { continue };
         let forward = |x: Tensor<2>| pass(model, index, context, x);
-        let windows = (0..x.len()).map(|window| {
-            let inputs = first.inputs(tape, &forward, x.tensor(window, &device)?);
+        let inputs_of = |window: usize| {
+            let inputs = first.inputs(tape, &forward, x.tensor(window - shares.own().start, &device)?);
             inputs.ok_or_else(|| Error::argument(&first.path, "a projection that its block runs", "no call"))
-        });
-        let inputs = Inputs::of(&first.path, first.shape[0], &device, windows)?;
+        };
+        let inputs = Inputs::of(&first.path, first.shape[0], &device, shares, inputs_of)?;
         let weights: Vec<Reader> = readers.iter().filter_map(|&reader| Reader::of(&places[reader])).collect();
         let found = search(config, &weights, &inputs)?;
         let mut norm = 0.0;
@@ -172,24 +177,31 @@ fn multiply_inputs(weight: &mut [f32], factors: &[f32]) {
 }
 
 impl Inputs {
-    /// From the inputs `[rows, d_input]` of all windows; `path` is used in errors.
+    /// From what `inputs` says of each window, `[rows, d_input]`; `path` is used in errors.
     fn of(
         path: &str,
         d_input: usize,
         device: &Device,
-        windows: impl Iterator<Item = Result<Tensor<2>>>,
+        shares: &Shares,
+        inputs: impl Fn(usize) -> Result<Tensor<2>>,
     ) -> Result<Self> {
-        let mut hessian = Hessian::new(d_input);
-        let (mut magnitudes, mut rows) = (vec![0.0; d_input], 0);
-        for x in windows {
-            let x = x?;
-            rows += x.dims()[0];
-            let sums = to_host(path, x.clone().abs().sum_dim(0))?;
-            magnitudes.iter_mut().zip(sums).for_each(|(total, sum)| *total += f64::from(sum));
-            hessian.add(path, x)?;
-        }
-        magnitudes.iter_mut().for_each(|total| *total /= rows.max(1) as f64);
-        let moments = hessian.sum.iter().map(|&value| value as f32).collect();
+        let of_part = |windows: Range<usize>| -> Result<Vec<f64>> {
+            let mut hessian = Hessian::new(d_input);
+            let (mut magnitudes, mut rows) = (vec![0.0; d_input], 0);
+            for window in windows {
+                let x = inputs(window)?;
+                rows += x.dims()[0];
+                let sums = to_host(path, x.clone().abs().sum_dim(0))?;
+                magnitudes.iter_mut().zip(sums).for_each(|(total, sum)| *total += f64::from(sum));
+                hessian.add_window(path, window, x)?;
+            }
+            Ok([hessian.sum, magnitudes, vec![rows as f64]].concat())
+        };
+        let sums = shares.sum(shares.partial_sums(of_part, added), d_input * (d_input + 1) + 1)?;
+        let (moments, rest) = sums.split_at(d_input * d_input);
+        let (magnitudes, rows) = rest.split_at(d_input);
+        let moments = moments.iter().map(|&value| value as f32).collect();
+        let magnitudes = magnitudes.iter().map(|total| total / rows[0].max(1.0)).collect();
         Ok(Self { moments: tensor(moments, [d_input, d_input], device), magnitudes })
     }
 
@@ -255,6 +267,7 @@ impl<'a> Reader<'a> {
 #[cfg(test)]
 mod tests {
     use burn::tensor::Device;
+    use kiln_distributed::Sharing;
     use kiln_quant_core::Scheme;
     use kiln_testkit::{assert_close, testdata};
     use serde_json::Value;
@@ -273,9 +286,10 @@ mod tests {
             let number = |name: &str| case[name].as_u64().unwrap() as usize;
             let (rows, d_input) = (number("rows"), number("d_input"));
             let x = floats(&case["x"]);
-            let windows = x.chunks_exact(rows * d_input);
-            let windows = windows.map(|x| Ok(tensor(x.to_vec(), [rows, d_input], &Device::flex())));
-            let inputs = Inputs::of("x", d_input, &Device::flex(), windows).unwrap();
+            let windows: Vec<&[f32]> = x.chunks_exact(rows * d_input).collect();
+            let window = |index: usize| Ok(tensor(windows[index].to_vec(), [rows, d_input], &Device::flex()));
+            let shares = Sharing::default().of(windows.len()).unwrap();
+            let inputs = Inputs::of("x", d_input, &Device::flex(), &shares, window).unwrap();
             let scheme = format!("affine{}:{}:int", number("bits"), number("group"));
             let Scheme::Packed(scheme) = scheme.parse().unwrap() else { panic!("packed") };
             let weights: Vec<Vec<f32>> = case["weights"].as_array().unwrap().iter().map(floats).collect();

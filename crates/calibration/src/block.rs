@@ -8,6 +8,7 @@ use burn::{
     tensor::{Device, Tensor},
 };
 use kiln_adapters::{Adapted, Lora};
+use kiln_distributed::{Shares, agreed};
 use kiln_models::{Call, CausalLm, Context, Keep, Tape};
 use kiln_quant_core::{
     HostQuantizer, MinMax, PackedLinear, PackedTensor, PackedWeight, Projection, QuantLinear, Scheme,
@@ -127,7 +128,9 @@ pub(crate) struct Block<'a> {
     pub(crate) tape: &'a Tape,
     pub(crate) device: Device,
     pub(crate) store: Store,
-    /// The original residual stream.
+    /// Who has which windows.
+    pub(crate) shares: &'a Shares,
+    /// The original residual stream of this rank's windows.
     pub(crate) x: &'a Stream,
     /// The residual stream behind the blocks quantized so far.
     pub(crate) quantized: &'a Stream,
@@ -168,20 +171,25 @@ impl Block<'_> {
         Ok(output)
     }
 
+    /// The number, among those of all ranks, of this rank's window `window`.
+    pub(crate) fn number(&self, window: usize) -> usize {
+        self.shares.own().start + window
+    }
+
     /// Finds the first projection with a bad output.
     fn blame(&self, input: Tensor<2>, window: usize) -> Result<Error> {
         for call in self.listen(Keep::Outputs, input).into_iter().flatten() {
             for (what, values) in [("inputs", Some(call.input)), ("outputs", call.output)] {
                 let Some(values) = values else { continue };
                 if !finite(&to_host(&call.path, values)?) {
-                    let quantity = format!("{what} in window {window} are");
+                    let quantity = format!("{what} in window {} are", self.number(window));
                     return Ok(Error::NotFinite { place: call.path, quantity });
                 }
             }
         }
         Ok(Error::NotFinite {
             place: format!("block {}", self.index),
-            quantity: format!("activations in window {window} are"),
+            quantity: format!("activations in window {} are", self.number(window)),
         })
     }
 
@@ -198,8 +206,16 @@ impl Block<'_> {
         self.places[listener].inputs(self.tape, self.forward, input)
     }
 
-    /// Projections that see the same inputs, in the order in which data flows.
+    /// Projections that see the same inputs in the first window, in the order in which data flows.
     pub(crate) fn input_groups(&self, originals: &[Slot]) -> Result<Vec<Vec<usize>>> {
+        let ranks = self.shares.ranks();
+        let groups = if ranks.rank() == 0 { self.groups(originals) } else { Ok(Vec::new()) };
+        let groups = agreed(ranks, groups)?;
+        let told = ranks.broadcast(serde_json::to_vec(&groups).expect("numbers"))?;
+        serde_json::from_slice(&told).map_err(|error| Error::argument("groups", "those of rank 0", error))
+    }
+
+    fn groups(&self, originals: &[Slot]) -> Result<Vec<Vec<usize>>> {
         self.install(originals);
         let calls = self.listen(Keep::Inputs, self.quantized.tensor(0, &self.device)?);
         let mut groups: Vec<Vec<usize>> = Vec::new();
@@ -228,25 +244,11 @@ impl Block<'_> {
         let rounded: Vec<Slot> = (self.places.iter().zip(&originals))
             .map(|(place, original)| place.rounded(original, &self.device))
             .collect::<Result<_>>()?;
+        let measured = self.shares.in_order(self.squares(&originals, &rounded, slots, windows))?;
         let mut sums = vec![[0.0; 3]; self.places.len()];
-        for window in 0..windows.min(self.x.len()) {
-            let reference = self.outputs(&originals, true, window)?;
-            let rows = self.x.shape()[0];
-            for (k, slots) in [(1, &rounded[..]), (2, slots)] {
-                let found = self.outputs(slots, false, window)?;
-                for (((sums, y), found), place) in
-                    sums.iter_mut().zip(&reference).zip(found).zip(&self.places)
-                {
-                    if y.len() == rows * place.shape[1] && found.len() == y.len() {
-                        sums[k] += squares(y.iter().zip(&found).map(|(a, b)| a - b));
-                    }
-                }
-            }
-            for ((sums, y), place) in sums.iter_mut().zip(&reference).zip(&self.places) {
-                if y.len() == rows * place.shape[1] {
-                    sums[0] += squares(y.iter().copied());
-                }
-            }
+        for of_window in measured.chunks_exact(3 * self.places.len().max(1)) {
+            let both = sums.as_flattened_mut().iter_mut().zip(of_window);
+            both.for_each(|(sum, value)| *sum += value);
         }
         let reports = self.places.iter().zip(slots).zip(&originals).zip(sums.iter().zip(seconds));
         reports
@@ -264,6 +266,41 @@ impl Block<'_> {
                 })
             })
             .collect()
+    }
+
+    /// Sums of squares for each of this rank's windows among the first `windows`, and each projection: of its outputs, of
+    /// their errors when rounded, and of those with `slots`.
+    fn squares(
+        &self,
+        originals: &[Slot],
+        rounded: &[Slot],
+        slots: &[Slot],
+        windows: usize,
+    ) -> Result<Vec<f64>> {
+        let mut all = Vec::new();
+        let measured = (0..self.x.len()).take_while(|&window| self.number(window) < windows);
+        for window in measured {
+            let mut sums = vec![[0.0; 3]; self.places.len()];
+            let reference = self.outputs(originals, true, window)?;
+            let rows = self.x.shape()[0];
+            for (k, slots) in [(1, rounded), (2, slots)] {
+                let found = self.outputs(slots, false, window)?;
+                for (((sums, y), found), place) in
+                    sums.iter_mut().zip(&reference).zip(found).zip(&self.places)
+                {
+                    if y.len() == rows * place.shape[1] && found.len() == y.len() {
+                        sums[k] = squares(y.iter().zip(&found).map(|(a, b)| a - b));
+                    }
+                }
+            }
+            for ((sums, y), place) in sums.iter_mut().zip(&reference).zip(&self.places) {
+                if y.len() == rows * place.shape[1] {
+                    sums[0] = squares(y.iter().copied());
+                }
+            }
+            all.extend(sums.into_flattened());
+        }
+        Ok(all)
     }
 
     /// Outputs of all projections with `slots` in place, for a window of the original or the quantized stream.

@@ -3,6 +3,7 @@
 use std::{fmt, ops::ControlFlow, path::PathBuf};
 
 use kiln_adapters::{Adapted, LoraAttacher};
+use kiln_distributed::Sharing;
 use kiln_models::{Probe, ScaleSites, Slots, Tape, TensorSource, Windows};
 use kiln_quant_core::QuantLinear;
 
@@ -56,6 +57,7 @@ pub struct Calibrator<'a> {
     pub(crate) weights: Option<&'a dyn TensorSource>,
     pub(crate) folder: Option<PathBuf>,
     pub(crate) spill: Option<PathBuf>,
+    pub(crate) sharing: Sharing,
 }
 
 impl fmt::Debug for Calibrator<'_> {
@@ -71,7 +73,8 @@ impl fmt::Debug for Calibrator<'_> {
 impl<'a> Calibrator<'a> {
     /// By `config`, on the text in `windows`.
     pub fn new(config: &'a CalibrationConfig, windows: &'a Windows) -> Self {
-        Self { config, windows, attacher: None, weights: None, folder: None, spill: None }
+        let sharing = Sharing::default();
+        Self { config, windows, attacher: None, weights: None, folder: None, spill: None, sharing }
     }
 
     /// Adapters for the slots that `attacher` selects.
@@ -103,9 +106,23 @@ impl<'a> Calibrator<'a> {
         self
     }
 
+    /// Shares the windows, and the projections that can be solved at the same time, with other ranks, which run the same
+    /// program: each keeps the streams of its own windows, and all end up with the same model. Statistics are sums in
+    /// [`Sharing::parts`] parts, on which the last bits depend; not on how many ranks there are. A rank holds at most one
+    /// such sum of a projection for each power of two of its parts, and one more.
+    ///
+    /// The folder is rank 0's. Every rank's observer hears of what is done there, and may end the run for all.
+    #[must_use]
+    pub fn with_sharing(mut self, sharing: Sharing) -> Self {
+        self.sharing = sharing;
+        self
+    }
+
     /// Calibrates `model`.
     ///
     /// # Errors
+    /// [`Error::Argument`] for several ranks and a method that learns from one window after another (ApiQ, clipping);
+    /// [`Error::Ranks`] for ranks that have other options, windows or models, or one that failed;
     /// [`Error::Model`] for windows that don't fit the model; [`Error::Argument`] for options out of range;
     /// [`Error::NotFinite`] naming the projection whose weights or activations hold NaN or infinity;
     /// [`Error::Singular`]; [`Error::Diverged`]; [`Error::File`] for a folder of another run; whatever reading weights
@@ -138,6 +155,11 @@ impl<'a> Calibrator<'a> {
         let dense = model.dense_slots();
         for (path, _) in model.slot_shapes().into_iter().filter(|(path, _)| !dense.contains(path)) {
             self.config.method.check_scheme(&path, self.config.schemes.get(&path))?;
+        }
+        if self.sharing.ranks().size() > 1 && self.config.method.learns_by_windows() {
+            let expected = "one rank, for a method that learns from one window after another";
+            let found = format!("{} ranks", self.sharing.ranks().size());
+            return Err(Error::argument("Calibrator::with_sharing", expected, found));
         }
         self.windows.check(&model)?;
         let (tape, mut slots) = (Tape::default(), Vec::new());

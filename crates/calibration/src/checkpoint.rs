@@ -14,16 +14,20 @@ use std::{
     sync::Arc,
 };
 
-use burn::{module::Param, tensor::Tensor};
+use burn::{
+    module::Param,
+    tensor::{Device, Tensor},
+};
 use kiln_adapters::Lora;
 use kiln_quant_core::{
-    PackedWeight, QuantLinear, files::OutputFolder, hash::Fnv1a, packed_file::PackedFile, to_host,
+    PackedWeight, QuantLinear, Scheme, files::OutputFolder, hash::Fnv1a, packed_file::PackedFile, to_host,
     write_atomically,
 };
 use serde::{Deserialize, Serialize};
 
 use crate::{
     BlockReport, Error, Result,
+    block::Place,
     station::Slot,
     stream::{Store, Stream},
     values::tensor,
@@ -102,7 +106,13 @@ impl Folder {
         Ok(Self { claimed: Arc::new(OutputFolder::claim(path)?), run })
     }
 
-    fn block(&self, index: usize) -> PathBuf {
+    /// What tells this run's results from others'.
+    pub(crate) fn run(&self) -> &str {
+        &self.run
+    }
+
+    /// The file of a finished block.
+    pub(crate) fn block(&self, index: usize) -> PathBuf {
         self.claimed.path().join(format!("block-{index:05}.safetensors"))
     }
 
@@ -119,36 +129,12 @@ impl Folder {
         report: &BlockReport,
         streams: [&Stream; 2],
     ) -> Result<()> {
-        let mut packed: Vec<(&str, PackedWeight)> = Vec::new();
-        let mut dense: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
-        for (path, slot) in slots {
-            if let QuantLinear::Packed(linear) = &slot.base {
-                packed.push((path, linear.weight.to_host()?));
-                if let Some(bias) = &linear.bias {
-                    dense.push((bias_name(path), bias.val().dims().into(), to_host(path, bias.val())?));
-                }
-            }
-            if let Some(lora) = &slot.adapter {
-                for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
-                    let values = to_host(path, factor.val())?;
-                    dense.push((format!("{path}.{name}"), factor.val().dims().into(), values));
-                }
-            }
-        }
-        dense.extend(
-            norms.iter().map(|norm| (norm.name.clone(), vec![norm.values.len()], norm.values.clone())),
-        );
         let report_text = serde_json::to_string(report).expect("a report of numbers and names");
         let mut metadata =
             BTreeMap::from([(RUN_KEY.into(), self.run.clone()), (REPORT_KEY.into(), report_text)]);
         metadata.extend(originals.iter().map(|(path, hash)| (original_key(path), hash.clone())));
-        metadata.extend(dense.iter().map(|(name, _, values)| (dense_key(name), fingerprint(values))));
-        PackedFile::save(
-            self.block(report.index),
-            packed.iter().map(|(path, weight)| (*path, weight)),
-            dense.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])),
-            &metadata,
-        )?;
+        let slots = slots.iter().map(|(path, slot)| (path.as_str(), slot));
+        SavedSlots::save(&self.block(report.index), slots, norms, metadata)?;
         self.save_streams(report.index + 1, streams)
     }
 
@@ -212,38 +198,84 @@ impl Folder {
         }
         Ok(Some(Resumed { blocks: header.blocks, streams: [x, quantized] }))
     }
+}
 
-    /// A finished block.
-    pub(crate) fn load(&self, index: usize) -> Result<SavedBlock> {
-        let path = self.block(index);
-        let file = PackedFile::open(&path)?;
+/// Solved projections in a file: those of a finished block with its norms, or some on their way to another rank.
+pub(crate) struct SavedSlots {
+    path: PathBuf,
+    file: PackedFile,
+}
+
+impl SavedSlots {
+    /// Writes packed weights with their biases, factors and norms.
+    pub(crate) fn save<'s>(
+        to: &Path,
+        slots: impl IntoIterator<Item = (&'s str, &'s Slot)>,
+        norms: &[Norm],
+        mut metadata: BTreeMap<String, String>,
+    ) -> Result<()> {
+        let mut packed: Vec<(&str, PackedWeight)> = Vec::new();
+        let mut dense: Vec<(String, Vec<usize>, Vec<f32>)> = Vec::new();
+        for (path, slot) in slots {
+            if let QuantLinear::Packed(linear) = &slot.base {
+                packed.push((path, linear.weight.to_host()?));
+                if let Some(bias) = &linear.bias {
+                    dense.push((bias_name(path), bias.val().dims().into(), to_host(path, bias.val())?));
+                }
+            }
+            if let Some(lora) = &slot.adapter {
+                for (name, factor) in [("lora_a", &lora.lora_a), ("lora_b", &lora.lora_b)] {
+                    let values = to_host(path, factor.val())?;
+                    dense.push((format!("{path}.{name}"), factor.val().dims().into(), values));
+                }
+            }
+        }
+        dense.extend(
+            norms.iter().map(|norm| (norm.name.clone(), vec![norm.values.len()], norm.values.clone())),
+        );
+        metadata.extend(dense.iter().map(|(name, _, values)| (dense_key(name), fingerprint(values))));
+        PackedFile::save(
+            to,
+            packed.iter().map(|(path, weight)| (*path, weight)),
+            dense.iter().map(|(name, shape, values)| (name.as_str(), &shape[..], &values[..])),
+            &metadata,
+        )?;
+        Ok(())
+    }
+
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let file = PackedFile::open(path)?;
+        file.verify()?;
+        Ok(Self { path: path.into(), file })
+    }
+
+    /// What a finished block's file says of it, if it is of `run`, where that is known.
+    pub(crate) fn report(&self, run: Option<&str>) -> Result<BlockReport> {
+        let metadata = |key: &str| self.file.metadata().get(key).map_or("", String::as_str);
         let wrong = |field: &str, expected: &str, found: String| Error::File {
-            path: path.clone(),
+            path: self.path.clone(),
             field: field.into(),
             expected: expected.into(),
             found,
         };
-        if file.metadata().get(RUN_KEY) != Some(&self.run) {
-            return Err(wrong(RUN_KEY, "this run's", format!("{:?}", file.metadata().get(RUN_KEY))));
+        if run.is_some_and(|run| run != metadata(RUN_KEY)) {
+            return Err(wrong(RUN_KEY, "this run's", format!("{:?}", metadata(RUN_KEY))));
         }
-        file.verify()?;
-        let report = file.metadata().get(REPORT_KEY).map_or("", String::as_str);
-        let report: BlockReport = serde_json::from_str(report)
-            .map_err(|error| wrong(REPORT_KEY, "the block's report", error.to_string()))?;
-        Ok(SavedBlock { path, file, report })
+        serde_json::from_str(metadata(REPORT_KEY))
+            .map_err(|error| wrong(REPORT_KEY, "the block's report", error.to_string()))
     }
-}
 
-/// The file of a finished block.
-pub(crate) struct SavedBlock {
-    path: PathBuf,
-    file: PackedFile,
-    pub(crate) report: BlockReport,
-}
+    /// What stands in a projection's slot.
+    pub(crate) fn slot(&self, place: &Place, device: &Device) -> Result<Slot> {
+        if place.scheme == Scheme::Dense {
+            return Ok(place.dense());
+        }
+        let adapter = place.adapter.clone().map(|lora| self.factors(&place.path, lora)).transpose()?;
+        Ok(place.packed(&self.packed(&place.path, place.shape)?, adapter, device))
+    }
 
-impl SavedBlock {
     /// The packed weight of a projection of the given shape `[d_input, d_output]`.
-    pub(crate) fn packed(&self, path: &str, shape: [usize; 2]) -> Result<PackedWeight> {
+    fn packed(&self, path: &str, shape: [usize; 2]) -> Result<PackedWeight> {
         let packed = self.file.packed(path)?;
         let found = [packed.d_input, packed.d_output];
         if found == shape {
@@ -267,7 +299,7 @@ impl SavedBlock {
     }
 
     /// `lora` with the factors of a projection.
-    pub(crate) fn factors(&self, path: &str, mut lora: Lora) -> Result<Lora> {
+    fn factors(&self, path: &str, mut lora: Lora) -> Result<Lora> {
         for (name, factor) in [("lora_a", &mut lora.lora_a), ("lora_b", &mut lora.lora_b)] {
             let current = factor.val();
             let values = self.dense(&format!("{path}.{name}"), &current.dims())?;

@@ -58,6 +58,11 @@ impl Method {
         matches!(self, Self::Loftq(_) | Self::Pissa { .. })
     }
 
+    /// Whether it makes steps of an optimizer, each on one window.
+    pub(crate) fn learns_by_windows(&self) -> bool {
+        matches!(self, Self::Clipping(_) | Self::ApiqLayer(_) | Self::ApiqBlock(_))
+    }
+
     /// Whether adapters are part of what the method finds.
     pub(crate) fn makes_adapters(&self) -> bool {
         matches!(self, Self::Loftq(_) | Self::Pissa { .. } | Self::ApiqLayer(_) | Self::ApiqBlock(_))

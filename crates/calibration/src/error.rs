@@ -82,6 +82,9 @@ pub enum Error {
     /// An error of the adapters.
     #[error(transparent)]
     Adapter(#[from] kiln_adapters::Error),
+    /// An error of another rank, or of what ranks say to one another.
+    #[error(transparent)]
+    Ranks(#[from] kiln_distributed::Error),
     /// An error of the packed weights.
     #[error(transparent)]
     Quant(#[from] kiln_quant_core::Error),

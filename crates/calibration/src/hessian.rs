@@ -11,8 +11,8 @@ use crate::{Error, Result};
 /// Eight bytes for each pair of inputs.
 #[derive(Debug, Clone)]
 pub struct Hessian {
-    d_input: usize,
-    samples: usize,
+    pub(crate) d_input: usize,
+    pub(crate) samples: usize,
     pub(crate) sum: Vec<f64>,
 }
 
@@ -31,13 +31,18 @@ impl Hessian {
     /// # Panics
     /// If `x` doesn't have `d_input` columns.
     pub fn add(&mut self, projection: &str, x: Tensor<2>) -> Result<()> {
+        self.add_window(projection, self.samples, x)
+    }
+
+    /// [`add`](Self::add) of a window, whose number is used in errors.
+    pub(crate) fn add_window(&mut self, projection: &str, window: usize, x: Tensor<2>) -> Result<()> {
         assert_eq!(x.dims()[1], self.d_input, "inputs of {projection}");
         let product = to_host(projection, x.clone().transpose().matmul(x))?;
         // A bad input spoils its own diagonal entry.
         if product.iter().step_by(self.d_input + 1).any(|value| !value.is_finite()) {
             return Err(Error::NotFinite {
                 place: projection.into(),
-                quantity: format!("inputs in window {} are", self.samples),
+                quantity: format!("inputs in window {window} are"),
             });
         }
         self.sum.iter_mut().zip(product).for_each(|(sum, value)| *sum += f64::from(value));

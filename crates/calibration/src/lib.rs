@@ -10,6 +10,7 @@ mod clipping;
 mod clipping_there;
 mod config;
 mod error;
+mod exchange;
 mod gptq;
 mod hessian;
 mod loftq;

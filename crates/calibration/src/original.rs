@@ -1,16 +1,17 @@
 //! What a calibration starts from: original projections and norms, how they are told apart, and finished blocks that
 //! are put back in their place.
 
+use std::collections::BTreeMap;
+
 use burn::tensor::Device;
 use kiln_models::{ScaleSites, ScaleSource, StoredWeight};
 use kiln_quant_core::{Projection, Scheme, hash::Fnv1a, to_host};
 
 use crate::{
-    BlockReport, Calibrator, Error, Result,
+    Calibrator, Error, Result,
     block::Place,
-    checkpoint::{Folder, Norm, fingerprint},
+    checkpoint::{Norm, SavedSlots, fingerprint},
     station::Station,
-    stream::Stream,
     values::{finite, tensor},
 };
 
@@ -51,15 +52,14 @@ impl Calibrator<'_> {
         Ok(place)
     }
 
-    /// Puts a finished block back; returns its report.
+    /// Puts a finished block back, from its file.
     pub(crate) fn restore<W: ScaleSites>(
         &self,
-        folder: &Folder,
+        saved: &SavedSlots,
         model: &mut W,
         index: usize,
         slots: Vec<(String, Station)>,
-    ) -> Result<BlockReport> {
-        let saved = folder.load(index)?;
+    ) -> Result<()> {
         let device = &model.device();
         for Norm { name, values } in norms(model, index)? {
             saved.check_original(&name, &fingerprint(&values))?;
@@ -74,34 +74,23 @@ impl Calibrator<'_> {
             if let (Scheme::Packed(_), Some(bias)) = (place.scheme, place.bias.take()) {
                 place.bias = Some(saved.bias(&place.path, bias)?);
             }
-            let adapter = match place.adapter.clone() {
-                Some(lora) => Some(saved.factors(&place.path, lora)?),
-                None => None,
-            };
-            let slot = match place.scheme {
-                Scheme::Packed(_) => place.packed(&saved.packed(&place.path, place.shape)?, adapter, device),
-                Scheme::Dense => place.dense(),
-            };
-            place.station.set(slot);
+            place.station.set(saved.slot(&place, device)?);
         }
-        Ok(saved.report)
+        Ok(())
     }
 
-    /// Tells runs apart: options, windows, shapes, adapters, and the weights of embedding and first block. Those of a
-    /// later block are compared when it is restored.
-    pub(crate) fn fingerprint(
+    /// What tells runs apart: options, windows, shapes, adapters, and the weights of embedding (by `embedded`, a fingerprint
+    /// of all windows' embeddings) and first block. Those of a later block are compared when it is solved or restored.
+    pub(crate) fn facts(
         &self,
-        embedded: &Stream,
+        embedded: String,
         blocks: &[Vec<(String, Station)>],
         device: &Device,
-    ) -> Result<String> {
+    ) -> Result<BTreeMap<String, String>> {
         let mut hash = Fnv1a::default();
-        let config = serde_json::to_string(self.config).expect("options are numbers and names");
-        hash.update(config.bytes());
-        for window in 0..embedded.len() {
-            hash.update(self.windows.as_slice()[window].iter().flat_map(|id| id.to_le_bytes()));
-            hash.update_values(&embedded.get(window)?);
-        }
+        hash.update(self.windows.as_slice().iter().flatten().flat_map(|id| id.to_le_bytes()));
+        let windows = hash.text();
+        let mut hash = Fnv1a::default();
         for (path, station) in blocks.iter().flatten() {
             let target = self.attacher.and_then(|attacher| attacher.targets().get(path));
             let target = target.map(|target| (target.r, target.scaling));
@@ -114,7 +103,15 @@ impl Calibrator<'_> {
                 hash.update_values(&to_host(path, lora.lora_a.val())?);
             }
         }
-        Ok(hash.text())
+        let config = serde_json::to_string(self.config).expect("options are numbers and names");
+        let facts = [
+            ("options", config),
+            ("parts", self.sharing.parts().to_string()),
+            ("windows", windows),
+            ("embedding", embedded),
+            ("first block and adapters", hash.text()),
+        ];
+        Ok(facts.map(|(name, value)| (name.to_owned(), value)).into())
     }
 }
 

@@ -2,14 +2,16 @@
 
 use std::time::Instant;
 
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
+use kiln_distributed::{Communicator, Shares, agreed, gathered};
 use kiln_models::{CausalLm, Context, Probe, ScaleSites, Tape, TokenBatch, Windows};
-use kiln_quant_core::to_host;
+use kiln_quant_core::{hash::Fnv1a, to_host};
 
 use crate::{
     BlockReport, CalibrationConfig, CalibrationReport, Calibrator, Error, Observer, Progress, Result, awq,
     block::{Block, Place, pass},
-    checkpoint::{Folder, Resumed},
+    checkpoint::{Folder, Resumed, SavedSlots},
+    exchange::{collected, dealt_out, from_first},
     original::{norms, originals},
     station::{Slot, Station},
     stream::{Store, Stream},
@@ -26,37 +28,37 @@ impl Calibrator<'_> {
         observer: Observer,
     ) -> Result<CalibrationReport> {
         let (device, total) = (model.device(), model.num_blocks());
+        let shares = self.sharing.of(self.windows.count())?;
+        let ranks = shares.ranks();
         let tokens = self.windows.batches_of(1);
         let context = model.context(&tokens[0], None)?;
         let store = self.spill.clone().map_or(Store::Memory, Store::Folder);
         let mut blocks = by_block(slots, total)?;
-        let embedded = embed(model, &tokens, &store)?;
+        let embedded = agreed(ranks, embed(model, &tokens, &shares, &store))?;
+        let run = match self.folder.is_some() || ranks.size() > 1 {
+            true => self.run_name(&shares, &embedded, &blocks, &device)?,
+            false => String::new(),
+        };
         let folder = match &self.folder {
-            Some(path) => Some(Folder::new(path, self.fingerprint(&embedded, &blocks, &device)?)?),
-            None => None,
+            Some(path) if ranks.rank() == 0 => Folder::new(path, run).map(Some),
+            _ => Ok(None),
         };
+        let folder = agreed(ranks, folder)?;
         let mut report = CalibrationReport::default();
-        let (windows, shape) = (embedded.len(), embedded.shape());
-        let resumed = match &folder {
-            Some(folder) => folder.resume(&store, windows, shape)?,
-            None => None,
-        };
-        let Resumed { blocks: finished, streams: [mut x, mut quantized] } = match resumed {
-            Some(resumed) => resumed,
-            None => Resumed { blocks: 0, streams: [copy(&embedded, &store)?, embedded] },
-        };
+        let Resumed { blocks: finished, streams: [mut x, mut quantized] } =
+            self.resumed(&shares, folder.as_ref(), embedded, &store)?;
         for (index, slots) in blocks.drain(..).enumerate() {
             if index < finished {
-                let folder = folder.as_ref().expect("only a folder holds finished blocks");
-                report.blocks.push(self.restore(folder, model, index, slots)?);
+                report.blocks.push(self.read(ranks, folder.as_ref(), model, index, slots)?);
                 continue;
             }
             let start = Instant::now();
             let places = slots.into_iter().map(|(path, station)| self.place(path, station, &device));
-            let mut places = places.collect::<Result<Vec<Place>>>()?;
-            let originals = originals(&places, norms(model, index)?)?;
+            let mut places = agreed(ranks, places.collect::<Result<Vec<Place>>>())?;
+            let originals = agreed(ranks, norms(model, index).and_then(|norms| originals(&places, norms)))?;
+            ranks.same(&originals.iter().cloned().collect())?;
             let scalings = match &self.config.scaling {
-                Some(awq) => awq::scale(awq, model, tape, index, &mut places, &context, &x)?,
+                Some(awq) => awq::scale(awq, model, tape, index, &mut places, &context, &shares, &x)?,
                 None => Vec::new(),
             };
             let forward = |x: Tensor<2>| pass(model, index, &context, x);
@@ -68,6 +70,7 @@ impl Calibrator<'_> {
                 tape,
                 device: device.clone(),
                 store: store.clone(),
+                shares: &shares,
                 x: &x,
                 quantized: &quantized,
                 observer: &mut *observer,
@@ -76,9 +79,17 @@ impl Calibrator<'_> {
             found.scalings = scalings;
             found.seconds = start.elapsed().as_secs_f64();
             [x, quantized] = streams;
-            if let Some(folder) = &folder {
-                let norms = norms(model, index)?;
-                folder.save(&slots, &norms, &originals, &found, [&x, &quantized])?;
+            if self.folder.is_some() {
+                let all = match ranks.size() {
+                    1 => [None, None],
+                    _ => [collected(&shares, &x, &store)?, collected(&shares, &quantized, &store)?],
+                };
+                let save = |folder: &Folder| {
+                    let [x, quantized] =
+                        [all[0].as_ref().unwrap_or(&x), all[1].as_ref().unwrap_or(&quantized)];
+                    folder.save(&slots, &norms(model, index)?, &originals, &found, [x, quantized])
+                };
+                agreed(ranks, folder.as_ref().map_or(Ok(()), save))?;
             }
             tracing::info!(
                 block = index,
@@ -88,11 +99,86 @@ impl Calibrator<'_> {
             );
             let ended = observer(Progress::Block { report: &found, total }).is_break();
             report.blocks.push(found);
-            if ended && index + 1 < total {
-                return Err(Error::Cancelled { blocks: index + 1, total });
-            }
+            let ended = ended && index + 1 < total;
+            agreed(ranks, if ended { Err(Error::Cancelled { blocks: index + 1, total }) } else { Ok(()) })?;
         }
         Ok(report)
+    }
+
+    /// What tells this run from others; fails if it isn't the same on all ranks.
+    fn run_name(
+        &self,
+        shares: &Shares,
+        embedded: &Stream,
+        blocks: &[Vec<(String, Station)>],
+        device: &Device,
+    ) -> Result<String> {
+        let hashes = || -> Result<Vec<u8>> {
+            let hash = |window| {
+                let mut hash = Fnv1a::default();
+                hash.update_values(&embedded.get(window)?);
+                Ok(hash.text().into_bytes())
+            };
+            Ok((0..embedded.len()).map(hash).collect::<Result<Vec<_>>>()?.concat())
+        };
+        let (_, hashes) = gathered(shares.ranks(), hashes(), Vec::clone)?;
+        let mut embedding = Fnv1a::default();
+        embedding.update(hashes.into_iter().flatten());
+        let facts = agreed(shares.ranks(), self.facts(embedding.text(), blocks, device))?;
+        shares.ranks().same(&facts)?;
+        let mut run = Fnv1a::default();
+        facts.iter().for_each(|(name, value)| run.update(format!("{name}: {value}\n").bytes()));
+        Ok(run.text())
+    }
+
+    /// Where an interrupted run stands, by rank 0's folder, or the beginning.
+    fn resumed(
+        &self,
+        shares: &Shares,
+        folder: Option<&Folder>,
+        embedded: Stream,
+        store: &Store,
+    ) -> Result<Resumed> {
+        let (ranks, shape) = (shares.ranks(), embedded.shape());
+        let found = folder.map_or(Ok(None), |folder| folder.resume(store, shares.count(), shape));
+        let found = agreed(ranks, found)?;
+        if ranks.size() == 1 {
+            return match found {
+                Some(resumed) => Ok(resumed),
+                None => Ok(Resumed { blocks: 0, streams: [copy(&embedded, store)?, embedded] }),
+            };
+        }
+        let blocks = found.as_ref().map_or(0, |found| found.blocks);
+        let blocks = shares.in_order::<Error>(Ok(vec![blocks as f64]))?[0] as usize;
+        if blocks == 0 {
+            return Ok(Resumed { blocks, streams: [agreed(ranks, copy(&embedded, store))?, embedded] });
+        }
+        let own = |stream: usize| {
+            dealt_out(shares, found.as_ref().map(|found| &found.streams[stream]), shape, store)
+        };
+        Ok(Resumed { blocks, streams: [own(0)?, own(1)?] })
+    }
+
+    /// Puts a finished block back, which rank 0 has in its folder; returns its report.
+    fn read<W: ScaleSites>(
+        &self,
+        ranks: &dyn Communicator,
+        folder: Option<&Folder>,
+        model: &mut W,
+        index: usize,
+        slots: Vec<(String, Station)>,
+    ) -> Result<BlockReport> {
+        let name = "block.safetensors";
+        let path = folder.map(|folder| folder.block(index));
+        let copy = from_first(ranks, path.as_deref(), name)?;
+        let read = || -> Result<BlockReport> {
+            let path = path.or_else(|| Some(copy.as_ref()?.path().join(name)));
+            let saved = SavedSlots::open(&path.expect("rank 0's or a copy"))?;
+            let report = saved.report(folder.map(Folder::run))?;
+            self.restore(&saved, model, index, slots)?;
+            Ok(report)
+        };
+        agreed(ranks, read())
     }
 }
 
@@ -108,17 +194,26 @@ struct Finished {
 impl Block<'_> {
     /// Solves, measures and replaces the block.
     fn calibrate(&mut self, config: &CalibrationConfig) -> Result<Finished> {
+        let ranks = self.shares.ranks();
         self.install(&self.originals());
-        let targets = self.pass_all(self.x)?;
+        let targets = agreed(ranks, self.pass_all(self.x))?;
         let solution = self.solve(config, &targets)?;
         let projections = self.measure(&solution.slots, &solution.seconds, config.measured_windows)?;
         self.install(&solution.slots);
-        let quantized = self.pass_all(self.quantized)?;
+        let quantized = agreed(ranks, self.pass_all(self.quantized))?;
+        let squares = || -> Result<Vec<f64>> {
+            let mut all = Vec::with_capacity(2 * targets.len());
+            for window in 0..targets.len() {
+                let (y, found) = (targets.get(window)?, quantized.get(window)?);
+                all.push(squares(y.iter().zip(&found).map(|(a, b)| a - b)));
+                all.push(squares(y.into_iter()));
+            }
+            Ok(all)
+        };
         let (mut error, mut norm) = (0.0, 0.0);
-        for window in 0..targets.len() {
-            let (y, found) = (targets.get(window)?, quantized.get(window)?);
-            error += squares(y.iter().zip(&found).map(|(a, b)| a - b));
-            norm += squares(y.into_iter());
+        for of_window in self.shares.in_order(squares())?.chunks_exact(2) {
+            error += of_window[0];
+            norm += of_window[1];
         }
         let report = BlockReport {
             index: self.index,
@@ -149,10 +244,11 @@ fn by_block(slots: Vec<(String, Station)>, total: usize) -> Result<Vec<Vec<(Stri
     Ok(blocks)
 }
 
-/// The residual stream before the first block.
-fn embed<W: CausalLm>(model: &W, tokens: &[TokenBatch], store: &Store) -> Result<Stream> {
+/// The residual stream of this rank's windows before the first block.
+fn embed<W: CausalLm>(model: &W, tokens: &[TokenBatch], shares: &Shares, store: &Store) -> Result<Stream> {
     let mut stream: Option<Stream> = None;
-    for (window, tokens) in tokens.iter().enumerate() {
+    for window in shares.own() {
+        let tokens = &tokens[window];
         let x = model.embed(&model.context(tokens, None)?);
         let [_, rows, width] = x.dims();
         let stream = match &mut stream {
@@ -164,7 +260,7 @@ fn embed<W: CausalLm>(model: &W, tokens: &[TokenBatch], store: &Store) -> Result
             let quantity = format!("activations of window {window} are");
             return Err(Error::NotFinite { place: "embedding".into(), quantity });
         }
-        stream.set(window, values)?;
+        stream.set(window - shares.own().start, values)?;
     }
     stream.ok_or_else(|| Error::argument("calibration windows", "at least one", 0))
 }

@@ -20,7 +20,7 @@ use crate::{
     low_rank, pissa,
     station::Slot,
     stream::Stream,
-    values::finite,
+    values::{added, finite},
 };
 
 /// What a method made of a block.
@@ -46,18 +46,16 @@ impl Block<'_> {
 
     /// Methods that look at the weights only.
     fn one_by_one(&mut self, method: &Method, correction: Option<Svd>) -> Result<Solution> {
-        let mut solution = Solution::new();
-        for index in 0..self.places.len() {
-            let start = Instant::now();
-            let place = &self.places[index];
-            let slot = match place.scheme {
-                Scheme::Dense => place.dense(),
-                Scheme::Packed(scheme) => self.solve_weight(place, &scheme, method, correction)?,
-            };
-            solution.push(slot, start);
-            self.tell_solved(index)?;
-        }
-        Ok(solution)
+        let all: Vec<usize> = (0..self.places.len()).collect();
+        let solved = self.dealt(&all, |block, index| {
+            let place = &block.places[index];
+            match place.scheme {
+                Scheme::Dense => Ok(place.dense()),
+                Scheme::Packed(scheme) => block.solve_weight(place, &scheme, method, correction),
+            }
+        })?;
+        let (slots, seconds) = solved.into_iter().unzip();
+        Ok(Solution { slots, seconds, losses: Vec::new() })
     }
 
     fn solve_weight(
@@ -113,26 +111,18 @@ impl Block<'_> {
         for group in self.input_groups(&slots)? {
             self.install(&slots);
             let start = Instant::now();
-            let first = group[0];
-            let mut hessian = Hessian::new(self.places[first].shape[0]);
-            for window in 0..self.quantized.len() {
-                let input = self.quantized.tensor(window, &self.device)?;
-                if let Some(inputs) = self.inputs(first, input) {
-                    hessian.add(&self.places[first].path, inputs)?;
-                }
-            }
+            let hessian = self.hessian(group[0])?;
             let mut factor = None;
             let mut shared = start.elapsed().as_secs_f64();
-            for index in group {
-                let start = Instant::now();
-                let place = &self.places[index];
+            let solved = self.dealt(&group, |block, index| {
+                let place = &block.places[index];
                 let [_, d_output] = place.shape;
-                slots[index] = match place.scheme {
+                Ok(match place.scheme {
                     Scheme::Dense => place.dense(),
                     // An expert that no token went through.
                     Scheme::Packed(scheme) if hessian.samples() == 0 => {
                         let rounding = Method::Rtn(Rounding::default());
-                        self.solve_weight(place, &scheme, &rounding, correction)?
+                        block.solve_weight(place, &scheme, &rounding, correction)?
                     }
                     Scheme::Packed(scheme) => {
                         let (path, weight) = (&place.path, &place.weight);
@@ -141,14 +131,39 @@ impl Block<'_> {
                             none => none.insert(SharedFactor::new(path, &hessian, config)?),
                         };
                         let found = gptq_shared(path, weight, d_output, factor, &scheme, config)?;
-                        self.corrected(place, found.weight, correction)?
+                        block.corrected(place, found.weight, correction)?
                     }
-                };
-                seconds[index] = std::mem::take(&mut shared) + start.elapsed().as_secs_f64();
-                self.tell_solved(index)?;
+                })
+            })?;
+            for (index, (slot, took)) in group.into_iter().zip(solved) {
+                slots[index] = slot;
+                seconds[index] = std::mem::take(&mut shared) + took;
             }
         }
         Ok(Solution { slots, seconds, losses: Vec::new() })
+    }
+
+    /// Second moments of a projection's inputs in the quantized stream, over all windows.
+    fn hessian(&self, projection: usize) -> Result<Hessian> {
+        let Place { path, shape: [d_input, _], .. } = &self.places[projection];
+        let (own, mut samples) = (self.shares.own(), 0);
+        let sums = self.shares.partial_sums(
+            |windows| {
+                let mut hessian = Hessian::new(*d_input);
+                for window in windows {
+                    let input = self.quantized.tensor(window - own.start, &self.device)?;
+                    if let Some(inputs) = self.inputs(projection, input) {
+                        hessian.add_window(path, window, inputs)?;
+                    }
+                }
+                samples += hessian.samples();
+                Ok(hessian.sum)
+            },
+            added,
+        );
+        let sum = self.shares.sum::<_, Error>(sums, d_input * d_input)?;
+        let samples = self.shares.in_order::<Error>(Ok(vec![samples as f64]))?;
+        Ok(Hessian { d_input: *d_input, samples: samples.iter().sum::<f64>() as usize, sum })
     }
 
     /// ApiQ, one projection after another: its inputs in the quantized model against its outputs in the original.
@@ -300,20 +315,9 @@ impl Block<'_> {
         self.places.iter().map(|place| seconds * place.weight.len() as f64 / total.max(1) as f64).collect()
     }
 
-    fn tell_solved(&mut self, index: usize) -> Result<()> {
+    pub(crate) fn tell_solved(&mut self, index: usize) -> Result<()> {
         let (block, path) = (self.index, self.places[index].path.clone());
         self.tell(Progress::Projection { block, path: &path })
-    }
-}
-
-impl Solution {
-    fn new() -> Self {
-        Self { slots: Vec::new(), seconds: Vec::new(), losses: Vec::new() }
-    }
-
-    fn push(&mut self, slot: Slot, start: Instant) {
-        self.slots.push(slot);
-        self.seconds.push(start.elapsed().as_secs_f64());
     }
 }
 

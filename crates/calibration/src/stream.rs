@@ -97,10 +97,29 @@ impl Stream {
         Ok(tensor(self.get(window)?, shape, device))
     }
 
+    /// One window as bytes.
+    pub(crate) fn bytes(&self, window: usize) -> Result<Vec<u8>> {
+        Ok(to_bytes(&self.get(window)?))
+    }
+
+    /// [`set`](Self::set) of what [`bytes`](Self::bytes) gave.
+    pub(crate) fn set_bytes(&mut self, window: usize, bytes: &[u8]) -> Result<()> {
+        let [rows, width] = self.shape;
+        if bytes.len() != rows * width * 4 {
+            let expected = format!("{rows} rows of {width} values");
+            return Err(Error::argument(
+                format!("window {window}"),
+                expected,
+                format!("{} bytes", bytes.len()),
+            ));
+        }
+        self.set(window, from_bytes(bytes))
+    }
+
     /// Appends all windows to a file.
     pub(crate) fn write(&self, file: &mut impl Write, path: &Path) -> Result<()> {
         for window in 0..self.len() {
-            file.write_all(&to_bytes(&self.get(window)?)).map_err(Error::io(path))?;
+            file.write_all(&self.bytes(window)?).map_err(Error::io(path))?;
         }
         Ok(())
     }

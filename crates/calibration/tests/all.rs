@@ -2,6 +2,7 @@
 
 mod interrupted;
 mod methods;
+mod ranks;
 mod refused;
 mod scaling;
 mod setup;

@@ -10,6 +10,7 @@ use burn::{
     nn::Linear,
     tensor::{Device, Int, Tensor},
 };
+use kiln_distributed::Sharing;
 use kiln_models::{
     Block, CausalLm, Decoder, DenseEmbedding, Embedding, Norm, Slots,
     config::{Biases, ModelConfig},
@@ -35,23 +36,29 @@ pub enum SplitBlocks {
     Refuse,
 }
 
-/// How packed weights are cut.
+/// How a pruning is carried out: what becomes of packed weights, and who measures.
 pub struct CutOptions<'a> {
     /// What becomes of weights whose blocks would be split.
     pub split_blocks: SplitBlocks,
     /// Quantizes them again.
     pub quantizer: &'a dyn HostQuantizer,
+    /// The ranks that share the calibration data, batch by batch; all end up with the same model. Gradients are sums in
+    /// [`Sharing::parts`] parts, on which their last bits depend; not on how many ranks there are.
+    pub sharing: Sharing,
 }
 
 impl fmt::Debug for CutOptions<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("CutOptions").field("split_blocks", &self.split_blocks).finish_non_exhaustive()
+        f.debug_struct("CutOptions")
+            .field("split_blocks", &self.split_blocks)
+            .field("sharing", &self.sharing)
+            .finish_non_exhaustive()
     }
 }
 
 impl Default for CutOptions<'_> {
     fn default() -> Self {
-        Self { split_blocks: SplitBlocks::Requantize, quantizer: &MinMax }
+        Self { split_blocks: SplitBlocks::Requantize, quantizer: &MinMax, sharing: Sharing::default() }
     }
 }
 

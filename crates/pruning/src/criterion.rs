@@ -177,26 +177,45 @@ impl InputStatistics {
     /// # Panics
     /// If `values` doesn't hold whole rows of the width of the rows before.
     pub fn add(&mut self, values: &[f32], width: usize) {
+        self.merge(&Self::of(values, width));
+    }
+
+    /// Of these tokens alone.
+    pub(crate) fn of(values: &[f32], width: usize) -> Self {
         assert!(width > 0 && values.len().is_multiple_of(width), "rows of {width} values");
-        let tokens = values.len() / width;
+        let count = values.len() / width;
+        let (mut means, mut deviations) = (vec![0.0; width], vec![0.0; width]);
+        for (j, (mean, deviations)) in means.iter_mut().zip(&mut deviations).enumerate().filter(|_| count > 0)
+        {
+            let column = || values.iter().skip(j).step_by(width).map(|&value| f64::from(value));
+            *mean = column().sum::<f64>() / count as f64;
+            *deviations = column().map(|value| (value - *mean).powi(2)).sum::<f64>();
+        }
+        Self { count, mean: means, deviations }
+    }
+
+    /// Adds other tokens.
+    ///
+    /// # Panics
+    /// If they have another width.
+    pub(crate) fn merge(&mut self, other: &Self) {
         if self.count == 0 {
+            let width = other.mean.len();
             (self.mean, self.deviations) = (vec![0.0; width], vec![0.0; width]);
         }
-        assert_eq!(self.mean.len(), width, "width of the inputs");
-        if tokens == 0 {
+        assert_eq!(self.mean.len(), other.mean.len(), "width of the inputs");
+        if other.count == 0 {
             return;
         }
-        let (old, new) = (self.count as f64, tokens as f64);
-        for j in 0..width {
-            let column = || values.iter().skip(j).step_by(width).map(|&value| f64::from(value));
-            let mean = column().sum::<f64>() / new;
-            let deviations = column().map(|value| (value - mean).powi(2)).sum::<f64>();
+        let (old, new) = (self.count as f64, other.count as f64);
+        let sums = self.mean.iter_mut().zip(&mut self.deviations);
+        for ((mean, deviations), (other, more)) in sums.zip(other.mean.iter().zip(&other.deviations)) {
             // Chan's rule for merging two sets: exact means, no cancellation of large sums.
-            let shift = mean - self.mean[j];
-            self.mean[j] += shift * new / (old + new);
-            self.deviations[j] += deviations + shift * shift * old * new / (old + new);
+            let shift = other - *mean;
+            *mean += shift * new / (old + new);
+            *deviations += more + shift * shift * old * new / (old + new);
         }
-        self.count += tokens;
+        self.count += other.count;
     }
 
     /// Unbiased variance of input `j`.

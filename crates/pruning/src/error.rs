@@ -43,6 +43,9 @@ pub enum Error {
         /// What was found.
         found: String,
     },
+    /// An error of another rank, or of what ranks say to one another.
+    #[error(transparent)]
+    Ranks(#[from] kiln_distributed::Error),
     /// Indices or shapes that don't fit the model.
     #[error("{}: expected {}, found {}", shortened(name), shortened(expected), shortened(found))]
     Mismatch {

@@ -2,9 +2,10 @@
 //!
 //! Memory beside the weights: the blocks' inputs, and the gradients of one block.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, ops::Range};
 
 use burn::{module::Module, tensor::Tensor};
+use kiln_distributed::{PairwiseSum, Shares, Sharing, gathered};
 use kiln_models::{
     CausalLm, Context, Decoder, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
     residual_gradient,
@@ -14,7 +15,7 @@ use kiln_quant_core::{Projection, QuantLinear, to_host};
 use crate::{
     Error, Result,
     criterion::{Axis, Criterion, InputStatistics, Matrix},
-    structure::Structure,
+    structure::{Coupling, Structure},
 };
 
 /// Rows of logits held at once.
@@ -65,6 +66,9 @@ struct Runner<'a> {
     structure: &'a Structure,
     /// Paths of the linears whose inputs are pruned: o and down.
     pruned_inputs: Vec<&'a str>,
+    /// Who has which batches.
+    shares: Shares,
+    /// This rank's.
     batches: Vec<TokenBatch>,
     contexts: Vec<Context>,
 }
@@ -76,16 +80,19 @@ impl<'a> Runner<'a> {
         structure: &'a Structure,
         calibration: &Windows,
         rows: usize,
+        sharing: &Sharing,
     ) -> Result<Self> {
         calibration.check(model)?;
         let tape = Tape::default();
         let model = model.valid().try_map(|path, base| Ok::<_, Error>(Probe::new(path, base, &tape)))?;
-        let batches = calibration.batches_of(rows);
+        let mut batches = calibration.batches_of(rows);
+        let shares = sharing.of(batches.len())?;
+        batches = batches.drain(shares.own()).collect();
         let contexts =
             batches.iter().map(|tokens| model.context(tokens, None)).collect::<kiln_models::Result<_>>()?;
         let linears = structure.by_path().into_iter();
         let pruned_inputs = linears.filter(|(_, linear)| linear.loses_inputs()).map(|(path, _)| path);
-        Ok(Self { model, tape, structure, pruned_inputs: pruned_inputs.collect(), batches, contexts })
+        Ok(Self { model, tape, structure, pruned_inputs: pruned_inputs.collect(), shares, batches, contexts })
     }
 
     fn embed(&self) -> Vec<Tensor<3>> {
@@ -105,41 +112,45 @@ pub(crate) fn gradient_scores(
     criterion: Criterion,
     scored: Scored,
     calibration: &Windows,
+    sharing: &Sharing,
 ) -> Result<(MatrixScores, f64)> {
     // Tokens of an expert don't tell which window they are of.
     let rows = match criterion.needs_fisher() && structure.layers.iter().any(|layer| layer.experts > 0) {
         true => 1,
         false => calibration.rows(),
     };
-    let runner = Runner::new(model, structure, calibration, rows)?;
+    let runner = Runner::new(model, structure, calibration, rows, sharing)?;
+    let first = runner.shares.own().start;
     let blocks = runner.model.num_blocks();
     let mut inputs = vec![runner.embed()];
     for index in 0..blocks {
         inputs.push(runner.block(index, &inputs[index]));
     }
     let top = inputs.pop().unwrap_or_default();
-    let (mut nll, mut gradients) = (0.0, Vec::new());
-    for (tokens, x) in runner.batches.iter().zip(top) {
+    let mut gradients = Vec::new();
+    let losses = runner.batches.iter().zip(top).map(|(tokens, x)| {
         let (sum, gradient) = top_gradient(&runner.model, tokens, x)?;
-        nll += sum;
         gradients.push(gradient);
-    }
+        Ok(sum)
+    });
+    let nll: f64 = runner.shares.in_order::<Error>(losses.collect())?.into_iter().sum();
     let windows = calibration.count();
     let targets = calibration.length() - 1;
     let mut scores = MatrixScores::new();
     for index in (0..blocks).rev() {
         let inputs = inputs.pop().unwrap_or_default();
-        let mut sums = BlockGradients {
-            fisher: criterion.needs_fisher(),
-            rows,
-            windows,
-            targets,
-            by_path: BTreeMap::new(),
+        let of_part = |batches: Range<usize>| {
+            let fisher = criterion.needs_fisher();
+            let mut sums = BlockGradients { fisher, rows, windows, targets, by_path: BTreeMap::new() };
+            for batch in batches.start - first..batches.end - first {
+                let (input, dy) = (inputs[batch].clone(), gradients[batch].clone());
+                gradients[batch] = runner.back(index, batch, input, dy, &mut sums)?;
+            }
+            Ok::<_, Error>(sums)
         };
-        for (batch, input) in inputs.into_iter().enumerate() {
-            gradients[batch] = runner.back(index, batch, input, gradients[batch].clone(), &mut sums)?;
-        }
-        runner.score_block(index, criterion, scored, sums, &mut scores)?;
+        let sums = runner.shares.partial_sums(of_part, BlockGradients::merged);
+        let (sums, _) = gathered(runner.shares.ranks(), sums, |_| Vec::new())?;
+        runner.score_block(index, criterion, scored, &sums, &mut scores)?;
     }
     Ok((scores, nll / (windows * targets) as f64))
 }
@@ -158,6 +169,7 @@ fn top_gradient(
 }
 
 /// Gradients of one block's weights, summed over the batches.
+#[derive(Clone)]
 struct BlockGradients {
     fisher: bool,
     /// Windows of a batch.
@@ -188,17 +200,50 @@ impl BlockGradients {
             squares.reduce(|sum, square| sum + square)
         });
         let gradient = input.transpose().matmul(d_output).div_scalar(targets * windows);
+        self.add_sums(path, gradient, fisher.flatten());
+    }
+
+    fn add_sums(&mut self, path: String, gradient: Tensor<2>, fisher: Option<Tensor<2>>) {
         let new = match self.by_path.remove(&path) {
             Some((sum, squares)) => {
-                let both = match (squares, fisher.flatten()) {
+                let both = match (squares, fisher) {
                     (Some(sum), Some(square)) => Some(sum + square),
                     (one, other) => one.or(other),
                 };
                 (sum + gradient, both)
             }
-            None => (gradient, fisher.flatten()),
+            None => (gradient, fisher),
         };
         self.by_path.insert(path, new);
+    }
+
+    /// Those of the batches of both.
+    fn merged(mut self, other: Self) -> Self {
+        other
+            .by_path
+            .into_iter()
+            .for_each(|(path, (gradient, fisher))| self.add_sums(path, gradient, fisher));
+        self
+    }
+
+    /// Gradient and, where it is asked for, mean square of a weight of `length` values in host memory, and whether there
+    /// were any: 1, or -0.0, which as all values then adds nothing.
+    fn flat(&self, path: &str, length: usize) -> Result<Vec<f32>> {
+        let parts = if self.fisher { 2 } else { 1 };
+        let mut flat = match self.by_path.get(path) {
+            Some((gradient, fisher)) => {
+                let mut flat = to_host(path, gradient.clone())?;
+                if let Some(fisher) = fisher {
+                    flat.extend(to_host(path, fisher.clone())?);
+                }
+                flat.resize(parts * length, -0.0);
+                flat.push(1.0);
+                return Ok(flat);
+            }
+            None => vec![-0.0; parts * length],
+        };
+        flat.push(-0.0);
+        Ok(flat)
     }
 }
 
@@ -231,7 +276,7 @@ impl Runner<'_> {
         index: usize,
         criterion: Criterion,
         scored: Scored,
-        mut sums: BlockGradients,
+        sums: &PairwiseSum<BlockGradients>,
         scores: &mut MatrixScores,
     ) -> Result<()> {
         let linears = self.structure.by_path();
@@ -239,23 +284,17 @@ impl Runner<'_> {
             if linears.get(path.as_str()).is_none_or(|linear| linear.layer != index) {
                 continue;
             }
-            let (gradient, fisher) = match sums.by_path.remove(&path) {
-                Some(found) => found,
-                // An expert that no token went to.
-                None if linears[path.as_str()].expert.is_some() => {
-                    let zeros = Tensor::zeros(slot.shape(), &self.model.device());
-                    let fisher = criterion.needs_fisher().then(|| Tensor::clone(&zeros));
-                    (zeros, fisher)
-                }
-                None => return Err(Error::mismatch(path, "a gradient", "none")),
-            };
-            let host = |tensor: Tensor<2>| to_host(&path, tensor);
-            let matrix = Matrix {
-                weight: host(slot.weight())?,
-                gradient: host(gradient)?,
-                fisher: fisher.map(host).transpose()?.unwrap_or_default(),
-                d_output: slot.shape()[1],
-            };
+            let [d_input, d_output] = slot.shape();
+            let length = d_input * d_output;
+            let own = sums.clone().try_map(|sums| sums.flat(&path, length));
+            let parts = if criterion.needs_fisher() { 2 } else { 1 };
+            let mut gradient = self.shares.sum(own, parts * length + 1)?;
+            // No token may have gone to an expert.
+            if gradient.pop() == Some(0.0) && linears[path.as_str()].expert.is_none() {
+                return Err(Error::mismatch(path, "a gradient", "none"));
+            }
+            let fisher = gradient.split_off(length);
+            let matrix = Matrix { weight: to_host(&path, slot.weight())?, gradient, fisher, d_output };
             let values = matrix.scores(criterion, scored.axis(linears[path.as_str()].input));
             if values.iter().any(|value| !value.is_finite()) {
                 return Err(Error::mismatch(path, "finite importances", "one that is not"));
@@ -263,6 +302,61 @@ impl Runner<'_> {
             scores.insert(path, values);
         }
         Ok(())
+    }
+}
+
+impl Runner<'_> {
+    /// Statistics of the inputs of a block's o and down over all ranks' batches; `outputs` gets the block's for this rank's.
+    fn input_statistics(
+        &self,
+        index: usize,
+        inputs: &[Tensor<3>],
+        outputs: &mut Vec<Tensor<3>>,
+    ) -> Result<BTreeMap<String, InputStatistics>> {
+        let linears = self.structure.linears.iter();
+        let linears = linears.filter(|linear| linear.layer == index && linear.loses_inputs());
+        let width = |linear: &Coupling| {
+            let along = self.structure.layers[index].along(linear.input);
+            along.map_or(1, |(group, unit)| group.count * unit)
+        };
+        let widths: Vec<(&str, usize)> =
+            linears.map(|linear| (linear.path.as_str(), width(linear))).collect();
+        let mut own = || -> Result<Vec<f64>> {
+            let mut numbers = Vec::new();
+            for (x, context) in inputs.iter().zip(&self.contexts) {
+                let (output, calls) = self.tape.record_of(&self.pruned_inputs, Keep::Inputs, || {
+                    self.model.block(index, x.clone(), context, None)
+                });
+                outputs.push(output);
+                let mut of_batch: BTreeMap<String, InputStatistics> = BTreeMap::new();
+                for call in calls {
+                    let [_, width] = call.input.dims();
+                    let inputs = to_host(&call.path, call.input)?;
+                    of_batch.insert(call.path, InputStatistics::of(&inputs, width));
+                }
+                for &(path, width) in &widths {
+                    // No token may have gone to an expert.
+                    let found = of_batch.remove(path).unwrap_or_else(|| InputStatistics::of(&[], width));
+                    if found.mean.len() != width {
+                        return Err(Error::mismatch(path, format!("{width} inputs"), found.mean.len()));
+                    }
+                    numbers.push(found.count as f64);
+                    numbers.extend(found.mean.into_iter().chain(found.deviations));
+                }
+            }
+            Ok(numbers)
+        };
+        let mut block: BTreeMap<String, InputStatistics> = BTreeMap::new();
+        let numbers = self.shares.in_order(own())?;
+        let mut rest = &numbers[..];
+        for &(path, width) in widths.iter().cycle() {
+            let Some((of_batch, later)) = rest.split_at_checked(1 + 2 * width) else { break };
+            let (mean, deviations) = (of_batch[1..=width].to_vec(), of_batch[1 + width..].to_vec());
+            let found = InputStatistics { count: of_batch[0] as usize, mean, deviations };
+            block.entry(path.to_owned()).or_default().merge(&found);
+            rest = later;
+        }
+        Ok(block)
     }
 }
 
@@ -284,33 +378,15 @@ pub(crate) fn statistics(
     model: &Decoder<QuantLinear>,
     structure: &Structure,
     calibration: &Windows,
+    sharing: &Sharing,
     mut decide: Option<Decide>,
 ) -> Result<Statistics> {
-    let runner = Runner::new(model, structure, calibration, calibration.rows())?;
+    let runner = Runner::new(model, structure, calibration, calibration.rows(), sharing)?;
     let mut found = Statistics::default();
     let mut inputs = runner.embed();
     for index in 0..runner.model.num_blocks() {
-        let mut block: BTreeMap<String, InputStatistics> = BTreeMap::new();
         let mut outputs = Vec::new();
-        for (x, context) in inputs.iter().zip(&runner.contexts) {
-            let (output, calls) = runner.tape.record_of(&runner.pruned_inputs, Keep::Inputs, || {
-                runner.model.block(index, x.clone(), context, None)
-            });
-            outputs.push(output);
-            for call in calls {
-                let [_, width] = call.input.dims();
-                let inputs = to_host(&call.path, call.input)?;
-                block.entry(call.path).or_default().add(&inputs, width);
-            }
-        }
-        for linear in structure.linears.iter().filter(|linear| linear.layer == index) {
-            // An expert that no token went to.
-            if linear.loses_inputs() && !block.contains_key(&linear.path) {
-                let width =
-                    structure.layers[index].along(linear.input).map_or(1, |(group, unit)| group.count * unit);
-                block.entry(linear.path.clone()).or_default().add(&[], width);
-            }
-        }
+        let block = runner.input_statistics(index, &inputs, &mut outputs)?;
         if let Some(decide) = &mut decide {
             for (path, stays) in decide(index, &block)? {
                 let mask: Vec<f32> = stays.iter().map(|&stays| f32::from(u8::from(stays))).collect();
@@ -318,22 +394,27 @@ pub(crate) fn statistics(
             }
             outputs = runner.block(index, &inputs);
         }
-        found.influence.push(influence(&inputs, &outputs)?);
+        found.influence.push(influence(&runner.shares, &inputs, &outputs)?);
         found.inputs.extend(block);
         inputs = outputs;
     }
     Ok(found)
 }
 
-fn influence(inputs: &[Tensor<3>], outputs: &[Tensor<3>]) -> Result<f64> {
-    let (mut sum, mut count) = (0.0, 0);
-    for (x, y) in inputs.iter().zip(outputs) {
+/// Of the blocks' streams of all ranks.
+fn influence(shares: &Shares, inputs: &[Tensor<3>], outputs: &[Tensor<3>]) -> Result<f64> {
+    let of_batch = |(x, y): (&Tensor<3>, &Tensor<3>)| -> Result<[f64; 2]> {
         let [_, _, width] = x.dims();
         let (x, y) = (to_host("x", x.clone())?, to_host("y", y.clone())?);
-        sum += cosines(&x, &y, width).iter().sum::<f64>();
-        count += x.len() / width;
+        Ok([cosines(&x, &y, width).iter().sum(), (x.len() / width) as f64])
+    };
+    let own = inputs.iter().zip(outputs).map(of_batch).collect::<Result<Vec<_>>>();
+    let (mut sum, mut count) = (0.0, 0.0);
+    for of_batch in shares.in_order(own.map(|sums| sums.concat()))?.chunks_exact(2) {
+        sum += of_batch[0];
+        count += of_batch[1];
     }
-    Ok(1.0 - sum / count.max(1) as f64)
+    Ok(1.0 - sum / count.max(1.0))
 }
 
 /// Cosines between rows of `width` values; 1 where a row is zero, as such a block changes nothing there.
@@ -413,8 +494,15 @@ mod tests {
                 Criterion::TaylorMixed,
             ] {
                 for scored in [Scored::Groups, Scored::Hidden] {
-                    let (found, loss) =
-                        gradient_scores(&model, &structure, criterion, scored, &calibration).unwrap();
+                    let (found, loss) = gradient_scores(
+                        &model,
+                        &structure,
+                        criterion,
+                        scored,
+                        &calibration,
+                        &Sharing::default(),
+                    )
+                    .unwrap();
                     assert!(loss > 4.0 && loss < 7.0, "{loss}");
                     for (path, slot) in model.slots() {
                         let path = path.as_str();

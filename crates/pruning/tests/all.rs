@@ -11,6 +11,7 @@ mod forward;
 mod masking;
 mod memory;
 mod packed;
+mod ranks;
 mod refusals;
 
 use std::collections::BTreeMap;

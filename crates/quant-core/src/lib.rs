@@ -37,7 +37,9 @@ pub use error::{Error, Result, shortened};
 pub use files::write_atomically;
 pub use host::{ints_to_host, to_host, to_host_together};
 pub use linear::{PackedLinear, QuantLinear};
-pub use parameters::{HostValues, Parameter, for_each_parameter, is_variant, trained_values};
+pub use parameters::{
+    HostValues, Parameter, fingerprint, for_each_parameter, is_variant, stable_name, trained_values,
+};
 pub use plan::{PathPattern, Plan};
 pub use projection::{Place, Projection, operand_of};
 pub use quantizers::{HostQuantizer, Hqq, LeastSquares, MinMax, MseClipped, QuantError};

@@ -7,7 +7,9 @@ use burn::{
     tensor::{Int, Tensor},
 };
 
-use crate::{Result, ints_to_host, to_host};
+use sha2::{Digest, Sha256};
+
+use crate::{Error, Result, hash::hex, ints_to_host, to_host};
 
 /// A parameter's values in host memory, row-major.
 #[derive(Debug, Clone, PartialEq)]
@@ -22,6 +24,14 @@ pub enum HostValues {
 /// letter and has no underscore, as fields that checkpoints name like `A_log` have.
 pub fn is_variant(segment: &str) -> bool {
     segment.starts_with(|first: char| first.is_ascii_uppercase()) && !segment.contains('_')
+}
+
+/// A parameter's name: the fields on the way to it. Variants of enums, which begin with a capital letter, are left out,
+/// so that a checkpoint fits whether or not an architecture or a kind of adapter is a run-time choice.
+pub fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
+    let fields = path.iter().map(AsRef::as_ref);
+    let fields = fields.filter(|part| !is_variant(part));
+    fields.collect::<Vec<_>>().join(".")
 }
 
 /// One parameter of a module, as [`for_each_parameter`] shows it.
@@ -103,6 +113,33 @@ pub fn trained_values<M: Module>(module: &M) -> usize {
     });
     let Ok(()) = counted;
     count
+}
+
+/// SHA-256 of the parameters that `is_wanted`, by path. Every value is read, one tensor at a time.
+///
+/// # Errors
+/// A device that can't be read.
+pub fn fingerprint<M: Module>(model: &M, is_wanted: impl Fn(&Parameter<'_>) -> bool) -> Result<String> {
+    let mut hash = Sha256::new();
+    for_each_parameter(model, |parameter| {
+        if !is_wanted(&parameter) {
+            return Ok(());
+        }
+        hash.update(format!("{} {:?}\n", stable_name(parameter.path), parameter.shape));
+        match parameter.values()? {
+            HostValues::Floats(values) => update(&mut hash, &values, f32::to_le_bytes),
+            HostValues::Ints(values) => update(&mut hash, &values, i64::to_le_bytes),
+        }
+        Ok::<_, Error>(())
+    })?;
+    Ok(hex(hash.finalize()))
+}
+
+fn update<T: Copy, const N: usize>(hash: &mut Sha256, values: &[T], bytes: fn(T) -> [u8; N]) {
+    const AT_ONCE: usize = 4096;
+    for values in values.chunks(AT_ONCE) {
+        hash.update(values.iter().flat_map(|value| bytes(*value)).collect::<Vec<u8>>());
+    }
 }
 
 struct Visit<F, E> {

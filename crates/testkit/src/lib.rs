@@ -10,12 +10,14 @@ mod device;
 mod files;
 mod golden;
 mod process;
+mod ranks;
 
 pub use battery::check_projection;
 pub use device::{Vulkan, launches, vulkan};
 pub use files::{ids, smollm2, testdata, tiny, u16le};
 pub use golden::Golden;
 pub use process::{figures_of, peak, peak_of, report, resident, task};
+pub use ranks::on_ranks;
 
 use burn::tensor::{Device, Tensor, TensorData};
 use rand::{Rng, SeedableRng};

@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path};
 use burn::tensor::Device;
 use kiln_distributed::{Communicator, agreed};
 use kiln_models::{CausalLm, Place, Teacher, TokenBatch, token_nll};
-use kiln_quant_core::files::write_atomically;
+use kiln_quant_core::{files::write_atomically, fingerprint};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -13,7 +13,6 @@ use crate::{
     error::Problem,
     in_order, preference,
     ranks::{by_first, gathered},
-    trainable::fingerprint,
 };
 
 /// A model of whatever type that isn't trained.
@@ -42,7 +41,7 @@ impl<M: CausalLm> Reference for M {
     }
 
     fn fingerprint(&self) -> Result<String> {
-        fingerprint(self, |_| true)
+        Ok(fingerprint(self, |_| true)?)
     }
 
     fn fork_to(&self, device: &Device) -> Box<dyn Reference> {

@@ -6,8 +6,7 @@ use burn::{
     module::{Module, ModuleMapper, Param, ParamId},
     tensor::{DType, FloatDType, Tensor, TensorData},
 };
-use kiln_quant_core::{HostValues, PathPattern, for_each_parameter, hash::hex};
-use sha2::{Digest, Sha256};
+use kiln_quant_core::{HostValues, PathPattern, for_each_parameter, stable_name};
 
 use crate::{Result, error::Problem};
 
@@ -17,14 +16,6 @@ pub(crate) struct Parameter {
     pub id: u64,
     pub shape: Vec<usize>,
     pub values: Vec<f32>,
-}
-
-/// A parameter's name: the fields on the way to it. Variants of enums, which begin with a capital letter, are left out,
-/// so that a checkpoint fits whether or not an architecture or a kind of adapter is a run-time choice.
-pub(crate) fn stable_name<S: AsRef<str>>(path: &[S]) -> String {
-    let fields = path.iter().map(AsRef::as_ref);
-    let fields = fields.filter(|part| !kiln_quant_core::is_variant(part));
-    fields.collect::<Vec<_>>().join(".")
 }
 
 /// The model with the parameters that require gradients whose paths match a pattern, and all others as they are: biases
@@ -93,36 +84,6 @@ pub(crate) fn collect<M: Module>(model: &M) -> Result<BTreeMap<String, Parameter
         Ok::<_, kiln_models::Error>(())
     })?;
     Ok(found)
-}
-
-/// SHA-256 of the parameters that `is_wanted`, by path. Every value is read, one tensor at a time.
-///
-/// # Errors
-/// A device that can't be read.
-pub(crate) fn fingerprint<M: Module>(
-    model: &M,
-    is_wanted: impl Fn(&kiln_quant_core::Parameter<'_>) -> bool,
-) -> Result<String> {
-    let mut hash = Sha256::new();
-    for_each_parameter(model, |parameter| {
-        if !is_wanted(&parameter) {
-            return Ok(());
-        }
-        hash.update(format!("{} {:?}\n", stable_name(parameter.path), parameter.shape));
-        match parameter.values()? {
-            HostValues::Floats(values) => update(&mut hash, &values, f32::to_le_bytes),
-            HostValues::Ints(values) => update(&mut hash, &values, i64::to_le_bytes),
-        }
-        Ok::<_, kiln_models::Error>(())
-    })?;
-    Ok(hex(hash.finalize()))
-}
-
-fn update<T: Copy, const N: usize>(hash: &mut Sha256, values: &[T], bytes: fn(T) -> [u8; N]) {
-    const AT_ONCE: usize = 4096;
-    for values in values.chunks(AT_ONCE) {
-        hash.update(values.iter().flat_map(|value| bytes(*value)).collect::<Vec<u8>>());
-    }
 }
 
 /// Widens trained parameters that are kept in 16 bits: a step is smaller than their rounding.

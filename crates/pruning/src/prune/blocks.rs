@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use kiln_distributed::Sharing;
 use kiln_models::{CausalLm, Decoder, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
@@ -138,12 +139,12 @@ impl BlockPruning {
         let initial = Structure::of(model.config());
         let range = self.blocks(&initial)?;
         self.check_ratios(&initial, &range)?;
-        let mut run = Run::start(model, &initial, calibration);
+        let mut run = Run::start(model, &initial, calibration, self, &options.sharing)?;
         for step in 1..=self.steps {
             let share = step as f64 / self.steps as f64;
             let structure = Structure::of(run.model.config());
             let (kept, statistics) =
-                self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
+                self.choose(&mut run, &initial, &structure, &range, share, calibration, &options.sharing)?;
             let biases = match self.bias_compensation {
                 true => compensation(&run.model, &structure, &kept, &statistics)?,
                 false => BTreeMap::new(),
@@ -243,6 +244,7 @@ impl BlockPruning {
         blocks: &[usize],
         share: f64,
         calibration: Option<&Windows>,
+        sharing: &Sharing,
     ) -> Result<(Kept, Statistics)> {
         let local = |layer: usize, scores: &LayerScores| -> Vec<Vec<usize>> {
             let targets = self.targets(initial, layer, share).into_iter();
@@ -265,9 +267,10 @@ impl BlockPruning {
                 let kept = kept_layer(structure, layer, &scores, &local(layer, &scores));
                 Ok(stays(structure, &kept))
             };
-            found = statistics(model, structure, calibration, self.rerun.then_some(&mut decide as _))?;
+            found =
+                statistics(model, structure, calibration, sharing, self.rerun.then_some(&mut decide as _))?;
         }
-        let scores = self.layer_scores(run, structure, &found, calibration)?;
+        let scores = self.layer_scores(run, structure, &found, calibration, sharing)?;
         let removed: Vec<_> = match self.scope {
             Scope::Local => blocks.iter().map(|&layer| local(layer, &scores[layer])).collect(),
             Scope::Global { normalise, budget } => GlobalRanking {
@@ -294,6 +297,7 @@ impl BlockPruning {
         structure: &Structure,
         found: &Statistics,
         calibration: Option<&Windows>,
+        sharing: &Sharing,
     ) -> Result<Vec<LayerScores>> {
         let layers = 0..structure.layers.len();
         if self.criterion == Criterion::Random {
@@ -306,8 +310,14 @@ impl BlockPruning {
         }
         let matrices = match calibration {
             Some(calibration) if self.criterion.needs_gradients() => {
-                let (scores, loss) =
-                    gradient_scores(&run.model, structure, self.criterion, Scored::Groups, calibration)?;
+                let (scores, loss) = gradient_scores(
+                    &run.model,
+                    structure,
+                    self.criterion,
+                    Scored::Groups,
+                    calibration,
+                    sharing,
+                )?;
                 run.losses.push(loss);
                 scores
             }

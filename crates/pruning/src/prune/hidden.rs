@@ -78,7 +78,7 @@ impl HiddenPruning {
                 units: "channels".into(),
             });
         }
-        let mut run = Run::start(model, &structure, calibration);
+        let mut run = Run::start(model, &structure, calibration, self, &options.sharing)?;
         let matrices = match (self.criterion, calibration) {
             (Criterion::Random, _) => {
                 let mut rng = ChaCha8Rng::seed_from_u64(self.seed);
@@ -86,8 +86,14 @@ impl HiddenPruning {
                 MatrixScores::from([("random".into(), scores)])
             }
             (criterion, Some(calibration)) if criterion.needs_gradients() => {
-                let (scores, loss) =
-                    gradient_scores(&run.model, &structure, criterion, Scored::Hidden, calibration)?;
+                let (scores, loss) = gradient_scores(
+                    &run.model,
+                    &structure,
+                    criterion,
+                    Scored::Hidden,
+                    calibration,
+                    &options.sharing,
+                )?;
                 run.losses.push(loss);
                 scores
             }

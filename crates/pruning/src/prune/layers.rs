@@ -55,10 +55,10 @@ impl LayerPruning {
             let reason = format!("{} blocks to remove, {} of {count} not protected", self.remove, free.len());
             return Err(Error::NothingToPrune { reason });
         }
-        let influence = statistics(&model, &structure, calibration, None)?.influence;
+        let mut run = Run::start(model, &structure, Some(calibration), self, &options.sharing)?;
+        let influence = statistics(&run.model, &structure, calibration, &options.sharing, None)?.influence;
         let scores: Vec<f64> = free.iter().map(|&layer| influence[layer]).collect();
         let removed: Vec<usize> = lowest(&scores, self.remove).into_iter().map(|index| free[index]).collect();
-        let mut run = Run::start(model, &structure, Some(calibration));
         let mut kept = Kept::everything(&structure);
         kept.layers.retain(|layer| !removed.contains(&layer.layer));
         run.cut(&kept, options)?;

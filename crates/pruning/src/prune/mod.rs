@@ -5,8 +5,9 @@ mod compensation;
 mod hidden;
 mod layers;
 
+use kiln_distributed::{Sharing, agreed};
 use kiln_models::{Decoder, Slots, Windows};
-use kiln_quant_core::{Projection, QuantLinear, to_host};
+use kiln_quant_core::{Projection, QuantLinear, fingerprint, to_host};
 use serde::{Deserialize, Serialize};
 
 pub use self::{blocks::BlockPruning, compensation::bias_of, hidden::HiddenPruning, layers::LayerPruning};
@@ -57,7 +58,25 @@ struct Run {
 }
 
 impl Run {
-    fn start(model: Decoder<QuantLinear>, structure: &Structure, calibration: Option<&Windows>) -> Self {
+    /// Fails unless all ranks have the same model, calibration data and options.
+    fn start(
+        model: Decoder<QuantLinear>,
+        structure: &Structure,
+        calibration: Option<&Windows>,
+        pruning: &impl Serialize,
+        sharing: &Sharing,
+    ) -> Result<Self> {
+        if sharing.ranks().size() > 1 {
+            let model = agreed(sharing.ranks(), fingerprint(&model, |_| true).map_err(Error::from))?;
+            let pruning = serde_json::to_string(pruning).expect("options are numbers and names");
+            let facts = [
+                ("options", pruning),
+                ("parts", sharing.parts().to_string()),
+                ("calibration", calibration.map(Windows::hash).unwrap_or_default()),
+                ("model", model),
+            ];
+            sharing.ranks().same(&facts.map(|(name, value)| (name.to_owned(), value)).into())?;
+        }
         let kept = Kept::everything(structure);
         let report = PruningReport {
             parameters_before: model.config().parameters(),
@@ -69,7 +88,7 @@ impl Run {
             calibration_loss: Vec::new(),
             calibration: calibration.map(Windows::hash),
         };
-        Self { model, kept, report, losses: Vec::new() }
+        Ok(Self { model, kept, report, losses: Vec::new() })
     }
 
     fn cut(&mut self, kept: &Kept, options: &CutOptions) -> Result<()> {

@@ -14,7 +14,9 @@ use burn::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{ParameterGroup, Result, Schedule, TrainerConfig, error::Problem, trainable::stable_name};
+use kiln_quant_core::stable_name;
+
+use crate::{ParameterGroup, Result, Schedule, TrainerConfig, error::Problem};
 
 /// What makes steps of gradients.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use kiln_models::{
     CausalLm, DriverOptions, EmbeddingNoise, Objective, PendingLoss, Place, TokenLoss, Weights,
     queue_gradients,
 };
-use kiln_quant_core::{hash::hex, trained_values};
+use kiln_quant_core::{fingerprint, hash::hex, trained_values};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -311,7 +311,7 @@ impl<M: CausalLm> Trainer<M> {
         let best = self.best.as_ref().map(|best| (best.step, best.score));
         facts.insert("best evaluation".into(), format!("{best:?}"));
         facts.insert("data".into(), self.dataset.fingerprint()?);
-        let trained = trainable::fingerprint(self.model(), |parameter| parameter.trained)?;
+        let trained = fingerprint(self.model(), |parameter| parameter.trained)?;
         facts.insert("trained parameters".into(), trained);
         let config = serde_json::to_value(&self.config)
             .map_err(|error| Problem::new("config", "serialisable options", error).argument())?;
@@ -798,7 +798,7 @@ impl<M: CausalLm> Trainer<M> {
         let frozen = match self.frozen.get() {
             Some(frozen) => frozen.clone(),
             None => {
-                let found = trainable::fingerprint(self.model(), |parameter| !parameter.trained)?;
+                let found = fingerprint(self.model(), |parameter| !parameter.trained)?;
                 self.frozen.get_or_init(|| found).clone()
             }
         };
