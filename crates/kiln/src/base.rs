@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, fmt, ops::ControlFlow, path::Path, sync::Arc};
 
 use burn::tensor::Device;
 use kiln_adapters::AdapterConfig;
+use kiln_distributed::Sharing;
 use kiln_models::{
     CausalLm, Checkpoint, Decoder, Finish, GenerateOptions, LoadOptions, LoadReport, Tables, Tokenizer,
     chat::{ChatTemplate, Message, TemplateContext},
@@ -42,6 +43,7 @@ pub struct Base {
     model: Decoder<QuantLinear>,
     language: Arc<Language>,
     report: LoadReport,
+    sharing: Sharing,
 }
 
 /// An open checkpoint, and how its model is to be loaded.
@@ -172,7 +174,7 @@ impl OpenBase {
         let (checkpoint, context) = (self.checkpoint, self.context);
         let template = template.map(Arc::new);
         let language = Arc::new(Language { checkpoint, tokenizer, template, context });
-        Ok(Base { model, language, report })
+        Ok(Base { model, language, report, sharing: Sharing::default() })
     }
 }
 
@@ -213,11 +215,27 @@ impl Base {
     /// The same with another model of the same tokenizer, such as a calibrated or pruned one.
     #[must_use]
     pub fn with_model(&self, model: Decoder<QuantLinear>) -> Self {
-        Self::of(model, self.language.clone())
+        Self { sharing: self.sharing.clone(), ..Self::of(model, self.language.clone()) }
+    }
+
+    /// Shares the calibrations and prunings of this model, and of those that are made of it, with other ranks, which run the
+    /// same program and end up with the same model. What comes out depends on the number of parts in `sharing`, as sums do in
+    /// their last bits, and not on how many ranks there are.
+    ///
+    /// Fine-tunes are shared by [`FineTune::with_ranks`].
+    #[must_use]
+    pub fn with_sharing(mut self, sharing: Sharing) -> Self {
+        self.sharing = sharing;
+        self
+    }
+
+    /// Who shares calibrations and prunings; by default one rank.
+    pub fn sharing(&self) -> &Sharing {
+        &self.sharing
     }
 
     pub(crate) fn of(model: Decoder<QuantLinear>, language: Arc<Language>) -> Self {
-        Self { model, language, report: LoadReport::default() }
+        Self { model, language, report: LoadReport::default(), sharing: Sharing::default() }
     }
 
     /// Whether tokens were added that the checkpoint has no rows for.

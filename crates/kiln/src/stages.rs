@@ -4,6 +4,8 @@
 use kiln_adapters::{Adapted, AdapterConfig, AnyAdapter, Dora, LoraAttacher, Method};
 #[cfg(feature = "calibration")]
 use kiln_calibration::{CalibrationConfig, Calibrator};
+#[cfg(feature = "calibration")]
+use kiln_distributed::Sharing;
 #[cfg(feature = "mixq-search")]
 use kiln_mixq_search::{Fidelity, KlMix, Outcome, Plan, SearchSettings, TrialLog};
 #[cfg(any(feature = "calibration", feature = "pruning"))]
@@ -26,16 +28,18 @@ pub(crate) fn calibrated(
     adapters: &AdapterConfig,
     config: &CalibrationConfig,
     windows: &Windows,
+    sharing: &Sharing,
 ) -> Result<AdaptedModel> {
+    let calibrator = Calibrator::new(config, windows).with_sharing(sharing.clone());
     let (Method::Lora { init } | Method::Dora { init }) = adapters.method else {
-        let (model, _) = Calibrator::new(config, windows).run(model)?;
+        let (model, _) = calibrator.run(model)?;
         let model = model.try_map(|_, slot| Ok::<_, Error>(slot.into_base()))?;
         return Ok(Tuned::attach(model, adapters)?.into_model());
     };
     let mut lora = adapters.clone();
     lora.method = Method::Lora { init };
     let attacher = LoraAttacher::new(&lora, &model.slot_shapes())?;
-    let (model, _) = Calibrator::new(config, windows).with_adapters(&attacher).run(model)?;
+    let (model, _) = calibrator.with_adapters(&attacher).run(model)?;
     let with_magnitudes = matches!(adapters.method, Method::Dora { .. });
     model.try_map(|_, slot| {
         let Adapted { base, adapter } = slot;
@@ -64,7 +68,7 @@ impl Base {
         config: &CalibrationConfig,
         windows: &Windows,
     ) -> Result<FineTuned> {
-        let model = calibrated(self.model().clone(), &adapters, config, windows)?;
+        let model = calibrated(self.model().clone(), &adapters, config, windows, self.sharing())?;
         Ok(FineTuned::new(Tuned::from_parts(model, adapters), self.language(), None))
     }
 
@@ -74,7 +78,8 @@ impl Base {
     /// As [`BlockPruning::prune`].
     #[cfg(feature = "pruning")]
     pub fn prune(&self, pruning: &BlockPruning, windows: Option<&Windows>) -> Result<(Self, PruningReport)> {
-        let pruned = pruning.prune(self.model().clone(), windows, &CutOptions::default())?;
+        let options = CutOptions { sharing: self.sharing().clone(), ..CutOptions::default() };
+        let pruned = pruning.prune(self.model().clone(), windows, &options)?;
         Ok((self.with_model(pruned.model), pruned.report))
     }
 

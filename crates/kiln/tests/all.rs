@@ -15,6 +15,7 @@ mod memory;
 #[cfg(all(feature = "mixq-search", feature = "pruning"))]
 mod mixq;
 mod placement;
+mod ranks;
 mod recipe;
 mod tables;
 mod tuning;

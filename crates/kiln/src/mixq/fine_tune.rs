@@ -4,6 +4,7 @@ use std::{ops::ControlFlow, sync::Arc};
 
 use kiln_adapters::AdapterConfig;
 use kiln_calibration::{CalibrationConfig, Method};
+use kiln_distributed::Sharing;
 use kiln_eval::WindowedPerplexity;
 use kiln_mixq_search::Plan;
 use kiln_models::{CausalLm, Decoder, Windows};
@@ -121,7 +122,8 @@ impl FineTune {
         drop(quantized);
         let mut calibration = CalibrationConfig::new(method.clone(), schemes(plan)?);
         calibration.measured_windows = 0;
-        let model = calibrated(original.clone(), &adapters(plan, &base), &calibration, windows)?;
+        let model =
+            calibrated(original.clone(), &adapters(plan, &base), &calibration, windows, &Sharing::default())?;
         self.tune(model, steps, seed, keep_going)
     }
 

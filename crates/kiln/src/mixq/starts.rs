@@ -4,6 +4,7 @@ use std::collections::HashMap;
 
 use kiln_adapters::AdapterConfig;
 use kiln_calibration::{CalibrationConfig, Method};
+use kiln_distributed::Sharing;
 use kiln_mixq_search::Plan;
 use kiln_models::{Decoder, Slots, Windows};
 use kiln_quant_core::{Plan as Schemes, QuantLinear, Scheme};
@@ -83,7 +84,7 @@ impl Starts {
         }
         let mut config = CalibrationConfig::new(self.method.clone(), Schemes::uniform(scheme));
         config.measured_windows = 0;
-        let model = calibrated(original.clone(), &adapters, &config, &self.windows)?;
+        let model = calibrated(original.clone(), &adapters, &config, &self.windows, &Sharing::default())?;
         let slots = model.slots().into_iter().map(|(path, slot)| (path, slot.clone())).collect();
         self.made.insert(key, slots);
         Ok(())
