@@ -5,19 +5,27 @@
 //! `mpi`: `mpirun -n 2 15-data-parallel --ranks mpi`.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program talks to its user")]
 
-use std::{ops::ControlFlow, path::PathBuf, process::ExitCode, str::FromStr, sync::Arc, time::Duration};
+use std::{
+    ops::ControlFlow,
+    path::PathBuf,
+    process::ExitCode,
+    str::FromStr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use burn::tensor::Device;
 use clap::Parser;
 use kiln::{
     Base, FineTuned,
     adapters::AdapterConfig,
-    distributed::{Alone, Communicator, agreed},
-    models::Recompute,
-    quant::files::OutputFolder,
+    calibration::{CalibrationConfig, GptqConfig, Method},
+    distributed::{Alone, Communicator, Sharing, agreed},
+    models::{Recompute, Windows},
+    quant::{Plan, Scheme, files::OutputFolder},
     training::{BatchOptions, Dataset, Event, Observer, TrainerConfig},
 };
-use kiln_examples::{Bar, BaseArgs, Result, check_outputs, say, testdata, write_json};
+use kiln_examples::{Bar, BaseArgs, Result, check_outputs, read_ids, say, testdata, write_json};
 
 /// Who shares the work.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -69,6 +77,19 @@ struct Options {
     /// Steps between validations and checkpoints.
     #[arg(long, default_value_t = 10)]
     every: u64,
+    /// Calibrates the model by GPTQ to this format first, windows and projections shared by the ranks: affine3:64, with
+    /// --scheme dense or the checkpoint's own weights.
+    #[arg(long)]
+    gptq: Option<Scheme>,
+    /// The text that --gptq looks at.
+    #[arg(long)]
+    text: Option<PathBuf>,
+    /// Windows of --seq-len tokens of it.
+    #[arg(long, default_value_t = 16)]
+    windows: usize,
+    /// Parts in which --gptq's sums are made, at least as many as ranks: what the last bits depend on.
+    #[arg(long, default_value_t = 4)]
+    parts: usize,
     /// Keeps blocks' inputs only, and computes the rest again.
     #[arg(long)]
     recompute: bool,
@@ -113,8 +134,14 @@ fn run(options: Options) -> Result<()> {
         .with_accumulate(options.accumulate)
         .with_recompute(recompute);
     let adapters = AdapterConfig::lora(options.rank, options.rank as f64);
-    let mut tuning = base
-        .finetune(adapters, train)
+    let base = base.with_sharing(Sharing::new(ranks.clone(), options.parts));
+    let calibrated =
+        options.gptq.map(|scheme| calibrated(&base, adapters.clone(), scheme, &options)).transpose()?;
+    let start = match &calibrated {
+        Some(calibrated) => calibrated.finetune(train),
+        None => base.finetune(adapters, train),
+    };
+    let mut tuning = start
         .with_trainer(config)
         .with_held_out(validation, options.every)
         .with_ranks(ranks.clone())
@@ -146,6 +173,25 @@ fn read(options: &Options) -> Result<(Base, PathBuf, Dataset)> {
     let path = options.data.clone().unwrap_or_else(|| testdata("training/instruct.jsonl"));
     let data = base.data(&path, options.seq_len)?;
     Ok((base, path, data))
+}
+
+/// The model's weights by GPTQ, which all ranks make together.
+fn calibrated(base: &Base, adapters: AdapterConfig, scheme: Scheme, options: &Options) -> Result<FineTuned> {
+    let ranks = base.sharing().ranks();
+    let windows = || -> Result<Windows> {
+        let text =
+            options.text.clone().unwrap_or_else(|| testdata("models/tiny-llama/text/shift_train_moby.txt"));
+        let ids = read_ids(&text, base.tokenizer())?;
+        Ok(Windows::random(&ids, options.seq_len, options.windows, 0)?)
+    };
+    let windows = agreed(ranks, windows())?;
+    let config = CalibrationConfig::new(Method::Gptq(GptqConfig::default()), Plan::uniform(scheme));
+    let start = Instant::now();
+    let found = base.calibrate(adapters, &config, &windows)?;
+    if ranks.rank() == 0 {
+        say!("calibrated in {:.1} s", start.elapsed().as_secs_f64());
+    }
+    Ok(found)
 }
 
 /// What the first rank writes and says.

@@ -165,7 +165,7 @@ fn instructions_and_preferences_are_learned_and_curves_drawn() {
 #[ignore = "takes minutes, and needs the programs built"]
 fn ranks_share_a_run_to_the_bit_and_a_killed_one_goes_on_with_fewer() {
     let folder = folder();
-    let short = ["--steps", "30", "--every", "2"];
+    let short = ["--steps", "30", "--every", "2", "--gptq", "affine3:64"];
     let run_of = |ranks: &str| {
         let out = folder.path().join(ranks);
         let found = figures(

@@ -17,6 +17,9 @@ struct Options {
     /// Million bits a second of each rank's link, in each direction; without it nothing is predicted.
     #[arg(long)]
     rate: Option<f64>,
+    /// Milliseconds that a packet is under way in one direction, as far as the prediction goes.
+    #[arg(long, default_value_t = 0.0)]
+    delay: f64,
     #[arg(long, default_value_t = 3)]
     rounds: usize,
 }
@@ -41,13 +44,23 @@ fn main() -> Result<(), Error> {
         let measured = timed(&ranks, values, options.rounds)?;
         if rank == 0 {
             let bytes = 4.0 * values as f64 * 2.0 * (size - 1) as f64 / size as f64;
-            let predicted = options.rate.map(|rate| idle + bytes * 8.0 / (rate * 1e6 * PAYLOAD));
+            let predicted = options.rate.map(|rate| {
+                let rate = rate * 1e6 * PAYLOAD / 8.0;
+                idle + bytes / rate + slow_start(4.0 * values as f64 / size as f64, rate, 2e-3 * options.delay)
+            });
             let of_prediction = |predicted: f64| format!("{predicted:.4} | {:.2}", measured / predicted);
             let predicted = predicted.map_or_else(|| "| ".to_owned(), of_prediction);
             println!("| {values} | {:.3} | {measured:.4} | {predicted} |", bytes / 1e6);
         }
     }
     Ok(())
+}
+
+/// What TCP loses of a link while it begins: with ten segments, twice as many in each round trip, until the message of
+/// `bytes` is under way or the link of `rate` bytes a second is full.
+fn slow_start(bytes: f64, rate: f64, round_trip: f64) -> f64 {
+    let (first, enough) = (10.0 * 1448.0, bytes.min(rate * round_trip));
+    if enough <= first { 0.0 } else { round_trip * (enough / first).log2() - enough / rate }
 }
 
 /// The median time of an exchange.
