@@ -194,7 +194,9 @@ fn bytes_on_each_device_are_as_predicted() {
             assert_eq!(placement.devices().len(), 2, "{folder}");
             let predicted =
                 placement.bytes(checkpoint.config(), &checkpoint.predicted_storage(&options).unwrap());
+            let before = in_use(&vulkan.device);
             let (model, report) = checkpoint.load_placed(&options, &placement).unwrap();
+            let used = in_use(&vulkan.device) - before;
             assert_eq!(
                 placement.bytes(checkpoint.config(), &report.storage),
                 predicted,
@@ -203,8 +205,18 @@ fn bytes_on_each_device_are_as_predicted() {
             let predicted: BTreeMap<String, usize> =
                 predicted.into_iter().map(|(device, bytes)| (format!("{device:?}"), bytes)).collect();
             assert_eq!(measured(&model), predicted, "{folder}, {scheme}");
+            // By the pool's own accounting, in which a tensor begins at a multiple of 32 bytes or more.
+            let there = predicted[&format!("{:?}", vulkan.device)] as u64;
+            println!("{folder}, {scheme}: {there} bytes predicted on the GPU, {used} in use");
+            assert!(there <= used && used <= there + there / 50, "{folder}, {scheme}: {there}, {used}");
         }
     }
+}
+
+/// Bytes of tensors on a GPU, as its pools count them.
+fn in_use(device: &Device) -> u64 {
+    device.sync().unwrap();
+    device.memory_pool_usage().unwrap().bytes_in_use
 }
 
 #[test]
