@@ -14,9 +14,10 @@ use kiln::{
     mixq_search::{Config, Fidelity, Measure, Objective, Plan, Request, SearchSpace},
     models::Windows,
     quant::{Plan as Schemes, Scheme},
+    training::Dataset,
 };
 use kiln_examples::{Questions, Result, testdata};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::{
     bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of, with_deviation},
@@ -30,7 +31,6 @@ pub(crate) const VERSION: u32 = 1;
 const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
 /// Whose bytes are the limit.
 const WITHIN: &str = "affine3:64:int:f16";
-const RATIOS: [f64; 3] = [0.2, 0.3, 0.5];
 /// Passes of ApiQ over the windows.
 const EPOCHS: usize = 6;
 /// Plans of about equal bytes that are ranked.
@@ -41,7 +41,11 @@ struct Budget {
     windows: usize,
     evaluations: usize,
     seeds: u64,
-    /// Tasks, with steps of each fine-tune.
+    /// Shares of the model that are pruned.
+    ratios: &'static [f64],
+    methods: &'static [Method],
+    /// What the tasks are called together, of which each fine-tune learns all, and in how many steps.
+    learned: &'static str,
     tasks: &'static [&'static str],
     steps: u64,
     lr: f64,
@@ -57,6 +61,9 @@ impl Budget {
                 windows: 16,
                 evaluations: 120,
                 seeds: 3,
+                ratios: &[0.2, 0.3, 0.5],
+                methods: &Method::ALL,
+                learned: "letters",
                 tasks: &["eval/letters.json"],
                 steps: 200,
                 lr: 3e-3,
@@ -67,8 +74,15 @@ impl Budget {
                 windows: 8,
                 evaluations: 120,
                 seeds: 1,
-                tasks: &["eval/quiz/quiz_letters.json"],
-                steps: 100,
+                ratios: &[0.2],
+                methods: &Method::FEW,
+                learned: "quiz",
+                tasks: &[
+                    "eval/quiz/quiz_words.json",
+                    "eval/quiz/quiz_partial.json",
+                    "eval/quiz/quiz_last_word.json",
+                ],
+                steps: 60,
                 lr: 1e-3,
                 ranked_steps: 60,
                 ranked_seeds: 1,
@@ -171,6 +185,15 @@ impl Method {
         Self::Loftq("affine2:64:int:f16"),
     ];
 
+    /// Those that tell whether a searched plan is worth its search.
+    const FEW: [Self; 5] = [
+        Self::Searched,
+        Self::Loftq(WITHIN),
+        Self::Loftq("nf3:64:f16"),
+        Self::Random(0),
+        Self::Lora("dense"),
+    ];
+
     fn name(self) -> String {
         match self {
             Self::Lora(scheme) => format!("`{scheme}`, LoRA"),
@@ -213,7 +236,7 @@ impl Pruned<'_> {
         })
     }
 
-    fn run(&self, case: &Case, questions: &Questions, method: Method, lr: f64, seed: u64) -> Result<Line> {
+    fn run(&self, case: &Case, tasks: &[Questions], method: Method, lr: f64, seed: u64) -> Result<Line> {
         let plan = self.plan(method)?;
         let (schemes, by) = match (&plan, method) {
             (Some(plan), Method::Apiq(_) | Method::SearchedApiq) => {
@@ -235,16 +258,31 @@ impl Pruned<'_> {
         };
         let trainer = case.trainer(self.budget.steps, seed, lr);
         // Every fifth row of what may be learned chooses the rate.
-        let data = |chooses: bool| {
-            questions.dataset(&self.base, case.length, |row| row.is_multiple_of(5) == chooses)
+        let data = |chooses: bool| -> Result<Vec<Dataset>> {
+            let of = |task: &Questions| {
+                task.dataset(&self.base, case.length, |row| row.is_multiple_of(5) == chooses)
+            };
+            tasks.iter().map(of).collect()
         };
-        let tuned = start.finetune(data(false)?).with_trainer(trainer).run()?;
-        let folder = tempfile::tempdir()?;
-        let answers = folder.path().join("answers.jsonl");
-        let accuracy = questions.accuracy(tuned.model(), self.base.tokenizer(), &answers)?;
+        let mut learned = data(false)?;
+        let learned = match learned.len() {
+            1 => learned.remove(0),
+            _ => Dataset::mixture(learned.into_iter().map(|data| (data, 1.0)))?,
+        };
+        let tuned = start.finetune(learned).with_trainer(trainer).run()?;
+        let losses =
+            data(true)?.iter().map(|data| Ok(tuned.evaluate(data)?.nll)).collect::<Result<Vec<_>>>()?;
+        let mut answered = Map::new();
+        for task in tasks {
+            let folder = tempfile::tempdir()?;
+            let answers = folder.path().join("answers.jsonl");
+            let accuracy = task.accuracy(tuned.model(), self.base.tokenizer(), &answers)?;
+            let found = json!({ "accuracy": accuracy, "right": right(&answers)? });
+            answered.insert(task.name().to_owned(), found);
+        }
         Ok(line_of(json!({
-            "validation": tuned.evaluate(&data(true)?)?.nll, "accuracy": accuracy,
-            "right": right(&answers)?, "bytes": bytes, "plan": plan, "steps": self.budget.steps,
+            "validation": mean(&losses), "tasks": answered, "bytes": bytes, "plan": plan,
+            "steps": self.budget.steps,
         })))
     }
 }
@@ -261,32 +299,40 @@ fn right(log: &Path) -> Result<String> {
 }
 
 fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
-    for task in budget.tasks {
-        let file = testdata(task);
-        let questions = Questions::open(file.to_str(), Path::new("data"), 1000)?;
-        for ratio in RATIOS {
-            let base = case.open(Scheme::Dense)?;
-            let texts = Texts::of(&base, case)?;
-            let windows = texts.windows(case.length, budget.windows, 0)?;
-            let base = pruned(&base, ratio, &windows)?;
-            let pruned = Pruned {
-                space: space_by_block(&base, &SCHEMES, None)?,
-                base,
-                windows,
-                budget,
-                searched: OnceCell::new(),
-            };
-            for method in Method::ALL {
-                let name = named(questions.name(), ratio, method);
-                let cell = Cell { model: case.name, bits: 0, method: &name };
-                let rates = [0.3 * budget.lr, budget.lr, 3.0 * budget.lr];
-                cell.study(log, &rates, budget.seeds, |lr, seed| {
-                    pruned.run(case, &questions, method, lr, seed)
-                })?;
-            }
+    let tasks = questions(budget)?;
+    for &ratio in budget.ratios {
+        let base = case.open(Scheme::Dense)?;
+        let texts = Texts::of(&base, case)?;
+        let windows = texts.windows(case.length, budget.windows, 0)?;
+        let base = pruned(&base, ratio, &windows)?;
+        let pruned = Pruned {
+            space: space_by_block(&base, &SCHEMES, None)?,
+            base,
+            windows,
+            budget,
+            searched: OnceCell::new(),
+        };
+        for &method in budget.methods {
+            let name = named(budget.learned, ratio, method);
+            let cell = Cell { model: case.name, bits: 0, method: &name };
+            let rates = [0.3 * budget.lr, budget.lr, 3.0 * budget.lr];
+            cell.study(log, &rates, budget.seeds, |lr, seed| pruned.run(case, &tasks, method, lr, seed))?;
         }
     }
     Ok(())
+}
+
+fn questions(budget: &Budget) -> Result<Vec<Questions>> {
+    let open = |task: &&str| Questions::open(testdata(task).to_str(), Path::new("data"), 1000);
+    budget.tasks.iter().map(open).collect()
+}
+
+/// What a run says of a task; runs of one task said it without naming it.
+fn said<'a>(run: &'a Run, task: &str, what: &str) -> Option<&'a Value> {
+    match run.more.get("tasks") {
+        Some(tasks) => tasks.get(task)?.get(what),
+        None => run.more.get(what),
+    }
 }
 
 fn named(task: &str, ratio: f64, method: Method) -> String {
@@ -382,27 +428,28 @@ fn differences(first: &[(u64, String)], second: &[(u64, String)]) -> Vec<i32> {
 
 fn tasks_table(runs: &[Run], case: &Case) -> Result<String> {
     let mut text = String::new();
-    for task in Budget::of(case).tasks {
-        let name = Questions::open(testdata(task).to_str(), Path::new("data"), 1000)?.name().to_owned();
-        for ratio in RATIOS {
+    let budget = Budget::of(case);
+    for task in questions(&budget)? {
+        let name = task.name();
+        for &ratio in budget.ratios {
             let chosen = |method: Method| {
-                let method = named(&name, ratio, method);
+                let method = named(budget.learned, ratio, method);
                 (Cell { model: case.name, bits: 0, method: &method }).chosen(runs)
             };
             let answers = |found: &Chosen| -> Vec<(u64, String)> {
-                let of = |run: &Run| Some((run.seed, run.more.get("right")?.as_str()?.to_owned()));
+                let of = |run: &Run| Some((run.seed, said(run, name, "right")?.as_str()?.to_owned()));
                 found.runs.iter().filter_map(of).collect()
             };
             let searched = chosen(Method::Searched).map_or(Vec::new(), |found| answers(&found));
-            if Method::ALL.iter().all(|method| chosen(*method).is_none()) {
+            if budget.methods.iter().all(|method| chosen(*method).is_none()) {
                 continue;
             }
             text += &format!("\n{}, {name}, pruned by {ratio}\n\n", case.name);
             text += &head("plan | bytes | accuracy | rate | p against searched");
-            for method in Method::ALL {
+            for &method in budget.methods {
                 let Some(found) = chosen(method) else { continue };
                 let bytes = found.values(|run| run.more.get("bytes")?.as_f64());
-                let accuracy = found.values(|run| run.more.get("accuracy")?.as_f64());
+                let accuracy = found.values(|run| said(run, name, "accuracy")?.as_f64());
                 let differing = differences(&answers(&found), &searched);
                 let [better, worse] =
                     [1, -1].map(|sign| differing.iter().filter(|sum| sum.signum() == sign).count() as u32);
@@ -441,8 +488,8 @@ pub(crate) fn run(options: &StudyOptions) -> Result<()> {
     for case in Case::all(options.smollm2.as_ref()) {
         if !options.table {
             let budget = Budget::of(&case);
-            rank(&log, &case, &budget)?;
             tune(&log, &case, &budget)?;
+            rank(&log, &case, &budget)?;
         }
     }
     print!("{}", tables(&log)?);
