@@ -78,9 +78,9 @@ impl Budget {
                 methods: &Method::FEW,
                 learned: "quiz",
                 tasks: &[
-                    "eval/quiz/quiz_words.json",
+                    "eval/quiz/bsdquiz_words.json",
+                    "eval/quiz/wordnet_words.json",
                     "eval/quiz/quiz_partial.json",
-                    "eval/quiz/quiz_last_word.json",
                 ],
                 steps: 60,
                 lr: 1e-3,

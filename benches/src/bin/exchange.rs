@@ -46,7 +46,8 @@ fn main() -> Result<(), Error> {
             let bytes = 4.0 * values as f64 * 2.0 * (size - 1) as f64 / size as f64;
             let predicted = options.rate.map(|rate| {
                 let rate = rate * 1e6 * PAYLOAD / 8.0;
-                idle + bytes / rate + slow_start(4.0 * values as f64 / size as f64, rate, 2e-3 * options.delay)
+                idle + bytes / rate
+                    + slow_start(4.0 * values as f64 / size as f64, rate, 2e-3 * options.delay)
             });
             let of_prediction = |predicted: f64| format!("{predicted:.4} | {:.2}", measured / predicted);
             let predicted = predicted.map_or_else(|| "| ".to_owned(), of_prediction);

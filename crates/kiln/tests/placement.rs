@@ -205,10 +205,10 @@ fn bytes_on_each_device_are_as_predicted() {
             let predicted: BTreeMap<String, usize> =
                 predicted.into_iter().map(|(device, bytes)| (format!("{device:?}"), bytes)).collect();
             assert_eq!(measured(&model), predicted, "{folder}, {scheme}");
-            // By the pool's own accounting, in which a tensor begins at a multiple of 32 bytes or more.
+            // By the pool's own accounting, where a launch before may still hold what it was told.
             let there = predicted[&format!("{:?}", vulkan.device)] as u64;
             println!("{folder}, {scheme}: {there} bytes predicted on the GPU, {used} in use");
-            assert!(there <= used && used <= there + there / 50, "{folder}, {scheme}: {there}, {used}");
+            assert!((there..there + 1024).contains(&used), "{folder}, {scheme}: {there}, {used}");
         }
     }
 }
