@@ -78,21 +78,26 @@ struct Found {
     errors: Vec<f64>,
 }
 
+/// What comes into a block: the original residual stream of this rank's windows.
+pub(crate) struct Incoming<'a> {
+    pub(crate) context: &'a Context,
+    pub(crate) shares: &'a Shares,
+    pub(crate) x: &'a Stream,
+}
+
 /// Scales the original weights of block `index` and the norms before them. Sites with a projection that stays as it is
 /// are left alone.
 ///
-/// `x` is the original residual stream of this rank's windows before the block; the stations of `places` are those of
-/// `model`, on `tape`.
+/// The stations of `places` are those of `model`, on `tape`.
 pub(crate) fn scale<W: ScaleSites<Slot = Probe<Station>>>(
     config: &AwqConfig,
     model: &mut W,
     tape: &Tape,
     index: usize,
     places: &mut [Place],
-    context: &Context,
-    shares: &Shares,
-    x: &Stream,
+    incoming: &Incoming,
 ) -> Result<Vec<ScalingReport>> {
+    let Incoming { context, shares, x } = incoming;
     let device = model.device();
     // Inputs are those of the block as it was, also where a site before has changed its weights.
     places.iter().for_each(|place| place.station.set(place.original(&device)));

@@ -37,7 +37,7 @@ impl Block<'_> {
             let own = own.transpose().and_then(|own| match own {
                 Some((slot, seconds)) => {
                     let mut bytes = seconds.to_le_bytes().to_vec();
-                    bytes.extend(self.to_bytes(round[rank], &slot)?);
+                    bytes.extend(self.sent(round[rank], &slot)?);
                     Ok((Some((slot, seconds)), bytes))
                 }
                 None => Ok((None, Vec::new())),
@@ -46,7 +46,7 @@ impl Block<'_> {
             let theirs = round.iter().zip(&all).enumerate().map(|(of, (&projection, bytes))| {
                 match own.take_if(|_| of == rank) {
                     Some(own) => Ok(own),
-                    None => self.from_bytes(projection, bytes),
+                    None => self.received(projection, bytes),
                 }
             });
             let found = theirs.collect::<Result<Vec<_>>>();
@@ -56,7 +56,7 @@ impl Block<'_> {
     }
 
     /// A slot as a file's bytes.
-    fn to_bytes(&self, projection: usize, slot: &Slot) -> Result<Vec<u8>> {
+    fn sent(&self, projection: usize, slot: &Slot) -> Result<Vec<u8>> {
         let folder = temporary_folder()?;
         let path = folder.path().join("slot.safetensors");
         SavedSlots::save(&path, [(self.places[projection].path.as_str(), slot)], &[], Default::default())?;
@@ -64,11 +64,12 @@ impl Block<'_> {
     }
 
     /// The slot of a projection, and the time that it took, as another rank sent them.
-    fn from_bytes(&self, projection: usize, bytes: &[u8]) -> Result<(Slot, f64)> {
+    fn received(&self, projection: usize, bytes: &[u8]) -> Result<(Slot, f64)> {
         let place = &self.places[projection];
-        let sent = |found: String| Error::argument(&place.path, "a solved projection of another rank", found);
+        let wrong =
+            |found: String| Error::argument(&place.path, "a solved projection of another rank", found);
         let Some((seconds, bytes)) = bytes.split_first_chunk() else {
-            return Err(sent(format!("{} bytes", bytes.len())));
+            return Err(wrong(format!("{} bytes", bytes.len())));
         };
         let folder = temporary_folder()?;
         let path = folder.path().join("slot.safetensors");

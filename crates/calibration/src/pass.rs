@@ -57,8 +57,9 @@ impl Calibrator<'_> {
             let mut places = agreed(ranks, places.collect::<Result<Vec<Place>>>())?;
             let originals = agreed(ranks, norms(model, index).and_then(|norms| originals(&places, norms)))?;
             ranks.same(&originals.iter().cloned().collect())?;
+            let incoming = awq::Incoming { context: &context, shares: &shares, x: &x };
             let scalings = match &self.config.scaling {
-                Some(awq) => awq::scale(awq, model, tape, index, &mut places, &context, &shares, &x)?,
+                Some(awq) => awq::scale(awq, model, tape, index, &mut places, &incoming)?,
                 None => Vec::new(),
             };
             let forward = |x: Tensor<2>| pass(model, index, &context, x);

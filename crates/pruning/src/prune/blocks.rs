@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 
-use kiln_distributed::Sharing;
 use kiln_models::{CausalLm, Decoder, Windows, families::Channels};
 use kiln_quant_core::{Plan, QuantLinear};
 use rand::{Rng, SeedableRng};
@@ -144,7 +143,7 @@ impl BlockPruning {
             let share = step as f64 / self.steps as f64;
             let structure = Structure::of(run.model.config());
             let (kept, statistics) =
-                self.choose(&mut run, &initial, &structure, &range, share, calibration, &options.sharing)?;
+                self.choose(&mut run, &initial, &structure, &range, share, calibration)?;
             let biases = match self.bias_compensation {
                 true => compensation(&run.model, &structure, &kept, &statistics)?,
                 false => BTreeMap::new(),
@@ -244,7 +243,6 @@ impl BlockPruning {
         blocks: &[usize],
         share: f64,
         calibration: Option<&Windows>,
-        sharing: &Sharing,
     ) -> Result<(Kept, Statistics)> {
         let local = |layer: usize, scores: &LayerScores| -> Vec<Vec<usize>> {
             let targets = self.targets(initial, layer, share).into_iter();
@@ -267,10 +265,15 @@ impl BlockPruning {
                 let kept = kept_layer(structure, layer, &scores, &local(layer, &scores));
                 Ok(stays(structure, &kept))
             };
-            found =
-                statistics(model, structure, calibration, sharing, self.rerun.then_some(&mut decide as _))?;
+            found = statistics(
+                model,
+                structure,
+                calibration,
+                &run.sharing,
+                self.rerun.then_some(&mut decide as _),
+            )?;
         }
-        let scores = self.layer_scores(run, structure, &found, calibration, sharing)?;
+        let scores = self.layer_scores(run, structure, &found, calibration)?;
         let removed: Vec<_> = match self.scope {
             Scope::Local => blocks.iter().map(|&layer| local(layer, &scores[layer])).collect(),
             Scope::Global { normalise, budget } => GlobalRanking {
@@ -297,7 +300,6 @@ impl BlockPruning {
         structure: &Structure,
         found: &Statistics,
         calibration: Option<&Windows>,
-        sharing: &Sharing,
     ) -> Result<Vec<LayerScores>> {
         let layers = 0..structure.layers.len();
         if self.criterion == Criterion::Random {
@@ -316,7 +318,7 @@ impl BlockPruning {
                     self.criterion,
                     Scored::Groups,
                     calibration,
-                    sharing,
+                    &run.sharing,
                 )?;
                 run.losses.push(loss);
                 scores

@@ -55,6 +55,7 @@ struct Run {
     kept: Kept,
     report: PruningReport,
     losses: Vec<f64>,
+    sharing: Sharing,
 }
 
 impl Run {
@@ -88,7 +89,7 @@ impl Run {
             calibration_loss: Vec::new(),
             calibration: calibration.map(Windows::hash),
         };
-        Ok(Self { model, kept, report, losses: Vec::new() })
+        Ok(Self { model, kept, report, losses: Vec::new(), sharing: sharing.clone() })
     }
 
     fn cut(&mut self, kept: &Kept, options: &CutOptions) -> Result<()> {
