@@ -57,7 +57,7 @@ impl Block<'_> {
 
     /// A slot as a file's bytes.
     fn sent(&self, projection: usize, slot: &Slot) -> Result<Vec<u8>> {
-        let folder = temporary_folder()?;
+        let folder = temporary_folder(&self.store)?;
         let path = folder.path().join("slot.safetensors");
         SavedSlots::save(&path, [(self.places[projection].path.as_str(), slot)], &[], Default::default())?;
         fs::read(&path).map_err(Error::io(path))
@@ -71,7 +71,7 @@ impl Block<'_> {
         let Some((seconds, bytes)) = bytes.split_first_chunk() else {
             return Err(wrong(format!("{} bytes", bytes.len())));
         };
-        let folder = temporary_folder()?;
+        let folder = temporary_folder(&self.store)?;
         let path = folder.path().join("slot.safetensors");
         fs::write(&path, bytes).map_err(Error::io(&path))?;
         let slot = SavedSlots::open(&path)?.slot(place, &self.device)?;
@@ -123,6 +123,7 @@ pub(crate) fn from_first(
     ranks: &dyn Communicator,
     path: Option<&Path>,
     name: &str,
+    store: &Store,
 ) -> Result<Option<TempDir>> {
     if ranks.size() == 1 {
         return Ok(None);
@@ -133,7 +134,7 @@ pub(crate) fn from_first(
         if path.is_some() {
             return Ok(None);
         }
-        let folder = temporary_folder()?;
+        let folder = temporary_folder(store)?;
         let path = folder.path().join(name);
         fs::write(&path, bytes).map_err(Error::io(path))?;
         Ok(Some(folder))
@@ -141,6 +142,10 @@ pub(crate) fn from_first(
     agreed(ranks, copy())
 }
 
-fn temporary_folder() -> Result<TempDir> {
-    tempfile::tempdir().map_err(Error::io("a temporary folder"))
+/// A folder beside spilled streams, where there are any.
+fn temporary_folder(store: &Store) -> Result<TempDir> {
+    match store {
+        Store::Memory => tempfile::tempdir().map_err(Error::io("a temporary folder")),
+        Store::Folder(folder) => tempfile::tempdir_in(folder).map_err(Error::io(folder)),
+    }
 }

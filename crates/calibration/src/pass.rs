@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use burn::tensor::{Device, Tensor};
-use kiln_distributed::{Communicator, Shares, agreed, gathered};
+use kiln_distributed::{Shares, agreed, gathered};
 use kiln_models::{CausalLm, Context, Probe, ScaleSites, Tape, TokenBatch, Windows};
 use kiln_quant_core::{hash::Fnv1a, to_host};
 
@@ -49,7 +49,7 @@ impl Calibrator<'_> {
             self.resumed(&shares, folder.as_ref(), embedded, &store)?;
         for (index, slots) in blocks.drain(..).enumerate() {
             if index < finished {
-                report.blocks.push(self.read(ranks, folder.as_ref(), model, index, slots)?);
+                report.blocks.push(self.read(&store, folder.as_ref(), model, index, slots)?);
                 continue;
             }
             let start = Instant::now();
@@ -163,15 +163,15 @@ impl Calibrator<'_> {
     /// Puts a finished block back, which rank 0 has in its folder; returns its report.
     fn read<W: ScaleSites>(
         &self,
-        ranks: &dyn Communicator,
+        store: &Store,
         folder: Option<&Folder>,
         model: &mut W,
         index: usize,
         slots: Vec<(String, Station)>,
     ) -> Result<BlockReport> {
-        let name = "block.safetensors";
+        let (ranks, name) = (self.sharing.ranks(), "block.safetensors");
         let path = folder.map(|folder| folder.block(index));
-        let copy = from_first(ranks, path.as_deref(), name)?;
+        let copy = from_first(ranks, path.as_deref(), name, store)?;
         let read = || -> Result<BlockReport> {
             let path = path.or_else(|| Some(copy.as_ref()?.path().join(name)));
             let saved = SavedSlots::open(&path.expect("rank 0's or a copy"))?;
