@@ -46,8 +46,18 @@ pub(crate) fn space_by_block(
     schemes: &[&str],
     prunings: Option<&Prunings>,
 ) -> Result<SearchSpace> {
+    space(base, schemes, Granularity::Block, prunings)
+}
+
+/// One of `schemes` for each unit of `granularity`, and one of `prunings`, if there are any.
+pub(crate) fn space(
+    base: &Base,
+    schemes: &[&str],
+    granularity: Granularity,
+    prunings: Option<&Prunings>,
+) -> Result<SearchSpace> {
     let schemes: std::result::Result<Vec<Scheme>, _> = schemes.iter().map(|text| text.parse()).collect();
-    let choices = Choices::new(schemes?).with_granularity(Granularity::Block);
+    let choices = Choices::new(schemes?).with_granularity(granularity);
     let choices = match prunings {
         Some(prunings) => choices.with_prunings(prunings.clone()),
         None => choices,

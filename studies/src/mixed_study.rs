@@ -11,7 +11,7 @@ use kiln::{
     calibration::{ApiqConfig, Method as Calibration},
     eval::{PythonRandom, Sample},
     mixq::{Choices, KlOptions, ModelObjective, Variants, schemes, space_of},
-    mixq_search::{Config, Fidelity, Measure, Objective, Plan, Request, SearchSpace},
+    mixq_search::{Config, Fidelity, Granularity, Measure, Objective, Plan, Request, SearchSpace},
     models::Windows,
     quant::{Plan as Schemes, Scheme},
     training::Dataset,
@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     bench::{Case, Cell, Chosen, EMBEDDED, Run, SMOLLM2, StudyOptions, Texts, head, line_of, with_deviation},
-    compress::{bytes_of, loftq, lora, pruned, rounding, searched, space_by_block, started_by},
+    compress::{bytes_of, loftq, lora, pruned, rounding, searched, space, space_by_block, started_by},
     log::{Line, Log},
     numbers::{deviation, mean, significant},
 };
@@ -29,6 +29,8 @@ use crate::{
 pub(crate) const NAME: &str = "mixed-bits";
 pub(crate) const VERSION: u32 = 1;
 const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4:64:int:f16"];
+/// What searches by kind choose from besides.
+const CODEBOOKS: [&str; 2] = ["nf3:64:f16", "nf4:64:f16"];
 /// Whose bytes are the limit.
 const WITHIN: &str = "affine3:64:int:f16";
 /// Passes of ApiQ over the windows.
@@ -73,7 +75,7 @@ impl Budget {
             _ => Self {
                 windows: 8,
                 evaluations: 120,
-                seeds: 1,
+                seeds: 3,
                 ratios: &[0.2],
                 methods: &Method::FEW,
                 learned: "quiz",
@@ -166,6 +168,8 @@ enum Method {
     Apiq(&'static str),
     Searched,
     SearchedApiq,
+    /// By kind of projection in all blocks, among codebooks too.
+    SearchedByKind,
     Random(u64),
 }
 
@@ -186,10 +190,11 @@ impl Method {
     ];
 
     /// Those that tell whether a searched plan is worth its search.
-    const FEW: [Self; 5] = [
+    const FEW: [Self; 6] = [
+        Self::SearchedByKind,
         Self::Searched,
-        Self::Loftq(WITHIN),
         Self::Loftq("nf3:64:f16"),
+        Self::Loftq(WITHIN),
         Self::Random(0),
         Self::Lora("dense"),
     ];
@@ -201,6 +206,7 @@ impl Method {
             Self::Apiq(scheme) => format!("`{scheme}`, ApiQ"),
             Self::Searched => format!("searched within `{WITHIN}`, LoftQ"),
             Self::SearchedApiq => format!("searched within `{WITHIN}`, ApiQ"),
+            Self::SearchedByKind => format!("searched by kind, codebooks too, within `{WITHIN}`, LoftQ"),
             Self::Random(seed) => format!("random within `{WITHIN}`, LoftQ, {seed}"),
         }
     }
@@ -208,11 +214,16 @@ impl Method {
 
 /// A pruned model with everything to compress it.
 struct Pruned<'a> {
+    log: &'a Log,
+    model: &'a str,
+    ratio: f64,
     base: Base,
     space: SearchSpace,
+    by_kind: SearchSpace,
     windows: Windows,
     budget: &'a Budget,
     searched: OnceCell<Plan>,
+    searched_by_kind: OnceCell<Plan>,
 }
 
 impl Pruned<'_> {
@@ -226,14 +237,29 @@ impl Pruned<'_> {
             }
             Method::Random(seed) => Some(self.space.plan(&random_plan(&self.space, limit, seed)?)),
             Method::Searched | Method::SearchedApiq => {
-                if let Some(plan) = self.searched.get() {
-                    return Ok(Some(plan.clone()));
-                }
-                let best =
-                    searched(&self.base, &self.space, &self.windows, self.budget.evaluations, limit, None)?;
-                Some(self.searched.get_or_init(|| best).clone())
+                Some(self.best(Method::Searched, &self.space, &self.searched, limit)?)
+            }
+            Method::SearchedByKind => {
+                Some(self.best(method, &self.by_kind, &self.searched_by_kind, limit)?)
             }
         })
+    }
+
+    /// The plan that a search finds, which is made once: the log has it where a run of `method` is.
+    fn best(&self, method: Method, space: &SearchSpace, found: &OnceCell<Plan>, limit: u64) -> Result<Plan> {
+        if let Some(plan) = found.get() {
+            return Ok(plan.clone());
+        }
+        let name = named(self.budget.learned, self.ratio, method);
+        let is = |line: &Line, key: &str, value: &str| line.get(key).is_some_and(|found| found == value);
+        let mut lines = self.log.lines()?.into_iter();
+        let logged = lines.find(|line| is(line, "model", self.model) && is(line, "method", &name));
+        let logged = logged.and_then(|mut line| line.remove("plan"));
+        let best = match logged {
+            Some(plan) => serde_json::from_value(plan)?,
+            None => searched(&self.base, space, &self.windows, self.budget.evaluations, limit, None)?,
+        };
+        Ok(found.get_or_init(|| best).clone())
     }
 
     fn run(&self, case: &Case, tasks: &[Questions], method: Method, lr: f64, seed: u64) -> Result<Line> {
@@ -253,6 +279,7 @@ impl Pruned<'_> {
             (None, Method::Lora(scheme)) | (_, Method::Loftq(scheme) | Method::Apiq(scheme)) => {
                 bytes_of(&self.base, scheme)?
             }
+            (Some(plan), Method::SearchedByKind) => self.by_kind.bytes(&self.by_kind.config(plan)?),
             (Some(plan), _) => self.space.bytes(&self.space.config(plan)?),
             (None, _) => return Err("a plan".into()),
         };
@@ -306,11 +333,16 @@ fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
         let windows = texts.windows(case.length, budget.windows, 0)?;
         let base = pruned(&base, ratio, &windows)?;
         let pruned = Pruned {
+            log,
+            model: case.name,
+            ratio,
             space: space_by_block(&base, &SCHEMES, None)?,
+            by_kind: space(&base, &[&SCHEMES[..], &CODEBOOKS].concat(), Granularity::Kind, None)?,
             base,
             windows,
             budget,
             searched: OnceCell::new(),
+            searched_by_kind: OnceCell::new(),
         };
         for &method in budget.methods {
             let name = named(budget.learned, ratio, method);
