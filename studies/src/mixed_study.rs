@@ -46,6 +46,8 @@ struct Budget {
     /// Shares of the model that are pruned.
     ratios: &'static [f64],
     methods: &'static [Method],
+    /// Those that the others are compared with, by what the table calls them.
+    rivals: &'static [(Method, &'static str)],
     /// What the tasks are called together, of which each fine-tune learns all, and in how many steps.
     learned: &'static str,
     tasks: &'static [&'static str],
@@ -65,6 +67,7 @@ impl Budget {
                 seeds: 3,
                 ratios: &[0.2, 0.3, 0.5],
                 methods: &Method::ALL,
+                rivals: &[(Method::Searched, "searched")],
                 learned: "letters",
                 tasks: &["eval/letters.json"],
                 steps: 200,
@@ -78,6 +81,7 @@ impl Budget {
                 seeds: 3,
                 ratios: &[0.2],
                 methods: &Method::FEW,
+                rivals: &[(Method::Searched, "searched"), (Method::SearchedByKind, "searched by kind")],
                 learned: "quiz",
                 tasks: &[
                     "eval/quiz/bsdquiz_words.json",
@@ -472,29 +476,34 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<String> {
                 let of = |run: &Run| Some((run.seed, said(run, name, "right")?.as_str()?.to_owned()));
                 found.runs.iter().filter_map(of).collect()
             };
-            let searched = chosen(Method::Searched).map_or(Vec::new(), |found| answers(&found));
             if budget.methods.iter().all(|method| chosen(*method).is_none()) {
                 continue;
             }
             text += &format!("\n{}, {name}, pruned by {ratio}\n\n", case.name);
-            text += &head("plan | bytes | accuracy | rate | p against searched");
+            let against = budget.rivals.iter().map(|(_, name)| format!(" | p against {name}"));
+            text += &head(&format!("plan | bytes | accuracy | rate{}", against.collect::<String>()));
             for &method in budget.methods {
                 let Some(found) = chosen(method) else { continue };
                 let bytes = found.values(|run| run.more.get("bytes")?.as_f64());
                 let accuracy = found.values(|run| said(run, name, "accuracy")?.as_f64());
-                let differing = differences(&answers(&found), &searched);
-                let [better, worse] =
-                    [1, -1].map(|sign| differing.iter().filter(|sum| sum.signum() == sign).count() as u32);
-                let p = match method == Method::Searched || differing.is_empty() {
-                    true => String::new(),
-                    false => significant(sign_test(better, better + worse), 2),
+                let p_against = |rival: Method| {
+                    let rivals = chosen(rival).map_or(Vec::new(), |found| answers(&found));
+                    let differing = differences(&answers(&found), &rivals);
+                    let [better, worse] = [1, -1]
+                        .map(|sign| differing.iter().filter(|sum| sum.signum() == sign).count() as u32);
+                    match method == rival || differing.is_empty() {
+                        true => String::new(),
+                        false => significant(sign_test(better, better + worse), 2),
+                    }
                 };
+                let p = budget.rivals.iter().map(|(rival, _)| p_against(*rival)).collect::<Vec<_>>();
                 text += &format!(
-                    "| {} | {} | {} | {} | {p} |\n",
+                    "| {} | {} | {} | {} | {} |\n",
                     method.name(),
                     bytes.first().copied().unwrap_or_default(),
                     with_deviation(&accuracy, |value| format!("{value:.3}")),
                     found.rate(),
+                    p.join(" | "),
                 );
             }
         }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use burn::tensor::{Device, Tensor};
-use kiln_distributed::Shares;
+use kiln_distributed::{Shares, added};
 use kiln_models::{Context, Probe, ScaleSites, ScaleSource, Tape};
 use kiln_quant_core::{HostQuantizer, MinMax, QuantScheme, Scheme, to_host};
 use rayon::prelude::*;
@@ -15,7 +15,7 @@ use crate::{
     loftq::difference,
     station::Station,
     stream::Stream,
-    values::{added, ratio, tensor},
+    values::{ratio, tensor},
 };
 
 /// Smallest factor before they are normalised, as published.

@@ -7,6 +7,7 @@ use burn::{
     tensor::Tensor,
 };
 use kiln_adapters::Adapted;
+use kiln_distributed::added;
 use kiln_quant_core::{PackedWeight, Projection, QuantLinear, QuantScheme, Scheme, to_host};
 
 use crate::{
@@ -20,7 +21,7 @@ use crate::{
     low_rank, pissa,
     station::Slot,
     stream::Stream,
-    values::{added, finite},
+    values::finite,
 };
 
 /// What a method made of a block.

@@ -7,12 +7,6 @@ pub(crate) fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D], device
     Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
-/// `a + b`, value by value.
-pub(crate) fn added(mut a: Vec<f64>, b: Vec<f64>) -> Vec<f64> {
-    a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
-    a
-}
-
 pub(crate) fn finite(values: &[f32]) -> bool {
     values.iter().all(|value| value.is_finite())
 }

@@ -18,6 +18,6 @@ pub use communicator::{Alone, Communicator, agreed, gathered, share};
 pub use error::{Error, Result};
 #[cfg(feature = "nccl")]
 pub use nccl::Nccl;
-pub use pairwise::{Number, PairwiseSum, sum};
+pub use pairwise::{Number, PairwiseSum, added, sum};
 pub use shares::{Shares, Sharing};
 pub use threads::{Thread, threads};

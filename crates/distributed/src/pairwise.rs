@@ -149,8 +149,8 @@ pub fn sum<T: Number>(
     Ok(all)
 }
 
-/// `a + b`, value by value.
-fn added<T: Number>(mut a: Vec<T>, b: Vec<T>) -> Vec<T> {
+/// `a + b`, value by value; both have as many.
+pub fn added<T: Number>(mut a: Vec<T>, b: Vec<T>) -> Vec<T> {
     a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
     a
 }

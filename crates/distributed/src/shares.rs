@@ -2,7 +2,7 @@
 
 use std::{fmt, ops::Range, sync::Arc};
 
-use crate::{Alone, Communicator, Error, Number, PairwiseSum, Result, gathered, share, sum};
+use crate::{Alone, Communicator, Error, Number, PairwiseSum, Result, agreed, gathered, share, sum};
 
 /// Who shares a work on numbered things, and in how many parts its sums are made; by default one rank, in one part.
 #[derive(Debug, Clone)]
@@ -123,13 +123,13 @@ impl Shares {
     /// The sum of all ranks' parts, each of `length` values, at all ranks; an error of one is an error of all.
     ///
     /// # Errors
-    /// As [`sum`] and [`gathered`].
+    /// As [`sum`] and [`agreed`].
     pub fn sum<T: Number, E: fmt::Display + From<Error>>(
         &self,
         own: std::result::Result<PairwiseSum<Vec<T>>, E>,
         length: usize,
     ) -> std::result::Result<Vec<T>, E> {
-        let (own, _) = gathered(self.ranks(), own, |_| Vec::new())?;
+        let own = agreed(self.ranks(), own)?;
         Ok(sum(self.ranks(), own, self.sharing.parts, length)?)
     }
 

@@ -218,9 +218,9 @@ impl Base {
         Self { sharing: self.sharing.clone(), ..Self::of(model, self.language.clone()) }
     }
 
-    /// Shares the calibrations and prunings of this model, and of those that are made of it, with other ranks, which run the
-    /// same program and end up with the same model. What comes out depends on the number of parts in `sharing`, as sums do in
-    /// their last bits, and not on how many ranks there are.
+    /// Shares the calibrations and prunings of this model, and of what `prune` and [`with_model`](Self::with_model) make of it,
+    /// with other ranks, which run the same program and end up with the same model. What comes out depends on the number of
+    /// parts in `sharing`, as sums do in their last bits, and not on how many ranks there are.
     ///
     /// Fine-tunes are shared by [`FineTune::with_ranks`].
     #[must_use]

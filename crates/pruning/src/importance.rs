@@ -5,7 +5,7 @@
 use std::{collections::BTreeMap, ops::Range};
 
 use burn::{module::Module, tensor::Tensor};
-use kiln_distributed::{PairwiseSum, Shares, Sharing, gathered};
+use kiln_distributed::{PairwiseSum, Shares, Sharing, agreed};
 use kiln_models::{
     CausalLm, Context, Decoder, Keep, Probe, Slots, Tape, Targets, TokenBatch, Windows, families::Channels,
     residual_gradient,
@@ -149,7 +149,7 @@ pub(crate) fn gradient_scores(
             Ok::<_, Error>(sums)
         };
         let sums = runner.shares.partial_sums(of_part, BlockGradients::merged);
-        let (sums, _) = gathered(runner.shares.ranks(), sums, |_| Vec::new())?;
+        let sums = agreed(runner.shares.ranks(), sums)?;
         runner.score_block(index, criterion, scored, &sums, &mut scores)?;
     }
     Ok((scores, nll / (windows * targets) as f64))
