@@ -4,9 +4,18 @@ use burn::{
     module::{Module, ModuleDisplay, Param},
     tensor::{Device, Tensor},
 };
-use kiln_quant_core::{Place, Slots};
+use kiln_quant_core::{LogitSpec, PackedTensor, Place, Slots};
 
 use crate::{Context, Error, KvCache, Result, ScaleSite, TokenBatch};
+
+/// A head that is one packed matrix.
+#[derive(Debug, Clone, Copy)]
+pub struct PackedHead<'a> {
+    /// The matrix, `[width, vocabulary]`.
+    pub weight: &'a PackedTensor,
+    /// What is done to its products.
+    pub logits: LogitSpec,
+}
 
 /// A decoder-only language model, block by block.
 ///
@@ -78,6 +87,12 @@ pub trait CausalLm: Module + ModuleDisplay + 'static {
 
     /// Logits, from [`final_norm`](Self::final_norm)'s output `[.., width]` → `[.., vocabulary]`.
     fn lm_head<const D: usize>(&self, x: Tensor<D>) -> Tensor<D>;
+
+    /// The head, where [`lm_head`](Self::lm_head) is a packed matrix's product with [`head_input`](Self::head_input)'s result and
+    /// nothing else. Losses of it may then be had a part of the vocabulary at a time.
+    fn packed_head(&self) -> Option<PackedHead<'_>> {
+        None
+    }
 
     /// Number of token ids.
     fn vocab_size(&self) -> usize;

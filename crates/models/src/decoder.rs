@@ -8,12 +8,13 @@ use burn::{
     tensor::{Device, FloatDType, Tensor, TensorData},
 };
 use kiln_quant_core::{
-    Compute, OwnTables, PackedLinear, Place, Projection, QuantLinear, Slots, Stack, TableUpdates, TokenTables,
+    Compute, LogitSpec, OwnTables, PackedLinear, Place, Projection, QuantLinear, Slots, Stack, TableUpdates,
+    TokenTables,
 };
 
 use crate::{
-    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, PerLayerInputs, Placement,
-    ScaleSite, ScaleSites, ScaleSource, TokenBatch,
+    Block, BlockPart, CausalLm, Context, Embedding, Error, KvCache, Norm, PackedHead, PerLayerInputs,
+    Placement, ScaleSite, ScaleSites, ScaleSource, TokenBatch,
     block::Beside,
     config::{ModelConfig, RopeConfig, RopeScaling, TensorRole, TensorShape},
     families::{Channels, FusedRows, LinearRole, NormAxis, NormKind, NormPlace},
@@ -329,6 +330,18 @@ impl<P: Projection> CausalLm for Decoder<P> {
             Some(cap) => logits.div_scalar(cap).tanh().mul_scalar(cap),
             None => logits,
         }
+    }
+
+    fn packed_head(&self) -> Option<PackedHead<'_>> {
+        let weight = match (&self.lm_head, &self.embed_tokens) {
+            _ if !self.updates.is_empty() => return None,
+            (Some(QuantLinear::Packed(PackedLinear { weight, bias: None })), _) => weight,
+            (None, Embedding::Packed(table)) => table,
+            _ => return None,
+        };
+        let (factor, softcap) = (self.config.logit_multiplier, self.config.logit_softcap);
+        let logits = LogitSpec { factor: factor as f32, softcap: softcap.map(|cap| cap as f32) };
+        Some(PackedHead { weight, logits })
     }
 
     fn vocab_size(&self) -> usize {

@@ -8,7 +8,7 @@ use kiln_quant_core::{fused, to_host_together};
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    CausalLm, Context, EmbeddingNoise, Error, Objective, Result, TokenBatch, TokenLoss, Weights,
+    CausalLm, Context, EmbeddingNoise, Error, Objective, PackedHead, Result, TokenBatch, TokenLoss, Weights,
     balance::{Balance, Routed, RouterLog},
     nll,
 };
@@ -336,6 +336,12 @@ fn head<M: CausalLm>(
         }
     };
     let chunk = options.logit_rows.max(1);
+    let plain = options.loss == TokenLoss::default() && teacher.is_none() && numbers.is_none();
+    if let Some(head) = model.packed_head().filter(|head| plain && head.weight.has_cross_entropy(&rows)) {
+        let scored = Scored { rows: &rows, places: &places, ids: targets.ids, weights: weights.as_deref() };
+        let (loss, dx) = head_by_vocabulary(model, head, &scored, chunk, gradients);
+        return Ok((loss, scattered(vec![dx], &places, [batch, length])));
+    }
     let mut weights = weights.as_ref().map(|weights: &Vec<f32>| weights.chunks(chunk));
     let (mut losses, mut found_rows) = (Vec::new(), Vec::new());
     for (number, places) in places.chunks(chunk).enumerate() {
@@ -368,12 +374,60 @@ fn head<M: CausalLm>(
         found_rows.push(part.grad_remove(&mut found).expect("the head passes gradients to its input"));
         gradients.accumulate(model, GradientsParams::from_grads(found, model));
     }
+    let dx = scattered(found_rows, &places, [batch, length]);
+    Ok((PendingLoss { parts: losses }, dx))
+}
+
+/// Places that count.
+struct Scored<'a> {
+    /// The residual stream, `[batch * length, width]`.
+    rows: &'a Tensor<2>,
+    places: &'a [usize],
+    /// Target ids of all places.
+    ids: &'a [u32],
+    /// A factor for each of `places`.
+    weights: Option<&'a [f32]>,
+}
+
+/// Final norm, a packed head and cross-entropy, a part of the vocabulary at a time; as many logits at once as `rows` rows
+/// have. The gradient is one of the scored rows.
+fn head_by_vocabulary<M: CausalLm>(
+    model: &M,
+    head: PackedHead,
+    scored: &Scored,
+    rows: usize,
+    gradients: &mut GradientsAccumulator<M>,
+) -> (PendingLoss, Tensor<2>) {
+    let device = scored.rows.device();
+    let ints = |values: Vec<i64>| Tensor::<1, Int>::from_data(values.as_slice(), &device);
+    let index = ints(scored.places.iter().map(|&place| place as i64).collect());
+    let ids = ints(scored.places.iter().map(|&place| i64::from(scored.ids[place])).collect());
+    let weights = scored.weights.map(|weights| Tensor::<1>::from_data(weights, &device));
+    model.at_row(0);
+    let part = Tensor::from_inner(scored.rows.clone().select(0, index)).require_grad();
+    let x = model.head_input(model.final_norm(part.clone()));
+    let columns = (rows * model.vocab_size()).div_ceil(scored.places.len());
+    let (losses, dx) =
+        head.weight.cross_entropy(x.clone().inner(), ids, weights.clone(), head.logits, columns);
+    let mut found = fused::seeded(x, dx).backward();
+    let dx = part.grad_remove(&mut found).expect("the final norm passes gradients to its input");
+    gradients.accumulate(model, GradientsParams::from_grads(found, model));
+    let losses = match weights {
+        Some(weights) => losses * weights,
+        None => losses,
+    };
+    (PendingLoss { parts: vec![losses] }, dx)
+}
+
+/// Gradients of the scored places' rows, in parts, as those of all places `[batch, length, width]`.
+fn scattered(mut parts: Vec<Tensor<2>>, places: &[usize], [batch, length]: [usize; 2]) -> Tensor<3> {
+    let (width, device) = (parts[0].dims()[1], parts[0].device());
     // Where a place is not scored, the row of zeros behind all others.
-    found_rows.push(Tensor::zeros([1, width], &device));
+    parts.push(Tensor::zeros([1, width], &device));
     let mut from = vec![places.len() as i64; batch * length];
     places.iter().zip(0..).for_each(|(&place, row)| from[place] = row);
-    let dx = Tensor::cat(found_rows, 0).select(0, ints(from));
-    Ok((PendingLoss { parts: losses }, dx.reshape([batch, length, width])))
+    let from = Tensor::<1, Int>::from_data(TensorData::new(from, [batch * length]), &device);
+    Tensor::cat(parts, 0).select(0, from).reshape([batch, length, width])
 }
 
 fn check_weights(found: usize, expected: usize) -> Result<()> {

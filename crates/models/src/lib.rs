@@ -48,7 +48,7 @@ mod windows;
 
 pub use batch::TokenBatch;
 pub use block::{Block, BlockPart, PartShape};
-pub use causal_lm::{CausalLm, ScaleSites};
+pub use causal_lm::{CausalLm, PackedHead, ScaleSites};
 pub use checkpoint::Checkpoint;
 pub use classifier::Classifier;
 pub use context::{Context, KvCache};

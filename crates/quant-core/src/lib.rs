@@ -10,6 +10,7 @@ mod error;
 pub mod files;
 pub mod fused;
 pub mod hash;
+mod head_loss;
 mod host;
 mod linear;
 pub mod ops;
@@ -35,6 +36,7 @@ pub use device::DeviceLimits;
 pub use dropout::Dropout;
 pub use error::{Error, Result, shortened};
 pub use files::write_atomically;
+pub use head_loss::LogitSpec;
 pub use host::{ints_to_host, to_host, to_host_together};
 pub use linear::{PackedLinear, QuantLinear};
 pub use parameters::{

@@ -299,7 +299,7 @@ impl PackedTensor {
     }
 
     /// The input order and its inverse.
-    fn order(&self) -> Option<[Tensor<1, Int>; 2]> {
+    pub(crate) fn order(&self) -> Option<[Tensor<1, Int>; 2]> {
         match (&self.input_order, &self.input_places) {
             (Some(order), Some(places)) => Some([order.val(), places.val()]),
             (None, None) => None,
@@ -457,6 +457,21 @@ impl PackedTensor {
             None => dense,
         }
         .transpose()
+    }
+
+    /// What the arithmetic needs of the outputs from `first`, the first of a block, to before `end`.
+    #[cfg(feature = "cube")]
+    pub(crate) fn of_outputs(
+        &self,
+        first: usize,
+        end: usize,
+    ) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>, PackedSpec) {
+        let (codes, scales, offsets) = self.parts();
+        let outputs = self.scheme.block.outputs;
+        let (block, blocks) = (first / outputs, (end - first).div_ceil(outputs));
+        let [scales, offsets] = [scales, offsets].map(|values| values.narrow(1, block, blocks));
+        let spec = PackedSpec { d_output: end - first, ..self.spec() };
+        (codes.narrow(1, first, end - first), scales, offsets, spec)
     }
 
     /// Back to host memory, for saving or exporting.

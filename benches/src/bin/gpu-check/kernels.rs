@@ -4,7 +4,7 @@ use std::time::Instant;
 
 use burn::tensor::{Device, Int, Tensor};
 use kiln::quant::{
-    Compute, PackedTensor,
+    Compute, LogitSpec, PackedTensor,
     fused::{self, AdamWStep, AttentionSpec, Drops, RotaryPairs},
 };
 
@@ -165,6 +165,32 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
         fused::cross_entropy(logits.clone(), targets.clone())
     })?;
 
+    // By so many ids at once as 128 rows of logits hold; three products where the head is unpacked for every few rows takes two.
+    let head = packed([width, classes], &mut Words(9), device)?;
+    let (x, targets) = (random([rows, width], device), Tensor::<1, Int>::zeros([rows], device));
+    let spec = LogitSpec { factor: 1.0, softcap: None };
+    let flops = 3.0 * 2.0 * (rows * width * classes) as f64;
+    bench.row("packed head and loss 4096x2048x128256", 0.0, flops, || {
+        head.cross_entropy(x.clone(), targets.clone(), None, spec, 128 * classes / rows)
+    })?;
+    for keys in [512, 4096] {
+        let cached = random([1, keys, 8, 64], device);
+        let spec = AttentionSpec {
+            scale: 0.125,
+            alibi: 0.0,
+            softcap: None,
+            window: None,
+            compute,
+            query_segments: fused::segments(&[1], [1, 1], device),
+            key_segments: fused::segments(&vec![1; keys], [1, keys], device),
+        };
+        let query = random([1, 1, 32, 64], device);
+        let bytes = (2 * 4 * keys * 8 * 64) as f64;
+        bench.row(&format!("attention of one query, {keys} keys"), bytes, 0.0, || {
+            fused::attention(query.clone(), cached.clone(), cached.clone(), &spec)
+        })?;
+    }
+
     let (batch, length) = (2, 2048);
     let device = &device.clone().autodiff();
     let q = random([batch, length, 32, 64], device).require_grad();
@@ -191,8 +217,8 @@ fn others(bench: &Bench, rows: usize, compute: Compute) -> Result<()> {
     })?;
     let weights = random([2048, 16], bench.device);
     bench.row("adamw 2048x16", 4.0 * 7.0 * (2048 * 16) as f64, 0.0, || {
-        let step =
-            AdamWStep { lr: 1e-3, betas: [0.9, 0.99], corrections: [0.1, 0.01], eps: 1e-8, decay: 1.0 };
+        let (betas, corrections) = ([0.9, 0.99], [0.1, 0.01]);
+        let step = AdamWStep { lr: 1e-3, betas, corrections, eps: 1e-8, decay: 1.0, factor: 1.0 };
         let averages = [weights.clone(), weights.clone()];
         fused::has_adamw(&weights).then(|| fused::adamw(weights.clone(), weights.clone(), averages, step))
     })?;

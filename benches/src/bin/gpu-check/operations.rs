@@ -3,7 +3,7 @@
 use crate::{Result, synthetic::Words};
 use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
 use kiln::quant::{
-    Compute, HostQuantizer, MinMax, PackedTensor,
+    Compute, HostQuantizer, LogitSpec, MinMax, PackedTensor,
     fused::{self, AttentionSpec, Drops, LowRankSpec, RotaryPairs},
 };
 
@@ -80,7 +80,7 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
         let [d_input, d_output] = [320, 192];
         let weight: Vec<f32> = numbers(5, d_input * d_output);
         let host = MinMax.quantize("w", &weight, d_input, d_output, &scheme.parse()?)?;
-        for rows in [3, 130] {
+        for rows in [3, 9, 130] {
             for compute in [Compute::F32, compute] {
                 compare(
                     device,
@@ -153,6 +153,7 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
             }
         }
     }
+    head_loss(device)?;
     // Ranks that go on with the packed product, and some that don't; rows below, at and above a tile.
     let [d_input, d_output] = [328, 200];
     let host =
@@ -190,6 +191,8 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
             (300, 0, 64, Some(100), 0.0, None),
             (300, 0, 64, Some(100), 1.0, Some(5.0)),
             (1, 77, 64, None, 0.0, None),
+            (2, 1200, 64, None, 1.0, Some(5.0)),
+            (3, 1200, 80, Some(1100), 0.0, None),
             (70, 33, 16, Some(3), 0.0, None),
             (130, 0, 96, None, 1.0, None),
             (129, 100, 128, Some(70), 0.0, Some(5.0)),
@@ -227,5 +230,43 @@ pub(crate) fn run(device: &Device, compute: Compute) -> Result<()> {
         }
     }
     println!();
+    Ok(())
+}
+
+/// A packed head's loss, a part of the vocabulary at a time, beside all of it at once on the CPU.
+fn head_loss(device: &Device) -> Result<()> {
+    let [rows, width, vocabulary] = [70, 328, 5000];
+    let head = MinMax.quantize(
+        "head",
+        &numbers(6, width * vocabulary),
+        width,
+        vocabulary,
+        &"affine4:64".parse()?,
+    )?;
+    let targets: Vec<i64> = (0..rows).map(|row| (row * 7919 % vocabulary) as i64).collect();
+    for softcap in [None, Some(5.0)] {
+        let spec = LogitSpec { factor: 0.2, softcap };
+        let targets = |device: &Device| Tensor::<1, Int>::from_data(targets.as_slice(), device);
+        let cpu = Device::flex();
+        let x = tensor::<2>(1, [rows, width], &cpu.clone().autodiff()).require_grad();
+        let logits = PackedTensor::new(&head, &cpu).forward(x.clone()) * spec.factor;
+        let logits = match softcap {
+            Some(cap) => (logits / cap).tanh() * cap,
+            None => logits,
+        };
+        let losses = fused::cross_entropy(logits, targets(&cpu));
+        let gradients = losses.clone().sum().backward();
+        let expected = [read(losses), read(x.grad(&gradients).expect("a gradient"))];
+        let (losses, dx) = PackedTensor::new(&head, device).cross_entropy(
+            tensor(1, [rows, width], device),
+            targets(device),
+            None,
+            spec,
+            700,
+        );
+        let differences =
+            [relative_difference(&read(losses), &expected[0]), relative_difference(&read(dx), &expected[1])];
+        println!("{:44} {:.1e}  {:.1e}", format!("packed head, {softcap:?}"), differences[0], differences[1]);
+    }
     Ok(())
 }

@@ -17,6 +17,8 @@ mod philox;
 pub mod plain;
 #[cfg(any(feature = "flex", feature = "cube"))]
 mod sinks;
+#[cfg(feature = "cube")]
+pub(crate) mod vocabulary;
 
 #[cfg(any(feature = "flex", feature = "cube"))]
 use burn::backend::{
@@ -165,6 +167,8 @@ pub struct AdamWStep {
     pub eps: f32,
     /// Factor on the parameter before the step.
     pub decay: f32,
+    /// Factor on the gradient.
+    pub factor: f32,
 }
 
 /// What a norm does beside its tensors.

@@ -23,8 +23,8 @@ use burn::tensor::{Int, Shape, Tensor};
 
 use crate::{Block, Compute, QuantScheme, Value, scheme::Grid};
 
-/// Up to this many rows are multiplied by kernels that unpack on the way; more, by a matrix product over an unpacked
-/// tile or weight.
+/// On the CPU, up to this many rows are multiplied by kernels that unpack on the way; more, by a matrix product over an
+/// unpacked tile.
 #[cfg(any(feature = "flex", feature = "cube"))]
 pub(crate) const FEW_ROWS: usize = 4;
 

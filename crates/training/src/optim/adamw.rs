@@ -9,6 +9,7 @@ use burn::{
 };
 use kiln_quant_core::fused::{self, AdamWStep};
 
+use super::factor;
 use crate::TrainerConfig;
 
 /// Burn's AdamW, its state and its records; on GPUs the dozen operations of a parameter's step are one.
@@ -108,6 +109,7 @@ impl Optimizer for FusedAdamW {
             corrections: self.betas.map(|beta| 1.0 - beta.powi(time as i32)),
             eps: self.eps,
             decay: (1.0 - lr * f64::from(self.weight_decay)) as f32,
+            factor: factor::of_step() as f32,
         };
         // Moved, so that they are written in place.
         let averages = match momentum {

@@ -3,6 +3,7 @@
 mod adamw;
 mod adamw8bit;
 mod blockwise;
+mod factor;
 mod momentum;
 
 use std::collections::HashMap;
@@ -14,7 +15,7 @@ use burn::{
 };
 use serde::{Deserialize, Serialize};
 
-use kiln_quant_core::stable_name;
+use kiln_quant_core::{fused, stable_name};
 
 use crate::{ParameterGroup, Result, Schedule, TrainerConfig, error::Problem};
 
@@ -78,6 +79,8 @@ pub(crate) struct Optimizers {
     parts: Vec<(ModuleOptimizer, Schedule)>,
     /// Which part a parameter belongs to.
     part_of: HashMap<u64, usize>,
+    /// Whether the optimizers multiply gradients by [`factor::of_step`] where [`fused::has_adamw`] says yes.
+    multiply: bool,
 }
 
 impl Optimizers {
@@ -106,7 +109,8 @@ impl Optimizers {
                 return Err(Problem::new(format!("group {}", group.pattern), expected, "none").argument());
             }
         }
-        Ok(Self { parts, part_of })
+        let multiply = own.is_none() && config.optimizer == OptimizerKind::AdamW;
+        Ok(Self { parts, part_of, multiply })
     }
 
     pub(crate) fn len(&self) -> usize {
@@ -139,19 +143,20 @@ impl Optimizers {
     pub(crate) fn step<M: Module>(
         &mut self,
         step: u64,
-        mut model: M,
+        model: M,
         gradients: GradientsParams,
         factor: f64,
     ) -> M {
         let to = (0..self.parts.len()).map(|_| GradientsParams::new()).collect();
-        let mut deal = Deal { from: gradients, to, factor, part_of: &self.part_of };
+        let mut deal =
+            Deal { from: gradients, to, factor, multiplied: self.multiply, part_of: &self.part_of };
         model.visit(&mut deal);
-        for ((optimizer, schedule), gradients) in self.parts.iter_mut().zip(deal.to) {
-            if !gradients.is_empty() {
-                model = optimizer.step(schedule.lr(step), model, gradients);
-            }
-        }
-        model
+        let parts = self.parts.iter_mut().zip(deal.to).filter(|(_, gradients)| !gradients.is_empty());
+        factor::during(if self.multiply { factor } else { 1.0 }, || {
+            parts.fold(model, |model, ((optimizer, schedule), gradients)| {
+                optimizer.step(schedule.lr(step), model, gradients)
+            })
+        })
     }
 }
 
@@ -180,11 +185,13 @@ impl ModuleVisitor for Assign<'_> {
     }
 }
 
-/// Gives every gradient, times a factor, to its part.
+/// Gives every gradient, times a factor where the optimizer doesn't multiply by itself, to its part.
 struct Deal<'a> {
     from: GradientsParams,
     to: Vec<GradientsParams>,
     factor: f64,
+    /// See [`Optimizers`].
+    multiplied: bool,
     part_of: &'a HashMap<u64, usize>,
 }
 
@@ -192,7 +199,11 @@ impl ModuleVisitor for Deal<'_> {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if let Some(gradient) = self.from.remove::<D>(param.id) {
             let part = self.part_of.get(&param.id.val()).copied().unwrap_or(0);
-            self.to[part].register(ParamId::from(param.id.val()), gradient.mul_scalar(self.factor));
+            let gradient = match self.multiplied && fused::has_adamw(&param.val()) {
+                true => gradient,
+                false => gradient.mul_scalar(self.factor),
+            };
+            self.to[part].register(ParamId::from(param.id.val()), gradient);
         }
     }
 }

@@ -14,7 +14,7 @@ use cubecl::{ir::ElemType, prelude::*};
 
 use super::{
     super::Scores,
-    count_of, cubes, empty, empty_like,
+    count_of, cubes, empty, empty_like, few_queries,
     rows::{over_units, units_of},
     units, zeros_like,
 };
@@ -207,6 +207,9 @@ pub(super) fn forward(
     let (q, k, v) = (into_contiguous(q), gapless_rows(k), gapless_rows(v));
     let segments = segments.map(into_contiguous);
     let sizes = Sizes::new([&q, &k, &v], &segments);
+    if few_queries::takes(&sizes) {
+        return few_queries::forward([&q, &k, &v], &segments, &sizes, &scores);
+    }
     #[cfg(feature = "cuda-cpp")]
     if super::flash::takes(&q, &sizes, &scores) {
         return super::flash::forward([&q, &k, &v], &segments, &sizes, &scores);
@@ -406,7 +409,7 @@ fn move_heads_kernel<S: Float, T: Float>(
 
 /// Whether the query at `place` sees `key`, both counted from the first key.
 #[cube]
-fn sees(
+pub(super) fn sees(
     query_segment: i32,
     key_segments: &Tensor<i32>,
     at: usize,
@@ -420,7 +423,7 @@ fn sees(
 /// ALiBi's slope of a head, 0 where there is none; see [`alibi_slope`](super::super::alibi_slope). `power` is the largest
 /// power of two that is at most the number of heads.
 #[cube]
-fn slope(alibi: f32, head: usize, power: usize) -> f32 {
+pub(super) fn slope(alibi: f32, head: usize, power: usize) -> f32 {
     let mut exponent = f32::cast_from(head + 1) / f32::cast_from(power);
     if head >= power {
         exponent = f32::cast_from(2 * (head - power) + 1) / f32::cast_from(2 * power);
@@ -431,7 +434,7 @@ fn slope(alibi: f32, head: usize, power: usize) -> f32 {
 
 /// The score of a key `behind` places before its query.
 #[cube]
-fn score(product: f32, scale: f32, softcap: f32, slope: f32, behind: usize) -> f32 {
+pub(super) fn score(product: f32, scale: f32, softcap: f32, slope: f32, behind: usize) -> f32 {
     let mut z = product * scale - slope * f32::cast_from(behind);
     if softcap != 0.0 {
         z = softcap * (z / softcap).tanh();

@@ -1,12 +1,14 @@
 //! The fused operations on CubeCL: a launch or a few each, the same sums in the same order on every run.
 
 mod attention;
+mod few_queries;
 #[cfg(feature = "cuda-cpp")]
 mod flash;
 mod narrow;
 mod packed;
 mod rows;
 mod step;
+mod vocabulary;
 
 use burn::backend::{
     ops::FloatTensorOps,

@@ -38,6 +38,7 @@ impl StepKernels for CubeBackend {
             step.corrections[1],
             step.eps,
             step.decay,
+            step.factor,
         );
         (parameter, first, second)
     }
@@ -73,9 +74,10 @@ fn adamw_kernel(
     correction_2: f32,
     eps: f32,
     decay: f32,
+    factor: f32,
 ) {
     if ABSOLUTE_POS < count {
-        let gradient = gradient[ABSOLUTE_POS];
+        let gradient = gradient[ABSOLUTE_POS] * factor;
         let mean = first[ABSOLUTE_POS] * beta_1 + gradient * (1.0 - beta_1);
         let square = second[ABSOLUTE_POS] * beta_2 + gradient * gradient * (1.0 - beta_2);
         first[ABSOLUTE_POS] = mean;

@@ -9,8 +9,8 @@ use crate::{
 
 /// Outputs of a cube of [`rows_times_weight`], so that neighbouring units read neighbouring words.
 pub(super) const COLUMNS: usize = 32;
-/// Parts of the inputs in a cube of [`rows_times_weight`]; at least its rows. Together with [`COLUMNS`] 256 units, which
-/// every device has.
+/// Parts of the inputs in a cube of [`rows_times_weight`], and the most rows of a cube. Together with [`COLUMNS`] 256 units,
+/// which every device has.
 pub(super) const PARTS: usize = 8;
 
 /// What a kernel is compiled for.
@@ -172,30 +172,36 @@ pub(super) fn dequantize<S: Float, O: Float, F: Float>(
     }
 }
 
-/// A few rows times the weight, unpacked on the way. A cube has `COLUMNS` outputs × `PARTS` parts of the inputs; every
-/// unit sums its part of the runs for all rows, then the parts are summed.
+/// A few rows times the weight, unpacked on the way. A cube has `COLUMNS` outputs × `PARTS` parts of the inputs of up to
+/// `rows` rows; every unit sums its part of the runs for all of them, then the parts are summed. Cubes in the direction x
+/// have other outputs, in y others of the `splits` shares of the inputs, in z other rows; share after share lies in `y`
+/// `[splits * all rows, d_output]`.
 #[cube(launch_unchecked)]
-pub(super) fn rows_times_weight<S: Float, O: Float, F: Float>(
+pub(super) fn rows_times_weight<S: Float, O: Float, F: Float, Y: Float>(
     x: &Tensor<F>,
     codes: &Tensor<u32>,
     scales: &Tensor<S>,
     offsets: &Tensor<O>,
-    y: &mut Tensor<F>,
+    y: &mut Tensor<Y>,
     inputs: usize,
     outputs: usize,
+    splits: usize,
     #[comptime] rows: usize,
     #[comptime] format: Format,
-    #[define(S, O, F)] _types: [ElemType; 3],
+    #[define(S, O, F, Y)] _types: [ElemType; 4],
 ) {
+    let all_rows = x.shape(0);
     let d_input = x.shape(1);
     let d_output = y.shape(1);
     let column = UNIT_POS_X as usize;
     let part = UNIT_POS_Y as usize;
     let output = CUBE_POS_X as usize * COLUMNS + column;
+    let split = CUBE_POS_Y as usize;
+    let first_row = CUBE_POS_Z as usize * rows;
 
     let mut sums = Array::<f32>::new(rows);
     if output < d_output {
-        for run in range_stepped(part, d_input.div_ceil(RUN), PARTS) {
+        for run in range_stepped(split * PARTS + part, d_input.div_ceil(RUN), splits * PARTS) {
             let weights =
                 run_weights::<S, O>(codes, scales, offsets, run, output, d_input, inputs, outputs, format);
             #[unroll]
@@ -207,7 +213,9 @@ pub(super) fn rows_times_weight<S: Float, O: Float, F: Float>(
                 }
                 #[unroll]
                 for row in 0..rows {
-                    sums[row] += at::<F>(x, row, k) * weights[input];
+                    // A row beyond the last is read as the last one, and not written.
+                    let row_of_x = select(first_row + row < all_rows, first_row + row, all_rows - 1);
+                    sums[row] += at::<F>(x, row_of_x, k) * weights[input];
                 }
             }
         }
@@ -219,14 +227,32 @@ pub(super) fn rows_times_weight<S: Float, O: Float, F: Float>(
         partial[(row * PARTS + part) * COLUMNS + column] = sums[row];
     }
     sync_cube();
-    // There are more parts than rows: the first ones add up one row each.
-    if output < d_output && part < rows {
+    // There are at least as many parts as rows: the first ones add up one row each.
+    if output < d_output && part < rows && first_row + part < all_rows {
         let mut sum = 0.0f32;
         for other in 0..PARTS {
             sum += partial[(part * PARTS + other) * COLUMNS + column];
         }
-        let index = part * y.stride(0) + output * y.stride(1);
-        y[index] = F::cast_from(sum);
+        let index = (split * all_rows + first_row + part) * y.stride(0) + output * y.stride(1);
+        y[index] = Y::cast_from(sum);
+    }
+}
+
+/// The sum of shares that lie one after the other, each of `count` elements.
+#[cube(launch_unchecked)]
+pub(super) fn sum_shares<F: Float>(
+    shares: &Tensor<f32>,
+    sums: &mut Tensor<F>,
+    count: usize,
+    splits: usize,
+    #[define(F)] _type: ElemType,
+) {
+    if ABSOLUTE_POS < count {
+        let mut sum = 0.0f32;
+        for split in 0..splits {
+            sum += shares[split * count + ABSOLUTE_POS];
+        }
+        sums[ABSOLUTE_POS] = F::cast_from(sum);
     }
 }
 

@@ -8,13 +8,15 @@ mod hopper;
 mod kernels;
 mod product;
 
+use std::ops::Range;
+
 use burn::backend::{
     cubecl::dtype_to_storage_type,
-    ops::FloatTensorOps,
+    ops::{FloatTensorOps, IntTensorOps},
     tensor::{FloatTensor, IntTensor},
 };
 use burn::tensor::{DType, FloatDType, Slice};
-use burn_cubecl::{CubeBackend, tensor::CubeTensor};
+use burn_cubecl::{CubeBackend, kernel::into_contiguous, tensor::CubeTensor};
 use cubecl::{calculate_cube_count_elemwise, ir::ElemType, prelude::*};
 
 use self::kernels::{COLUMNS, Format, PARTS};
@@ -23,15 +25,26 @@ pub(crate) use self::product::rounded;
 pub(crate) use self::product::{
     empty, multiplies, name_and_page, operand_type, product, product_into, rounded_product,
 };
-use super::{FEW_ROWS, PackedKernels, PackedOps, PackedSpec};
+use super::{PackedKernels, PackedOps, PackedSpec};
 use crate::packing::{RUN, code_rows};
 
-const _: () = assert!(FEW_ROWS <= PARTS, "a part of the fused kernel adds up each row");
+/// Up to this many rows are multiplied by the kernel that unpacks on the way, which reads the packed weight once for each
+/// [`PARTS`] of them; more, by a product with an unpacked weight, which is written and read in 16 or 32 bits.
+const FEW_ROWS: usize = 2 * PARTS;
+/// Cubes of a multiprocessor that keep its memory busy.
+const CUBES: usize = 4;
+/// Multiprocessors of devices that don't say how many they have.
+const MULTIPROCESSORS: usize = 16;
 
 /// Outputs whose dense gradient is held at a time when scales and offsets are learned.
 const GRADIENT_OUTPUTS: usize = 1024;
 
+/// Bytes of a dense weight that products hold at a time, at most: larger ones, which heads of large vocabularies are, are
+/// unpacked and multiplied in parts. No more than a quarter of the largest tensor of the device.
+const MOST_DENSE: u64 = 256 << 20;
+
 /// A packed weight on the device.
+#[derive(Clone)]
 struct Packed {
     codes: CubeTensor,
     scales: CubeTensor,
@@ -79,6 +92,62 @@ impl Packed {
         empty(&self.codes, shape, dtype)
     }
 
+    /// Outputs of a part that is unpacked at a time, whole blocks of them, for a dense weight of `dtype`.
+    fn outputs_at_once(&self, dtype: DType) -> usize {
+        let page = self.codes.client.properties().memory.max_page_size;
+        let most = MOST_DENSE.min(page / 4) as usize / dtype.size() / self.spec.d_input.max(1);
+        (most / self.spec.outputs).max(1).saturating_mul(self.spec.outputs).min(self.spec.d_output)
+    }
+
+    /// The weight of the given outputs, which begin with a block.
+    fn of_outputs(&self, outputs: Range<usize>) -> Self {
+        let columns = |x: &CubeTensor, columns: Range<usize>| {
+            let rows = x.meta.shape()[0];
+            CubeBackend::float_slice(x.clone(), &[Slice::from(0..rows), Slice::from(columns)])
+        };
+        let blocks = outputs.start / self.spec.outputs..outputs.end.div_ceil(self.spec.outputs);
+        let rows = self.codes.meta.shape()[0];
+        let codes = [Slice::from(0..rows), Slice::from(outputs.clone())];
+        let offsets = match self.spec.has_offsets() {
+            true => columns(&self.offsets, blocks.clone()),
+            false => self.offsets.clone(),
+        };
+        Self {
+            codes: CubeBackend::int_slice(self.codes.clone(), &codes),
+            scales: columns(&self.scales, blocks),
+            offsets,
+            spec: PackedSpec { d_output: outputs.len(), ..self.spec },
+        }
+    }
+
+    /// `x · W`, or `x · Wᵀ` if `transposed`, by products with the unpacked weight.
+    fn many_rows(self, x: CubeTensor, transposed: bool) -> CubeTensor {
+        let (spec, rows, dtype) = (self.spec, x.meta.shape()[0], x.dtype);
+        let at_once = self.outputs_at_once(operand_type(spec.compute));
+        if at_once >= spec.d_output {
+            let (x, dense) = operands(x, self, transposed);
+            return product(x, dense, dtype);
+        }
+        let x = product::rounded(x, spec.compute);
+        let parts = (0..spec.d_output).step_by(at_once).map(|first| {
+            let outputs = first..spec.d_output.min(first + at_once);
+            (outputs.clone(), self.of_outputs(outputs).dense(x.dtype))
+        });
+        let columns = |outputs: Range<usize>| [Slice::from(0..rows), Slice::from(outputs)];
+        if transposed {
+            let products = parts.map(|(outputs, dense)| {
+                let x = into_contiguous(CubeBackend::float_slice(x.clone(), &columns(outputs)));
+                product(x, CubeBackend::float_transpose(dense), dtype)
+            });
+            products.reduce(CubeBackend::float_add).expect("a weight of at least one output")
+        } else {
+            let y = self.empty([rows, spec.d_output], dtype);
+            parts.fold(y, |y, (outputs, dense)| {
+                CubeBackend::float_slice_assign(y, &columns(outputs), product(x.clone(), dense, dtype))
+            })
+        }
+    }
+
     /// The dense weight.
     fn dense(self, dtype: DType) -> CubeTensor {
         let spec = self.spec;
@@ -104,30 +173,62 @@ impl Packed {
         dense
     }
 
+    /// Into how many shares the inputs are split for `columns` cubes of outputs: as many as give every multiprocessor its
+    /// cubes, with a run for each unit.
+    fn splits(&self, columns: usize) -> usize {
+        let most = self.spec.d_input.div_ceil(RUN).div_ceil(PARTS);
+        (CUBES * multiprocessors(&self.codes) / columns).clamp(1, most)
+    }
+
     /// `x · W` for at most [`FEW_ROWS`] rows.
     fn few_rows(self, x: CubeTensor) -> CubeTensor {
         let (spec, rows) = (self.spec, x.meta.shape()[0]);
         assert_eq!(x.meta.shape()[1], spec.d_input, "x beside {spec:?}");
         let y = self.empty([rows, spec.d_output], x.dtype);
+        let columns = spec.d_output.div_ceil(COLUMNS);
+        let splits = self.splits(columns);
+        let shares = match splits {
+            1 => y.clone(),
+            _ => self.empty([splits * rows, spec.d_output], DType::F32),
+        };
         let (format, [scales, offsets]) = (self.format(), self.types());
-        let dtype = dtype_to_storage_type(x.dtype);
-        // SAFETY: shapes are asserted above and in `Packed::new`; outputs and inputs beyond them are not read.
+        let [of_x, of_shares] = [&x, &shares].map(|tensor| dtype_to_storage_type(tensor.dtype));
+        // SAFETY: shapes are asserted above and in `Packed::new`; outputs and inputs beyond them are not read, rows beyond
+        // the last are read as that and not written, and `shares` has rows for each of the splits.
         unsafe {
             kernels::rows_times_weight::launch_unchecked(
                 &y.client,
-                CubeCount::Static(spec.d_output.div_ceil(COLUMNS) as u32, 1, 1),
+                CubeCount::Static(columns as u32, splits as u32, rows.div_ceil(PARTS) as u32),
                 CubeDim::new_2d(COLUMNS as u32, PARTS as u32),
                 x.into_tensor_arg(),
                 self.codes.into_tensor_arg(),
                 self.scales.into_tensor_arg(),
                 self.offsets.into_tensor_arg(),
-                y.clone().into_tensor_arg(),
+                shares.clone().into_tensor_arg(),
                 spec.inputs,
                 spec.outputs,
-                rows,
+                splits,
+                rows.min(PARTS),
                 format,
-                [scales, offsets, dtype],
+                [scales, offsets, of_x, of_shares],
             );
+        }
+        if splits > 1 {
+            let count = rows * spec.d_output;
+            let (cubes, dim) = units(&y.client, count);
+            // SAFETY: units beyond `count` end; both tensors are contiguous, and the shares have `splits` times as many.
+            unsafe {
+                kernels::sum_shares::launch_unchecked(
+                    &y.client,
+                    cubes,
+                    dim,
+                    shares.into_tensor_arg(),
+                    y.clone().into_tensor_arg(),
+                    count,
+                    splits,
+                    dtype_to_storage_type(y.dtype),
+                );
+            }
         }
         y
     }
@@ -163,6 +264,12 @@ impl Packed {
         }
         (d_scales, d_offsets)
     }
+}
+
+/// Multiprocessors of a tensor's device, or a guess.
+pub(crate) fn multiprocessors(x: &CubeTensor) -> usize {
+    let hardware = &x.client.properties().hardware;
+    hardware.num_streaming_multiprocessors.map_or(MULTIPROCESSORS, |count| count as usize)
 }
 
 /// A launch of at least `count` units.
@@ -213,11 +320,7 @@ impl PackedOps for CubeBackend {
         match x.meta.shape()[0] {
             0 => packed.empty([0, spec.d_output], x.dtype),
             1..=FEW_ROWS => packed.few_rows(x),
-            _ => {
-                let dtype = x.dtype;
-                let (x, dense) = operands(x, packed, false);
-                product(x, dense, dtype)
-            }
+            _ => packed.many_rows(x, false),
         }
     }
 
@@ -240,9 +343,7 @@ impl PackedKernels for CubeBackend {
         offsets: FloatTensor<Self>,
         spec: PackedSpec,
     ) -> FloatTensor<Self> {
-        let dtype = dy.dtype;
-        let (dy, dense) = operands(dy, Packed::new(codes, scales, offsets, spec), true);
-        product(dy, dense, dtype)
+        Packed::new(codes, scales, offsets, spec).many_rows(dy, true)
     }
 
     /// Holds `dW` of `GRADIENT_OUTPUTS` outputs (or of one block, if wider) at a time, in f32.
