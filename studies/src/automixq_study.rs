@@ -102,6 +102,6 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             }
         }
     }
-    print!("{}", table(&log)?);
+    print!("{}{}", table(&log)?, log.time_taken()?);
     Ok(())
 }

@@ -45,7 +45,7 @@ impl StudyOptions {
         if !self.table {
             Case::all(self.smollm2.as_ref()).iter().try_for_each(|case| study(&log, case))?;
         }
-        print!("{}", tables(&log, table)?);
+        print!("{}{}", tables(&log, table)?, log.time_taken()?);
         Ok(())
     }
 }

@@ -162,6 +162,6 @@ pub(crate) fn run(options: &StudyOptions) -> Result<()> {
             bench.once(&log, LOFTQ, &how, &Calibration::Loftq(config))?;
         }
     }
-    print!("{}", tables(&log)?);
+    print!("{}{}", tables(&log)?, log.time_taken()?);
     Ok(())
 }

@@ -5,12 +5,16 @@ use std::{
     io::{ErrorKind, Write},
     path::{Path, PathBuf},
     process::{Command, Stdio},
+    time::Instant,
 };
 
 use kiln::quant::hash::Fnv1a;
 use kiln_examples::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
+
+/// Seconds of a run by the clock, whatever else the machine was doing.
+const TOOK: &str = "took_seconds";
 
 /// One run: what was asked for, then what was found.
 pub(crate) type Line = Map<String, Value>;
@@ -72,6 +76,17 @@ impl Log {
         runs.map_err(|error| format!("{}: {error}", self.path.display()).into())
     }
 
+    /// How long the runs took that say so, in a sentence.
+    ///
+    /// # Errors
+    /// As [`lines`](Self::lines).
+    pub(crate) fn time_taken(&self) -> Result<String> {
+        let lines = self.lines()?;
+        let taken: Vec<f64> = lines.iter().filter_map(|line| line.get(TOOK)?.as_f64()).collect();
+        let hours = taken.iter().sum::<f64>() / 3600.0;
+        Ok(format!("\n{} of {} runs say what they took: {hours:.2} hours\n", taken.len(), lines.len()))
+    }
+
     /// The line that has all values of `wanted`; without one, `run` is called and its figures are added. Of several processes
     /// one calls it, and the others wait for its line; if it is killed, the next one calls it.
     pub(crate) fn once(&self, wanted: Value, run: impl FnOnce() -> Result<Line>) -> Result<Line> {
@@ -115,8 +130,10 @@ impl Log {
         if let Some(line) = self.lines()?.into_iter().find(same) {
             return Ok(Some(line));
         }
+        let start = Instant::now();
         let mut line = wanted.clone();
         line.extend(run()?);
+        line.insert(TOOK.into(), start.elapsed().as_secs_f64().round().into());
         let text = serde_json::to_string(&line)?;
         self.append(&text)?;
         println!("{text}");

@@ -1,10 +1,7 @@
 //! Bits by layer: which objective ranks plans of equal bytes as they end up after tuning, and what a plan that was searched is
 //! worth on a task beside uniform ones, on models pruned by different ratios.
 
-use std::{
-    cell::OnceCell,
-    path::{Path, PathBuf},
-};
+use std::path::{Path, PathBuf};
 
 use kiln::{
     Base,
@@ -33,6 +30,8 @@ const SCHEMES: [&str; 3] = ["affine2:64:int:f16", "affine3:64:int:f16", "affine4
 const CODEBOOKS: [&str; 2] = ["nf3:64:f16", "nf4:64:f16"];
 /// Whose bytes are the limit.
 const WITHIN: &str = "affine3:64:int:f16";
+/// A lower limit, below which no uniform plan of 3 bits is.
+const BELOW: &str = "affine2:32:int:f16";
 /// Passes of ApiQ over the windows.
 const EPOCHS: usize = 6;
 /// Plans of about equal bytes that are ranked.
@@ -79,9 +78,13 @@ impl Budget {
                 windows: 8,
                 evaluations: 120,
                 seeds: 3,
-                ratios: &[0.2],
+                ratios: &[0.2, 0.3, 0.5],
                 methods: &Method::FEW,
-                rivals: &[(Method::Searched, "searched"), (Method::SearchedByKind, "searched by kind")],
+                rivals: &[
+                    (Method::Searched, "searched"),
+                    (Method::SearchedByKind(WITHIN), "searched by kind"),
+                    (Method::SearchedByKind(BELOW), "searched below"),
+                ],
                 learned: "quiz",
                 tasks: &[
                     "eval/quiz/bsdquiz_words.json",
@@ -172,8 +175,8 @@ enum Method {
     Apiq(&'static str),
     Searched,
     SearchedApiq,
-    /// By kind of projection in all blocks, among codebooks too.
-    SearchedByKind,
+    /// By kind of projection in all blocks, among codebooks too, within the bytes of a format.
+    SearchedByKind(&'static str),
     Random(u64),
 }
 
@@ -194,11 +197,14 @@ impl Method {
     ];
 
     /// Those that tell whether a searched plan is worth its search.
-    const FEW: [Self; 6] = [
-        Self::SearchedByKind,
+    const FEW: [Self; 9] = [
+        Self::SearchedByKind(WITHIN),
         Self::Searched,
         Self::Loftq("nf3:64:f16"),
         Self::Loftq(WITHIN),
+        Self::SearchedByKind(BELOW),
+        Self::Loftq(BELOW),
+        Self::Loftq("nf2:16:f16"),
         Self::Random(0),
         Self::Lora("dense"),
     ];
@@ -210,7 +216,9 @@ impl Method {
             Self::Apiq(scheme) => format!("`{scheme}`, ApiQ"),
             Self::Searched => format!("searched within `{WITHIN}`, LoftQ"),
             Self::SearchedApiq => format!("searched within `{WITHIN}`, ApiQ"),
-            Self::SearchedByKind => format!("searched by kind, codebooks too, within `{WITHIN}`, LoftQ"),
+            Self::SearchedByKind(limit) => {
+                format!("searched by kind, codebooks too, within `{limit}`, LoftQ")
+            }
             Self::Random(seed) => format!("random within `{WITHIN}`, LoftQ, {seed}"),
         }
     }
@@ -226,8 +234,6 @@ struct Pruned<'a> {
     by_kind: SearchSpace,
     windows: Windows,
     budget: &'a Budget,
-    searched: OnceCell<Plan>,
-    searched_by_kind: OnceCell<Plan>,
 }
 
 impl Pruned<'_> {
@@ -241,29 +247,24 @@ impl Pruned<'_> {
             }
             Method::Random(seed) => Some(self.space.plan(&random_plan(&self.space, limit, seed)?)),
             Method::Searched | Method::SearchedApiq => {
-                Some(self.best(Method::Searched, &self.space, &self.searched, limit)?)
+                Some(self.best(Method::Searched, &self.space, limit)?)
             }
-            Method::SearchedByKind => {
-                Some(self.best(method, &self.by_kind, &self.searched_by_kind, limit)?)
+            Method::SearchedByKind(limit) => {
+                Some(self.best(method, &self.by_kind, bytes_of(&self.base, limit)?)?)
             }
         })
     }
 
-    /// The plan that a search finds, which is made once: the log has it where a run of `method` is.
-    fn best(&self, method: Method, space: &SearchSpace, found: &OnceCell<Plan>, limit: u64) -> Result<Plan> {
-        if let Some(plan) = found.get() {
-            return Ok(plan.clone());
-        }
+    /// The plan that a search finds; the log has it where a run of `method` is.
+    fn best(&self, method: Method, space: &SearchSpace, limit: u64) -> Result<Plan> {
         let name = named(self.budget.learned, self.ratio, method);
         let is = |line: &Line, key: &str, value: &str| line.get(key).is_some_and(|found| found == value);
         let mut lines = self.log.lines()?.into_iter();
         let logged = lines.find(|line| is(line, "model", self.model) && is(line, "method", &name));
-        let logged = logged.and_then(|mut line| line.remove("plan"));
-        let best = match logged {
-            Some(plan) => serde_json::from_value(plan)?,
-            None => searched(&self.base, space, &self.windows, self.budget.evaluations, limit, None)?,
-        };
-        Ok(found.get_or_init(|| best).clone())
+        match logged.and_then(|mut line| line.remove("plan")) {
+            Some(plan) => Ok(serde_json::from_value(plan)?),
+            None => searched(&self.base, space, &self.windows, self.budget.evaluations, limit, None),
+        }
     }
 
     fn run(&self, case: &Case, tasks: &[Questions], method: Method, lr: f64, seed: u64) -> Result<Line> {
@@ -283,7 +284,7 @@ impl Pruned<'_> {
             (None, Method::Lora(scheme)) | (_, Method::Loftq(scheme) | Method::Apiq(scheme)) => {
                 bytes_of(&self.base, scheme)?
             }
-            (Some(plan), Method::SearchedByKind) => self.by_kind.bytes(&self.by_kind.config(plan)?),
+            (Some(plan), Method::SearchedByKind(_)) => self.by_kind.bytes(&self.by_kind.config(plan)?),
             (Some(plan), _) => self.space.bytes(&self.space.config(plan)?),
             (None, _) => return Err("a plan".into()),
         };
@@ -345,8 +346,6 @@ fn tune(log: &Log, case: &Case, budget: &Budget) -> Result<()> {
             base,
             windows,
             budget,
-            searched: OnceCell::new(),
-            searched_by_kind: OnceCell::new(),
         };
         for &method in budget.methods {
             let name = named(budget.learned, ratio, method);
@@ -480,7 +479,8 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<String> {
                 continue;
             }
             text += &format!("\n{}, {name}, pruned by {ratio}\n\n", case.name);
-            let against = budget.rivals.iter().map(|(_, name)| format!(" | p against {name}"));
+            let rivals: Vec<_> = budget.rivals.iter().filter(|(rival, _)| chosen(*rival).is_some()).collect();
+            let against = rivals.iter().map(|(_, name)| format!(" | p against {name}"));
             text += &head(&format!("plan | bytes | accuracy | rate{}", against.collect::<String>()));
             for &method in budget.methods {
                 let Some(found) = chosen(method) else { continue };
@@ -496,7 +496,7 @@ fn tasks_table(runs: &[Run], case: &Case) -> Result<String> {
                         false => significant(sign_test(better, better + worse), 2),
                     }
                 };
-                let p = budget.rivals.iter().map(|(rival, _)| p_against(*rival)).collect::<Vec<_>>();
+                let p = rivals.iter().map(|(rival, _)| p_against(*rival)).collect::<Vec<_>>();
                 text += &format!(
                     "| {} | {} | {} | {} | {} |\n",
                     method.name(),
@@ -533,7 +533,7 @@ pub(crate) fn run(options: &StudyOptions) -> Result<()> {
             rank(&log, &case, &budget)?;
         }
     }
-    print!("{}", tables(&log)?);
+    print!("{}{}", tables(&log)?, log.time_taken()?);
     Ok(())
 }
 

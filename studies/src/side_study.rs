@@ -73,6 +73,7 @@ impl Method {
             Self::new("QST, added, mean of 16", by(Downsample::AvgPool)),
             Self::new("QST, added, reduction 8", additive().with_reduction(8)),
             Self::new("QST, added, reduction 4", additive().with_reduction(4)),
+            Self::new("QST, as published, reduction 4", SideConfig::qst().with_reduction(4)),
             Self { scheme: "fp4:64:double", ..Self::new("QST, added, FP4", additive()) },
             Self {
                 pruned: true,
@@ -83,6 +84,13 @@ impl Method {
             Self {
                 longer: 4,
                 ..Self::new("QST, added, reduction 4, four times as long", additive().with_reduction(4))
+            },
+            Self {
+                longer: 4,
+                ..Self::new(
+                    "QST, as published, reduction 4, four times as long",
+                    SideConfig::qst().with_reduction(4),
+                )
             },
         ]
     }
@@ -158,7 +166,9 @@ fn study(log: &Log, case: &Case) -> Result<()> {
     for method in methods {
         let mut opened: Option<(Base, Texts)> = None;
         let cell = Cell { model: case.name, bits: BITS, method: method.name };
-        cell.study(log, rates, seeds, |lr, seed| {
+        // Longer runs want lower rates.
+        let rates: Vec<f64> = (method.longer > 1).then_some(1e-3).into_iter().chain(rates.to_vec()).collect();
+        cell.study(log, &rates, seeds, |lr, seed| {
             if opened.is_none() {
                 let base = case.open(method.scheme.parse()?)?;
                 let texts = Texts::of(&base, case)?;
@@ -216,8 +226,14 @@ pub(crate) struct Options {
 /// The curves of the published methods, and of longer runs.
 fn plot(path: &Path, log: &Log) -> Result<()> {
     let runs = log.runs()?;
-    let names =
-        ["QLoRA", "QST, as published", "QST, added, reduction 4", "LST", "LST, from the backbone's weights"];
+    let names = [
+        "QLoRA",
+        "QST, as published",
+        "QST, as published, reduction 4",
+        "QST, added, reduction 4",
+        "LST",
+        "LST, from the backbone's weights",
+    ];
     let longer = names.map(|name| format!("{name}, four times as long"));
     let series: Vec<Series> = names
         .into_iter()

@@ -8,6 +8,7 @@ use std::{
     path::{Path, PathBuf},
     process::Command,
     sync::Arc,
+    time::Instant,
 };
 
 use clap::Args;
@@ -18,7 +19,7 @@ use kiln::{
     models::{CausalLm, Recompute, Tokenizer},
     quant::{Scheme, trained_values},
     side_tuning::{
-        SideConfig, SideTuned,
+        Downsample, HiddenCache, SideConfig, SideTuned, StatePrecision,
         memory::{Halves, Method, ProcessConstants, Step, estimate, step_macs},
     },
     training::{BatchOptions, DataOptions, Dataset, Order, Trainer, TrainerConfig},
@@ -45,6 +46,10 @@ pub(crate) struct Options {
     /// Backbone width over side width of QST; LST has half of it, as in the papers.
     #[arg(long, default_value_t = 16)]
     reduction: usize,
+    /// Trains over the same `steps` batches so many times instead, with and without a cache of the backbone's states: what each
+    /// epoch takes.
+    #[arg(long, conflicts_with_all = ["json", "row"])]
+    epochs: Option<u64>,
     /// Where the figures go.
     #[arg(long)]
     json: Option<PathBuf>,
@@ -200,6 +205,58 @@ fn measure(options: &mut Options, name: &str, recompute: Recompute) -> Result<Ro
     })
 }
 
+/// Prints the seconds of each epoch over the same rows, with and without a cache, and the cache's bytes.
+fn measure_epochs(options: &mut Options, epochs: u64) -> Result<()> {
+    options.model.scheme = Some("nf4:64:double".parse()?);
+    let checkpoint = options.model.checkpoint()?;
+    let ids = Ids::write(&checkpoint.tokenizer()?, options.seq_len)?;
+    let mut train = Ids::read(&ids.0, "train")?;
+    train.truncate(options.steps as usize * options.batch * options.seq_len);
+    let steps = options.steps;
+    println!("downsampling | cache | MB on disk | seconds of each epoch of {steps} steps | last loss");
+    for downsample in [SideConfig::qst().downsample, Downsample::AvgPool] {
+        for precision in [None, Some(StatePrecision::Bf16), Some(StatePrecision::F32)] {
+            let (base, _) = options.model.load(&checkpoint)?;
+            let dataset =
+                Dataset::from_ids(train.clone(), &DataOptions::new(options.seq_len, base.vocab_size()))?;
+            let mut model = SideTuned::new(
+                base,
+                &SideConfig::qst().with_reduction(options.reduction).with_downsample(downsample),
+                0,
+            )?;
+            let folder = tempfile::tempdir()?;
+            let cache = match precision {
+                Some(precision) => {
+                    Some(Arc::new(HiddenCache::open(&model, folder.path(), u64::MAX, precision)?))
+                }
+                None => None,
+            };
+            if let Some(cache) = &cache {
+                model = model.with_hidden_cache(cache.clone());
+            }
+            let mut config = options.trainer("qst", Recompute::None);
+            config.steps = steps * epochs;
+            let mut trainer = Trainer::new(model, Arc::new(dataset), config)?;
+            let mut loss = 0.0;
+            let mut seconds = Vec::new();
+            for _ in 0..epochs {
+                let start = Instant::now();
+                for _ in 0..steps {
+                    loss = trainer.step()?.loss;
+                }
+                seconds.push(format!("{:.2}", start.elapsed().as_secs_f64()));
+            }
+            let (name, bytes) = match (precision, &cache) {
+                (Some(precision), Some(cache)) => (format!("{precision:?}"), cache.report().bytes),
+                _ => ("none".into(), 0),
+            };
+            let seconds = seconds.join(", ");
+            println!("{downsample:?} | {name} | {:.1} | {seconds} | {loss:.5}", bytes as f64 / 1e6);
+        }
+    }
+    Ok(())
+}
+
 fn recompute_name(recompute: Recompute) -> &'static str {
     match recompute {
         Recompute::None => "none",
@@ -255,6 +312,9 @@ pub(crate) fn run(mut options: Options) -> Result<()> {
         let row = measure(&mut options, method, recompute)?;
         println!("ROW {}", serde_json::to_string(&row)?);
         return Ok(());
+    }
+    if let Some(epochs) = options.epochs {
+        return measure_epochs(&mut options, epochs);
     }
     println!(
         "{:>6} {:<9} {:>10} {:>9} {:>10} {:>12} {:>8}",

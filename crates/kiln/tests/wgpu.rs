@@ -169,8 +169,8 @@ fn a_block_of_a_step_takes_a_bounded_number_of_launches() {
     trainer.step().unwrap();
     let (step, launches) = launches(|| trainer.step());
     step.unwrap();
-    // Measured: 173 a block, 56 of them the optimizer's.
-    assert!(launches <= 180 * blocks, "{launches} launches for {blocks} blocks");
+    // About 140 a block, 28 of them the optimizer's.
+    assert!(launches <= 145 * blocks, "{launches} launches for {blocks} blocks");
 }
 
 /// A trained parameter whose new value found no memory: what is left when an allocation fails in the middle of a step.

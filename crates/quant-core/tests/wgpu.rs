@@ -61,14 +61,27 @@ fn fused_operations_equal_the_plain_ones_on_the_cpu() {
 fn sums_of_squares_miss_no_element() {
     let Some(Vulkan { device, .. }) = &vulkan() else { return };
     // One part with room left, one that is full, one element more, and more than the parts have units.
-    for (count, parts) in [(777, 1), (4096, 1), (4097, 2), (300_001, 64)] {
-        let x = tensor::<1>(count as u64, [count], device);
-        let expected: f64 = read(x.clone()).into_iter().map(|x| f64::from(x).powi(2)).sum();
-        let sums = read(kiln_quant_core::fused::square_sums(x));
-        assert_eq!(sums.len(), parts, "{count}");
-        let found: f64 = sums.into_iter().map(f64::from).sum();
+    let sizes = [(777, 1), (4096, 1), (4097, 2), (300_001, 64)];
+    let tensors = sizes.map(|(count, _)| tensor::<1>(count as u64, [count], device));
+    let here = tensor::<1>(5, [99], &Device::flex());
+    let expected = tensors.each_ref().map(|x| {
+        let squares = read(x.clone()).into_iter().map(|x| f64::from(x).powi(2));
+        squares.sum::<f64>()
+    });
+    let square = read(here.clone().square().sum())[0];
+    let mut all = tensors.to_vec();
+    all.insert(2, here);
+    let sums: Vec<Vec<f32>> = kiln_quant_core::fused::square_sums(all).into_iter().map(read).collect();
+    assert_eq!(sums.len(), 2, "one tensor of sums for each device");
+    assert_eq!(sums[1], [square]);
+    let mut parts = sums[0].as_slice();
+    for ((count, number), expected) in sizes.into_iter().zip(expected) {
+        let (these, others) = parts.split_at(number);
+        parts = others;
+        let found: f64 = these.iter().copied().map(f64::from).sum();
         assert!((found - expected).abs() < 1e-5 * expected, "{count}: {found} {expected}");
     }
+    assert!(parts.is_empty());
 }
 
 #[test]

@@ -11,20 +11,21 @@ use crate::Result;
 
 /// Sums of squares, a few for each gradient; the root of their sum is the norm of all gradients as one vector.
 pub(crate) fn squares<M: Module>(model: &M, gradients: &GradientsParams) -> Vec<Tensor<1>> {
-    struct Squares<'a> {
+    struct Flat<'a> {
         gradients: &'a GradientsParams,
-        sums: Vec<Tensor<1>>,
+        found: Vec<Tensor<1>>,
     }
-    impl ModuleVisitor for Squares<'_> {
+    impl ModuleVisitor for Flat<'_> {
         fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
             if let Some(gradient) = self.gradients.get::<D>(param.id) {
-                self.sums.push(fused::square_sums(gradient));
+                let count: usize = gradient.dims().iter().product();
+                self.found.push(gradient.reshape([count]));
             }
         }
     }
-    let mut squares = Squares { gradients, sums: Vec::new() };
-    model.visit(&mut squares);
-    squares.sums
+    let mut flat = Flat { gradients, found: Vec::new() };
+    model.visit(&mut flat);
+    fused::square_sums(flat.found)
 }
 
 /// Gradients of both together.

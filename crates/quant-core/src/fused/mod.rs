@@ -334,9 +334,9 @@ pub(crate) trait StepKernels: burn::backend::Backend {
         second: FloatTensor<Self>,
         step: AdamWStep,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    /// See [`square_sums`].
-    #[fusion(dtype = x, shape = Shape::from(vec![square_parts(x.num_elements())]))]
-    fn square_sums(x: FloatTensor<Self>) -> FloatTensor<Self>;
+    /// Writes the sums of squares of the parts of `x` into `sums`, from `first` on.
+    #[fusion(dtype = sums, shape = sums)]
+    fn square_sums(x: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self>;
 }
 
 /// The differentiable operations.
@@ -810,13 +810,36 @@ pub fn adamw<const D: usize>(
     }
 }
 
-/// Sums of squares of parts of a tensor without a graph, `[parts]`; a large tensor has up to 64 on a GPU.
-pub fn square_sums<const D: usize>(x: Tensor<D>) -> Tensor<1> {
+/// Sums of squares of parts of tensors without a graph. On a GPU, where a large tensor has up to 64 parts, those of all
+/// tensors of a device are one tensor; elsewhere every tensor has one of its own.
+pub fn square_sums(tensors: Vec<Tensor<1>>) -> Vec<Tensor<1>> {
     #[cfg(feature = "cube")]
-    if on_cube(&x) {
-        return Tensor::from_dispatch(Dispatch::square_sums(x.into_dispatch()));
-    }
-    x.square().sum()
+    let (tensors, mut sums) = {
+        let (there, here): (Vec<_>, Vec<_>) = tensors.into_iter().partition(on_cube);
+        let mut by_device: Vec<(Device, Vec<Tensor<1>>)> = Vec::new();
+        for x in there {
+            let device = x.device();
+            match by_device.iter_mut().find(|(other, _)| *other == device) {
+                Some((_, same)) => same.push(x),
+                None => by_device.push((device, vec![x])),
+            }
+        }
+        let in_one = |(device, tensors): (Device, Vec<Tensor<1>>)| {
+            let counts = tensors.iter().map(|x| square_parts(x.dims()[0]));
+            // Every place is written below.
+            let sums = Tensor::<1>::empty([counts.sum::<usize>()], &device).into_dispatch();
+            let written = tensors.into_iter().fold((sums, 0), |(sums, first), x| {
+                let next = first + square_parts(x.dims()[0]);
+                (Dispatch::square_sums(x.into_dispatch(), sums, first), next)
+            });
+            Tensor::from_dispatch(written.0)
+        };
+        (here, by_device.into_iter().map(in_one).collect::<Vec<_>>())
+    };
+    #[cfg(not(feature = "cube"))]
+    let mut sums = Vec::new();
+    sums.extend(tensors.into_iter().map(|x| x.square().sum()));
+    sums
 }
 
 /// Into how many parts [`square_sums`] divides so many elements on a GPU.

@@ -1,11 +1,10 @@
 //! What an optimizer step does to each parameter, a launch each.
 
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::DType;
 use burn_cubecl::{CubeBackend, kernel::into_contiguous};
 use cubecl::prelude::*;
 
-use super::{count_of, empty, rows::over_units, to_write, units};
+use super::{count_of, rows::over_units, to_write, units};
 use crate::fused::{AdamWStep, StepKernels, square_parts};
 
 /// Units of a cube that adds up squares.
@@ -43,10 +42,10 @@ impl StepKernels for CubeBackend {
         (parameter, first, second)
     }
 
-    fn square_sums(x: FloatTensor<Self>) -> FloatTensor<Self> {
-        let x = into_contiguous(x);
+    fn square_sums(x: FloatTensor<Self>, sums: FloatTensor<Self>, first: usize) -> FloatTensor<Self> {
+        let (x, sums) = (into_contiguous(x), to_write(sums));
         let parts = square_parts(count_of(&x));
-        let sums = empty(&x, [parts], DType::F32);
+        assert!(first + parts <= count_of(&sums), "square_sums: {parts} parts at {first}");
         square_sums_kernel::launch(
             &x.client,
             CubeCount::Static(parts as u32, 1, 1),
@@ -55,6 +54,7 @@ impl StepKernels for CubeBackend {
             sums.clone().into_tensor_arg(),
             count_of(&x),
             parts * UNITS,
+            first,
         );
         sums
     }
@@ -88,13 +88,13 @@ fn adamw_kernel(
 }
 
 #[cube(launch)]
-fn square_sums_kernel(x: &Tensor<f32>, sums: &mut Tensor<f32>, count: usize, units: usize) {
+fn square_sums_kernel(x: &Tensor<f32>, sums: &mut Tensor<f32>, count: usize, units: usize, first: usize) {
     let mut squares = 0.0f32;
     for i in range_stepped(ABSOLUTE_POS, count, units) {
         squares += x[i] * x[i];
     }
     let total = over_units(squares, UNITS, false);
     if UNIT_POS == 0 {
-        sums[CUBE_POS] = total;
+        sums[first + CUBE_POS] = total;
     }
 }
