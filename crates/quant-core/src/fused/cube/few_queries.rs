@@ -170,8 +170,8 @@ fn share_kernel(
     let most = over_units(largest, UNITS, true);
     let mut sum = 0.0f32;
     for i in range_stepped(unit, count, UNITS) {
-        // What isn't seen weighs nothing, in a share of which nothing is seen, too.
-        let weight = select(weights[i] > f32::MIN, (weights[i] - most).exp(), 0.0f32);
+        // What isn't seen weighs nothing, in a share of which nothing is seen, too. What is no number stays so.
+        let weight = select(weights[i] == f32::MIN, 0.0f32, (weights[i] - most).exp());
         weights[i] = weight;
         sum += weight;
     }
