@@ -274,6 +274,33 @@ fn memory_of_attention_grows_with_the_length() {
     assert!(longer < 2 * shorter, "{shorter} bytes became {longer}");
 }
 
+/// So many heads that a cube's share of the keys is as large as it may be, and one is smaller.
+#[test]
+fn a_few_queries_of_many_heads_see_all_keys() {
+    let Some(Vulkan { device, .. }) = &vulkan() else { return };
+    let [length, keys, heads, kv_heads, head_dim] = [2, 700, 128, 2, 4];
+    let attended = |device: &Device, plainly: bool| {
+        let leaf = |seed, shape| tensor::<4>(seed, shape, device);
+        let q = leaf(41, [1, length, heads, head_dim]);
+        let [k, v] = [42, 43].map(|seed| leaf(seed, [1, keys, kv_heads, head_dim]));
+        let spec = AttentionSpec {
+            scale: 1.3,
+            alibi: 0.0,
+            softcap: None,
+            window: None,
+            compute: Compute::F32,
+            query_segments: kiln_quant_core::fused::segments(&vec![1; length], [1, length], device),
+            key_segments: kiln_quant_core::fused::segments(&vec![1; keys], [1, keys], device),
+        };
+        read(match plainly {
+            true => plain::attention(q, k, v, &spec),
+            false => kiln_quant_core::fused::attention(q, k, v, &spec),
+        })
+    };
+    let difference = relative_difference(&attended(device, false), &attended(&Device::flex(), true));
+    assert!(difference < 1e-5, "{difference:e}");
+}
+
 /// As a head of a large vocabulary, on a device whose largest tensor is small.
 #[test]
 fn large_weights_are_unpacked_in_parts() {
