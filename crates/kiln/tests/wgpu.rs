@@ -169,7 +169,7 @@ fn a_block_of_a_step_takes_a_bounded_number_of_launches() {
     trainer.step().unwrap();
     let (step, launches) = launches(|| trainer.step());
     step.unwrap();
-    // About 140 a block, 28 of them the optimizer's.
+    // Measured: 140 a block, 28 of them the optimizer's.
     assert!(launches <= 145 * blocks, "{launches} launches for {blocks} blocks");
 }
 

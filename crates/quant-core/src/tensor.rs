@@ -237,7 +237,7 @@ impl PackedTensor {
         self.input_order.is_none()
     }
 
-    fn spec(&self) -> PackedSpec {
+    pub(crate) fn spec(&self) -> PackedSpec {
         PackedSpec { compute: self.compute, ..PackedSpec::new(&self.scheme, self.size[0], self.size[1]) }
     }
 
@@ -276,7 +276,8 @@ impl PackedTensor {
         fused::super_scales(words, factors, SuperLayout { columns, ..layout })
     }
 
-    fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {
+    /// Codes, and scales and offsets as the arithmetic sees them.
+    pub(crate) fn parts(&self) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>) {
         let scales = self.effective_scales();
         let offsets = self.offsets_beside(&scales, None);
         (self.codes.val(), scales, offsets)
@@ -457,21 +458,6 @@ impl PackedTensor {
             None => dense,
         }
         .transpose()
-    }
-
-    /// What the arithmetic needs of the outputs from `first`, the first of a block, to before `end`.
-    #[cfg(feature = "cube")]
-    pub(crate) fn of_outputs(
-        &self,
-        first: usize,
-        end: usize,
-    ) -> (Tensor<2, Int>, Tensor<2>, Tensor<2>, PackedSpec) {
-        let (codes, scales, offsets) = self.parts();
-        let outputs = self.scheme.block.outputs;
-        let (block, blocks) = (first / outputs, (end - first).div_ceil(outputs));
-        let [scales, offsets] = [scales, offsets].map(|values| values.narrow(1, block, blocks));
-        let spec = PackedSpec { d_output: end - first, ..self.spec() };
-        (codes.narrow(1, first, end - first), scales, offsets, spec)
     }
 
     /// Back to host memory, for saving or exporting.

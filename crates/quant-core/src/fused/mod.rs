@@ -810,31 +810,24 @@ pub fn adamw<const D: usize>(
     }
 }
 
-/// Sums of squares of parts of tensors without a graph. On a GPU, where a large tensor has up to 64 parts, those of all
-/// tensors of a device are one tensor; elsewhere every tensor has one of its own.
+/// Sums of squares of parts of tensors without a graph. On a GPU, where a large tensor has up to 64 parts, those of
+/// tensors of a device that stand together are one tensor; elsewhere every tensor has one of its own.
 pub fn square_sums(tensors: Vec<Tensor<1>>) -> Vec<Tensor<1>> {
     #[cfg(feature = "cube")]
     let (tensors, mut sums) = {
         let (there, here): (Vec<_>, Vec<_>) = tensors.into_iter().partition(on_cube);
-        let mut by_device: Vec<(Device, Vec<Tensor<1>>)> = Vec::new();
-        for x in there {
-            let device = x.device();
-            match by_device.iter_mut().find(|(other, _)| *other == device) {
-                Some((_, same)) => same.push(x),
-                None => by_device.push((device, vec![x])),
-            }
-        }
-        let in_one = |(device, tensors): (Device, Vec<Tensor<1>>)| {
+        let in_one = |tensors: &[Tensor<1>]| {
             let counts = tensors.iter().map(|x| square_parts(x.dims()[0]));
             // Every place is written below.
-            let sums = Tensor::<1>::empty([counts.sum::<usize>()], &device).into_dispatch();
-            let written = tensors.into_iter().fold((sums, 0), |(sums, first), x| {
+            let sums = Tensor::<1>::empty([counts.sum::<usize>()], &tensors[0].device()).into_dispatch();
+            let written = tensors.iter().fold((sums, 0), |(sums, first), x| {
                 let next = first + square_parts(x.dims()[0]);
-                (Dispatch::square_sums(x.into_dispatch(), sums, first), next)
+                (Dispatch::square_sums(x.clone().into_dispatch(), sums, first), next)
             });
             Tensor::from_dispatch(written.0)
         };
-        (here, by_device.into_iter().map(in_one).collect::<Vec<_>>())
+        let by_device = there.chunk_by(|a, b| a.device() == b.device());
+        (here, by_device.map(in_one).collect::<Vec<_>>())
     };
     #[cfg(not(feature = "cube"))]
     let mut sums = Vec::new();
